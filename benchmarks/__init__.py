@@ -1,0 +1,1 @@
+"""Benchmarks of crate_kernels and crate_mae: one harness, one result format, one module a question."""

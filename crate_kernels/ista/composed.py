@@ -1,0 +1,83 @@
+"""ISTA in standard PyTorch calls: one large product forward and two backward where tokens outnumber the width.
+
+With G = W - W^T W, x W - x W^T W is x G, and G costs width^3 whatever the number of tokens (``form.one_product``).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crate_kernels.ista.form import one_product
+from crate_kernels.precision import arithmetic_dtype
+
+
+def forward(
+    x: Tensor, operand: Tensor, weight: Tensor, step_size: float, lambd: float, soft: bool
+) -> tuple[Tensor, Tensor]:
+    """y = T(x + eta (x W - x W^T W)), and the matrix it took. Shapes as in ``op``."""
+    if one_product(*x.shape):
+        factor, matrix = operand, torch.addmm(weight, weight.t(), weight, beta=step_size, alpha=-step_size)
+    else:
+        factor, matrix = _residual(operand, weight), weight * step_size
+    matrix = matrix.to(operand.dtype)
+    code = _add_product(x, factor, matrix)
+    code = F.softshrink(code, step_size * lambd) if soft else code.sub_(step_size * lambd).relu_()
+    return code.to(x.dtype), matrix
+
+
+def backward(
+    grad_y: Tensor,
+    operand: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    matrix: Tensor,
+    step_size: float,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients asked for, in x (y's dtype) and W (W's dtype); None for the others."""
+    # hardshrink's backward keeps the gradient where its input is not zero: the mask of both thresholds, in one pass.
+    grad = torch.ops.aten.hardshrink_backward(grad_y, y, 0.0)
+    grad_operand = grad.to(operand.dtype)
+    grad_x = grad_weight = None
+    if one_product(*operand.shape):
+        if need_x:
+            grad_x = _add_product(grad, grad_operand, matrix.t()).to(y.dtype)
+        if need_weight:
+            grad_matrix = _product(operand.t(), grad_operand).to(weight.dtype)
+            grad_weight = _through_combination(grad_matrix, weight, step_size)
+        return grad_x, grad_weight
+    grad_residual = _product(grad_operand, matrix.t()).to(operand.dtype)
+    if need_x:
+        grad_x = _add_product(grad + grad_residual, grad_residual, weight.to(operand.dtype), alpha=-1).to(y.dtype)
+    if need_weight:
+        residual = _residual(operand, weight)
+        grad_weight = _product(residual.t(), grad_operand).to(weight.dtype).mul_(step_size)
+        grad_weight.sub_(_product(grad_residual.t(), operand))
+    return grad_x, grad_weight
+
+
+def _residual(operand: Tensor, weight: Tensor) -> Tensor:
+    """r = x - x W^T: what the dictionary leaves unexplained."""
+    return _add_product(operand, operand, weight.to(operand.dtype).t(), alpha=-1).to(operand.dtype)
+
+
+def _through_combination(grad_matrix: Tensor, weight: Tensor, step_size: float) -> Tensor:
+    """dW of eta (W - W^T W), from the gradient of that matrix: eta (dG - W (dG + dG^T))."""
+    return torch.addmm(grad_matrix, weight, grad_matrix + grad_matrix.t(), beta=step_size, alpha=-step_size)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in at least float32 wherever that is the fastest arithmetic, else in their own dtype."""
+    dtype = arithmetic_dtype(a)
+    return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def _add_product(x: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
+    """x + alpha a b, summed in at least float32: a fresh tensor of that dtype."""
+    sum_dtype, dtype = torch.promote_types(x.dtype, torch.float32), arithmetic_dtype(a)
+    if dtype == sum_dtype:
+        return torch.addmm(x.to(sum_dtype), a.to(dtype), b.to(dtype), alpha=alpha)
+    return torch.mm(a, b).to(sum_dtype).mul_(alpha).add_(x)

@@ -1,0 +1,122 @@
+"""The public function. Its projections are library products on every path; its attention is our operator."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crate_kernels import checks, dispatch
+from crate_kernels.mssa import composed, reference
+from crate_kernels.precision import compute_dtype
+
+
+def mssa(
+    x: Tensor,
+    qkv_weight: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None = None,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    is_causal: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    residual: Tensor | None = None,
+    subtract: bool = False,
+) -> Tensor:
+    """Multi-head subspace self-attention: ``softmax(scale * w w^T) w W_out^T + b`` with ``w = x U^T`` split into heads.
+
+    With a LayerNorm, x is normalised first. With a residual the result is ``residual + MSSA(x)``, or, with ``subtract``
+    (the CRATE-MAE decoder), ``residual - MSSA(x)``.
+
+    Args:
+        x: [batch, tokens, width]; float32, float16 or bfloat16 (float64 off the Triton path), any strides.
+        qkv_weight: U, [num_heads * head_dim, width], the one projection for query, key and value.
+        out_weight: [out_width, num_heads * head_dim], or None where the official projection is the identity (one head as
+            wide as the model).
+        out_bias: [out_width], or None.
+        num_heads: heads that share the rows of ``qkv_weight`` evenly.
+        scale: factor on the scores; head_dim**-0.5 if None.
+        is_causal: token i attends to tokens 0..i only.
+        norm_weight, norm_bias, norm_eps: LayerNorm over the width before the projection; none where norm_weight is None.
+        residual: [batch, tokens, out_width], in any dtype.
+        subtract: take the result from the residual instead of adding it.
+
+    Returns:
+        [batch, tokens, out_width]: without residual in x's dtype (the autocast dtype under autocast); with one, in the
+        wider of the two dtypes.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor or a number, or dtypes are mixed without autocast.
+        ValueError: shapes do not fit, the projected width is not divisible by the heads, or ``subtract`` has no residual.
+        RuntimeError: a forced implementation cannot run on x.
+
+    Source: CRATE (arXiv 2306.01129), section 2.3; CRATE-MAE (arXiv 2404.02446), section 3.
+    """
+    _check(x, qkv_weight, out_weight, out_bias, num_heads, norm_weight, norm_bias, norm_eps, residual, subtract)
+    head_dim = qkv_weight.shape[0] // num_heads
+    if scale is None:
+        scale = head_dim**-0.5
+    checks.number("scale", scale, positive=True)
+
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    dtype = compute_dtype(x)
+    implementation = dispatch.choose(x, dtype)
+    if implementation == "reference":
+        out = reference.mssa(x, qkv_weight, out_weight, out_bias, num_heads, scale, is_causal)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            out = composed.mssa(
+                x.to(dtype), qkv_weight, out_weight, out_bias, num_heads, scale, is_causal, implementation
+            )
+    if residual is None:
+        return out
+    return residual - out if subtract else residual + out
+
+
+def _check(
+    x: Tensor,
+    qkv_weight: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    num_heads: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    residual: Tensor | None,
+    subtract: bool,
+) -> None:
+    checks.tensor("x", x, "batch tokens width")
+    checks.tensor("qkv_weight", qkv_weight, "inner_width width")
+    width, inner_width = x.shape[-1], qkv_weight.shape[0]
+    checks.shape("qkv_weight", qkv_weight, (inner_width, width), "[num_heads * head_dim, width of x]")
+    if num_heads < 1 or inner_width % num_heads:
+        raise ValueError(
+            f"num_heads: expected a divisor of the projected width {inner_width}, got {num_heads} "
+            f"(qkv_weight has {checks.describe(qkv_weight)})"
+        )
+    if out_weight is not None:
+        checks.tensor("out_weight", out_weight, "out_width inner_width")
+        checks.shape(
+            "out_weight", out_weight, (out_weight.shape[0], inner_width), "[out_width, num_heads * head_dim]"
+        )
+    out_width = inner_width if out_weight is None else out_weight.shape[0]
+    if out_bias is not None:
+        if out_weight is None:
+            raise ValueError("out_bias: given without out_weight")
+        checks.tensor("out_bias", out_bias, "out_width")
+        checks.shape("out_bias", out_bias, (out_width,), "[out_width]")
+    checks.layer_norm(width, norm_weight, norm_bias, norm_eps)
+    parameters = dict(qkv_weight=qkv_weight, out_weight=out_weight, out_bias=out_bias)
+    checks.same_device_and_dtype(
+        checks.is_autocast(x), x=x, **parameters, norm_weight=norm_weight, norm_bias=norm_bias
+    )
+    if residual is not None:
+        checks.tensor("residual", residual, "batch tokens out_width")
+        checks.shape("residual", residual, (*x.shape[:-1], out_width), "[batch, tokens, out_width]")
+        checks.same_device_and_dtype(True, x=x, residual=residual)
+    elif subtract:
+        raise ValueError("subtract: given without a residual to subtract from")

@@ -1,0 +1,24 @@
+"""MSSA in standard PyTorch calls around the shared-QKV attention operator, which keeps the scores out of memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from crate_kernels.precision import linear
+from crate_kernels.shared_attention.api import attend
+
+
+def mssa(
+    x: Tensor,
+    qkv_weight: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    num_heads: int,
+    scale: float,
+    is_causal: bool,
+    attention: str,
+) -> Tensor:
+    """MSSA of x [batch, tokens, width]; ``attention`` names the implementation of the attention between the projections."""
+    w = linear(x, qkv_weight).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    out = attend(w, scale, is_causal, attention).transpose(1, 2).flatten(2)
+    return out if out_weight is None else linear(out, out_weight, out_bias)

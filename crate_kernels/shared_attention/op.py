@@ -1,0 +1,76 @@
+"""PyTorch operators of shared-QKV attention: schemas, shapes, FLOP counts. Imports torch only.
+
+``implementation`` is an argument, so that a traced graph says which one runs and the backward takes the forward's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from crate_kernels import dispatch
+from crate_kernels.precision import without_autocast
+
+torch.library.define(
+    "crate_kernels::shared_attention_forward",
+    "(Tensor w, float scale, bool is_causal, str implementation) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "crate_kernels::shared_attention_backward",
+    "(Tensor grad_out, Tensor w, Tensor out, Tensor lse, float scale, bool is_causal, str implementation) -> Tensor",
+)
+
+
+def empty_token_major(w: Tensor) -> Tensor:
+    """An uninitialised tensor like ``w`` [batch, heads, tokens, head_dim] whose memory runs [batch, tokens, heads, head_dim].
+
+    The heads of one token stand side by side, so that the output projection reads [batch, tokens, width] without a copy.
+    """
+    batch, heads, tokens, head_dim = w.shape
+    return w.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+@torch.library.impl("crate_kernels::shared_attention_forward", "CompositeExplicitAutograd")
+@without_autocast
+def _forward(w: Tensor, scale: float, is_causal: bool, implementation: str) -> tuple[Tensor, Tensor]:
+    return dispatch.load("shared_attention", implementation).forward(w, scale, is_causal)
+
+
+@torch.library.impl("crate_kernels::shared_attention_backward", "CompositeExplicitAutograd")
+@without_autocast
+def _backward(
+    grad_out: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float, is_causal: bool, implementation: str
+) -> Tensor:
+    return dispatch.load("shared_attention", implementation).backward(grad_out, w, out, lse, scale, is_causal)
+
+
+@torch.library.register_fake("crate_kernels::shared_attention_forward")
+def _forward_fake(w: Tensor, scale: float, is_causal: bool, implementation: str) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    return empty_token_major(w), w.new_empty(w.shape[:-1], dtype=lse_dtype)
+
+
+@torch.library.register_fake("crate_kernels::shared_attention_backward")
+def _backward_fake(grad_out: Tensor, w: Tensor, *_: Any) -> Tensor:
+    return empty_token_major(w)
+
+
+def _product_flops(w_shape: tuple[int, ...], is_causal: bool) -> int:
+    """FLOPs of one tokens x tokens x head_dim product for every head."""
+    batch, heads, tokens, head_dim = w_shape
+    return 2 * batch * heads * tokens * tokens * head_dim // (2 if is_causal else 1)
+
+
+@register_flop_formula(torch.ops.crate_kernels.shared_attention_forward)
+def _forward_flops(w_shape: tuple[int, ...], scale: float, is_causal: bool, *_: Any, **__: Any) -> int:
+    return 2 * _product_flops(w_shape, is_causal)
+
+
+@register_flop_formula(torch.ops.crate_kernels.shared_attention_backward)
+def _backward_flops(
+    grad_shape: tuple[int, ...], w_shape: tuple[int, ...], out: Any, lse: Any, scale: float, is_causal: bool, *_: Any, **__: Any
+) -> int:
+    return 5 * _product_flops(w_shape, is_causal)

@@ -1,0 +1,74 @@
+"""What a CRATE-MAE model is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes and constants of a CRATE-MAE model, saved with its weights.
+
+    Attributes:
+        img_size: side of the square images in pixels, or (height, width). Sets the stored position table; the model
+            itself takes every size divisible by the patch.
+        patch_size: side of a patch in pixels.
+        in_chans: channels of the images.
+        embed_dim: width of the tokens, encoder and decoder alike.
+        depth: encoder layers.
+        num_heads: attention heads of an encoder layer.
+        decoder_depth: decoder layers.
+        decoder_num_heads: attention heads of a decoder layer.
+        lambd: sparsity weight of the ISTA steps. Official releases used 5.0 and later 0.5; the paper says 0.1.
+        step_size: step of the ISTA steps. 0.1 in the official code.
+        norm_pix_loss: standardise each target patch before it is compared.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    decoder_depth: int = 12
+    decoder_num_heads: int = 12
+    lambd: float = 0.5
+    step_size: float = 0.1
+    norm_pix_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.img_size, int):  # JSON has lists where we have tuples
+            object.__setattr__(self, "img_size", tuple(self.img_size))
+        for name in ("patch_size", "in_chans", "embed_dim", "num_heads", "decoder_num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("depth", "decoder_depth"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("num_heads", "decoder_num_heads"):
+            if self.embed_dim % getattr(self, name):
+                raise ValueError(f"{name}: expected a divisor of embed_dim {self.embed_dim}, got {getattr(self, name)}")
+        if self.embed_dim % 4:
+            raise ValueError(f"embed_dim: expected a multiple of 4 for sine-cosine positions, got {self.embed_dim}")
+        if self.lambd < 0:
+            raise ValueError(f"lambd: expected at least 0, got {self.lambd}")
+        if self.step_size <= 0:
+            raise ValueError(f"step_size: expected above 0, got {self.step_size}")
+        grid_of(self.image_shape, self.patch_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+
+
+def grid_of(image_shape: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches in an image of (height, width) pixels.
+
+    Raises:
+        ValueError: height or width is not a positive multiple of the patch.
+    """
+    height, width = image_shape
+    if height < 1 or width < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"images: expected height and width divisible by patch_size {patch_size}, got {height} x {width}")
+    return height // patch_size, width // patch_size

@@ -1,0 +1,30 @@
+"""Images for pre-training: folders of photographs, augmentation, batches, and the photographs shipped with the package."""
+
+from __future__ import annotations
+
+from crate_mae.data.batches import BatchSampler, PretrainImages, epoch_order, pretrain_loader
+from crate_mae.data.folder import IMAGE_SUFFIXES, FLOWERS, ImageFolder
+from crate_mae.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Normalization,
+    centre_crop,
+    image_to_tensor,
+    random_resized_crop,
+)
+
+__all__ = [
+    "FLOWERS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "IMAGE_SUFFIXES",
+    "BatchSampler",
+    "ImageFolder",
+    "Normalization",
+    "PretrainImages",
+    "centre_crop",
+    "epoch_order",
+    "image_to_tensor",
+    "pretrain_loader",
+    "random_resized_crop",
+]

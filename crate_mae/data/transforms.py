@@ -1,0 +1,92 @@
+"""Crops, flips and the change from stored pixels to what the model sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Size = tuple[int, int]
+"""(height, width), in the order of tensor dimensions."""
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: Size,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Image.Image:
+    """A random part of the image, resized to `size` with bicubic interpolation.
+
+    The part covers a fraction of the area uniform in `scale`, with width / height log-uniform in `ratio`. Ten draws
+    are tried for one that fits; failing that, the largest centred part whose ratio is nearest to `ratio` is taken.
+    """
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(rng.integers(width - crop_width + 1))
+            top = int(rng.integers(height - crop_height + 1))
+            return _resized_part(image, (left, top, crop_width, crop_height), size)
+    return _resized_part(image, _centred_part(image, min(max(width / height, ratio[0]), ratio[1])), size)
+
+
+def centre_crop(image: Image.Image, size: Size) -> Image.Image:
+    """The largest centred part with the aspect ratio of `size`, resized to it with bicubic interpolation."""
+    height, width = size
+    return _resized_part(image, _centred_part(image, width / height), size)
+
+
+def image_to_tensor(image: Image.Image) -> torch.Tensor:
+    """uint8 [channels, height, width]."""
+    pixels = np.array(image)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+
+class Normalization:
+    """Stored pixels to model input, (pixels / 255 - mean) / std for each channel, and back.
+
+    Works on uint8 [batch, channels, height, width], so that batches travel to the device at a byte a value.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise ValueError(f"{name}: expected {channels} values, one for each image channel, got {list(values)}")
+        if min(std) <= 0:
+            raise ValueError(f"std: expected positive values, got {list(std)}")
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels.float() / 255 - self.mean.to(pixels.device)) / self.std.to(pixels.device)
+
+    def inverse(self, images: torch.Tensor) -> torch.Tensor:
+        """Model input (any float dtype) back to uint8 pixels, values outside the range clipped."""
+        pixels = (images.float() * self.std.to(images.device) + self.mean.to(images.device)) * 255
+        return pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _centred_part(image: Image.Image, aspect: float) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of the largest centred part with width / height = aspect."""
+    width, height = image.size
+    part_width = max(1, min(width, round(height * aspect)))
+    part_height = max(1, min(height, round(width / aspect)))
+    return (width - part_width) // 2, (height - part_height) // 2, part_width, part_height
+
+
+def _resized_part(image: Image.Image, part: tuple[int, int, int, int], size: Size) -> Image.Image:
+    left, top, width, height = part
+    # Cropped first: resize's own `box` would let the filter reach for pixels outside the part.
+    cropped = image.crop((left, top, left + width, top + height))
+    return cropped.resize((size[1], size[0]), Image.Resampling.BICUBIC)

@@ -1,0 +1,241 @@
+"""CRATE-MAE (arXiv 2404.02446): a masked autoencoder of compressing (MSSA) and sparsifying (ISTA) layers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crate_kernels import ISTA, MSSA
+from crate_mae.config import ModelConfig, grid_of
+from crate_mae.patches import patchify, removed_patches, unpatchify
+from crate_mae.positions import sine_cosine
+
+# In official checkpoints, and never used by the official code.
+UNUSED_OFFICIAL_ENTRIES = ("pos_embed", "decoder_embed.weight", "decoder_embed.bias")
+FINAL_NORM_EPS = 1e-6
+
+
+class MAEOutput(NamedTuple):
+    """loss: scalar. pred: [batch, patches, patch_size**2 * channels]. mask: [batch, patches], 1 where removed."""
+
+    loss: Tensor
+    pred: Tensor
+    mask: Tensor
+
+
+class PreNorm(nn.Module):
+    """A LayerNorm and the step it precedes, under their official names; the step does both at once."""
+
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fn = fn
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.fn(x, norm=self.norm, **kwargs)
+
+
+class DecoderStep(nn.Module):
+    """The decoder's step back from a sparse code, linear: x W^T."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim))
+        nn.init.kaiming_uniform_(self.weight)
+
+    def forward(self, x: Tensor, *, norm: nn.LayerNorm) -> Tensor:
+        return F.linear(norm(x), self.weight)
+
+
+class EncoderBlock(nn.Module):
+    """z = x + MSSA(LN x); out = ISTA(LN z)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, heads = config.embed_dim, config.num_heads
+        attention = PreNorm(width, MSSA(width, heads, width // heads))
+        sparsify = PreNorm(width, ISTA(width, config.step_size, config.lambd))
+        self.layers = nn.ModuleList([nn.ModuleList([attention, sparsify])])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention, sparsify in self.layers:
+            x = sparsify(attention(x, residual=x))
+        return x
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Attention weights [batch, heads, tokens, tokens] of this layer on its input x."""
+        return self.layers[0][0](x, return_attention=True)
+
+
+class DecoderBlock(nn.Module):
+    """g = LN(x) W^T; out = g - MSSA(LN g)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, heads = config.embed_dim, config.decoder_num_heads
+        attention = PreNorm(width, MSSA(width, heads, width // heads))
+        self.layers = nn.ModuleList([nn.ModuleList([PreNorm(width, DecoderStep(width)), attention])])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for densify, attention in self.layers:
+            x = densify(x)
+            x = attention(x, residual=x, subtract=True)
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """Images [batch, channels, height, width] -> tokens [batch, patches, width]: one linear map a patch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class CrateMAE(nn.Module):
+    """CRATE-MAE with the official parameter names and initialisation; build one with ``crate_mae.create_model``.
+
+    The encoder sees every token: mask tokens stand in for removed patches before its first layer. Position is the fixed
+    sine-cosine table ``decoder_pos_embed`` (its official name), added once, before the encoder. An official state dict
+    loads with ``strict=True``: its entries that nothing uses are dropped by name.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.embed_dim
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer(
+            "decoder_pos_embed", sine_cosine(grid_of(config.image_shape, config.patch_size), width)
+        )
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=FINAL_NORM_EPS)
+        self.decoder_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=FINAL_NORM_EPS)
+        self.decoder_pred = nn.Linear(width, config.patch_size**2 * config.in_chans)
+        self._initialise()
+        self.register_load_state_dict_pre_hook(_drop_unused_official_entries)
+
+    def _initialise(self) -> None:
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> MAEOutput:
+        """Remove patches, reconstruct them, and measure how well.
+
+        Args:
+            images: [batch, channels, height, width]; height and width divisible by the patch.
+            mask_ratio: share of patches removed, at least 0 and below 1.
+            noise: [batch, patches]; the patches with the most noise are removed. Uniform random if None.
+
+        Returns:
+            loss: mean squared error a patch, averaged over the removed patches; over all patches where none is removed.
+            pred: every patch as the model reconstructs it (in units of its standardised pixels with ``norm_pix_loss``).
+            mask: 1 where a patch was removed.
+
+        Raises:
+            ValueError: images, mask_ratio or noise do not fit.
+        """
+        patches = self._patches(images)
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio: expected at least 0 and below 1, got {mask_ratio}")
+        if noise is None:
+            noise = torch.rand(images.shape[0], patches, device=images.device)
+        elif tuple(noise.shape) != (images.shape[0], patches):
+            raise ValueError(
+                f"noise: expected [batch, patches] ({images.shape[0]}, {patches}), got shape {tuple(noise.shape)}"
+            )
+        mask = removed_patches(noise, mask_ratio)
+        pred = self._decode(self._encode(self._embed(images, mask)))
+        return MAEOutput(self._loss(images, pred, mask), pred, mask)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens [batch, 1 + patches, width] after the encoder's final norm, no patch removed; the class token is first."""
+        self._patches(images)
+        return self._encode(self._embed(images))
+
+    def attention_map(self, images: Tensor, layer: int = -1) -> Tensor:
+        """Attention weights [batch, heads, tokens, tokens] of one encoder layer on whole images; negative layers count back.
+
+        Raises:
+            IndexError: there is no such layer.
+        """
+        self._patches(images)
+        depth = len(self.blocks)
+        if not -depth <= layer < depth:
+            raise IndexError(f"layer: expected {-depth} to {depth - 1}, got {layer}")
+        x = self._embed(images)
+        for block in self.blocks[: layer % depth]:
+            x = block(x)
+        return self.blocks[layer].attention(x)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """[batch, channels, height, width] -> [batch, patches, patch_size**2 * channels]."""
+        return patchify(images, self.config.patch_size)
+
+    def unpatchify(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The inverse of ``patchify``; ``grid`` is (rows, columns) of patches, the configured image's if None."""
+        return unpatchify(patches, self.config.patch_size, grid or self._configured_grid)
+
+    @property
+    def _configured_grid(self) -> tuple[int, int]:
+        return grid_of(self.config.image_shape, self.config.patch_size)
+
+    def _patches(self, images: Tensor) -> int:
+        """Check the images; return how many patches each has."""
+        if images.ndim != 4 or images.shape[1] != self.config.in_chans:
+            raise ValueError(
+                f"images: expected [batch, {self.config.in_chans} channels, height, width], got shape {tuple(images.shape)}"
+            )
+        rows, columns = grid_of(tuple(images.shape[-2:]), self.config.patch_size)
+        return rows * columns
+
+    def _embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.patch_embed(images)
+        if mask is not None:
+            x = torch.where(mask.bool().unsqueeze(-1), self.mask_token, x)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return x + self._positions(images)
+
+    def _positions(self, images: Tensor) -> Tensor:
+        grid = grid_of(tuple(images.shape[-2:]), self.config.patch_size)
+        if grid == self._configured_grid:
+            return self.decoder_pos_embed
+        return sine_cosine(grid, self.config.embed_dim).to(self.decoder_pos_embed)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def _loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        target = self.patchify(images)
+        if self.config.norm_pix_loss:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        error = (pred - target).square().mean(dim=-1)
+        removed = mask.sum()
+        return torch.where(removed > 0, (error * mask).sum() / removed.clamp_min(1), error.mean())
+
+
+def _drop_unused_official_entries(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in UNUSED_OFFICIAL_ENTRIES:
+        state.pop(prefix + name, None)

@@ -1,0 +1,33 @@
+"""Pre-training of CRATE-MAE by masked reconstruction."""
+
+from __future__ import annotations
+
+from crate_mae.training.config import (
+    ImagesConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RunConfig,
+    ScheduleConfig,
+    demo_config,
+)
+from crate_mae.training.loop import NonFiniteLoss, PretrainResult, RunStopped, pretrain
+from crate_mae.training.optimizer import build_optimizer
+from crate_mae.training.schedule import warmup_cosine
+from crate_mae.training.validation import Validation, ValidationErrors
+
+__all__ = [
+    "ImagesConfig",
+    "NonFiniteLoss",
+    "OptimizerConfig",
+    "PretrainConfig",
+    "PretrainResult",
+    "RunConfig",
+    "RunStopped",
+    "ScheduleConfig",
+    "Validation",
+    "ValidationErrors",
+    "build_optimizer",
+    "demo_config",
+    "pretrain",
+    "warmup_cosine",
+]

@@ -1,0 +1,150 @@
+"""What a pre-training run is made of. The field docstrings are the help texts of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from crate_mae.config import ModelConfig
+from crate_mae.data import IMAGENET_MEAN, IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """Images: normalisation, augmentation, loading"""
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Mean of each channel, of pixels in [0, 1]; taken off the input."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Standard deviation of each channel; the input is divided by it."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Least and largest fraction of an image's area that a random crop covers."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and largest width / height of a random crop."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    val_fraction: float = 0.1
+    """Fraction of the images held out for validation where no folder for it is given; 0 for none."""
+    cache_mb: int = 512
+    """Decode images once and keep them if they take less than this many MiB; 0 decodes them each time."""
+    num_workers: int = 0
+    """Processes that load images beside the training one."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer: AdamW"""
+
+    base_lr: float = 1.5e-4
+    """Peak learning rate for a batch of 256; the rate used is base_lr * batch_size / 256."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; biases, norms and tokens have none."""
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient, longer ones are shortened to it; 0 never shortens."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Schedule: linear warm-up, then cosine, changing at every step"""
+
+    epochs: int = 800
+    """Passes over the training images."""
+    warmup_epochs: float = 40.0
+    """Epochs in which the learning rate climbs from 0 to its peak."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    batch_size: int = 64
+    """Images a step."""
+    mask_ratio: float = 0.75
+    """Fraction of the patches removed from an image."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run: device, precision, what is written and when"""
+
+    device: str = "auto"
+    """"auto" (CUDA where there is one), or a torch device such as "cpu" or "cuda:1"."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """"bfloat16" is autocast; "auto" takes it on CUDA and on CPUs with bfloat16 instructions."""
+    seed: int = 0
+    """Fixes initial weights, order, crops and masks."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = 10
+    """Epochs between validations, after each of which the run is saved."""
+    pictures: int = 8
+    """Validation images shown in reconstructions.png."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What to learn from and where to keep the result"""
+
+    out: Path
+    """Folder for metrics.jsonl, config.json, model.safetensors, state.pt and reconstructions.png."""
+    data: Path | None = None
+    """Folder of images to train on, flat or with class sub-folders; without it, the photographs shipped with the package."""
+    val: Path | None = None
+    """Folder of images to validate on; without it, a part of the training images is held out."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.images.crop_scale, "images.crop_scale", lambda v: 0 < v[0] <= v[1] <= 1, "0 < least <= largest <= 1")
+        _require(self.images.crop_ratio, "images.crop_ratio", lambda v: 0 < v[0] <= v[1], "0 < least <= largest")
+        _require(self.images.val_fraction, "images.val_fraction", lambda v: 0 <= v < 1, "0 <= fraction < 1")
+        _require(self.images.cache_mb, "images.cache_mb", lambda v: v >= 0, "0 or more")
+        _require(self.images.num_workers, "images.num_workers", lambda v: v >= 0, "0 or more")
+        _require(self.optimizer.base_lr, "optimizer.base_lr", lambda v: v > 0, "a positive number")
+        _require(self.optimizer.weight_decay, "optimizer.weight_decay", lambda v: v >= 0, "0 or more")
+        _require(self.optimizer.clip_grad, "optimizer.clip_grad", lambda v: v >= 0, "0 or more")
+        _require(self.schedule.epochs, "schedule.epochs", lambda v: v >= 1, "1 or more")
+        _require(self.schedule.warmup_epochs, "schedule.warmup_epochs", lambda v: v >= 0, "0 or more")
+        _require(self.schedule.batch_size, "schedule.batch_size", lambda v: v >= 1, "1 or more")
+        _require(self.schedule.mask_ratio, "schedule.mask_ratio", lambda v: 0 < v < 1, "0 < ratio < 1")
+        _require(self.run.seed, "run.seed", lambda v: v >= 0, "0 or more")
+        _require(self.run.log_every, "run.log_every", lambda v: v >= 1, "1 or more")
+        _require(self.run.save_every, "run.save_every", lambda v: v >= 1, "1 or more")
+        _require(self.run.pictures, "run.pictures", lambda v: v >= 1, "1 or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for config.json, in the form that `--config` takes."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def demo_config(out: Path) -> PretrainConfig:
+    """A CRATE-MAE small enough to learn the shipped photographs on two CPU cores within four minutes."""
+    return PretrainConfig(
+        out=out,
+        model=ModelConfig(
+            img_size=64,
+            patch_size=8,
+            embed_dim=128,
+            depth=4,
+            num_heads=4,
+            decoder_depth=1,
+            decoder_num_heads=4,
+            lambd=0.1,
+        ),
+        # Models this small profit from a far higher rate, and from many small steps, than the published recipes use.
+        optimizer=OptimizerConfig(base_lr=0.032),
+        schedule=ScheduleConfig(epochs=60, warmup_epochs=3, batch_size=16),
+        # Casting costs narrow layers more on a CPU than bfloat16 saves them.
+        run=RunConfig(precision="bfloat16" if torch.cuda.is_available() else "float32", log_every=34),
+    )
+
+
+def _require(value: Any, name: str, holds: Any, expected: str) -> None:
+    if not holds(value):
+        raise ValueError(f"{name}: expected {expected}, got {value}")

@@ -1,0 +1,99 @@
+"""metrics.jsonl: one JSON object a line, appended as the run goes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from crate_mae.training.files import replaced
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl. Every line has `step`, the number of optimiser steps taken by then."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, **values: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def drop_after(self, step: int) -> None:
+        """Forget what a run logged between its last saved state and its end; the resumed run logs it again."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            with replaced(self.path) as temporary:
+                kept = [line for line in lines if _step_of(line) <= step]
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+class StepAverages(NamedTuple):
+    """Means over the steps since the last reading."""
+
+    loss: float
+    grad_norm: float
+    images_per_second: float
+
+
+class StepMeter:
+    """Gathers losses and gradient norms on the device, and reads them back only when asked.
+
+    Reading a number from a GPU waits for all work queued there, so it is done once every so many steps; a value that
+    is not finite is still traced to the step it came from.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._values: list[torch.Tensor] = []
+        self._images = 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self._started = time.perf_counter()
+
+    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, images: int) -> None:
+        self._steps.append(step)
+        self._values.append(torch.stack([loss.detach().float(), grad_norm.detach().float()]))
+        self._images += images
+
+    def read(self) -> StepAverages | None:
+        """The averages, or None if no step was taken since the last reading.
+
+        Raises:
+            NonFiniteLoss: a loss or gradient norm was NaN or infinite.
+        """
+        if not self._steps:
+            return None
+        rows = torch.stack(self._values).tolist()
+        for step, (loss, grad_norm) in zip(self._steps, rows, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise NonFiniteLoss(step, loss, grad_norm)
+        elapsed = time.perf_counter() - self._started
+        losses, grad_norms = zip(*rows, strict=True)
+        averages = StepAverages(sum(losses) / len(rows), sum(grad_norms) / len(rows), self._images / elapsed)
+        self._steps, self._values, self._images = [], [], 0
+        self.restart_clock()
+        return averages
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training broke down: the loss or the gradient of `step` is NaN or infinite."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float) -> None:
+        super().__init__(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}; "
+            "try a lower --optimizer.base_lr, a longer --schedule.warmup_epochs or --run.precision float32"
+        )
+        self.step = step
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf  # a line cut short when the machine went down

@@ -1,0 +1,24 @@
+"""AdamW with decay on matrices only."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from crate_mae.training.config import OptimizerConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, batch_size: int) -> torch.optim.AdamW:
+    """AdamW at base_lr * batch_size / 256, without decay on biases, norms and the class and mask tokens."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [parameter for name, parameter in trained if _is_matrix(name, parameter)]
+    others = [parameter for name, parameter in trained if not _is_matrix(name, parameter)]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.base_lr * batch_size / 256, betas=config.betas)
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1 and not name.endswith("_token")

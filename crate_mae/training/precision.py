@@ -1,0 +1,38 @@
+"""Where a run computes, and in which precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"run.device: {name!r} is no torch device") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"run.device: {name!r} asked for, but torch finds no CUDA device")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """ "auto" made definite: bfloat16 where the hardware multiplies it, else float32."""
+    if name != "auto":
+        return name
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
+    return "bfloat16" if native else "float32"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 products; without them autocast is slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()

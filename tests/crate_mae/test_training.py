@@ -1,0 +1,429 @@
+"""The pre-training run and its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import crate_mae
+from crate_mae.config import ModelConfig
+from crate_mae.data import FLOWERS, IMAGENET_MEAN, IMAGENET_STD, ImageFolder, Normalization
+from crate_mae.model import CrateMAE
+from crate_mae.training import (
+    ImagesConfig,
+    NonFiniteLoss,
+    OptimizerConfig,
+    PretrainConfig,
+    RunConfig,
+    RunStopped,
+    ScheduleConfig,
+    Validation,
+    build_optimizer,
+    demo_config,
+    pretrain,
+    warmup_cosine,
+)
+from crate_mae.training.files import replaced
+from crate_mae.training.loop import RUN_FILES
+from crate_mae.training.metrics import StepMeter
+from crate_mae.training.precision import choose_device, choose_precision
+from crate_mae.training.validation import CentreCropped, mean_visible_colour, mean_visible_patch
+
+TINY = ModelConfig(
+    img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_num_heads=2, lambd=0.1
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small lose more to handing out work than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """12 small smooth pictures, 4 batches of 3."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        corners = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
+        corners.resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{index:02}.png")
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, photographs: Path) -> PretrainConfig:
+    return PretrainConfig(
+        out=tmp_path / "run",
+        data=photographs,
+        val=photographs,
+        model=TINY,
+        optimizer=OptimizerConfig(base_lr=0.2),
+        schedule=ScheduleConfig(epochs=3, warmup_epochs=1, batch_size=3),
+        run=RunConfig(device="cpu", precision="float32", log_every=2, save_every=1, pictures=2),
+    )
+
+
+def metric_lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return crate_mae.load_model(out).state_dict()
+
+
+def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """The signal arrives in the middle of the step after `step`."""
+    calls = iter(range(10**9))
+    forward = CrateMAE.forward
+
+    def interrupted_forward(self, *args, **kwargs):
+        if self.training and next(calls) == step:
+            signal.raise_signal(number)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(CrateMAE, "forward", interrupted_forward)
+
+
+class TestSchedule:
+    def test_climbs_then_falls_along_half_a_cosine(self):
+        rates = [warmup_cosine(step, peak=2.0, final=0.5, warmup_steps=4, total_steps=15) for step in range(15)]
+        assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+        assert rates[4] == 2.0
+        assert rates[9] == pytest.approx(1.25)
+        assert rates[-1] == pytest.approx(0.5)
+        assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+
+    def test_without_warmup_starts_at_the_peak(self):
+        assert warmup_cosine(0, peak=1.0, final=0.0, warmup_steps=0, total_steps=10) == 1.0
+
+
+class TestOptimizer:
+    def test_decays_matrices_only(self):
+        model = CrateMAE(TINY)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        optimizer = build_optimizer(model, OptimizerConfig(base_lr=1e-3, weight_decay=0.1), batch_size=512)
+        decayed, others = optimizer.param_groups
+        assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+        assert decayed["lr"] == pytest.approx(2e-3)
+        assert decayed["betas"] == (0.9, 0.95)
+        decayed, others = ({names[id(parameter)] for parameter in group["params"]} for group in (decayed, others))
+        assert decayed | others == {name for name, p in model.named_parameters() if p.requires_grad}
+        assert {"cls_token", "mask_token", "norm.weight", "decoder_pred.bias", "patch_embed.proj.bias"} <= others
+        assert {"patch_embed.proj.weight", "decoder_pred.weight", "blocks.0.layers.0.1.fn.weight"} <= decayed
+        assert not any("norm" in name or name.endswith("bias") for name in decayed)
+
+
+class TestPrecision:
+    def test_auto_takes_bfloat16_only_where_the_cpu_multiplies_it(self, monkeypatch):
+        cpu = torch.device("cpu")
+        for capability, chosen in (("amx_bf16", "bfloat16"), ("avx512_bf16", "bfloat16"), ("avx512_f", "float32")):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True})
+            assert choose_precision("auto", cpu) == chosen
+        assert choose_precision("bfloat16", cpu) == "bfloat16"
+
+    def test_devices_that_are_not_there(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert choose_device("auto").type == "cpu"
+        with pytest.raises(ValueError, match="CUDA"):
+            choose_device("cuda")
+        with pytest.raises(ValueError, match=r"run\.device"):
+            choose_device("abacus")
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("group", "bad"),
+        [
+            (ImagesConfig(crop_scale=(0.0, 1.0)), "images.crop_scale"),
+            (ImagesConfig(val_fraction=1.0), "images.val_fraction"),
+            (OptimizerConfig(base_lr=0.0), "optimizer.base_lr"),
+            (ScheduleConfig(mask_ratio=1.0), "schedule.mask_ratio"),
+            (ScheduleConfig(epochs=0), "schedule.epochs"),
+            (RunConfig(seed=-1), "run.seed"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_settings_out_of_range_are_named(self, group, bad):
+        with pytest.raises(ValueError, match=bad):
+            PretrainConfig(out=Path("run"), **{bad.split(".")[0]: group})
+
+    def test_demo_learns_from_the_shipped_photographs(self):
+        demo = demo_config(Path("run"))
+        assert demo.data is None and demo.val is None
+        assert demo.model.image_shape == (64, 64)
+
+
+class TestValidation:
+    def make(self, folder: ImageFolder, **settings) -> Validation:
+        normalization = Normalization(IMAGENET_MEAN, IMAGENET_STD, 3)
+        images = CentreCropped(folder, (32, 32))
+        return Validation(images, normalization, **{"patches": 16, "mask_ratio": 0.75, "batch_size": 5, "seed": 0, **settings})
+
+    def test_repeats_exactly_whatever_the_global_seed(self, photographs):
+        model, validation = CrateMAE(TINY), self.make(ImageFolder(photographs))
+        first = validation(model)
+        torch.manual_seed(123)
+        assert validation(model) == first
+        assert model.training
+
+    def test_batch_size_does_not_matter(self, photographs):
+        model, folder = CrateMAE(TINY), ImageFolder(photographs)
+        assert self.make(folder, batch_size=12)(model) == pytest.approx(self.make(folder, batch_size=5)(model))
+
+    def test_loss_is_the_models_own_over_the_whole_set(self, photographs):
+        model, validation = CrateMAE(TINY), self.make(ImageFolder(photographs))
+        images = validation.normalization(torch.stack([validation.images[index] for index in range(12)]))
+        loss = model(images, mask_ratio=0.75, noise=validation.noise).loss
+        assert validation(model).val_loss == pytest.approx(loss.item(), rel=1e-5)
+
+    def test_mean_fill_is_the_better_of_mean_patch_and_mean_colour(self, photographs):
+        model, validation = CrateMAE(TINY), self.make(ImageFolder(photographs))
+        patch_errors, colour_errors = [], []
+        for index, noise in enumerate(validation.noise):
+            target = model.patchify(validation.normalization(validation.images[index][None]))[0].view(16, 64, 3)
+            order = noise.argsort()
+            visible, removed = target[order[:4]], target[order[4:]]
+            patch_errors.append(((removed - visible.mean(0)) ** 2).mean())
+            colour_errors.append(((removed - visible.mean((0, 1))) ** 2).mean())
+        expected = min(torch.stack(patch_errors).mean().item(), torch.stack(colour_errors).mean().item())
+        assert validation(model).mean_fill_loss == pytest.approx(expected, rel=1e-5)
+
+    def test_means_of_visible_patches(self):
+        target = torch.tensor([[[1.0, 10, 3, 30], [5, 50, 7, 70], [9, 90, 9, 90]]])
+        mask = torch.tensor([[0.0, 0.0, 1.0]])
+        assert mean_visible_patch(target, mask).tolist() == [[[3.0, 30, 5, 50]]]
+        assert mean_visible_colour(target, mask, channels=2).tolist() == [[[4.0, 40, 4, 40]]]
+
+    def test_standardised_predictions_are_compared_in_pixels(self, photographs):
+        """A model that predicts zeros up to mean and deviation errs by just the variance of the removed patches."""
+        model = CrateMAE(dataclasses.replace(TINY, norm_pix_loss=True))
+        torch.nn.init.zeros_(model.decoder_pred.weight)
+        validation = self.make(ImageFolder(photographs))
+        images = validation.normalization(torch.stack([validation.images[index] for index in range(12)]))
+        mask = model(images, noise=validation.noise).mask
+        spread = model.patchify(images).var(-1, unbiased=False)
+        assert validation(model).val_loss == pytest.approx(((spread * mask).sum() / mask.sum()).item(), rel=1e-5)
+
+
+class TestRun:
+    def test_learns_and_leaves_its_files(self, config):
+        config = dataclasses.replace(config, schedule=ScheduleConfig(epochs=12, warmup_epochs=1, batch_size=3))
+        result = pretrain(config)
+
+        assert {path.name for path in config.out.iterdir()} == set(RUN_FILES)
+        lines = metric_lines(config.out)
+        steps = [line for line in lines if "loss" in line]
+        epochs = [line for line in lines if "val_loss" in line]
+        assert [line["step"] for line in steps] == list(range(2, 49, 2))
+        assert steps[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second"}
+        assert [line["epoch"] for line in epochs] == list(range(1, 13))
+        assert len({line["mean_fill_loss"] for line in epochs}) == 1
+        assert epochs[-1]["val_loss"] < 0.85 * epochs[0]["val_loss"]
+        assert result.steps == 48
+        assert result.errors.val_loss == epochs[-1]["val_loss"]
+        assert Image.open(config.out / "reconstructions.png").height > 2 * 128
+
+    def test_the_saved_model_is_the_one_validated(self, config):
+        result = pretrain(config)
+        model = crate_mae.load_model(config.out)
+        validation = Validation(
+            CentreCropped(ImageFolder(config.data), (32, 32)),
+            Normalization(IMAGENET_MEAN, IMAGENET_STD, 3),
+            patches=16,
+            mask_ratio=0.75,
+            batch_size=3,
+            seed=0,
+        )
+        assert validation(model) == result.errors
+
+    def test_same_seed_same_weights_other_seed_others(self, config, tmp_path):
+        runs = {}
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            torch.manual_seed(ord(name))
+            pretrain(dataclasses.replace(config, out=tmp_path / name, run=dataclasses.replace(config.run, seed=seed)))
+            runs[name] = weights(tmp_path / name)
+        assert_same_weights(runs["a"], runs["b"])
+        assert not torch.equal(runs["a"]["decoder_pred.weight"], runs["c"]["decoder_pred.weight"])
+
+    @pytest.mark.parametrize(
+        ("step", "num_workers"), [(0, 0), (3, 0), (6, 1)], ids=["first step", "end of an epoch", "inside an epoch, worker"]
+    )
+    def test_interrupted_and_resumed_ends_with_the_same_weights(self, config, tmp_path, monkeypatch, step, num_workers):
+        config = dataclasses.replace(config, images=ImagesConfig(num_workers=num_workers))
+        whole = dataclasses.replace(config, out=tmp_path / "whole")
+        pretrain(whole)
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, step)
+            with pytest.raises(RunStopped, match=f"step {step + 1} of 12"):
+                pretrain(config)
+        torch.manual_seed(99)
+        pretrain(config, resume=True)
+
+        assert_same_weights(weights(whole.out), weights(config.out))
+        assert [(line["step"], line.get("val_loss")) for line in metric_lines(config.out) if "val_loss" in line] == [
+            (line["step"], line.get("val_loss")) for line in metric_lines(whole.out) if "val_loss" in line
+        ]
+
+    def test_a_run_killed_between_saves_resumes_from_the_last_one(self, config, tmp_path, monkeypatch):
+        whole = dataclasses.replace(config, out=tmp_path / "whole")
+        pretrain(whole)
+        forward, calls = CrateMAE.forward, iter(range(10**9))
+
+        def dying_forward(self, *args, **kwargs):
+            if self.training and next(calls) == 7:
+                raise MemoryError
+            return forward(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CrateMAE, "forward", dying_forward)
+            with pytest.raises(MemoryError):
+                pretrain(config)
+        with (config.out / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 7, "lo')
+        pretrain(config, resume=True)
+
+        assert_same_weights(weights(whole.out), weights(config.out))
+        assert [line["step"] for line in metric_lines(config.out) if "loss" in line] == [2, 4, 6, 8, 10, 12]
+
+    def test_termination_saves_too_and_handlers_come_back(self, config, monkeypatch):
+        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        interrupt_after(monkeypatch, 1, signal.SIGTERM)
+        with pytest.raises(RunStopped):
+            pretrain(config)
+        assert (config.out / "state.pt").exists()
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+    def test_a_finished_run_can_be_resumed_for_longer(self, config):
+        pretrain(config)
+        longer = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, epochs=4))
+        assert pretrain(longer, resume=True).steps == 16
+
+    def test_resuming_a_finished_run_reports_it_again(self, config):
+        first = pretrain(config)
+        assert pretrain(config, resume=True) == first
+
+    def test_another_runs_folder_is_refused_kept_or_overwritten(self, config):
+        pretrain(config)
+        before = (config.out / "metrics.jsonl").read_text()
+        with pytest.raises(FileExistsError, match="--resume .* --overwrite"):
+            pretrain(config)
+        assert (config.out / "metrics.jsonl").read_text() == before
+        (config.out / "notes.txt").write_text("mine")
+        pretrain(config, overwrite=True)
+        assert len(metric_lines(config.out)) == len(before.splitlines())
+        assert (config.out / "notes.txt").read_text() == "mine"
+
+    def test_nothing_to_resume(self, config):
+        with pytest.raises(FileNotFoundError, match="nothing to resume"):
+            pretrain(config, resume=True)
+
+    @pytest.mark.parametrize(
+        ("group", "change"),
+        [("run", {"seed": 1}), ("schedule", {"batch_size": 4}), ("model", {"lambd": 0.2})],
+        ids=["seed", "batch size", "model"],
+    )
+    def test_a_resumed_run_keeps_what_its_steps_rest_on(self, config, group, change):
+        pretrain(config)
+        other = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **change)})
+        with pytest.raises(ValueError, match=rf"{group}\.{next(iter(change))}"):
+            pretrain(other, resume=True)
+
+    def test_resuming_on_other_images_is_refused(self, config):
+        pretrain(config)
+        (config.data / "00.png").rename(config.data / "99.png")
+        with pytest.raises(ValueError, match="other images"):
+            pretrain(config, resume=True)
+
+    def test_a_diverging_run_names_the_step_and_keeps_the_last_good_state(self, config, monkeypatch):
+        forward, calls = CrateMAE.forward, iter(range(1, 10**9))
+
+        def diverging_forward(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            return output._replace(loss=output.loss * math.nan) if self.training and next(calls) == 7 else output
+
+        monkeypatch.setattr(CrateMAE, "forward", diverging_forward)
+        with pytest.raises(NonFiniteLoss, match=r"step 7: loss nan.*base_lr.*last good state.*state\.pt") as raised:
+            pretrain(config)
+        assert raised.value.step == 7
+        state = torch.load(config.out / "state.pt", weights_only=True)
+        assert state["step"] == 4
+        assert all(torch.isfinite(value).all() for value in weights(config.out).values())
+
+    def test_a_gradient_that_overflows_counts_as_diverging(self):
+        meter = StepMeter()
+        meter.add(3, torch.tensor(1.0), torch.tensor(0.5), images=2)
+        meter.add(4, torch.tensor(1.0), torch.tensor(math.inf), images=2)
+        with pytest.raises(NonFiniteLoss, match="step 4"):
+            meter.read()
+
+    def test_validation_images_are_held_out_of_the_only_folder(self, config):
+        config = dataclasses.replace(config, val=None, images=ImagesConfig(val_fraction=0.25))
+        result = pretrain(config)
+        assert result.steps == 9  # 3 of the 12 images are held out
+        assert result.errors is not None
+
+    def test_without_validation_there_is_still_a_picture(self, config):
+        config = dataclasses.replace(config, val=None, images=ImagesConfig(val_fraction=0.0))
+        assert pretrain(config).errors is None
+        assert (config.out / "reconstructions.png").exists()
+
+    def test_bfloat16_autocast_trains(self, config):
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision="bfloat16"))
+        losses = [line["loss"] for line in metric_lines(pretrain(config).out) if "loss" in line]
+        assert all(map(math.isfinite, losses))
+
+    def test_wide_grey_images(self, config):
+        model = dataclasses.replace(TINY, img_size=(16, 40), in_chans=1)
+        config = dataclasses.replace(config, model=model, images=ImagesConfig(mean=(0.5,), std=(0.25,)))
+        assert pretrain(config).steps == 12
+
+    def test_masks_must_leave_something_visible(self, config):
+        config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, mask_ratio=0.95))
+        with pytest.raises(ValueError, match=r"mask_ratio.*visible"):
+            pretrain(config)
+
+    def test_without_folders_the_shipped_photographs_are_used(self, config):
+        config = dataclasses.replace(
+            config, data=None, val=None, schedule=ScheduleConfig(epochs=1, warmup_epochs=0, batch_size=275)
+        )
+        result = pretrain(config)
+        assert result.steps == 2
+        assert FLOWERS.is_dir()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_demo_model_trains_on_a_gpu(tmp_path):
+    demo = demo_config(tmp_path / "run")
+    demo = dataclasses.replace(demo, schedule=dataclasses.replace(demo.schedule, epochs=3))
+    result = pretrain(demo)
+    losses = [line["loss"] for line in metric_lines(result.out) if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replaced(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
