@@ -7,7 +7,6 @@ algebra in standard PyTorch calls; ``triton`` is our kernels. Left alone, CUDA t
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -20,6 +19,10 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("reference", "composed", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Read once, at import: torch.compile can then trace the choice, and Triton reads its variable no later than this.
+_TRITON_INSTALLED = find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _checked(name: str, source: str) -> str | None:
@@ -56,38 +59,33 @@ def use(implementation: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose(tensor: Tensor, dtype: torch.dtype) -> str:
+def choose(tensor: Tensor, dtype: torch.dtype, obstacle: str | None = None) -> str:
     """The implementation for an operator whose input is ``tensor`` and whose products run in ``dtype``.
+
+    ``obstacle`` says in words what about the operator's own arguments its Triton kernels cannot take, if anything.
 
     Raises:
         RuntimeError: the forced implementation cannot run here; there is no silent fallback.
     """
-    obstacle = _obstacle_to_triton(tensor.device.type, dtype)
+    device = tensor.device.type
+    obstacle = obstacle or _obstacle_to_triton(device, dtype)
     if _forced == "triton" and obstacle:
         raise RuntimeError(f"the triton implementation was forced, but {obstacle}")
-    return _forced or ("composed" if obstacle else "triton")
+    if _forced is not None:
+        return _forced
+    # Triton's interpreter proves kernels on a CPU; it is never what a CPU should run.
+    return "triton" if device == "cuda" and obstacle is None else "composed"
 
 
-@torch.compiler.assume_constant_result
 def _obstacle_to_triton(device_type: str, dtype: torch.dtype) -> str | None:
     """What keeps the Triton kernels from running, in words; None where nothing does."""
     if dtype not in TRITON_DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {dtype}"
-    if device_type != "cuda" and not (device_type == "cpu" and _interpreting()):
+    if device_type != "cuda" and not (device_type == "cpu" and _INTERPRETING):
         return f"its kernels need CUDA tensors (or TRITON_INTERPRET=1 on the CPU), got a tensor on {device_type}"
-    if not _triton_is_installed():
+    if not _TRITON_INSTALLED:
         return "the triton package is not installed"
     return None
-
-
-@functools.cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
-
-
-def _interpreting() -> bool:
-    # Compared as Triton compares it, without importing Triton.
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def load(operator: str, implementation: str) -> ModuleType:

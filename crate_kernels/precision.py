@@ -14,6 +14,20 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+def _dtypes_the_cpu_multiplies() -> tuple[torch.dtype, ...]:
+    """16-bit dtypes this CPU has matrix instructions for. Known of x86 on Linux; elsewhere nothing is claimed."""
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            flags = next((set(line.split()) for line in cpuinfo if line.startswith("flags")), set())
+    except OSError:
+        return ()
+    instructions = {torch.bfloat16: {"amx_bf16", "avx512_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
+    return tuple(dtype for dtype, names in instructions.items() if flags & names)
+
+
+_CPU_MULTIPLIES = _dtypes_the_cpu_multiplies()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the operands of an operator on ``x``: the autocast dtype where autocast is on, else x's own.
 
@@ -31,37 +45,20 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     ``x.dtype``, except for 16-bit operands on a CPU without 16-bit matrix instructions, where PyTorch emulates them:
     there float32 is 3 times (bfloat16) to 100 times (float16) faster, and no less accurate.
     """
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _cpu_multiplies(x.dtype):
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and x.dtype not in _CPU_MULTIPLIES:
         return torch.float32
     return x.dtype
 
 
-@torch.compiler.assume_constant_result
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    """The CPU has matrix instructions for this 16-bit dtype. Known of x86 on Linux; elsewhere nothing is claimed."""
-    flags = _cpu_flags()
-    return bool(flags & ({"amx_bf16", "avx512_bf16"} if dtype == torch.bfloat16 else {"amx_fp16", "avx512_fp16"}))
+def undisturbed(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """``function`` with its first tensor's device current, and autocast off: operands come in the dtype to multiply in.
 
-
-@functools.cache
-def _cpu_flags() -> set[str]:
-    try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            return next((set(line.split()) for line in cpuinfo if line.startswith("flags")), set())
-    except OSError:
-        return set()
-
-
-def without_autocast(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """``function`` with autocast off inside: its operands already have the dtype they shall be multiplied in.
-
-    The first argument is a tensor on the device in question. Needed in backwards too: ``loss.backward()`` may be called
-    inside an autocast block.
+    Needed in backwards too: ``loss.backward()`` may be called inside an autocast block.
     """
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with torch.autocast(args[0].device.type, enabled=False):
+        with torch.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
             return function(*args, **kwargs)
 
     return run

@@ -55,13 +55,17 @@ def load_model(
     path = Path(path)
     if path.is_dir():
         if name is not None or lambd is not None or step_size is not None or overrides:
-            raise ValueError(f"{path}: its {CONFIG_FILE} says what the model is; pass no name, lambd, step_size or overrides")
+            raise ValueError(
+                f"{path}: its {CONFIG_FILE} says what the model is; pass no name, lambd, step_size or overrides"
+            )
         model = CrateMAE(_read_config(path / CONFIG_FILE))
         path = path / WEIGHTS_FILE
     else:
         missing = [key for key, value in dict(name=name, lambd=lambd, step_size=step_size).items() if value is None]
         if missing:
-            raise ValueError(f"{path}: weights alone do not say {', '.join(missing)}; name them (official: step_size=0.1)")
+            raise ValueError(
+                f"{path}: weights alone do not say {', '.join(missing)}; name them (official: step_size=0.1)"
+            )
         model = create_model(name, lambd=lambd, step_size=step_size, **overrides)
     model.load_state_dict(read_weights(path), strict=True)
     return model
@@ -83,7 +87,9 @@ def _read_config(path: Path) -> ModelConfig:
     fields = json.loads(path.read_text()).get("model", {})
     missing = {"lambd", "step_size"} - fields.keys()
     if missing:
-        raise ValueError(f"{path}: its model section lacks {', '.join(sorted(missing))}; the weights mean nothing without")
+        raise ValueError(
+            f"{path}: its model section lacks {', '.join(sorted(missing))}; the weights mean nothing without"
+        )
     return ModelConfig(**fields)
 
 

@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, BROKE_DOWN)
     except RunStopped as error:
         return _fail(error, STOPPED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was saved before is kept", STOPPED)
     print(_report(result))
     return 0
 
@@ -57,7 +59,9 @@ def _early_parser() -> argparse.ArgumentParser:
 
 def _parser(model: ModelConfig) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="crate-mae", description="CRATE-MAE, a white-box masked auto-encoder.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="crate-mae", description="CRATE-MAE, a white-box masked auto-encoder.", exit_on_error=False
+    )
     commands = parser.add_subcommands()
     pretrain_parser = _pretrain_parser({"model": dataclasses.asdict(model)})
     pretrain_parser.add_argument(
@@ -65,7 +69,9 @@ def _parser(model: ModelConfig) -> ArgumentParser:
         choices=sorted(MODELS),
         help="Published size to start from; --config and --model.* go over it.",
     )
-    commands.add_subcommand("pretrain", pretrain_parser, help="Learn to reconstruct masked images from a folder of them.")
+    commands.add_subcommand(
+        "pretrain", pretrain_parser, help="Learn to reconstruct masked images from a folder of them."
+    )
     commands.add_subcommand(
         "demo",
         _pretrain_parser(dataclasses.asdict(demo_config(Path("runs/demo")))),
@@ -84,7 +90,7 @@ def _pretrain_parser(defaults: dict[str, object]) -> ArgumentParser:
     return parser
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(error: Exception | str, status: int) -> int:
     print(f"crate-mae: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 

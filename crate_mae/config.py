@@ -70,5 +70,7 @@ def grid_of(image_shape: tuple[int, int], patch_size: int) -> tuple[int, int]:
     """
     height, width = image_shape
     if height < 1 or width < 1 or height % patch_size or width % patch_size:
-        raise ValueError(f"images: expected height and width divisible by patch_size {patch_size}, got {height} x {width}")
+        raise ValueError(
+            f"images: expected height and width divisible by patch_size {patch_size}, got {height} x {width}"
+        )
     return height // patch_size, width // patch_size

@@ -112,9 +112,7 @@ class CrateMAE(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer(
-            "decoder_pos_embed", sine_cosine(grid_of(config.image_shape, config.patch_size), width)
-        )
+        self.register_buffer("decoder_pos_embed", sine_cosine(grid_of(config.image_shape, config.patch_size), width))
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=FINAL_NORM_EPS)
         self.decoder_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_depth))

@@ -20,9 +20,7 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
     rows, columns = grid
     if patches.shape[1] != rows * columns:
         raise ValueError(f"patches: expected {rows} x {columns} = {rows * columns} of them, got {patches.shape[1]}")
-    return rearrange(
-        patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size
-    )
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size)
 
 
 def removed_patches(noise: Tensor, mask_ratio: float) -> Tensor:

@@ -18,7 +18,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y = T(x + eta (x W - x W^T W)), and the matrix it took. Shapes as in ``op``."""
     if one_product(*x.shape):
-        factor, matrix = operand, torch.addmm(weight, weight.t(), weight, beta=step_size, alpha=-step_size)
+        master = _at_least_float32(weight)
+        factor, matrix = operand, torch.addmm(master, master.t(), master, beta=step_size, alpha=-step_size)
     else:
         factor, matrix = _residual(operand, weight), weight * step_size
     matrix = matrix.to(operand.dtype)
@@ -46,8 +47,8 @@ def backward(
         if need_x:
             grad_x = _add_product(grad, grad_operand, matrix.t()).to(y.dtype)
         if need_weight:
-            grad_matrix = _product(operand.t(), grad_operand).to(weight.dtype)
-            grad_weight = _through_combination(grad_matrix, weight, step_size)
+            grad_matrix = _at_least_float32(_product(operand.t(), grad_operand))
+            grad_weight = _through_combination(grad_matrix, _at_least_float32(weight), step_size).to(weight.dtype)
         return grad_x, grad_weight
     grad_residual = _product(grad_operand, matrix.t()).to(operand.dtype)
     if need_x:
@@ -69,6 +70,10 @@ def _through_combination(grad_matrix: Tensor, weight: Tensor, step_size: float) 
     return torch.addmm(grad_matrix, weight, grad_matrix + grad_matrix.t(), beta=step_size, alpha=-step_size)
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b in at least float32 wherever that is the fastest arithmetic, else in their own dtype."""
     dtype = arithmetic_dtype(a)
@@ -77,7 +82,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _add_product(x: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
     """x + alpha a b, summed in at least float32: a fresh tensor of that dtype."""
-    sum_dtype, dtype = torch.promote_types(x.dtype, torch.float32), arithmetic_dtype(a)
-    if dtype == sum_dtype:
-        return torch.addmm(x.to(sum_dtype), a.to(dtype), b.to(dtype), alpha=alpha)
-    return torch.mm(a, b).to(sum_dtype).mul_(alpha).add_(x)
+    x, dtype = _at_least_float32(x), arithmetic_dtype(a)
+    if dtype == x.dtype:
+        return torch.addmm(x, a.to(dtype), b.to(dtype), alpha=alpha)
+    return _at_least_float32(torch.mm(a, b)).mul_(alpha).add_(x)

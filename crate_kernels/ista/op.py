@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
 from crate_kernels.ista.form import one_product
-from crate_kernels.precision import without_autocast
+from crate_kernels.precision import undisturbed
 
 torch.library.define(
     "crate_kernels::ista_forward",
@@ -29,7 +29,7 @@ torch.library.define(
 
 
 @torch.library.impl("crate_kernels::ista_forward", "CompositeExplicitAutograd")
-@without_autocast
+@undisturbed
 def _forward(
     x: Tensor, operand: Tensor, weight: Tensor, step_size: float, lambd: float, soft: bool, implementation: str
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def _forward(
 
 
 @torch.library.impl("crate_kernels::ista_backward", "CompositeExplicitAutograd")
-@without_autocast
+@undisturbed
 def _backward(
     grad_y: Tensor,
     operand: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 from crate_kernels import checks, dispatch
 from crate_kernels.mssa import composed, reference
 from crate_kernels.precision import compute_dtype
+from crate_kernels.shared_attention.api import obstacle_to_triton
 
 
 def mssa(
@@ -64,7 +65,7 @@ def mssa(
     if norm_weight is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
     dtype = compute_dtype(x)
-    implementation = dispatch.choose(x, dtype)
+    implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
     if implementation == "reference":
         out = reference.mssa(x, qkv_weight, out_weight, out_bias, num_heads, scale, is_causal)
     else:
@@ -100,9 +101,7 @@ def _check(
         )
     if out_weight is not None:
         checks.tensor("out_weight", out_weight, "out_width inner_width")
-        checks.shape(
-            "out_weight", out_weight, (out_weight.shape[0], inner_width), "[out_width, num_heads * head_dim]"
-        )
+        checks.shape("out_weight", out_weight, (out_weight.shape[0], inner_width), "[out_width, num_heads * head_dim]")
     out_width = inner_width if out_weight is None else out_weight.shape[0]
     if out_bias is not None:
         if out_weight is None:
@@ -111,9 +110,7 @@ def _check(
         checks.shape("out_bias", out_bias, (out_width,), "[out_width]")
     checks.layer_norm(width, norm_weight, norm_bias, norm_eps)
     parameters = dict(qkv_weight=qkv_weight, out_weight=out_weight, out_bias=out_bias)
-    checks.same_device_and_dtype(
-        checks.is_autocast(x), x=x, **parameters, norm_weight=norm_weight, norm_bias=norm_bias
-    )
+    checks.same_device_and_dtype(checks.is_autocast(x), x=x, **parameters, norm_weight=norm_weight, norm_bias=norm_bias)
     if residual is not None:
         checks.tensor("residual", residual, "batch tokens out_width")
         checks.shape("residual", residual, (*x.shape[:-1], out_width), "[batch, tokens, out_width]")

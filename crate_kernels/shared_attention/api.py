@@ -12,6 +12,8 @@ from crate_kernels import checks, dispatch
 from crate_kernels.precision import compute_dtype
 from crate_kernels.shared_attention import op, reference  # noqa: F401  (op registers the operators)
 
+WIDEST_HEAD = 128
+
 
 def shared_qkv_attention(w: Tensor, *, scale: float | None = None, is_causal: bool = False) -> Tensor:
     """Attention whose query, key and value are one tensor: ``softmax(scale * w w^T) w`` for every head.
@@ -44,14 +46,20 @@ def shared_qkv_attention(w: Tensor, *, scale: float | None = None, is_causal: bo
     checks.number("scale", scale, positive=True)
 
     dtype = compute_dtype(w)
-    implementation = dispatch.choose(w, dtype)
+    implementation = dispatch.choose(w, dtype, obstacle_to_triton(w.shape[-1]))
     if implementation == "reference":
         return reference.shared_qkv_attention(w, scale, is_causal)
     return attend(w.to(dtype), float(scale), is_causal, implementation)
 
 
+def obstacle_to_triton(head_dim: int) -> str | None:
+    """What about the width of a head keeps the kernels from running, in words."""
+    # Rows of w stay in registers; beyond this width no tile fits.
+    return f"its kernels take heads of 1 to {WIDEST_HEAD} features, not {head_dim}" if head_dim > WIDEST_HEAD else None
+
+
 def attend(w: Tensor, scale: float, is_causal: bool, implementation: str) -> Tensor:
-    """``shared_qkv_attention`` behind its checks and choices, for operators that have made them already."""
+    """``shared_qkv_attention`` behind its checks and choices, for an operator that has made them already."""
     return _SharedAttention.apply(w, scale, is_causal, implementation)
 
 

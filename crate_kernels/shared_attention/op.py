@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
-from crate_kernels.precision import without_autocast
+from crate_kernels.precision import undisturbed
 
 torch.library.define(
     "crate_kernels::shared_attention_forward",
@@ -34,13 +34,13 @@ def empty_token_major(w: Tensor) -> Tensor:
 
 
 @torch.library.impl("crate_kernels::shared_attention_forward", "CompositeExplicitAutograd")
-@without_autocast
+@undisturbed
 def _forward(w: Tensor, scale: float, is_causal: bool, implementation: str) -> tuple[Tensor, Tensor]:
     return dispatch.load("shared_attention", implementation).forward(w, scale, is_causal)
 
 
 @torch.library.impl("crate_kernels::shared_attention_backward", "CompositeExplicitAutograd")
-@without_autocast
+@undisturbed
 def _backward(
     grad_out: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float, is_causal: bool, implementation: str
 ) -> Tensor:
@@ -71,6 +71,13 @@ def _forward_flops(w_shape: tuple[int, ...], scale: float, is_causal: bool, *_: 
 
 @register_flop_formula(torch.ops.crate_kernels.shared_attention_backward)
 def _backward_flops(
-    grad_shape: tuple[int, ...], w_shape: tuple[int, ...], out: Any, lse: Any, scale: float, is_causal: bool, *_: Any, **__: Any
+    grad_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    out: Any,
+    lse: Any,
+    scale: float,
+    is_causal: bool,
+    *_: Any,
+    **__: Any,
 ) -> int:
     return 5 * _product_flops(w_shape, is_causal)

@@ -38,8 +38,8 @@ def head_offset(head, heads, stride_batch, stride_head):
 
 @triton.jit
 def tile_pointers(base, rows, stride_token, stride_feature, PADDED_DIM: tl.constexpr):
-    """Pointers [rows, PADDED_DIM]; the token stride may span a whole batch, so rows count in 64 bits."""
-    features = tl.arange(0, PADDED_DIM)
+    """Pointers [rows, PADDED_DIM], in 64 bits: one step to the next token or feature may span a whole batch."""
+    features = tl.arange(0, PADDED_DIM).to(tl.int64)
     return base + rows.to(tl.int64)[:, None] * stride_token + features[None, :] * stride_feature
 
 
@@ -250,12 +250,7 @@ def forward(w: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
     Returns:
         out: [batch, heads, tokens, head_dim], w.dtype, memory in the order [batch, tokens, heads, head_dim].
         lse: [batch, heads, tokens], float32, natural logarithm.
-
-    Raises:
-        ValueError: head_dim above 128, for which no tile fits the registers.
     """
-    if w.shape[-1] > 128:
-        raise ValueError(f"w: the Triton kernels take a head_dim of at most 128, got shape {tuple(w.shape)}")
     out = empty_token_major(w)
     lse = w.new_empty(w.shape[:-1], dtype=torch.float32)
     _launch(forward_kernel, w, "BLOCK_QUERIES", (w, out, lse, scale), (w, out), **_arithmetic(w, is_causal))
@@ -300,8 +295,7 @@ def _launch(kernel, w: Tensor, block_rows: str, arguments: tuple, strided: tuple
     options = select(TABLE, w.device, kernel.__name__, w.element_size(), padded_dim)
     programs = batch * heads * triton.cdiv(tokens, options[block_rows])
     strides = [stride for tensor in strided for stride in tensor.stride()]
-    with torch.cuda.device_of(w):
-        kernel[(programs,)](
-            *arguments, heads, tokens, *strides,
-            HEAD_DIM=head_dim, PADDED_DIM=padded_dim, enable_fp_fusion=True, **constants, **options,
-        )  # fmt: skip
+    kernel[(programs,)](
+        *arguments, heads, tokens, *strides,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim, enable_fp_fusion=True, **constants, **options,
+    )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Images for pre-training: folders of photographs, augmentation, batches, and the photographs shipped with the package."""
+"""Images for pre-training: folders of photographs, augmentation, batches, and the photographs shipped along."""
 
 from __future__ import annotations
 
 from crate_mae.data.batches import BatchSampler, PretrainImages, epoch_order, pretrain_loader
-from crate_mae.data.folder import IMAGE_SUFFIXES, FLOWERS, ImageFolder
+from crate_mae.data.folder import FLOWERS, IMAGE_SUFFIXES, ImageFolder
 from crate_mae.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,

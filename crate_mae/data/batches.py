@@ -1,7 +1,7 @@
 """Batches that are a pure function of (seed, step).
 
-Which images a batch holds, and how each is cropped and flipped, depends on the seed, the epoch and the image alone: not on
-the number of workers, nor on what ran before. A run resumed at any step sees what it would have seen uninterrupted.
+Which images a batch holds, and how each is cropped and flipped, depends on the seed, the epoch and the image alone: not
+on the number of workers, nor on what ran before. A run resumed at any step sees what it would have seen uninterrupted.
 """
 
 from __future__ import annotations

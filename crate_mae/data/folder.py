@@ -68,12 +68,12 @@ class ImageFolder:
         """Two disjoint parts, the second holding `fraction` of the images, at least one, drawn with `seed`."""
         held_out = max(1, round(fraction * len(self)))
         if held_out >= len(self):
-            raise ValueError(f"{self.root}: {len(self)} images cannot give {held_out} to validation and keep one to train on")
+            raise ValueError(f"{self.root}: {len(self)} images leave none to train on after {held_out} for validation")
         order = np.random.default_rng(seed).permutation(len(self))
         return self.subset(sorted(order[held_out:])), self.subset(sorted(order[:held_out]))
 
     def fingerprint(self) -> str:
-        """A digest of the relative paths: two sets of images with one fingerprint hold the same files in the same order."""
+        """A digest of the relative paths: sets with one fingerprint hold the same files in the same order."""
         names = "\n".join(path.relative_to(self.root).as_posix() for path in self.paths)
         return hashlib.sha256(names.encode()).hexdigest()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +76,8 @@ class RunConfig:
     """"auto" (CUDA where there is one), or a torch device such as "cpu" or "cuda:1"."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"bfloat16" is autocast; "auto" takes it on CUDA and on CPUs with bfloat16 instructions."""
+    threads: int = 0
+    """CPU threads that compute; 0 leaves the number to torch."""
     seed: int = 0
     """Fixes initial weights, order, crops and masks."""
     log_every: int = 10
@@ -84,6 +88,32 @@ class RunConfig:
     """Validation images shown in reconstructions.png."""
 
 
+_POSITIVE = (lambda value: value > 0, "above 0")
+_NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+_AT_LEAST_ONE = (lambda value: value >= 1, "1 or more")
+
+_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "images.crop_scale": (lambda scale: 0 < scale[0] <= scale[1] <= 1, "0 < least <= largest <= 1"),
+    "images.crop_ratio": (lambda ratio: 0 < ratio[0] <= ratio[1], "0 < least <= largest"),
+    "images.val_fraction": (lambda fraction: 0 <= fraction < 1, "at least 0 and below 1"),
+    "images.cache_mb": _NOT_NEGATIVE,
+    "images.num_workers": _NOT_NEGATIVE,
+    "optimizer.base_lr": _POSITIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.clip_grad": _NOT_NEGATIVE,
+    "schedule.epochs": _AT_LEAST_ONE,
+    "schedule.warmup_epochs": _NOT_NEGATIVE,
+    "schedule.min_lr": _NOT_NEGATIVE,
+    "schedule.batch_size": _AT_LEAST_ONE,
+    "schedule.mask_ratio": (lambda ratio: 0 < ratio < 1, "above 0 and below 1"),
+    "run.threads": _NOT_NEGATIVE,
+    "run.seed": _NOT_NEGATIVE,
+    "run.log_every": _AT_LEAST_ONE,
+    "run.save_every": _AT_LEAST_ONE,
+    "run.pictures": _AT_LEAST_ONE,
+}
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """What to learn from and where to keep the result"""
@@ -91,7 +121,7 @@ class PretrainConfig:
     out: Path
     """Folder for metrics.jsonl, config.json, model.safetensors, state.pt and reconstructions.png."""
     data: Path | None = None
-    """Folder of images to train on, flat or with class sub-folders; without it, the photographs shipped with the package."""
+    """Folder of images to train on, flat or with class sub-folders; without it, the photographs shipped along."""
     val: Path | None = None
     """Folder of images to validate on; without it, a part of the training images is held out."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -101,22 +131,10 @@ class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _require(self.images.crop_scale, "images.crop_scale", lambda v: 0 < v[0] <= v[1] <= 1, "0 < least <= largest <= 1")
-        _require(self.images.crop_ratio, "images.crop_ratio", lambda v: 0 < v[0] <= v[1], "0 < least <= largest")
-        _require(self.images.val_fraction, "images.val_fraction", lambda v: 0 <= v < 1, "0 <= fraction < 1")
-        _require(self.images.cache_mb, "images.cache_mb", lambda v: v >= 0, "0 or more")
-        _require(self.images.num_workers, "images.num_workers", lambda v: v >= 0, "0 or more")
-        _require(self.optimizer.base_lr, "optimizer.base_lr", lambda v: v > 0, "a positive number")
-        _require(self.optimizer.weight_decay, "optimizer.weight_decay", lambda v: v >= 0, "0 or more")
-        _require(self.optimizer.clip_grad, "optimizer.clip_grad", lambda v: v >= 0, "0 or more")
-        _require(self.schedule.epochs, "schedule.epochs", lambda v: v >= 1, "1 or more")
-        _require(self.schedule.warmup_epochs, "schedule.warmup_epochs", lambda v: v >= 0, "0 or more")
-        _require(self.schedule.batch_size, "schedule.batch_size", lambda v: v >= 1, "1 or more")
-        _require(self.schedule.mask_ratio, "schedule.mask_ratio", lambda v: 0 < v < 1, "0 < ratio < 1")
-        _require(self.run.seed, "run.seed", lambda v: v >= 0, "0 or more")
-        _require(self.run.log_every, "run.log_every", lambda v: v >= 1, "1 or more")
-        _require(self.run.save_every, "run.save_every", lambda v: v >= 1, "1 or more")
-        _require(self.run.pictures, "run.pictures", lambda v: v >= 1, "1 or more")
+        for name, (holds, expected) in _LIMITS.items():
+            value = attrgetter(name)(self)
+            if not holds(value):
+                raise ValueError(f"{name}: expected {expected}, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json, in the form that `--config` takes."""
@@ -140,11 +158,7 @@ def demo_config(out: Path) -> PretrainConfig:
         # Models this small profit from a far higher rate, and from many small steps, than the published recipes use.
         optimizer=OptimizerConfig(base_lr=0.032),
         schedule=ScheduleConfig(epochs=60, warmup_epochs=3, batch_size=16),
-        # Casting costs narrow layers more on a CPU than bfloat16 saves them.
-        run=RunConfig(precision="bfloat16" if torch.cuda.is_available() else "float32", log_every=34),
+        # On a CPU, casting costs narrow layers more than bfloat16 saves them, and a second thread gains them little; if
+        # something else wants its core, the two wait for each other and are many times slower than one.
+        run=RunConfig(precision="bfloat16" if torch.cuda.is_available() else "float32", threads=1),
     )
-
-
-def _require(value: Any, name: str, holds: Any, expected: str) -> None:
-    if not holds(value):
-        raise ValueError(f"{name}: expected {expected}, got {value}")

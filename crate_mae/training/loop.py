@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, save_model
+from crate_mae.checkpoints import CONFIG_FILE, save_model
 from crate_mae.config import grid_of
 from crate_mae.data import FLOWERS, BatchSampler, ImageFolder, Normalization, PretrainImages, pretrain_loader
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import reconstruction_sheet
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.files import replaced, write_json
+from crate_mae.training.interrupts import stop_requests
 from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, StepMeter
 from crate_mae.training.optimizer import build_optimizer
-from crate_mae.training.precision import autocast, choose_device, choose_precision
+from crate_mae.training.precision import autocast, choose_device, choose_precision, cpu_threads
+from crate_mae.training.run_folder import METRICS, PICTURE, STATE, check_run_folder, clear_run_folder
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.state import load_state, save_state
 from crate_mae.training.validation import CentreCropped, Validation, ValidationErrors
-
-METRICS, STATE, PICTURE = "metrics.jsonl", "state.pt", "reconstructions.png"
-RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, STATE, PICTURE)
 
 _MASK_STREAM = 1
 """Sets the random numbers of the masks apart from those of the image order, which have the same seed."""
@@ -48,7 +43,7 @@ class RunStopped(Exception):
 
 
 def pretrain(config: PretrainConfig, *, resume: bool = False, overwrite: bool = False) -> PretrainResult:
-    """Pre-train a CRATE-MAE, and leave in `config.out` what RUN_FILES names.
+    """Pre-train a CRATE-MAE, and leave its files in `config.out`.
 
     A run is a function of its configuration and its images: interrupted and resumed, it ends with the same weights.
 
@@ -65,38 +60,13 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, overwrite: bool = 
     """
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
-    _prepare_out(config, resume=resume, overwrite=overwrite)
-    return _Run(config, resume=resume).train()
-
-
-def _prepare_out(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
-    holds_run = (config.out / CONFIG_FILE).exists() or (config.out / STATE).exists()
-    if resume:
-        if not holds_run:
-            raise FileNotFoundError(f"nothing to resume: {config.out} holds no run")
-        _refuse_other_run(config)
-    elif holds_run and not overwrite:
-        raise FileExistsError(f"{config.out} holds a run already; --resume continues it, --overwrite deletes it")
-    elif overwrite:
-        for name in RUN_FILES:
-            (config.out / name).unlink(missing_ok=True)
-
-
-def _refuse_other_run(config: PretrainConfig) -> None:
-    """Refuse changes that would make the steps taken so far mean something else."""
-    saved = json.loads((config.out / CONFIG_FILE).read_text(encoding="utf-8"))
-    asked = config.to_dict()
-    for group, names in (
-        ("model", asked["model"]),
-        ("schedule", ["batch_size"]),
-        ("run", ["seed"]),
-    ):
-        for name in names:
-            if saved[group][name] != asked[group][name]:
-                raise ValueError(
-                    f"{group}.{name}: the run in {config.out} has {saved[group][name]}, got {asked[group][name]}; "
-                    "a resumed run keeps it"
-                )
+    check_run_folder(config, resume=resume, overwrite=overwrite)
+    run = _Run(config, resume=resume)
+    # Only now: settings or images that cannot be used must not cost the run that is there.
+    if overwrite:
+        clear_run_folder(config.out)
+    with cpu_threads(config.run.threads):
+        return run.train()
 
 
 class _Run:
@@ -128,7 +98,7 @@ class _Run:
         rows, columns = grid_of(size, config.model.patch_size)
         self.patches = rows * columns
         if int(self.patches * (1 - schedule.mask_ratio)) == 0:
-            raise ValueError(f"schedule.mask_ratio: {schedule.mask_ratio} leaves none of {self.patches} patches visible")
+            raise ValueError(f"schedule.mask_ratio: {schedule.mask_ratio} leaves no patch of {self.patches} visible")
         self.shown = CentreCropped(self.val_folder or self.train_folder, size)
         self.validation = self.val_folder and Validation(
             self.shown,
@@ -168,7 +138,7 @@ class _Run:
         )
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc="pretrain", disable=None)
         meter = StepMeter()
-        with _stop_requests() as stop, progress:
+        with stop_requests() as stop, progress:
             try:
                 for pixels in loader:
                     lr = self._take_step(pixels, meter)
@@ -184,7 +154,9 @@ class _Run:
                         meter.restart_clock()
                     if stop.is_set() and self.step < self.total_steps:
                         self._save()
-                        raise RunStopped(f"stopped at step {self.step} of {self.total_steps}, saved in {self.config.out}")
+                        raise RunStopped(
+                            f"stopped at step {self.step} of {self.total_steps}, saved in {self.config.out}"
+                        )
             except NonFiniteLoss as error:
                 raise self._explained(error) from None
         if self.errors is None and self.validation:
@@ -222,8 +194,6 @@ class _Run:
 
     def _log(self, meter: StepMeter, lr: float, progress: tqdm) -> None:
         averages = meter.read()
-        if averages is None:
-            return
         self.metrics.append(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
@@ -261,14 +231,12 @@ class _Run:
             images=self.train_folder.fingerprint(),
         )
 
-    def _picture(self):
+    def _picture(self) -> Image.Image:
         count = min(self.config.run.pictures, len(self.shown))
         # Spread over the set, so that every class has its turn.
         chosen = np.linspace(0, len(self.shown) - 1, count).round().astype(int).tolist()
         pixels = torch.stack([self.shown[index] for index in chosen])
-        noise = torch.rand(
-            count, self.patches, generator=torch.Generator().manual_seed(self.config.run.seed)
-        )
+        noise = torch.rand(count, self.patches, generator=torch.Generator().manual_seed(self.config.run.seed))
         return reconstruction_sheet(
             self.model, pixels, self.normalization, mask_ratio=self.config.schedule.mask_ratio, noise=noise
         )
@@ -291,23 +259,3 @@ def _image_folders(config: PretrainConfig) -> tuple[ImageFolder, ImageFolder | N
     if config.images.val_fraction:
         return train.split(config.images.val_fraction, config.run.seed)
     return train, None
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that a run ends between two steps; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -61,14 +61,12 @@ class StepMeter:
         self._values.append(torch.stack([loss.detach().float(), grad_norm.detach().float()]))
         self._images += images
 
-    def read(self) -> StepAverages | None:
-        """The averages, or None if no step was taken since the last reading.
+    def read(self) -> StepAverages:
+        """The averages; at least one step must have been added since the last reading.
 
         Raises:
             NonFiniteLoss: a loss or gradient norm was NaN or infinite.
         """
-        if not self._steps:
-            return None
         rows = torch.stack(self._values).tolist()
         for step, (loss, grad_norm) in zip(self._steps, rows, strict=True):
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):

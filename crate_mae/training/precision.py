@@ -1,8 +1,9 @@
-"""Where a run computes, and in which precision."""
+"""Where a run computes, on how many threads and in which precision."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -30,8 +31,20 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU has bfloat16 products; without them autocast is slower than float32."""
-    capabilities = torch.cpu.get_capabilities()
+    # Older torch cannot tell; float32 is then the safe answer.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Compute on `count` CPU threads inside the block; 0 changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -37,11 +37,8 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *
     """Restore what `save_state` wrote, random number generators included; returns the number of steps taken.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is unreadable, or belongs to another set of training images.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"nothing to resume from: {path} does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

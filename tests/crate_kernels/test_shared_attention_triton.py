@@ -1,10 +1,10 @@
 """The Triton path of shared-QKV attention against the formula in float64; without a GPU, in Triton's interpreter.
 
-One rule decides every comparison: the kernel's error against float64, relative in norm, is at most 1.5 times that of the
-same formula composed of eager operations in the tensor's own dtype, plus two roundings of that dtype. The gradient has one
-more allowance, which only counts in float32: eager keeps the probabilities, while the kernel recomputes exp(score - lse)
-from a float32 lse. Summing lse in base 2, changing it to base e and back, and subtracting it round four times, by
-eps/2 * |lse| each, which moves a probability by a factor of up to 1 + 2 * eps * |lse|.
+One rule decides every comparison: the kernel's error against float64, relative in norm, is at most 1.5 times that of
+the same formula composed of eager operations in the tensor's own dtype, plus two roundings of that dtype. The gradient
+has one more allowance, which only counts in float32: eager keeps the probabilities, while the kernel recomputes
+exp(score - lse) from a float32 lse. Summing lse in base 2, changing it to base e and back, and subtracting it round
+four times, by eps/2 * |lse| each, which moves a probability by a factor of up to 1 + 2 * eps * |lse|.
 """
 
 from __future__ import annotations
@@ -215,8 +215,9 @@ def test_more_heads_than_a_grid_axis_holds(device: str) -> None:
         ((2, 1, 65, 16), (2**31, 1040, 16, 1)),
         ((1, 2, 65, 16), (1040, 2**31, 16, 1)),
         ((1, 1, 65, 16), (1040, 1040, 2**25, 1)),  # tokens before images in memory: one token's step spans the batch
+        ((1, 1, 65, 16), (1040, 1040, 1, 2**31 // 15 + 1)),
     ],
-    ids=["batch", "head", "token"],
+    ids=["batch", "head", "token", "feature"],
 )
 def test_offsets_past_32_bits(shape: tuple[int, ...], strides: tuple[int, ...], device: str) -> None:
     w = torch.empty(2**31 + 2**12, dtype=torch.float16, device=device).as_strided(shape, strides)

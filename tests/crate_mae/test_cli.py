@@ -17,11 +17,13 @@ from crate_mae.cli import main
 from crate_mae.model import CrateMAE
 from crate_mae.training import demo_config
 
-TINY = (
-    "--model.img_size 32 --model.patch_size 8 --model.embed_dim 32 --model.depth 1 --model.num_heads 2 "
-    "--model.decoder_depth 1 --model.decoder_num_heads 2 --run.device cpu --run.precision float32 "
-    "--schedule.epochs 2 --schedule.warmup_epochs 1 --schedule.batch_size 4 --run.save_every 1 --run.pictures 1"
-).split()
+TINY = [
+    *("--model.img_size", "32", "--model.patch_size", "8", "--model.embed_dim", "32"),
+    *("--model.depth", "1", "--model.num_heads", "2", "--model.decoder_depth", "1", "--model.decoder_num_heads", "2"),
+    *("--schedule.epochs", "2", "--schedule.warmup_epochs", "1", "--schedule.batch_size", "4"),
+    *("--run.device", "cpu", "--run.precision", "float32", "--run.threads", "1"),
+    *("--run.save_every", "1", "--run.pictures", "1"),
+]
 
 
 @pytest.fixture
@@ -42,7 +44,8 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(photographs: Path, out: Path):
     def run_pretrain(*more: str) -> int:
-        return main(["pretrain", "--data", str(photographs), "--val", str(photographs), "--out", str(out), *TINY, *more])
+        folders = ["--data", str(photographs), "--val", str(photographs), "--out", str(out)]
+        return main(["pretrain", *folders, *TINY, *more])
 
     return run_pretrain
 

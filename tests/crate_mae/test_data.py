@@ -77,7 +77,11 @@ class TestImageFolder:
             write_image(tmp_path / name)
         (tmp_path / "a" / "notes.txt").write_text("no image")
         images = ImageFolder(tmp_path)
-        assert [path.relative_to(tmp_path).as_posix() for path in images.paths] == ["a/deep/er/y.jpeg", "a/z.webp", "b/x.PNG"]
+        assert [path.relative_to(tmp_path).as_posix() for path in images.paths] == [
+            "a/deep/er/y.jpeg",
+            "a/z.webp",
+            "b/x.PNG",
+        ]
         assert images.classes == ["a", "b"]
         assert images.labels == [0, 0, 1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,10 @@ GAP, TITLE = 4, 18
 
 def tiny_model(**overrides) -> CrateMAE:
     torch.manual_seed(0)
-    sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_num_heads=2)
-    return CrateMAE(ModelConfig(**{**sizes, **overrides}))
+    tiny = ModelConfig(
+        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_num_heads=2
+    )
+    return CrateMAE(dataclasses.replace(tiny, **overrides))
 
 
 def sheet_cells(sheet, rows: int, height: int, width: int) -> np.ndarray:

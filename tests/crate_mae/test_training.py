@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -32,23 +33,14 @@ from crate_mae.training import (
     warmup_cosine,
 )
 from crate_mae.training.files import replaced
-from crate_mae.training.loop import RUN_FILES
 from crate_mae.training.metrics import StepMeter
 from crate_mae.training.precision import choose_device, choose_precision
+from crate_mae.training.run_folder import RUN_FILES
 from crate_mae.training.validation import CentreCropped, mean_visible_colour, mean_visible_patch
 
 TINY = ModelConfig(
     img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_num_heads=2, lambd=0.1
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small lose more to handing out work than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -72,7 +64,7 @@ def config(tmp_path: Path, photographs: Path) -> PretrainConfig:
         model=TINY,
         optimizer=OptimizerConfig(base_lr=0.2),
         schedule=ScheduleConfig(epochs=3, warmup_epochs=1, batch_size=3),
-        run=RunConfig(device="cpu", precision="float32", log_every=2, save_every=1, pictures=2),
+        run=RunConfig(device="cpu", precision="float32", threads=1, log_every=2, save_every=1, pictures=2),
     )
 
 
@@ -109,7 +101,7 @@ class TestSchedule:
         assert rates[4] == 2.0
         assert rates[9] == pytest.approx(1.25)
         assert rates[-1] == pytest.approx(0.5)
-        assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+        assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
 
     def test_without_warmup_starts_at_the_peak(self):
         assert warmup_cosine(0, peak=1.0, final=0.0, warmup_steps=0, total_steps=10) == 1.0
@@ -135,7 +127,7 @@ class TestPrecision:
     def test_auto_takes_bfloat16_only_where_the_cpu_multiplies_it(self, monkeypatch):
         cpu = torch.device("cpu")
         for capability, chosen in (("amx_bf16", "bfloat16"), ("avx512_bf16", "bfloat16"), ("avx512_f", "float32")):
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True})
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True}, raising=False)
             assert choose_precision("auto", cpu) == chosen
         assert choose_precision("bfloat16", cpu) == "bfloat16"
 
@@ -175,7 +167,9 @@ class TestValidation:
     def make(self, folder: ImageFolder, **settings) -> Validation:
         normalization = Normalization(IMAGENET_MEAN, IMAGENET_STD, 3)
         images = CentreCropped(folder, (32, 32))
-        return Validation(images, normalization, **{"patches": 16, "mask_ratio": 0.75, "batch_size": 5, "seed": 0, **settings})
+        return Validation(
+            images, normalization, **{"patches": 16, "mask_ratio": 0.75, "batch_size": 5, "seed": 0, **settings}
+        )
 
     def test_repeats_exactly_whatever_the_global_seed(self, photographs):
         model, validation = CrateMAE(TINY), self.make(ImageFolder(photographs))
@@ -264,7 +258,9 @@ class TestRun:
         assert not torch.equal(runs["a"]["decoder_pred.weight"], runs["c"]["decoder_pred.weight"])
 
     @pytest.mark.parametrize(
-        ("step", "num_workers"), [(0, 0), (3, 0), (6, 1)], ids=["first step", "end of an epoch", "inside an epoch, worker"]
+        ("step", "num_workers"),
+        [(0, 0), (3, 0), (6, 1)],
+        ids=["first step", "end of an epoch", "inside an epoch, worker"],
     )
     def test_interrupted_and_resumed_ends_with_the_same_weights(self, config, tmp_path, monkeypatch, step, num_workers):
         config = dataclasses.replace(config, images=ImagesConfig(num_workers=num_workers))
@@ -323,13 +319,24 @@ class TestRun:
     def test_another_runs_folder_is_refused_kept_or_overwritten(self, config):
         pretrain(config)
         before = (config.out / "metrics.jsonl").read_text()
-        with pytest.raises(FileExistsError, match="--resume .* --overwrite"):
+        with pytest.raises(FileExistsError, match=r"--resume .* --overwrite"):
             pretrain(config)
         assert (config.out / "metrics.jsonl").read_text() == before
         (config.out / "notes.txt").write_text("mine")
         pretrain(config, overwrite=True)
         assert len(metric_lines(config.out)) == len(before.splitlines())
         assert (config.out / "notes.txt").read_text() == "mine"
+
+    def test_overwriting_waits_until_the_new_run_can_start(self, config):
+        pretrain(config)
+        with pytest.raises(FileNotFoundError):
+            pretrain(dataclasses.replace(config, data=config.out / "nowhere"), overwrite=True)
+        assert (config.out / "state.pt").exists()
+
+    def test_threads_are_given_back(self, config):
+        before = torch.get_num_threads()
+        pretrain(config)
+        assert torch.get_num_threads() == before
 
     def test_nothing_to_resume(self, config):
         with pytest.raises(FileNotFoundError, match="nothing to resume"):

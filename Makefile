@@ -1,0 +1,32 @@
+# Everything here sets itself up on a fresh machine: the first target that needs it makes .venv with pinned versions.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+
+.PHONY: test demo lint gpu-check clean
+
+# Versions pinned in .ci/constraints.txt. The stamp is newer than what it was made from, or it is made again.
+$(VENV)/.installed: pyproject.toml .ci/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[test]'
+	touch $@
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+demo: $(VENV)/.installed
+	$(BIN)/crate-mae demo --out $(OUT)
+
+# On a machine with a CUDA device, with the Python that is there; installs nothing.
+gpu-check:
+	$(PYTHON) -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,126 @@
+"""The boundary to PyTorch: torch.library's own checks, gradcheck, torch.compile, functional_call, FLOP counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import error
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import crate_kernels
+from crate_kernels import ISTA, MSSA, ista, mssa, shared_qkv_attention
+
+OPS = torch.ops.crate_kernels
+IMPLEMENTATIONS = ["composed", "triton"]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_opcheck_shared_attention(implementation: str, is_causal: bool, device: str) -> None:
+    w = torch.randn(2, 9, 3 * 16, device=device).unflatten(-1, (3, 16)).transpose(1, 2)
+    opcheck(OPS.shared_attention_forward.default, (w, 0.25, is_causal, implementation))
+    out, lse = OPS.shared_attention_forward(w, 0.25, is_causal, implementation)
+    grad = torch.randn_like(out)
+    opcheck(OPS.shared_attention_backward.default, (grad, w, out, lse, 0.25, is_causal, implementation))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tokens", [20, 7], ids=["one product", "two products"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16 operands"])
+def test_opcheck_ista(implementation: str, tokens: int, dtype: torch.dtype, device: str) -> None:
+    x, weight = torch.randn(tokens, 16, device=device), torch.randn(16, 16, device=device) / 4
+    forward = (x, x.to(dtype), weight, 0.1, 0.5, False, implementation)
+    opcheck(OPS.ista_forward.default, forward)
+    y, matrix = OPS.ista_forward(*forward)
+    for need_x, need_weight in ((True, True), (True, False), (False, True)):
+        arguments = (torch.randn_like(y), x.to(dtype), weight, y, matrix, 0.1, need_x, need_weight, implementation)
+        opcheck(OPS.ista_backward.default, arguments)
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_gradcheck() -> None:
+    for is_causal in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda w, c=is_causal: shared_qkv_attention(w, is_causal=c), (double(2, 2, 5, 3),)
+        )
+    for tokens in (3, 9):
+        for threshold in ("relu", "soft"):
+
+            def sparse(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, threshold: str = threshold) -> Tensor:
+                return ista(x, weight, lambd=0.4, threshold=threshold, norm_weight=gamma, norm_bias=beta)
+
+            assert torch.autograd.gradcheck(sparse, (double(tokens, 6), double(6, 6), double(6), double(6)))
+
+    def compress(x: Tensor, qkv: Tensor, out: Tensor, bias: Tensor, gamma: Tensor) -> Tensor:
+        return mssa(x, qkv, out, bias, num_heads=2, norm_weight=gamma, residual=x, subtract=True)
+
+    assert torch.autograd.gradcheck(compress, (double(2, 4, 6), double(6, 6), double(6, 6), double(6), double(6)))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = torch.nn.ModuleList([torch.nn.LayerNorm(32), torch.nn.LayerNorm(32)])
+        self.attention, self.sparsify = MSSA(32, heads=2, dim_head=16), ISTA(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sparsify(self.attention(x, norm=self.norms[0], residual=x), norm=self.norms[1])
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_compile_takes_a_layer_whole_at_any_batch(implementation: str, autocast: bool, device: str) -> None:
+    # The interpreter's bfloat16 products are not right.
+    dtype = torch.float16 if implementation == "triton" and device == "cpu" else torch.bfloat16
+    torch.compiler.reset()
+    layer = Layer().to(device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    with crate_kernels.use(implementation), torch.autocast(device, dtype, enabled=autocast):
+        for batch in (2, 3, 5):  # crosses from two products to one
+            x = torch.randn(batch, 9, 32, device=device)
+            grads = []
+            for call in (layer, compiled):
+                layer.zero_grad()
+                out = call(x)
+                out.sum().backward()
+                grads.append([out, *(parameter.grad.clone() for parameter in layer.parameters())])
+            assert max(map(error, *grads)) < 1e-5
+
+
+def test_compile_follows_a_change_of_implementation() -> None:
+    torch.compiler.reset()
+    seen = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        seen.append(any("shared_attention_forward" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(shared_qkv_attention, fullgraph=True, backend=backend)
+    w = torch.randn(1, 1, 4, 16)
+    compiled(w)
+    with crate_kernels.use("reference"):
+        compiled(w)
+    compiled(w)
+    assert seen == [True, False], "one compilation each; the third call finds the first again"
+
+
+def test_functional_call() -> None:
+    layer, x = Layer(), torch.randn(2, 9, 32)
+    doubled = {name: 2 * parameter for name, parameter in layer.named_parameters()}
+    assert not torch.equal(torch.func.functional_call(layer, doubled, (x,)), layer(x))
+
+
+def test_flops_are_counted() -> None:
+    x, weight = torch.randn(40, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        ista(x, weight).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 40 * 16**2 + 2 * 2 * 16**3
+    w = torch.randn(2, 3, 7, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        shared_qkv_attention(w).sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * (2 * 3) * 7 * 7 * 16

@@ -1,0 +1,187 @@
+"""ISTA: composed path, boundary and errors. Its kernels: test_ista_triton.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import awkward_gradients, error, gradients
+from torch import Tensor
+
+import crate_kernels
+from crate_kernels import ista
+
+SHAPES = [
+    ((1, 8), 8),  # one token: two products
+    ((8, 8), 8),  # as many tokens as the width: still two
+    ((9, 8), 8),  # one token more: one product
+    ((2, 13, 24), 24),  # batch and tokens
+    ((40,), 40),  # a lone vector
+    ((0, 6), 6),  # no tokens
+]
+
+
+def truth(x: Tensor, weight: Tensor, soft: bool, step_size: float = 0.3, lambd: float = 0.4) -> Tensor:
+    """A proximal gradient step on |x - z W^T|^2 / 2 + lambda |z| from z = x, one token at a time, in float64."""
+
+    def one(token: Tensor) -> Tensor:
+        step = token + step_size * (token @ weight - token @ weight.T @ weight)
+        if soft:
+            return step.sign() * (step.abs() - step_size * lambd).clamp_min(0)
+        return (step - step_size * lambd).clamp_min(0)
+
+    tokens = x.reshape(-1, x.shape[-1])
+    return torch.stack([one(token) for token in tokens]).reshape(x.shape) if len(tokens) else x * 1.0
+
+
+def dictionary(width: int, **options: object) -> Tensor:
+    return torch.randn(width, width, **options) / width**0.5
+
+
+@pytest.mark.parametrize("threshold", ["relu", "soft"])
+@pytest.mark.parametrize(("shape", "width"), SHAPES, ids=str)
+@pytest.mark.parametrize("implementation", ["reference", "composed"])
+def test_agrees_with_the_formula_in_float64(
+    implementation: str, shape: tuple[int, ...], width: int, threshold: str
+) -> None:
+    x, weight = torch.randn(shape, dtype=torch.float64), dictionary(width, dtype=torch.float64)
+    upstream = torch.randn(shape, dtype=torch.float64)
+    with crate_kernels.use(implementation):
+        found = gradients(lambda x, w: ista(x, w, step_size=0.3, lambd=0.4, threshold=threshold), [x, weight], upstream)
+    if not len(x):
+        assert found[0].shape == x.shape and not found[2].any()
+        return
+    expected = gradients(lambda x, w: truth(x, w, threshold == "soft"), [x, weight], upstream)
+    assert 0 < (expected[0] == 0).double().mean() < 1 or x.numel() < 10, "the threshold should cut some and keep some"
+    for value, wanted in zip(found, expected, strict=True):
+        assert error(value, wanted) < 1e-12
+
+
+def test_layer_norm_before_it() -> None:
+    x, weight = torch.randn(3, 11, 8, dtype=torch.float64), dictionary(8, dtype=torch.float64)
+    gamma, beta = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    upstream = torch.randn_like(x)
+
+    def ours(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return ista(x, weight, norm_weight=gamma, norm_bias=beta, norm_eps=1e-3, step_size=0.3, lambd=0.4)
+
+    def plain(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * gamma + beta
+        return truth(normed, weight, soft=False)
+
+    inputs = [x, weight, gamma, beta]
+    for value, wanted in zip(gradients(ours, inputs, upstream), gradients(plain, inputs, upstream), strict=True):
+        assert error(value, wanted) < 1e-12
+
+
+def test_gradients_as_they_arrive() -> None:
+    x, weight = torch.randn(9, 8), dictionary(8)
+    for name, upstream in awkward_gradients((9, 8), torch.float32, "cpu"):
+        kept = upstream.clone()
+        found = gradients(lambda x, w: ista(x, w, step_size=0.3, lambd=0.4), [x, weight], upstream)
+        expected = gradients(lambda x, w: truth(x, w, False), [x.double(), weight.double()], kept.double())
+        assert max(map(error, found, expected)) < 1e-5, name
+        assert torch.equal(upstream, kept), f"{name}: the gradient was written to"
+
+
+@pytest.mark.parametrize("tokens", [5, 20])
+@pytest.mark.parametrize("wanted", ["x", "weight"])
+def test_only_the_gradients_asked_for_are_computed(wanted: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from crate_kernels.ista import composed
+
+    asked = []
+    backward = composed.backward
+    monkeypatch.setattr(composed, "backward", lambda *a: asked.append(a[-2:]) or backward(*a))
+    x, weight = torch.randn(tokens, 8), dictionary(8)
+    expected = gradients(lambda x, w: truth(x, w, False), [x.double(), weight.double()], torch.ones(tokens, 8))
+    x.requires_grad_(wanted == "x")
+    weight.requires_grad_(wanted == "weight")
+    ista(x, weight, step_size=0.3, lambd=0.4).sum().backward()
+    assert asked == [(wanted == "x", wanted == "weight")]
+    assert (x.grad is None) == (wanted != "x") and (weight.grad is None) == (wanted != "weight")
+    assert error(x.grad if wanted == "x" else weight.grad, expected[1 if wanted == "x" else 2]) < 1e-5
+
+
+def test_strided_tokens() -> None:
+    weight = dictionary(8)
+    for x in (torch.randn(8, 30).t(), torch.randn(30, 16)[:, ::2], torch.randn(3, 8, 10).transpose(1, 2)):
+        assert error(ista(x, weight, step_size=0.3, lambd=0.4), truth(x.double(), weight.double(), False)) < 1e-6
+
+
+def test_under_autocast_the_stream_stays_float32_and_so_does_the_weight_gradient() -> None:
+    x, weight = torch.randn(2, 30, 16, requires_grad=True), dictionary(16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ista(x, weight, step_size=0.3, lambd=0.4)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == weight.grad.dtype == torch.float32
+    expected = gradients(lambda x, w: truth(x, w, False), [x.double(), weight.double()], torch.ones(2, 30, 16))
+    assert error(y, expected[0]) < 5e-3
+    assert error(weight.grad, expected[2]) < 3e-2
+
+
+def test_backward_inside_autocast_gives_the_same_bits() -> None:
+    x, weight = torch.randn(30, 16), dictionary(16)
+
+    def weight_gradient(inside: bool) -> Tensor:
+        leaf = weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = ista(x, leaf).sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return leaf.grad
+
+    assert torch.equal(weight_gradient(inside=True), weight_gradient(inside=False))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (
+            dict(x=torch.randn(3, 4), weight=torch.randn(4, 5)),
+            ValueError,
+            r"weight: expected a square .* \(4, 4\), got shape \(4, 5\)",
+        ),
+        (dict(x=torch.randn(3, 4), weight=torch.randn(4)), ValueError, r"weight: expected \[width, width\]"),
+        (dict(x=torch.tensor(1.0), weight=torch.randn(4, 4)), ValueError, r"x: expected \[..., width\]"),
+        (
+            dict(x=torch.randn(3, 4), weight=torch.randn(4, 4).double()),
+            TypeError,
+            "weight: expected torch.float32 like x",
+        ),
+        (
+            dict(x=torch.randn(3, 4), weight=torch.randn(4, 4, device="meta")),
+            ValueError,
+            "weight: expected it on cpu like x",
+        ),
+        (
+            dict(x=torch.randn(3, 4), weight=torch.randn(4, 4), lambd=-0.1),
+            ValueError,
+            "lambd: expected .* at least zero, got -0.1",
+        ),
+        (
+            dict(x=torch.randn(3, 4), weight=torch.randn(4, 4), step_size=0),
+            ValueError,
+            "step_size: .* above zero, got 0",
+        ),
+        (
+            dict(x=torch.randn(3, 4), weight=torch.randn(4, 4), threshold="hard"),
+            ValueError,
+            'threshold: expected "relu" or "soft"',
+        ),
+        (
+            dict(x=torch.randn(3, 4), weight=torch.randn(4, 4), norm_bias=torch.randn(4)),
+            ValueError,
+            "norm_bias: given without",
+        ),
+        (
+            dict(x=torch.randn(3, 4), weight=torch.randn(4, 4), norm_weight=torch.randn(5)),
+            ValueError,
+            r"norm_weight: expected \[width\]",
+        ),
+    ],
+)
+def test_bad_input_names_the_argument(arguments: dict, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        ista(**arguments)

@@ -1,0 +1,105 @@
+"""MSSA: projection, attention, projection, with its LayerNorm and residual."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import error, gradients
+from torch import Tensor
+
+import crate_kernels
+from crate_kernels import mssa
+
+
+def parameters(width: int = 12, heads: int = 3, head_dim: int = 4, **options: object) -> dict[str, Tensor]:
+    inner = heads * head_dim
+    return dict(
+        qkv_weight=torch.randn(inner, width, **options) / width**0.5,
+        out_weight=torch.randn(width, inner, **options) / inner**0.5,
+        out_bias=torch.randn(width, **options),
+    )
+
+
+def truth(
+    x: Tensor, qkv: Tensor, out: Tensor | None, bias: Tensor | None, heads: int, is_causal: bool = False
+) -> Tensor:
+    """Head by head: softmax(w w^T / sqrt(d)) w, side by side, projected."""
+    parts = []
+    for projection in qkv.chunk(heads):
+        w = x @ projection.T
+        scores = w @ w.mT / projection.shape[0] ** 0.5
+        if is_causal:
+            scores = scores + torch.full_like(scores[0], float("-inf")).triu(1)
+        parts.append(scores.softmax(-1) @ w)
+    merged = torch.cat(parts, dim=-1)
+    return merged if out is None else merged @ out.T + (0 if bias is None else bias)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("implementation", ["reference", "composed"])
+def test_agrees_with_the_formula_in_float64(implementation: str, is_causal: bool) -> None:
+    p = parameters(dtype=torch.float64)
+    x, upstream = torch.randn(2, 7, 12, dtype=torch.float64), torch.randn(2, 7, 12, dtype=torch.float64)
+    inputs = [x, p["qkv_weight"], p["out_weight"], p["out_bias"]]
+    with crate_kernels.use(implementation):
+        found = gradients(lambda *a: mssa(*a, num_heads=3, is_causal=is_causal), inputs, upstream)
+    expected = gradients(lambda *a: truth(*a, 3, is_causal), inputs, upstream)
+    assert max(map(error, found, expected)) < 1e-12
+
+
+@pytest.mark.parametrize("subtract", [False, True])
+@pytest.mark.parametrize("implementation", ["reference", "composed"])
+def test_layer_norm_before_and_residual_after(implementation: str, subtract: bool) -> None:
+    p = parameters(dtype=torch.float64)
+    x, gamma, beta = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5, 12), (12,), (12,)))
+    upstream = torch.randn_like(x)
+
+    def ours(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        norm = dict(norm_weight=gamma, norm_bias=beta, norm_eps=1e-3)
+        return mssa(x, *p.values(), num_heads=3, **norm, residual=x, subtract=subtract)
+
+    def plain(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * gamma + beta
+        return x + (-1 if subtract else 1) * truth(normed, *p.values(), 3)
+
+    with crate_kernels.use(implementation):
+        found = gradients(ours, [x, gamma, beta], upstream)
+    assert max(map(error, found, gradients(plain, [x, gamma, beta], upstream))) < 1e-12
+
+
+def test_identity_projection_of_one_head_as_wide_as_the_model() -> None:
+    x, qkv = torch.randn(2, 5, 8), torch.randn(8, 8) / 3
+    assert error(mssa(x, qkv, None, num_heads=1), truth(x.double(), qkv.double(), None, None, 1)) < 1e-6
+
+
+def test_autocast_gives_the_autocast_dtype_and_keeps_a_float32_residual() -> None:
+    p, x = parameters(), torch.randn(2, 5, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mssa(x, *p.values(), num_heads=3).dtype == torch.bfloat16
+        assert mssa(x, *p.values(), num_heads=3, residual=x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (dict(num_heads=5), ValueError, "num_heads: expected a divisor of the projected width 12, got 5"),
+        (dict(num_heads=0), ValueError, "num_heads: expected a divisor"),
+        (dict(x=torch.randn(5, 12)), ValueError, r"x: expected \[batch, tokens, width\], got shape \(5, 12\)"),
+        (
+            dict(qkv_weight=torch.randn(12, 11)),
+            ValueError,
+            r"qkv_weight: expected \[num_heads \* head_dim, width of x\]",
+        ),
+        (dict(out_weight=torch.randn(12, 11)), ValueError, r"out_weight: expected"),
+        (dict(out_bias=torch.randn(11)), ValueError, r"out_bias: expected \[out_width\] \(12,\), got shape \(11,\)"),
+        (dict(out_weight=None), ValueError, "out_bias: given without out_weight"),
+        (dict(residual=torch.randn(2, 5, 11)), ValueError, "residual: expected"),
+        (dict(subtract=True), ValueError, "subtract: given without a residual"),
+        (dict(qkv_weight=torch.randn(12, 12).half()), TypeError, "qkv_weight: expected torch.float32 like x"),
+    ],
+)
+def test_bad_input_names_the_argument(change: dict, kind: type[Exception], message: str) -> None:
+    arguments = {"x": torch.randn(2, 5, 12), **parameters(), "num_heads": 3, **change}
+    with pytest.raises(kind, match=message):
+        mssa(**arguments)

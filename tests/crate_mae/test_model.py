@@ -1,0 +1,140 @@
+"""The model beyond the golden numbers: sizes, shapes, masks, losses, parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import error, small_model
+
+import crate_kernels
+from crate_mae import MODELS, create_model
+from crate_mae.patches import removed_patches
+from crate_mae.registry import count_parameters
+
+
+@pytest.mark.parametrize(("name", "official"), [("crate_mae_base", 44_638_464), ("crate_mae_small", 25_405_824)])
+def test_parameter_counts(name: str, official: int) -> None:
+    with torch.device("meta"):
+        trained, counted = count_parameters(create_model(name))
+    print(f"{name}: {trained:,} parameters receive a gradient, {counted:,} as the official code counts")
+    assert counted == official
+    assert trained == official - 2 * 197 * MODELS[name].embed_dim - MODELS[name].embed_dim * (
+        MODELS[name].embed_dim + 1
+    )
+
+
+def test_large_and_tiny_are_as_published() -> None:
+    for name, published in (("crate_mae_tiny", 11.56e6), ("crate_mae_large", 154.27e6)):
+        with torch.device("meta"):
+            assert abs(count_parameters(create_model(name))[1] - published) < 0.005e6 + 1e-3 * published
+
+
+@pytest.mark.parametrize("implementation", ["reference", "composed"])
+def test_every_parameter_receives_a_gradient(implementation: str) -> None:
+    model = small_model()
+    with crate_kernels.use(implementation):
+        model(torch.randn(2, 3, 16, 16)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 24), (20, 4)])
+def test_any_size_and_channels(height: int, width: int, channels: int) -> None:
+    model = small_model(in_chans=channels)  # configured for 16 x 16
+    images = torch.randn(2, channels, height, width)
+    loss, pred, mask = model(images)
+    patches = (height // 4) * (width // 4)
+    assert pred.shape == (2, patches, 16 * channels) and mask.shape == (2, patches) and loss.isfinite()
+    assert model.encode(images).shape == (2, 1 + patches, 32)
+    assert torch.equal(model.unpatchify(model.patchify(images), (height // 4, width // 4)), images)
+    configured = small_model(in_chans=channels, img_size=(height, width))
+    configured.load_state_dict({**model.state_dict(), "decoder_pos_embed": configured.decoder_pos_embed})
+    assert torch.equal(configured.encode(images), model.encode(images)), "positions depend on the images alone"
+
+
+def test_patchify_order_is_rows_then_columns_then_channels() -> None:
+    images = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12).float()
+    patches = small_model().patchify(images)
+    for patch, (row, column) in enumerate((r, c) for r in range(2) for c in range(3)):
+        expected = images[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].permute(0, 2, 3, 1).flatten(1)
+        assert torch.equal(patches[:, patch], expected)
+
+
+def test_mask_removes_the_patches_with_most_noise() -> None:
+    noise = torch.rand(5, 49)
+    mask = removed_patches(noise, 0.75)
+    assert (mask == 0).sum(1).tolist() == [12] * 5  # int(49 * 0.25)
+    assert (noise.masked_fill(mask == 1, -1).amax(1) < noise.masked_fill(mask == 0, 2).amin(1)).all()
+    assert not removed_patches(noise, 0.0).any()
+
+
+def test_removed_patches_are_not_seen() -> None:
+    model, noise = small_model(), torch.rand(2, 16)
+    images = torch.randn(2, 3, 16, 16)
+    _, pred, mask = model(images, noise=noise)
+    hidden = model.unpatchify(mask.unsqueeze(-1).expand(-1, -1, 48))
+    _, other, _ = model(images + hidden * torch.randn_like(images), noise=noise)
+    assert torch.equal(pred, other)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_loss_is_the_error_on_removed_patches(norm_pix_loss: bool) -> None:
+    model, images = small_model(norm_pix_loss=norm_pix_loss), torch.randn(2, 3, 16, 16)
+    for ratio in (0.75, 0.0):
+        loss, pred, mask = model(images, mask_ratio=ratio)
+        target = model.patchify(images)
+        if norm_pix_loss:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+        chosen = mask.bool() if ratio else torch.ones_like(mask, dtype=torch.bool)
+        assert error(loss, (pred - target)[chosen].square().mean()) < 1e-6
+
+
+def test_attention_maps() -> None:
+    model, images = small_model(depth=3), torch.randn(2, 3, 16, 16)
+    maps = model.attention_map(images, 1)
+    assert maps.shape == (2, 2, 17, 17) and error(maps.sum(-1), torch.ones(2, 2, 17)) < 1e-6
+    assert torch.equal(maps, model.attention_map(images, -2))
+    with pytest.raises(IndexError, match="layer: expected -3 to 2, got 3"):
+        model.attention_map(images, 3)
+
+
+def test_initialisation() -> None:
+    model = create_model("crate_mae_tiny")
+    bound = (6 / 384) ** 0.5
+    for weight in (model.blocks[0].layers[0][1].fn.weight, model.decoder_blocks[0].layers[0][0].fn.weight):
+        assert 0.99 * bound < weight.abs().max() <= bound
+    qkv = model.blocks[0].layers[0][0].fn.qkv.weight
+    assert 0.99 * (6 / 768) ** 0.5 < qkv.abs().max() <= (6 / 768) ** 0.5
+    assert not model.decoder_pred.bias.any() and not model.patch_embed.proj.bias.any()
+    assert abs(model.mask_token.std().item() - 0.02) < 0.003
+
+
+def test_compiles_whole() -> None:
+    torch.compiler.reset()
+    model, images, noise = small_model(), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert error(compiled(images, noise=noise).loss, model(images, noise=noise).loss) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda m: m(torch.randn(2, 3, 18, 16)), ValueError, "divisible by patch_size 4, got 18 x 16"),
+        (lambda m: m(torch.randn(2, 1, 16, 16)), ValueError, r"images: expected \[batch, 3 channels, height, width\]"),
+        (lambda m: m(torch.randn(2, 3, 16, 16), mask_ratio=1.0), ValueError, "mask_ratio: expected .* got 1.0"),
+        (
+            lambda m: m(torch.randn(2, 3, 16, 16), noise=torch.rand(2, 4)),
+            ValueError,
+            r"noise: .* \(2, 16\), got shape \(2, 4\)",
+        ),
+        (lambda m: create_model("crate_mae_huge"), ValueError, "name: expected one of crate_mae_tiny"),
+        (lambda m: create_model("crate_mae_tiny", dim=3), TypeError, "dim: no such field"),
+        (lambda m: small_model(num_heads=5), ValueError, "num_heads: expected a divisor of embed_dim 32, got 5"),
+        (lambda m: small_model(lambd=-1.0), ValueError, "lambd: expected at least 0, got -1.0"),
+        (lambda m: small_model(step_size=0.0), ValueError, "step_size: expected above 0"),
+        (lambda m: small_model(img_size=18), ValueError, "divisible by patch_size 4, got 18 x 18"),
+    ],
+)
+def test_bad_input_says_what_was_expected(call: object, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        call(small_model())

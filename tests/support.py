@@ -1,0 +1,40 @@
+"""Measures and inputs that several test files use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from crate_mae import CrateMAE, create_model
+
+SMALL = dict(embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_num_heads=2, patch_size=4, img_size=16)
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """Norm-relative error; NaN never passes a comparison with it."""
+    found, truth = found.detach().cpu().double(), truth.detach().cpu().double()
+    assert found.shape == truth.shape, f"shape {tuple(found.shape)}, expected {tuple(truth.shape)}"
+    return ((found - truth).norm() / truth.norm().clamp_min(1e-300)).item()
+
+
+def gradients(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    """The output of ``function`` on fresh leaves made of ``inputs``, and its gradients for ``upstream``."""
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    out = function(*leaves)
+    out.backward(upstream.to(out))
+    return [out, *(leaf.grad for leaf in leaves)]
+
+
+def awkward_gradients(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Tensor]]:
+    """Gradients as they arrive in practice, by name: not only contiguous ones."""
+    yield "contiguous", torch.randn(shape, dtype=dtype, device=device)
+    yield "expanded from one number", torch.randn((), dtype=dtype, device=device).expand(shape)
+    yield "transposed", torch.randn(*shape[:-2], shape[-1], shape[-2], dtype=dtype, device=device).transpose(-1, -2)
+    yield "every second feature", torch.randn(*shape[:-1], 2 * shape[-1], dtype=dtype, device=device)[..., ::2]
+
+
+def small_model(**overrides: object) -> CrateMAE:
+    """A CRATE-MAE of one layer each way on images of 4 x 4 patches."""
+    return create_model("crate_mae_tiny", **{**SMALL, **overrides})
