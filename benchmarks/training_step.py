@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import crate_kernels
 import crate_mae
 from benchmarks import harness
+from crate_mae.config import grid_of
 
 BASELINE = "reference"
 
@@ -90,9 +91,9 @@ def measure(
     dtype = getattr(torch, dtype_name)
     model = crate_mae.create_model(model_name, **overrides).to(device).train()
     config = model.config
-    height, width = (config.img_size,) * 2 if isinstance(config.img_size, int) else config.img_size
-    images = torch.randn(batch, config.in_chans, height, width, device=device)
-    noise = torch.rand(batch, (height // config.patch_size) * (width // config.patch_size), device=device)
+    rows, columns = grid_of(config.image_shape, config.patch_size)
+    images = torch.randn(batch, config.in_chans, *config.image_shape, device=device)
+    noise = torch.rand(batch, rows * columns, device=device)
 
     names = (BASELINE, implementation)
     results = {name: outputs(model, name, images, noise, dtype) for name in names}

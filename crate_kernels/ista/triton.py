@@ -17,9 +17,9 @@ from crate_kernels.ista.form import one_product
 from crate_kernels.tiles import select
 from crate_kernels.tiles.ista import TABLE
 
-# Programs the weight's gradient is split into: about one for each multiprocessor of an H100. A constant rather than the
+# Programs the weight's gradient is split into: two for each multiprocessor of an H100. A constant rather than the
 # running device's count, so that the order of summation, and with it every bit, depends on shapes and tiles alone.
-_PROGRAMS = 132
+_PROGRAMS = 264
 _MOST_SPLITS = 64
 _LEAST_STEPS = 4
 
@@ -32,22 +32,15 @@ def load_tile(
     """matrix[rows, columns], zero outside [row_count, column_count]; an axis that is WHOLE needs no mask."""
     # In 64 bits: either axis may be the one that strides over billions of elements.
     addresses = matrix + rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    if WHOLE_ROWS and WHOLE_COLUMNS:
-        return tl.load(addresses)
-    elif WHOLE_ROWS:
-        return tl.load(addresses, mask=(columns < column_count)[None, :], other=0.0)
-    elif WHOLE_COLUMNS:
-        return tl.load(addresses, mask=(rows < row_count)[:, None], other=0.0)
-    else:
-        inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
-        return tl.load(addresses, mask=inside, other=0.0)
+    inside = ((rows < row_count) | WHOLE_ROWS)[:, None] & ((columns < column_count) | WHOLE_COLUMNS)[None, :]
+    return tl.load(addresses, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_tile(matrix, values, rows, columns, row_count, COLUMN_COUNT: tl.constexpr):
-    """Writes values into the contiguous matrix [row_count, COLUMN_COUNT], and nothing beyond its edges."""
-    addresses = matrix + rows.to(tl.int64)[:, None] * COLUMN_COUNT + columns[None, :]
-    inside = (rows < row_count)[:, None] & (columns < COLUMN_COUNT)[None, :]
+def store_tile(matrix, values, rows, columns, row_count, column_count):
+    """Writes values into the contiguous matrix [row_count, column_count], and nothing beyond its edges."""
+    addresses = matrix + rows.to(tl.int64)[:, None] * column_count + columns[None, :]
+    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     tl.store(addresses, values.to(matrix.dtype.element_ty), mask=inside)
 
 
@@ -70,45 +63,43 @@ def masked_gradient(grad_y, y):
 
 
 @triton.jit
-def tile_position(ROW_TILES, COLUMN_TILES, GROUP: tl.constexpr):
+def tile_position(row_tiles, column_tiles, GROUP: tl.constexpr):
     """This program's (row tile, column tile), ordered so that GROUP row tiles in turn reuse the right operand in L2."""
     program = tl.program_id(0)
-    return tl.swizzle2d(program // COLUMN_TILES, program % COLUMN_TILES, ROW_TILES, COLUMN_TILES, GROUP)
+    return tl.swizzle2d(program // column_tiles, program % column_tiles, row_tiles, column_tiles, GROUP)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def token_product_kernel(
-    left, right, skip, out, tokens,
+    left, right, skip, out, tokens, width,
     left_row_stride, left_column_stride, right_row_stride, right_column_stride, skip_row_stride, skip_column_stride,
     threshold,
-    WIDTH: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out = skip - left right ("residual"), or the threshold ("relu", "soft") of skip + left right.
 
-    left, skip, out [tokens, WIDTH]; right [WIDTH, WIDTH].
+    left, skip, out [tokens, width]; right [width, width].
     """
-    WHOLE_N: tl.constexpr = WIDTH % BLOCK_N == 0
-    WHOLE_K: tl.constexpr = WIDTH % BLOCK_K == 0
-    tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(WIDTH, BLOCK_N), GROUP)
+    tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows beyond the last read the last again and are not stored: no mask along them.
     clamped_rows = tl.minimum(rows, tokens - 1)
 
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, WIDTH, BLOCK_K):
+    for start in range(0, width, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         left_tile = load_tile(
-            left, clamped_rows, inner, left_row_stride, left_column_stride, tokens, WIDTH, True, WHOLE_K
+            left, clamped_rows, inner, left_row_stride, left_column_stride, tokens, width, True, WHOLE_K
         )
         right_tile = load_tile(
-            right, inner, columns, right_row_stride, right_column_stride, WIDTH, WIDTH, WHOLE_K, WHOLE_N
+            right, inner, columns, right_row_stride, right_column_stride, width, width, WHOLE_K, WHOLE_N
         )
         product = tl.dot(left_tile, right_tile, product, input_precision=PRECISION)
 
     skip_tile = load_tile(
-        skip, clamped_rows, columns, skip_row_stride, skip_column_stride, tokens, WIDTH, True, WHOLE_N
+        skip, clamped_rows, columns, skip_row_stride, skip_column_stride, tokens, width, True, WHOLE_N
     ).to(tl.float32)
     if EPILOGUE == "residual":
         result = skip_tile - product
@@ -116,64 +107,60 @@ def token_product_kernel(
         result = rectify(skip_tile + product, threshold)
     else:
         result = soft_threshold(skip_tile + product, threshold)
-    store_tile(out, result, rows, columns, tokens, WIDTH)
+    store_tile(out, result, rows, columns, tokens, width)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def gradient_product_kernel(
-    grad_y, y, right, total, product, tokens,
+    grad_y, y, right, total, product, tokens, width,
     grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, right_row_stride, right_column_stride,
-    WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """product = g right and total = g + g right, for g = grad_y where y is not zero; either output may be None.
 
-    grad_y, y, total, product [tokens, WIDTH]; right [WIDTH, WIDTH]. g exists only in the tile at hand.
+    grad_y, y, total, product [tokens, width]; right [width, width]. g exists only in the tile at hand.
     """
-    WHOLE_N: tl.constexpr = WIDTH % BLOCK_N == 0
-    WHOLE_K: tl.constexpr = WIDTH % BLOCK_K == 0
-    tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(WIDTH, BLOCK_N), GROUP)
+    tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     clamped_rows = tl.minimum(rows, tokens - 1)
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, WIDTH, BLOCK_K):
+    for start in range(0, width, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         grad_tile = load_tile(
-            grad_y, clamped_rows, inner, grad_row_stride, grad_column_stride, tokens, WIDTH, True, WHOLE_K
+            grad_y, clamped_rows, inner, grad_row_stride, grad_column_stride, tokens, width, True, WHOLE_K
         )
-        y_tile = load_tile(y, clamped_rows, inner, y_row_stride, y_column_stride, tokens, WIDTH, True, WHOLE_K)
+        y_tile = load_tile(y, clamped_rows, inner, y_row_stride, y_column_stride, tokens, width, True, WHOLE_K)
         g = masked_gradient(grad_tile, y_tile).to(right.dtype.element_ty)
         right_tile = load_tile(
-            right, inner, columns, right_row_stride, right_column_stride, WIDTH, WIDTH, WHOLE_K, WHOLE_N
+            right, inner, columns, right_row_stride, right_column_stride, width, width, WHOLE_K, WHOLE_N
         )
         accumulator = tl.dot(g, right_tile, accumulator, input_precision=PRECISION)
 
     if product is not None:
-        store_tile(product, accumulator, rows, columns, tokens, WIDTH)
+        store_tile(product, accumulator, rows, columns, tokens, width)
     if total is not None:
         grad_tile = load_tile(
-            grad_y, clamped_rows, columns, grad_row_stride, grad_column_stride, tokens, WIDTH, True, WHOLE_N
+            grad_y, clamped_rows, columns, grad_row_stride, grad_column_stride, tokens, width, True, WHOLE_N
         ).to(tl.float32)
-        y_tile = load_tile(y, clamped_rows, columns, y_row_stride, y_column_stride, tokens, WIDTH, True, WHOLE_N)
-        store_tile(total, masked_gradient(grad_tile, y_tile) + accumulator, rows, columns, tokens, WIDTH)
+        y_tile = load_tile(y, clamped_rows, columns, y_row_stride, y_column_stride, tokens, width, True, WHOLE_N)
+        store_tile(total, masked_gradient(grad_tile, y_tile) + accumulator, rows, columns, tokens, width)
 
 
 @triton.jit(do_not_specialize=["tokens", "tokens_per_split"])
 def weight_product_kernel(
-    left, right, y, partials, tokens, tokens_per_split,
+    left, right, y, partials, tokens, tokens_per_split, width,
     left_row_stride, left_column_stride, right_row_stride, right_column_stride, y_row_stride, y_column_stride,
-    WIDTH: tl.constexpr, WHOLE_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_M: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """partials[split] = left^T right over that split's tokens, right counting only where y, if given, is not zero.
 
-    left, right, y [tokens, WIDTH]; partials [splits, WIDTH, WIDTH] float32. Each split has its own output, so no atomics.
+    left, right, y [tokens, width]; partials [splits, width, width] float32. Each split has its own output, so no atomics.
     """
-    WHOLE_M: tl.constexpr = WIDTH % BLOCK_M == 0
-    WHOLE_N: tl.constexpr = WIDTH % BLOCK_N == 0
-    tile_m, tile_n = tile_position(tl.cdiv(WIDTH, BLOCK_M), tl.cdiv(WIDTH, BLOCK_N), GROUP)
+    tile_m, tile_n = tile_position(tl.cdiv(width, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
@@ -184,19 +171,19 @@ def weight_product_kernel(
     for start in range(first, last, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         left_tile = load_tile(
-            left, inner, rows, left_row_stride, left_column_stride, last, WIDTH, WHOLE_STEPS, WHOLE_M
+            left, inner, rows, left_row_stride, left_column_stride, last, width, WHOLE_K, WHOLE_M
         )
         right_tile = load_tile(
-            right, inner, columns, right_row_stride, right_column_stride, last, WIDTH, WHOLE_STEPS, WHOLE_N
+            right, inner, columns, right_row_stride, right_column_stride, last, width, WHOLE_K, WHOLE_N
         )
         if y is not None:
-            y_tile = load_tile(y, inner, columns, y_row_stride, y_column_stride, last, WIDTH, WHOLE_STEPS, WHOLE_N)
+            y_tile = load_tile(y, inner, columns, y_row_stride, y_column_stride, last, width, WHOLE_K, WHOLE_N)
             right_tile = masked_gradient(right_tile, y_tile)
         product = tl.dot(
             tl.trans(left_tile), right_tile.to(left.dtype.element_ty), product, input_precision=PRECISION
         )
 
-    store_tile(partials + split.to(tl.int64) * WIDTH * WIDTH, product, rows, columns, WIDTH, WIDTH)
+    store_tile(partials + split.to(tl.int64) * width * width, product, rows, columns, width, width)
 
 
 def forward(
@@ -274,10 +261,11 @@ def _token_product(
     if out.numel():
         tiles = select(TABLE, left.device, "token_product", left.itemsize, out.itemsize)
         token_product_kernel[_grid(tokens, width, tiles)](
-            left, right, skip, out, tokens,
+            left, right, skip, out, tokens, width,
             *left.stride(), *right.stride(), *skip.stride(),
             threshold,
-            WIDTH=width, EPILOGUE=epilogue, **_options(left), **tiles,
+            WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=width % tiles["BLOCK_K"] == 0, EPILOGUE=epilogue,
+            **_options(left), **tiles,
         )  # fmt: skip
     return out
 
@@ -298,9 +286,10 @@ def _gradient_product(
     if y.numel():
         tiles = select(TABLE, y.device, "gradient_product", right.itemsize, y.itemsize)
         gradient_product_kernel[_grid(tokens, width, tiles)](
-            grad_y, y, right, total, product, tokens,
+            grad_y, y, right, total, product, tokens, width,
             *grad_y.stride(), *y.stride(), *right.stride(),
-            WIDTH=width, **_options(right), **tiles,
+            WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=width % tiles["BLOCK_K"] == 0,
+            **_options(right), **tiles,
         )  # fmt: skip
     return total, product
 
@@ -318,9 +307,10 @@ def _weight_product(left: Tensor, right: Tensor, y: Tensor | None = None) -> Ten
     splits = triton.cdiv(tokens, tokens_per_split)
     partials = torch.empty((splits, width, width), dtype=torch.float32, device=left.device)
     weight_product_kernel[(programs, splits)](
-        left, right, y, partials, tokens, tokens_per_split,
+        left, right, y, partials, tokens, tokens_per_split, width,
         *left.stride(), *right.stride(), *((0, 0) if y is None else y.stride()),
-        WIDTH=width, WHOLE_STEPS=tokens % tiles["BLOCK_K"] == 0, **_options(left), **tiles,
+        WHOLE_M=width % tiles["BLOCK_M"] == 0, WHOLE_N=width % tiles["BLOCK_N"] == 0,
+        WHOLE_K=tokens % tiles["BLOCK_K"] == 0, **_options(left), **tiles,
     )  # fmt: skip
     return partials.sum(0)
 

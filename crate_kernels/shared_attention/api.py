@@ -28,8 +28,8 @@ def shared_qkv_attention(w: Tensor, *, scale: float | None = None, is_causal: bo
         [batch, heads, tokens, head_dim] in w's dtype (the autocast dtype under autocast), laid out in memory as
         [batch, tokens, heads, head_dim], so that ``out.transpose(1, 2).flatten(2)`` is a view.
 
-    The backward takes the forward's implementation and keeps w, the output and one number a row. It is deterministic,
-    and cannot be differentiated again.
+    The backward takes the forward's implementation. It is deterministic, and cannot be differentiated again. Kept for it
+    are w, the output and one number a row (on a CPU, for up to 512 tokens, the probabilities instead).
 
     Raises:
         TypeError: w is not a floating-point tensor, or scale not a number.
@@ -66,14 +66,14 @@ def attend(w: Tensor, scale: float, is_causal: bool, implementation: str) -> Ten
 class _SharedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, scale: float, is_causal: bool, implementation: str) -> Tensor:
-        out, lse = torch.ops.crate_kernels.shared_attention_forward(w, scale, is_causal, implementation)
-        ctx.save_for_backward(w, out, lse)
+        keep = ctx.needs_input_grad[0]
+        out, kept = torch.ops.crate_kernels.shared_attention_forward(w, scale, is_causal, keep, implementation)
+        ctx.save_for_backward(w, out, kept)
         ctx.arguments = scale, is_causal, implementation
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
-        w, out, lse = ctx.saved_tensors
-        grad_w = torch.ops.crate_kernels.shared_attention_backward(grad_out, w, out, lse, *ctx.arguments)
+        grad_w = torch.ops.crate_kernels.shared_attention_backward(grad_out, *ctx.saved_tensors, *ctx.arguments)
         return grad_w, None, None, None

@@ -1,6 +1,9 @@
 """PyTorch operators of shared-QKV attention: schemas, shapes, FLOP counts. Imports torch only.
 
-``implementation`` is an argument, so that a traced graph says which one runs and the backward takes the forward's.
+``implementation`` is an argument, so that a traced graph says which one runs and the backward takes the forward's. ``kept``
+is what its backward needs besides w and out: from ``triton`` the log-sum-exp of each row of scores, [batch, heads, tokens],
+float32; from ``composed`` the probabilities [batch * heads, tokens, tokens] of short sequences, else nothing. ``keep`` is false
+where no backward will come.
 """
 
 from __future__ import annotations
@@ -12,15 +15,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
-from crate_kernels.precision import undisturbed
+from crate_kernels.precision import arithmetic_dtype, undisturbed
 
 torch.library.define(
     "crate_kernels::shared_attention_forward",
-    "(Tensor w, float scale, bool is_causal, str implementation) -> (Tensor out, Tensor lse)",
+    "(Tensor w, float scale, bool is_causal, bool keep, str implementation) -> (Tensor out, Tensor kept)",
 )
 torch.library.define(
     "crate_kernels::shared_attention_backward",
-    "(Tensor grad_out, Tensor w, Tensor out, Tensor lse, float scale, bool is_causal, str implementation) -> Tensor",
+    "(Tensor grad_out, Tensor w, Tensor out, Tensor kept, float scale, bool is_causal, str implementation) -> Tensor",
 )
 
 
@@ -33,24 +36,37 @@ def empty_token_major(w: Tensor) -> Tensor:
     return w.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
+def keeps_probabilities(w: Tensor) -> bool:
+    """Whether ``composed`` keeps the probabilities of w [batch, heads, tokens, head_dim] for its backward.
+
+    On a CPU that saves two of seven products. They take tokens / head_dim times the memory of w, so short sequences only.
+    """
+    return w.device.type == "cpu" and w.shape[2] <= 512
+
+
 @torch.library.impl("crate_kernels::shared_attention_forward", "CompositeExplicitAutograd")
 @undisturbed
-def _forward(w: Tensor, scale: float, is_causal: bool, implementation: str) -> tuple[Tensor, Tensor]:
-    return dispatch.load("shared_attention", implementation).forward(w, scale, is_causal)
+def _forward(w: Tensor, scale: float, is_causal: bool, keep: bool, implementation: str) -> tuple[Tensor, Tensor]:
+    return dispatch.load("shared_attention", implementation).forward(w, scale, is_causal, keep)
 
 
 @torch.library.impl("crate_kernels::shared_attention_backward", "CompositeExplicitAutograd")
 @undisturbed
 def _backward(
-    grad_out: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float, is_causal: bool, implementation: str
+    grad_out: Tensor, w: Tensor, out: Tensor, kept: Tensor, scale: float, is_causal: bool, implementation: str
 ) -> Tensor:
-    return dispatch.load("shared_attention", implementation).backward(grad_out, w, out, lse, scale, is_causal)
+    return dispatch.load("shared_attention", implementation).backward(grad_out, w, out, kept, scale, is_causal)
 
 
 @torch.library.register_fake("crate_kernels::shared_attention_forward")
-def _forward_fake(w: Tensor, scale: float, is_causal: bool, implementation: str) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-    return empty_token_major(w), w.new_empty(w.shape[:-1], dtype=lse_dtype)
+def _forward_fake(w: Tensor, scale: float, is_causal: bool, keep: bool, implementation: str) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, _ = w.shape
+    if implementation == "triton":
+        kept = w.new_empty(batch, heads, tokens, dtype=torch.float32)
+    else:
+        shape = (batch * heads, tokens, tokens) if keep and keeps_probabilities(w) else (0,)
+        kept = w.new_empty(shape, dtype=arithmetic_dtype(w))
+    return empty_token_major(w), kept
 
 
 @torch.library.register_fake("crate_kernels::shared_attention_backward")
@@ -74,7 +90,7 @@ def _backward_flops(
     grad_shape: tuple[int, ...],
     w_shape: tuple[int, ...],
     out: Any,
-    lse: Any,
+    kept: Any,
     scale: float,
     is_causal: bool,
     *_: Any,

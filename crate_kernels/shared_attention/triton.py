@@ -239,13 +239,14 @@ def backward_kernel(
     store_tile(dw_head_ptr, dw_j, rows_j, tokens, dw_token, dw_feature, HEAD_DIM, PADDED_DIM)
 
 
-def forward(w: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+def forward(w: Tensor, scale: float, is_causal: bool, keep: bool = True) -> tuple[Tensor, Tensor]:
     """out = softmax(scale * w w^T) w and the log-sum-exp of the scaled scores.
 
     Args:
         w: [batch, heads, tokens, head_dim], float32, float16 or bfloat16, any strides; head_dim up to 128.
         scale: factor on the scores.
         is_causal: token i sees tokens 0..i only.
+        keep: whether a backward may come; the log-sum-exp costs nothing, and is returned all the same.
 
     Returns:
         out: [batch, heads, tokens, head_dim], w.dtype, memory in the order [batch, tokens, heads, head_dim].

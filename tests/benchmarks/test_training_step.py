@@ -10,7 +10,8 @@ import torch
 
 from benchmarks import harness, training_step
 
-TINY = ["--model", "crate_mae_tiny", "--set", "depth=1", "decoder_depth=1", "img_size=32", "--device", "cpu"]
+OVERRIDES = ("img_size=32", "embed_dim=48", "depth=1", "num_heads=3", "decoder_depth=1", "decoder_num_heads=3")
+TINY = ["--model", "crate_mae_tiny", "--set", *OVERRIDES, "--device", "cpu"]
 SURROUNDINGS = ("device", "driver", "torch", "triton", "python", "threads", "commit", "dirty", "date")
 
 

@@ -20,10 +20,10 @@ IMPLEMENTATIONS = ["composed", "triton"]
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_opcheck_shared_attention(implementation: str, is_causal: bool, device: str) -> None:
     w = torch.randn(2, 9, 3 * 16, device=device).unflatten(-1, (3, 16)).transpose(1, 2)
-    opcheck(OPS.shared_attention_forward.default, (w, 0.25, is_causal, implementation))
-    out, lse = OPS.shared_attention_forward(w, 0.25, is_causal, implementation)
+    opcheck(OPS.shared_attention_forward.default, (w, 0.25, is_causal, True, implementation))
+    out, kept = OPS.shared_attention_forward(w, 0.25, is_causal, True, implementation)
     grad = torch.randn_like(out)
-    opcheck(OPS.shared_attention_backward.default, (grad, w, out, lse, 0.25, is_causal, implementation))
+    opcheck(OPS.shared_attention_backward.default, (grad, w, out, kept, 0.25, is_causal, implementation))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -45,21 +45,26 @@ def test_agrees_with_the_formula_in_float64(implementation: str, shape: tuple[in
 
 
 def test_slices_of_rows_and_heads_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long sequences are cut into slices of rows; the cut changes nothing but rounding."""
+    """Long sequences are cut into slices and their probabilities computed again; nothing changes but rounding."""
     w, upstream = torch.randn(2, 3, 37, 16, dtype=torch.float64), torch.randn(2, 3, 37, 16, dtype=torch.float64)
     whole = gradients(lambda w: shared_qkv_attention(w, is_causal=True), [w], upstream)
     for budget in (1, 37 * 5, 37 * 37 * 2):
         monkeypatch.setattr(composed, "_SCORES_ON_CPU", budget)
+        monkeypatch.setattr(composed, "keeps_probabilities", lambda w: False)
         for a, b in zip(
             gradients(lambda w: shared_qkv_attention(w, is_causal=True), [w], upstream), whole, strict=True
         ):
             assert error(a, b) < 1e-13
 
 
-def test_log_sum_exp() -> None:
+def test_probabilities_are_kept_for_a_backward_and_short_sequences_only() -> None:
     w = torch.randn(2, 3, 9, 16)
-    _, lse = torch.ops.crate_kernels.shared_attention_forward(w, 0.5, False, "composed")
-    assert error(lse, (w @ w.mT * 0.5).double().logsumexp(-1)) < 1e-6
+
+    def kept(w: Tensor, keep: bool) -> Tensor:
+        return torch.ops.crate_kernels.shared_attention_forward(w, 0.5, False, keep, "composed")[1]
+
+    assert error(kept(w, True), (w @ w.mT * 0.5).softmax(-1).flatten(0, 1)) < 1e-6
+    assert kept(w, False).numel() == kept(torch.randn(1, 1, 513, 4), True).numel() == 0
 
 
 def test_heads_viewed_from_tokens_are_not_copied_back() -> None:

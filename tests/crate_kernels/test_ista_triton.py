@@ -1,0 +1,201 @@
+"""The Triton path of ISTA against the official order of operations in float64; without a GPU, in Triton's interpreter.
+
+One rule decides every comparison: the kernel's error against float64, relative in norm, is at most 1.25 times that of
+the official order run eagerly at the same storage dtypes, plus two roundings of the dtype. Gradients are compared under
+the mask of the kernel's own output, so that a value within a rounding of the threshold decides nothing; that the mask
+itself differs from float64's only there is a check of its own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import awkward_gradients, error
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from crate_kernels.ista.form import one_product
+from crate_kernels.ista.triton import backward, forward
+
+STEP_SIZE, LAMBD = 0.3, 0.5
+
+# The interpreter multiplies bfloat16 wrongly, so that dtype is proved on a GPU. A pair is (stream, operands).
+ON_GPU = pytest.mark.gpu
+DTYPES = [
+    pytest.param(torch.float32, torch.float32, id="float32"),
+    pytest.param(torch.float16, torch.float16, id="float16"),
+    pytest.param(torch.bfloat16, torch.bfloat16, id="bfloat16", marks=ON_GPU),
+    pytest.param(torch.float32, torch.float16, id="float32 stream, float16 operands"),
+    pytest.param(torch.float32, torch.bfloat16, id="float32 stream, bfloat16 operands", marks=ON_GPU),
+]
+
+SHAPES = [
+    (1, 48),  # one token; a width under one tile
+    (50, 96),  # two products, with a tail both ways
+    (130, 130),  # as many tokens as features: the last size of the two-product form; odd multiples of 2
+    (131, 130),  # and the first of the one-product form
+    (197, 48),  # one product; one image of CRATE-MAE
+    (384, 128),  # whole tiles only: no masks
+    (394, 96),  # two images, so that the weight's gradient is summed over several programs
+]
+
+
+def prepared(
+    tokens: int, width: int, stream: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Tokens after a LayerNorm, and a dictionary of rows of about unit length, both exact in ``stream``."""
+    x = torch.randn(tokens, width).to(device, stream)
+    weight = (torch.randn(width, width) / width**0.5).to(device, stream)
+    return x, weight
+
+
+def official(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x + eta * (x W - x W^T W) in the official order, products of operands in ``dtype``."""
+    operand, weight = x.to(dtype), weight.to(dtype)
+    x1 = operand @ weight.T
+    grad1 = x1 @ weight
+    grad2 = operand @ weight
+    return x + STEP_SIZE * (grad2 - grad1)
+
+
+def thresholded(u: Tensor, soft: bool) -> Tensor:
+    if soft:
+        return torch.sign(u) * torch.relu(u.abs() - STEP_SIZE * LAMBD)
+    return torch.relu(u - STEP_SIZE * LAMBD)
+
+
+def official_step(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, soft: bool, upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the gradients of x and W for ``upstream`` as it is after the threshold's mask."""
+    x, weight = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    u = official(x, weight, dtype)
+    grad_x, grad_weight = torch.autograd.grad(u, (x, weight), upstream.to(u.dtype))
+    return thresholded(u, soft).detach(), grad_x, grad_weight
+
+
+def check(
+    x: Tensor, weight: Tensor, grad_y: Tensor, operands: torch.dtype, soft: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernels on the tensors as they are and hold them to the rule; their results."""
+    operand = x.to(operands)
+    y, matrix = forward(x, operand, weight, STEP_SIZE, LAMBD, soft)
+    kept = grad_y.clone()
+    grad_x, grad_weight = backward(grad_y, operand, weight, y, matrix, STEP_SIZE, True, True)
+    assert torch.equal(grad_y, kept), "the gradient that arrived was written to"
+
+    mask = y != 0
+    upstream = grad_y * mask
+    truth = official_step(x.double(), weight.double(), torch.float64, soft, upstream)
+    eager = official_step(x, weight, operands, soft, upstream)
+    roundings = 2 * torch.finfo(operands).eps
+    kernels = {"y": (y, x.dtype), "grad_x": (grad_x, x.dtype), "grad_weight": (grad_weight, weight.dtype)}
+    for (name, (kernel, dtype)), exact, eagerly in zip(kernels.items(), truth, eager, strict=True):
+        assert kernel.dtype == dtype and kernel.is_contiguous(), name
+        assert error(kernel, exact) <= 1.25 * error(eagerly, exact) + roundings, name
+
+    # Where the masks differ, one side is zero and the other within the kernel's own error of it.
+    off = (mask != (truth[0] != 0)) * (y.double() - truth[0]).abs()
+    assert off.max() <= 4 * roundings * truth[0].abs().max()
+    return y, grad_x, grad_weight
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["relu", "soft"])
+@pytest.mark.parametrize(("stream", "operands"), DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), SHAPES)
+def test_output_and_gradients(
+    tokens: int, width: int, stream: torch.dtype, operands: torch.dtype, soft: bool, device: str
+) -> None:
+    x, weight = prepared(tokens, width, stream, device)
+    y, *_ = check(x, weight, torch.randn(tokens, width).to(x), operands, soft)
+    fraction = (y != 0).double().mean()
+    assert 0.1 < fraction < 0.95, "the threshold has to cut some values and pass others for this to test it"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("stream", "operands"), DTYPES)
+@pytest.mark.parametrize("tokens", [197, 16 * 197], ids=["two products", "one product"])
+@pytest.mark.parametrize("width", [384, 576, 768, 1024], ids=["tiny", "small", "base", "large"])
+def test_crate_mae_widths(tokens: int, width: int, stream: torch.dtype, operands: torch.dtype, device: str) -> None:
+    x, weight = prepared(tokens, width, stream, device)
+    check(x, weight, torch.randn(tokens, width).to(x), operands)
+
+
+@pytest.mark.parametrize(("stream", "operands"), DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(50, 96), (197, 48)], ids=["two products", "one product"])
+def test_strided_gradients(
+    tokens: int, width: int, stream: torch.dtype, operands: torch.dtype, device: str
+) -> None:
+    x, weight = prepared(tokens, width, stream, device)
+    for _, grad_y in awkward_gradients((tokens, width), stream, device):
+        check(x, weight, grad_y, operands)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(50, 96), (197, 48)], ids=["two products", "one product"])
+@pytest.mark.parametrize("layout", ["every second feature", "transposed", "rows apart", "one row repeated"])
+def test_strided_tokens(tokens: int, width: int, layout: str, device: str) -> None:
+    x, weight = prepared(tokens, width, device=device)
+    if layout == "every second feature":
+        x = x.repeat_interleave(2, -1)[..., ::2]
+    elif layout == "transposed":
+        x = x.T.contiguous().T
+    elif layout == "rows apart":
+        x = torch.cat([x, x], -1)[:, :width]
+    else:
+        x = x[:1].expand(tokens, width)
+    check(x, weight.T.contiguous().T, torch.randn(tokens, width).to(x), torch.float32)
+
+
+def test_master_weight_stays_float32(device: str) -> None:
+    """Float32 dictionary, float16 tokens: the dictionary's gradient comes back in float32, not rounded on the way."""
+    for tokens in (50, 197):
+        x, weight = prepared(tokens, 64, torch.float16, device)
+        weight, grad_y = weight.float(), torch.randn(tokens, 64).to(x)
+        y, matrix = forward(x, x, weight, STEP_SIZE, LAMBD, False)
+        _, grad_weight = backward(grad_y, x, weight, y, matrix, STEP_SIZE, False, True)
+        upstream = (grad_y * (y != 0)).double()
+        *_, exact = official_step(x.double(), weight.double(), torch.float64, False, upstream)
+        assert grad_weight.dtype == torch.float32
+        assert error(grad_weight, exact) <= 2 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(50, 96), (394, 96)], ids=["two products", "one product"])
+def test_only_the_gradients_asked_for_and_always_the_same_bits(tokens: int, width: int, device: str) -> None:
+    x, weight = prepared(tokens, width, device=device)
+    grad_y = torch.randn(tokens, width).to(x)
+
+    def step(need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        y, matrix = forward(x, x, weight, STEP_SIZE, LAMBD, False)
+        return y, *backward(grad_y, x, weight, y, matrix, STEP_SIZE, need_x, need_weight)
+
+    both = step(True, True)
+    for need_x, need_weight in [(True, True), (True, False), (False, True)]:
+        for wanted, found, first in zip((True, need_x, need_weight), step(need_x, need_weight), both, strict=True):
+            assert (found is not None) == wanted
+            assert found is None or torch.equal(found, first)
+
+
+def test_no_tokens(device: str) -> None:
+    x, weight = prepared(0, 48, device=device)
+    y, matrix = forward(x, x, weight, STEP_SIZE, LAMBD, False)
+    grad_x, grad_weight = backward(torch.empty_like(y), x, weight, y, matrix, STEP_SIZE, True, True)
+    assert y.shape == grad_x.shape == (0, 48)
+    assert torch.equal(grad_weight, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["relu", "soft"])
+@pytest.mark.parametrize("tokens", [20, 60], ids=["two products", "one product"])
+def test_nan_is_not_thresholded_away(tokens: int, soft: bool, device: str) -> None:
+    x, weight = prepared(tokens, 48, device=device)
+    x[3, 5] = torch.nan
+    y, matrix = forward(x, x, weight, STEP_SIZE, LAMBD, soft)
+    assert y[3].isnan().all() and not y[:3].isnan().any() and not y[4:].isnan().any()
+    grad_x, _ = backward(torch.full_like(y, torch.nan), x, weight, y, matrix, STEP_SIZE, True, False)
+    assert grad_x[3].isnan().all()
+
+
+def test_the_form_by_operation_counts() -> None:
+    for tokens, width in [(1, 48), (96, 96), (97, 96), (50432, 768), (197, 768)]:
+        one, two = 2 * tokens * width**2 + 2 * width**3, 4 * tokens * width**2
+        assert one_product(tokens, width) == (one < two)
