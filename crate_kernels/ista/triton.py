@@ -17,9 +17,10 @@ from crate_kernels.ista.form import one_product
 from crate_kernels.tiles import select
 from crate_kernels.tiles.ista import TABLE
 
-# Programs the weight's gradient is split into: two for each multiprocessor of an H100. A constant rather than the
+# Programs the weight's gradient is spread over: two for each multiprocessor of an H100. A constant rather than the
 # running device's count, so that the order of summation, and with it every bit, depends on shapes and tiles alone.
 _PROGRAMS = 264
+# Each split writes a float32 [width, width] that is read again: at most so many, and each worth so many steps at least.
 _MOST_SPLITS = 64
 _LEAST_STEPS = 4
 
@@ -170,18 +171,14 @@ def weight_product_kernel(
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        left_tile = load_tile(
-            left, inner, rows, left_row_stride, left_column_stride, last, width, WHOLE_K, WHOLE_M
-        )
+        left_tile = load_tile(left, inner, rows, left_row_stride, left_column_stride, last, width, WHOLE_K, WHOLE_M)
         right_tile = load_tile(
             right, inner, columns, right_row_stride, right_column_stride, last, width, WHOLE_K, WHOLE_N
         )
         if y is not None:
             y_tile = load_tile(y, inner, columns, y_row_stride, y_column_stride, last, width, WHOLE_K, WHOLE_N)
             right_tile = masked_gradient(right_tile, y_tile)
-        product = tl.dot(
-            tl.trans(left_tile), right_tile.to(left.dtype.element_ty), product, input_precision=PRECISION
-        )
+        product = tl.dot(tl.trans(left_tile), right_tile.to(left.dtype.element_ty), product, input_precision=PRECISION)
 
     store_tile(partials + split.to(tl.int64) * width * width, product, rows, columns, width, width)
 
