@@ -165,7 +165,9 @@ def gate_cases() -> list[Case]:
     cases += [attention_case("bfloat16", head_dim, True) for head_dim in (64, 128)]
     cases += [attention_case("float32", head_dim, False) for head_dim in (16, 32, 64, 128)]
     cases += [attention_case(dtype, 64, False) for dtype in ("float16", "tf32")]
-    cases += [ista_case(dtype, 768, tokens, False) for dtype in ("bfloat16", "autocast", "float32") for tokens in TOKENS]
+    cases += [
+        ista_case(dtype, 768, tokens, False) for dtype in ("bfloat16", "autocast", "float32") for tokens in TOKENS
+    ]
     cases += [ista_case(dtype, 768, TOKENS[0], False) for dtype in ("float16", "tf32")]
     cases += [ista_case("bfloat16", 768, TOKENS[0], True), ista_case("bfloat16", 576, TOKENS[0], False)]
     return cases
@@ -229,7 +231,10 @@ def requests(case: Case, arch: str) -> list[Request]:
 
 
 def compile_request(request: Request, dtype: str, shape: str) -> Figures:
-    """Compile one kernel (or find it in Triton's disk cache) and read its machine code; dtype and shape are labels."""
+    """Compile one kernel (or find it in Triton's disk cache) and read its machine code; dtype and shape are labels.
+
+    Runs in a process other than the one that collects requests: there, Triton would try to launch what it has compiled.
+    """
     triton.runtime.driver.set_active(_PretendedDriver(request.arch))
     knobs = triton.knobs.nvidia
     kernel = _jit_function(getattr(importlib.import_module(request.module), request.kernel))
@@ -292,8 +297,7 @@ def _jit_function(kernel: Any) -> Any:
 def entry_kernels() -> set[str]:
     """Names of the kernels that launchers start: the JIT functions in crate_kernels that no other JIT function calls."""
     modules = [
-        importlib.import_module(found.name)
-        for found in pkgutil.walk_packages(crate_kernels.__path__, "crate_kernels.")
+        importlib.import_module(found.name) for found in pkgutil.walk_packages(crate_kernels.__path__, "crate_kernels.")
     ]
     kernels = [
         _jit_function(value)

@@ -43,22 +43,32 @@ class Spread:
         return cls(p20, statistics.median(sample), p80)
 
 
-def check_agreement(outputs: Mapping[str, Mapping[str, Tensor]], baseline: str, tolerances: Mapping[str, float]) -> None:
-    """Raise ValueError unless every provider's outputs are finite and close to the baseline's.
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """||found - truth|| / ||truth||, in float64."""
+    truth = truth.double()
+    return ((found.double() - truth).norm() / truth.norm()).item()
 
-    ``outputs`` is ``{provider: {name: tensor}}``; the error is ||output - baseline|| / ||baseline||, bounded for each name
-    by ``tolerances[name]``. A time is worth nothing before this has passed.
+
+def check_agreement(
+    outputs: Mapping[str, Mapping[str, Tensor]], truth: Mapping[str, Tensor], tolerances: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """Relative errors of every provider's outputs; a time is worth nothing before this has passed.
+
+    ``outputs`` is ``{provider: {name: tensor}}``; ``truth`` and ``tolerances`` have the same names.
+
+    Raises:
+        ValueError: an output is not finite, or further from the truth than its tolerance.
     """
+    errors: dict[str, dict[str, float]] = {}
     for provider, tensors in outputs.items():
+        errors[provider] = {}
         for name, tensor in tensors.items():
-            expected = outputs[baseline][name].double()
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{provider}: {name} is not finite")
-            error = ((tensor.double() - expected).norm() / expected.norm()).item()
+            error = errors[provider][name] = relative_error(tensor, truth[name])
             if not error <= tolerances[name]:
-                raise ValueError(
-                    f"{provider}: {name} differs from {baseline} by {error:.1e} relative, more than {tolerances[name]:.1e}"
-                )
+                raise ValueError(f"{provider}: {name} is {error:.1e} off, relative; allowed are {tolerances[name]:.1e}")
+    return errors
 
 
 def time_interleaved(
@@ -156,6 +166,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     numeric = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(columns))]
     return "\n".join(
-        "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric, strict=True)).rstrip()
+        "  ".join(
+            cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
         for line in cells
     )

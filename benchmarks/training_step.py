@@ -3,7 +3,8 @@
     python -m benchmarks.training_step --device cpu --batch 1 8 --dtype float32 bfloat16
 
 A step is forward, backward and the release of the gradients; ``--optimizer`` adds AdamW's update. All implementations share one
-model, one set of weights, the images and the masking noise; their losses and gradients must agree before any is timed.
+model, one set of weights, the images and the masking noise; before any is timed, losses and gradients must be as close to
+float32 as the official order's own.
 16-bit dtypes run under autocast with float32 parameters.
 """
 
@@ -25,13 +26,10 @@ from crate_mae.config import grid_of
 
 BASELINE = "reference"
 
-# Relative error in norm of two implementations of one formula. The loss averages rounding away, the gradient of a 24-layer
-# model does not: it grows to some ten units in the last place, and a tenfold margin still betrays any wrong formula.
-TOLERANCES = {
-    "float32": {"loss": 1e-5, "gradient": 1e-3},
-    "bfloat16": {"loss": 1e-2, "gradient": 0.2},
-    "float16": {"loss": 2e-3, "gradient": 0.05},
-}
+DTYPES = ("float32", "bfloat16", "float16")
+
+# What float32 rounding grows to through two dozen layers, relative; 2e-6 is usual.
+FLOAT32_ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 def training_step(
@@ -74,6 +72,19 @@ def outputs(
     return {"loss": loss, "gradient": torch.cat(gradients)}
 
 
+def tolerances(baseline: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
+    """Relative errors allowed against the official order in float32: for the gradient, about the official order's own.
+
+    16-bit rounding moves activations across the threshold and is amplified by every layer, so no constant would fit all
+    depths. The loss is a single number, whose error may vanish by luck: it gets one unit in the last place instead.
+    """
+    own_error = harness.relative_error(baseline["gradient"], truth["gradient"])
+    return {
+        "loss": torch.finfo(dtype).eps + FLOAT32_ROUNDING,
+        "gradient": 1.5 * own_error + FLOAT32_ROUNDING,
+    }
+
+
 def measure(
     model_name: str,
     overrides: dict[str, Any],
@@ -96,13 +107,13 @@ def measure(
     noise = torch.rand(batch, rows * columns, device=device)
 
     names = (BASELINE, implementation)
+    truth = outputs(model, BASELINE, images, noise, torch.float32)
     results = {name: outputs(model, name, images, noise, dtype) for name in names}
-    harness.check_agreement(results, BASELINE, TOLERANCES[dtype_name])
+    errors = harness.check_agreement(results, truth, tolerances(results[BASELINE], truth, dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if with_optimizer else None
     providers = {name: training_step(model, name, images, noise, dtype, optimizer) for name in names}
     times = harness.time_interleaved(providers, device, rounds=rounds)
 
-    surroundings = harness.environment(device)
     return [
         {
             "operator": "training_step",
@@ -115,11 +126,11 @@ def measure(
             "baseline": BASELINE,
             "rounds": rounds,
             "loss": results[name]["loss"].item(),
+            "error": errors[name],
             "ms": asdict(harness.Spread.of(times[name])),
             "images_per_second": batch * 1e3 / harness.Spread.of(times[name]).p50,
             "ratio": asdict(harness.ratios(times[BASELINE], times[name])),
             "seed": seed,
-            **surroundings,
         }
         for name in names
     ]
@@ -149,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     device = torch.device(arguments.device)
     implementation = arguments.implementation or ("triton" if device.type == "cuda" else "composed")
     rounds = arguments.rounds or (30 if device.type == "cuda" else 5)
-    rows = []
+    surroundings = harness.environment(device)
+    rows: list[dict[str, Any]] = []
     for dtype in arguments.dtype:
         for batch in arguments.batch:
             rows += measure(
@@ -163,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 with_optimizer=arguments.optimizer,
                 seed=arguments.seed,
             )
-    surroundings = harness.environment(device)
+    rows = [row | surroundings for row in rows]
     print(", ".join(f"{name} {value}" for name, value in surroundings.items()))
     print(harness.table(COLUMNS, map(line, rows)))
     if arguments.json:
@@ -177,11 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default=default_device, help=f"torch device (here: {default_device})")
     parser.add_argument("--model", default="crate_mae_base", help="a name crate_mae.create_model knows")
     parser.add_argument(
-        "--set", nargs="+", default=[], type=_override, metavar="NAME=VALUE", help="model overrides: depth=1 img_size=32"
+        "--set", nargs="+", default=[], type=_override, metavar="NAME=VALUE", help="model overrides: depth=1"
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="images a step")
-    parser.add_argument("--dtype", nargs="+", choices=list(TOLERANCES), default=["float32", "bfloat16"])
-    parser.add_argument("--implementation", choices=["composed", "triton"], help="default: triton on CUDA, else composed")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--implementation", choices=["composed", "triton"], help="default: triton on CUDA, else composed"
+    )
     parser.add_argument("--rounds", type=int, help="timed turns (default: 30 on CUDA, 5 on the CPU)")
     parser.add_argument("--optimizer", action="store_true", help="AdamW's update is part of the step")
     parser.add_argument("--seed", type=int, default=0)

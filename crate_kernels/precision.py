@@ -25,7 +25,7 @@ def _dtypes_the_cpu_multiplies() -> tuple[torch.dtype, ...]:
     return tuple(dtype for dtype, names in instructions.items() if flags & names)
 
 
-_CPU_MULTIPLIES = _dtypes_the_cpu_multiplies()
+CPU_PRODUCT_DTYPES = _dtypes_the_cpu_multiplies()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -45,7 +45,7 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     ``x.dtype``, except for 16-bit operands on a CPU without 16-bit matrix instructions, where PyTorch emulates them:
     there float32 is 3 times (bfloat16) to 100 times (float16) faster, and no less accurate.
     """
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and x.dtype not in _CPU_MULTIPLIES:
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and x.dtype not in CPU_PRODUCT_DTYPES:
         return torch.float32
     return x.dtype
 

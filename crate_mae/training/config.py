@@ -157,7 +157,7 @@ def demo_config(out: Path) -> PretrainConfig:
         ),
         # Models this small profit from a far higher rate, and from many small steps, than the published recipes use.
         optimizer=OptimizerConfig(base_lr=0.032),
-        schedule=ScheduleConfig(epochs=60, warmup_epochs=3, batch_size=16),
+        schedule=ScheduleConfig(epochs=50, warmup_epochs=3, batch_size=16),
         # On a CPU, casting costs narrow layers more than bfloat16 saves them, and a second thread gains them little; if
         # something else wants its core, the two wait for each other and are many times slower than one.
         run=RunConfig(precision="bfloat16" if torch.cuda.is_available() else "float32", threads=1),

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from crate_kernels.precision import CPU_PRODUCT_DTYPES
+
 
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" is CUDA where there is one, else the CPU."""
@@ -25,15 +27,11 @@ def choose_precision(name: str, device: torch.device) -> str:
     """ "auto" made definite: bfloat16 where the hardware multiplies it, else float32."""
     if name != "auto":
         return name
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.bfloat16 in CPU_PRODUCT_DTYPES
     return "bfloat16" if native else "float32"
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 products; without them autocast is slower than float32."""
-    # Older torch cannot tell; float32 is then the safe answer.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 @contextmanager
