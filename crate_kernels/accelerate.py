@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import textwrap
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from crate_kernels.ista import reference as ista_reference
-from crate_kernels.mssa import reference as mssa_reference
+from crate_kernels.dispatch import use
 from crate_kernels.nn import ISTA, MSSA
+
+STRUCTURE = {MSSA: ("heads", "scale", "qkv", "attend", "to_out"), ISTA: ("step_size", "lambd", "weight")}
+STATE = {
+    MSSA: ({"qkv.weight"}, {"qkv.weight", "to_out.0.weight"}, {"qkv.weight", "to_out.0.weight", "to_out.0.bias"}),
+    ISTA: ({"weight"},),
+}
+PROBE_TOKENS = {MSSA: 130, ISTA: 20}  # attention: enough to notice a window of 64 tokens on either side
+PROBE_GAIN = {MSSA: 0.25, ISTA: 1.0}  # attention: scores so small that every token counts, not mostly the token itself
 
 
 @dataclass
@@ -46,13 +55,16 @@ def accelerate(model: nn.Module) -> Acceleration:
     """Swap the attention and sparse-step modules of an official CRATE or CRATE-MAE model for ours, in place.
 
     Modules are found by structure, wherever their classes were imported from: an attention has ``heads``, ``scale``, one
-    projection ``qkv``, a softmax ``attend`` and ``to_out``; a sparse step has a square ``weight``, ``step_size`` and ``lambd``.
-    Structure is not meaning (CRATE-MAE's decoder step looks like ISTA and is linear), so each candidate is also called once on
-    a few random tokens and swapped only if it computes what our module computes.
+    projection ``qkv``, a softmax ``attend`` and ``to_out``; a sparse step has ``weight``, ``step_size`` and ``lambd``.
+    Structure is not meaning (CRATE-MAE's decoder step looks like ISTA and is linear), so each candidate must also have the
+    official parameters and no others, no methods, arguments or hooks that a swap would lose, and must compute what our
+    class makes of the same object: both are called on random tokens with random parameters, in its own dtype, in
+    training and in evaluation mode. What raises an exception there is left alone.
 
-    A swap changes the class of the module object and nothing else. So its parameters, buffers and state-dict names, references
-    to it, optimisers over it, hooks on it and copies made of it later all stay valid; so do the official
-    keyword arguments ``return_attention`` and ``return_key``.
+    All of this happens before the first swap, on shallow copies, and leaves parameters, modes and random state as they
+    were. A swap changes the class of the module object and nothing else. So its parameters, buffers and state-dict
+    names, references to it, optimisers over it, hooks on it and copies made of it later all stay valid; so do the
+    official keyword arguments ``return_attention`` and ``return_key``.
 
     Returns:
         What was swapped and what was left alone, and why. ``print`` it; ``undo()`` it.
@@ -62,14 +74,18 @@ def accelerate(model: nn.Module) -> Acceleration:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    done = Acceleration()
+    done, decided = Acceleration(), []
     for name, module in model.named_modules():
-        target = _target(module)
-        if target is None:
-            continue
-        if reason := _obstacle(module, target):
+        try:
+            target = _target(module)
+            reason = target and _obstacle(module, target)
+        except Exception as error:  # the model's own code runs here, and may do anything
+            reason = textwrap.shorten(f"calling it failed: {type(error).__name__}: {error}", 120)
+        if reason:
             done.left_alone[name] = reason
-            continue
+        elif target:
+            decided.append((name, module, target))
+    for name, module, target in decided:
         done._originals.append((module, type(module)))
         module.__class__ = target
         done.swapped[name] = target
@@ -80,53 +96,110 @@ def _target(module: nn.Module) -> type[nn.Module] | None:
     """The class of ours that ``module`` has the structure of."""
     if isinstance(module, (MSSA, ISTA)):
         return None
-    if all(hasattr(module, name) for name in ("heads", "scale", "qkv", "attend", "to_out")):
-        return MSSA
-    weight = getattr(module, "weight", None)
-    is_square = isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == weight.shape[1]
-    return ISTA if is_square and hasattr(module, "step_size") and hasattr(module, "lambd") else None
+    return next((kind for kind, names in STRUCTURE.items() if all(hasattr(module, name) for name in names)), None)
 
 
 def _obstacle(module: nn.Module, target: type[nn.Module]) -> str | None:
     """Why ``module`` cannot become a ``target``, in words; None where nothing stands in the way."""
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    children = [child for child in module.modules() if child is not module]
-    if any(child._forward_hooks or child._forward_pre_hooks or child._backward_hooks for child in children):
-        return "a module inside it has hooks, which one fused call would pass by"
-    if any(isinstance(child, nn.Dropout) and child.p > 0 for child in children):
-        return "its dropout is above 0, which the fused attention does not support"
-    if target is MSSA:
-        return _attention_obstacle(module)
-    return None if _computes(module, _ista, module.weight) else "it does not compute ISTA (a linear decoder step, say)"
+    if set(_state(module)) not in STATE[target]:
+        return f"its parameters and buffers are {', '.join(_state(module)) or 'none'}, which are not the official ones"
+    if replaced := [name for name in vars(module) if callable(getattr(target, name, None))]:
+        return f"its {replaced[0]} was replaced on the instance"
+    if lost := _lost_methods(type(module)):
+        return f"its class defines {', '.join(lost)}, which {target.__name__} does not"
+    ours = list(inspect.signature(target.forward).parameters)[1:]
+    theirs = list(inspect.signature(type(module).forward).parameters)[1:]
+    if theirs[1:] != ours[1 : len(theirs)]:
+        return f"its forward takes {', '.join(theirs)}, which {target.__name__} does not"
+    for name, child in module.named_modules():
+        if child is module:
+            continue
+        hooks = child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks
+        if any(hooks) or "forward" in vars(child):
+            return f"{name} has hooks or a replaced forward, which one fused call would pass by"
+        if isinstance(child, nn.Dropout) and child.p > 0:
+            return f"{name}: its dropout is above 0, which the fused attention does not support"
+        if child._parameters and type(child) is not nn.Linear:
+            return f"{name}: expected a plain Linear, found {type(child).__name__}"
+    return _difference(module, target)
 
 
-def _attention_obstacle(module: nn.Module) -> str | None:
-    projection = module.to_out[0] if isinstance(module.to_out, nn.Sequential) else module.to_out
-    if type(module.qkv) is not nn.Linear or module.qkv.bias is not None:
-        return f"qkv: expected a plain Linear without bias, found {module.qkv}"
-    if type(projection) not in (nn.Linear, nn.Identity):
-        return f"to_out: expected a plain Linear or Identity, found {projection}"
-    return None if _computes(module, _mssa, module.qkv.weight) else "it does not compute MSSA"
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; one that bears two names is listed under both."""
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
-def _ista(module: nn.Module, x: Tensor) -> Tensor:
-    return ista_reference.ista(x, module.weight, module.step_size, module.lambd, soft=False)
+def _lost_methods(kind: type[nn.Module]) -> list[str]:
+    """What ``kind`` adds to nn.Module or overrides in it, besides its forward: public methods and PyTorch's own."""
 
+    def matters(name: str, value: object) -> bool:
+        if name in ("__init__", "forward", "extra_repr") or not (
+            inspect.isroutine(value) or isinstance(value, property)
+        ):
+            return False
+        is_private, is_special = name.startswith("_"), name.startswith("__")
+        return not is_private or name == "__call__" or (hasattr(nn.Module, name) and not is_special)
 
-def _mssa(module: nn.Module, x: Tensor) -> Tensor:
-    projection = module.to_out[0] if isinstance(module.to_out, nn.Sequential) else None
-    weight, bias = (None, None) if projection is None else (projection.weight, projection.bias)
-    return mssa_reference.mssa(x, module.qkv.weight, weight, bias, module.heads, module.scale, is_causal=False)
+    bases = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
+    return sorted({name for base in bases for name, value in vars(base).items() if matters(name, value)})
 
 
 @torch.no_grad()
-def _computes(module: nn.Module, meaning: Callable[[nn.Module, Tensor], Tensor], weight: Tensor) -> bool:
-    """``module`` maps random tokens to what ``meaning`` makes of them, up to rounding."""
-    generator = torch.Generator().manual_seed(0)  # its own, so that the caller's random numbers stay as they were
-    x = torch.randn(2, 5, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-    with torch.autocast(weight.device.type, enabled=False):
-        found, expected = module.forward(x), meaning(module, x)
-    if found.shape != expected.shape:
-        return False
-    return bool((found - expected).norm() <= torch.finfo(weight.dtype).eps ** 0.75 * expected.norm())
+def _difference(module: nn.Module, target: type[nn.Module]) -> str | None:
+    """What ``target`` would do otherwise than ``module``, found by running both on random tokens and parameters."""
+    generator = torch.Generator().manual_seed(0)
+    state = _state(module)
+    weight = state["weight" if target is ISTA else "qkv.weight"]
+
+    def random(shape: tuple[int, ...], scale: float, like: Tensor) -> Tensor:
+        numbers = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+        return (scale * numbers).to(like.device, like.dtype)
+
+    values = {name: random(v.shape, PROBE_GAIN[target] * v.shape[-1] ** -0.5, v) for name, v in state.items()}
+    x = random((2, PROBE_TOKENS[target], weight.shape[-1]), 1.0, weight)
+    devices = {value.device for value in state.values() if value.is_cuda}
+    with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False), use("composed"):
+        for training in (True, False):
+            expected, changed = _run(module, type(module), values, x, training)
+            found, _ = _run(module, target, values, x, training)
+            if changed:
+                return f"its forward changes its own {', '.join(changed)}"
+            if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (found.shape, found.dtype):
+                return f"it does not compute {target.__name__}: its result is of another type, shape or dtype"
+            if not (found - expected).norm() <= torch.finfo(weight.dtype).eps ** 0.75 * expected.norm():
+                example = " (a linear decoder step, say)" if target is ISTA else ""
+                return (
+                    f"it does not compute {target.__name__}{example} in {'training' if training else 'evaluation'} mode"
+                )
+    return None
+
+
+class _Bare(nn.Module):
+    """The forward of a module without the hooks on it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> object:
+        return type(self.module).forward(self.module, x)
+
+
+def _run(
+    module: nn.Module, kind: type[nn.Module], values: dict[str, Tensor], x: Tensor, training: bool
+) -> tuple[object, list[str]]:
+    """What ``module`` as a ``kind`` makes of x with these parameters, and the attributes that it sets while it does."""
+    twin = object.__new__(type(module))  # a shallow copy: what it does to its attributes does not reach the module
+    vars(twin).update(vars(module), training=training)
+    twin.__class__ = kind
+    before = dict(vars(twin))
+    modes = [(child, child.training) for child in module.modules() if child is not module]
+    try:
+        for child, _ in modes:
+            child.training = training
+        parameters = {f"module.{name}": value for name, value in values.items()}
+        out = functional_call(_Bare(twin), parameters, (x.clone(),), tie_weights=False)
+    finally:
+        for child, mode in modes:
+            child.training = mode
+    return out, [name for name, value in vars(twin).items() if before.get(name, vars) is not value]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 
@@ -26,6 +25,8 @@ def tensor(name: str, value: object, dims: str) -> None:
         raise TypeError(f"{name}: expected a floating-point dtype, got {describe(value)}")
     names = dims.split()
     least = len(names) - (names[0] == "...")
+    if value.ndim and value.shape[-1] == 0:
+        raise ValueError(f"{name}: expected at least one element in its last dimension, got {describe(value)}")
     if value.ndim < least or (names[0] != "..." and value.ndim > least):
         raise ValueError(f"{name}: expected [{', '.join(names)}], got {describe(value)}")
 
@@ -36,14 +37,14 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> 
         raise ValueError(f"{name}: expected {meaning} {expected}, got {describe(value)}")
 
 
-def same_device_and_dtype(autocast: bool, **tensors: Tensor | None) -> None:
-    """All tensors live on one device and, unless autocast is about to cast them, bear one dtype."""
+def same_device_and_dtype(mixed_dtypes: bool, **tensors: Tensor | None) -> None:
+    """All tensors live on one device and bear one dtype, unless ``mixed_dtypes`` are fine (autocast will cast them)."""
     present = {name: value for name, value in tensors.items() if value is not None}
     first_name, first = next(iter(present.items()))
     for name, value in present.items():
         if value.device != first.device:
             raise ValueError(f"{name}: expected it on {first.device} like {first_name}, got {describe(value)}")
-        if value.dtype != first.dtype and not autocast:
+        if value.dtype != first.dtype and not mixed_dtypes:
             raise TypeError(
                 f"{name}: expected {first.dtype} like {first_name}, got {describe(value)} (mixed dtypes need torch.autocast)"
             )
@@ -69,8 +70,3 @@ def layer_norm(width: int, weight: Tensor | None, bias: Tensor | None, eps: floa
         tensor("norm_bias", bias, "width")
         shape("norm_bias", bias, (width,), "[width]")
     number("norm_eps", eps)
-
-
-def is_autocast(x: object) -> bool:
-    """Autocast is on for the device of ``x``."""
-    return isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)

@@ -1,8 +1,9 @@
 """Which implementation runs, and why: the one place that looks at the device.
 
 Every operator has three. ``reference`` states the meaning in the official order of operations; ``composed`` is the faster
-algebra in standard PyTorch calls; ``triton`` is our kernels. Left alone, CUDA tensors take ``triton`` and all others
-``composed``. ``use`` or the environment variable ``CRATE_KERNELS_IMPL`` forces one for every operator.
+algebra in standard PyTorch calls; ``triton`` is our kernels. Left alone, CUDA tensors take ``triton`` where its kernels can
+run (not float64, not heads wider than 128), and everything else takes ``composed``. ``use`` or the environment variable
+``CRATE_KERNELS_IMPL`` forces one for every operator.
 """
 
 from __future__ import annotations

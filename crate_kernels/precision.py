@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -33,10 +34,31 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
     As in PyTorch's own rules, float64 is left alone by autocast.
     """
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if x.dtype != torch.float64 and is_autocast(x):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Autocast is on for the device of ``x``; it never is on devices that have none, such as meta."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """A block in which autocast is off for the device of ``x``."""
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension, in float32 under autocast on every device; x itself where weight is None."""
+    if weight is None:
+        return x
+    if not is_autocast(x):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    with no_autocast(x):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), None if bias is None else bias.to(dtype), eps)
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
@@ -50,6 +72,19 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def dot_precision(x: Tensor) -> str:
+    """Triton's ``input_precision`` for products of operands like ``x``: "ieee" for exact float32, else "tf32".
+
+    Float32 follows PyTorch's own setting; 16-bit operands are not affected.
+    """
+    if x.dtype != torch.float32:
+        return "tf32"
+    try:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    except RuntimeError:  # set through the newer attribute, which the older function refuses to read
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def undisturbed(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """``function`` with its first tensor's device current, and autocast off: operands come in the dtype to multiply in.
 
@@ -58,7 +93,7 @@ def undisturbed(function: Callable[Arguments, Result]) -> Callable[Arguments, Re
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with torch.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
+        with no_autocast(args[0]), torch.cuda.device_of(args[0]):
             return function(*args, **kwargs)
 
     return run

@@ -19,6 +19,15 @@ def error(found: Tensor, truth: Tensor) -> float:
     return ((found - truth).norm() / truth.norm().clamp_min(1e-300)).item()
 
 
+def a_few_roundings(dtype: torch.dtype) -> float:
+    """A norm-relative margin for what differs by luck between two orders of the same operations.
+
+    One rounding of a stored tensor is an error of 0.29 eps in norm. In 16 bits that is all there should be, and twice it
+    is the margin; in float32 sums of hundreds of terms round too.
+    """
+    return torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 0.5)
+
+
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
     """The output of ``function`` on fresh leaves made of ``inputs``, and its gradients for ``upstream``."""
     leaves = [value.detach().clone().requires_grad_() for value in inputs]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
 from crate_kernels.ista import op, reference  # noqa: F401  (op registers the operators)
-from crate_kernels.precision import compute_dtype
+from crate_kernels.precision import compute_dtype, is_autocast, layer_norm
 
 
 def ista(
@@ -53,8 +52,7 @@ def ista(
     Source: CRATE (arXiv 2306.01129), section 2.4; CRATE-MAE (arXiv 2404.02446), section 3.
     """
     _check(x, weight, step_size, lambd, threshold, norm_weight, norm_bias, norm_eps)
-    if norm_weight is not None:
-        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    x = layer_norm(x, norm_weight, norm_bias, norm_eps)
     dtype, soft = compute_dtype(x), threshold == "soft"
     implementation = dispatch.choose(x, dtype)
     if implementation == "reference":
@@ -78,9 +76,7 @@ def _check(
     width = x.shape[-1]
     checks.shape("weight", weight, (width, width), "a square dictionary as wide as x")
     checks.layer_norm(width, norm_weight, norm_bias, norm_eps)
-    checks.same_device_and_dtype(
-        checks.is_autocast(x), x=x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias
-    )
+    checks.same_device_and_dtype(is_autocast(x), x=x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias)
     checks.number("step_size", step_size, positive=True)
     checks.number("lambd", lambd)
     if threshold not in ("relu", "soft"):

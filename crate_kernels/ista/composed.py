@@ -21,9 +21,9 @@ def forward(
         master = _at_least_float32(weight)
         factor, matrix = operand, torch.addmm(master, master.t(), master, beta=step_size, alpha=-step_size)
     else:
-        factor, matrix = _residual(operand, weight), weight * step_size
+        factor, matrix = _residual(operand, weight), (weight * step_size).contiguous()
     matrix = matrix.to(operand.dtype)
-    code = _add_product(x, factor, matrix)
+    code = _product(factor, matrix).add_(x)
     code = F.softshrink(code, step_size * lambd) if soft else code.sub_(step_size * lambd).relu_()
     return code.to(x.dtype), matrix
 
@@ -45,24 +45,25 @@ def backward(
     grad_x = grad_weight = None
     if one_product(*operand.shape):
         if need_x:
-            grad_x = _add_product(grad, grad_operand, matrix.t()).to(y.dtype)
+            grad_x = _product(grad_operand, matrix.t()).add_(grad).to(y.dtype)
         if need_weight:
-            grad_matrix = _at_least_float32(_product(operand.t(), grad_operand))
+            grad_matrix = _product(operand.t(), grad_operand)
             grad_weight = _through_combination(grad_matrix, _at_least_float32(weight), step_size).to(weight.dtype)
         return grad_x, grad_weight
-    grad_residual = _product(grad_operand, matrix.t()).to(operand.dtype)
-    if need_x:
-        grad_x = _add_product(grad + grad_residual, grad_residual, weight.to(operand.dtype), alpha=-1).to(y.dtype)
+    residual_sum = _product(grad_operand, matrix.t())
+    grad_residual = residual_sum.to(operand.dtype)
     if need_weight:
-        residual = _residual(operand, weight)
-        grad_weight = _product(residual.t(), grad_operand).to(weight.dtype).mul_(step_size)
-        grad_weight.sub_(_product(grad_residual.t(), operand))
+        grad_weight = _product(_residual(operand, weight).t(), grad_operand)
+        grad_weight = _add_product_(grad_weight, grad_residual.t(), operand, step_size, -1).to(weight.dtype)
+    if need_x:
+        grad_x = _add_product_(residual_sum + grad, grad_residual, weight.to(operand.dtype), 1, -1).to(y.dtype)
     return grad_x, grad_weight
 
 
 def _residual(operand: Tensor, weight: Tensor) -> Tensor:
     """r = x - x W^T: what the dictionary leaves unexplained."""
-    return _add_product(operand, operand, weight.to(operand.dtype).t(), alpha=-1).to(operand.dtype)
+    product = _product(operand, weight.to(operand.dtype).t())
+    return torch.sub(operand, product, out=product).to(operand.dtype)
 
 
 def _through_combination(grad_matrix: Tensor, weight: Tensor, step_size: float) -> Tensor:
@@ -75,14 +76,14 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in at least float32 wherever that is the fastest arithmetic, else in their own dtype."""
+    """a b, in the arithmetic that is fastest; a fresh tensor of at least float32."""
     dtype = arithmetic_dtype(a)
-    return torch.mm(a.to(dtype), b.to(dtype))
+    return _at_least_float32(torch.mm(a.to(dtype), b.to(dtype)))
 
 
-def _add_product(x: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
-    """x + alpha a b, summed in at least float32: a fresh tensor of that dtype."""
-    x, dtype = _at_least_float32(x), arithmetic_dtype(a)
-    if dtype == x.dtype:
-        return torch.addmm(x, a.to(dtype), b.to(dtype), alpha=alpha)
-    return _at_least_float32(torch.mm(a, b)).mul_(alpha).add_(x)
+def _add_product_(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    """beta total + alpha a b, written to ``total``, which is of at least float32."""
+    dtype = arithmetic_dtype(a)
+    if dtype == total.dtype:
+        return total.addmm_(a.to(dtype), b.to(dtype), beta=beta, alpha=alpha)
+    return total.mul_(beta).add_(torch.mm(a, b), alpha=alpha)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crate_kernels.ista.form import one_product
+from crate_kernels.precision import dot_precision
 from crate_kernels.tiles import select
 from crate_kernels.tiles.ista import TABLE
 
@@ -197,7 +198,7 @@ def forward(
         matrix = torch.addmm(full, full.T, full, beta=step_size, alpha=-step_size).to(operand.dtype)
         left = operand
     else:
-        matrix = (weight.float() * step_size).to(operand.dtype)
+        matrix = (weight.float() * step_size).to(operand.dtype).contiguous()
         left = _residual(operand, weight)
     y = _token_product(left, matrix, x, x.dtype, "soft" if soft else "relu", step_size * lambd)
     return y, matrix
@@ -318,5 +319,4 @@ def _grid(rows: int, columns: int, tiles: dict[str, int]) -> tuple[int]:
 
 def _options(operand: Tensor) -> dict[str, object]:
     """How products round: float32 operands as torch is told to, and multiply-adds fused whatever Triton's default."""
-    exact = operand.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return {"PRECISION": "ieee" if exact else "tf32", "enable_fp_fusion": True}
+    return {"PRECISION": dot_precision(operand), "enable_fp_fusion": True}

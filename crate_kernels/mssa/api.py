@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from crate_kernels import checks, dispatch
 from crate_kernels.mssa import composed, reference
-from crate_kernels.precision import compute_dtype
+from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, no_autocast
 from crate_kernels.shared_attention.api import obstacle_to_triton
 
 
@@ -62,14 +60,13 @@ def mssa(
         scale = head_dim**-0.5
     checks.number("scale", scale, positive=True)
 
-    if norm_weight is not None:
-        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    x = layer_norm(x, norm_weight, norm_bias, norm_eps)
     dtype = compute_dtype(x)
     implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
     if implementation == "reference":
         out = reference.mssa(x, qkv_weight, out_weight, out_bias, num_heads, scale, is_causal)
     else:
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             out = composed.mssa(
                 x.to(dtype), qkv_weight, out_weight, out_bias, num_heads, scale, is_causal, implementation
             )
@@ -94,6 +91,10 @@ def _check(
     checks.tensor("qkv_weight", qkv_weight, "inner_width width")
     width, inner_width = x.shape[-1], qkv_weight.shape[0]
     checks.shape("qkv_weight", qkv_weight, (inner_width, width), "[num_heads * head_dim, width of x]")
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected at least one token, got {checks.describe(x)}")
+    if not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected an int, got {checks.describe(num_heads)}")
     if num_heads < 1 or inner_width % num_heads:
         raise ValueError(
             f"num_heads: expected a divisor of the projected width {inner_width}, got {num_heads} "
@@ -110,7 +111,7 @@ def _check(
         checks.shape("out_bias", out_bias, (out_width,), "[out_width]")
     checks.layer_norm(width, norm_weight, norm_bias, norm_eps)
     parameters = dict(qkv_weight=qkv_weight, out_weight=out_weight, out_bias=out_bias)
-    checks.same_device_and_dtype(checks.is_autocast(x), x=x, **parameters, norm_weight=norm_weight, norm_bias=norm_bias)
+    checks.same_device_and_dtype(is_autocast(x), x=x, **parameters, norm_weight=norm_weight, norm_bias=norm_bias)
     if residual is not None:
         checks.tensor("residual", residual, "batch tokens out_width")
         checks.shape("residual", residual, (*x.shape[:-1], out_width), "[batch, tokens, out_width]")

@@ -60,13 +60,13 @@ def obstacle_to_triton(head_dim: int) -> str | None:
 
 def attend(w: Tensor, scale: float, is_causal: bool, implementation: str) -> Tensor:
     """``shared_qkv_attention`` behind its checks and choices, for an operator that has made them already."""
-    return _SharedAttention.apply(w, scale, is_causal, implementation)
+    keep = torch.is_grad_enabled() and w.requires_grad
+    return _SharedAttention.apply(w, scale, is_causal, keep, implementation)
 
 
 class _SharedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: Tensor, scale: float, is_causal: bool, implementation: str) -> Tensor:
-        keep = ctx.needs_input_grad[0]
+    def forward(ctx: Any, w: Tensor, scale: float, is_causal: bool, keep: bool, implementation: str) -> Tensor:
         out, kept = torch.ops.crate_kernels.shared_attention_forward(w, scale, is_causal, keep, implementation)
         ctx.save_for_backward(w, out, kept)
         ctx.arguments = scale, is_causal, implementation
@@ -74,6 +74,6 @@ class _SharedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad_w = torch.ops.crate_kernels.shared_attention_backward(grad_out, *ctx.saved_tensors, *ctx.arguments)
-        return grad_w, None, None, None
+        return grad_w, None, None, None, None

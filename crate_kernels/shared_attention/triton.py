@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crate_kernels.precision import dot_precision
 from crate_kernels.shared_attention.op import empty_token_major
 from crate_kernels.tiles import select
 from crate_kernels.tiles.shared_attention import TABLE
@@ -279,8 +280,7 @@ def backward(grad_out: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float
 
 def _arithmetic(w: Tensor, is_causal: bool) -> dict[str, bool | str]:
     """Constants of the kernels that multiply; only float32 has a precision to choose, and PyTorch's own switch does."""
-    exact = w.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return {"IS_CAUSAL": is_causal, "PRECISION": "ieee" if exact else "tf32"}
+    return {"IS_CAUSAL": is_causal, "PRECISION": dot_precision(w)}
 
 
 def _launch(kernel, w: Tensor, block_rows: str, arguments: tuple, strided: tuple[Tensor, ...], **constants) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -145,52 +146,238 @@ def test_official_keywords_still_work() -> None:
     assert torch.equal(attention(x, return_key=True), keys)
 
 
-def replaced_on_the_instance() -> nn.Module:
-    module = FeedForward(16)
-    module.forward = lambda x: x
+# What looks like an official module and is not quite one. The subclasses below change one thing each.
+
+
+class LearnedScoreBias(Attention):
+    def __init__(self) -> None:
+        super().__init__(16, 2, 8)
+        self.score_bias = nn.Parameter(torch.zeros(2, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.qkv(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        return self.to_out((self.attend(w @ w.mT * self.scale + self.score_bias) @ w).transpose(1, 2).flatten(2))
+
+
+class LocalWindow(Attention):
+    def __init__(self, window: int, zero: bool = False) -> None:
+        super().__init__(16, 2, 8)
+        self.window = window
+        if zero:
+            nn.init.zeros_(self.to_out[0].weight)
+            nn.init.zeros_(self.to_out[0].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        position = torch.arange(x.shape[1])
+        far = (position - position[:, None]).abs() > self.window
+        w = self.qkv(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        scores = (w @ w.mT * self.scale).masked_fill(far, -torch.inf)
+        return self.to_out((self.attend(scores) @ w).transpose(1, 2).flatten(2))
+
+
+class FunctionalDropout(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.1, self.training)
+
+
+class NeedsMask(Attention):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x) * mask
+
+
+class AllowsMask(Attention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x) if mask is None else super().forward(x) * mask
+
+
+class ReturnsTuple(Attention):
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().forward(x), None
+
+
+class KeepsItsMap(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        self.map = super().forward(x, return_attention=True)
+        return super().forward(x)
+
+
+class Raises(FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("no\nsuch luck")
+
+
+class StepSizeOfTheClass(nn.Module):
+    step_size, lambd = 0.1, 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16) / 4)
+        self.linear = False
+
+    forward = FeedForward.forward
+
+
+class CountsZeros(FeedForward):
+    def sparsity(self, x: Tensor) -> Tensor:
+        return (self(x) == 0).float().mean()
+
+
+class StaysInEvaluation(FeedForward):
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(False)
+
+
+class LowRank(nn.Linear):
+    pass
+
+
+def changed(module: nn.Module, change: Callable[[nn.Module], object]) -> nn.Module:
+    change(module)
     return module
 
 
-def hooked_inside() -> nn.Module:
-    module = Attention(16, 2, 8)
-    module.qkv.register_forward_hook(lambda *a: None)
-    return module
+def attention(change: Callable[[nn.Module], object]) -> nn.Module:
+    return changed(Attention(16, 2, 8), change)
 
 
-def subclassed_projection() -> nn.Module:
-    class LowRank(nn.Linear):
-        pass
-
-    module = Attention(16, 2, 8)
-    module.qkv = LowRank(16, 16, bias=False)
-    return module
+def sparse_step(change: Callable[[nn.Module], object]) -> nn.Module:
+    return changed(FeedForward(16), change)
 
 
-@pytest.mark.parametrize(
-    ("module", "reason"),
-    [
-        (Attention(16, 2, 8, dropout=0.1), "dropout"),
-        (Attention(16, 2, 8, softmax=False), "does not compute MSSA"),
-        (FeedForward(16, linear=True), "does not compute ISTA"),
-        (replaced_on_the_instance(), "replaced on the instance"),
-        (hooked_inside(), "hooks"),
-        (subclassed_projection(), "plain Linear"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_leaves_alone_what_it_would_change(module: nn.Module, reason: str) -> None:
-    kind, x = type(module), torch.randn(1, 4, 16)
-    torch.manual_seed(1)
-    expected = module(x)
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def lambda_as(register: str, value: object) -> Callable[[nn.Module], object]:
+    def change(module: nn.Module) -> None:
+        del module.lambd
+        getattr(module, register)("lambd", value)
+
+    return change
+
+
+CHANGED = {
+    "dropout": (lambda: Attention(16, 2, 8, dropout=0.1), "dropout"),
+    "functional dropout": (lambda: FunctionalDropout(16, 2, 8), "in training mode"),
+    "functional dropout in eval mode": (lambda: FunctionalDropout(16, 2, 8).eval(), "in training mode"),
+    "no softmax": (lambda: Attention(16, 2, 8, softmax=False), "does not compute MSSA"),
+    "window of 8": (lambda: LocalWindow(8), "does not compute MSSA"),
+    "window of 64": (lambda: LocalWindow(64), "does not compute MSSA"),
+    "window of 64, bfloat16": (lambda: LocalWindow(64).bfloat16(), "does not compute MSSA"),
+    "window, zero projection": (lambda: LocalWindow(8, zero=True), "does not compute MSSA"),
+    "score bias": (LearnedScoreBias, "score_bias"),
+    "needs a mask": (lambda: NeedsMask(16, 2, 8), "forward takes x, mask"),
+    "allows a mask": (lambda: AllowsMask(16, 2, 8), "forward takes x, mask"),
+    "returns a tuple": (lambda: ReturnsTuple(16, 2, 8), "another type"),
+    "keeps its map": (lambda: KeepsItsMap(16, 2, 8), "changes its own map"),
+    "fused qkv": (lambda: attention(lambda m: setattr(m, "qkv", nn.Linear(16, 48, bias=False))), "calling it failed"),
+    "qkv bias": (lambda: attention(lambda m: setattr(m, "qkv", nn.Linear(16, 16))), "qkv.bias"),
+    "subclassed qkv": (lambda: attention(lambda m: setattr(m, "qkv", LowRank(16, 16, bias=False))), "plain Linear"),
+    "identity and dropout": (
+        lambda: attention(lambda m: setattr(m, "to_out", nn.Sequential(nn.Identity(), nn.Dropout(0.0)))),
+        "calling it failed",
+    ),
+    "empty projection": (lambda: attention(lambda m: setattr(m, "to_out", nn.Sequential())), "calling it failed"),
+    "more after the projection": (lambda: attention(lambda m: m.to_out.append(Halved())), "does not compute MSSA"),
+    "attention on meta": (lambda: Attention(16, 2, 8).to("meta"), "calling it failed"),
+    "hook inside": (lambda: attention(lambda m: m.qkv.register_forward_hook(lambda *a: None)), "hooks"),
+    "pre-hook inside": (lambda: attention(lambda m: m.qkv.register_forward_pre_hook(lambda *a: None)), "hooks"),
+    "backward hook inside": (
+        lambda: attention(lambda m: m.to_out[0].register_full_backward_hook(lambda *a: None)),
+        "hooks",
+    ),
+    "backward pre-hook inside": (
+        lambda: attention(lambda m: m.attend.register_full_backward_pre_hook(lambda *a: None)),
+        "hooks",
+    ),
+    "forward replaced inside": (
+        lambda: attention(lambda m: setattr(m.qkv, "forward", m.qkv.forward)),
+        "replaced forward",
+    ),
+    "forward replaced": (lambda: sparse_step(lambda m: setattr(m, "forward", m.forward)), "forward was replaced"),
+    "linear": (lambda: FeedForward(16, linear=True), "does not compute ISTA"),
+    "overcomplete": (
+        lambda: sparse_step(lambda m: setattr(m, "weight", nn.Parameter(torch.randn(16, 32)))),
+        "calling it failed",
+    ),
+    "learned lambda": (
+        lambda: sparse_step(lambda_as("register_parameter", nn.Parameter(torch.tensor(0.5)))),
+        "lambd",
+    ),
+    "lambda as a buffer": (lambda: sparse_step(lambda_as("register_buffer", torch.tensor(0.5))), "lambd"),
+    "lambda as a tensor": (lambda: sparse_step(lambda m: setattr(m, "lambd", torch.tensor(0.5))), "lambd"),
+    "negative lambda": (lambda: FeedForward(16, lambd=-0.5), "lambd"),
+    "step size of the class": (StepSizeOfTheClass, "step_size"),
+    "another threshold": (lambda: sparse_step(lambda m: setattr(m, "threshold", 0.5)), "threshold"),
+    "soft threshold": (lambda: sparse_step(lambda m: setattr(m, "threshold", "soft")), "does not compute ISTA"),
+    "parametrized": (
+        lambda: sparse_step(lambda m: nn.utils.parametrize.register_parametrization(m, "weight", Halved())),
+        "parametrizations.weight.original",
+    ),
+    "more methods": (lambda: CountsZeros(16), "defines sparsity"),
+    "overridden method": (lambda: StaysInEvaluation(16), "defines train"),
+    "raises": (lambda: Raises(16), "calling it failed: RuntimeError: no such luck"),
+    "sparse step on meta": (lambda: FeedForward(16).to("meta"), "calling it failed"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_leaves_alone_what_it_would_change(name: str) -> None:
+    build, reason = CHANGED[name]
+    module = build()
+    kind, attributes = type(module), dict(vars(module))
+    state = {key: id(value) for key, value in module.state_dict(keep_vars=True).items()}
+    modes = [child.training for child in module.modules()]
     done = accelerate(module)
     assert not done.swapped and reason in done.left_alone[""]
-    assert type(module) is kind
-    torch.manual_seed(1)
-    assert torch.equal(module(x), expected)
+    assert len(done.left_alone[""].splitlines()) == 1
+    assert type(module) is kind and dict(vars(module)) == attributes
+    assert {key: id(value) for key, value in module.state_dict(keep_vars=True).items()} == state
+    assert [child.training for child in module.modules()] == modes
+
+
+def test_a_module_that_raises_leaves_the_model_consistent() -> None:
+    model, x = Model(), torch.randn(2, 20, 16)
+    model.encoder[1][1].fn = Raises(16)
+    model.decoder.eval()
+    model.encoder[0][0].fn.to_out.eval()
+    modes = [module.training for module in model.modules()]
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model.encoder[0][1](model.encoder[0][0](x))
+    done = accelerate(model)
+    assert sorted(done.swapped) == ["decoder.1.fn", "encoder.0.0.fn", "encoder.0.1.fn", "encoder.1.0.fn"]
+    assert "no such luck" in done.left_alone["encoder.1.1.fn"] and type(model.encoder[1][1].fn) is Raises
+    assert error(model.encoder[0][1](model.encoder[0][0](x)), expected) < 1e-5
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    done.undo()
+    assert type(model.encoder[0][0].fn) is Attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_every_dtype(dtype: torch.dtype) -> None:
+    model = Model(dim=64, heads=4).to(dtype)
+    assert len(accelerate(model).swapped) == 5
+
+
+def test_values_do_not_matter() -> None:
+    model = Model()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    done = accelerate(model)
+    assert len(done.swapped) == 5 and list(done.left_alone) == ["decoder.0.fn"]
+
+
+def test_hooks_are_not_called() -> None:
+    module, calls = FeedForward(16), []
+    module.register_forward_hook(lambda *a: calls.append(a))
+    module.register_forward_pre_hook(lambda *a: calls.append(a))
+    assert accelerate(module).swapped and not calls
 
 
 def test_random_state_is_untouched() -> None:
-    model = Model()
+    model = nn.Sequential(Model(), FunctionalDropout(16, 2, 8))
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)

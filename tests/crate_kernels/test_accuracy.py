@@ -10,7 +10,7 @@ from support import error, gradients
 from torch import Tensor
 
 import crate_kernels
-from crate_kernels import ista, shared_qkv_attention
+from crate_kernels import ista, precision, shared_qkv_attention
 
 CASES = [
     pytest.param("composed", torch.float16, id="composed-float16"),
@@ -32,7 +32,15 @@ def _compare(
     for name, found, plain, exact in zip(names, ours, official, truth, strict=True):
         assert found.dtype == plain.dtype == inputs[0].dtype
         print(f"{name}: {error(found, exact):.2e}, official order {error(plain, exact):.2e}")
-        assert error(found, exact) <= error(plain, exact), name
+        # Equal results give equal errors, up to the order in which the norm itself is summed.
+        assert error(found, exact) <= error(plain, exact) * (1 + 1e-9), name
+
+
+@pytest.fixture(params=[False, True], ids=["this CPU", "CPU with 16-bit products"], autouse=True)
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composed products in the arithmetic chosen here, and in the operands' own as on CPUs with instructions for it."""
+    if request.param:
+        monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", (torch.float16, torch.bfloat16))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0], ids=["weights as initialised", "weights twice as large"])

@@ -34,6 +34,7 @@ def test_opcheck_ista(implementation: str, tokens: int, dtype: torch.dtype, devi
     forward = (x, x.to(dtype), weight, 0.1, 0.5, False, implementation)
     opcheck(OPS.ista_forward.default, forward)
     y, matrix = OPS.ista_forward(*forward)
+    opcheck(OPS.ista_forward.default, (x, x.to(dtype), weight.t(), *forward[3:]))
     for need_x, need_weight in ((True, True), (True, False), (False, True)):
         arguments = (torch.randn_like(y), x.to(dtype), weight, y, matrix, 0.1, need_x, need_weight, implementation)
         opcheck(OPS.ista_backward.default, arguments)
@@ -90,6 +91,18 @@ def test_compile_takes_a_layer_whole_at_any_batch(implementation: str, autocast:
                 out.sum().backward()
                 grads.append([out, *(parameter.grad.clone() for parameter in layer.parameters())])
             assert max(map(error, *grads)) < 1e-5
+
+
+def test_inductor_takes_a_transposed_dictionary() -> None:
+    torch.compiler.reset()
+    x, weight = torch.randn(7, 16), torch.randn(16, 16) / 4
+    compiled = torch.compile(lambda x, w: ista(x, w.t()), fullgraph=True)
+    assert error(compiled(x, weight), ista(x, weight.t().contiguous())) < 1e-6
+
+
+def test_meta_tensors_give_shapes() -> None:
+    x, weight = torch.empty(2, 9, 32, device="meta"), torch.empty(32, 32, device="meta")
+    assert ista(x, weight).shape == mssa(x, weight, weight, num_heads=2).shape == (2, 9, 32)
 
 
 def test_compile_follows_a_change_of_implementation() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import error, gradients
+from support import a_few_roundings, error, gradients
 from torch import Tensor
 
 import crate_kernels
@@ -21,7 +21,7 @@ BATCHES = [1, 8]  # one image: fewer tokens than the width, two products in ISTA
 
 
 def agrees(operator: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> None:
-    """Triton's error against float64, output and every gradient, is at most the reference's in the same dtype and some ulps."""
+    """Triton's error against float64, output and every gradient, is at most the reference's in the same dtype."""
     dtype = inputs[0].dtype
     with crate_kernels.use("reference"):
         truth = gradients(operator, [value.double() for value in inputs], upstream.double())
@@ -31,7 +31,7 @@ def agrees(operator: Callable[..., Tensor], inputs: list[Tensor], upstream: Tens
         again = gradients(operator, inputs, upstream)
     for ours, repeated, plain, exact in zip(found, again, official, truth, strict=True):
         assert torch.equal(ours, repeated), "two runs differ in their bits"
-        assert error(ours, exact) <= 1.25 * error(plain, exact) + 2 * torch.finfo(dtype).eps
+        assert error(ours, exact) <= 1.25 * error(plain, exact) + a_few_roundings(dtype)
 
 
 def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

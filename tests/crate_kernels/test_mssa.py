@@ -47,6 +47,16 @@ def test_agrees_with_the_formula_in_float64(implementation: str, is_causal: bool
     assert max(map(error, found, expected)) < 1e-12
 
 
+def test_triton_agrees_with_the_formula(device: str) -> None:
+    p = parameters(32, 2, 16, device=device)
+    x, upstream = torch.randn(2, 7, 32, device=device), torch.randn(2, 7, 32, device=device)
+    inputs = [x, p["qkv_weight"], p["out_weight"], p["out_bias"]]
+    with crate_kernels.use("triton"):
+        found = gradients(lambda *a: mssa(*a, num_heads=2), inputs, upstream)
+    expected = gradients(lambda *a: truth(*a, 2), [value.double() for value in inputs], upstream.double())
+    assert max(map(error, found, expected)) < 1e-5
+
+
 @pytest.mark.parametrize("subtract", [False, True])
 @pytest.mark.parametrize("implementation", ["reference", "composed"])
 def test_layer_norm_before_and_residual_after(implementation: str, subtract: bool) -> None:
@@ -84,6 +94,8 @@ def test_autocast_gives_the_autocast_dtype_and_keeps_a_float32_residual() -> Non
     ("change", "kind", "message"),
     [
         (dict(num_heads=5), ValueError, "num_heads: expected a divisor of the projected width 12, got 5"),
+        (dict(num_heads=3.0), TypeError, "num_heads: expected an int, got float"),
+        (dict(x=torch.randn(2, 0, 12)), ValueError, "x: expected at least one token"),
         (dict(num_heads=0), ValueError, "num_heads: expected a divisor"),
         (dict(x=torch.randn(5, 12)), ValueError, r"x: expected \[batch, tokens, width\], got shape \(5, 12\)"),
         (

@@ -13,6 +13,7 @@ import math
 
 import pytest
 import torch
+from support import a_few_roundings
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -64,7 +65,7 @@ def check(w: Tensor, grad_out: Tensor, scale: float, is_causal: bool = False) ->
     for name, kernel, exact, composed, margin in zip(("out", "dw"), (out, dw), truth, eager, margins, strict=True):
         assert kernel.dtype == w.dtype and kernel.shape == w.shape
         assert kernel.transpose(1, 2).is_contiguous(), f"{name} is not token-major"
-        allowed = 1.5 * relative_error(composed, exact) + 2 * torch.finfo(w.dtype).eps + margin
+        allowed = 1.5 * relative_error(composed, exact) + a_few_roundings(w.dtype) + margin
         assert relative_error(kernel, exact) <= allowed, name
     return out, lse, dw
 
@@ -195,11 +196,6 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...], device: str) -> None:
     out, lse = forward(w, 0.25, False)
     dw = backward(out, w, out, lse, 0.25, False)
     assert out.shape == dw.shape == w.shape and lse.shape == w.shape[:-1]
-
-
-def test_head_dim_beyond_the_tiles_is_refused(device: str) -> None:
-    with pytest.raises(ValueError, match=r"head_dim of at most 128.*\(1, 1, 4, 160\)"):
-        forward(torch.zeros(1, 1, 4, 160, device=device), 0.25, False)
 
 
 @pytest.mark.gpu

@@ -126,8 +126,8 @@ class TestOptimizer:
 class TestPrecision:
     def test_auto_takes_bfloat16_only_where_the_cpu_multiplies_it(self, monkeypatch):
         cpu = torch.device("cpu")
-        for capability, chosen in (("amx_bf16", "bfloat16"), ("avx512_bf16", "bfloat16"), ("avx512_f", "float32")):
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True}, raising=False)
+        for multiplies, chosen in (((torch.bfloat16,), "bfloat16"), ((torch.float16,), "float32"), ((), "float32")):
+            monkeypatch.setattr("crate_mae.training.precision.CPU_PRODUCT_DTYPES", multiplies)
             assert choose_precision("auto", cpu) == chosen
         assert choose_precision("bfloat16", cpu) == "bfloat16"
 
