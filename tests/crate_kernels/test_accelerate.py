@@ -222,6 +222,12 @@ class CountsZeros(FeedForward):
         return (self(x) == 0).float().mean()
 
 
+class HasProperty(FeedForward):
+    @property
+    def width(self) -> int:
+        return self.weight.shape[0]
+
+
 class StaysInEvaluation(FeedForward):
     def train(self, mode: bool = True) -> nn.Module:
         return super().train(False)
@@ -291,24 +297,19 @@ CHANGED = {
         lambda: attention(lambda m: m.attend.register_full_backward_pre_hook(lambda *a: None)),
         "hooks",
     ),
-    "forward replaced inside": (
-        lambda: attention(lambda m: setattr(m.qkv, "forward", m.qkv.forward)),
-        "replaced forward",
-    ),
+    "forward replaced inside": (lambda: attention(lambda m: setattr(m.qkv, "forward", m.qkv.forward)), "replaced"),
     "forward replaced": (lambda: sparse_step(lambda m: setattr(m, "forward", m.forward)), "forward was replaced"),
     "linear": (lambda: FeedForward(16, linear=True), "does not compute ISTA"),
     "overcomplete": (
         lambda: sparse_step(lambda m: setattr(m, "weight", nn.Parameter(torch.randn(16, 32)))),
         "calling it failed",
     ),
-    "learned lambda": (
-        lambda: sparse_step(lambda_as("register_parameter", nn.Parameter(torch.tensor(0.5)))),
-        "lambd",
-    ),
+    "learned lambda": (lambda: sparse_step(lambda_as("register_parameter", nn.Parameter(torch.tensor(0.5)))), "lambd"),
     "lambda as a buffer": (lambda: sparse_step(lambda_as("register_buffer", torch.tensor(0.5))), "lambd"),
     "lambda as a tensor": (lambda: sparse_step(lambda m: setattr(m, "lambd", torch.tensor(0.5))), "lambd"),
     "negative lambda": (lambda: FeedForward(16, lambd=-0.5), "lambd"),
     "step size of the class": (StepSizeOfTheClass, "step_size"),
+    "lambda that leaves nothing": (lambda: FeedForward(16, lambd=100.0), "does not compute ISTA"),
     "another threshold": (lambda: sparse_step(lambda m: setattr(m, "threshold", 0.5)), "threshold"),
     "soft threshold": (lambda: sparse_step(lambda m: setattr(m, "threshold", "soft")), "does not compute ISTA"),
     "parametrized": (
@@ -316,6 +317,7 @@ CHANGED = {
         "parametrizations.weight.original",
     ),
     "more methods": (lambda: CountsZeros(16), "defines sparsity"),
+    "property": (lambda: HasProperty(16), "defines width"),
     "overridden method": (lambda: StaysInEvaluation(16), "defines train"),
     "raises": (lambda: Raises(16), "calling it failed: RuntimeError: no such luck"),
     "sparse step on meta": (lambda: FeedForward(16).to("meta"), "calling it failed"),
