@@ -1,7 +1,7 @@
 """Shared-QKV attention in standard PyTorch calls: batched products over a slice of heads and rows at a time.
 
-For short sequences the probabilities are kept for the backward, five products in all; for long ones they are computed
-again, and scores exist for one slice at a time only.
+For short sequences the probabilities are kept for the backward, six products in all; for long ones they are computed again,
+a seventh, and scores exist for one slice at a time only.
 """
 
 from __future__ import annotations

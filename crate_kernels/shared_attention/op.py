@@ -39,7 +39,8 @@ def empty_token_major(w: Tensor) -> Tensor:
 def keeps_probabilities(w: Tensor) -> bool:
     """Whether ``composed`` keeps the probabilities of w [batch, heads, tokens, head_dim] for its backward.
 
-    On a CPU that saves two of seven products. They take tokens / head_dim times the memory of w, so short sequences only.
+    On a CPU that saves one of seven products and a softmax. They take tokens / head_dim times the memory of w (in the dtype of
+    the arithmetic), so short sequences only.
     """
     return w.device.type == "cpu" and w.shape[2] <= 512
 
