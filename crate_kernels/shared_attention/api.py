@@ -29,7 +29,7 @@ def shared_qkv_attention(w: Tensor, *, scale: float | None = None, is_causal: bo
         [batch, tokens, heads, head_dim], so that ``out.transpose(1, 2).flatten(2)`` is a view.
 
     The backward takes the forward's implementation. It is deterministic, and cannot be differentiated again. Kept for it
-    are w, the output and one number a row (on a CPU, for up to 512 tokens, the probabilities instead).
+    are w, the output and one number a row (on a CPU that multiplies in 16 bits, for up to 512 tokens, the probabilities instead).
 
     Raises:
         TypeError: w is not a floating-point tensor, or scale not a number.

@@ -1,7 +1,9 @@
-"""Shared-QKV attention in standard PyTorch calls: batched products over a slice of heads and rows at a time.
+"""Shared-QKV attention in standard PyTorch calls.
 
-For short sequences the probabilities are kept for the backward, six products in all; for long ones they are computed again,
-a seventh, and scores exist for one slice at a time only.
+On a CPU that computes in float32 or float64: PyTorch's own flash attention, its three gradients added up. Elsewhere (CUDA, and
+CPUs with 16-bit matrix instructions, where flash attention's backward is slow): batched products over a slice of heads and
+rows at a time. Those keep the probabilities of short sequences for the backward on a CPU, six products in all; else they
+compute them again, a seventh, and scores exist for one slice at a time only.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crate_kernels.precision import arithmetic_dtype
-from crate_kernels.shared_attention.op import empty_token_major, keeps_probabilities
+from crate_kernels.shared_attention.op import composed_keeps, empty_token_major
 
 # Elements of the scores of one slice. On a CPU the slice stays in the last cache; elsewhere it only bounds memory.
 _SCORES_ON_CPU = 2**22
@@ -20,18 +22,31 @@ _SCORES_ELSEWHERE = 2**28
 
 
 def forward(w: Tensor, scale: float, is_causal: bool, keep: bool) -> tuple[Tensor, Tensor]:
-    """softmax(scale * w w^T) w, and the probabilities where they are kept. Shapes as in ``op``."""
+    """softmax(scale * w w^T) w, and what ``composed_keeps`` says. Shapes as in ``op``."""
+    if composed_keeps(w) == "log-sum-exp":
+        heads = _features_in_a_row(w)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            heads, heads, heads, is_causal=is_causal, scale=scale
+        )
+        return _unflatten(out, w), lse.contiguous()
     heads = _flatten(w)
     out = torch.empty_like(heads)
-    kept = heads.new_empty(*heads.shape[:2], heads.shape[1]) if keep and keeps_probabilities(w) else heads.new_empty(0)
+    keeps_probabilities = keep and composed_keeps(w) == "probabilities"
+    kept = heads.new_empty(*heads.shape[:2], heads.shape[1]) if keeps_probabilities else heads.new_empty(0)
     for head, row in _slices(heads):
         probabilities = _probabilities(heads[head], row, scale, is_causal, kept[head, row] if kept.numel() else None)
         torch.bmm(probabilities, heads[head], out=out[head, row])
-    return _unflatten(out, w), kept
+    return _unflatten(out.view(w.shape), w), kept
 
 
 def backward(grad_out: Tensor, w: Tensor, out: Tensor, kept: Tensor, scale: float, is_causal: bool) -> Tensor:
     """The gradient of ``forward`` in w: as query, as key and as value, added up."""
+    if composed_keeps(w) == "log-sum-exp":
+        heads, grads, out = _features_in_a_row(w), _features_in_a_row(grad_out), _features_in_a_row(out)
+        as_query, as_key, as_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grads, heads, heads, heads, out, kept, 0.0, is_causal, scale=scale
+        )
+        return _unflatten(as_query.add_(as_key).add_(as_value), w)
     heads, grads = _flatten(w), _flatten(grad_out)
     grad_w = torch.zeros_like(heads)
     for head, row in _slices(heads):
@@ -42,7 +57,13 @@ def backward(grad_out: Tensor, w: Tensor, out: Tensor, kept: Tensor, scale: floa
         grad_w[head].baddbmm_(probabilities.transpose(1, 2), grad_rows)
         grad_w[head].baddbmm_(grad_scores.transpose(1, 2), queries, alpha=scale)
         grad_w[head, row].baddbmm_(grad_scores, keys, alpha=scale)
-    return _unflatten(grad_w, w)
+    return _unflatten(grad_w.view(w.shape), w)
+
+
+def _features_in_a_row(w: Tensor) -> Tensor:
+    """w in the dtype to compute with, in the strides that flash attention takes: rows of features, one after another."""
+    w = w.to(arithmetic_dtype(w))
+    return w if w.stride(-1) == 1 and w.stride(-2) >= w.shape[-1] else w.contiguous()
 
 
 def _flatten(w: Tensor) -> Tensor:
@@ -50,8 +71,10 @@ def _flatten(w: Tensor) -> Tensor:
     return w.to(arithmetic_dtype(w)).reshape(-1, *w.shape[2:]).contiguous()
 
 
-def _unflatten(heads: Tensor, like: Tensor) -> Tensor:
-    return empty_token_major(like).copy_(heads.view(like.shape))
+def _unflatten(result: Tensor, like: Tensor) -> Tensor:
+    """The result in the dtype and the layout that the operator promises; itself where it has both."""
+    promised = empty_token_major(like)
+    return result if (result.dtype, result.stride()) == (promised.dtype, promised.stride()) else promised.copy_(result)
 
 
 def _slices(heads: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -2,8 +2,7 @@
 
 ``implementation`` is an argument, so that a traced graph says which one runs and the backward takes the forward's. ``kept``
 is what its backward needs besides w and out: from ``triton`` the log-sum-exp of each row of scores, [batch, heads, tokens],
-float32; from ``composed`` the probabilities [batch * heads, tokens, tokens] of short sequences, else nothing. ``keep`` is false
-where no backward will come.
+float32; from ``composed`` what ``composed_keeps`` says. ``keep`` is false where no backward will come.
 """
 
 from __future__ import annotations
@@ -36,13 +35,18 @@ def empty_token_major(w: Tensor) -> Tensor:
     return w.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-def keeps_probabilities(w: Tensor) -> bool:
-    """Whether ``composed`` keeps the probabilities of w [batch, heads, tokens, head_dim] for its backward.
+def composed_keeps(w: Tensor) -> str:
+    """What ``composed`` keeps of w [batch, heads, tokens, head_dim] for its backward.
 
-    On a CPU that saves one of seven products and a softmax. They take tokens / head_dim times the memory of w (in the dtype of
-    the arithmetic), so short sequences only.
+    "log-sum-exp": [batch, heads, tokens] in the dtype of the arithmetic, where a CPU computes in float32 or float64.
+    "probabilities": [batch * heads, tokens, tokens], of short sequences where a CPU computes in 16 bits: they save one of
+    seven products and a softmax, and take tokens / head_dim times the memory of w.
     """
-    return w.device.type == "cpu" and w.shape[2] <= 512
+    if w.device.type != "cpu":
+        return "nothing"
+    if arithmetic_dtype(w) in (torch.float32, torch.float64):
+        return "log-sum-exp"
+    return "probabilities" if w.shape[2] <= 512 else "nothing"
 
 
 @torch.library.impl("crate_kernels::shared_attention_forward", "CompositeExplicitAutograd")
@@ -65,8 +69,11 @@ def _forward_fake(w: Tensor, scale: float, is_causal: bool, keep: bool, implemen
     if implementation == "triton":
         kept = w.new_empty(batch, heads, tokens, dtype=torch.float32)
     else:
-        shape = (batch * heads, tokens, tokens) if keep and keeps_probabilities(w) else (0,)
-        kept = w.new_empty(shape, dtype=arithmetic_dtype(w))
+        shapes = {
+            "log-sum-exp": (batch, heads, tokens),
+            "probabilities": (batch * heads, tokens, tokens) if keep else (0,),
+        }
+        kept = w.new_empty(shapes.get(composed_keeps(w), (0,)), dtype=arithmetic_dtype(w))
     return empty_token_major(w), kept
 
 

@@ -8,7 +8,7 @@ from support import awkward_gradients, error, gradients
 from torch import Tensor
 
 import crate_kernels
-from crate_kernels import shared_qkv_attention
+from crate_kernels import precision, shared_qkv_attention
 from crate_kernels.shared_attention import composed
 
 SHAPES = [
@@ -44,27 +44,50 @@ def test_agrees_with_the_formula_in_float64(implementation: str, shape: tuple[in
         assert error(value, expected) < 1e-12
 
 
-def test_slices_of_rows_and_heads_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long sequences are cut into slices and their probabilities computed again; nothing changes but rounding."""
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kept", ["probabilities", "nothing"])
+@pytest.mark.parametrize("budget", [1, 37 * 5, 37 * 37 * 2, 2**22])
+def test_slices_of_rows_and_heads_add_up(
+    monkeypatch: pytest.MonkeyPatch, budget: int, kept: str, is_causal: bool
+) -> None:
+    """The batched products, which other devices and CPUs that multiply in 16 bits run, whole and cut into slices."""
+    monkeypatch.setattr(composed, "_SCORES_ON_CPU", budget)
+    monkeypatch.setattr(composed, "composed_keeps", lambda w: kept)
     w, upstream = torch.randn(2, 3, 37, 16, dtype=torch.float64), torch.randn(2, 3, 37, 16, dtype=torch.float64)
-    whole = gradients(lambda w: shared_qkv_attention(w, is_causal=True), [w], upstream)
-    for budget in (1, 37 * 5, 37 * 37 * 2):
-        monkeypatch.setattr(composed, "_SCORES_ON_CPU", budget)
-        monkeypatch.setattr(composed, "keeps_probabilities", lambda w: False)
-        for a, b in zip(
-            gradients(lambda w: shared_qkv_attention(w, is_causal=True), [w], upstream), whole, strict=True
-        ):
-            assert error(a, b) < 1e-13
+    found = gradients(lambda w: shared_qkv_attention(w, is_causal=is_causal), [w], upstream)
+    for a, b in zip(found, gradients(lambda w: truth(w, 0.25, is_causal), [w], upstream), strict=True):
+        assert error(a, b) < 1e-13
 
 
-def test_probabilities_are_kept_for_a_backward_and_short_sequences_only() -> None:
-    w = torch.randn(2, 3, 9, 16)
-
-    def kept(w: Tensor, keep: bool) -> Tensor:
+def test_what_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(w: Tensor, keep: bool = True) -> Tensor:
         return torch.ops.crate_kernels.shared_attention_forward(w, 0.5, False, keep, "composed")[1]
 
-    assert error(kept(w, True), (w @ w.mT * 0.5).softmax(-1).flatten(0, 1)) < 1e-6
-    assert kept(w, False).numel() == kept(torch.randn(1, 1, 513, 4), True).numel() == 0
+    w = torch.randn(2, 3, 9, 16)
+    assert error(kept(w), (w @ w.mT * 0.5).logsumexp(-1)) < 1e-6
+
+    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", (torch.bfloat16,))
+    w = w.bfloat16()
+    assert error(kept(w), (w.float() @ w.float().mT * 0.5).softmax(-1).flatten(0, 1)) < 1e-2
+    assert kept(w, keep=False).numel() == kept(torch.randn(1, 1, 513, 4).bfloat16()).numel() == 0
+
+
+@pytest.mark.parametrize("layout", ["features apart", "tokens apart", "one row for all", "overlapping rows"])
+def test_any_strides(layout: str) -> None:
+    """Flash attention takes rows of adjacent features; everything else has to reach it as a copy."""
+    w = {
+        "features apart": torch.randn(2, 3, 16, 7).mT,
+        "tokens apart": torch.randn(7, 2, 3, 32).permute(1, 2, 0, 3)[..., ::2],
+        "one row for all": torch.randn(2, 3, 1, 16).expand(2, 3, 7, 16),
+        "overlapping rows": torch.randn(2, 3, 30).unfold(-1, 16, 2)[:, :, :7],
+    }[layout]
+    upstream = torch.randn(2, 3, 7, 16)
+    with torch.no_grad():
+        out, kept = torch.ops.crate_kernels.shared_attention_forward(w, 0.25, False, True, "composed")
+        grad = torch.ops.crate_kernels.shared_attention_backward(upstream, w, out, kept, 0.25, False, "composed")
+    expected = gradients(lambda w: truth(w, 0.25, False), [w.double().contiguous()], upstream.double())
+    assert error(out, expected[0]) < 1e-6
+    assert error(grad, expected[1]) < 1e-5
 
 
 def test_heads_viewed_from_tokens_are_not_copied_back() -> None:
