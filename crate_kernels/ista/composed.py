@@ -18,8 +18,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y = T(x + eta (x W - x W^T W)), and the matrix it took. Shapes as in ``op``."""
     if one_product(*x.shape):
-        master = _at_least_float32(weight)
-        factor, matrix = operand, torch.addmm(master, master.t(), master, beta=step_size, alpha=-step_size)
+        factor, matrix = operand, _combination(weight, operand, step_size)
     else:
         factor, matrix = _residual(operand, weight), (weight * step_size).contiguous()
     matrix = matrix.to(operand.dtype)
@@ -49,7 +48,7 @@ def backward(
             grad_x = _product(grad_operand, matrix.t()).add_(grad).to(y.dtype)
         if need_weight:
             grad_matrix = _product(operand.t(), grad_operand)
-            grad_weight = _through_combination(grad_matrix, _at_least_float32(weight), step_size).to(weight.dtype)
+            grad_weight = _through_combination(grad_matrix, weight, operand, step_size).to(weight.dtype)
         return grad_x, grad_weight
     residual_sum = _product(grad_operand, matrix.t())
     grad_residual = residual_sum.to(operand.dtype)
@@ -67,9 +66,17 @@ def _residual(operand: Tensor, weight: Tensor) -> Tensor:
     return torch.sub(operand, product, out=product).to(operand.dtype)
 
 
-def _through_combination(grad_matrix: Tensor, weight: Tensor, step_size: float) -> Tensor:
-    """dW of eta (W - W^T W), from the gradient of that matrix: eta (dG - W (dG + dG^T))."""
-    return torch.addmm(grad_matrix, weight, grad_matrix + grad_matrix.t(), beta=step_size, alpha=-step_size)
+def _combination(weight: Tensor, operand: Tensor, step_size: float) -> Tensor:
+    """eta (W - W^T W), of at least float32; its product in the arithmetic of the operand's."""
+    factor = weight.to(arithmetic_dtype(operand))
+    return _add_product_((_at_least_float32(weight) * step_size).contiguous(), factor.t(), factor, 1, -step_size)
+
+
+def _through_combination(grad_matrix: Tensor, weight: Tensor, operand: Tensor, step_size: float) -> Tensor:
+    """dW of that matrix, from its gradient: eta (dG - W (dG + dG^T))."""
+    factor = weight.to(arithmetic_dtype(operand))
+    symmetric = (grad_matrix + grad_matrix.t()).to(factor.dtype)
+    return _add_product_(grad_matrix, factor, symmetric, step_size, -step_size)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
