@@ -94,4 +94,6 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float
     dtype = arithmetic_dtype(a)
     if dtype == total.dtype:
         return total.addmm_(a.to(dtype), b.to(dtype), beta=beta, alpha=alpha)
-    return total.mul_(beta).add_(torch.mm(a, b), alpha=alpha)
+    if beta != 1:
+        total.mul_(beta)
+    return total.add_(torch.mm(a, b), alpha=alpha)

@@ -17,7 +17,7 @@ from crate_kernels.precision import arithmetic_dtype
 from crate_kernels.shared_attention.op import composed_keeps, empty_token_major
 
 # Elements of the scores of one slice. On a CPU the slice stays in the last cache; elsewhere it only bounds memory.
-_SCORES_ON_CPU = 2**22
+_SCORES_ON_CPU = 2**21
 _SCORES_ELSEWHERE = 2**28
 
 
@@ -53,7 +53,9 @@ def backward(grad_out: Tensor, w: Tensor, out: Tensor, kept: Tensor, scale: floa
         keys, queries, grad_rows = heads[head], heads[head, row], grads[head, row]
         probabilities = kept[head, row] if kept.numel() else _probabilities(keys, row, scale, is_causal)
         grad_probabilities = torch.bmm(grad_rows, keys.transpose(1, 2))
-        grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype)
+        grad_scores = torch._softmax_backward_data(
+            grad_probabilities, probabilities, -1, probabilities.dtype, grad_input=grad_probabilities
+        )
         grad_w[head].baddbmm_(probabilities.transpose(1, 2), grad_rows)
         grad_w[head].baddbmm_(grad_scores.transpose(1, 2), queries, alpha=scale)
         grad_w[head, row].baddbmm_(grad_scores, keys, alpha=scale)
@@ -92,8 +94,10 @@ def _probabilities(
     keys: Tensor, row: slice, scale: float, is_causal: bool, destination: Tensor | None = None
 ) -> Tensor:
     """softmax(scale * w w^T) of the rows in question against all tokens, written to ``destination`` where there is one."""
-    scores = torch.bmm(keys[:, row] * scale, keys.transpose(1, 2))
+    factors = keys[:, row] * scale, keys.transpose(1, 2)
+    # Fresh memory costs as much as the product that fills it: scores become probabilities in place.
+    scores = torch.bmm(*factors) if destination is None else torch.bmm(*factors, out=destination)
     if is_causal:
         future = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=keys.device).triu(1)[row]
         scores.masked_fill_(future, float("-inf"))
-    return scores.softmax(dim=-1) if destination is None else torch.softmax(scores, -1, out=destination)
+    return torch.softmax(scores, -1, out=scores)
