@@ -18,12 +18,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y = T(x + eta (x W - x W^T W)), and the matrix it took. Shapes as in ``op``."""
     if one_product(*x.shape):
-        factor, matrix = operand, _combination(weight, operand, step_size)
+        factor, matrix = operand, _combination(weight, operand) * step_size
     else:
-        factor, matrix = _residual(operand, weight), (weight * step_size).contiguous()
-    matrix = matrix.to(operand.dtype)
+        factor, matrix = _residual(operand, weight), weight * step_size
+    matrix = matrix.to(operand.dtype).contiguous()
     # The relu's threshold is taken off x, in the copy that the product is then added to: two passes over y fewer.
-    code = _add_product_(_at_least_float32(x) - (0.0 if soft else step_size * lambd), factor, matrix, 1, 1)
+    code = _at_least_float32(x) - (0.0 if soft else step_size * lambd)
+    code = _plus_product(code, factor, matrix, out=code)
     code = F.softshrink(code, step_size * lambd) if soft else code.relu_()
     return code.to(x.dtype), matrix
 
@@ -45,38 +46,40 @@ def backward(
     grad_x = grad_weight = None
     if one_product(*operand.shape):
         if need_x:
-            grad_x = _product(grad_operand, matrix.t()).add_(grad).to(y.dtype)
+            grad_x = _plus_product(grad, grad_operand, matrix.t())
         if need_weight:
-            grad_matrix = _product(operand.t(), grad_operand)
-            grad_weight = _through_combination(grad_matrix, weight, operand, step_size).to(weight.dtype)
-        return grad_x, grad_weight
-    residual_sum = _product(grad_operand, matrix.t())
-    grad_residual = residual_sum.to(operand.dtype)
-    if need_weight:
-        grad_weight = _product(_residual(operand, weight).t(), grad_operand)
-        grad_weight = _add_product_(grad_weight, grad_residual.t(), operand, step_size, -1).to(weight.dtype)
-    if need_x:
-        grad_x = _add_product_(residual_sum + grad, grad_residual, weight.to(operand.dtype), 1, -1).to(y.dtype)
-    return grad_x, grad_weight
+            grad_combination = _product(operand.t(), grad_operand)
+            grad_weight = _through_combination(grad_combination, weight, operand).mul_(step_size)
+    else:
+        residual_sum = _at_least_float32(_product(grad_operand, matrix.t()))
+        grad_residual = residual_sum.to(operand.dtype)
+        if need_weight:
+            grad_weight = _at_least_float32(_product(_residual(operand, weight).t(), grad_operand)) * step_size
+            grad_weight = _plus_product(grad_weight, grad_residual.t(), operand, -1, out=grad_weight)
+        if need_x:
+            grad_x = _plus_product(residual_sum + grad, grad_residual, weight.to(operand.dtype), -1)
+    return (
+        None if grad_x is None else grad_x.to(y.dtype),
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+    )
 
 
 def _residual(operand: Tensor, weight: Tensor) -> Tensor:
     """r = x - x W^T: what the dictionary leaves unexplained."""
-    product = _product(operand, weight.to(operand.dtype).t())
-    return torch.sub(operand, product, out=product).to(operand.dtype)
+    return (operand - _product(operand, weight.to(operand.dtype).t())).to(operand.dtype)
 
 
-def _combination(weight: Tensor, operand: Tensor, step_size: float) -> Tensor:
-    """eta (W - W^T W), of at least float32; its product in the arithmetic of the operand's."""
+def _combination(weight: Tensor, operand: Tensor) -> Tensor:
+    """G = W - W^T W, of at least float32; its product in the arithmetic of the operand's."""
     factor = weight.to(arithmetic_dtype(operand))
-    return _add_product_((_at_least_float32(weight) * step_size).contiguous(), factor.t(), factor, 1, -step_size)
+    return _plus_product(weight, factor.t(), factor, -1)
 
 
-def _through_combination(grad_matrix: Tensor, weight: Tensor, operand: Tensor, step_size: float) -> Tensor:
-    """dW of that matrix, from its gradient: eta (dG - W (dG + dG^T))."""
+def _through_combination(grad_combination: Tensor, weight: Tensor, operand: Tensor) -> Tensor:
+    """dW = dG - W (dG + dG^T), of at least float32."""
     factor = weight.to(arithmetic_dtype(operand))
-    symmetric = (grad_matrix + grad_matrix.t()).to(factor.dtype)
-    return _add_product_(grad_matrix, factor, symmetric, step_size, -step_size)
+    symmetric = (grad_combination + grad_combination.t()).to(factor.dtype)
+    return _plus_product(grad_combination, factor, symmetric, -1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -84,16 +87,14 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, in the arithmetic that is fastest; a fresh tensor of at least float32."""
+    """a b, in the arithmetic that is fastest, and in its dtype."""
     dtype = arithmetic_dtype(a)
-    return _at_least_float32(torch.mm(a.to(dtype), b.to(dtype)))
+    return torch.mm(a.to(dtype), b.to(dtype))
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    """beta total + alpha a b, written to ``total``, which is of at least float32."""
-    dtype = arithmetic_dtype(a)
+def _plus_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1, out: Tensor | None = None) -> Tensor:
+    """total + factor * a b, of at least float32; ``out`` may be ``total`` itself, but neither a nor b."""
+    total, dtype = _at_least_float32(total), arithmetic_dtype(a)
     if dtype == total.dtype:
-        return total.addmm_(a.to(dtype), b.to(dtype), beta=beta, alpha=alpha)
-    if beta != 1:
-        total.mul_(beta)
-    return total.add_(torch.mm(a, b), alpha=alpha)
+        return torch.addmm(total, a.to(dtype), b.to(dtype), alpha=factor, out=out)
+    return torch.add(total, torch.mm(a, b), alpha=factor, out=out)

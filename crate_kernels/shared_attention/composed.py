@@ -48,7 +48,7 @@ def backward(grad_out: Tensor, w: Tensor, out: Tensor, kept: Tensor, scale: floa
         )
         return _unflatten(as_query.add_(as_key).add_(as_value), w)
     heads, grads = _flatten(w), _flatten(grad_out)
-    grad_w = torch.zeros_like(heads)
+    grad_w = torch.empty_like(heads)
     for head, row in _slices(heads):
         keys, queries, grad_rows = heads[head], heads[head, row], grads[head, row]
         probabilities = kept[head, row] if kept.numel() else _probabilities(keys, row, scale, is_causal)
@@ -56,7 +56,8 @@ def backward(grad_out: Tensor, w: Tensor, out: Tensor, kept: Tensor, scale: floa
         grad_scores = torch._softmax_backward_data(
             grad_probabilities, probabilities, -1, probabilities.dtype, grad_input=grad_probabilities
         )
-        grad_w[head].baddbmm_(probabilities.transpose(1, 2), grad_rows)
+        # The first slice of rows writes all rows of the gradient, the others add to it.
+        grad_w[head].baddbmm_(probabilities.transpose(1, 2), grad_rows, beta=0 if row.start == 0 else 1)
         grad_w[head].baddbmm_(grad_scores.transpose(1, 2), queries, alpha=scale)
         grad_w[head, row].baddbmm_(grad_scores, keys, alpha=scale)
     return _unflatten(grad_w.view(w.shape), w)
