@@ -17,14 +17,12 @@ def forward(
     x: Tensor, operand: Tensor, weight: Tensor, step_size: float, lambd: float, soft: bool
 ) -> tuple[Tensor, Tensor]:
     """y = T(x + eta (x W - x W^T W)), and the matrix it took. Shapes as in ``op``."""
-    if one_product(*x.shape):
-        factor, matrix = operand, _combination(weight, operand) * step_size
-    else:
-        factor, matrix = _residual(operand, weight), weight * step_size
-    matrix = matrix.to(operand.dtype).contiguous()
+    one = one_product(*x.shape)
+    factor = operand if one else _residual(operand, weight)
+    matrix = _combination(weight, operand) if one else weight.to(operand.dtype, copy=True).contiguous()
     # The relu's threshold is taken off x, in the copy that the product is then added to: two passes over y fewer.
     code = _at_least_float32(x) - (0.0 if soft else step_size * lambd)
-    code = _plus_product(code, factor, matrix, out=code)
+    code = _plus_product(code, factor, matrix, step_size, out=code)
     code = F.softshrink(code, step_size * lambd) if soft else code.relu_()
     return code.to(x.dtype), matrix
 
@@ -46,18 +44,18 @@ def backward(
     grad_x = grad_weight = None
     if one_product(*operand.shape):
         if need_x:
-            grad_x = _plus_product(grad, grad_operand, matrix.t())
+            in_place = grad.dtype == torch.float32 and grad_operand is not grad
+            grad_x = _plus_product(grad, grad_operand, matrix.t(), step_size, out=grad if in_place else None)
         if need_weight:
-            grad_combination = _product(operand.t(), grad_operand)
-            grad_weight = _through_combination(grad_combination, weight, operand).mul_(step_size)
+            grad_weight = _through_combination(_product(operand.t(), grad_operand), weight, operand, step_size)
     else:
-        residual_sum = _at_least_float32(_product(grad_operand, matrix.t()))
+        residual_sum = _at_least_float32(_product(grad_operand, matrix.t())) * step_size
         grad_residual = residual_sum.to(operand.dtype)
         if need_weight:
             grad_weight = _at_least_float32(_product(_residual(operand, weight).t(), grad_operand)) * step_size
             grad_weight = _plus_product(grad_weight, grad_residual.t(), operand, -1, out=grad_weight)
         if need_x:
-            grad_x = _plus_product(residual_sum + grad, grad_residual, weight.to(operand.dtype), -1)
+            grad_x = _plus_product(residual_sum + grad, grad_residual, matrix, -1)
     return (
         None if grad_x is None else grad_x.to(y.dtype),
         None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -70,16 +68,18 @@ def _residual(operand: Tensor, weight: Tensor) -> Tensor:
 
 
 def _combination(weight: Tensor, operand: Tensor) -> Tensor:
-    """G = W - W^T W, of at least float32; its product in the arithmetic of the operand's."""
+    """G = W - W^T W in the operand's dtype, rounded to it once; its product in the arithmetic of the operand's."""
     factor = weight.to(arithmetic_dtype(operand))
-    return _plus_product(weight, factor.t(), factor, -1)
+    combination = torch.empty(weight.shape, dtype=operand.dtype, device=operand.device)
+    return torch.sub(_at_least_float32(weight), torch.mm(factor.t(), factor), out=combination)
 
 
-def _through_combination(grad_combination: Tensor, weight: Tensor, operand: Tensor) -> Tensor:
-    """dW = dG - W (dG + dG^T), of at least float32."""
+def _through_combination(grad: Tensor, weight: Tensor, operand: Tensor, step_size: float) -> Tensor:
+    """dW = eta (dG - W (dG + dG^T)), of at least float32, from dG of ``_combination``."""
     factor = weight.to(arithmetic_dtype(operand))
-    symmetric = (grad_combination + grad_combination.t()).to(factor.dtype)
-    return _plus_product(grad_combination, factor, symmetric, -1)
+    symmetric = (grad + grad.t()).to(factor.dtype)
+    total = _at_least_float32(grad) * step_size
+    return _plus_product(total, factor, symmetric, -step_size, out=total)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

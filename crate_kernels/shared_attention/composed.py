@@ -95,9 +95,10 @@ def _probabilities(
     keys: Tensor, row: slice, scale: float, is_causal: bool, destination: Tensor | None = None
 ) -> Tensor:
     """softmax(scale * w w^T) of the rows in question against all tokens, written to ``destination`` where there is one."""
-    factors = keys[:, row] * scale, keys.transpose(1, 2)
     # Fresh memory costs as much as the product that fills it: scores become probabilities in place.
-    scores = torch.bmm(*factors) if destination is None else torch.bmm(*factors, out=destination)
+    queries = keys[:, row]
+    scores = queries.new_empty(*queries.shape[:2], keys.shape[1]) if destination is None else destination
+    scores.baddbmm_(queries, keys.transpose(1, 2), beta=0, alpha=scale)
     if is_causal:
         future = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=keys.device).triu(1)[row]
         scores.masked_fill_(future, float("-inf"))
