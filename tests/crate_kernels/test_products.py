@@ -1,0 +1,104 @@
+"""The product kernels, with everything that rides along, against float64 autograd of the formula."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import a_few_roundings, error
+from torch import Tensor
+
+from crate_kernels.products import triton as products
+from crate_kernels.products.operand import Norm, gradient, prepare
+
+THRESHOLD = 0.05
+
+
+def activation(u: Tensor, kind: str) -> Tensor:
+    return {"none": lambda u: u, "relu": lambda u: F.relu(u - THRESHOLD), "soft": lambda u: F.softshrink(u, THRESHOLD)}[
+        kind
+    ](u)
+
+
+def formula(x: Tensor, b: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor, case: dict) -> Tensor:
+    """T(skip +- (LN(x) B + bias)) by PyTorch."""
+    tokens = F.layer_norm(x, x.shape[-1:], gamma, beta, 1e-5) if case["norm"] else x
+    product = tokens @ b + (bias if case["bias"] else 0)
+    skip = {"none": 0, "self": tokens, "residual": residual}[case["skip"]]
+    return activation(skip - product if case["negate"] else skip + product, case["activation"])
+
+
+def run(x, b, bias, gamma, beta, residual, extra, upstream, operand_dtype, case):
+    """The same and all its gradients by the kernels: y, dx, dB, and what there is of dbias, dgamma, dbeta."""
+    norm = Norm(gamma, beta, 1e-5) if case["norm"] else None
+    bias = bias if case["bias"] else None
+    operand = prepare(b, bias, norm, operand_dtype)
+    threshold = None if case["activation"] == "none" else torch.tensor(THRESHOLD)
+    soft, negate, itself = case["activation"] == "soft", case["negate"], case["skip"] == "self"
+    skip = {"none": None, "self": x, "residual": residual}[case["skip"]]
+    y, stats = products.project(
+        x, operand, x.dtype, norm=norm, skip=skip, skip_norm=itself and case["norm"], negate=negate,
+        threshold=threshold, soft=soft,
+    )  # fmt: skip
+    dx = products.input_gradient(
+        upstream, operand, x.dtype, y=y, threshold=threshold, soft=soft, norm=norm, x=x, stats=stats, skip=itself,
+        negate=negate, extra=extra,
+    )  # fmt: skip
+    mask = None if threshold is None else y
+    h, s = products.weight_gradient(x, upstream, operand_dtype, y=mask, stats=stats)
+    db, dbias, dgamma, dbeta = gradient(*((-h, -s) if negate else (h, s)), b, bias, norm)
+    if norm and itself:
+        dgamma, dbeta = dgamma + h.diagonal(), dbeta + s
+    return {"y": y, "dx": dx, "dB": db, "dbias": dbias, "dgamma": dgamma, "dbeta": dbeta}
+
+
+def check(tokens: int, inner: int, width: int, case: dict, dtype=torch.float32, operand=torch.float32, mean=0.0):
+    x = (torch.randn(tokens, inner) + mean).to(dtype)
+    b, bias = torch.randn(inner, width) * inner**-0.5, torch.randn(width)
+    gamma, beta = 1 + 0.3 * torch.randn(inner), 0.3 * torch.randn(inner)
+    residual, extra = torch.randn(tokens, width).to(dtype), torch.randn(tokens, inner).to(dtype)
+    b = b.to(operand).float()
+    exact = [t.double().requires_grad_() for t in (x, b, bias, gamma, beta)]
+    truth = formula(*exact, residual.double(), case)
+    # Rounding decides by luck where a value is at its threshold: no gradient comes from there.
+    upstream = torch.randn(tokens, width).to(dtype)
+    if case["activation"] != "none":
+        u = formula(*exact, residual.double(), {**case, "activation": "none"})
+        upstream = upstream * ((u.abs() - THRESHOLD).abs() > 0.02)
+    truth.backward(upstream.double())
+    names = ("x", "B", "bias", "gamma", "beta")
+    expected = {"y": truth, **{f"d{name}": leaf.grad for name, leaf in zip(names, exact, strict=True)}}
+    expected["dx"] = expected["dx"] + extra.double()
+    found = run(x, b, bias, gamma, beta, residual, extra, upstream, operand, case)
+    margin = 1e-5 if operand == torch.float32 else 4 * a_few_roundings(operand)
+    for name, value in found.items():
+        if value is not None and (name == "y" or expected[name] is not None):
+            assert error(value, expected[name]) < margin, f"{name}: {error(value, expected[name]):.1e}"
+
+
+FLAGS = [
+    dict(norm=norm, bias=bias, skip=skip, negate=negate, activation=kind)
+    for norm, bias, skip, negate, kind in itertools.product(
+        (False, True), (False, True), ("none", "self", "residual"), (False, True), ("none", "relu", "soft")
+    )
+    if not (norm and skip == "residual")  # no operator has it, and the backward does not know the residual
+]
+
+
+@pytest.mark.parametrize("case", FLAGS, ids=lambda case: "-".join(str(v) for v in case.values()))
+def test_every_combination(case: dict) -> None:
+    check(37, 24, 24, case)
+
+
+@pytest.mark.parametrize("operand", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["stream32", "stream16"])
+@pytest.mark.parametrize("mean", [0.0, 20.0])
+def test_precisions(operand: torch.dtype, dtype: torch.dtype, mean: float) -> None:
+    """Tokens far from zero lose nothing in the LayerNorm, folded or not; shapes that no tile divides."""
+    if dtype == torch.float16 and operand == torch.float32:
+        pytest.skip("no operator multiplies in more than the stream has")
+    case = dict(norm=True, bias=True, skip="self", negate=False, activation="relu")
+    check(150, 136, 136, case, dtype, operand, mean)
+    check(150, 136, 200, {**case, "skip": "none", "activation": "none"}, dtype, operand, mean)
