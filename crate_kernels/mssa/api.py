@@ -1,11 +1,15 @@
-"""The public function. Its projections are library products on every path; its attention is our operator."""
+"""The public function, and the autograd boundary around the operators of the Triton path."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
-from crate_kernels.mssa import composed, reference
+from crate_kernels.mssa import composed, op, reference  # noqa: F401  (op registers the operators)
 from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, no_autocast
 from crate_kernels.shared_attention.api import obstacle_to_triton
 
@@ -60,9 +64,15 @@ def mssa(
         scale = head_dim**-0.5
     checks.number("scale", scale, positive=True)
 
-    x = layer_norm(x, norm_weight, norm_bias, norm_eps)
     dtype = compute_dtype(x)
     implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
+    if implementation == "triton" and out_weight is not None:
+        out_dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+        weights = qkv_weight, out_weight, out_bias, norm_weight, norm_bias
+        settings = float(norm_eps), residual is x, subtract, num_heads, float(scale), is_causal, dtype
+        return _MSSA.apply(x, None if residual is x else residual, out_dtype, *weights, *settings)
+
+    x = layer_norm(x, norm_weight, norm_bias, norm_eps)
     if implementation == "reference":
         out = reference.mssa(x, qkv_weight, out_weight, out_bias, num_heads, scale, is_causal)
     else:
@@ -73,6 +83,30 @@ def mssa(
     if residual is None:
         return out
     return residual - out if subtract else residual + out
+
+
+class _MSSA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
+        out, kept = torch.ops.crate_kernels.mssa_forward(x, residual, out_dtype, *arguments)
+        ctx.save_for_backward(x, *arguments[:5], *kept)
+        ctx.settings = arguments[5:]
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        weights, kept = rest[:5], rest[5:]
+        wanted = ctx.needs_input_grad
+        needs = [wanted[0], wanted[3] or wanted[6] or wanted[7], wanted[4] or wanted[5]]
+        found = [None] * 6
+        if any(needs):
+            found = torch.ops.crate_kernels.mssa_backward(grad, x, kept, needs, *weights, *ctx.settings)
+        grad_x, *grad_weights = [g if want else None for g, want in zip(found, (wanted[0], *wanted[3:8]), strict=True)]
+        grad_residual = grad.to(ctx.residual_dtype) if wanted[1] else None
+        return grad_x, grad_residual, None, *grad_weights, *[None] * len(ctx.settings)
 
 
 def _check(

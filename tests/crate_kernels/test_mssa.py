@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import error, gradients
+from support import a_few_roundings, error, gradients
 from torch import Tensor
 
 import crate_kernels
@@ -47,14 +47,53 @@ def test_agrees_with_the_formula_in_float64(implementation: str, is_causal: bool
     assert max(map(error, found, expected)) < 1e-12
 
 
-def test_triton_agrees_with_the_formula(device: str) -> None:
-    p = parameters(32, 2, 16, device=device)
-    x, upstream = torch.randn(2, 7, 32, device=device), torch.randn(2, 7, 32, device=device)
-    inputs = [x, p["qkv_weight"], p["out_weight"], p["out_bias"]]
+@pytest.mark.parametrize("residual", ["none", "x", "another"])
+@pytest.mark.parametrize(
+    ("norm", "subtract", "is_causal"), [(False, False, True), (True, False, False), (True, True, False)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_triton(dtype: torch.dtype, norm: bool, subtract: bool, is_causal: bool, residual: str, device: str) -> None:
+    """Three launches forward, with all that rides along, and every gradient; width, tokens and heads that no tile divides."""
+    if subtract and residual == "none":
+        pytest.skip("there is nothing to subtract from")
+    p = parameters(40, 2, 24)
+    inputs = [torch.randn(2, 37, 40), *p.values(), 1 + torch.randn(40) / 4, torch.randn(40) / 4, torch.randn(2, 37, 40)]
+    inputs = [value.to(device, dtype) for value in inputs]
+    upstream = torch.randn(2, 37, 40).to(device, dtype)
+
+    def operator(x, qkv, out, bias, gamma, beta, other):
+        arguments = dict(norm_weight=gamma, norm_bias=beta) if norm else {}
+        past = {"none": None, "x": x, "another": other}[residual]
+        return mssa(x, qkv, out, bias, num_heads=2, is_causal=is_causal, residual=past, subtract=subtract, **arguments)
+
+    with crate_kernels.use("reference"):
+        truth = gradients(operator, [value.double() for value in inputs], upstream.double())
+        official = gradients(operator, inputs, upstream)
     with crate_kernels.use("triton"):
-        found = gradients(lambda *a: mssa(*a, num_heads=2), inputs, upstream)
-    expected = gradients(lambda *a: truth(*a, 2), [value.double() for value in inputs], upstream.double())
-    assert max(map(error, found, expected)) < 1e-5
+        found = gradients(operator, inputs, upstream)
+    for ours, plain, exact in zip(found, official, truth, strict=True):
+        assert (ours is None) == (exact is None)
+        if exact is not None:
+            assert ours.dtype == dtype
+            assert error(ours, exact) <= 1.25 * error(plain, exact) + a_few_roundings(dtype)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["x", "weights"])
+def test_triton_computes_only_the_gradients_asked_for(wanted: tuple[bool, bool], device: str) -> None:
+    p, x = parameters(32, 2, 16, device=device), torch.randn(2, 7, 32, device=device)
+    x.requires_grad_(wanted[0])
+    for parameter in p.values():
+        parameter.requires_grad_(wanted[1])
+    with crate_kernels.use("triton"):
+        mssa(x, *p.values(), num_heads=2, residual=x).sum().backward()
+    assert (x.grad is not None, *(v.grad is not None for v in p.values())) == (wanted[0], *[wanted[1]] * 3)
+    for value in (x, *p.values()):
+        value.requires_grad_()
+    expected = gradients(
+        lambda *a: a[0] + truth(*a, 2), [v.double() for v in (x, *p.values())], torch.ones_like(x).double()
+    )
+    for value, exact in zip((x, *p.values()), expected[1:], strict=True):
+        assert value.grad is None or error(value.grad, exact) < 1e-5
 
 
 @pytest.mark.parametrize("subtract", [False, True])
