@@ -3,8 +3,8 @@
 Forward: online softmax over tiles of keys. Backward: the scores are symmetric, so the tile S[j, i] = scale * w_j . w_i
 gives both probabilities that bind tokens i and j, with the row log-sum-exp L kept from the forward pass:
 
-    P[i, j] = exp(S[j, i] - L[i])   token i asks, token j is the key
-    P[j, i] = exp(S[j, i] - L[j])   token j asks, token i is the key
+    P[i, j] = exp(S[j, i] - L[i])                        token i asks, token j is the key
+    P[j, i] = exp(S[j, i] - L[j]) = P[i, j] exp(L[i] - L[j])   token j asks, token i is the key
 
 The three gradients of ordinary attention (query, key, value) land on the one tensor w, and with delta = rowsum(dO * O)
 all of them can be summed in rows j:
@@ -12,7 +12,14 @@ all of them can be summed in rows j:
     dw_j = sum_i  P[i, j] dO_i
          + scale * sum_i ( P[i, j] (dO_i . w_j - delta_i) + P[j, i] (dO_j . w_i - delta_j) ) w_i
 
-so one program owns rows j, walks all tiles i, and writes its rows once: no atomics, the same bits on every run.
+so one program owns rows j, walks all tiles i, and writes its rows once: no atomics, the same bits on every run. With dropout,
+P[i, j] dO_i and dO_i . w_j take the factor that the forward gave P[i, j]: 0 or 1 / (1 - dropout).
+
+Tile sides are powers of two, and two kinds of waste are cut. Features: a head of 48 is held as parts of 32 and 16 features
+(``split_features``); "parts" below are tuples of one or two tiles, side by side. Tokens: a walk takes whole tiles of BLOCK
+tokens, unmasked, then what is left in masked tiles of TAIL (``tail``), so that 197 tokens are walked as 3 x 64 + 16. The rows
+that a program owns are not cut that way: wgmma takes no fewer than 64, and a last program with fewer would be a second
+copy of all loops in every kernel.
 """
 
 from __future__ import annotations
@@ -30,6 +37,10 @@ from crate_kernels.tiles.shared_attention import TABLE
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+# How far, in powers of two, L[i] may lie above L[j] for P[j, i] to be taken from P[i, j]. What is lost then is a P[i, j] below
+# the smallest float32, 2^-126, and with it a P[j, i] below 2^-62; and no factor overflows.
+WIDEST_RATIO = tl.constexpr(64.0)
+
 
 @triton.jit
 def head_offset(head, heads, stride_batch, stride_head):
@@ -38,42 +49,131 @@ def head_offset(head, heads, stride_batch, stride_head):
 
 
 @triton.jit
-def tile_pointers(base, rows, stride_token, stride_feature, PADDED_DIM: tl.constexpr):
-    """Pointers [rows, PADDED_DIM], in 64 bits: one step to the next token or feature may span a whole batch."""
-    features = tl.arange(0, PADDED_DIM).to(tl.int64)
+def count_tokens(lengths_ptr, head, heads, tokens):
+    """How many tokens of the head's sample are there to attend; a length out of range, which a device cannot report, is clamped."""
+    if lengths_ptr is None:
+        return tokens
+    else:
+        return tl.minimum(tl.maximum(tl.load(lengths_ptr + head // heads), 0), tokens).to(tl.int32)
+
+
+@triton.jit
+def part_pointers(base, rows, stride_token, stride_feature, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers [rows, WIDTH] to features from FIRST on, in 64 bits: one step to the next may span a whole batch."""
+    features = (FIRST + tl.arange(0, WIDTH)).to(tl.int64)
     return base + rows.to(tl.int64)[:, None] * stride_token + features[None, :] * stride_feature
 
 
 @triton.jit
-def tile_mask(rows, tokens, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
-    """True [rows, PADDED_DIM] (or [rows, 1], features unpadded) where the tensor has an element."""
-    mask = rows[:, None] < tokens
-    if HEAD_DIM != PADDED_DIM:
-        mask &= tl.arange(0, PADDED_DIM)[None, :] < HEAD_DIM
+def part_mask(rows, end, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """True [rows, WIDTH] (or broadcastable to it) for rows before ``end`` and features that exist."""
+    mask = tl.full([1, 1], True, tl.int1)
+    if MASK_ROWS:
+        mask = rows[:, None] < end
+    if HEAD_DIM < FIRST + WIDTH:
+        mask = mask & (FIRST + tl.arange(0, WIDTH) < HEAD_DIM)[None, :]
     return mask
 
 
 @triton.jit
-def load_tile(base, rows, tokens, stride_token, stride_feature, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
-    """Rows of one head [rows, PADDED_DIM]; tokens past the end and padded features read as zero."""
-    pointers = tile_pointers(base, rows, stride_token, stride_feature, PADDED_DIM)
-    return tl.load(pointers, mask=tile_mask(rows, tokens, HEAD_DIM, PADDED_DIM), other=0.0)
+def load_part(
+    base, rows, end, stride_token, stride_feature,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr,
+):  # fmt: skip
+    pointers = part_pointers(base, rows, stride_token, stride_feature, FIRST, WIDTH)
+    return tl.load(pointers, mask=part_mask(rows, end, FIRST, WIDTH, HEAD_DIM, MASK_ROWS), other=0.0)
 
 
 @triton.jit
-def store_tile(
-    base, tile, rows, tokens, stride_token, stride_feature, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr
-):
-    """Store [rows, PADDED_DIM] in the tensor's own dtype, leaving out tokens past the end and padded features."""
-    pointers = tile_pointers(base, rows, stride_token, stride_feature, PADDED_DIM)
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=tile_mask(rows, tokens, HEAD_DIM, PADDED_DIM))
+def load_parts(
+    base, rows, end, stride_token, stride_feature,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, MASK_ROWS: tl.constexpr = True,
+):  # fmt: skip
+    """Rows of one head as parts; rows from ``end`` on (where asked to look) and features that do not exist read as zero."""
+    a = load_part(base, rows, end, stride_token, stride_feature, 0, DIM_A, HEAD_DIM, MASK_ROWS)
+    if DIM_B == 0:
+        return (a,)
+    else:
+        return a, load_part(base, rows, end, stride_token, stride_feature, DIM_A, DIM_B, HEAD_DIM, MASK_ROWS)
 
 
 @triton.jit
-def scaled_scores(w_rows, w_columns, columns, tokens, scale_log2, PRECISION: tl.constexpr):
-    """scale * w_rows w_columns^T in units of log 2, float32; -inf in columns past the last token."""
-    scores = tl.dot(w_rows, tl.trans(w_columns), input_precision=PRECISION) * scale_log2
-    return tl.where(columns[None, :] < tokens, scores, float("-inf"))
+def store_part(base, part, rows, tokens, stride_token, stride_feature, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr):
+    pointers = part_pointers(base, rows, stride_token, stride_feature, FIRST, part.shape[1])
+    tl.store(
+        pointers, part.to(base.dtype.element_ty), mask=part_mask(rows, tokens, FIRST, part.shape[1], HEAD_DIM, True)
+    )
+
+
+@triton.jit
+def store_parts(
+    base, parts, factor, rows, end, tokens, stride_token, stride_feature,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
+):  # fmt: skip
+    """Store parts times ``factor`` [rows], in the tensor's own dtype; zero in rows from ``end`` to ``tokens``."""
+    present = (rows < end)[:, None]
+    a = tl.where(present, parts[0] * factor[:, None], 0.0)
+    store_part(base, a, rows, tokens, stride_token, stride_feature, 0, HEAD_DIM)
+    if DIM_B > 0:
+        b = tl.where(present, parts[1] * factor[:, None], 0.0)
+        store_part(base, b, rows, tokens, stride_token, stride_feature, DIM_A, HEAD_DIM)
+
+
+@triton.jit
+def zero_parts(ROWS: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr):
+    if DIM_B == 0:
+        return (tl.zeros([ROWS, DIM_A], tl.float32),)
+    else:
+        return tl.zeros([ROWS, DIM_A], tl.float32), tl.zeros([ROWS, DIM_B], tl.float32)
+
+
+@triton.jit
+def scale_rows(parts, factor, DIM_B: tl.constexpr):
+    if DIM_B == 0:
+        return (parts[0] * factor[:, None],)
+    else:
+        return parts[0] * factor[:, None], parts[1] * factor[:, None]
+
+
+@triton.jit
+def products_of_rows(x, y, DIM_B: tl.constexpr, PRECISION: tl.constexpr):
+    """x y^T [rows of x, rows of y] in float32, summed over the parts."""
+    products = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION)
+    if DIM_B > 0:
+        products = tl.dot(x[1], tl.trans(y[1]), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def add_weighted_rows(sums, weights, y, DIM_B: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + weights y, part by part; the weights take y's dtype."""
+    weights = weights.to(y[0].dtype)
+    a = tl.dot(weights, y[0], sums[0], input_precision=PRECISION)
+    if DIM_B == 0:
+        return (a,)
+    else:
+        return a, tl.dot(weights, y[1], sums[1], input_precision=PRECISION)
+
+
+@triton.jit
+def dropout_factors(seed, head, rows, columns, dropout):
+    """What dropout multiplies P[row, column] and P[column, row] with, two [rows, columns]: 0, or 1 / (1 - dropout).
+
+    Philox, a counter-based generator, gives four words for a key (the seed) and a position of four words: the unordered pair of
+    tokens and the head, so nothing overflows. Its first word decides for the earlier token as query, its second for the later.
+    """
+    row, column = rows[:, None], columns[None, :]
+    first, second, _, _ = tl.philox(seed, tl.minimum(row, column), tl.maximum(row, column), head, 0)
+    forth = tl.where(row <= column, first, second)
+    back = tl.where(column <= row, first, second)
+    return factor_of_word(forth, dropout), factor_of_word(back, dropout)
+
+
+@triton.jit
+def factor_of_word(word, dropout):
+    # The upper 24 of 32 random bits: a float32 in [0, 1) holds no more.
+    uniform = (word >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    return tl.where(uniform >= dropout, 1.0 / (1.0 - dropout), 0.0)
 
 
 @triton.jit
@@ -88,40 +188,77 @@ def online_softmax_update(scores, row_max, row_sum):
     return unnormalised, rescale, new_max, row_sum * rescale + tl.sum(unnormalised, 1)
 
 
-@triton.jit(do_not_specialize=["heads", "tokens"])
+@triton.jit
+def attend_to_tile(
+    out_i, row_max, row_sum, w_i, rows_i, start_j, end,
+    w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Let rows i attend to BLOCK keys from ``start_j`` on as well."""
+    rows_j = start_j + tl.arange(0, BLOCK)
+    w_j = load_parts(w_head_ptr, rows_j, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASKED)
+    scores = products_of_rows(w_i, w_j, DIM_B, PRECISION) * (scale * LOG2_E)
+    if MASKED:
+        is_key = rows_j[None, :] < end
+        if IS_CAUSAL:
+            is_key = is_key & (rows_j[None, :] <= rows_i[:, None])
+        scores = tl.where(is_key, scores, float("-inf"))
+    weights, rescale, row_max, row_sum = online_softmax_update(scores, row_max, row_sum)
+    if DROPOUT:
+        weights *= dropout_factors(seed, head, rows_i, rows_j, dropout)[0]
+    out_i = add_weighted_rows(scale_rows(out_i, rescale, DIM_B), weights, w_j, DIM_B, PRECISION)
+    return out_i, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "seed"])
 def forward_kernel(
-    w_ptr, out_ptr, lse_ptr, scale, heads, tokens,
+    w_ptr, out_ptr, lse_ptr, lengths_ptr, scale, dropout, seed: tl.int64, heads, tokens,
     w_batch, w_head, w_token, w_feature,
     out_batch, out_head, out_token, out_feature,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_QUERIES rows of one head's output and their log-sum-exp."""
-    tiles = tl.cdiv(tokens, BLOCK_QUERIES)
+    """One program: BLOCK_ROWS rows of one head's output and their log-sum-exp."""
+    tiles = tl.cdiv(tokens, BLOCK_ROWS)
     head = tl.program_id(0) // tiles
-    start_i = tl.program_id(0) % tiles * BLOCK_QUERIES
-    rows_i = start_i + tl.arange(0, BLOCK_QUERIES)
+    start_i = tl.program_id(0) % tiles * BLOCK_ROWS
+    rows_i = start_i + tl.arange(0, BLOCK_ROWS)
+    end = count_tokens(lengths_ptr, head, heads, tokens)
     w_head_ptr = w_ptr + head_offset(head, heads, w_batch, w_head)
-    w_i = load_tile(w_head_ptr, rows_i, tokens, w_token, w_feature, HEAD_DIM, PADDED_DIM)
+    w_i = load_parts(w_head_ptr, rows_i, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B)
 
-    row_max = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_QUERIES], tl.float32)
-    out_i = tl.zeros([BLOCK_QUERIES, PADDED_DIM], tl.float32)
-    end = tokens
+    row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
+    out_i = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
+    end_j = end
     if IS_CAUSAL:
-        end = tl.minimum(tokens, start_i + BLOCK_QUERIES)
-    for start_j in range(0, end, BLOCK_KEYS):
-        rows_j = start_j + tl.arange(0, BLOCK_KEYS)
-        w_j = load_tile(w_head_ptr, rows_j, tokens, w_token, w_feature, HEAD_DIM, PADDED_DIM)
-        scores = scaled_scores(w_i, w_j, rows_j, tokens, scale * LOG2_E, PRECISION)
-        if IS_CAUSAL:
-            scores = tl.where(rows_j[None, :] <= rows_i[:, None], scores, float("-inf"))
-        unnormalised, rescale, row_max, row_sum = online_softmax_update(scores, row_max, row_sum)
-        out_i = tl.dot(unnormalised.to(w_j.dtype), w_j, out_i * rescale[:, None], input_precision=PRECISION)
+        end_j = tl.minimum(end, start_i + BLOCK_ROWS)
+    if lengths_ptr is not None:
+        end_j = tl.where(start_i < end, end_j, 0)  # rows of padding attend to nothing
+    whole = 0
+    if TAIL < BLOCK_COLUMNS:
+        whole = end_j // BLOCK_COLUMNS * BLOCK_COLUMNS
+        for start_j in range(0, whole, BLOCK_COLUMNS):
+            out_i, row_max, row_sum = attend_to_tile(
+                out_i, row_max, row_sum, w_i, rows_i, start_j, end,
+                w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+                MASKED=False, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
+            )  # fmt: skip
+    if TAIL > 0:
+        for start_j in tl.range(whole, end_j, TAIL, num_stages=None if TAIL == BLOCK_COLUMNS else 1):
+            out_i, row_max, row_sum = attend_to_tile(
+                out_i, row_max, row_sum, w_i, rows_i, start_j, end,
+                w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+                MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
+            )  # fmt: skip
 
     out_head_ptr = out_ptr + head_offset(head, heads, out_batch, out_head)
-    store_tile(out_head_ptr, out_i / row_sum[:, None], rows_i, tokens, out_token, out_feature, HEAD_DIM, PADDED_DIM)
-    lse_i = (row_max + tl.log2(row_sum)) * LN_2
+    store_parts(out_head_ptr, out_i, 1.0 / row_sum, rows_i, end, tokens, out_token, out_feature, HEAD_DIM, DIM_A, DIM_B)
+    lse_i = tl.where(rows_i < end, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
     tl.store(lse_ptr + head.to(tl.int64) * tokens + rows_i, lse_i, mask=rows_i < tokens)
 
 
@@ -130,7 +267,7 @@ def delta_kernel(
     grad_out_ptr, out_ptr, delta_ptr, heads, tokens,
     grad_out_batch, grad_out_head, grad_out_token, grad_out_feature,
     out_batch, out_head, out_token, out_feature,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: delta = rowsum(dO * O) of BLOCK_ROWS rows of one head, float32."""
     tiles = tl.cdiv(tokens, BLOCK_ROWS)
@@ -138,116 +275,187 @@ def delta_kernel(
     rows = tl.program_id(0) % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     grad_out_head_ptr = grad_out_ptr + head_offset(head, heads, grad_out_batch, grad_out_head)
     out_head_ptr = out_ptr + head_offset(head, heads, out_batch, out_head)
-    grad_out = load_tile(grad_out_head_ptr, rows, tokens, grad_out_token, grad_out_feature, HEAD_DIM, PADDED_DIM)
-    out = load_tile(out_head_ptr, rows, tokens, out_token, out_feature, HEAD_DIM, PADDED_DIM)
-    delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
+    grad_out = load_parts(grad_out_head_ptr, rows, tokens, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B)
+    out = load_parts(out_head_ptr, rows, tokens, out_token, out_feature, HEAD_DIM, DIM_A, DIM_B)
+    delta = tl.sum(grad_out[0].to(tl.float32) * out[0].to(tl.float32), 1)
+    if DIM_B > 0:
+        delta += tl.sum(grad_out[1].to(tl.float32) * out[1].to(tl.float32), 1)
     tl.store(delta_ptr + head.to(tl.int64) * tokens + rows, delta, mask=rows < tokens)
 
 
 @triton.jit
+def highest_lse(lse_head_ptr, end):
+    """The largest log-sum-exp of a head, in units of log 2, or 0 if all are below (none is where scale is not negative)."""
+    highest = tl.zeros([256], tl.float32)
+    for start in tl.range(0, end, 256, num_stages=1):
+        rows = start + tl.arange(0, 256)
+        highest = tl.maximum(highest, tl.load(lse_head_ptr + rows, mask=rows < end, other=0.0))
+    return tl.max(highest, 0) * LOG2_E
+
+
+@triton.jit
 def add_tile_gradient(
-    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i,
-    w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr, scale, tokens,
-    w_token, w_feature, grad_out_token, grad_out_feature,
-    J_IS_KEY: tl.constexpr, J_IS_QUERY: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr,
+    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end, highest, near,
+    w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+    w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
+    J_IS_KEY: tl.constexpr, J_IS_QUERY: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dw_j plus what the tokens i of one tile contribute to it, with j as their key, as their query, or both."""
-    rows_i = start_i + tl.arange(0, BLOCK_I)
-    w_i = load_tile(w_head_ptr, rows_i, tokens, w_token, w_feature, HEAD_DIM, PADDED_DIM)
-    scores = scaled_scores(w_j, w_i, rows_i, tokens, scale * LOG2_E, PRECISION)
-    grad_scores = tl.zeros(scores.shape, tl.float32)
+    """Add to dw_j what rows j owe to BLOCK tokens i from ``start_i`` on, where j is the key, where j is the query, or both.
+
+    Tokens i past the end need no mask but on their loads: their w_i and dO_i are zero, and so is all that they add.
+    """
+    rows_i = start_i + tl.arange(0, BLOCK)
+    w_i = load_parts(w_head_ptr, rows_i, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASKED)
+    scores = products_of_rows(w_j, w_i, DIM_B, PRECISION) * (scale * LOG2_E)
+    if DROPOUT:
+        factor_ji, factor_ij = dropout_factors(seed, head, rows_j, rows_i, dropout)
     if J_IS_KEY:
-        grad_out_i = load_tile(
-            grad_out_head_ptr, rows_i, tokens, grad_out_token, grad_out_feature, HEAD_DIM, PADDED_DIM
+        grad_out_i = load_parts(
+            grad_out_head_ptr, rows_i, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B, MASKED
         )
-        lse_i = tl.load(lse_head_ptr + rows_i, mask=rows_i < tokens, other=0.0) * LOG2_E
-        delta_i = tl.load(delta_head_ptr + rows_i, mask=rows_i < tokens, other=0.0)
+        if MASKED:
+            lse_i = tl.load(lse_head_ptr + rows_i, mask=rows_i < end, other=0.0) * LOG2_E
+            delta_i = tl.load(delta_head_ptr + rows_i, mask=rows_i < end, other=0.0)
+        else:
+            lse_i = tl.load(lse_head_ptr + rows_i) * LOG2_E
+            delta_i = tl.load(delta_head_ptr + rows_i)
         p_ij = tl.exp2(scores - lse_i[None, :])
         if IS_CAUSAL:
             p_ij = tl.where(rows_i[None, :] >= rows_j[:, None], p_ij, 0.0)
-        dw_j = tl.dot(p_ij.to(w_i.dtype), grad_out_i, dw_j, input_precision=PRECISION)
-        grad_p_ij = tl.dot(w_j, tl.trans(grad_out_i), input_precision=PRECISION)
-        grad_scores += p_ij * (grad_p_ij - delta_i[None, :])
+        grad_p_ij = products_of_rows(w_j, grad_out_i, DIM_B, PRECISION)
+        if DROPOUT:
+            dw_j = add_weighted_rows(dw_j, p_ij * factor_ij, grad_out_i, DIM_B, PRECISION)
+            grad_p_ij *= factor_ij
+        else:
+            dw_j = add_weighted_rows(dw_j, p_ij, grad_out_i, DIM_B, PRECISION)
+        grad_p_ij -= delta_i[None, :]
     if J_IS_QUERY:
+        grad_p_ji = products_of_rows(grad_out_j, w_i, DIM_B, PRECISION)
+        if DROPOUT:
+            grad_p_ji *= factor_ji
+
+    if J_IS_KEY and J_IS_QUERY:
+        if near:
+            # P[j, i] = P[i, j] ratio_i ratio_j: one exponential a score, and products in place of the other.
+            ratio_i = tl.exp2(lse_i - highest)
+            ratio_j = tl.exp2(highest - lse_j)
+            grad_p_ji = grad_p_ji * ratio_j[:, None] - (delta_j * ratio_j)[:, None]
+            grad_scores = p_ij * (grad_p_ij + ratio_i[None, :] * grad_p_ji)
+        else:
+            grad_scores = p_ij * grad_p_ij + tl.exp2(scores - lse_j[:, None]) * (grad_p_ji - delta_j[:, None])
+    elif J_IS_KEY:
+        grad_scores = p_ij * grad_p_ij
+    else:
         p_ji = tl.exp2(scores - lse_j[:, None])
         if IS_CAUSAL:
             p_ji = tl.where(rows_i[None, :] <= rows_j[:, None], p_ji, 0.0)
-        grad_p_ji = tl.dot(grad_out_j, tl.trans(w_i), input_precision=PRECISION)
-        grad_scores += p_ji * (grad_p_ji - delta_j[:, None])
-    return tl.dot((scale * grad_scores).to(w_i.dtype), w_i, dw_j, input_precision=PRECISION)
+        grad_scores = p_ji * (grad_p_ji - delta_j[:, None])
+    return add_weighted_rows(dw_j, scale * grad_scores, w_i, DIM_B, PRECISION)
 
 
-@triton.jit(do_not_specialize=["heads", "tokens"])
+@triton.jit(do_not_specialize=["heads", "tokens", "seed"])
 def backward_kernel(
-    grad_out_ptr, w_ptr, lse_ptr, delta_ptr, dw_ptr, scale, heads, tokens,
+    grad_out_ptr, w_ptr, lse_ptr, delta_ptr, dw_ptr, lengths_ptr, scale, dropout, seed: tl.int64, heads, tokens,
     grad_out_batch, grad_out_head, grad_out_token, grad_out_feature,
     w_batch, w_head, w_token, w_feature,
     dw_batch, dw_head, dw_token, dw_feature,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_J rows of one head's dw, summed over all tiles of BLOCK_I tokens."""
-    tiles = tl.cdiv(tokens, BLOCK_J)
+    """One program: BLOCK_ROWS rows of one head's dw, summed over all tiles of BLOCK_COLUMNS tokens."""
+    tiles = tl.cdiv(tokens, BLOCK_ROWS)
     head = tl.program_id(0) // tiles
-    start_j = tl.program_id(0) % tiles * BLOCK_J
-    rows_j = start_j + tl.arange(0, BLOCK_J)
+    start_j = tl.program_id(0) % tiles * BLOCK_ROWS
+    rows_j = start_j + tl.arange(0, BLOCK_ROWS)
+    end = count_tokens(lengths_ptr, head, heads, tokens)
     w_head_ptr = w_ptr + head_offset(head, heads, w_batch, w_head)
     grad_out_head_ptr = grad_out_ptr + head_offset(head, heads, grad_out_batch, grad_out_head)
     lse_head_ptr = lse_ptr + head.to(tl.int64) * tokens
     delta_head_ptr = delta_ptr + head.to(tl.int64) * tokens
 
-    w_j = load_tile(w_head_ptr, rows_j, tokens, w_token, w_feature, HEAD_DIM, PADDED_DIM)
-    grad_out_j = load_tile(grad_out_head_ptr, rows_j, tokens, grad_out_token, grad_out_feature, HEAD_DIM, PADDED_DIM)
-    lse_j = tl.load(lse_head_ptr + rows_j, mask=rows_j < tokens, other=0.0) * LOG2_E
-    delta_j = tl.load(delta_head_ptr + rows_j, mask=rows_j < tokens, other=0.0)
-    dw_j = tl.zeros([BLOCK_J, PADDED_DIM], tl.float32)
+    w_j = load_parts(w_head_ptr, rows_j, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B)
+    grad_out_j = load_parts(grad_out_head_ptr, rows_j, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B)
+    lse_j = tl.load(lse_head_ptr + rows_j, mask=rows_j < end, other=float("inf")) * LOG2_E
+    delta_j = tl.load(delta_head_ptr + rows_j, mask=rows_j < end, other=0.0)
+    dw_j = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
+    end_i = end
+    if lengths_ptr is not None:
+        end_i = tl.where(start_j < end, end, 0)  # rows of padding have no gradient
 
     # One loop for both sides computes each score once. Two loops, a side each, where that costs more than it saves:
     # under a causal mask the sides need different halves of the tokens, and exact float32 products, which run outside
     # the tensor cores and hold whole rows of their operands in registers, would spill.
     if IS_CAUSAL or PRECISION == "ieee":
-        first_query, last_key = 0, tokens
+        first_query, end_key = 0, end_i
         if IS_CAUSAL:
-            first_query, last_key = start_j, tl.minimum(tokens, start_j + BLOCK_J)
-        for start_i in range(0, last_key, BLOCK_I):
+            first_query, end_key = start_j, tl.minimum(end_i, start_j + BLOCK_ROWS)
+        for start_i in range(0, end_key, BLOCK_COLUMNS):
             dw_j = add_tile_gradient(
-                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i,
-                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr, scale, tokens,
-                w_token, w_feature, grad_out_token, grad_out_feature,
-                J_IS_KEY=False, J_IS_QUERY=True, IS_CAUSAL=IS_CAUSAL,
-                HEAD_DIM=HEAD_DIM, PADDED_DIM=PADDED_DIM, PRECISION=PRECISION, BLOCK_I=BLOCK_I,
+                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end, None, None,
+                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
+                J_IS_KEY=False, J_IS_QUERY=True, MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
             )  # fmt: skip
-        for start_i in range(first_query, tokens, BLOCK_I):
+        for start_i in range(first_query, end_i, BLOCK_COLUMNS):
             dw_j = add_tile_gradient(
-                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i,
-                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr, scale, tokens,
-                w_token, w_feature, grad_out_token, grad_out_feature,
-                J_IS_KEY=True, J_IS_QUERY=False, IS_CAUSAL=IS_CAUSAL,
-                HEAD_DIM=HEAD_DIM, PADDED_DIM=PADDED_DIM, PRECISION=PRECISION, BLOCK_I=BLOCK_I,
+                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end, None, None,
+                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
+                J_IS_KEY=True, J_IS_QUERY=False, MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
             )  # fmt: skip
     else:
-        for start_i in range(0, tokens, BLOCK_I):
-            dw_j = add_tile_gradient(
-                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i,
-                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr, scale, tokens,
-                w_token, w_feature, grad_out_token, grad_out_feature,
-                J_IS_KEY=True, J_IS_QUERY=True, IS_CAUSAL=IS_CAUSAL,
-                HEAD_DIM=HEAD_DIM, PADDED_DIM=PADDED_DIM, PRECISION=PRECISION, BLOCK_I=BLOCK_I,
-            )  # fmt: skip
+        highest = highest_lse(lse_head_ptr, end_i)
+        near = highest - tl.min(lse_j, 0) <= WIDEST_RATIO
+        whole = 0
+        if TAIL < BLOCK_COLUMNS:
+            whole = end_i // BLOCK_COLUMNS * BLOCK_COLUMNS
+            for start_i in range(0, whole, BLOCK_COLUMNS):
+                dw_j = add_tile_gradient(
+                    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end, highest, near,
+                    w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                    w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
+                    J_IS_KEY=True, J_IS_QUERY=True, MASKED=False, IS_CAUSAL=False, DROPOUT=DROPOUT,
+                    HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
+                )  # fmt: skip
+        if TAIL > 0:
+            for start_i in tl.range(whole, end_i, TAIL, num_stages=None if TAIL == BLOCK_COLUMNS else 1):
+                dw_j = add_tile_gradient(
+                    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end, highest, near,
+                    w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                    w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
+                    J_IS_KEY=True, J_IS_QUERY=True, MASKED=True, IS_CAUSAL=False, DROPOUT=DROPOUT,
+                    HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
+                )  # fmt: skip
 
     dw_head_ptr = dw_ptr + head_offset(head, heads, dw_batch, dw_head)
-    store_tile(dw_head_ptr, dw_j, rows_j, tokens, dw_token, dw_feature, HEAD_DIM, PADDED_DIM)
+    one = tl.full([BLOCK_ROWS], 1.0, tl.float32)
+    store_parts(dw_head_ptr, dw_j, one, rows_j, end, tokens, dw_token, dw_feature, HEAD_DIM, DIM_A, DIM_B)
 
 
-def forward(w: Tensor, scale: float, is_causal: bool, keep: bool = True) -> tuple[Tensor, Tensor]:
+def forward(
+    w: Tensor,
+    scale: float,
+    is_causal: bool,
+    keep: bool = True,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
     """out = softmax(scale * w w^T) w and the log-sum-exp of the scaled scores.
 
     Args:
         w: [batch, heads, tokens, head_dim], float32, float16 or bfloat16, any strides; head_dim up to 128.
-        scale: factor on the scores.
+        scale: factor on the scores, not negative.
         is_causal: token i sees tokens 0..i only.
-        keep: whether a backward may come; the log-sum-exp costs nothing, and is returned all the same.
+        keep, return_lse: whether a backward or a caller wants the log-sum-exp; it costs nothing, and is returned all the same.
+        lengths: [batch], int32 or int64: samples' tokens from there on are padding; their rows of out are 0, of lse -inf.
+        dropout: probability with which each weight of the softmax is dropped.
+        seed: int64 on the CPU, one element: names the mask; needed where dropout is not 0.
 
     Returns:
         out: [batch, heads, tokens, head_dim], w.dtype, memory in the order [batch, tokens, heads, head_dim].
@@ -255,36 +463,106 @@ def forward(w: Tensor, scale: float, is_causal: bool, keep: bool = True) -> tupl
     """
     out = empty_token_major(w)
     lse = w.new_empty(w.shape[:-1], dtype=torch.float32)
-    _launch(forward_kernel, w, "BLOCK_QUERIES", (w, out, lse, scale), (w, out), **_arithmetic(w, is_causal))
+    _launch_walk(forward_kernel, w, (w, out, lse), (w, out), scale, is_causal, lengths, dropout, seed)
     return out, lse
 
 
-def backward(grad_out: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float, is_causal: bool) -> Tensor:
-    """dw of :func:`forward`, from what it returned.
+def backward(
+    grad_out: Tensor,
+    w: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    is_causal: bool,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """dw of :func:`forward`, from what it was given and returned.
 
     Args:
         grad_out: [batch, heads, tokens, head_dim], w.dtype, any strides, among them 0.
-        w, out: as given to and returned by :func:`forward`, any strides.
+        w, out: any strides.
         lse: [batch, heads, tokens], float32, contiguous.
 
     Returns:
-        dw [batch, heads, tokens, head_dim] in w.dtype, laid out like ``out`` of :func:`forward`.
+        dw [batch, heads, tokens, head_dim] in w.dtype, laid out like ``out`` of :func:`forward`; 0 in rows of padding.
     """
-    dw = empty_token_major(w)
     delta = torch.empty_like(lse)
-    _launch(delta_kernel, w, "BLOCK_ROWS", (grad_out, out, delta), (grad_out, out))
-    tensors = (grad_out, w, lse, delta, dw, scale)
-    _launch(backward_kernel, w, "BLOCK_J", tensors, (grad_out, w, dw), **_arithmetic(w, is_causal))
+    _launch(delta_kernel, w, (grad_out, out, delta), (grad_out, out), _options(delta_kernel, w))
+    return backward_from_delta(grad_out, w, lse, delta, scale, is_causal, lengths, dropout, seed)
+
+
+def backward_from_delta(
+    grad_out: Tensor,
+    w: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+    is_causal: bool,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """:func:`backward` for whoever has delta = rowsum(grad_out * out) already, [batch, heads, tokens], float32, contiguous."""
+    dw = empty_token_major(w)
+    tensors, strided = (grad_out, w, lse, delta, dw), (grad_out, w, dw)
+    _launch_walk(backward_kernel, w, tensors, strided, scale, is_causal, lengths, dropout, seed)
     return dw
 
 
-def _arithmetic(w: Tensor, is_causal: bool) -> dict[str, bool | str]:
-    """Constants of the kernels that multiply; only float32 has a precision to choose, and PyTorch's own switch does."""
-    return {"IS_CAUSAL": is_causal, "PRECISION": dot_precision(w)}
+def split_features(head_dim: int) -> tuple[int, int]:
+    """The widths, powers of two of at least 16, of the parts that hold a head's features; the second is 0 where one part does.
+
+    48 are 32 + 16, 72 and 80 are 64 + 16, 96 are 64 + 32; two parts that are as wide as one together gain nothing.
+    """
+    one = max(16, triton.next_power_of_2(head_dim))
+    first, second = one // 2, max(16, triton.next_power_of_2(head_dim - one // 2))
+    return (first, second) if first >= 16 and first + second < one else (one, 0)
 
 
-def _launch(kernel, w: Tensor, block_rows: str, arguments: tuple, strided: tuple[Tensor, ...], **constants) -> None:
-    """Start one program for every ``block_rows`` tokens of every head of w.
+def tail(block: int, tokens: int, is_causal: bool, has_lengths: bool, precision: str) -> int:
+    """Side of the masked tiles at the end of a walk over ``tokens`` in tiles of ``block``: 0 for none, ``block`` for all.
+
+    The remainder's next power of two. A remainder known on the device only takes half tiles. Under a causal mask every tile
+    is masked, as with exact float32 products, whose tiles are small anyway and whose unrolled code is long.
+    """
+    if is_causal or precision == "ieee":
+        return block
+    if has_lengths:
+        return max(16, block // 2)
+    rest = tokens % block
+    return max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def _launch_walk(
+    kernel,
+    w: Tensor,
+    tensors: tuple[Tensor, ...],
+    strided: tuple[Tensor, ...],
+    scale: float,
+    is_causal: bool,
+    lengths: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> None:
+    """Start a kernel whose programs walk all tokens; only float32 has a precision to choose, and PyTorch's own switch does."""
+    options, precision = _options(kernel, w), dot_precision(w)
+    options |= {"IS_CAUSAL": is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
+    options["TAIL"] = tail(options["BLOCK_COLUMNS"], w.shape[2], is_causal, lengths is not None, precision)
+    lengths = None if lengths is None else lengths.contiguous()
+    _launch(kernel, w, (*tensors, lengths, scale, dropout, 0 if seed is None else int(seed)), strided, options)
+
+
+def _options(kernel, w: Tensor) -> dict[str, int]:
+    """What the table of tiles says, and the parts of a head."""
+    dim_a, dim_b = split_features(w.shape[-1])
+    options = select(TABLE, w.device, kernel.__name__, w.element_size(), dim_a + dim_b)
+    return {**options, "DIM_A": dim_a, "DIM_B": dim_b}
+
+
+def _launch(kernel, w: Tensor, arguments: tuple, strided: tuple[Tensor, ...], options: dict) -> None:
+    """Start one program for every ``BLOCK_ROWS`` tokens of every head of w.
 
     All programs lie on the grid's first axis (its limit is 2^31 - 1, the others' 65535), the tiles of a head side by
     side: programs that run at the same time share the head's w in the cache.
@@ -292,11 +570,6 @@ def _launch(kernel, w: Tensor, block_rows: str, arguments: tuple, strided: tuple
     if w.numel() == 0:
         return
     batch, heads, tokens, head_dim = w.shape
-    padded_dim = max(16, triton.next_power_of_2(head_dim))
-    options = select(TABLE, w.device, kernel.__name__, w.element_size(), padded_dim)
-    programs = batch * heads * triton.cdiv(tokens, options[block_rows])
+    programs = batch * heads * triton.cdiv(tokens, options["BLOCK_ROWS"])
     strides = [stride for tensor in strided for stride in tensor.stride()]
-    kernel[(programs,)](
-        *arguments, heads, tokens, *strides,
-        HEAD_DIM=head_dim, PADDED_DIM=padded_dim, enable_fp_fusion=True, **constants, **options,
-    )  # fmt: skip
+    kernel[(programs,)](*arguments, heads, tokens, *strides, HEAD_DIM=head_dim, enable_fp_fusion=True, **options)

@@ -1,47 +1,43 @@
-"""Tiles of shared-QKV attention, keyed (kernel, bytes an element, head_dim padded to a power of two).
+"""Tiles of shared-QKV attention, keyed (kernel, bytes an element, features that the parts of a head hold).
 
-float32 tiles are small because exact products ("ieee") keep whole rows of both operands in registers; TF32, which takes
-the same entries, would stand larger ones. What sm_90 does not list, it takes from the default.
+A program owns BLOCK_ROWS rows and walks all tokens in tiles of BLOCK_COLUMNS. float32 tiles are small because exact products
+("ieee") keep whole rows of both operands in registers; TF32, which takes the same entries, would stand larger ones. What
+sm_90 does not list, it takes from the default.
 """
 
 from __future__ import annotations
 
+WIDTHS = (16, 32, 48, 64, 80, 96, 128)
+
+
+def _tile(rows: int, columns: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def _rows(rows: int) -> dict[str, int]:
+    return {"BLOCK_ROWS": rows, "num_warps": 4, "num_stages": 1}
+
+
 TABLE = {
     "sm_90": {
         # 64 rows are the least that wgmma takes, and one warp group works them.
-        ("forward_kernel", 2, 16): {"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
-        ("forward_kernel", 2, 32): {"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
-        ("forward_kernel", 2, 64): {"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
-        ("forward_kernel", 2, 128): {"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64, "num_warps": 4, "num_stages": 3},
-        ("backward_kernel", 2, 16): {"BLOCK_J": 64, "BLOCK_I": 64, "num_warps": 4, "num_stages": 2},
-        ("backward_kernel", 2, 32): {"BLOCK_J": 64, "BLOCK_I": 64, "num_warps": 4, "num_stages": 2},
-        ("backward_kernel", 2, 64): {"BLOCK_J": 64, "BLOCK_I": 64, "num_warps": 4, "num_stages": 2},
-        ("backward_kernel", 2, 128): {"BLOCK_J": 64, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2},
+        **{("forward_kernel", 2, width): _tile(64, 64, 4, 3) for width in WIDTHS},
+        **{("backward_kernel", 2, width): _tile(64, 64, 4, 2) for width in (16, 32, 48, 64)},
+        **{("backward_kernel", 2, width): _tile(64, 32, 4, 2) for width in (80, 96, 128)},
     },
     "default": {
-        ("forward_kernel", 2, 16): {"BLOCK_QUERIES": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2},
-        ("forward_kernel", 2, 32): {"BLOCK_QUERIES": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2},
-        ("forward_kernel", 2, 64): {"BLOCK_QUERIES": 64, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2},
-        ("forward_kernel", 2, 128): {"BLOCK_QUERIES": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2},
-        ("forward_kernel", 4, 16): {"BLOCK_QUERIES": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2},
-        ("forward_kernel", 4, 32): {"BLOCK_QUERIES": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2},
-        ("forward_kernel", 4, 64): {"BLOCK_QUERIES": 32, "BLOCK_KEYS": 32, "num_warps": 4, "num_stages": 2},
-        ("forward_kernel", 4, 128): {"BLOCK_QUERIES": 32, "BLOCK_KEYS": 16, "num_warps": 4, "num_stages": 2},
-        ("delta_kernel", 2, 16): {"BLOCK_ROWS": 64, "num_warps": 4, "num_stages": 1},
-        ("delta_kernel", 2, 32): {"BLOCK_ROWS": 64, "num_warps": 4, "num_stages": 1},
-        ("delta_kernel", 2, 64): {"BLOCK_ROWS": 64, "num_warps": 4, "num_stages": 1},
-        ("delta_kernel", 2, 128): {"BLOCK_ROWS": 32, "num_warps": 4, "num_stages": 1},
-        ("delta_kernel", 4, 16): {"BLOCK_ROWS": 32, "num_warps": 4, "num_stages": 1},
-        ("delta_kernel", 4, 32): {"BLOCK_ROWS": 32, "num_warps": 4, "num_stages": 1},
-        ("delta_kernel", 4, 64): {"BLOCK_ROWS": 32, "num_warps": 4, "num_stages": 1},
-        ("delta_kernel", 4, 128): {"BLOCK_ROWS": 16, "num_warps": 4, "num_stages": 1},
-        ("backward_kernel", 2, 16): {"BLOCK_J": 64, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2},
-        ("backward_kernel", 2, 32): {"BLOCK_J": 64, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2},
-        ("backward_kernel", 2, 64): {"BLOCK_J": 32, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2},
-        ("backward_kernel", 2, 128): {"BLOCK_J": 32, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2},
-        ("backward_kernel", 4, 16): {"BLOCK_J": 32, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2},
-        ("backward_kernel", 4, 32): {"BLOCK_J": 32, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2},
-        ("backward_kernel", 4, 64): {"BLOCK_J": 32, "BLOCK_I": 32, "num_warps": 8, "num_stages": 2},
-        ("backward_kernel", 4, 128): {"BLOCK_J": 16, "BLOCK_I": 16, "num_warps": 8, "num_stages": 2},
+        **{("forward_kernel", 2, width): _tile(64, 32, 4, 2) for width in (16, 32, 48, 64)},
+        **{("forward_kernel", 2, width): _tile(32, 32, 4, 2) for width in (80, 96, 128)},
+        **{("forward_kernel", 4, width): _tile(32, 32, 4, 2) for width in (16, 32, 48, 64)},
+        **{("forward_kernel", 4, width): _tile(32, 16, 4, 2) for width in (80, 96, 128)},
+        **{("delta_kernel", 2, width): _rows(64) for width in (16, 32, 48, 64)},
+        **{("delta_kernel", 2, width): _rows(32) for width in (80, 96, 128)},
+        **{("delta_kernel", 4, width): _rows(32) for width in (16, 32, 48, 64)},
+        **{("delta_kernel", 4, width): _rows(16) for width in (80, 96, 128)},
+        **{("backward_kernel", 2, width): _tile(64, 32, 4, 2) for width in (16, 32)},
+        **{("backward_kernel", 2, width): _tile(32, 32, 4, 2) for width in (48, 64, 80, 96, 128)},
+        **{("backward_kernel", 4, width): _tile(32, 32, 4, 2) for width in (16, 32)},
+        **{("backward_kernel", 4, width): _tile(32, 32, 8, 2) for width in (48, 64)},
+        **{("backward_kernel", 4, width): _tile(16, 16, 8, 2) for width in (80, 96, 128)},
     },
 }
