@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def describe(value: object) -> str:
@@ -56,6 +58,17 @@ def number(name: str, value: float, *, positive: bool = False) -> None:
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not 0 <= value < math.inf or (positive and value == 0):
         raise ValueError(f"{name}: expected a finite number {'above' if positive else 'of at least'} zero, got {value}")
+
+
+def number_or_tensor(name: str, value: float | Tensor, *, positive: bool = False) -> None:
+    """``value`` is such a number, or a floating-point tensor of one element, whose value is looked at on the CPU only."""
+    if not isinstance(value, Tensor):
+        return number(name, value, positive=positive)
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(f"{name}: expected a number or a floating-point tensor of one element, got {describe(value)}")
+    if type(value) in (Tensor, Parameter) and value.device.type == "cpu" and not torch.compiler.is_compiling():
+        number(name, float(value.detach()), positive=positive)
+    return None
 
 
 def layer_norm(width: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:

@@ -9,20 +9,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
-from crate_kernels.ista import op, reference  # noqa: F401  (op registers the operators)
-from crate_kernels.precision import compute_dtype, is_autocast, layer_norm
+from crate_kernels.ista import op, reference
+from crate_kernels.ista.form import one_product
+from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, no_autocast
 
 
 def ista(
     x: Tensor,
     weight: Tensor,
     *,
-    step_size: float = 0.1,
-    lambd: float = 0.1,
+    step_size: float | Tensor = 0.1,
+    lambd: float | Tensor = 0.1,
     threshold: str = "relu",
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    combined: Tensor | None = None,
 ) -> Tensor:
     """One ISTA step towards a sparse code of x in the dictionary W, with an optional LayerNorm before it.
 
@@ -33,10 +35,13 @@ def ista(
         x: [..., width]; float32, float16 or bfloat16 (float64 off the Triton path), any strides.
         weight: [width, width], the dictionary W (tokens are rows). Under autocast it stays in its own dtype, float32
             as a rule, and only the products' operands are cast; otherwise its dtype is x's.
-        step_size: eta, above zero.
-        lambd: the sparsity weight, at least zero.
+        step_size: eta, above zero. A number, or a tensor of one element, which may ask for a gradient; the value of a tensor
+            on a GPU is not checked, since that would wait for the device.
+        lambd: the sparsity weight, at least zero; number or tensor, likewise.
         threshold: "relu" or "soft".
         norm_weight, norm_bias, norm_eps: LayerNorm over the width before the step; none where norm_weight is None.
+        combined: ``combine(weight)``, made before, for inference: the weight is then a constant, and the step always one
+            product. It must be made again when the weight changes.
 
     Returns:
         [..., width] in the dtype of x, or of its LayerNorm where there is one (float32 under autocast).
@@ -51,25 +56,52 @@ def ista(
 
     Source: CRATE (arXiv 2306.01129), section 2.4; CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    _check(x, weight, step_size, lambd, threshold, norm_weight, norm_bias, norm_eps)
-    x = layer_norm(x, norm_weight, norm_bias, norm_eps)
+    _check(x, weight, step_size, lambd, threshold, norm_weight, norm_bias, norm_eps, combined)
     dtype, soft = compute_dtype(x), threshold == "soft"
     implementation = dispatch.choose(x, dtype)
+    tokens, width = x.numel() // x.shape[-1], x.shape[-1]
+    # The kernels fold a LayerNorm into the one product; everywhere else it comes first.
+    if implementation != "triton" or not (combined is not None or one_product(tokens, width)):
+        x = layer_norm(x, norm_weight, norm_bias, norm_eps)
+        norm_weight = norm_bias = None
     if implementation == "reference":
         return reference.ista(x, weight, step_size, lambd, soft)
-    tokens = x.reshape(-1, x.shape[-1])
-    return _ISTA.apply(tokens, weight, float(step_size), float(lambd), soft, dtype, implementation).view(x.shape)
+    numbers = _as_tensor(step_size), _as_tensor(lambd)
+    out_dtype = torch.promote_types(x.dtype, torch.float32) if norm_weight is not None and is_autocast(x) else x.dtype
+    norm = norm_weight, norm_bias, float(norm_eps)
+    arguments = weight, combined, *norm, *numbers, soft, dtype, implementation
+    return _ISTA.apply(x.reshape(-1, width), out_dtype, *arguments).view(x.shape)
+
+
+def combine(weight: Tensor) -> Tensor:
+    """G = W - W^T W [width, width], what ``ista`` multiplies the tokens with; float32, or float64 of a float64 weight.
+
+    Raises:
+        TypeError: weight is not a floating-point tensor.
+        ValueError: weight is not square.
+    """
+    checks.tensor("weight", weight, "width width")
+    checks.shape("weight", weight, (weight.shape[1],) * 2, "a square dictionary")
+    with no_autocast(weight), torch.no_grad():
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return torch.addmm(weight, weight.t(), weight, alpha=-1)
+
+
+def _as_tensor(value: float | Tensor) -> Tensor:
+    """A number as the operators take it. In a tensor it is no constant of a compiled graph, which so serves every value."""
+    return value.reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
 
 
 def _check(
     x: Tensor,
     weight: Tensor,
-    step_size: float,
-    lambd: float,
+    step_size: float | Tensor,
+    lambd: float | Tensor,
     threshold: str,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
+    combined: Tensor | None,
 ) -> None:
     checks.tensor("x", x, "... width")
     checks.tensor("weight", weight, "width width")
@@ -77,36 +109,55 @@ def _check(
     checks.shape("weight", weight, (width, width), "a square dictionary as wide as x")
     checks.layer_norm(width, norm_weight, norm_bias, norm_eps)
     checks.same_device_and_dtype(is_autocast(x), x=x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias)
-    checks.number("step_size", step_size, positive=True)
-    checks.number("lambd", lambd)
+    checks.number_or_tensor("step_size", step_size, positive=True)
+    checks.number_or_tensor("lambd", lambd)
+    if combined is not None:
+        checks.tensor("combined", combined, "width width")
+        checks.shape("combined", combined, (width, width), "what combine(weight) gives")
+        checks.same_device_and_dtype(True, x=x, combined=combined)
     if threshold not in ("relu", "soft"):
         raise ValueError(f'threshold: expected "relu" or "soft", got {threshold!r}')
 
 
 class _ISTA(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        step_size: float,
-        lambd: float,
-        soft: bool,
-        dtype: torch.dtype,
-        implementation: str,
-    ) -> Tensor:
-        operand = x.to(dtype)
-        y, matrix = torch.ops.crate_kernels.ista_forward(x, operand, weight, step_size, lambd, soft, implementation)
-        ctx.save_for_backward(operand, weight, y, matrix)
-        ctx.arguments = step_size, implementation
+    def forward(ctx: Any, x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
+        y, kept = torch.ops.crate_kernels.ista_forward(x, out_dtype, *arguments)
+        given = op.Arguments(*arguments)
+        ctx.dtype = x.dtype
+        if given.implementation == "composed" and x.dtype != given.dtype:
+            *kept, x = kept
+        ctx.save_for_backward(x, y, *arguments[:4], given.step_size, given.lambd, *kept)
+        ctx.settings = given.norm_eps, given.soft, given.dtype, given.implementation
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        step_size, implementation = ctx.arguments
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        grad_x, grad_weight = torch.ops.crate_kernels.ista_backward(
-            grad_y, *ctx.saved_tensors, step_size, need_x, need_weight, implementation
-        )
-        return (grad_x if need_x else None), (grad_weight if need_weight else None), None, None, None, None, None
+        x, y, weight, combined, norm_weight, norm_bias, step_size, lambd, *kept = ctx.saved_tensors
+        norm_eps, *settings = ctx.settings
+        given = op.Arguments(weight, combined, norm_weight, norm_bias, norm_eps, step_size, lambd, *settings)
+        want_x, _, *want = ctx.needs_input_grad
+        found = [None] * 4
+        needs = want_x, (want[0] and combined is None) or want[2] or want[3]
+        if any(needs):
+            found = torch.ops.crate_kernels.ista_backward(grad_y, x, y, kept, *needs, *given)
+        wanted = want_x, want[0] and combined is None, want[2], want[3]
+        grad_x, grad_weight, *grads_of_norm = [g if w else None for g, w in zip(found, wanted, strict=True)]
+        grads_of_numbers = _gradients_of_numbers(grad_y, x, y, given) if want[5] or want[6] else (None, None)
+        return grad_x, None, grad_weight, None, *grads_of_norm, None, *grads_of_numbers, None, None, None
+
+
+def _gradients_of_numbers(grad_y: Tensor, x: Tensor, y: Tensor, given: op.Arguments) -> tuple[Tensor, Tensor]:
+    """Of eta and lambda. With s = sign(y), which is zero where the threshold let nothing pass,
+
+    deta = sum (g s^2) * (x W - x W^T W) - lambda * sum g s      dlambda = -eta * sum g s
+    """
+    x, y, weight, grad = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y, given.weight, grad_y))
+    with no_autocast(x):
+        x = layer_norm(x, given.norm_weight, given.norm_bias, given.norm_eps)
+        product = (x - x @ weight.t()) @ weight
+    sign = y.sign()
+    through_threshold = -(grad * sign).sum()
+    grad_step_size = (grad * sign.abs() * product).sum() + through_threshold * given.lambd
+    return grad_step_size.to(given.step_size), (through_threshold * given.step_size).to(given.lambd)

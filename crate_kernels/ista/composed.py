@@ -14,23 +14,28 @@ from crate_kernels.precision import arithmetic_dtype
 
 
 def forward(
-    x: Tensor, operand: Tensor, weight: Tensor, step_size: float, lambd: float, soft: bool
-) -> tuple[Tensor, Tensor]:
-    """y = T(x + eta (x W - x W^T W)), and the matrix it took. Shapes as in ``op``."""
-    one = one_product(*x.shape)
+    x: Tensor, weight: Tensor, combined: Tensor | None, step_size: float, lambd: float, soft: bool, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """y = T(x + eta (x W - x W^T W)), and what is kept. Shapes as in ``op``."""
+    operand = x.to(dtype)
+    one = combined is not None or one_product(*x.shape)
     factor = operand if one else _residual(operand, weight)
-    matrix = _combination(weight, operand) if one else weight.to(operand.dtype, copy=True).contiguous()
+    if combined is not None:
+        matrix = combined.to(dtype, copy=True)
+    else:
+        matrix = _combination(weight, operand) if one else weight.to(dtype, copy=True).contiguous()
     # The relu's threshold is taken off x, in the copy that the product is then added to: two passes over y fewer.
     code = _at_least_float32(x) - (0.0 if soft else step_size * lambd)
     code = _plus_product(code, factor, matrix, step_size, out=code)
     code = F.softshrink(code, step_size * lambd) if soft else code.relu_()
-    return code.to(x.dtype), matrix
+    return code.to(x.dtype), [matrix] if operand is x else [matrix, operand]
 
 
 def backward(
     grad_y: Tensor,
     operand: Tensor,
     weight: Tensor,
+    combined: Tensor | None,
     y: Tensor,
     matrix: Tensor,
     step_size: float,
@@ -42,7 +47,7 @@ def backward(
     grad = torch.ops.aten.hardshrink_backward(grad_y, y, 0.0)
     grad_operand = grad.to(operand.dtype)
     grad_x = grad_weight = None
-    if one_product(*operand.shape):
+    if combined is not None or one_product(*operand.shape):
         if need_x:
             in_place = grad.dtype == torch.float32 and grad_operand is not grad
             grad_x = _plus_product(grad, grad_operand, matrix.t(), step_size, out=grad if in_place else None)

@@ -1,12 +1,15 @@
 """PyTorch operators of ISTA: schemas, shapes, FLOP counts. Imports torch only.
 
-``x`` is the stream, added in float32 or better; ``operand`` is x in the dtype of the product (the same tensor where the two
-agree). ``matrix`` is what the tokens, or their residual, were multiplied with: the forward made it, the backward needs it.
+``implementation`` is an argument, so that a traced graph says which one runs and the backward takes the forward's. ``kept`` is
+what the backward needs besides x and y. From ``composed``: the matrix that the tokens, or their residual, were multiplied with,
+and x in ``dtype`` where that is not its own (the backward takes it for x). From ``triton``, in the one-product form: G unless it
+came as ``combined``, the operand of eta * G and, with a LayerNorm, column sums, offset, and mean and rstd of each token; in
+the two-product form nothing.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,89 +19,161 @@ from crate_kernels import dispatch
 from crate_kernels.ista.form import one_product
 from crate_kernels.precision import undisturbed
 
+
+class Arguments(NamedTuple):
+    """What both operators take, in the order of their schemas."""
+
+    weight: Tensor
+    combined: Tensor | None  # G = W - W^T W, where it was made before and is a constant
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm_eps: float
+    step_size: Tensor
+    lambd: Tensor
+    soft: bool
+    dtype: torch.dtype
+    implementation: str
+
+    def one_product(self, tokens: int) -> bool:
+        return self.combined is not None or one_product(tokens, self.weight.shape[0])
+
+
+_ARGUMENTS = (
+    "Tensor weight, Tensor? combined, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor step_size, "
+    "Tensor lambd, bool soft, ScalarType dtype, str implementation"
+)
 torch.library.define(
-    "crate_kernels::ista_forward",
-    "(Tensor x, Tensor operand, Tensor weight, float step_size, float lambd, bool soft, str implementation)"
-    " -> (Tensor y, Tensor matrix)",
+    "crate_kernels::ista_forward", f"(Tensor x, ScalarType out_dtype, {_ARGUMENTS}) -> (Tensor y, Tensor[] kept)"
 )
 torch.library.define(
     "crate_kernels::ista_backward",
-    "(Tensor grad_y, Tensor operand, Tensor weight, Tensor y, Tensor matrix, float step_size, bool need_x,"
-    " bool need_weight, str implementation) -> (Tensor grad_x, Tensor grad_weight)",
+    f"(Tensor grad_y, Tensor x, Tensor y, Tensor[] kept, bool need_x, bool need_weight, {_ARGUMENTS}) -> "
+    "(Tensor grad_x, Tensor grad_weight, Tensor grad_norm_weight, Tensor grad_norm_bias)",
 )
+
+
+def _step_and_norm(given: Arguments, kernels: Any) -> tuple[Any, Any]:
+    norm = None if given.norm_weight is None else kernels.Norm(given.norm_weight, given.norm_bias, given.norm_eps)
+    return kernels.Step(given.step_size, given.lambd, given.soft), norm
 
 
 @torch.library.impl("crate_kernels::ista_forward", "CompositeExplicitAutograd")
 @undisturbed
-def _forward(
-    x: Tensor, operand: Tensor, weight: Tensor, step_size: float, lambd: float, soft: bool, implementation: str
-) -> tuple[Tensor, Tensor]:
-    return dispatch.load("ista", implementation).forward(x, operand, weight, step_size, lambd, soft)
+def _forward(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    given = Arguments(*arguments)
+    path = dispatch.load("ista", given.implementation)
+    if given.implementation == "composed":
+        numbers = float(given.step_size), float(given.lambd), given.soft
+        return path.forward(x, given.weight, given.combined, *numbers, given.dtype)
+    step, norm = _step_and_norm(given, path)
+    if not given.one_product(x.shape[0]):
+        return path.forward_two_products(x, given.weight, step, given.dtype, out_dtype), []
+    combined = path.combination(given.weight) if given.combined is None else given.combined
+    operand = path.operand_of(combined, step, norm, given.dtype)
+    y, stats = path.forward(x, operand, norm, step, out_dtype)
+    kept = [combined] if given.combined is None else []
+    return y, kept + [tensor for tensor in (*operand, stats) if tensor is not None]
 
 
 @torch.library.impl("crate_kernels::ista_backward", "CompositeExplicitAutograd")
 @undisturbed
 def _backward(
-    grad_y: Tensor,
-    operand: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    matrix: Tensor,
-    step_size: float,
-    need_x: bool,
-    need_weight: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = dispatch.load("ista", implementation).backward(
-        grad_y, operand, weight, y, matrix, step_size, need_x, need_weight
-    )
-    # A schema cannot return an optional tensor: a gradient nobody asked for is an empty one.
-    return (y.new_empty(0) if grad_x is None else grad_x), (weight.new_empty(0) if grad_weight is None else grad_weight)
+    grad_y: Tensor, x: Tensor, y: Tensor, kept: list[Tensor], need_x: bool, need_weight: bool, *arguments: Any
+) -> tuple[Tensor, ...]:
+    given = Arguments(*arguments)
+    path = dispatch.load("ista", given.implementation)
+    grads_of_norm = [None, None]
+    if given.implementation == "composed":
+        grad_x, grad_weight = path.backward(
+            grad_y, x, given.weight, given.combined, y, kept[0], float(given.step_size), need_x, need_weight
+        )
+    else:
+        step, norm = _step_and_norm(given, path)
+        if given.one_product(x.shape[0]):
+            combined = given.combined
+            if combined is None:
+                combined, *kept = kept
+            operand = path.Operand(*kept[:3]) if norm else path.Operand(kept[0], None, None)
+            grad_x, found = path.backward(
+                grad_y,
+                x,
+                y,
+                given.weight,
+                combined,
+                operand,
+                kept[3] if norm else None,
+                norm,
+                step,
+                need_x,
+                need_weight,
+            )
+            grad_weight, _, *grads_of_norm = found or [None] * 4
+        else:
+            grad_x, grad_weight = path.backward_two_products(
+                grad_y, x, y, given.weight, step, given.dtype, need_x, need_weight
+            )
+    likes = x if given.implementation == "triton" else y, given.weight, given.norm_weight, given.norm_bias
+    return tuple(map(or_empty, (grad_x, grad_weight, *grads_of_norm), likes))
+
+
+def or_empty(grad: Tensor | None, like: Tensor | None) -> Tensor:
+    """A schema cannot return an optional tensor: a gradient nobody asked for is an empty one."""
+    if grad is None:
+        return torch.empty(0) if like is None else like.new_empty(0)
+    return grad.to(like.dtype)
+
+
+def empty_gradient(like: Tensor | None, need: bool) -> Tensor:
+    """The fake of ``or_empty``: contiguous."""
+    return torch.empty(0) if like is None else like.new_empty(like.shape if need else 0)
 
 
 @torch.library.register_fake("crate_kernels::ista_forward")
-def _forward_fake(x: Tensor, operand: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), operand.new_empty(weight.shape)
+def _forward_fake(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    given = Arguments(*arguments)
+    shape = given.weight.shape
+    matrix = given.weight.new_empty(shape, dtype=given.dtype)
+    if given.implementation == "composed":
+        kept = [matrix] if x.dtype == given.dtype else [matrix, x.new_empty(x.shape, dtype=given.dtype)]
+        return x.new_empty(x.shape), kept
+    kept = []
+    if given.one_product(x.shape[0]):
+        float32 = dict(dtype=torch.float32)
+        kept = [matrix] if given.combined is not None else [given.weight.new_empty(shape, **float32), matrix]
+        if given.norm_weight is not None:
+            kept += [x.new_empty(size, **float32) for size in (shape[1:], shape[1:], (2, x.shape[0]))]
+    return x.new_empty(x.shape, dtype=out_dtype), kept
 
 
 @torch.library.register_fake("crate_kernels::ista_backward")
 def _backward_fake(
-    grad_y: Tensor,
-    operand: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    matrix: Tensor,
-    step_size: float,
-    need_x: bool,
-    need_weight: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+    grad_y: Tensor, x: Tensor, y: Tensor, kept: list[Tensor], need_x: bool, need_weight: bool, *arguments: Any
+) -> tuple[Tensor, ...]:
+    given = Arguments(*arguments)
+    return (
+        empty_gradient(x if given.implementation == "triton" else y, need_x),
+        empty_gradient(given.weight, need_weight),
+        empty_gradient(given.norm_weight, need_weight),
+        empty_gradient(given.norm_bias, need_weight),
+    )
 
 
 @register_flop_formula(torch.ops.crate_kernels.ista_forward)
-def _forward_flops(x_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+def _forward_flops(x_shape: tuple[int, ...], out_dtype: Any, *arguments: Any, **_: Any) -> int:
     tokens, width = x_shape
     large, small = 2 * tokens * width**2, 2 * width**3
+    if Arguments(*arguments).combined is not None:
+        return large
     return large + small if one_product(tokens, width) else 2 * large
 
 
 @register_flop_formula(torch.ops.crate_kernels.ista_backward)
 def _backward_flops(
-    grad_shape: tuple[int, ...],
-    operand: Any,
-    weight: Any,
-    y: Any,
-    matrix: Any,
-    step_size: float,
-    need_x: bool,
-    need_weight: bool,
-    *_: Any,
-    **__: Any,
+    grad_shape: tuple[int, ...], x: Any, y: Any, kept: Any, need_x: bool, need_weight: bool, *arguments: Any, **_: Any
 ) -> int:
     tokens, width = grad_shape
     large, small = 2 * tokens * width**2, 2 * width**3
-    if one_product(tokens, width):
+    if Arguments(*arguments).combined is not None or one_product(tokens, width):
         return large * need_x + (large + small) * need_weight
     # dr serves both; the weight's gradient computes the residual again and multiplies twice.
     return large * (need_x or need_weight) + large * need_x + 3 * large * need_weight

@@ -30,7 +30,7 @@ class Operand(NamedTuple):
 
     matrix: B' [inner, width] in the dtype of the product, any strides.
     column_sum: [width] float32, sums over ``inner`` of B' as rounded; None without a LayerNorm.
-    offset: [width] float32, added to the product; None where nothing is.
+    offset: [width] float32, added to the product; None without a LayerNorm where there is no bias.
     """
 
     matrix: Tensor
@@ -57,7 +57,8 @@ def prepare(matrix: Tensor, bias: Tensor | None, norm: Norm | None, dtype: torch
     if norm.bias is not None:
         through_bias = torch.mv(matrix.t(), norm.bias.float())
         offset = through_bias if offset is None else offset + through_bias
-    return Operand(scaled, scaled.float().sum(0), offset)
+    column_sum = scaled.float().sum(0)
+    return Operand(scaled, column_sum, torch.zeros_like(column_sum) if offset is None else offset)
 
 
 def gradient(

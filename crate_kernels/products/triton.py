@@ -389,8 +389,6 @@ def input_gradient(
         return out
     product_sum, product_offset = operand.column_sum, operand.offset
     if norm is not None:
-        if product_offset is None:
-            product_offset = torch.zeros_like(product_sum)
         if negate:
             product_sum, product_offset = -product_sum, -product_offset
         if skip:
