@@ -153,9 +153,11 @@ def _gradients_of_numbers(grad_y: Tensor, x: Tensor, y: Tensor, given: op.Argume
 
     deta = sum (g s^2) * (x W - x W^T W) - lambda * sum g s      dlambda = -eta * sum g s
     """
-    x, y, weight, grad = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y, given.weight, grad_y))
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    tensors = x, y, grad_y, given.weight, given.norm_weight, given.norm_bias
+    x, y, grad, weight, norm_weight, norm_bias = (None if t is None else t.to(dtype) for t in tensors)
     with no_autocast(x):
-        x = layer_norm(x, given.norm_weight, given.norm_bias, given.norm_eps)
+        x = layer_norm(x, norm_weight, norm_bias, given.norm_eps)
         product = (x - x @ weight.t()) @ weight
     sign = y.sign()
     through_threshold = -(grad * sign).sum()

@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 def combination(weight: Tensor) -> Tensor:
     """G = W - W^T W [width, width], or of a stack of dictionaries [layers, width, width], in float32."""
-    weight = weight.float()
+    weight = weight.float().contiguous()
     return torch.baddbmm(weight, weight.mT, weight, alpha=-1) if weight.ndim == 3 else weight - weight.mT @ weight
 
 

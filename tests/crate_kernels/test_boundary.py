@@ -26,18 +26,37 @@ def test_opcheck_shared_attention(implementation: str, is_causal: bool, device: 
     opcheck(OPS.shared_attention_backward.default, (grad, w, out, kept, 0.25, is_causal, implementation))
 
 
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("tokens", [20, 7], ids=["one product", "two products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16 operands"])
-def test_opcheck_ista(implementation: str, tokens: int, dtype: torch.dtype, device: str) -> None:
+def test_opcheck_ista(implementation: str, tokens: int, dtype: torch.dtype, norm: bool, device: str) -> None:
+    if norm and (implementation == "composed" or tokens == 7):
+        pytest.skip("a LayerNorm is folded into the one product of the kernels only")
     x, weight = torch.randn(tokens, 16, device=device), torch.randn(16, 16, device=device) / 4
-    forward = (x, x.to(dtype), weight, 0.1, 0.5, False, implementation)
-    opcheck(OPS.ista_forward.default, forward)
-    y, matrix = OPS.ista_forward(*forward)
-    opcheck(OPS.ista_forward.default, (x, x.to(dtype), weight.t(), *forward[3:]))
-    for need_x, need_weight in ((True, True), (True, False), (False, True)):
-        arguments = (torch.randn_like(y), x.to(dtype), weight, y, matrix, 0.1, need_x, need_weight, implementation)
-        opcheck(OPS.ista_backward.default, arguments)
+    gamma, beta = (torch.randn(16, device=device), torch.randn(16, device=device)) if norm else (None, None)
+    numbers = torch.tensor(0.1), torch.tensor(0.5)
+    for w, combined in ((weight, None), (weight.t(), None), (weight, weight - weight.T @ weight)):
+        arguments = w, combined, gamma, beta, 1e-5, *numbers, False, dtype, implementation
+        opcheck(OPS.ista_forward.default, (x, x.dtype, *arguments))
+        y, kept = OPS.ista_forward(x, x.dtype, *arguments)
+        source = kept.pop() if implementation == "composed" and dtype != x.dtype else x
+        for needs in ((True, True), (True, False), (False, True)) if combined is None else ((True, False),):
+            opcheck(OPS.ista_backward.default, (torch.randn_like(y), source, y, kept, *needs, *arguments))
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize("residual", ["none", "x", "another"])
+def test_opcheck_mssa(residual: str, norm: bool, device: str) -> None:
+    x, other = torch.randn(2, 7, 32, device=device), torch.randn(2, 7, 32, device=device)
+    weights = [torch.randn(*shape, device=device) / 5 for shape in ((32, 32), (32, 32), (32,))]
+    weights += [torch.randn(32, device=device), torch.randn(32, device=device)] if norm else [None, None]
+    arguments = *weights, 1e-5, residual == "x", residual == "x", 2, 0.25, False, torch.float16
+    forward = x, other if residual == "another" else None, x.dtype, *arguments
+    opcheck(OPS.mssa_forward.default, forward)
+    out, kept = OPS.mssa_forward(*forward)
+    for needs in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):
+        opcheck(OPS.mssa_backward.default, (torch.randn_like(out), x, kept, needs, *arguments))
 
 
 def double(*shape: int) -> Tensor:

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import a_few_roundings, awkward_gradients, error
+import torch.nn.functional as F
+from support import a_few_roundings, awkward_gradients, error, gradients
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+import crate_kernels
+from crate_kernels import ista
 from crate_kernels.ista.form import one_product
-from crate_kernels.ista.triton import backward, forward
+
+OPS = torch.ops.crate_kernels
 
 STEP_SIZE, LAMBD = 0.3, 0.5
 
@@ -49,6 +53,30 @@ def prepared(tokens: int, width: int, device: str, stream: torch.dtype = torch.f
     return x, weight
 
 
+def arguments(weight: Tensor, dtype: torch.dtype, soft: bool) -> tuple:
+    numbers = torch.tensor(STEP_SIZE), torch.tensor(LAMBD)
+    return weight, None, None, None, 1e-5, *numbers, soft, dtype, "triton"
+
+
+def forward(x: Tensor, weight: Tensor, dtype: torch.dtype, soft: bool = False) -> tuple[Tensor, list[Tensor]]:
+    return OPS.ista_forward(x, x.dtype, *arguments(weight, dtype, soft))
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    kept: list[Tensor],
+    dtype: torch.dtype,
+    need_x: bool = True,
+    need_weight: bool = True,
+    soft: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    found = OPS.ista_backward(grad_y, x, y, kept, need_x, need_weight, *arguments(weight, dtype, soft))
+    return found[0] if need_x else None, found[1] if need_weight else None
+
+
 def official(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """x + eta * (x W - x W^T W) in the official order, products of operands in ``dtype``."""
     operand, weight = x.to(dtype), weight.to(dtype)
@@ -78,11 +106,10 @@ def check(
     x: Tensor, weight: Tensor, grad_y: Tensor, operands: torch.dtype, soft: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernels on the tensors as they are and hold them to the rule; their results."""
-    operand = x.to(operands)
-    y, matrix = forward(x, operand, weight, STEP_SIZE, LAMBD, soft)
-    kept = grad_y.clone()
-    grad_x, grad_weight = backward(grad_y, operand, weight, y, matrix, STEP_SIZE, True, True)
-    assert torch.equal(grad_y, kept), "the gradient that arrived was written to"
+    y, kept = forward(x, weight, operands, soft)
+    arrived = grad_y.clone()
+    grad_x, grad_weight = backward(grad_y, x, weight, y, kept, operands, soft=soft)
+    assert torch.equal(grad_y, arrived), "the gradient that arrived was written to"
 
     mask = y != 0
     upstream = grad_y * mask
@@ -154,8 +181,8 @@ def test_master_weight_stays_float32(device: str) -> None:
     for tokens in (50, 197):
         x, weight = prepared(tokens, 64, device, torch.float16)
         weight, grad_y = weight.float(), torch.randn(tokens, 64).to(x)
-        y, matrix = forward(x, x, weight, STEP_SIZE, LAMBD, False)
-        _, grad_weight = backward(grad_y, x, weight, y, matrix, STEP_SIZE, False, True)
+        y, kept = forward(x, weight, torch.float16)
+        _, grad_weight = backward(grad_y, x, weight, y, kept, torch.float16, need_x=False)
         upstream = (grad_y * (y != 0)).double()
         *_, exact = official_step(x.double(), weight.double(), torch.float64, False, upstream)
         assert grad_weight.dtype == torch.float32
@@ -168,8 +195,8 @@ def test_only_the_gradients_asked_for_and_always_the_same_bits(tokens: int, widt
     grad_y = torch.randn(tokens, width).to(x)
 
     def step(need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        y, matrix = forward(x, x, weight, STEP_SIZE, LAMBD, False)
-        return y, *backward(grad_y, x, weight, y, matrix, STEP_SIZE, need_x, need_weight)
+        y, kept = forward(x, weight, torch.float32)
+        return y, *backward(grad_y, x, weight, y, kept, torch.float32, need_x, need_weight)
 
     both = step(True, True)
     for need_x, need_weight in [(True, True), (True, False), (False, True)]:
@@ -180,8 +207,8 @@ def test_only_the_gradients_asked_for_and_always_the_same_bits(tokens: int, widt
 
 def test_no_tokens(device: str) -> None:
     x, weight = prepared(0, 48, device)
-    y, matrix = forward(x, x, weight, STEP_SIZE, LAMBD, False)
-    grad_x, grad_weight = backward(torch.empty_like(y), x, weight, y, matrix, STEP_SIZE, True, True)
+    y, kept = forward(x, weight, torch.float32)
+    grad_x, grad_weight = backward(torch.empty_like(y), x, weight, y, kept, torch.float32)
     assert y.shape == grad_x.shape == (0, 48)
     assert torch.equal(grad_weight, torch.zeros_like(weight))
 
@@ -191,9 +218,9 @@ def test_no_tokens(device: str) -> None:
 def test_nan_is_not_thresholded_away(tokens: int, soft: bool, device: str) -> None:
     x, weight = prepared(tokens, 48, device)
     x[3, 5] = torch.nan
-    y, matrix = forward(x, x, weight, STEP_SIZE, LAMBD, soft)
+    y, kept = forward(x, weight, torch.float32, soft)
     assert y[3].isnan().all() and not y[:3].isnan().any() and not y[4:].isnan().any()
-    grad_x, _ = backward(torch.full_like(y, torch.nan), x, weight, y, matrix, STEP_SIZE, True, False)
+    grad_x, _ = backward(torch.full_like(y, torch.nan), x, weight, y, kept, torch.float32, True, False, soft)
     assert grad_x[3].isnan().all()
 
 
@@ -201,3 +228,42 @@ def test_the_form_by_operation_counts() -> None:
     for tokens, width in [(1, 48), (96, 96), (97, 96), (50432, 768), (197, 768)]:
         one, two = 2 * tokens * width**2 + 2 * width**3, 4 * tokens * width**2
         assert one_product(tokens, width) == (one < two)
+
+
+@pytest.mark.parametrize("threshold", ["relu", "soft"])
+@pytest.mark.parametrize("tokens", [20, 70], ids=["two products", "one product"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_layer_norm_and_learned_numbers(dtype: torch.dtype, tokens: int, threshold: str, device: str) -> None:
+    """LN before the step, folded or not, and step_size and lambda as tensors: every gradient against the official order."""
+    width = 40
+    x, weight = torch.randn(2, tokens // 2, width), torch.randn(width, width) / width**0.5
+    inputs = [x, weight, 1 + torch.randn(width) / 4, torch.randn(width) / 4]
+    inputs = [value.to(device, dtype) for value in inputs]
+    numbers = torch.tensor(STEP_SIZE), torch.tensor(LAMBD)
+
+    def operator(x, weight, gamma, beta, step_size, lambd):
+        options = dict(step_size=step_size, lambd=lambd, threshold=threshold)
+        return ista(x, weight, norm_weight=gamma, norm_bias=beta, **options)
+
+    def before_threshold(x, weight, gamma, beta, step_size):
+        x = F.layer_norm(x, (width,), gamma, beta)
+        return x + step_size * (x @ weight - x @ weight.T @ weight)
+
+    def plain(*inputs):
+        u, cut = before_threshold(*inputs[:5]), inputs[4] * inputs[5]
+        return torch.relu(u - cut) if threshold == "relu" else u.sign() * torch.relu(u.abs() - cut)
+
+    exact = [value.double() for value in (*inputs, *numbers)]
+    # No gradient from where rounding alone decides on which side of the threshold an element falls.
+    distance = (before_threshold(*exact[:5]).abs() - STEP_SIZE * LAMBD).abs()
+    upstream = torch.randn(x.shape).to(device, dtype) * (distance > 0.02)
+    truth = gradients(plain, exact, upstream.double())
+    official = gradients(plain, [*inputs, *(number.to(dtype) for number in numbers)], upstream)
+    with crate_kernels.use("triton"):
+        found = gradients(operator, [*inputs, *numbers], upstream)
+    roundings = a_few_roundings(dtype)
+    for ours, eagerly, wanted in zip(found[:5], official, truth, strict=False):
+        assert error(ours, wanted) <= 1.25 * error(eagerly, wanted) + roundings
+    # A sum over all elements may cancel: its rounding is measured by its terms, which are about as large as the gradient's.
+    for ours, wanted in zip(found[5:], truth[5:], strict=True):
+        assert (ours.double() - wanted).abs() <= 2 * roundings * upstream.double().norm()
