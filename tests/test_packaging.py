@@ -37,7 +37,7 @@ def test_wheel_holds_packages_types_photographs_and_licences(wheel: Path) -> Non
         "crate_kernels/py.typed",
         "crate_mae/py.typed",
         "crate_kernels/ista/triton.py",
-        "crate_kernels/tiles/ista.py",
+        "crate_kernels/tiles/products.py",
         "crate_mae/data/flowers/ATTRIBUTION.csv",
         "crate_mae/data/flowers/LICENSE.txt",
     ):

@@ -50,7 +50,7 @@ def head_offset(head, heads, stride_batch, stride_head):
 
 @triton.jit
 def count_tokens(lengths_ptr, head, heads, tokens):
-    """How many tokens of the head's sample are there to attend; a length out of range, which a device cannot report, is clamped."""
+    """How many tokens of the head's sample are no padding. A length out of range, which a device cannot report, is clamped."""
     if lengths_ptr is None:
         return tokens
     else:
@@ -323,34 +323,27 @@ def add_tile_gradient(
         p_ij = tl.exp2(scores - lse_i[None, :])
         if IS_CAUSAL:
             p_ij = tl.where(rows_i[None, :] >= rows_j[:, None], p_ij, 0.0)
+    if J_IS_QUERY:
+        if J_IS_KEY and near:
+            p_ji = p_ij * tl.exp2(lse_i - highest)[None, :] * tl.exp2(highest - lse_j)[:, None]
+        else:
+            p_ji = tl.exp2(scores - lse_j[:, None])
+        if IS_CAUSAL:
+            p_ji = tl.where(rows_i[None, :] <= rows_j[:, None], p_ji, 0.0)
+
+    grad_scores = tl.zeros([rows_j.shape[0], BLOCK], tl.float32)
+    if J_IS_KEY:
+        dropped = p_ij * factor_ij if DROPOUT else p_ij
+        dw_j = add_weighted_rows(dw_j, dropped, grad_out_i, DIM_B, PRECISION)
         grad_p_ij = products_of_rows(w_j, grad_out_i, DIM_B, PRECISION)
         if DROPOUT:
-            dw_j = add_weighted_rows(dw_j, p_ij * factor_ij, grad_out_i, DIM_B, PRECISION)
             grad_p_ij *= factor_ij
-        else:
-            dw_j = add_weighted_rows(dw_j, p_ij, grad_out_i, DIM_B, PRECISION)
-        grad_p_ij -= delta_i[None, :]
+        grad_scores += p_ij * (grad_p_ij - delta_i[None, :])
     if J_IS_QUERY:
         grad_p_ji = products_of_rows(grad_out_j, w_i, DIM_B, PRECISION)
         if DROPOUT:
             grad_p_ji *= factor_ji
-
-    if J_IS_KEY and J_IS_QUERY:
-        if near:
-            # P[j, i] = P[i, j] ratio_i ratio_j: one exponential a score, and products in place of the other.
-            ratio_i = tl.exp2(lse_i - highest)
-            ratio_j = tl.exp2(highest - lse_j)
-            grad_p_ji = grad_p_ji * ratio_j[:, None] - (delta_j * ratio_j)[:, None]
-            grad_scores = p_ij * (grad_p_ij + ratio_i[None, :] * grad_p_ji)
-        else:
-            grad_scores = p_ij * grad_p_ij + tl.exp2(scores - lse_j[:, None]) * (grad_p_ji - delta_j[:, None])
-    elif J_IS_KEY:
-        grad_scores = p_ij * grad_p_ij
-    else:
-        p_ji = tl.exp2(scores - lse_j[:, None])
-        if IS_CAUSAL:
-            p_ji = tl.where(rows_i[None, :] <= rows_j[:, None], p_ji, 0.0)
-        grad_scores = p_ji * (grad_p_ji - delta_j[:, None])
+        grad_scores += p_ji * (grad_p_ji - delta_j[:, None])
     return add_weighted_rows(dw_j, scale * grad_scores, w_i, DIM_B, PRECISION)
 
 
