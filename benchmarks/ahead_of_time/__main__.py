@@ -1,0 +1,122 @@
+"""The gate's command line; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks import harness
+from benchmarks.ahead_of_time import __doc__ as description
+from benchmarks.ahead_of_time import cases, compiling
+from benchmarks.ahead_of_time.compiling import Figures
+from benchmarks.ahead_of_time.targets import TARGETS
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "ahead_of_time" / triton.__version__
+
+COLUMNS = (
+    "kernel", "target", "dtype", "shape", "tile", "warps", "stages", "registers", "spill B", "shared KB",
+    "matrix instructions", "occupancy %",
+)  # fmt: skip
+
+
+def line(figures: Figures) -> list[Any]:
+    """Figures as they are printed."""
+    return [
+        figures.kernel,
+        figures.arch,
+        figures.dtype,
+        figures.shape,
+        figures.tile,
+        figures.warps,
+        figures.stages,
+        figures.registers,
+        figures.spill_bytes,
+        round(figures.shared_bytes / 1024, 1),
+        ", ".join(f"{count} {kind}" for kind, count in figures.matrix.items()),
+        round(100 * figures.occupancy),
+    ]
+
+
+def markdown(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as a Markdown table under a title."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join([f"# {title}", "", *("| " + " | ".join(map(str, cells)) + " |" for cells in lines), ""])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    if triton.knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it.", file=sys.stderr)
+        return 2
+    chosen = cases.everything if arguments.all else cases.gate
+    available = {arch: chosen(arch) for arch in arguments.arch}
+    wanted = {
+        arch: [
+            case
+            for case in some
+            if case.dtype in (arguments.dtypes or [case.dtype])
+            and case.operator in (arguments.operators or [case.operator])
+        ]
+        for arch, some in available.items()
+    }
+    with compiling.unused_tiles() as unused:
+        figures, broken = compiling.compile_all(wanted, arguments.jobs)
+    versions = {"triton": triton.__version__, "torch": torch.__version__}
+    title = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print(title)
+    print(harness.table(COLUMNS, map(line, figures)))
+    if arguments.json:
+        rows = [json.dumps(versions | asdict(one)) + "\n" for one in figures]
+        _write(arguments.json, "".join(rows))
+    if arguments.table:
+        _write(arguments.table, markdown(f"Kernels compiled ahead of time: {title}", COLUMNS, map(line, figures)))
+
+    broken += [breach for one in figures for breach in compiling.breaches(one)]
+    if wanted == available and set(cases.GATE_TARGETS) <= set(arguments.arch):
+        broken += compiling.missing(figures, unused)
+    for breach in broken:
+        print(f"BREACH {breach}")
+    kernels, shapes = (
+        {one.kernel for one in figures},
+        {(case.dtype, case.shape) for some in wanted.values() for case in some},
+    )
+    print(
+        f"{len(figures)} compilations of {len(kernels)} kernels at {len(shapes)} shapes for {len(arguments.arch)} targets, "
+        f"{len(broken)} bounds broken"
+    )
+    return 1 if broken else 0
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ahead_of_time", description=description.partition("\n")[0]
+    )
+    parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(cases.GATE_TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=list(cases.DTYPES), help="only these; all by default")
+    parser.add_argument("--operators", nargs="+", help="only these; all by default")
+    parser.add_argument("--all", action="store_true", help="all combinations of the cases: some twenty minutes")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile at the same time")
+    for option, suffix in ("--json", ".jsonl"), ("--table", ".md"):
+        default = RESULTS.with_name(RESULTS.name + suffix)
+        parser.add_argument(
+            option, metavar="FILE", type=Path, nargs="?", const=default,
+            help=f"write the figures there, in place of what it held; without FILE to {default.relative_to(RESULTS.parents[2])}",
+        )  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""What the gate compiles: uses of the public operators, forward and backward, on meta tensors.
+
+A new operator, or a new argument that changes the code, adds its uses here: a function that makes cases, and lines in ``gate``
+and ``everything``. The gate says itself what is missing: a kernel or a shipped tile that no case reaches, and a kernel
+that no case takes past 2^31 elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import crate_kernels
+from benchmarks.ahead_of_time.collecting import Case
+
+# "tf32" is float32 tensors with tensor cores allowed to round their operands; "autocast" a float32 stream with bfloat16 operands.
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "autocast": torch.float32,
+}
+
+# What the gate compiles for unless told otherwise.
+GATE_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+FLAGS = (False, True)
+# One of each shipped tile's width; 48 and 80 are CRATE-MAE-Small's and a Large's.
+HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128)
+TOKENS = 197
+
+
+def empty(dtype: str, *memory: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """A meta tensor that wants a gradient: sizes as they lie in ``memory``, dimensions in another ``order`` if given."""
+    tensor = torch.empty(memory, dtype=DTYPES[dtype], device="meta")
+    return (tensor if order is None else tensor.permute(order)).requires_grad_()
+
+
+def attention(
+    dtype: str,
+    head_dim: int = 64,
+    is_causal: bool = False,
+    tokens: int = TOKENS,
+    batch: int = 8,
+    memory: str = "batch token head feature",
+) -> Case:
+    """Shared-QKV attention of 12 heads, at first on the view that the projection leaves."""
+    sizes = {"batch": batch, "head": 12, "token": tokens, "feature": head_dim}
+    names = memory.split()
+
+    def call() -> None:
+        w = empty(dtype, *(sizes[name] for name in names), order=tuple(map(names.index, sizes)))
+        out = crate_kernels.shared_qkv_attention(w, is_causal=is_causal)
+        out.backward(torch.empty_like(out))
+
+    shape = f"d={head_dim} N={tokens}" + " causal" * is_causal
+    return Case("attention", dtype, shape if batch == 8 else f"{shape} B={batch} {memory}", call)
+
+
+def ista(
+    dtype: str, images: int = 64, width: int = 768, norm: bool = False, soft: bool = False, feature_major: bool = False
+) -> Case:
+    """ISTA on the tokens of so many images: more tokens than the width make it the one-product form."""
+
+    def call() -> None:
+        memory, order = ((width, images * TOKENS), (1, 0)) if feature_major else ((images * TOKENS, width), None)
+        arguments: dict[str, Any] = {"threshold": "soft" if soft else "relu"}
+        if norm:
+            arguments |= {"norm_weight": empty(dtype, width), "norm_bias": empty(dtype, width)}
+        y = crate_kernels.ista(empty(dtype, *memory, order=order), empty(dtype, width, width), **arguments)
+        y.backward(torch.empty(memory, dtype=y.dtype, device="meta").permute(order or (0, 1)))
+
+    form = "one-product" if images * TOKENS > width else "two-product"
+    flags = " LN" * norm + " soft" * soft + " feature-major" * feature_major
+    return Case("ista", dtype, f"D={width} M={images * TOKENS} {form}{flags}", call)
+
+
+def mssa(dtype: str, subtract: bool = False, norm: bool = True, bias: bool = True, images: int = 64) -> Case:
+    """MSSA of width 768 with its residual: x + MSSA(LN x), or the decoder's g - MSSA(LN g)."""
+
+    def call() -> None:
+        x = empty(dtype, images, TOKENS, 768)
+        arguments = {"norm_weight": empty(dtype, 768), "norm_bias": empty(dtype, 768)} if norm else {}
+        weights = empty(dtype, 768, 768), empty(dtype, 768, 768), empty(dtype, 768) if bias else None
+        z = crate_kernels.mssa(x, *weights, num_heads=12, residual=x, subtract=subtract, **arguments)
+        z.backward(torch.empty_like(z))
+
+    flags = " LN" * norm + " bias" * bias + " subtract" * subtract
+    return Case("mssa", dtype, f"D=768 M={images * TOKENS}{flags}", call)
+
+
+def tiles(*dtypes: str, head_dims: Sequence[int] = HEAD_DIMS) -> list[Case]:
+    """Every tile that ships for the dtypes, each once, and the layers of a CRATE-MAE encoder."""
+    cases = [attention(dtype, head_dim) for dtype in dtypes if dtype != "autocast" for head_dim in head_dims]
+    return cases + [case for dtype in dtypes for case in (ista(dtype, norm=True), mssa(dtype))]
+
+
+def flags() -> list[Case]:
+    """Each choice that changes the code, at the size of CRATE-MAE-Base."""
+    cases = [attention("bfloat16", head_dim, is_causal=True) for head_dim in (64, 128)]
+    # Tails of 0, 16 (as of 197), 32 and 64 tokens.
+    cases += [attention("bfloat16", tokens=tokens) for tokens in (256, 785, 50)]
+    cases += [use(dtype) for use in (attention, ista, mssa) for dtype in ("float16", "tf32")]
+    cases += [ista("bfloat16", images) for images in (1, 64)]
+    cases += [ista("bfloat16", soft=True), ista("bfloat16", width=576, norm=True)]
+    return [*cases, mssa("bfloat16", subtract=True), mssa("bfloat16", norm=False, bias=False)]
+
+
+def far() -> list[Case]:
+    """Tensors of more than 2^31 elements whose strides fit 32 bits, from one image to the next, one token, one feature.
+
+    Offsets are computed alike in every dtype: one will do.
+    """
+    cases = [attention("bfloat16", is_causal=is_causal, batch=2**20) for is_causal in FLAGS]
+    cases += [attention("float32", batch=2**20)]
+    cases += [attention("bfloat16", batch=2**19, memory="token batch head feature")]
+    cases += [attention("bfloat16", batch=2**19, memory="feature batch head token")]
+    cases += [ista("bfloat16", 2**15, norm=True), ista("bfloat16", 2**15, feature_major=True)]
+    cases += [mssa("bfloat16", images=2**15)]
+    return [*cases, ista("bfloat16", 2**8, width=2**16)]
+
+
+def gate(target: str) -> list[Case]:
+    """Few enough for a test: on sm_90 every tile and every flag, elsewhere the default tiles."""
+    if target == "sm_90":
+        return tiles("bfloat16", "autocast", "float32") + flags() + far()
+    if target == "sm_80":
+        return [*tiles("bfloat16"), ista("autocast", norm=True), mssa("float32")]
+    return tiles("bfloat16", head_dims=(48, 64, 128))
+
+
+def everything(target: str) -> list[Case]:
+    """The gate's cases and all combinations, at the widths of CRATE-MAE Small and Base."""
+    cases = tiles(*DTYPES) + flags() + far()
+    cases += [
+        attention(dtype, *variant) for dtype, *variant in product(DTYPES, HEAD_DIMS, FLAGS) if dtype != "autocast"
+    ]
+    cases += [ista(*variant) for variant in product(DTYPES, (1, 64), (576, 768), FLAGS, FLAGS)]
+    return cases + [mssa(*variant) for variant in product(DTYPES, FLAGS, FLAGS, FLAGS)]

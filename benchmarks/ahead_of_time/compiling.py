@@ -1,0 +1,208 @@
+"""The kernels of cases compiled, what they use, and which bounds that breaks."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import pkgutil
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import triton
+
+import crate_kernels
+from benchmarks.ahead_of_time import addresses
+from benchmarks.ahead_of_time.addresses import Launch
+from benchmarks.ahead_of_time.collecting import Case, Request, as_if_on, requests
+from benchmarks.ahead_of_time.targets import TARGETS
+from crate_kernels import tiles
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one compiled kernel uses; dtype and shape are those of the first case that asks for it.
+
+    products: 16-bit products in the kernel's code; matrix: matrix instructions in its assembly, by kind.
+    reach: the largest offset, in elements, that an address has at any launch of it.
+    """
+
+    kernel: str
+    arch: str
+    dtype: str
+    shape: str
+    tile: str
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    spilled_registers: int
+    shared_bytes: int
+    tensor_memory: int
+    occupancy: float
+    matrix: dict[str, int]
+    products: int
+    products_without_wgmma: list[str]
+    reach: int
+    address_breaches: list[str]
+
+
+def compile_request(request: Request, launches: Sequence[Launch], dtype: str, shape: str) -> Figures:
+    """Compile one kernel (or find it in Triton's disk cache), read its assembly, and check its addresses at ``launches``.
+
+    Runs in a process other than the one that collects requests: there, Triton would try to launch what it has compiled.
+    """
+    kernel = _jit_function(getattr(importlib.import_module(request.module), request.kernel))
+    with as_if_on(request.arch):
+        compiled = kernel.preload(request.specialization)
+    target = TARGETS[request.arch]
+    usage = target.usage(compiled)
+    constants = compiled.src.constants
+    blocks = [value for (index, *_), value in constants.items() if kernel.arg_names[index].startswith("BLOCK")]
+    # A product that Triton leaves to the older mma instructions is still a tt.dot after lowering; wgmma's is warp_group_dot.
+    older = _products(compiled.asm["ttgir"]) if request.arch == "sm_90" else []
+    reports = [addresses.check(compiled.asm["ttir"], launch) for launch in launches]
+    return Figures(
+        kernel=request.kernel,
+        arch=request.arch,
+        dtype=dtype,
+        shape=shape,
+        tile="x".join(map(str, blocks)),
+        warps=usage.warps,
+        stages=compiled.metadata.num_stages,
+        registers=usage.registers,
+        spill_bytes=usage.spill_bytes,
+        spilled_registers=usage.spilled_registers,
+        shared_bytes=usage.shared_bytes,
+        tensor_memory=usage.tensor_memory,
+        occupancy=target.occupancy(usage),
+        matrix=usage.matrix,
+        products=len(_products(compiled.asm["ttir"])),
+        products_without_wgmma=older,
+        reach=max(report.reach for report in reports),
+        address_breaches=sorted({breach for report in reports for breach in report.breaches}),
+    )
+
+
+def _products(code: str) -> list[str]:
+    """The 16-bit products in intermediate code, as rows x inner x columns."""
+    found = re.findall(r"tt\.dot .* : tensor<(\d+x\d+)x(?:bf16|f16).* \* tensor<\d+x(\d+)x", code)
+    return [f"{left}x{columns}" for left, columns in found]
+
+
+def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[Figures], list[str]]:
+    """Figures of every kernel that the cases of each architecture launch, identical compilations once; and what failed."""
+    labels: dict[Request, tuple[str, str]] = {}
+    launches: dict[Request, dict[Launch, None]] = {}
+    figures, failures = [], []
+    for arch, cases in wanted.items():
+        for case in cases:
+            try:
+                for request, launch in requests(case, arch):
+                    labels.setdefault(request, (case.dtype, case.shape))
+                    launches.setdefault(request, {})[launch] = None
+            except Exception as error:  # whatever a launcher or Triton raises: the rest is still worth compiling
+                failures.append(f"{case.operator} {arch} {case.dtype} {case.shape}: not launched, {_brief(error)}")
+    # Spawned, not forked: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = {one: pool.submit(compile_request, one, list(launches[one]), *labels[one]) for one in labels}
+        for request, task in pending.items():
+            try:
+                figures.append(task.result())
+            except Exception as error:
+                name = " ".join((request.kernel, request.arch, *labels[request]))
+                failures.append(f"{name}: not compiled, {_brief(error)}")
+    return sorted(figures, key=lambda f: (f.kernel, f.arch, f.dtype, f.shape)), failures
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1][:200]}"
+
+
+def breaches(figures: Figures) -> list[str]:
+    """The bounds that ``figures`` break, one line each."""
+    name = f"{figures.kernel} {figures.arch} {figures.dtype} {figures.shape}, tile {figures.tile}"
+    found = []
+    if figures.spill_bytes:
+        found.append(f"{name}: spills {figures.spill_bytes} bytes a thread")
+    elif figures.spilled_registers:
+        found.append(f"{name}: spills {figures.spilled_registers} registers to others")
+    limit = TARGETS[figures.arch].shared_bytes_per_block
+    if figures.shared_bytes > limit:
+        found.append(f"{name}: {figures.shared_bytes} bytes of shared memory, the device has {limit}")
+    tall = [product for product in figures.products_without_wgmma if int(product.split("x")[0]) >= 64]
+    if tall:
+        found.append(f"{name}: 16-bit products not on wgmma: {', '.join(tall)} (rows x inner x columns)")
+    return found + [f"{name}: {breach}" for breach in figures.address_breaches]
+
+
+def missing(figures: Sequence[Figures], unused_tiles: Sequence[str]) -> list[str]:
+    """What ought to have been compiled and was not, one line each: kernels, shipped tiles, launches that reach far."""
+    reach: dict[str, int] = {}
+    for one in figures:
+        reach[one.kernel] = max(one.reach, reach.get(one.kernel, 0))
+    found = [f"{kernel}: no case compiles it" for kernel in sorted(entry_kernels() - set(reach))]
+    for kernel, furthest in sorted(reach.items()):
+        if furthest < addresses.REACH_OF_32_BITS:
+            found.append(f"{kernel}: no case takes its addresses past 2^31 elements, {furthest} is the furthest")
+    return found + [f"{tile}: no case compiles it" for tile in unused_tiles]
+
+
+def _modules(package: ModuleType) -> list[ModuleType]:
+    return [
+        importlib.import_module(found.name) for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+
+
+def _jit_function(kernel: Any) -> Any:
+    """The ``triton.JITFunction`` under autotuners and heuristics."""
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn
+    return kernel
+
+
+def entry_kernels() -> set[str]:
+    """Names of the kernels that launchers start: the JIT functions in crate_kernels that no other JIT function calls."""
+    kernels = [
+        _jit_function(value)
+        for module in _modules(crate_kernels)
+        for value in vars(module).values()
+        if isinstance(value, triton.runtime.KernelInterface)
+    ]
+    called = {name for kernel in kernels for name in kernel.fn.__code__.co_names}
+    return {kernel.fn.__name__ for kernel in kernels} - called
+
+
+class _Watched(dict):
+    """A family's tiles, remembering which were asked for."""
+
+    def __init__(self, entries: Mapping[tuple, Any]) -> None:
+        super().__init__(entries)
+        self.asked: set[tuple] = set()
+
+    def __getitem__(self, key: tuple) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: tuple, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+@contextmanager
+def unused_tiles() -> Iterator[list[str]]:
+    """A list that on leaving the block has the shipped tiles that no launcher asked for within it."""
+    unused: list[str] = []
+    with ExitStack() as stack:
+        for module in _modules(tiles):
+            for family, entries in module.TABLE.items():
+                watched = module.TABLE[family] = _Watched(entries)
+                stack.callback(module.TABLE.__setitem__, family, entries)
+                name = f"tile of {module.__name__.rpartition('.')[2]} for {family}"
+                stack.callback(lambda w=watched, n=name: unused.extend(f"{n} {key}" for key in w if key not in w.asked))
+        yield unused
