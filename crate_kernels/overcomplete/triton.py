@@ -1,0 +1,119 @@
+"""The overcomplete step as kernels: one launch for each of its four products, with all that surrounds them.
+
+    z1 = relu(x (eta D) - eta*lambda)        r = x - z1 D^T
+    z2 = relu(z1 + r (eta D) - eta*lambda)   out = residual + z2 D1^T
+
+That is the least number of products: D^T D [codes, codes] would make of the two in the middle one of codes / width times their
+size. Kept for the backward are x, z1 and z2, whose zeros are the masks; r is computed again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crate_kernels.products.operand import Operand, prepare
+from crate_kernels.products.triton import input_gradient, project, weight_gradient
+
+
+class Weights(NamedTuple):
+    """dictionary D and out_dictionary D1 [width, codes] (D itself if None); eta and lambda, 0-dim, on the host or the device."""
+
+    dictionary: Tensor
+    out_dictionary: Tensor | None
+    step_size: Tensor
+    lambd: Tensor
+
+    @property
+    def threshold(self) -> Tensor:
+        return self.step_size * self.lambd
+
+    def descent(self, dtype: torch.dtype) -> Operand:
+        """Of eta D, for a product in ``dtype``."""
+        return prepare(self.dictionary.float() * self.step_size, None, None, dtype)
+
+    def analysis(self, dtype: torch.dtype) -> Operand:
+        """Of D."""
+        return prepare(self.dictionary, None, None, dtype)
+
+    def synthesis(self, dtype: torch.dtype) -> Operand:
+        """Of D^T."""
+        return prepare(self.dictionary.t(), None, None, dtype)
+
+    def output(self, dtype: torch.dtype) -> Operand:
+        """Of D1^T."""
+        return self.synthesis(dtype) if self.out_dictionary is None else prepare(self.out_dictionary.t(), None, None, dtype)
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for; ``numbers`` are eta and lambda."""
+
+    x: bool
+    dictionary: bool
+    out_dictionary: bool
+    numbers: bool
+
+
+class Gradients(NamedTuple):
+    """dx [tokens, width] in x's dtype, the others in float32; None where not asked for."""
+
+    x: Tensor | None = None
+    dictionary: Tensor | None = None
+    out_dictionary: Tensor | None = None
+    step_size: Tensor | None = None
+    lambd: Tensor | None = None
+
+
+def forward(
+    x: Tensor, weights: Weights, residual: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [tokens, width] in ``out_dtype``, and z1 and z2 [tokens, codes] in ``dtype``."""
+    descent, threshold = weights.descent(dtype), weights.threshold
+    z1, _ = project(x, descent, dtype, threshold=threshold)
+    z2, _ = project(_unexplained(x, z1, weights), descent, dtype, skip=z1, threshold=threshold)
+    out, _ = project(z2, weights.output(dtype), out_dtype, skip=residual)
+    return out, z1, z2
+
+
+def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Weights, needs: Needs) -> Gradients:
+    """The gradients asked for, from grad [tokens, width]. With g1 and g2 those of what the two thresholds were applied to,
+
+        g2 = (grad D1) where z2      dr = g2 (eta D)^T      g1 = (g2 - dr D) where z1      dx = dr + g1 (eta D)^T
+        dD1 = grad^T z2              dD = eta (x^T g1 + r^T g2) - dr^T z1
+        dlambda = -eta sum(g1 + g2)  deta = sum(g1 z1 + g2 (z2 - z1)) / eta
+
+    The last because x D - lambda is z1 / eta, and r D - lambda is (z2 - z1) / eta, where they count.
+    """
+    dtype, threshold, eta = z1.dtype, weights.threshold, weights.step_size
+    coupled = weights.out_dictionary is None
+    grad_x = grad_dictionary = grad_out = grad_step_size = grad_lambd = None
+    if needs.out_dictionary or (coupled and needs.dictionary):
+        grad_out, _ = weight_gradient(grad, z2, dtype)
+    if needs.x or needs.dictionary or needs.numbers:
+        descent = weights.descent(dtype)
+        # hardshrink's backward keeps the gradient where its input is not zero: the mask, in one pass.
+        g2 = torch.ops.aten.hardshrink_backward(input_gradient(grad, weights.output(dtype), dtype), z2, 0.0)
+        grad_r = input_gradient(g2, descent, dtype)
+        # Of z1, not yet masked: those who read it do that.
+        grad_z1, _ = project(grad_r, weights.analysis(dtype), dtype, skip=g2, negate=True)
+        if needs.x:
+            grad_x = input_gradient(grad_z1, descent, x.dtype, y=z1, threshold=threshold, extra=grad_r)
+        if needs.dictionary:
+            through_first, _ = weight_gradient(x, grad_z1, dtype, y=z1)
+            through_second, _ = weight_gradient(_unexplained(x, z1, weights), g2, dtype)
+            grad_dictionary = (through_first + through_second) * eta - weight_gradient(grad_r, z1, dtype)[0]
+        if needs.numbers:
+            g1 = torch.where(z1 != 0, grad_z1, 0).float()
+            gained = z2.float() - z1
+            grad_step_size = ((g1 * z1).sum() + (g2 * gained).sum()) / eta
+            grad_lambd = -eta * (g1.sum() + g2.float().sum())
+    if coupled and needs.dictionary:
+        grad_dictionary, grad_out = grad_dictionary + grad_out, None
+    return Gradients(grad_x, grad_dictionary, grad_out, grad_step_size, grad_lambd)
+
+
+def _unexplained(x: Tensor, z1: Tensor, weights: Weights) -> Tensor:
+    """r = x - z1 D^T: what the first code leaves over, in the dtype of the products."""
+    return project(z1, weights.synthesis(z1.dtype), z1.dtype, skip=x, negate=True)[0]
