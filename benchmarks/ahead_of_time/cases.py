@@ -63,7 +63,13 @@ def attention(
 
 
 def ista(
-    dtype: str, images: int = 64, width: int = 768, norm: bool = False, soft: bool = False, feature_major: bool = False
+    dtype: str,
+    images: int = 64,
+    width: int = 768,
+    norm: bool = False,
+    soft: bool = False,
+    learned: bool = False,
+    feature_major: bool = False,
 ) -> Case:
     """ISTA on the tokens of so many images: more tokens than the width make it the one-product form."""
 
@@ -72,11 +78,13 @@ def ista(
         arguments: dict[str, Any] = {"threshold": "soft" if soft else "relu"}
         if norm:
             arguments |= {"norm_weight": empty(dtype, width), "norm_bias": empty(dtype, width)}
+        if learned:  # a number on the device, whose gradient is no kernel of ours
+            arguments["lambd"] = empty("float32", 1).detach()
         y = crate_kernels.ista(empty(dtype, *memory, order=order), empty(dtype, width, width), **arguments)
         y.backward(torch.empty(memory, dtype=y.dtype, device="meta").permute(order or (0, 1)))
 
     form = "one-product" if images * TOKENS > width else "two-product"
-    flags = " LN" * norm + " soft" * soft + " feature-major" * feature_major
+    flags = " LN" * norm + " soft" * soft + " learned" * learned + " feature-major" * feature_major
     return Case("ista", dtype, f"D={width} M={images * TOKENS} {form}{flags}", call)
 
 
@@ -107,7 +115,8 @@ def flags() -> list[Case]:
     cases += [attention("bfloat16", tokens=tokens) for tokens in (256, 785, 50)]
     cases += [use(dtype) for use in (attention, ista, mssa) for dtype in ("float16", "tf32")]
     cases += [ista("bfloat16", images) for images in (1, 64)]
-    cases += [ista("bfloat16", soft=True), ista("bfloat16", width=576, norm=True)]
+    cases += [ista("bfloat16", soft=True), ista("bfloat16", norm=True, learned=True)]
+    cases += [ista("bfloat16", width=576, norm=True)]
     return [*cases, mssa("bfloat16", subtract=True), mssa("bfloat16", norm=False, bias=False)]
 
 
@@ -140,5 +149,5 @@ def everything(target: str) -> list[Case]:
     cases += [
         attention(dtype, *variant) for dtype, *variant in product(DTYPES, HEAD_DIMS, FLAGS) if dtype != "autocast"
     ]
-    cases += [ista(*variant) for variant in product(DTYPES, (1, 64), (576, 768), FLAGS, FLAGS)]
+    cases += [ista(*variant) for variant in product(DTYPES, (1, 64), (576, 768), FLAGS, FLAGS, FLAGS)]
     return cases + [mssa(*variant) for variant in product(DTYPES, FLAGS, FLAGS, FLAGS)]

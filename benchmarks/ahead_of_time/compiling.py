@@ -41,6 +41,7 @@ class Figures:
     registers: int
     spill_bytes: int
     spilled_registers: int
+    spilled_scalars: int
     shared_bytes: int
     tensor_memory: int
     occupancy: float
@@ -77,6 +78,7 @@ def compile_request(request: Request, launches: Sequence[Launch], dtype: str, sh
         registers=usage.registers,
         spill_bytes=usage.spill_bytes,
         spilled_registers=usage.spilled_registers,
+        spilled_scalars=usage.spilled_scalars,
         shared_bytes=usage.shared_bytes,
         tensor_memory=usage.tensor_memory,
         occupancy=target.occupancy(usage),
@@ -109,29 +111,35 @@ def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[F
                 failures.append(f"{case.operator} {arch} {case.dtype} {case.shape}: not launched, {_brief(error)}")
     # Spawned, not forked: torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = {one: pool.submit(compile_request, one, list(launches[one]), *labels[one]) for one in labels}
-        for request, task in pending.items():
-            try:
-                figures.append(task.result())
-            except Exception as error:
-                name = " ".join((request.kernel, request.arch, *labels[request]))
-                failures.append(f"{name}: not compiled, {_brief(error)}")
+        pending = [pool.submit(_figures_or_failure, one, list(launches[one]), *label) for one, label in labels.items()]
+        for task in pending:
+            result = task.result()
+            (failures if isinstance(result, str) else figures).append(result)
     return sorted(figures, key=lambda f: (f.kernel, f.arch, f.dtype, f.shape)), failures
 
 
-def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1][:200]}"
+def _figures_or_failure(request: Request, launches: Sequence[Launch], dtype: str, shape: str) -> Figures | str:
+    """What ``compile_request`` gives or, in words, raises: an exception would lose its cause on the way between processes."""
+    try:
+        return compile_request(request, launches, dtype, shape)
+    except Exception as error:
+        return f"{request.kernel} {request.arch} {dtype} {shape}: not compiled, {_brief(error)}"
+
+
+def _brief(error: BaseException) -> str:
+    """The first cause, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {getattr(error, 'error_message', None) or error}".split())[:300]
 
 
 def breaches(figures: Figures) -> list[str]:
     """The bounds that ``figures`` break, one line each."""
     name = f"{figures.kernel} {figures.arch} {figures.dtype} {figures.shape}, tile {figures.tile}"
     found = []
-    if figures.spill_bytes:
-        found.append(f"{name}: spills {figures.spill_bytes} bytes a thread")
-    elif figures.spilled_registers:
-        found.append(f"{name}: spills {figures.spilled_registers} registers to others")
+    if figures.spill_bytes or figures.spilled_registers:
+        registers = f" ({figures.spilled_registers} registers)" * bool(figures.spilled_registers)
+        found.append(f"{name}: spills {figures.spill_bytes} bytes a thread{registers}")
     limit = TARGETS[figures.arch].shared_bytes_per_block
     if figures.shared_bytes > limit:
         found.append(f"{name}: {figures.shared_bytes} bytes of shared memory, the device has {limit}")
@@ -200,7 +208,7 @@ def unused_tiles() -> Iterator[list[str]]:
     unused: list[str] = []
     with ExitStack() as stack:
         for module in _modules(tiles):
-            for family, entries in module.TABLE.items():
+            for family, entries in getattr(module, "TABLE", {}).items():
                 watched = module.TABLE[family] = _Watched(entries)
                 stack.callback(module.TABLE.__setitem__, family, entries)
                 name = f"tile of {module.__name__.rpartition('.')[2]} for {family}"

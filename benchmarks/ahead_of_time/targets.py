@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 class Usage:
     """What one compiled kernel takes: registers and bytes spilled of a thread, shared memory and ``warps`` of a block.
 
-    spilled_registers: as the compiler counts them, where it does (AMD); some may have gone to other registers.
+    spilled_registers, spilled_scalars: as AMD's compiler counts them. Scalars go to lanes of vector registers: no memory.
     tensor_memory: columns of a block (sm_100).
     matrix: matrix instructions in the assembly, by kind.
     """
@@ -27,6 +27,7 @@ class Usage:
     registers: int
     spill_bytes: int
     spilled_registers: int
+    spilled_scalars: int
     shared_bytes: int
     tensor_memory: int
     matrix: dict[str, int]
@@ -102,6 +103,7 @@ class Nvidia(Target):
             registers=found["REG"],
             spill_bytes=found["STACK"] + found["LOCAL"],
             spilled_registers=0,
+            spilled_scalars=0,
             shared_bytes=compiled.metadata.shared,
             tensor_memory=compiled.metadata.tmem_size or 0,
             matrix=_matrix_instructions(compiled.asm["ptx"]),
@@ -150,7 +152,8 @@ class Amd(Target):
             warps=compiled.metadata.num_warps,
             registers=found["vgpr_count"],
             spill_bytes=found["private_segment_fixed_size"],
-            spilled_registers=found["vgpr_spill_count"] + found["sgpr_spill_count"],
+            spilled_registers=found["vgpr_spill_count"],
+            spilled_scalars=found["sgpr_spill_count"],
             # Triton asks for its shared memory at launch; the assembly knows only what is fixed besides.
             shared_bytes=compiled.metadata.shared + found["group_segment_fixed_size"],
             tensor_memory=0,

@@ -12,10 +12,16 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.ahead_of_time.targets import TARGETS, Usage
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # A process of its own: whether Triton interprets or compiles is decided when a kernel's module is imported.
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+COMPILING["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+
+# What `make test` may compile; all else is behind --all.
+MOST_COMPILATIONS = 250
 
 
 def run(*arguments: str, environment: dict[str, str] = COMPILING) -> subprocess.CompletedProcess[str]:
@@ -24,55 +30,127 @@ def run(*arguments: str, environment: dict[str, str] = COMPILING) -> subprocess.
     )
 
 
+def breaches(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in result.stdout.splitlines() if line.startswith("BREACH")]
+
+
 def test_every_kernel_compiles_within_bounds(tmp_path, capsys):
-    figures_file = tmp_path / "figures.jsonl"
-    result = run("-m", "benchmarks.ahead_of_time", "--arch", "sm_80", "sm_90", "--json", str(figures_file))
+    figures_file, table = tmp_path / "figures.jsonl", tmp_path / "table.md"
+    result = run("-m", "benchmarks.ahead_of_time", "--json", str(figures_file), "--table", str(table))
     with capsys.disabled():
         print("\n" + result.stdout)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 0, "\n".join(breaches(result)) + result.stderr
 
     figures = [json.loads(line) for line in figures_file.read_text().splitlines()]
-    listing = run("-c", "from benchmarks import ahead_of_time; print(*ahead_of_time.entry_kernels())")
+    assert len(figures) <= MOST_COMPILATIONS
+    assert len(table.read_text().splitlines()) == len(figures) + 4, "a title, a blank line, two lines of heading"
+    listing = run("-c", "from benchmarks.ahead_of_time import compiling; print(*compiling.entry_kernels())")
     kernels = set(listing.stdout.split())
     assert kernels, listing.stderr
-    for arch in ("sm_80", "sm_90"):
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert {one["kernel"] for one in figures if one["arch"] == arch} == kernels
-    on_tensor_cores = [one for one in figures if one["arch"] == "sm_90" and one["dtype"] in ("bfloat16", "float16")]
-    assert all(one["wgmma"] for one in on_tensor_cores if one["kernel"] != "delta_kernel")
+    units = {"sm_80": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"mma", "tcgen05"}, "gfx942": {"mfma"}}
+    for one in figures:
+        assert one["registers"] > 0 and 0 < one["occupancy"] <= 1, one
+        assert not one["products"] or units[one["arch"]] & set(one["matrix"]), one
 
 
 BAD_TILES = """
 import sys, torch
-from benchmarks import ahead_of_time
-from crate_kernels.ista import triton as kernels
+import crate_kernels
+from benchmarks.ahead_of_time import cases, collecting
+from benchmarks.ahead_of_time.__main__ import main
+from crate_kernels.tiles import products
 
-# On sm_80 an accumulator of 256 registers a thread; on sm_90 twelve stages of 32 KB, and fewer warps than wgmma takes.
-for entry in kernels.TABLE["default"].values():
-    entry.update(BLOCK_M=128, BLOCK_N=256, BLOCK_K=32, num_warps=4, num_stages=2)
-for entry in kernels.TABLE["sm_90"].values():
+# Elsewhere than on sm_90 an accumulator of 256 registers a thread, and 96 KB of tiles in flight; on sm_90 twelve stages of
+# 32 KB, and fewer warps than wgmma takes.
+for entry in products.TABLE["default"].values():
+    entry.update(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=4, num_stages=3)
+for entry in products.TABLE["sm_90"].values():
     entry.update(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, num_warps=2, num_stages=12)
+products.TABLE["sm_70"] = {("never", 1): {}}
 
 def forward():
-    x, weight = (torch.empty(rows, 768, dtype=torch.float16, device="meta") for rows in (1000, 768))
-    kernels.forward(x, x, weight, 0.1, 0.1, False)
+    with torch.no_grad():
+        crate_kernels.ista(*(torch.empty(rows, 768, dtype=torch.float16, device="meta") for rows in (1000, 768)))
 
-ahead_of_time.gate_cases = lambda: [ahead_of_time.Case("ista", "float16", "forward only", forward)]
-sys.exit(ahead_of_time.main(["--arch", "sm_80", "sm_90"]))
+def broken():
+    raise MemoryError("no such shape")
+
+some = [collecting.Case("ista", "float16", "forward only", forward), collecting.Case("ista", "float16", "broken", broken)]
+cases.gate = lambda target: some
+sys.exit(main())
 """
 
 
 def test_broken_bounds_are_reported():
     result = run("-c", BAD_TILES)
     assert result.returncode == 1, result.stdout + result.stderr
-    breaches = [line for line in result.stdout.splitlines() if line.startswith("BREACH")]
+    found = breaches(result)
 
     def reported(*words: str) -> bool:
-        return any(all(word in line for word in words) for line in breaches)
+        return any(all(word in line for word in words) for line in found)
 
-    assert reported("token_product_kernel sm_80", "spills"), breaches
-    assert reported("token_product_kernel sm_90", "bytes of shared memory"), breaches
-    assert reported("token_product_kernel sm_90", "not on wgmma: 64x"), breaches
-    assert reported("backward_kernel: no case compiles it"), breaches
+    assert reported("project_kernel sm_80", "spills"), found
+    assert reported("project_kernel gfx942", "bytes of shared memory, the device has 65536"), found
+    assert reported("project_kernel sm_90", "bytes of shared memory"), found
+    assert reported("project_kernel sm_90", "not on wgmma: 64x"), found
+    assert reported("backward_kernel: no case compiles it"), found
+    assert reported("project_kernel: no case takes its addresses past 2^31 elements"), found
+    assert reported("tile of products for sm_70 ('never', 1): no case compiles it"), found
+    assert reported("ista sm_100 float16 broken: not launched, MemoryError: no such shape"), found
+
+
+ADDRESSES = """
+import json
+import addressing, torch
+from benchmarks.ahead_of_time import compiling
+from benchmarks.ahead_of_time.collecting import Case
+
+def case(name, rows):
+    def call():
+        x, out = (torch.empty(rows, 768, dtype=torch.float16, device="meta") for _ in range(2))
+        getattr(addressing, name)[(rows // 64,)](x, out, x.stride(0), rows // 64, WIDTH=768, BLOCK=64)
+    return Case("copy", "float16", name + " of " + str(rows), call)
+
+names = [name for name in vars(addressing) if name not in ("triton", "tl", "copy", "annotations") and name[0] != "_"]
+# One size at a time: a kernel launched with both would be compiled once, and judged by both launches.
+for rows in (2**12, 2**22):
+    figures, failures = compiling.compile_all({"sm_90": [case(name, rows) for name in names]}, 2)
+    assert not failures, failures
+    for one in figures:
+        print(json.dumps([one.shape, one.reach, one.address_breaches]))
+"""
+
+
+def test_addresses_in_32_bits_are_reported():
+    result = run("-c", ADDRESSES)
+    assert result.returncode == 0, result.stderr
+    found = {shape: (reach, lines) for shape, reach, lines in map(json.loads, result.stdout.splitlines())}
+    small = {shape: lines for shape, (_, lines) in found.items() if shape.endswith(" of 4096")}
+    large = {shape.partition(" ")[0]: lines for shape, (_, lines) in found.items() if shape.endswith(" of 4194304")}
+    assert len(small) == len(large) == 8
+    assert not any(small.values()), small
+    assert {name for name, lines in large.items() if not lines} == {"wide", "stepping_pointer"}, large
+    assert all("addressing.py:" in line and "32 bits" in line for lines in large.values() for line in lines), large
+    # rows - 1 times the width: the last row's first element.
+    assert found["wide of 4194304"][0] == (2**22 - 1) * 768
+
+
+@pytest.mark.parametrize(
+    "arch, registers, warps, shared_bytes, tensor_memory, blocks, slots",
+    [
+        ("sm_90", 128, 8, 0, 0, 2, 64),  # 65536 registers / (256 threads * 128)
+        ("sm_90", 32, 4, 100 * 1024, 0, 2, 64),  # 228 KB / 101 KB
+        ("sm_100", 32, 4, 0, 256, 2, 64),  # 512 columns / 256
+        ("gfx942", 128, 4, 0, 0, 4, 32),  # 512 registers / 128, on each of four SIMDs
+        ("gfx942", 130, 4, 0, 0, 3, 32),  # 136: registers come in units of 8
+        ("gfx942", 128, 4, 24 * 1024, 0, 2, 32),  # 64 KB / 24 KB
+    ],
+)
+def test_occupancy(arch, registers, warps, shared_bytes, tensor_memory, blocks, slots):
+    usage = Usage(warps, registers, 0, 0, 0, shared_bytes, tensor_memory, {})
+    assert TARGETS[arch].occupancy(usage) == blocks * warps / slots
 
 
 def test_the_interpreter_is_refused():
