@@ -56,7 +56,7 @@ def ista(
 
     Source: CRATE (arXiv 2306.01129), section 2.4; CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    _check(x, weight, step_size, lambd, threshold, norm_weight, norm_bias, norm_eps, combined)
+    check(x, weight, step_size, lambd, threshold, norm_weight, norm_bias, norm_eps, combined)
     dtype, soft = compute_dtype(x), threshold == "soft"
     implementation = dispatch.choose(x, dtype)
     tokens, width = x.numel() // x.shape[-1], x.shape[-1]
@@ -66,7 +66,7 @@ def ista(
         norm_weight = norm_bias = None
     if implementation == "reference":
         return reference.ista(x, weight, step_size, lambd, soft)
-    numbers = _as_tensor(step_size), _as_tensor(lambd)
+    numbers = as_tensor(step_size), as_tensor(lambd)
     out_dtype = torch.promote_types(x.dtype, torch.float32) if norm_weight is not None and is_autocast(x) else x.dtype
     norm = norm_weight, norm_bias, float(norm_eps)
     arguments = weight, combined, *norm, *numbers, soft, dtype, implementation
@@ -87,12 +87,12 @@ def combine(weight: Tensor) -> Tensor:
         return torch.addmm(weight, weight.t(), weight, alpha=-1)
 
 
-def _as_tensor(value: float | Tensor) -> Tensor:
+def as_tensor(value: float | Tensor) -> Tensor:
     """A number as the operators take it. In a tensor it is no constant of a compiled graph, which so serves every value."""
     return value.reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
 
 
-def _check(
+def check(
     x: Tensor,
     weight: Tensor,
     step_size: float | Tensor,

@@ -58,7 +58,7 @@ def mssa(
 
     Source: CRATE (arXiv 2306.01129), section 2.3; CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    _check(x, qkv_weight, out_weight, out_bias, num_heads, norm_weight, norm_bias, norm_eps, residual, subtract)
+    check(x, qkv_weight, out_weight, out_bias, num_heads, norm_weight, norm_bias, norm_eps, residual, subtract)
     head_dim = qkv_weight.shape[0] // num_heads
     if scale is None:
         scale = head_dim**-0.5
@@ -109,7 +109,7 @@ class _MSSA(torch.autograd.Function):
         return grad_x, grad_residual, None, *grad_weights, *[None] * len(ctx.settings)
 
 
-def _check(
+def check(
     x: Tensor,
     qkv_weight: Tensor,
     out_weight: Tensor | None,

@@ -27,7 +27,8 @@ class Weights(NamedTuple):
 
     def operands(self, dtype: torch.dtype) -> tuple[Operand, Operand]:
         """Of both projections, for products in ``dtype``."""
-        return prepare(self.qkv.t(), None, self.norm, dtype), prepare(self.out.t(), self.out_bias, None, dtype)
+        qkv, out = self.qkv.contiguous().mT, self.out.contiguous().mT
+        return prepare(qkv, None, self.norm, dtype), prepare(out, self.out_bias, None, dtype)
 
 
 class Form(NamedTuple):
@@ -115,7 +116,8 @@ def backward(
 
 def _heads(tokens: Tensor, x: Tensor, form: Form) -> Tensor:
     """[batch * tokens, inner] -> a view [batch, heads, tokens, head_dim]."""
-    return tokens.view(x.shape[0], x.shape[1], form.num_heads, -1).transpose(1, 2)
+    head_dim = tokens.shape[1] // form.num_heads
+    return tokens.view(x.shape[0], x.shape[1], form.num_heads, head_dim).transpose(1, 2)
 
 
 def _tokens(heads: Tensor) -> Tensor:

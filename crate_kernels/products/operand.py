@@ -48,16 +48,20 @@ class MatrixGradient(NamedTuple):
 
 
 def prepare(matrix: Tensor, bias: Tensor | None, norm: Norm | None, dtype: torch.dtype) -> Operand:
-    """The operand of ``LN(x) matrix + bias``: matrix B [inner, width], bias [width]; sums and products in float32."""
-    offset = None if bias is None else bias.float()
+    """The operand of ``LN(x) matrix + bias``: matrix B [inner, width], bias [width]; sums and products in float32.
+
+    Or of many at once, with leading dimensions [layers] on every tensor and so on the operand's.
+    """
+    # Copies where nothing has to be cast: operators must not return their arguments.
+    offset = None if bias is None else bias.to(torch.float32, copy=True)
     if norm is None:
-        return Operand(matrix.to(dtype), None, offset)
+        return Operand(matrix.to(dtype, copy=True), None, offset)
     matrix = matrix.float()
-    scaled = (matrix * norm.weight.float()[:, None]).to(dtype)
+    scaled = (matrix * norm.weight.float().unsqueeze(-1)).to(dtype)
     if norm.bias is not None:
-        through_bias = torch.mv(matrix.t(), norm.bias.float())
+        through_bias = torch.matmul(matrix.mT, norm.bias.float().unsqueeze(-1)).squeeze(-1)
         offset = through_bias if offset is None else offset + through_bias
-    column_sum = scaled.float().sum(0)
+    column_sum = scaled.float().sum(-2)
     return Operand(scaled, column_sum, torch.zeros_like(column_sum) if offset is None else offset)
 
 

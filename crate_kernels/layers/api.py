@@ -1,0 +1,258 @@
+"""The public functions, and the autograd boundary around the operators of the Triton path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from crate_kernels import dispatch
+from crate_kernels.ista.api import as_tensor, ista
+from crate_kernels.ista.api import check as check_ista
+from crate_kernels.layers import op
+from crate_kernels.mssa.api import check as check_mssa
+from crate_kernels.mssa.api import mssa
+from crate_kernels.norm_linear.api import norm_linear
+from crate_kernels.precision import compute_dtype, no_autocast
+from crate_kernels.products.operand import Norm
+from crate_kernels.shared_attention.api import obstacle_to_triton
+
+
+class AttentionWeights(NamedTuple):
+    """MSSA's: qkv [num_heads * head_dim, width], out [width, num_heads * head_dim], out_bias [width] or None."""
+
+    qkv: Tensor
+    out: Tensor | None
+    out_bias: Tensor | None
+
+
+class EncoderWeights(NamedTuple):
+    """Of one encoder layer, in the order of ``encoder_layer``'s arguments."""
+
+    attention_norm: Norm
+    attention: AttentionWeights
+    sparse_norm: Norm
+    dictionary: Tensor
+
+
+class DecoderWeights(NamedTuple):
+    """Of one decoder layer, in the order of ``decoder_layer``'s arguments."""
+
+    step_norm: Norm
+    weight: Tensor
+    attention_norm: Norm
+    attention: AttentionWeights
+
+
+def encoder_layer(
+    x: Tensor,
+    attention_norm: Norm,
+    attention: AttentionWeights,
+    sparse_norm: Norm,
+    dictionary: Tensor,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    step_size: float = 0.1,
+    lambd: float = 0.1,
+    threshold: str = "relu",
+    recompute: bool = False,
+    prepared: list[Tensor] | None = None,
+) -> Tensor:
+    """One CRATE layer: ``z = x + MSSA(LN x)``, ``y = ISTA(LN z)``.
+
+    Args:
+        x: [batch, tokens, width]. Its dtype is the dtype of the stream between layers: float32 or, for half the memory and
+            traffic, 16-bit; products take the autocast dtype where autocast is on.
+        attention_norm, attention: LayerNorm and weights of MSSA (``crate_kernels.mssa``).
+        sparse_norm, dictionary: LayerNorm and weight of the sparse step (``crate_kernels.ista``), with its step_size, lambd
+            and threshold.
+        num_heads, scale: of attention; scale is head_dim**-0.5 if None.
+        recompute: do projection and attention again in the backward rather than keep what they gave.
+        prepared: this layer's part of ``prepare_layers``; made here if None. Not looked at off the Triton path.
+
+    Returns:
+        [batch, tokens, width] in x's dtype.
+
+    On the Triton path one operator forward and one backward. Of [tokens, width] tensors it keeps four for the backward: x, w,
+    attention's output and z (y is the next layer's x); with ``recompute`` two, x and z. w and attention's output are in the
+    dtype of the products, x and z in the stream's. Deterministic; cannot be differentiated again.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``mssa`` and ``ista`` do.
+
+    Source: CRATE (arXiv 2306.01129), section 2; CRATE-MAE (arXiv 2404.02446), section 3.
+    """
+    dtype, implementation = _choose(x, attention, num_heads)
+    if implementation != "triton" or attention.out is None:
+
+        def layer(x: Tensor) -> Tensor:
+            z = mssa(x, *attention, num_heads=num_heads, scale=scale, residual=x, **_options(attention_norm))
+            sparse = _options(sparse_norm)
+            y = ista(z, dictionary, step_size=step_size, lambd=lambd, threshold=threshold, **sparse)
+            return y.to(x.dtype)
+
+        return _checkpointed(layer, x) if recompute else layer(x)
+    check_mssa(x, *attention, num_heads, *attention_norm, x, False)
+    check_ista(x, dictionary, step_size, lambd, threshold, *sparse_norm, None)
+    numbers = as_tensor(step_size), as_tensor(lambd)
+    weights = *attention, *attention_norm[:2], dictionary, *sparse_norm[:2], *numbers
+    eps = float(attention_norm.eps), float(sparse_norm.eps)
+    scale = _head_dim(attention, num_heads) ** -0.5 if scale is None else float(scale)
+    return _Layer.apply(x, *weights, *eps, threshold == "soft", num_heads, scale, recompute, dtype, *(prepared or ()))
+
+
+def decoder_layer(
+    x: Tensor,
+    step_norm: Norm,
+    weight: Tensor,
+    attention_norm: Norm,
+    attention: AttentionWeights,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    recompute: bool = False,
+    prepared: list[Tensor] | None = None,
+) -> Tensor:
+    """One CRATE-MAE decoder layer: ``g = LN(x) W^T``, ``y = g - MSSA(LN g)``.
+
+    Args:
+        x: [batch, tokens, width].
+        step_norm, weight: LayerNorm and W [width, width] of the linear step (``crate_kernels.norm_linear``).
+        attention_norm, attention, num_heads, scale: of MSSA (``crate_kernels.mssa``).
+        recompute, prepared: as in ``encoder_layer``.
+
+    Returns:
+        [batch, tokens, width] in the dtype of the products: the autocast dtype where autocast is on, as the official model.
+
+    On the Triton path one operator forward and one backward. Of [tokens, width] tensors it keeps four for the backward: x, g, w
+    and attention's output; with ``recompute`` two, x and g. Deterministic; cannot be differentiated again.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``mssa`` and ``norm_linear`` do.
+
+    Source: CRATE-MAE (arXiv 2404.02446), section 3.
+    """
+    dtype, implementation = _choose(x, attention, num_heads)
+    if implementation != "triton" or attention.out is None:
+
+        def layer(x: Tensor) -> Tensor:
+            g = norm_linear(x, weight, **_options(step_norm))
+            arguments = dict(num_heads=num_heads, scale=scale, **_options(attention_norm))
+            return mssa(g, *attention, residual=g, subtract=True, **arguments)
+
+        return _checkpointed(layer, x) if recompute else layer(x)
+    check_mssa(x, *attention, num_heads, *attention_norm, x, True)
+    check_ista(x, weight, 0.1, 0.0, "relu", *step_norm, None)
+    weights = *attention, *attention_norm[:2], weight, *step_norm[:2], None, None
+    eps = float(attention_norm.eps), float(step_norm.eps)
+    scale = _head_dim(attention, num_heads) ** -0.5 if scale is None else float(scale)
+    return _Layer.apply(x, *weights, *eps, False, num_heads, scale, recompute, dtype, *(prepared or ()))
+
+
+@torch.no_grad()
+def prepare_layers(
+    x: Tensor,
+    layers: Sequence[EncoderWeights] | Sequence[DecoderWeights],
+    *,
+    num_heads: int,
+    step_size: float = 0.1,
+    lambd: float = 0.1,
+) -> list[list[Tensor]] | list[None]:
+    """What layers of one kind and size make of their weights before a product, for all of them at once.
+
+    LayerNorm's weight and bias are folded into the matrix that follows them, G = W - W^T W is formed, and all is cast to the
+    dtype of the products: each such step is one launch for all layers, instead of one for every layer. The weights get their
+    gradients all the same, from the layers' own backward. Prepare again after each change of the weights.
+
+    Args:
+        x: the tokens, for their device and dtype.
+        layers: as ``encoder_layer`` or ``decoder_layer`` will be given them.
+        num_heads, step_size, lambd: as there.
+
+    Returns:
+        For each layer its ``prepared``; None for each where the Triton path is not taken, which alone has a use for it.
+    """
+    if not layers:
+        return []
+    is_encoder = isinstance(layers[0], EncoderWeights)
+    dtype, implementation = _choose(x, layers[0].attention, num_heads)
+    if implementation != "triton" or layers[0].attention.out is None:
+        return [None] * len(layers)
+    kernels = dispatch.load("layers", "triton")
+    with no_autocast(x), torch.cuda.device_of(x):
+        attention = kernels.attention.Weights(
+            *_stacked([layer.attention for layer in layers]), _stacked_norm([layer.attention_norm for layer in layers])
+        )
+        if is_encoder:
+            norm = _stacked_norm([layer.sparse_norm for layer in layers])
+            weights = kernels.Weights(attention, norm, torch.stack([layer.dictionary for layer in layers]))
+            step = kernels.sparse.Step(as_tensor(step_size), as_tensor(lambd), False)
+            prepared = kernels.prepare_encoder(weights, step, dtype)
+        else:
+            norm = _stacked_norm([layer.step_norm for layer in layers])
+            weights = kernels.Weights(attention, norm, torch.stack([layer.weight for layer in layers]))
+            prepared = kernels.prepare_decoder(weights, dtype)
+    return [list(one) for one in zip(*(tensor.unbind(0) for tensor in prepared.flat()), strict=True)]
+
+
+def _stacked(rows: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Column by column one tensor with a leading dimension, or None."""
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _stacked_norm(norms: Sequence[Norm]) -> Norm:
+    return Norm(*_stacked([norm[:2] for norm in norms]), norms[0].eps)
+
+
+def _choose(x: Tensor, attention: AttentionWeights, num_heads: int) -> tuple[torch.dtype, str]:
+    dtype = compute_dtype(x)
+    return dtype, dispatch.choose(x, dtype, obstacle_to_triton(_head_dim(attention, num_heads)))
+
+
+def _head_dim(attention: AttentionWeights, num_heads: int) -> int:
+    return attention.qkv.shape[0] // max(num_heads, 1)
+
+
+def _options(norm: Norm) -> dict[str, Any]:
+    return dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
+
+
+def _checkpointed(layer: Any, x: Tensor) -> Tensor:
+    return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+
+
+class _Layer(torch.autograd.Function):
+    """Arguments: x, what ``op.Arguments`` lists up to the numbers, its settings, and the prepared tensors one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        tensors, settings = arguments[: op.TENSORS], arguments[op.TENSORS : op.TENSORS + op.SETTINGS]
+        prepared = list(arguments[op.TENSORS + op.SETTINGS :])
+        y, kept = torch.ops.crate_kernels.layer_forward(x, *tensors, prepared, *settings)
+        # A decoder's backward does without y.
+        is_encoder = op.Arguments(*tensors, prepared, *settings).is_encoder
+        ctx.save_for_backward(x, y if is_encoder else None, *tensors, *kept, *prepared)
+        ctx.kept, ctx.settings, ctx.arguments = len(kept), settings, len(arguments)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, *rest = ctx.saved_tensors
+        tensors, rest = rest[: op.TENSORS], rest[op.TENSORS :]
+        kept, prepared = rest[: ctx.kept], rest[ctx.kept :]
+        wanted = ctx.needs_input_grad[: 1 + op.WEIGHTS]
+        if any(ctx.needs_input_grad[1 + op.WEIGHTS :]):
+            raise RuntimeError(
+                "step_size, lambd: expected no gradient to be asked for in a whole layer; use mssa and ista"
+            )
+        found = torch.ops.crate_kernels.layer_backward(
+            grad, x, grad if y is None else y, kept, wanted[0], any(wanted[1:]), *tensors, prepared, *ctx.settings
+        )
+        grads = [g if want else None for g, want in zip(found, wanted, strict=True)]
+        return *grads, *[None] * (ctx.arguments - op.WEIGHTS)

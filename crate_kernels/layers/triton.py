@@ -1,0 +1,152 @@
+"""Encoder and decoder layers as kernels: MSSA and the sparse step one after the other, on what was prepared of their weights.
+
+    encoder    z = x + MSSA(LN x)        y = ISTA(LN z)               four launches
+    decoder    g = LN(x) W^T             y = g - MSSA(LN g)           four launches
+
+Of [tokens, width] tensors the encoder keeps x, w, attention's output and z, the decoder x, g, w and attention's output; y is the
+next layer's x. With ``recompute`` they keep x and z, or x and g, and do projection and attention again in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crate_kernels.ista import triton as sparse
+from crate_kernels.mssa import triton as attention
+from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient, prepare
+from crate_kernels.products.triton import input_gradient, project, weight_gradient
+
+
+class Weights(NamedTuple):
+    """attention: MSSA's, LayerNorm included. norm, matrix: of the sparse step, W [width, width] (decoder: the linear step's)."""
+
+    attention: attention.Weights
+    norm: Norm
+    matrix: Tensor
+
+
+class Prepared(NamedTuple):
+    """Operands of the layer's products, and for an encoder G = W - W^T W. ``flat`` and ``of`` are there for the operators."""
+
+    qkv: Operand
+    out: Operand
+    step: Operand
+    combined: Tensor | None
+
+    def flat(self) -> list[Tensor]:
+        return [t for t in (*self.qkv, *self.step, *self.out, self.combined) if t is not None]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], has_bias: bool) -> Prepared:
+        qkv, step, (matrix, *rest) = Operand(*tensors[:3]), Operand(*tensors[3:6]), tensors[6:]
+        offset = rest.pop(0) if has_bias else None
+        return cls(qkv, Operand(matrix, None, offset), step, rest[0] if rest else None)
+
+
+class Kept(NamedTuple):
+    """middle: z or g [batch * tokens, width]; stats: of the sparse step's LayerNorm; attention: None when it is recomputed."""
+
+    middle: Tensor
+    stats: Tensor
+    attention: attention.Kept | None
+
+    def flat(self) -> list[Tensor]:
+        return [self.middle, self.stats, *(self.attention or ())]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> Kept:
+        return cls(*tensors[:2], attention.Kept(*tensors[2:]) if len(tensors) > 2 else None)
+
+
+class Gradients(NamedTuple):
+    """x [batch * tokens, width], attention's, and those of the sparse step's matrix and LayerNorm; None where not asked for."""
+
+    x: Tensor | None
+    attention: attention.Gradients
+    step: MatrixGradient | None
+
+
+def prepare_encoder(weights: Weights, step: sparse.Step, dtype: torch.dtype) -> Prepared:
+    """Of one layer, or of many with leading dimensions [layers] on every tensor, in one launch each."""
+    combined = sparse.combination(weights.matrix)
+    operand = sparse.operand_of(combined, step, weights.norm, dtype)
+    return Prepared(*weights.attention.operands(dtype), operand, combined)
+
+
+def prepare_decoder(weights: Weights, dtype: torch.dtype) -> Prepared:
+    """Of one layer or many, likewise."""
+    operand = prepare(weights.matrix.contiguous().mT, None, weights.norm, dtype)
+    return Prepared(*weights.attention.operands(dtype), operand, None)
+
+
+def encoder_forward(
+    x: Tensor, weights: Weights, prepared: Prepared, form: attention.Form, step: sparse.Step
+) -> tuple[Tensor, Kept]:
+    """y [batch * tokens, width] in the dtype of x [batch, tokens, width]."""
+    operands = prepared.qkv, prepared.out
+    z, kept = attention.forward(x, weights.attention, operands, form, x.flatten(0, 1), x.dtype)
+    y, stats = sparse.forward(z, prepared.step, weights.norm, step, x.dtype)
+    return y, Kept(z, stats, kept)
+
+
+def encoder_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    kept: Kept,
+    weights: Weights,
+    prepared: Prepared,
+    form: attention.Form,
+    step: sparse.Step,
+    need_x: bool,
+    need_weights: bool,
+) -> Gradients:
+    """The gradients asked for, from grad [batch * tokens, width] of y."""
+    grad_z, step_gradient = sparse.backward(
+        grad, kept.middle, y, weights.matrix, prepared.combined, prepared.step, kept.stats, weights.norm, step,
+        True, need_weights,
+    )  # fmt: skip
+    attended = kept.attention or attention.attend(x, weights.attention.norm, prepared.qkv, form)
+    needs = need_x, need_weights, need_weights
+    operands = prepared.qkv, prepared.out
+    of_attention = attention.backward(grad_z, x, weights.attention, operands, form, attended, needs, past=grad_z)
+    return Gradients(of_attention.x, of_attention, step_gradient)
+
+
+def decoder_forward(x: Tensor, weights: Weights, prepared: Prepared, form: attention.Form) -> tuple[Tensor, Kept]:
+    """y [batch * tokens, width] in the dtype of the products, for x [batch, tokens, width] in any."""
+    dtype = prepared.step.matrix.dtype
+    g, stats = project(x.flatten(0, 1), prepared.step, dtype, norm=weights.norm)
+    operands = prepared.qkv, prepared.out
+    y, kept = attention.forward(g.view(x.shape), weights.attention, operands, form, g, dtype)
+    return y, Kept(g, stats, kept)
+
+
+def decoder_backward(
+    grad: Tensor,
+    x: Tensor,
+    kept: Kept,
+    weights: Weights,
+    prepared: Prepared,
+    form: attention.Form,
+    need_x: bool,
+    need_weights: bool,
+) -> Gradients:
+    """The gradients asked for, from grad [batch * tokens, width] of y."""
+    g = kept.middle.view(x.shape)
+    attended = kept.attention or attention.attend(g, weights.attention.norm, prepared.qkv, form)
+    needs = True, need_weights, need_weights
+    operands = prepared.qkv, prepared.out
+    of_attention = attention.backward(grad, g, weights.attention, operands, form, attended, needs, past=grad)
+    tokens, grad_x, of_step = x.flatten(0, 1), None, None
+    if need_weights:
+        sums = weight_gradient(tokens, of_attention.x, prepared.step.matrix.dtype, stats=kept.stats)
+        of_step = gradient(*sums, weights.matrix.t(), None, weights.norm)
+    if need_x:
+        grad_x = input_gradient(
+            of_attention.x, prepared.step, x.dtype, y=kept.middle, norm=weights.norm, x=tokens, stats=kept.stats
+        )
+    return Gradients(grad_x, of_attention, of_step)

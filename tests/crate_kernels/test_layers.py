@@ -1,0 +1,213 @@
+"""Whole layers: one operator a layer and direction against the steps one by one, what is kept, and the boundary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import a_few_roundings, awkward_gradients, error, gradients
+from torch import Tensor
+from torch.library import opcheck
+
+import crate_kernels
+from crate_kernels.layers.api import (
+    AttentionWeights,
+    DecoderWeights,
+    EncoderWeights,
+    decoder_layer,
+    encoder_layer,
+    prepare_layers,
+)
+from crate_kernels.products.operand import Norm
+
+WIDTH, HEADS, HEAD_DIM = 40, 2, 24
+NAMES = ("x", "gamma1", "beta1", "qkv", "out", "bias", "gamma2", "beta2", "matrix")
+
+
+def tensors(device: str, dtype: torch.dtype, tokens: int = 37) -> list[Tensor]:
+    inner = HEADS * HEAD_DIM
+    values = [
+        torch.randn(2, tokens, WIDTH),
+        1 + torch.randn(WIDTH) / 4,
+        torch.randn(WIDTH) / 4,
+        torch.randn(inner, WIDTH) / WIDTH**0.5,
+        torch.randn(WIDTH, inner) / inner**0.5,
+        torch.randn(WIDTH),
+        1 + torch.randn(WIDTH) / 4,
+        torch.randn(WIDTH) / 4,
+        torch.randn(WIDTH, WIDTH) / WIDTH**0.5,
+    ]
+    return [value.to(device, dtype) for value in values]
+
+
+def encoder(x, gamma1, beta1, qkv, out, bias, gamma2, beta2, matrix, **options) -> Tensor:
+    attention = AttentionWeights(qkv, out, bias)
+    norms = Norm(gamma1, beta1, 1e-5), Norm(gamma2, beta2, 1e-5)
+    numbers = dict(num_heads=HEADS, step_size=0.3, lambd=0.2)
+    return encoder_layer(x, norms[0], attention, norms[1], matrix, **numbers, **options)
+
+
+def decoder(x, gamma1, beta1, qkv, out, bias, gamma2, beta2, matrix, **options) -> Tensor:
+    attention = AttentionWeights(qkv, out, bias)
+    norms = Norm(gamma2, beta2, 1e-5), Norm(gamma1, beta1, 1e-5)
+    return decoder_layer(x, norms[0], matrix, norms[1], attention, num_heads=HEADS, **options)
+
+
+def attention_formula(x, gamma, beta, qkv, out, bias) -> Tensor:
+    w = F.layer_norm(x, (WIDTH,), gamma, beta) @ qkv.T
+    w = w.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2)
+    attended = (w @ w.mT * HEAD_DIM**-0.5).softmax(-1) @ w
+    return attended.transpose(1, 2).flatten(2) @ out.T + bias
+
+
+def encoder_formula(x, gamma1, beta1, qkv, out, bias, gamma2, beta2, matrix) -> Tensor:
+    z = x + attention_formula(x, gamma1, beta1, qkv, out, bias)
+    n = F.layer_norm(z, (WIDTH,), gamma2, beta2)
+    return F.relu(n + 0.3 * (n @ matrix - n @ matrix.T @ matrix) - 0.3 * 0.2)
+
+
+def decoder_formula(x, gamma1, beta1, qkv, out, bias, gamma2, beta2, matrix) -> Tensor:
+    g = F.layer_norm(x, (WIDTH,), gamma2, beta2) @ matrix.T
+    return g - attention_formula(g, gamma1, beta1, qkv, out, bias)
+
+
+LAYERS = pytest.mark.parametrize(
+    ("layer", "formula"), [(encoder, encoder_formula), (decoder, decoder_formula)], ids=["encoder", "decoder"]
+)
+
+
+@LAYERS
+@pytest.mark.parametrize("implementation", ["reference", "composed"])
+def test_agrees_with_the_formula_in_float64(implementation: str, layer, formula) -> None:
+    inputs = tensors("cpu", torch.float64, tokens=7)
+    upstream = torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    with crate_kernels.use(implementation):
+        found = gradients(layer, inputs, upstream)
+        again = gradients(lambda *a: layer(*a, recompute=True), inputs, upstream)
+    for name, value, repeated, exact in zip(
+        ("y", *NAMES), found, again, gradients(formula, inputs, upstream), strict=True
+    ):
+        assert error(value, exact) < 1e-12, name
+        assert error(repeated, exact) < 1e-12, name
+
+
+@LAYERS
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_triton(dtype: torch.dtype, recompute: bool, layer, formula, device: str) -> None:
+    inputs = tensors(device, dtype)
+    upstream = torch.randn(2, 37, WIDTH).to(device, dtype)
+    exact = [value.double() for value in inputs]
+    if (
+        formula is encoder_formula
+    ):  # no gradient from where rounding decides on which side of the threshold an element falls
+        z = exact[0] + attention_formula(*exact[:6])
+        n = F.layer_norm(z, (WIDTH,), *exact[6:8])
+        u = n + 0.3 * (n @ exact[8] - n @ exact[8].T @ exact[8]) - 0.3 * 0.2
+        upstream *= u.abs() > 0.03
+    truth, official = gradients(formula, exact, upstream.double()), gradients(formula, inputs, upstream)
+    with crate_kernels.use("triton"):
+        found = gradients(lambda *a: layer(*a, recompute=recompute), inputs, upstream)
+    for name, ours, plain, wanted in zip(("y", *NAMES), found, official, truth, strict=True):
+        assert ours.dtype == dtype, name
+        assert error(ours, wanted) <= 1.25 * error(plain, wanted) + a_few_roundings(dtype), name
+
+
+@LAYERS
+def test_only_the_gradients_asked_for(layer, formula, device: str) -> None:
+    inputs = tensors(device, torch.float32, tokens=5)
+    with crate_kernels.use("triton"):
+        every = gradients(layer, inputs, torch.ones(2, 5, WIDTH))
+        x = inputs[0].clone().requires_grad_()
+        layer(x, *inputs[1:]).sum().backward()
+        matrix = inputs[-1].clone().requires_grad_()
+        layer(*inputs[:-1], matrix).sum().backward()
+    assert torch.equal(x.grad, every[1]) and torch.equal(matrix.grad, every[-1])
+
+
+@LAYERS
+def test_prepared_for_all_layers_at_once(layer, formula, device: str) -> None:
+    """The same bits as prepared alone, for a first and a second layer with weights of their own."""
+    x = torch.randn(2, 37, WIDTH, device=device)
+    both = [tensors(device, torch.float32) for _ in range(2)]
+    kinds = []
+    for _, gamma1, beta1, qkv, out, bias, gamma2, beta2, matrix in both:
+        norms, attention = (Norm(gamma1, beta1, 1e-5), Norm(gamma2, beta2, 1e-5)), AttentionWeights(qkv, out, bias)
+        kinds.append(
+            EncoderWeights(norms[0], attention, norms[1], matrix)
+            if layer is encoder
+            else DecoderWeights(norms[1], matrix, norms[0], attention)
+        )
+    upstream = torch.randn_like(x)
+    with crate_kernels.use("triton"):
+        prepared = prepare_layers(x, kinds, num_heads=HEADS, step_size=0.3, lambd=0.2)
+        for inputs, ready in zip(both, prepared, strict=True):
+            alone = gradients(layer, [x, *inputs[1:]], upstream)
+            together = gradients(lambda *a, ready=ready: layer(*a, prepared=ready), [x, *inputs[1:]], upstream)
+            for name, a, b in zip(("y", *NAMES), together, alone, strict=True):
+                assert error(a, b) < 1e-6, name
+    with crate_kernels.use("composed"):
+        assert prepare_layers(x, kinds, num_heads=HEADS) == [None, None]
+
+
+@LAYERS
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+def test_opcheck(layer, formula, recompute: bool, with_bias: bool, device: str) -> None:
+    x, gamma1, beta1, qkv, out, bias, gamma2, beta2, matrix = tensors(device, torch.float32, tokens=5)
+    numbers = (torch.tensor(0.3), torch.tensor(0.2)) if layer is encoder else (None, None)
+    weights = qkv, out, bias if with_bias else None, gamma1, beta1, matrix, gamma2, beta2
+    arguments = *weights, *numbers, [], 1e-5, 1e-5, False, HEADS, 0.2, recompute, torch.float16
+    ops = torch.ops.crate_kernels
+    opcheck(ops.layer_forward.default, (x, *arguments))
+    y, kept = ops.layer_forward(x, *arguments)
+    for needs in ((True, True), (True, False), (False, True)):
+        opcheck(ops.layer_backward.default, (torch.randn_like(y), x, y, kept, *needs, *arguments))
+
+
+@LAYERS
+def test_gradients_as_they_arrive(layer, formula, device: str) -> None:
+    inputs = tensors(device, torch.float32, tokens=5)
+    for name, upstream in awkward_gradients((2, 5, WIDTH), torch.float32, device):
+        arrived = upstream.clone()
+        with crate_kernels.use("triton"):
+            found = gradients(layer, inputs, upstream)
+            expected = gradients(layer, inputs, arrived.contiguous())
+        assert torch.equal(upstream, arrived), f"{name}: the gradient was written to"
+        for value, wanted in zip(found, expected, strict=True):
+            assert error(value, wanted) < 1e-5, name
+
+
+@LAYERS
+def test_an_empty_batch_and_one_token(layer, formula, device: str) -> None:
+    inputs = tensors(device, torch.float32, tokens=1)
+    with crate_kernels.use("triton"):
+        found = gradients(layer, inputs, torch.ones(2, 1, WIDTH))
+        for value, exact in zip(found, gradients(formula, inputs, torch.ones(2, 1, WIDTH)), strict=True):
+            assert error(value, exact) < 1e-5 or exact.norm() < 1e-4
+        nothing = gradients(layer, [inputs[0][:0], *inputs[1:]], torch.ones(0, 1, WIDTH))
+    assert nothing[0].shape == (0, 1, WIDTH) and not any(value.any() for value in nothing)
+
+
+@LAYERS
+def test_second_derivative_is_refused(layer, formula, device: str) -> None:
+    inputs = tensors(device, torch.float32, tokens=3)
+    x = inputs[0].requires_grad_()
+    with crate_kernels.use("triton"):
+        (grad,) = torch.autograd.grad(layer(x, *inputs[1:]).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@LAYERS
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_compiles_as_one_graph(layer, formula, recompute: bool, device: str) -> None:
+    inputs = tensors(device, torch.float32, tokens=5)
+    with crate_kernels.use("triton"):
+        compiled = torch.compile(lambda *a: layer(*a, recompute=recompute), fullgraph=True, backend="aot_eager")
+        found, expected = (
+            gradients(compiled, inputs, torch.ones(2, 5, WIDTH)),
+            gradients(layer, inputs, torch.ones(2, 5, WIDTH)),
+        )
+    for value, wanted in zip(found, expected, strict=True):
+        assert torch.equal(value, wanted)
