@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crate_kernels import ISTA, MSSA
+from crate_kernels import ISTA, MSSA, DecoderStep
+from crate_kernels.layers.api import (
+    AttentionWeights,
+    DecoderWeights,
+    EncoderWeights,
+    decoder_layer,
+    encoder_layer,
+    prepare_layers,
+)
+from crate_kernels.precision import compute_dtype
+from crate_kernels.products.operand import Norm
 from crate_mae.config import ModelConfig, grid_of
 from crate_mae.patches import patchify, removed_patches, unpatchify
 from crate_mae.positions import sine_cosine
@@ -38,18 +47,6 @@ class PreNorm(nn.Module):
         return self.fn(x, norm=self.norm, **kwargs)
 
 
-class DecoderStep(nn.Module):
-    """The decoder's step back from a sparse code, linear: x W^T."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, dim))
-        nn.init.kaiming_uniform_(self.weight)
-
-    def forward(self, x: Tensor, *, norm: nn.LayerNorm) -> Tensor:
-        return F.linear(norm(x), self.weight)
-
-
 class EncoderBlock(nn.Module):
     """z = x + MSSA(LN x); out = ISTA(LN z)."""
 
@@ -60,10 +57,14 @@ class EncoderBlock(nn.Module):
         sparsify = PreNorm(width, ISTA(width, config.step_size, config.lambd))
         self.layers = nn.ModuleList([nn.ModuleList([attention, sparsify])])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for attention, sparsify in self.layers:
-            x = sparsify(attention(x, residual=x))
-        return x
+    def forward(self, x: Tensor, *, recompute: bool = False, prepared: list[Tensor] | None = None) -> Tensor:
+        sparsify = self.layers[0][1].fn
+        heads, numbers = _heads(self.layers[0][0].fn), dict(step_size=sparsify.step_size, lambd=sparsify.lambd)
+        return encoder_layer(x, *self.weights(), **heads, **numbers, recompute=recompute, prepared=prepared)
+
+    def weights(self) -> EncoderWeights:
+        attention, sparsify = self.layers[0]
+        return EncoderWeights(_norm(attention.norm), _attention(attention.fn), _norm(sparsify.norm), sparsify.fn.weight)
 
     def attention(self, x: Tensor) -> Tensor:
         """Attention weights [batch, heads, tokens, tokens] of this layer on its input x."""
@@ -79,11 +80,26 @@ class DecoderBlock(nn.Module):
         attention = PreNorm(width, MSSA(width, heads, width // heads))
         self.layers = nn.ModuleList([nn.ModuleList([PreNorm(width, DecoderStep(width)), attention])])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for densify, attention in self.layers:
-            x = densify(x)
-            x = attention(x, residual=x, subtract=True)
-        return x
+    def forward(self, x: Tensor, *, recompute: bool = False, prepared: list[Tensor] | None = None) -> Tensor:
+        heads = _heads(self.layers[0][1].fn)
+        return decoder_layer(x, *self.weights(), **heads, recompute=recompute, prepared=prepared)
+
+    def weights(self) -> DecoderWeights:
+        densify, attention = self.layers[0]
+        return DecoderWeights(_norm(densify.norm), densify.fn.weight, _norm(attention.norm), _attention(attention.fn))
+
+
+def _norm(module: nn.LayerNorm) -> Norm:
+    return Norm(module.weight, module.bias, module.eps)
+
+
+def _attention(module: MSSA) -> AttentionWeights:
+    out = module.to_out[0] if isinstance(module.to_out, nn.Sequential) else None
+    return AttentionWeights(module.qkv.weight, None if out is None else out.weight, None if out is None else out.bias)
+
+
+def _heads(module: MSSA) -> dict[str, Any]:
+    return dict(num_heads=module.heads, scale=module.scale)
 
 
 class PatchEmbed(nn.Module):
@@ -103,7 +119,16 @@ class CrateMAE(nn.Module):
     The encoder sees every token: mask tokens stand in for removed patches before its first layer. Position is the fixed
     sine-cosine table ``decoder_pos_embed`` (its official name), added once, before the encoder. An official state dict
     loads with ``strict=True``: its entries that nothing uses are dropped by name.
+
+    Two attributes say how layers run; both may be changed at any time, and neither is part of a checkpoint:
+
+    stream: "float32", or "16bit": tokens go from layer to layer in the autocast dtype (no effect where autocast is off),
+        which halves memory and traffic between the kernels.
+    recompute: layers do projection and attention again in the backward, and keep half as much for it.
     """
+
+    stream: Literal["float32", "16bit"] = "float32"
+    recompute: bool = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -216,14 +241,20 @@ class CrateMAE(nn.Module):
         return sine_cosine(grid, self.config.embed_dim).to(self.decoder_pos_embed)
 
     def _encode(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        numbers = dict(step_size=self.config.step_size, lambd=self.config.lambd)
+        return self.norm(self._through(self.blocks, x, num_heads=self.config.num_heads, **numbers))
 
     def _decode(self, x: Tensor) -> Tensor:
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = self._through(self.decoder_blocks, x, num_heads=self.config.decoder_num_heads)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def _through(self, blocks: nn.ModuleList, x: Tensor, **settings: Any) -> Tensor:
+        if self.stream == "16bit":
+            x = x.to(compute_dtype(x))
+        prepared = prepare_layers(x, [block.weights() for block in blocks], **settings)
+        for block, ready in zip(blocks, prepared, strict=True):
+            x = block(x, recompute=self.recompute, prepared=ready)
+        return x
 
     def _loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         target = self.patchify(images)

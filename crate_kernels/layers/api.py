@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import dispatch
@@ -181,7 +182,9 @@ def prepare_layers(
         return []
     is_encoder = isinstance(layers[0], EncoderWeights)
     dtype, implementation = _choose(x, layers[0].attention, num_heads)
-    if implementation != "triton" or layers[0].attention.out is None:
+    # Parameters that are sharded, say, are made whole a layer at a time only.
+    plain = type(layers[0].attention.qkv) in (Tensor, Parameter)
+    if implementation != "triton" or layers[0].attention.out is None or not plain:
         return [None] * len(layers)
     kernels = dispatch.load("layers", "triton")
     with no_autocast(x), torch.cuda.device_of(x):
