@@ -3,9 +3,25 @@
 from crate_kernels._version import __version__
 from crate_kernels.accelerate import accelerate
 from crate_kernels.dispatch import use
-from crate_kernels.ista.api import ista
+from crate_kernels.ista.api import combine, ista
 from crate_kernels.mssa.api import mssa
-from crate_kernels.nn import ISTA, MSSA
+from crate_kernels.nn import ISTA, MSSA, DecoderStep, OvercompleteISTA
+from crate_kernels.norm_linear.api import norm_linear
+from crate_kernels.overcomplete.api import overcomplete_ista
 from crate_kernels.shared_attention.api import shared_qkv_attention
 
-__all__ = ["ISTA", "MSSA", "__version__", "accelerate", "ista", "mssa", "shared_qkv_attention", "use"]
+__all__ = [
+    "ISTA",
+    "MSSA",
+    "DecoderStep",
+    "OvercompleteISTA",
+    "__version__",
+    "accelerate",
+    "combine",
+    "ista",
+    "mssa",
+    "norm_linear",
+    "overcomplete_ista",
+    "shared_qkv_attention",
+    "use",
+]

@@ -5,21 +5,44 @@ from __future__ import annotations
 import inspect
 import textwrap
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from crate_kernels.dispatch import use
-from crate_kernels.nn import ISTA, MSSA
+from crate_kernels.nn import ISTA, MSSA, DecoderStep, OvercompleteISTA
 
-STRUCTURE = {MSSA: ("heads", "scale", "qkv", "attend", "to_out"), ISTA: ("step_size", "lambd", "weight")}
-STATE = {
-    MSSA: ({"qkv.weight"}, {"qkv.weight", "to_out.0.weight"}, {"qkv.weight", "to_out.0.weight", "to_out.0.bias"}),
-    ISTA: ({"weight"},),
+
+class Kind(NamedTuple):
+    """How the official counterpart of one of our classes is known, and what both are tried on.
+
+    attributes: what it has, whatever their values.
+    states: the names of its parameters and buffers, one set for each official form.
+    width: the parameter, and which of its sizes, that says how wide the tokens are.
+    tokens, gain: of the trial; the parameters are random, of norm ``gain`` a row.
+    """
+
+    attributes: tuple[str, ...]
+    states: tuple[set[str], ...]
+    width: tuple[str, int]
+    tokens: int = 20
+    gain: float = 1.0
+
+
+KINDS = {
+    MSSA: Kind(
+        ("heads", "scale", "qkv", "attend", "to_out"),
+        ({"qkv.weight"}, {"qkv.weight", "to_out.0.weight"}, {"qkv.weight", "to_out.0.weight", "to_out.0.bias"}),
+        ("qkv.weight", 1),
+        tokens=130,  # enough to notice a window of 64 tokens on either side
+        gain=0.25,  # scores so small that every token counts, not mostly the token itself
+    ),
+    ISTA: Kind(("step_size", "lambd", "weight"), ({"weight"},), ("weight", 1)),
+    DecoderStep: Kind(("step_size", "lambd", "weight"), ({"weight"},), ("weight", 1)),  # official, and unused there
+    OvercompleteISTA: Kind(("eta", "lmbda", "D"), ({"D"}, {"D", "D1"}), ("D", 0)),
 }
-PROBE_TOKENS = {MSSA: 130, ISTA: 20}  # attention: enough to notice a window of 64 tokens on either side
-PROBE_GAIN = {MSSA: 0.25, ISTA: 1.0}  # attention: scores so small that every token counts, not mostly the token itself
 
 
 @dataclass
@@ -38,6 +61,8 @@ class Acceleration:
     def undo(self) -> None:
         """Give every swapped module its official class back; parameters keep their current values."""
         for module, original in self._originals:
+            if isinstance(module, ISTA):
+                module.unfreeze()
             module.__class__ = original
         self.swapped.clear()
         self._originals.clear()
@@ -52,14 +77,14 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Swap the attention and sparse-step modules of an official CRATE or CRATE-MAE model for ours, in place.
+    """Swap the attention and sparse-step modules of an official CRATE, CRATE-MAE or CRATE-alpha model for ours, in place.
 
     Modules are found by structure, wherever their classes were imported from: an attention has ``heads``, ``scale``, one
-    projection ``qkv``, a softmax ``attend`` and ``to_out``; a sparse step has ``weight``, ``step_size`` and ``lambd``.
-    Structure is not meaning (CRATE-MAE's decoder step looks like ISTA and is linear), so each candidate must also have the
-    official parameters and no others, no methods, arguments or hooks that a swap would lose, and must compute what our
-    class makes of the same object: both are called on random tokens with random parameters, in its own dtype, in
-    training and in evaluation mode. What raises an exception there is left alone.
+    projection ``qkv``, a softmax ``attend`` and ``to_out``; a sparse step has ``weight``, ``step_size`` and ``lambd``, as has
+    CRATE-MAE's linear decoder step; CRATE-alpha's overcomplete step has ``D``, ``eta`` and ``lmbda``. Structure is not
+    meaning, so each candidate must also have the official parameters and no others, no methods, arguments or hooks that a
+    swap would lose, and must compute what our class makes of the same object: both are called on random tokens with random
+    parameters, in its own dtype, in training and in evaluation mode. What raises an exception there is left alone.
 
     All of this happens before the first swap, on shallow copies, and leaves parameters, modes and random state as they
     were. A swap changes the class of the module object and nothing else. So its parameters, buffers and state-dict
@@ -76,15 +101,16 @@ def accelerate(model: nn.Module) -> Acceleration:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     done, decided = Acceleration(), []
     for name, module in model.named_modules():
-        try:
-            target = _target(module)
-            reason = target and _obstacle(module, target)
-        except Exception as error:  # the model's own code runs here, and may do anything
-            reason = textwrap.shorten(f"calling it failed: {type(error).__name__}: {error}", 120)
-        if reason:
-            done.left_alone[name] = reason
-        elif target:
-            decided.append((name, module, target))
+        reasons = []
+        for target in _candidates(module):
+            reason = _obstacle(module, target)
+            if reason is None:
+                decided.append((name, module, target))
+                break
+            reasons.append(reason)
+        else:
+            if reasons:
+                done.left_alone[name] = "; ".join(dict.fromkeys(reasons))
     for name, module, target in decided:
         done._originals.append((module, type(module)))
         module.__class__ = target
@@ -92,16 +118,24 @@ def accelerate(model: nn.Module) -> Acceleration:
     return done
 
 
-def _target(module: nn.Module) -> type[nn.Module] | None:
-    """The class of ours that ``module`` has the structure of."""
-    if isinstance(module, (MSSA, ISTA)):
-        return None
-    return next((kind for kind, names in STRUCTURE.items() if all(hasattr(module, name) for name in names)), None)
+def _candidates(module: nn.Module) -> list[type[nn.Module]]:
+    """The classes of ours that ``module`` has the structure of; none for what is ours already."""
+    if isinstance(module, tuple(KINDS)):
+        return []
+    return [target for target, kind in KINDS.items() if all(hasattr(module, name) for name in kind.attributes)]
 
 
 def _obstacle(module: nn.Module, target: type[nn.Module]) -> str | None:
     """Why ``module`` cannot become a ``target``, in words; None where nothing stands in the way."""
-    if set(_state(module)) not in STATE[target]:
+    try:
+        return _change(module, target) or _difference(module, target)
+    except Exception as error:  # the model's own code runs here, and may do anything
+        return textwrap.shorten(f"calling it failed: {type(error).__name__}: {error}", 120)
+
+
+def _change(module: nn.Module, target: type[nn.Module]) -> str | None:
+    """What would be lost with the class of ``module``."""
+    if set(_state(module)) not in KINDS[target].states:
         return f"its parameters and buffers are {', '.join(_state(module)) or 'none'}, which are not the official ones"
     if replaced := [name for name in vars(module) if callable(getattr(target, name, None))]:
         return f"its {replaced[0]} was replaced on the instance"
@@ -119,7 +153,7 @@ def _obstacle(module: nn.Module, target: type[nn.Module]) -> str | None:
             return f"{name}: its dropout is above 0, which the fused attention does not support"
         if child._parameters and type(child) is not nn.Linear:
             return f"{name}: expected a plain Linear, found {type(child).__name__}"
-    return _difference(module, target)
+    return None
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -143,15 +177,16 @@ def _lost_methods(kind: type[nn.Module]) -> list[str]:
 def _difference(module: nn.Module, target: type[nn.Module]) -> str | None:
     """What ``target`` would do otherwise than ``module``, found by running both on random tokens and parameters."""
     generator = torch.Generator().manual_seed(0)
-    state = _state(module)
-    weight = state["weight" if target is ISTA else "qkv.weight"]
+    state, kind = _state(module), KINDS[target]
+    name, axis = kind.width
+    weight = state[name]
 
     def random(shape: tuple[int, ...], scale: float, like: Tensor) -> Tensor:
         numbers = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
         return (scale * numbers).to(like.device, like.dtype)
 
-    values = {name: random(v.shape, PROBE_GAIN[target] * v.shape[-1] ** -0.5, v) for name, v in state.items()}
-    x = random((2, PROBE_TOKENS[target], weight.shape[-1]), 1.0, weight)
+    values = {name: random(v.shape, kind.gain * v.shape[-1] ** -0.5, v) for name, v in state.items()}
+    x = random((2, kind.tokens, weight.shape[axis]), 1.0, weight)
     devices = {value.device for value in state.values() if value.is_cuda}
     with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False), use("composed"):
         for training in (True, False):
@@ -163,9 +198,8 @@ def _difference(module: nn.Module, target: type[nn.Module]) -> str | None:
                 return f"it does not compute {target.__name__}: its result is of another type, shape or dtype"
             # Not <=, which all zeros would pass: behind a threshold above all tokens nothing can be told apart.
             if not (found - expected).norm() < torch.finfo(weight.dtype).eps ** 0.75 * expected.norm():
-                example = " (a linear decoder step, say)" if target is ISTA else ""
                 mode = "training" if training else "evaluation"
-                return f"it does not compute {target.__name__}{example} in {mode} mode"
+                return f"it does not compute {target.__name__} in {mode} mode"
     return None
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from crate_kernels.ista.api import ista
+from crate_kernels.ista.api import combine, ista
 from crate_kernels.mssa.api import mssa
+from crate_kernels.norm_linear.api import norm_linear
+from crate_kernels.overcomplete.api import overcomplete_ista
 
 
 class MSSA(nn.Module):
@@ -17,12 +21,15 @@ class MSSA(nn.Module):
         heads: number of heads.
         dim_head: width of one head. Official naming and default.
         dropout: probability on the attention weights and after the output projection; only 0 is supported.
+        out_bias: whether the output projection has a bias. CRATE-alpha's has none.
 
     ``to_out`` is the identity where one head is as wide as the tokens, as in the official code. Formula, shapes and errors:
     ``crate_kernels.mssa``.
     """
 
-    def __init__(self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.0, out_bias: bool = True
+    ) -> None:
         super().__init__()
         if dropout:
             raise ValueError(f"dropout: expected 0, the only probability the fused attention supports, got {dropout}")
@@ -30,7 +37,8 @@ class MSSA(nn.Module):
         self.scale = dim_head**-0.5
         self.qkv = nn.Linear(dim, heads * dim_head, bias=False)
         projects = not (heads == 1 and dim_head == dim)
-        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Identity()) if projects else nn.Identity()
+        out = nn.Linear(heads * dim_head, dim, bias=out_bias)
+        self.to_out = nn.Sequential(out, nn.Identity()) if projects else nn.Identity()
 
     def forward(
         self,
@@ -80,7 +88,8 @@ class ISTA(nn.Module):
         lambd: sparsity weight. The official CRATE has 0.1, CRATE-MAE 0.5 by default.
         threshold: "relu" or "soft".
 
-    Formula, shapes and errors: ``crate_kernels.ista``.
+    For inference ``freeze()`` makes the matrix that the tokens are multiplied with once, instead of at every call. Formula,
+    shapes and errors: ``crate_kernels.ista``.
     """
 
     threshold = "relu"  # for official modules that ``accelerate`` turned into this class, which have no such attribute
@@ -94,19 +103,113 @@ class ISTA(nn.Module):
         self.threshold = threshold
 
     def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None) -> Tensor:
-        """ISTA of x [..., dim], after ``norm`` where it is given."""
+        """ISTA of x [..., dim], after ``norm`` where it is given.
+
+        Raises:
+            RuntimeError: the module is frozen, and the weight would get no gradient though it asks for one.
+        """
+        combined = getattr(self, "combined", None)
+        if combined is not None and torch.is_grad_enabled() and self.weight.requires_grad:
+            raise RuntimeError(
+                "weight: it asks for a gradient, which a frozen ISTA cannot give; call unfreeze(), or run under torch.no_grad()"
+            )
         return ista(
             x,
             self.weight,
             step_size=self.step_size,
             lambd=self.lambd,
             threshold=self.threshold,
+            combined=combined,
+            **_norm_arguments(norm),
+        )
+
+    def freeze(self) -> None:
+        """Take the weight for a constant: keep ``combine(weight)`` and multiply with that from now on.
+
+        It lies in the buffer ``combined``, which moves with the module and is no part of its state dict. ``load_state_dict``
+        makes it again; whoever changes the weight in another way calls ``freeze()`` again. Cast the module before: a cast
+        after it would round the buffer, too.
+        """
+        self.unfreeze()
+        self.register_buffer("combined", combine(self.weight), persistent=False)
+
+    def unfreeze(self) -> None:
+        """Forget what ``freeze`` made. Without effect on a module that is not frozen."""
+        if "combined" in self._buffers:
+            del self.combined
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        if "combined" in self._buffers:
+            self.freeze()
+
+    def extra_repr(self) -> str:
+        frozen = ", frozen" if "combined" in self._buffers else ""
+        width = self.weight.shape[0]
+        return f"dim={width}, step_size={self.step_size}, lambd={self.lambd}, threshold={self.threshold}{frozen}"
+
+
+class DecoderStep(nn.Module):
+    """CRATE-MAE's step back from a sparse code, linear: ``x W^T``, with the official parameter ``weight`` [dim, dim].
+
+    Args:
+        dim: width of the tokens.
+
+    Shapes and errors: ``crate_kernels.norm_linear``.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim))
+        nn.init.kaiming_uniform_(self.weight)
+
+    def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None) -> Tensor:
+        """x W^T of x [..., dim], after ``norm`` where it is given."""
+        return norm_linear(x, self.weight, **_norm_arguments(norm))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.weight.shape[0]}"
+
+
+class OvercompleteISTA(nn.Module):
+    """CRATE-alpha's sparse step with the official parameters: ``D`` and, decoupled, ``D1`` [dim, overcomplete_ratio * dim].
+
+    Args:
+        dim: width of the tokens.
+        overcomplete_ratio: codes for each feature of a token. Official naming and default.
+        eta: step size of both proximal gradient steps. Official naming.
+        lmbda: sparsity weight. Official naming.
+        decouple: whether the way back from the code has a dictionary of its own.
+
+    Formula, shapes and errors: ``crate_kernels.overcomplete_ista``.
+    """
+
+    def __init__(
+        self, dim: int, overcomplete_ratio: int = 4, eta: float = 0.1, lmbda: float = 0.1, decouple: bool = True
+    ) -> None:
+        super().__init__()
+        self.eta = eta
+        self.lmbda = lmbda
+        for name in ("D", "D1") if decouple else ("D",):
+            parameter = nn.Parameter(torch.empty(dim, overcomplete_ratio * dim))
+            nn.init.kaiming_uniform_(parameter)
+            self.register_parameter(name, parameter)
+
+    def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        """The step of x [..., dim], after ``norm`` and added to ``residual`` where these are given."""
+        return overcomplete_ista(
+            x,
+            self.D,
+            getattr(self, "D1", None),
+            step_size=self.eta,
+            lambd=self.lmbda,
+            residual=residual,
             **_norm_arguments(norm),
         )
 
     def extra_repr(self) -> str:
-        width = self.weight.shape[0]
-        return f"dim={width}, step_size={self.step_size}, lambd={self.lambd}, threshold={self.threshold}"
+        dim, codes = self.D.shape
+        return f"dim={dim}, codes={codes}, eta={self.eta}, lmbda={self.lmbda}, decouple={hasattr(self, 'D1')}"
 
 
 def _norm_arguments(norm: nn.LayerNorm | None) -> dict[str, Tensor | float | None]:

@@ -1,4 +1,4 @@
-"""What a ``torch.library`` schema cannot say: a gradient nobody asked for, a number that a graph may change. Imports torch only."""
+"""What a ``torch.library`` schema cannot say: a gradient nobody asked for, a number that may change. Imports torch only."""
 
 from __future__ import annotations
 

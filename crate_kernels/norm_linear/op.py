@@ -35,9 +35,7 @@ class Arguments(NamedTuple):
         return kernels, kernels.Weights(self.weight, self.bias, norm)
 
 
-_ARGUMENTS = (
-    "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, ScalarType dtype"
-)
+_ARGUMENTS = "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, ScalarType dtype"
 torch.library.define("crate_kernels::norm_linear_forward", f"(Tensor x, {_ARGUMENTS}) -> (Tensor y, Tensor[] kept)")
 torch.library.define(
     "crate_kernels::norm_linear_backward",

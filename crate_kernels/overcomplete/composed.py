@@ -1,4 +1,4 @@
-"""The overcomplete step in standard PyTorch calls: four large products, in the arithmetic that is fastest, eta inside two of them.
+"""The overcomplete step in standard PyTorch calls: four large products, eta inside two of them.
 
 No algebra makes them fewer: z1 D^T D by way of D^T D [codes, codes] would cost codes / width times as much.
 """

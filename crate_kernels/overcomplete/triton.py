@@ -44,7 +44,8 @@ class Weights(NamedTuple):
 
     def output(self, dtype: torch.dtype) -> Operand:
         """Of D1^T."""
-        return self.synthesis(dtype) if self.out_dictionary is None else prepare(self.out_dictionary.t(), None, None, dtype)
+        matrix = self.dictionary if self.out_dictionary is None else self.out_dictionary
+        return prepare(matrix.t(), None, None, dtype)
 
 
 class Needs(NamedTuple):
@@ -96,7 +97,7 @@ def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Weights, 
         # hardshrink's backward keeps the gradient where its input is not zero: the mask, in one pass.
         g2 = torch.ops.aten.hardshrink_backward(input_gradient(grad, weights.output(dtype), dtype), z2, 0.0)
         grad_r = input_gradient(g2, descent, dtype)
-        # Of z1, not yet masked: those who read it do that.
+        # Not yet masked: what reads it does that.
         grad_z1, _ = project(grad_r, weights.analysis(dtype), dtype, skip=g2, negate=True)
         if needs.x:
             grad_x = input_gradient(grad_z1, descent, x.dtype, y=z1, threshold=threshold, extra=grad_r)

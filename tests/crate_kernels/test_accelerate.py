@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from support import error
 from torch import Tensor, nn
 
-from crate_kernels import ISTA, MSSA, accelerate
+import crate_kernels
+from crate_kernels import ISTA, MSSA, DecoderStep, OvercompleteISTA, accelerate, ista
 from crate_kernels.mssa.reference import mssa as reference_mssa
 
 # Stand-ins with the structure of the official modules: the attributes, parameter names and formulas, nothing else.
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float = 0.0, softmax: bool = True) -> None:
+    def __init__(
+        self, dim: int, heads: int, dim_head: int, dropout: float = 0.0, softmax: bool = True, bias: bool = True
+    ) -> None:
         super().__init__()
         self.heads, self.scale = heads, dim_head**-0.5
         self.attend = nn.Softmax(dim=-1) if softmax else nn.Identity()
@@ -27,7 +30,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, heads * dim_head, bias=False)
         projects = heads > 1 or dim_head != dim
         self.to_out = (
-            nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Dropout(dropout)) if projects else nn.Identity()
+            nn.Sequential(nn.Linear(heads * dim_head, dim, bias=bias), nn.Dropout(dropout))
+            if projects
+            else nn.Identity()
         )
 
     def forward(self, x: Tensor, return_attention: bool = False, return_key: bool = False) -> Tensor:
@@ -53,6 +58,24 @@ class FeedForward(nn.Module):
         return F.relu(x + self.step_size * descent - self.step_size * self.lambd)
 
 
+class Overcomplete(nn.Module):
+    """CRATE-alpha's sparse step; ``steps`` below 2 is another."""
+
+    def __init__(self, dim: int, ratio: int = 4, decouple: bool = True, steps: int = 2, lmbda: float = 0.1) -> None:
+        super().__init__()
+        self.eta, self.lmbda, self.overcomplete_ratio, self.decouple, self.d = 0.1, lmbda, ratio, decouple, dim
+        self.steps = steps
+        self.D = nn.Parameter(torch.randn(dim, ratio * dim) / dim**0.5)
+        if decouple:
+            self.D1 = nn.Parameter(torch.randn(dim, ratio * dim) / dim**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.relu(self.eta * (x @ self.D) - self.eta * self.lmbda)
+        if self.steps == 2:
+            z = F.relu(z - self.eta * ((z @ self.D.t() - x) @ self.D) - self.eta * self.lmbda)
+        return z @ (self.D1 if self.decouple else self.D).t()
+
+
 class PreNorm(nn.Module):
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()
@@ -63,7 +86,7 @@ class PreNorm(nn.Module):
 
 
 class Model(nn.Module):
-    """Two encoder layers and a decoder layer: four modules to swap, a linear step to leave."""
+    """Two encoder layers and a decoder layer of CRATE-MAE: six modules to swap."""
 
     def __init__(self, dim: int = 16, heads: int = 2) -> None:
         super().__init__()
@@ -83,6 +106,19 @@ class Model(nn.Module):
         return x - attention(x)
 
 
+class Alpha(nn.Module):
+    """A layer of CRATE-alpha."""
+
+    def __init__(self, decouple: bool) -> None:
+        super().__init__()
+        self.attention = PreNorm(16, Attention(16, 2, 8, bias=False))
+        self.sparsify = PreNorm(16, Overcomplete(16, decouple=decouple))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.sparsify(x)
+
+
 def step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     model.zero_grad()
     out = model(x)
@@ -99,14 +135,37 @@ def test_same_outputs_and_gradients_and_says_what_it_swapped() -> None:
         "encoder.0.1.fn": ISTA,
         "encoder.1.0.fn": MSSA,
         "encoder.1.1.fn": ISTA,
+        "decoder.0.fn": DecoderStep,
         "decoder.1.fn": MSSA,
     }
-    assert "linear" in done.left_alone["decoder.0.fn"]
-    assert "swapped 5 modules" in str(done) and "decoder.0.fn" in str(done)
+    assert not done.left_alone
+    assert "swapped 6 modules" in str(done) and "decoder.0.fn: DecoderStep" in str(done)
     found, found_grads = step(model, x)
     assert error(found, out) < 1e-5
     assert max(map(error, found_grads, grads)) < 1e-5
     assert accelerate(model).swapped == {}, "a second call finds nothing to do"
+
+
+@pytest.mark.parametrize("decouple", [True, False])
+def test_crate_alpha(decouple: bool) -> None:
+    model, x = Alpha(decouple), torch.randn(2, 20, 16)
+    names = list(model.state_dict())
+    out, grads = step(model, x)
+    done = accelerate(model)
+    assert done.swapped == {"attention.fn": MSSA, "sparsify.fn": OvercompleteISTA} and not done.left_alone
+    assert list(model.state_dict()) == names
+    found, found_grads = step(model, x)
+    assert max(map(error, (found, *found_grads), (out, *grads))) < 1e-5
+    done.undo()
+    assert type(model.sparsify.fn) is Overcomplete and torch.equal(step(model, x)[0], out)
+
+
+def test_undo_leaves_no_frozen_matrix_behind() -> None:
+    module = FeedForward(16)
+    done = accelerate(module)
+    module.freeze()
+    done.undo()
+    assert type(module) is FeedForward and not list(module.buffers())
 
 
 def test_parameters_hooks_optimiser_and_references_stay_valid() -> None:
@@ -206,6 +265,11 @@ class Raises(FeedForward):
         raise RuntimeError("no\nsuch luck")
 
 
+class LinearAndMore(FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + 1
+
+
 class StepSizeOfTheClass(nn.Module):
     step_size, lambd = 0.1, 0.5
 
@@ -299,14 +363,16 @@ CHANGED = {
     ),
     "forward replaced inside": (lambda: attention(lambda m: setattr(m.qkv, "forward", m.qkv.forward)), "replaced"),
     "forward replaced": (lambda: sparse_step(lambda m: setattr(m, "forward", m.forward)), "forward was replaced"),
-    "linear": (lambda: FeedForward(16, linear=True), "does not compute ISTA"),
+    "linear with a bias": (
+        lambda: LinearAndMore(16),
+        "does not compute ISTA in training mode; it does not compute DecoderStep",
+    ),
     "overcomplete": (
         lambda: sparse_step(lambda m: setattr(m, "weight", nn.Parameter(torch.randn(16, 32)))),
         "calling it failed",
     ),
     "learned lambda": (lambda: sparse_step(lambda_as("register_parameter", nn.Parameter(torch.tensor(0.5)))), "lambd"),
     "lambda as a buffer": (lambda: sparse_step(lambda_as("register_buffer", torch.tensor(0.5))), "lambd"),
-    "lambda as a tensor": (lambda: sparse_step(lambda m: setattr(m, "lambd", torch.tensor(0.5))), "lambd"),
     "negative lambda": (lambda: FeedForward(16, lambd=-0.5), "lambd"),
     "step size of the class": (StepSizeOfTheClass, "step_size"),
     "lambda that leaves nothing": (lambda: FeedForward(16, lambd=100.0), "does not compute ISTA"),
@@ -321,6 +387,17 @@ CHANGED = {
     "overridden method": (lambda: StaysInEvaluation(16), "defines train"),
     "raises": (lambda: Raises(16), "calling it failed: RuntimeError: no such luck"),
     "sparse step on meta": (lambda: FeedForward(16).to("meta"), "calling it failed"),
+    "one step": (lambda: Overcomplete(16, steps=1), "does not compute OvercompleteISTA"),
+    "D1 that is not used": (
+        lambda: changed(Overcomplete(16), lambda m: setattr(m, "decouple", False)),
+        "does not compute OvercompleteISTA",
+    ),
+    "codes that are all zero": (lambda: Overcomplete(16, lmbda=100.0), "does not compute OvercompleteISTA"),
+    "negative lmbda": (lambda: Overcomplete(16, lmbda=-0.1), "lambd"),
+    "D of another width": (
+        lambda: changed(Overcomplete(16), lambda m: setattr(m, "D1", nn.Parameter(torch.randn(8, 64)))),
+        "calling it failed",
+    ),
 }
 
 
@@ -348,7 +425,13 @@ def test_a_module_that_raises_leaves_the_model_consistent() -> None:
     values = {name: value.clone() for name, value in model.state_dict().items()}
     expected = model.encoder[0][1](model.encoder[0][0](x))
     done = accelerate(model)
-    assert sorted(done.swapped) == ["decoder.1.fn", "encoder.0.0.fn", "encoder.0.1.fn", "encoder.1.0.fn"]
+    assert sorted(done.swapped) == [
+        "decoder.0.fn",
+        "decoder.1.fn",
+        "encoder.0.0.fn",
+        "encoder.0.1.fn",
+        "encoder.1.0.fn",
+    ]
     assert "no such luck" in done.left_alone["encoder.1.1.fn"] and type(model.encoder[1][1].fn) is Raises
     assert error(model.encoder[0][1](model.encoder[0][0](x)), expected) < 1e-5
     assert [module.training for module in model.modules()] == modes
@@ -359,8 +442,9 @@ def test_a_module_that_raises_leaves_the_model_consistent() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_every_dtype(dtype: torch.dtype) -> None:
-    model = Model(dim=64, heads=4).to(dtype)
-    assert len(accelerate(model).swapped) == 5
+    model = nn.ModuleList([Model(dim=64, heads=4), Alpha(decouple=True)]).to(dtype)
+    done = accelerate(model)
+    assert len(done.swapped) == 8 and not done.left_alone
 
 
 def test_values_do_not_matter() -> None:
@@ -368,7 +452,13 @@ def test_values_do_not_matter() -> None:
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     done = accelerate(model)
-    assert len(done.swapped) == 5 and list(done.left_alone) == ["decoder.0.fn"]
+    assert len(done.swapped) == 6 and not done.left_alone
+
+
+def test_lambda_may_be_a_tensor() -> None:
+    module, x = sparse_step(lambda m: setattr(m, "lambd", torch.tensor(0.5))), torch.randn(2, 20, 16)
+    expected = module(x)
+    assert accelerate(module).swapped == {"": ISTA} and error(module(x), expected) < 1e-6
 
 
 def test_hooks_are_not_called() -> None:
@@ -396,9 +486,82 @@ def test_modules_bear_the_official_names_and_formulas() -> None:
     attention = MSSA(12, heads=3, dim_head=4)
     assert [name for name, _ in attention.named_parameters()] == ["qkv.weight", "to_out.0.weight", "to_out.0.bias"]
     assert [name for name, _ in MSSA(12, heads=1, dim_head=12).named_parameters()] == ["qkv.weight"]
+    assert [name for name, _ in MSSA(12, out_bias=False).named_parameters()] == ["qkv.weight", "to_out.0.weight"]
     assert [name for name, _ in ISTA(12).named_parameters()] == ["weight"]
+    assert [name for name, _ in DecoderStep(12).named_parameters()] == ["weight"]
+    shapes = {name: tuple(value.shape) for name, value in OvercompleteISTA(12).named_parameters()}
+    assert shapes == {"D": (12, 48), "D1": (12, 48)}
+    assert [name for name, _ in OvercompleteISTA(12, decouple=False).named_parameters()] == ["D"]
     x = torch.randn(2, 5, 12)
     expected = reference_mssa(x, attention.qkv.weight, *attention.to_out[0].parameters(), 3, 0.5, False)
     assert error(attention(x), expected) < 1e-6
     with pytest.raises(ValueError, match="dropout: expected 0"):
         MSSA(12, dropout=0.1)
+
+
+def test_modules_take_their_norm_and_residual() -> None:
+    x, norm = torch.randn(2, 5, 12), nn.LayerNorm(12, eps=1e-3)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    decode, sparsify = DecoderStep(12), OvercompleteISTA(12, overcomplete_ratio=2, eta=0.2, lmbda=0.3)
+    assert error(decode(x, norm=norm), F.linear(norm(x), decode.weight)) < 1e-6
+    assert error(decode(x), F.linear(x, decode.weight)) < 1e-6
+    official = Overcomplete(12, 2, lmbda=0.3)
+    official.eta = 0.2
+    official.load_state_dict(sparsify.state_dict())
+    assert error(sparsify(x, norm=norm, residual=x), x + official(norm(x))) < 1e-6
+
+
+def frozen() -> tuple[ISTA, Tensor]:
+    module, x = ISTA(12, lambd=0.5), torch.randn(2, 20, 12)
+    module.freeze()
+    return module, x
+
+
+def test_frozen_ista_computes_the_same_and_makes_its_matrix_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = frozen()
+    expected = ista(x, module.weight, lambd=0.5)
+    monkeypatch.setattr("crate_kernels.nn.combine", None)
+    with torch.no_grad():
+        assert error(module(x), expected) < 1e-6
+        module.combined.zero_()
+        assert error(module(x), F.relu(x - 0.05)) < 1e-6, "the kept matrix is what counts"
+    assert list(module.state_dict()) == ["weight"] and "frozen" in repr(module)
+    module.unfreeze()
+    module.unfreeze()
+    assert error(module(x), expected) < 1e-6 and not list(module.buffers()) and "frozen" not in repr(module)
+
+
+def test_frozen_ista_refuses_to_lose_a_gradient() -> None:
+    module, x = frozen()
+    with pytest.raises(RuntimeError, match=r"weight: it asks for a gradient.*call unfreeze\(\)"):
+        module(x)
+    module.requires_grad_(False)
+    x.requires_grad_()
+    module(x).sum().backward()
+    found, x.grad = x.grad, None
+    module.unfreeze()
+    module(x).sum().backward()
+    assert error(found, x.grad) < 1e-6
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_frozen_ista_follows_a_loaded_weight(assign: bool) -> None:
+    module, x = frozen()
+    other = torch.randn(12, 12) / 4
+    nn.Sequential(module).load_state_dict({"0.weight": other}, assign=assign)
+    with torch.no_grad():
+        assert error(module(x), ista(x, other, lambd=0.5)) < 1e-6
+
+
+def test_frozen_ista_moves_copies_and_compiles(device: str) -> None:
+    module, x = frozen()
+    with torch.no_grad():
+        expected = module(x)
+        assert error(copy.deepcopy(module).double()(x.double()), expected) < 1e-6
+        assert torch.equal(pickle.loads(pickle.dumps(module))(x), expected)
+        torch.compiler.reset()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert error(compiled(x), expected) < 1e-6
+        with crate_kernels.use("triton"):
+            assert error(module.to(device)(x.to(device)), expected) < 1e-6
