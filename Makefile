@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 
 # On a machine with a CUDA device, with the Python that is there; installs nothing. Tests, memory checker and times, in 8 minutes.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -19,27 +19,21 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import harness, kernel_times, training_step
+from benchmarks import harness, kernel_times, parts, training_step
+from benchmarks.parts import RESULTS, Part, Runner
 
-ROOT = Path(__file__).resolve().parent.parent
-
-# Stands in a command for the file that the part writes its JSON lines to.
-RESULTS = "{results}"
 PYTEST = (sys.executable, "-m", "pytest", "-p", "benchmarks.pytest_outcomes", "--outcomes", RESULTS, "-m", "gpu", "-q")
 PASSING = ("passed", "unavailable")
 
@@ -50,40 +44,28 @@ QUIET_SECONDS = {"tests": 120, "memory checker": 120, "times": 90}
 TESTS_A_PROCESS = 12
 
 
-@dataclass(frozen=True)
-class Part:
-    """One process to run, and how to judge it.
-
-    kind: "tests", "memory checker" or "times"; times run alone, at the end.
-    tests: pytest node ids added to the command. Those that a crash or a hang leaves undone are run again without the culprit.
-    """
-
-    name: str
-    kind: str
-    command: tuple[str, ...]
-    tests: tuple[str, ...] = ()
-
-
 def collected_parts(scratch: Path) -> tuple[list[Part], list[dict[str, Any]]]:
     """A part for every dozen cases of a test marked ``gpu``; and a record of the collection, if it failed."""
     files = sorted(
-        str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in path.read_text()
+        str(path.relative_to(parts.ROOT))
+        for path in parts.ROOT.glob("tests/**/test_*.py")
+        if "mark.gpu" in path.read_text()
     )
-    collection = Part("collect tests", "tests", (*PYTEST, "--collect-only", *files))
+    collection = Part("collect tests", "tests", (*PYTEST, "--collect-only", *files), QUIET_SECONDS["tests"])
     runner = Runner(scratch, seconds=QUIET_SECONDS["tests"])
     attempt = runner.attempt(collection)
     collected = [line["test"] for line in attempt.lines if line["event"] == "collected"]
     functions: dict[str, list[str]] = {}
     for test in collected:
         functions.setdefault(test.partition("[")[0], []).append(test)
-    parts = []
+    found = []
     for function, tests in functions.items():
         chunks = [tests[start : start + TESTS_A_PROCESS] for start in range(0, len(tests), TESTS_A_PROCESS)]
         for number, chunk in enumerate(chunks, 1):
             name = function.removeprefix("tests/") + (f" {number} of {len(chunks)}" if len(chunks) > 1 else "")
-            parts.append(Part(name, "tests", PYTEST, tuple(chunk)))
+            found.append(Part(name, "tests", PYTEST, QUIET_SECONDS["tests"], tuple(chunk)))
     failure = [] if attempt.status == "passed" else [runner.record(collection, attempt.status, [attempt])]
-    return parts, failure
+    return found, failure
 
 
 def find_memory_checker() -> str | None:
@@ -110,6 +92,10 @@ def memory_parts(checker: str) -> list[Part]:
             f"{tool} {name}",
             "memory checker",
             (checker, "--tool", tool, *options, sys.executable, "-m", "benchmarks.kernel_times", *arguments, "--once"),
+            QUIET_SECONDS["memory checker"],
+            # Torch's cache hands out pieces of large blocks, inside which no address is out of bounds.
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            judge=judge_memory_check,
         )
         for tool in ("memcheck", "racecheck")
         for name, arguments in MEMORY_CHECKS.items()
@@ -117,182 +103,25 @@ def memory_parts(checker: str) -> list[Part]:
 
 
 TINY = ("--batch", "2", "--tokens", "17", "--width", "32", "--heads", "2", "--dtype", "float32", "--rounds", "3")
-TINY_MODEL = ("img_size=32", "embed_dim=48", "depth=1", "num_heads=3", "decoder_depth=1", "decoder_num_heads=3")
+TINY_STEP = (
+    "--model", "crate_mae_tiny", "--batch", "2", "--dtype", "float32", "--rounds", "2",
+    "--set", "img_size=32", "embed_dim=48", "depth=1", "num_heads=3", "decoder_depth=1", "decoder_num_heads=3",
+)  # fmt: skip
 
 
 def time_parts(device: str) -> list[Part]:
     """Times at CRATE-MAE-Base's shapes on CUDA; on a CPU tiny ones, which say nothing but that the code runs."""
-    kernels, model = (
-        ("--batch", "64", "--rounds", "100"),
-        ("--batch", "8", "64", "--dtype", "bfloat16", "--rounds", "20"),
-    )
+    kernels: tuple[str, ...] = ("--batch", "64", "--rounds", "100")
+    step: tuple[str, ...] = ("--batch", "8", "64", "--dtype", "bfloat16", "--rounds", "20")
     if device == "cpu":
-        kernels = TINY
-        model = (
-            "--model",
-            "crate_mae_tiny",
-            "--set",
-            *TINY_MODEL,
-            "--batch",
-            "2",
-            "--dtype",
-            "float32",
-            "--rounds",
-            "2",
-        )
+        kernels, step = TINY, TINY_STEP
     common = ("--device", device, "--json", RESULTS)
+    commands = {f"times of {name}": ("kernel_times", name, *kernels) for name in (*kernel_times.OPERATORS, "ceilings")}
+    commands["times of a training step"] = ("training_step", *step)
     return [
-        *(
-            Part(
-                f"times of {name}", "times", (sys.executable, "-m", "benchmarks.kernel_times", name, *kernels, *common)
-            )
-            for name in (*kernel_times.OPERATORS, "ceilings")
-        ),
-        Part("times of a training step", "times", (sys.executable, "-m", "benchmarks.training_step", *model, *common)),
+        Part(name, "times", (sys.executable, "-m", f"benchmarks.{module}", *arguments, *common), QUIET_SECONDS["times"])
+        for name, (module, *arguments) in commands.items()
     ]
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One process that is over: what it wrote, and how it ended."""
-
-    status: str
-    exit_status: int | None
-    seconds: float
-    lines: list[dict[str, Any]]
-    output: str
-
-
-class Runner:
-    """Runs parts until the time is up or ``stop`` is set; then what still runs is ended and nothing more is started."""
-
-    def __init__(self, scratch: Path, seconds: float) -> None:
-        self.scratch = scratch
-        self.deadline = time.time() + seconds
-        self.stop = threading.Event()
-
-    def run(self, part: Part) -> dict[str, Any]:
-        """The part's record: status, seconds, outcomes of its tests, figures, and the end of its output unless it passed."""
-        attempts: list[Attempt] = []
-        left = list(part.tests)
-        while not attempts or left:
-            if time.time() >= self.deadline or self.stop.is_set():
-                break
-            attempt = self.attempt(part, left)
-            attempts.append(attempt)
-            begun = {line["test"] for line in attempt.lines if line.get("event") == "started"}
-            if not begun:
-                break
-            left = [test for test in left if test not in begun]
-        statuses = [attempt.status for attempt in attempts] or ["not run: out of time"]
-        status = next((each for each in statuses if each != "passed"), "passed")
-        if part.kind == "memory checker" and attempts:
-            status = judge_memory_check(status, attempts[-1].output)
-        return self.record(part, status, attempts)
-
-    def attempt(self, part: Part, tests: Sequence[str] = ()) -> Attempt:
-        """Run the part's process once, for these tests."""
-        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            results, output = Path(folder, "results.jsonl"), Path(folder, "output.txt")
-            results.touch()
-            command = [str(results) if word == RESULTS else word for word in (*part.command, *tests)]
-            begin = time.time()
-            with output.open("wb") as file:
-                # A session of its own, so that a hung part can be ended with everything it has started.
-                process = subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env=environment_variables(part.kind),
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-                exit_status = self._wait(process, results, begin, QUIET_SECONDS[part.kind])
-            text = output.read_text(errors="replace")
-            return Attempt(ending(exit_status), exit_status, time.time() - begin, read_lines(results), text)
-
-    def _wait(self, process: subprocess.Popen[bytes], results: Path, begin: float, quiet_seconds: float) -> int | None:
-        """The exit status; None where the process had to be ended."""
-        try:
-            while process.poll() is None:
-                now, last_news = time.time(), max(begin, results.stat().st_mtime)
-                if now >= self.deadline or now - last_news > quiet_seconds or self.stop.is_set():
-                    return None
-                time.sleep(0.05)
-            return process.returncode
-        finally:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                with suppress(subprocess.TimeoutExpired):  # one that hangs inside the driver outlives even this
-                    process.wait(timeout=10)
-
-    def record(self, part: Part, status: str, attempts: Sequence[Attempt]) -> dict[str, Any]:
-        record: dict[str, Any] = {
-            "part": part.name,
-            "kind": part.kind,
-            "status": status,
-            "exit_status": [attempt.exit_status for attempt in attempts],
-            "seconds": round(sum(attempt.seconds for attempt in attempts), 2),
-            "command": list(part.command),
-        }
-        if part.kind == "tests":
-            record["tests"] = outcomes(part, attempts)
-        else:
-            record["figures"] = [line for attempt in attempts for line in attempt.lines]
-        if part.kind == "memory checker":
-            record["summary"] = [summary for attempt in attempts for summary in summaries(attempt.output)]
-        if status != "passed":
-            record["output"] = "\n".join(attempt.output[-4000:] for attempt in attempts)
-        return record
-
-
-def environment_variables(kind: str) -> dict[str, str]:
-    """Ours, less what would turn the check into another one; the package need not be installed."""
-    ours = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("TRITON_INTERPRET", "CRATE_KERNELS_IMPL", "PYTEST_ADDOPTS")
-    }
-    ours["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), ours.get("PYTHONPATH"))))
-    ours["PYTHONUNBUFFERED"] = "1"
-    if kind == "memory checker":
-        # Torch's cache hands out pieces of large blocks, inside which no address is out of bounds.
-        ours["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    return ours
-
-
-def ending(exit_status: int | None) -> str:
-    """An exit status in words."""
-    if exit_status is None:
-        return "timed out"
-    if exit_status < 0:
-        return f"killed by {signal.Signals(-exit_status).name}"
-    return "failed" if exit_status else "passed"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in a file, without a last line that a crash cut off."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    return lines
-
-
-def outcomes(part: Part, attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
-    """Every test of the part: passed, failed or skipped; how its process ended, if with it; or not run."""
-    found: dict[str, dict[str, Any]] = {test: {"outcome": "not run"} for test in part.tests}
-    for attempt in attempts:
-        for line in attempt.lines:
-            test = line["test"]
-            if line["event"] == "started":
-                found[test] = {"outcome": attempt.status}
-            elif line["event"] == "over" and ("message" not in found[test] or found[test]["outcome"] == "passed"):
-                # A second line comes from a teardown that failed.
-                found[test] = {key: line[key] for key in ("outcome", "seconds", "message")}
-    return [{"test": test, **outcome} for test, outcome in found.items()]
 
 
 def summaries(output: str) -> list[str]:
@@ -325,8 +154,8 @@ class Report:
 
     def finish(self) -> bool:
         """Whether everything passed."""
-        parts = self.document["parts"]
-        passed = bool(parts) and all(record["status"] in PASSING for record in parts)
+        records = self.document["parts"]
+        passed = bool(records) and all(record["status"] in PASSING for record in records)
         self.document |= {"complete": True, "passed": passed}
         self.write()
         return passed
@@ -351,28 +180,23 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def print_summary(document: dict[str, Any]) -> None:
+def print_summary(records: Sequence[dict[str, Any]]) -> None:
     """Figures, then what did not pass."""
-    parts = document["parts"]
-    figures = [row for record in parts if record["kind"] == "times" for row in record["figures"]]
+    figures = [row for record in records if record["kind"] == "times" for row in record["figures"]]
     steps = [row for row in figures if row["operator"] == "training_step"]
     kernels = [row for row in figures if row["operator"] != "training_step"]
     for rows, module in ((kernels, kernel_times), (steps, training_step)):
         if rows:
             print(harness.table(module.COLUMNS, map(module.line, rows)))
-    checks = [record for record in parts if record["kind"] == "memory checker"]
-    for record in checks:
-        print(f"{record['part']}: {record['status']}; {'; '.join(record['summary'])}")
-    tests = [test for record in parts for test in record.get("tests", [])]
-    for test in tests:
-        if test["outcome"] not in ("passed", "skipped"):
-            print(f"{test['outcome'].upper()} {test['test']}\n{test.get('message', '')}")
-    for record in parts:
-        if record["status"] not in PASSING and record["kind"] != "tests":
+    for record in records:
+        tests = record.get("tests", [])
+        for test in tests:
+            if test["outcome"] not in ("passed", "skipped"):
+                print(f"{test['outcome'].upper()} {test['test']}\n{test.get('message', '')}")
+        if record["status"] not in PASSING and not tests:
             print(f"{record['status'].upper()} {record['part']}\n{record['output']}")
-    counts = {outcome: sum(test["outcome"] == outcome for test in tests) for outcome in ("passed", "failed", "skipped")}
-    counts["neither"] = len(tests) - sum(counts.values())
-    print("tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    counts = Counter(test["outcome"] for record in records for test in record.get("tests", []))
+    print("tests: " + (", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -399,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device(arguments.device)
         head = {"rehearsal": device.type == "cpu", **surroundings(device), "compute_sanitizer": checker or "absent"}
         name = re.sub(r"[^a-z0-9]+", "_", head["device"].lower()).strip("_")
-        report = Report(arguments.json or ROOT / "benchmarks" / "results" / name / "gpu_check.json", head)
+        folder = parts.ROOT / ("runs/rehearsal" if head["rehearsal"] else f"benchmarks/results/{name}")
+        report = Report(arguments.json or folder / "gpu_check.json", head)
         print(", ".join(f"{key} {value}" for key, value in head.items()), flush=True)
         for record in failures:
             report.add(record)
@@ -409,16 +234,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in alone:
             report.add(runner.run(part))
         passed = report.finish()
-    print_summary(report.document)
+    print_summary(report.document["parts"])
     print(f"{'passed' if passed else 'FAILED'} in {time.time() - begin:.0f} s; {report.path}")
     return 0 if passed else 1
 
 
-def run_shared(runner: Runner, parts: Iterable[Part], jobs: int, report: Report) -> None:
+def run_shared(runner: Runner, shared: Iterable[Part], jobs: int, report: Report) -> None:
     """Run parts side by side; their records arrive in the order in which they end."""
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for task in as_completed([pool.submit(runner.run, part) for part in parts]):
+            for task in as_completed([pool.submit(runner.run, part) for part in shared]):
                 report.add(task.result())
         finally:
             runner.stop.set()  # interrupted: leave nothing running
@@ -426,7 +251,12 @@ def run_shared(runner: Runner, parts: Iterable[Part], jobs: int, report: Report)
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/<device>/gpu_check.json")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="default: benchmarks/results/<device>/gpu_check.json (runs/rehearsal/gpu_check.json on a CPU)",
+    )
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal of the timing parts"
     )

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, kernel_times
-from benchmarks.gpu_check import Part, Runner
+from benchmarks import gpu_check, kernel_times, parts
+from benchmarks.parts import RESULTS, Part, Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with nothing in it but a pytest configuration."""
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a device\n")
     (tmp_path / "tests").mkdir()
@@ -34,8 +34,8 @@ def write_tests(root: Path, body: str) -> None:
     (root / "tests" / "test_some.py").write_text(marked + textwrap.dedent(body))
 
 
-def python(name: str, code: str, kind: str = "times") -> Part:
-    return Part(name, kind, (sys.executable, "-c", code, gpu_check.RESULTS))
+def python(name: str, code: str, kind: str = "times", quiet_seconds: float = 100) -> Part:
+    return Part(name, kind, (sys.executable, "-c", code, RESULTS), quiet_seconds)
 
 
 WRITE_A_FIGURE = "import sys; open(sys.argv[1], 'a').write('{\"figure\": 1}\\n'); "
@@ -46,9 +46,9 @@ def outcomes_by_name(record: dict) -> dict[str, str]:
 
 
 def run_collected(root: Path) -> list[dict]:
-    parts, failures = gpu_check.collected_parts(root)
+    found, failures = gpu_check.collected_parts(root)
     runner = Runner(root, seconds=100)
-    return failures + [runner.run(part) for part in parts]
+    return failures + [runner.run(part) for part in found]
 
 
 def test_outcomes_durations_and_messages(root):
@@ -120,11 +120,10 @@ def test_a_file_that_cannot_be_collected_is_reported_and_the_others_run(root):
     assert outcomes_by_name(right) == {"test_right": "passed"}
 
 
-def test_a_part_that_hangs_is_ended_with_its_children(root, monkeypatch):
-    monkeypatch.setitem(gpu_check.QUIET_SECONDS, "times", 1)
+def test_a_part_that_hangs_is_ended_with_its_children(root):
     child = "import subprocess; child = subprocess.Popen(['sleep', '60']); "
     tell = "import json; open(sys.argv[1], 'a').write(json.dumps({'pid': child.pid}) + '\\n'); child.wait()"
-    record = Runner(root, seconds=60).run(python("hangs", "import sys; " + child + tell))
+    record = Runner(root, seconds=60).run(python("hangs", "import sys; " + child + tell, quiet_seconds=2))
     assert record["status"] == "timed out" and record["exit_status"] == [None]
     state = Path(f"/proc/{record['figures'][0]['pid']}/stat")
     gone_by = time.time() + 5
@@ -142,6 +141,11 @@ def test_lines_cut_off_by_a_crash_are_left_out(root):
     assert record["status"] == "killed by SIGABRT"
     assert record["figures"] == [{"figure": 1}]
     assert "last words" in record["output"]
+
+
+def test_a_program_that_cannot_be_started_fails_alone(root):
+    record = Runner(root, seconds=60).run(Part("absent", "memory checker", (str(root / "absent"),), quiet_seconds=10))
+    assert record["status"] == "failed" and "absent" in record["output"]
 
 
 def test_nothing_is_started_when_the_time_is_up(root):
@@ -191,10 +195,10 @@ def test_everything_passes(checked, capsys):
     ["raise SystemExit(3)", "import os; os.abort()", "import time; time.sleep(60)"],
     ids=["fails", "crashes", "hangs"],
 )
-def test_one_fault_fails_the_check_and_the_rest_is_there(checked, monkeypatch, capsys, fault):
-    monkeypatch.setitem(gpu_check.QUIET_SECONDS, "memory checker", 2)
+def test_one_fault_fails_the_check_and_the_rest_is_there(checked, capsys, fault):
     status, document = checked.run(
-        [python("faulty", fault, "memory checker"), python("right", "pass", "tests")], [python("last", "pass")]
+        [python("faulty", fault, "memory checker", quiet_seconds=2), python("right", "pass", "tests")],
+        [python("last", "pass")],
     )
     assert status == 1
     assert document["complete"] and not document["passed"]
@@ -249,9 +253,10 @@ def test_the_memory_checker_is_judged_by_its_summary(root, monkeypatch, summary,
     checker.chmod(checker.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(root), prepend=":")
     assert gpu_check.find_memory_checker() == str(checker)
-    parts = gpu_check.memory_parts(str(checker))
-    assert len(parts) == 2 * len(gpu_check.MEMORY_CHECKS)
-    assert Runner(root, seconds=60).run(parts[0])["status"] == status
+    found = gpu_check.memory_parts(str(checker))
+    assert len(found) == 2 * len(gpu_check.MEMORY_CHECKS)
+    record = Runner(root, seconds=60).run(found[0])
+    assert record["status"] == status and summary in record["output"]
 
 
 @pytest.mark.parametrize("arguments", gpu_check.MEMORY_CHECKS.values(), ids=gpu_check.MEMORY_CHECKS)
@@ -299,21 +304,21 @@ import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
     file = tmp_path / "collected.jsonl"
-    parts, failures = gpu_check.collected_parts(tmp_path)
+    expected, failures = gpu_check.collected_parts(tmp_path)
     assert not failures
-    files = sorted({test.partition("::")[0] for part in parts for test in part.tests})
-    options = [str(file) if word == gpu_check.RESULTS else word for word in gpu_check.PYTEST[3:]]
+    files = sorted({test.partition("::")[0] for part in expected for test in part.tests})
+    options = [str(file) if word == RESULTS else word for word in gpu_check.PYTEST[3:]]
     result = subprocess.run(
         [sys.executable, "-c", code, *options, "--collect-only", *files],
         cwd=ROOT,
-        env={**gpu_check.environment_variables("tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        env={**parts.environment_variables(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    found = {line["test"] for line in gpu_check.read_lines(file)}
-    assert found == {test for part in parts for test in part.tests}
+    found = {line["test"] for line in parts.read_lines(file)}
+    assert found == {test for part in expected for test in part.tests}
 
 
 def test_a_library_that_disagrees_takes_no_part():
