@@ -102,6 +102,30 @@ def mssa(dtype: str, subtract: bool = False, norm: bool = True, bias: bool = Tru
     return Case("mssa", dtype, f"D=768 M={images * TOKENS}{flags}", call)
 
 
+def norm_linear(dtype: str, bias: bool = False, images: int = 64) -> Case:
+    """The decoder's linear step LN(x) W^T, of width 768."""
+
+    def call() -> None:
+        arguments = {"norm_weight": empty(dtype, 768), "norm_bias": empty(dtype, 768)}
+        x, weight = empty(dtype, images * TOKENS, 768), empty(dtype, 768, 768)
+        y = crate_kernels.norm_linear(x, weight, empty(dtype, 768) if bias else None, **arguments)
+        y.backward(torch.empty_like(y))
+
+    return Case("norm_linear", dtype, f"D=768 M={images * TOKENS} LN" + " bias" * bias, call)
+
+
+def overcomplete(dtype: str, images: int = 64) -> Case:
+    """CRATE-alpha's sparse step with its skip, of width 768 and four times as many codes."""
+
+    def call() -> None:
+        x, dictionary, out = empty(dtype, images * TOKENS, 768), empty(dtype, 768, 3072), empty(dtype, 768, 3072)
+        norm = {"norm_weight": empty(dtype, 768), "norm_bias": empty(dtype, 768)}
+        y = crate_kernels.overcomplete_ista(x, dictionary, out, residual=x, **norm)
+        y.backward(torch.empty_like(y))
+
+    return Case("overcomplete", dtype, f"D=768 codes=3072 M={images * TOKENS} LN", call)
+
+
 def tiles(*dtypes: str, head_dims: Sequence[int] = HEAD_DIMS) -> list[Case]:
     """Every tile that ships for the dtypes, each once, and the layers of a CRATE-MAE encoder."""
     cases = [attention(dtype, head_dim) for dtype in dtypes if dtype != "autocast" for head_dim in head_dims]
@@ -117,6 +141,7 @@ def flags() -> list[Case]:
     cases += [ista("bfloat16", images) for images in (1, 64)]
     cases += [ista("bfloat16", soft=True), ista("bfloat16", norm=True, learned=True)]
     cases += [ista("bfloat16", width=576, norm=True)]
+    cases += [use(dtype) for use in (norm_linear, overcomplete) for dtype in ("bfloat16", "autocast")]
     return [*cases, mssa("bfloat16", subtract=True), mssa("bfloat16", norm=False, bias=False)]
 
 
@@ -130,7 +155,7 @@ def far() -> list[Case]:
     cases += [attention("bfloat16", batch=2**19, memory="token batch head feature")]
     cases += [attention("bfloat16", batch=2**19, memory="feature batch head token")]
     cases += [ista("bfloat16", 2**15, norm=True), ista("bfloat16", 2**15, feature_major=True)]
-    cases += [mssa("bfloat16", images=2**15)]
+    cases += [use("bfloat16", images=2**15) for use in (mssa, norm_linear, overcomplete)]
     return [*cases, ista("bfloat16", 2**8, width=2**16)]
 
 
@@ -150,4 +175,6 @@ def everything(target: str) -> list[Case]:
         attention(dtype, *variant) for dtype, *variant in product(DTYPES, HEAD_DIMS, FLAGS) if dtype != "autocast"
     ]
     cases += [ista(*variant) for variant in product(DTYPES, (1, 64), (576, 768), FLAGS, FLAGS, FLAGS)]
-    return cases + [mssa(*variant) for variant in product(DTYPES, FLAGS, FLAGS, FLAGS)]
+    cases += [mssa(*variant) for variant in product(DTYPES, FLAGS, FLAGS, FLAGS)]
+    cases += [norm_linear(*variant) for variant in product(DTYPES, FLAGS)]
+    return cases + [overcomplete(dtype) for dtype in DTYPES]
