@@ -3,8 +3,8 @@
 Forward: online softmax over tiles of keys. Backward: the scores are symmetric, so the tile S[j, i] = scale * w_j . w_i
 gives both probabilities that bind tokens i and j, with the row log-sum-exp L kept from the forward pass:
 
-    P[i, j] = exp(S[j, i] - L[i])                        token i asks, token j is the key
-    P[j, i] = exp(S[j, i] - L[j]) = P[i, j] exp(L[i] - L[j])   token j asks, token i is the key
+    P[i, j] = exp(S[j, i] - L[i])   token i asks, token j is the key
+    P[j, i] = exp(S[j, i] - L[j])   token j asks, token i is the key
 
 The three gradients of ordinary attention (query, key, value) land on the one tensor w, and with delta = rowsum(dO * O)
 all of them can be summed in rows j:
@@ -36,10 +36,6 @@ from crate_kernels.tiles.shared_attention import TABLE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-
-# How far, in powers of two, L[i] may lie above L[j] for P[j, i] to be taken from P[i, j]. What is lost then is a P[i, j] below
-# the smallest float32, 2^-126, and with it a P[j, i] below 2^-62; and no factor overflows.
-WIDEST_RATIO = tl.constexpr(64.0)
 
 
 @triton.jit
@@ -95,6 +91,15 @@ def load_parts(
         return (a,)
     else:
         return a, load_part(base, rows, end, stride_token, stride_feature, DIM_A, DIM_B, HEAD_DIM, MASK_ROWS)
+
+
+@triton.jit
+def load_numbers(pointer, rows, end, MASK_ROWS: tl.constexpr = True):
+    """One number a row; rows from ``end`` on (where asked to look) read as zero."""
+    if MASK_ROWS:
+        return tl.load(pointer + rows, mask=rows < end, other=0.0)
+    else:
+        return tl.load(pointer + rows)
 
 
 @triton.jit
@@ -247,14 +252,13 @@ def forward_kernel(
                 MASKED=False, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
             )  # fmt: skip
-    if TAIL > 0:
-        for start_j in tl.range(whole, end_j, TAIL, num_stages=None if TAIL == BLOCK_COLUMNS else 1):
-            out_i, row_max, row_sum = attend_to_tile(
-                out_i, row_max, row_sum, w_i, rows_i, start_j, end,
-                w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
-                MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
-                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
-            )  # fmt: skip
+    for start_j in tl.range(whole, end_j, TAIL, num_stages=1 if TAIL == 16 else None):
+        out_i, row_max, row_sum = attend_to_tile(
+            out_i, row_max, row_sum, w_i, rows_i, start_j, end,
+            w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+            MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+            HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
+        )  # fmt: skip
 
     out_head_ptr = out_ptr + head_offset(head, heads, out_batch, out_head)
     store_parts(out_head_ptr, out_i, 1.0 / row_sum, rows_i, end, tokens, out_token, out_feature, HEAD_DIM, DIM_A, DIM_B)
@@ -284,18 +288,8 @@ def delta_kernel(
 
 
 @triton.jit
-def highest_lse(lse_head_ptr, end):
-    """The largest log-sum-exp of a head, in units of log 2, or 0 if all are below (none is where scale is not negative)."""
-    highest = tl.zeros([256], tl.float32)
-    for start in tl.range(0, end, 256, num_stages=1):
-        rows = start + tl.arange(0, 256)
-        highest = tl.maximum(highest, tl.load(lse_head_ptr + rows, mask=rows < end, other=0.0))
-    return tl.max(highest, 0) * LOG2_E
-
-
-@triton.jit
 def add_tile_gradient(
-    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end, highest, near,
+    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
     w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
     w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
     J_IS_KEY: tl.constexpr, J_IS_QUERY: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
@@ -314,32 +308,22 @@ def add_tile_gradient(
         grad_out_i = load_parts(
             grad_out_head_ptr, rows_i, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B, MASKED
         )
-        if MASKED:
-            lse_i = tl.load(lse_head_ptr + rows_i, mask=rows_i < end, other=0.0) * LOG2_E
-            delta_i = tl.load(delta_head_ptr + rows_i, mask=rows_i < end, other=0.0)
-        else:
-            lse_i = tl.load(lse_head_ptr + rows_i) * LOG2_E
-            delta_i = tl.load(delta_head_ptr + rows_i)
+        lse_i = load_numbers(lse_head_ptr, rows_i, end, MASKED) * LOG2_E
+        delta_i = load_numbers(delta_head_ptr, rows_i, end, MASKED)
         p_ij = tl.exp2(scores - lse_i[None, :])
         if IS_CAUSAL:
             p_ij = tl.where(rows_i[None, :] >= rows_j[:, None], p_ij, 0.0)
-    if J_IS_QUERY:
-        if J_IS_KEY and near:
-            p_ji = p_ij * tl.exp2(lse_i - highest)[None, :] * tl.exp2(highest - lse_j)[:, None]
-        else:
-            p_ji = tl.exp2(scores - lse_j[:, None])
-        if IS_CAUSAL:
-            p_ji = tl.where(rows_i[None, :] <= rows_j[:, None], p_ji, 0.0)
-
     grad_scores = tl.zeros([rows_j.shape[0], BLOCK], tl.float32)
     if J_IS_KEY:
-        dropped = p_ij * factor_ij if DROPOUT else p_ij
-        dw_j = add_weighted_rows(dw_j, dropped, grad_out_i, DIM_B, PRECISION)
+        dw_j = add_weighted_rows(dw_j, p_ij * factor_ij if DROPOUT else p_ij, grad_out_i, DIM_B, PRECISION)
         grad_p_ij = products_of_rows(w_j, grad_out_i, DIM_B, PRECISION)
         if DROPOUT:
             grad_p_ij *= factor_ij
         grad_scores += p_ij * (grad_p_ij - delta_i[None, :])
     if J_IS_QUERY:
+        p_ji = tl.exp2(scores - lse_j[:, None])
+        if IS_CAUSAL:
+            p_ji = tl.where(rows_i[None, :] <= rows_j[:, None], p_ji, 0.0)
         grad_p_ji = products_of_rows(grad_out_j, w_i, DIM_B, PRECISION)
         if DROPOUT:
             grad_p_ji *= factor_ji
@@ -370,23 +354,28 @@ def backward_kernel(
 
     w_j = load_parts(w_head_ptr, rows_j, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B)
     grad_out_j = load_parts(grad_out_head_ptr, rows_j, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B)
-    lse_j = tl.load(lse_head_ptr + rows_j, mask=rows_j < end, other=float("inf")) * LOG2_E
-    delta_j = tl.load(delta_head_ptr + rows_j, mask=rows_j < end, other=0.0)
+    lse_j = load_numbers(lse_head_ptr, rows_j, end) * LOG2_E
+    delta_j = load_numbers(delta_head_ptr, rows_j, end)
     dw_j = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
     end_i = end
     if lengths_ptr is not None:
         end_i = tl.where(start_j < end, end, 0)  # rows of padding have no gradient
 
-    # One loop for both sides computes each score once. Two loops, a side each, where that costs more than it saves:
+    # One walk for both sides computes each score once. Two walks, a side each, where that costs more than it saves:
     # under a causal mask the sides need different halves of the tokens, and exact float32 products, which run outside
     # the tensor cores and hold whole rows of their operands in registers, would spill.
+    #
+    # One exponential a score could serve both sides, P[j, i] = P[i, j] exp(L[i] - L[j]) being a product of numbers a row, while
+    # no two L of a head lie so far apart that P[i, j] vanishes and P[j, i] does not. The walk for heads where they do, which
+    # must be there too, takes so many registers that one block fewer fits on a multiprocessor, or that they spill: as compiled
+    # for sm_90, 213 to 248 against 168 (64 features, 64 x 64 tiles). So both sides have their own.
     if IS_CAUSAL or PRECISION == "ieee":
         first_query, end_key = 0, end_i
         if IS_CAUSAL:
             first_query, end_key = start_j, tl.minimum(end_i, start_j + BLOCK_ROWS)
         for start_i in range(0, end_key, BLOCK_COLUMNS):
             dw_j = add_tile_gradient(
-                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end, None, None,
+                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
                 w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
                 w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
                 J_IS_KEY=False, J_IS_QUERY=True, MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
@@ -394,35 +383,33 @@ def backward_kernel(
             )  # fmt: skip
         for start_i in range(first_query, end_i, BLOCK_COLUMNS):
             dw_j = add_tile_gradient(
-                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end, None, None,
+                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
                 w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
                 w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
                 J_IS_KEY=True, J_IS_QUERY=False, MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
             )  # fmt: skip
     else:
-        highest = highest_lse(lse_head_ptr, end_i)
-        near = highest - tl.min(lse_j, 0) <= WIDEST_RATIO
         whole = 0
         if TAIL < BLOCK_COLUMNS:
             whole = end_i // BLOCK_COLUMNS * BLOCK_COLUMNS
-            for start_i in range(0, whole, BLOCK_COLUMNS):
+            # Not range(0, whole): with that bound the compiler takes 20 registers more.
+            for start_i in range(0, end_i - BLOCK_COLUMNS + 1, BLOCK_COLUMNS):
                 dw_j = add_tile_gradient(
-                    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end, highest, near,
+                    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
                     w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
                     w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
                     J_IS_KEY=True, J_IS_QUERY=True, MASKED=False, IS_CAUSAL=False, DROPOUT=DROPOUT,
                     HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
                 )  # fmt: skip
-        if TAIL > 0:
-            for start_i in tl.range(whole, end_i, TAIL, num_stages=None if TAIL == BLOCK_COLUMNS else 1):
-                dw_j = add_tile_gradient(
-                    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end, highest, near,
-                    w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
-                    w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
-                    J_IS_KEY=True, J_IS_QUERY=True, MASKED=True, IS_CAUSAL=False, DROPOUT=DROPOUT,
-                    HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
-                )  # fmt: skip
+        for start_i in tl.range(whole, end_i, TAIL, num_stages=1 if TAIL == 16 else None):
+            dw_j = add_tile_gradient(
+                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
+                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
+                J_IS_KEY=True, J_IS_QUERY=True, MASKED=True, IS_CAUSAL=False, DROPOUT=DROPOUT,
+                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
+            )  # fmt: skip
 
     dw_head_ptr = dw_ptr + head_offset(head, heads, dw_batch, dw_head)
     one = tl.full([BLOCK_ROWS], 1.0, tl.float32)
@@ -515,7 +502,7 @@ def split_features(head_dim: int) -> tuple[int, int]:
 
 
 def tail(block: int, tokens: int, is_causal: bool, has_lengths: bool, precision: str) -> int:
-    """Side of the masked tiles at the end of a walk over ``tokens`` in tiles of ``block``: 0 for none, ``block`` for all.
+    """Side of the masked tiles at the end of a walk over ``tokens`` in tiles of ``block``; ``block`` if all tiles are masked.
 
     The remainder's next power of two. A remainder known on the device only takes half tiles. Under a causal mask every tile
     is masked, as with exact float32 products, whose tiles are small anyway and whose unrolled code is long.
@@ -524,8 +511,7 @@ def tail(block: int, tokens: int, is_causal: bool, has_lengths: bool, precision:
         return block
     if has_lengths:
         return max(16, block // 2)
-    rest = tokens % block
-    return max(16, triton.next_power_of_2(rest)) if rest else 0
+    return max(16, triton.next_power_of_2(tokens % block)) if tokens % block else block
 
 
 def _launch_walk(
@@ -541,6 +527,10 @@ def _launch_walk(
 ) -> None:
     """Start a kernel whose programs walk all tokens; only float32 has a precision to choose, and PyTorch's own switch does."""
     options, precision = _options(kernel, w), dot_precision(w)
+    if dropout:  # its factors take registers that wide tiles do not leave
+        options["BLOCK_COLUMNS"] = max(16, options["BLOCK_COLUMNS"] // 2)
+    if dropout or is_causal:
+        options.pop("maxnreg", None)  # the bound suits the plain walk alone, see the table
     options |= {"IS_CAUSAL": is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
     options["TAIL"] = tail(options["BLOCK_COLUMNS"], w.shape[2], is_causal, lengths is not None, precision)
     lengths = None if lengths is None else lengths.contiguous()
