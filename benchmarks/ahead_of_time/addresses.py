@@ -101,7 +101,7 @@ def _source_lines(ttir: str) -> dict[str, str]:
 
     def line(location: str) -> str:
         if found := re.search(r'"([^"]*)":(\d+)', location):
-            return f"{found[1].rpartition('/')[2]}:{found[2]}"
+            return f"{'/'.join(found[1].split('/')[-2:])}:{found[2]}"
         inner = re.search(r"#loc\d*", location)
         return line(definitions[inner[0]]) if inner and inner[0] in definitions else "unknown line"
 
