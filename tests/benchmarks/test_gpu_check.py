@@ -220,6 +220,14 @@ def test_no_parts_is_not_a_pass(checked):
     assert checked.run([], [])[0] == 1
 
 
+def test_nothing_but_skipped_tests_is_not_a_pass(checked, root):
+    write_tests(root, "def test_left_out(): pytest.skip('no device after all')")
+    found, _ = gpu_check.collected_parts(root)
+    status, document = checked.run(found, [python("last", "pass")])
+    assert status == 1 and document["complete"]
+    assert [record["status"] for record in document["parts"]] == ["passed", "passed"]
+
+
 def test_without_a_device_nothing_is_written(root, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main(["--json", str(root / "file.json")]) == 2
