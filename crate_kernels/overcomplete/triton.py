@@ -28,7 +28,8 @@ class Weights(NamedTuple):
 
     @property
     def threshold(self) -> Tensor:
-        return self.step_size * self.lambd
+        """eta * lambda, in float32 whatever their dtype: the same rounding in every code would add up."""
+        return self.step_size.float() * self.lambd.float()
 
     def descent(self, dtype: torch.dtype) -> Operand:
         """Of eta D, for a product in ``dtype``."""
