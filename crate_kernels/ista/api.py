@@ -12,6 +12,7 @@ from crate_kernels import checks, dispatch
 from crate_kernels.ista import op, reference
 from crate_kernels.ista.form import one_product
 from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, no_autocast
+from crate_kernels.schemas import number_as_tensor
 
 
 def ista(
@@ -66,7 +67,7 @@ def ista(
         norm_weight = norm_bias = None
     if implementation == "reference":
         return reference.ista(x, weight, step_size, lambd, soft)
-    numbers = as_tensor(step_size), as_tensor(lambd)
+    numbers = number_as_tensor(step_size), number_as_tensor(lambd)
     out_dtype = torch.promote_types(x.dtype, torch.float32) if norm_weight is not None and is_autocast(x) else x.dtype
     norm = norm_weight, norm_bias, float(norm_eps)
     arguments = weight, combined, *norm, *numbers, soft, dtype, implementation
@@ -85,11 +86,6 @@ def combine(weight: Tensor) -> Tensor:
     with no_autocast(weight), torch.no_grad():
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return torch.addmm(weight, weight.t(), weight, alpha=-1)
-
-
-def as_tensor(value: float | Tensor) -> Tensor:
-    """A number as the operators take it. In a tensor it is no constant of a compiled graph, which so serves every value."""
-    return value.reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
 
 
 def check(
@@ -144,22 +140,31 @@ class _ISTA(torch.autograd.Function):
             found = torch.ops.crate_kernels.ista_backward(grad_y, x, y, kept, *needs, *given)
         wanted = want_x, want[0] and combined is None, want[2], want[3]
         grad_x, grad_weight, *grads_of_norm = [g if w else None for g, w in zip(found, wanted, strict=True)]
-        grads_of_numbers = _gradients_of_numbers(grad_y, x, y, given) if want[5] or want[6] else (None, None)
+        grads_of_numbers = _gradients_of_numbers(grad_y, x, y, given, *want[5:7])
         return grad_x, None, grad_weight, None, *grads_of_norm, None, *grads_of_numbers, None, None, None
 
 
-def _gradients_of_numbers(grad_y: Tensor, x: Tensor, y: Tensor, given: op.Arguments) -> tuple[Tensor, Tensor]:
+def _gradients_of_numbers(
+    grad_y: Tensor, x: Tensor, y: Tensor, given: op.Arguments, need_step_size: bool, need_lambd: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Of eta and lambda. With s = sign(y), which is zero where the threshold let nothing pass,
 
     deta = sum (g s^2) * (x W - x W^T W) - lambda * sum g s      dlambda = -eta * sum g s
     """
+    if not (need_step_size or need_lambd):
+        return None, None
     dtype = torch.promote_types(y.dtype, torch.float32)
     tensors = x, y, grad_y, given.weight, given.norm_weight, given.norm_bias
     x, y, grad, weight, norm_weight, norm_bias = (None if t is None else t.to(dtype) for t in tensors)
-    with no_autocast(x):
-        x = layer_norm(x, norm_weight, norm_bias, given.norm_eps)
-        product = (x - x @ weight.t()) @ weight
     sign = y.sign()
     through_threshold = -(grad * sign).sum()
-    grad_step_size = (grad * sign.abs() * product).sum() + through_threshold * given.lambd
-    return grad_step_size.to(given.step_size), (through_threshold * given.step_size).to(given.lambd)
+    grad_step_size = grad_lambd = None
+    if need_step_size:
+        with no_autocast(x):
+            x = layer_norm(x, norm_weight, norm_bias, given.norm_eps)
+            product = (x - x @ weight.t()) @ weight
+        through_product = (grad * sign.abs() * product).sum()
+        grad_step_size = (through_product + through_threshold * given.lambd).to(given.step_size)
+    if need_lambd:
+        grad_lambd = (through_threshold * given.step_size).to(given.lambd)
+    return grad_step_size, grad_lambd

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from crate_kernels import dispatch
 from crate_kernels.ista.form import one_product
 from crate_kernels.precision import undisturbed
+from crate_kernels.schemas import empty_gradient, or_empty
 
 
 class Arguments(NamedTuple):
@@ -114,18 +115,6 @@ def _backward(
             )
     likes = x if given.implementation == "triton" else y, given.weight, given.norm_weight, given.norm_bias
     return tuple(map(or_empty, (grad_x, grad_weight, *grads_of_norm), likes))
-
-
-def or_empty(grad: Tensor | None, like: Tensor | None) -> Tensor:
-    """A schema cannot return an optional tensor: a gradient nobody asked for is an empty one."""
-    if grad is None:
-        return torch.empty(0) if like is None else like.new_empty(0)
-    return grad.to(like.dtype)
-
-
-def empty_gradient(like: Tensor | None, need: bool) -> Tensor:
-    """The fake of ``or_empty``: contiguous."""
-    return torch.empty(0) if like is None else like.new_empty(like.shape if need else 0)
 
 
 @torch.library.register_fake("crate_kernels::ista_forward")

@@ -12,14 +12,15 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import dispatch
-from crate_kernels.ista.api import as_tensor, ista
 from crate_kernels.ista.api import check as check_ista
+from crate_kernels.ista.api import ista
 from crate_kernels.layers import op
 from crate_kernels.mssa.api import check as check_mssa
 from crate_kernels.mssa.api import mssa
 from crate_kernels.norm_linear.api import norm_linear
 from crate_kernels.precision import compute_dtype, no_autocast
 from crate_kernels.products.operand import Norm
+from crate_kernels.schemas import number_as_tensor
 from crate_kernels.shared_attention.api import obstacle_to_triton
 
 
@@ -100,7 +101,7 @@ def encoder_layer(
         return _checkpointed(layer, x) if recompute else layer(x)
     check_mssa(x, *attention, num_heads, *attention_norm, x, False)
     check_ista(x, dictionary, step_size, lambd, threshold, *sparse_norm, None)
-    numbers = as_tensor(step_size), as_tensor(lambd)
+    numbers = number_as_tensor(step_size), number_as_tensor(lambd)
     weights = *attention, *attention_norm[:2], dictionary, *sparse_norm[:2], *numbers
     eps = float(attention_norm.eps), float(sparse_norm.eps)
     scale = _head_dim(attention, num_heads) ** -0.5 if scale is None else float(scale)
@@ -186,15 +187,16 @@ def prepare_layers(
     plain = type(layers[0].attention.qkv) in (Tensor, Parameter)
     if implementation != "triton" or layers[0].attention.out is None or not plain:
         return [None] * len(layers)
-    kernels = dispatch.load("layers", "triton")
-    with no_autocast(x), torch.cuda.device_of(x):
+    from crate_kernels.layers import triton as kernels  # not dispatch.load: this much of it is traced by torch.compile
+
+    with no_autocast(x):
         attention = kernels.attention.Weights(
             *_stacked([layer.attention for layer in layers]), _stacked_norm([layer.attention_norm for layer in layers])
         )
         if is_encoder:
             norm = _stacked_norm([layer.sparse_norm for layer in layers])
             weights = kernels.Weights(attention, norm, torch.stack([layer.dictionary for layer in layers]))
-            step = kernels.sparse.Step(as_tensor(step_size), as_tensor(lambd), False)
+            step = kernels.sparse.Step(number_as_tensor(step_size), number_as_tensor(lambd), False)
             prepared = kernels.prepare_encoder(weights, step, dtype)
         else:
             norm = _stacked_norm([layer.step_norm for layer in layers])

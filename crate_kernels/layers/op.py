@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
-from crate_kernels.mssa.op import empty_gradient, or_empty
 from crate_kernels.precision import undisturbed
+from crate_kernels.schemas import empty_gradient, or_empty
 
 
 class Arguments(NamedTuple):

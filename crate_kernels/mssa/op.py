@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
 from crate_kernels.precision import undisturbed
+from crate_kernels.schemas import empty_gradient, or_empty
 
 
 class Arguments(NamedTuple):
@@ -90,18 +91,6 @@ def _backward(grad: Tensor, x: Tensor, kept: list[Tensor], needs: list[bool], *a
             (found.qkv and found.qkv.norm_bias, given.norm_bias),
         )
     )
-
-
-def or_empty(grad: Tensor | None, like: Tensor | None) -> Tensor:
-    """A schema cannot return an optional tensor: a gradient nobody asked for is an empty one."""
-    if grad is None:
-        return torch.empty(0) if like is None else like.new_empty(0)
-    return grad.to(like.dtype).contiguous()
-
-
-def empty_gradient(like: Tensor | None, need: bool) -> Tensor:
-    """The fake of ``or_empty``."""
-    return torch.empty(0) if like is None else like.new_empty(like.shape if need else 0)
 
 
 @torch.library.register_fake("crate_kernels::mssa_forward")

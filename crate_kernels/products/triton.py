@@ -87,10 +87,8 @@ def before_threshold(y, threshold, ACTIVATION: tl.constexpr):
     """u of y = T(u), where y is not zero."""
     if ACTIVATION == "relu":
         return y + threshold
-    elif ACTIVATION == "soft":
-        return tl.where(y < 0.0, y - threshold, y + threshold)
     else:
-        return y
+        return tl.where(y < 0.0, y - threshold, y + threshold)
 
 
 @triton.jit
@@ -234,7 +232,9 @@ def input_gradient_kernel(
             if ACTIVATION != "none":
                 g = masked_gradient(g, y_tile)
             if NORM:
-                z = before_threshold(y_tile.to(tl.float32), scalar(threshold, THRESHOLD_IN_MEMORY), ACTIVATION)
+                z = y_tile.to(tl.float32)
+                if ACTIVATION != "none":
+                    z = before_threshold(z, scalar(threshold, THRESHOLD_IN_MEMORY), ACTIVATION)
                 c1 += tl.sum(g.to(tl.float32) * load_row(product_sum, inner, inner_width), 1)
                 c2 += tl.sum(g.to(tl.float32) * (z - load_row(product_offset, inner, inner_width)), 1)
         matrix_tile = load_tile(
