@@ -15,7 +15,16 @@ from crate_kernels.shared_attention import op, reference  # noqa: F401  (op regi
 WIDEST_HEAD = 128
 
 
-def shared_qkv_attention(w: Tensor, *, scale: float | None = None, is_causal: bool = False) -> Tensor:
+def shared_qkv_attention(
+    w: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention whose query, key and value are one tensor: ``softmax(scale * w w^T) w`` for every head.
 
     Args:
@@ -23,20 +32,35 @@ def shared_qkv_attention(w: Tensor, *, scale: float | None = None, is_causal: bo
             transposed view of [batch, tokens, heads * head_dim] costs no copy. Under autocast it is cast to the autocast dtype.
         scale: factor on the scores; head_dim**-0.5 if None.
         is_causal: token i attends to tokens 0..i only.
+        lengths: [batch], int32 or int64, on w's device: of sample b, tokens from ``lengths[b]`` on are padding. Padding neither
+            gives nor takes: it is no key, its rows of the output are zero, it gets no gradient, and what is stored there is
+            not used. Each length is at least 1 and at most tokens; that is checked for CPU tensors outside ``torch.compile``,
+            and never on a device, where looking would wait for it: there, lengths act as if clamped to 0..tokens.
+        dropout: probability, below 1, with which each weight of the softmax is set to zero, independently; those that stay are
+            divided by ``1 - dropout``. There is no training flag: pass 0 for evaluation.
+        seed: names the weights that are dropped, 0 <= seed < 2**63; drawn from PyTorch's default CPU generator if None, so that
+            ``torch.manual_seed`` reproduces. Each implementation draws its own mask from it, and the composed one's
+            depends on the device. A CUDA graph replays one mask.
+        return_lse: return the log-sum-exp too.
 
     Returns:
-        [batch, heads, tokens, head_dim] in w's dtype (the autocast dtype under autocast), laid out in memory as
-        [batch, tokens, heads, head_dim], so that ``out.transpose(1, 2).flatten(2)`` is a view.
+        out: [batch, heads, tokens, head_dim] in w's dtype (the autocast dtype under autocast), laid out in memory as
+            [batch, tokens, heads, head_dim], so that ``out.transpose(1, 2).flatten(2)`` is a view.
+        lse: only with ``return_lse``: [batch, heads, tokens], float32 (float64 for float64), the natural logarithm of each row's
+            sum of exponentials, before dropout; -inf for padding. No gradient flows through it.
 
     The backward takes the forward's implementation. It is deterministic, and cannot be differentiated again. Kept for it
-    are w, the output and one number a row (on a CPU that multiplies in 16 bits, for up to 512 tokens, the probabilities instead).
+    are w, the output and one number a row (on a CPU with dropout, or one that multiplies in 16 bits, for up to 512 tokens,
+    the probabilities instead).
 
     Raises:
-        TypeError: w is not a floating-point tensor, or scale not a number.
-        ValueError: w has not four dimensions, has no tokens or features, or scale is not above zero.
+        TypeError: w is not a floating-point tensor, lengths not one of int32 or int64, scale or dropout not a number, or seed
+            not an int.
+        ValueError: w has not four dimensions, has no tokens or features, scale is not above zero, or lengths, dropout or seed
+            are out of range.
         RuntimeError: a forced implementation cannot run on w.
 
-    Source: CRATE (arXiv 2306.01129), section 2.3; CRATE-MAE (arXiv 2404.02446), section 3.
+    Source: CRATE (arXiv 2306.01129), section 2.3; CRATE-MAE (arXiv 2404.02446), section 3. Dropout as in the official modules.
     """
     checks.tensor("w", w, "batch heads tokens head_dim")
     if w.shape[2] == 0 or w.shape[3] == 0:
@@ -44,12 +68,40 @@ def shared_qkv_attention(w: Tensor, *, scale: float | None = None, is_causal: bo
     if scale is None:
         scale = w.shape[-1] ** -0.5
     checks.number("scale", scale, positive=True)
+    if lengths is not None:
+        _check_lengths(lengths, w)
+    _check_dropout(dropout, seed)
 
     dtype = compute_dtype(w)
     implementation = dispatch.choose(w, dtype, obstacle_to_triton(w.shape[-1]))
     if implementation == "reference":
-        return reference.shared_qkv_attention(w, scale, is_causal)
-    return attend(w.to(dtype), float(scale), is_causal, implementation)
+        return reference.shared_qkv_attention(w, scale, is_causal, lengths, dropout, seed, return_lse)
+    return attend(w.to(dtype), float(scale), is_causal, implementation, lengths, float(dropout), seed, return_lse)
+
+
+def _check_lengths(lengths: Tensor, w: Tensor) -> None:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths: expected an int32 or int64 tensor [batch], got {checks.describe(lengths)}")
+    checks.shape("lengths", lengths, (w.shape[0],), "[batch]")
+    if lengths.device != w.device:
+        raise ValueError(f"lengths: expected it on {w.device} like w, got {checks.describe(lengths)}")
+    # Elsewhere a look at the values would wait for the device, and inside torch.compile break the graph.
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = lengths[(lengths < 1) | (lengths > w.shape[2])]
+        if len(outside):
+            raise ValueError(f"lengths: expected 1 to {w.shape[2]} tokens, got {outside[0].item()}")
+
+
+def _check_dropout(dropout: float, seed: int | None) -> None:
+    checks.number("dropout", dropout)
+    if dropout >= 1:
+        raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+    if seed is None:
+        return
+    if not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, got {checks.describe(seed)}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected at least 0 and less than 2**63, got {seed}")
 
 
 def obstacle_to_triton(head_dim: int) -> str | None:
@@ -58,22 +110,55 @@ def obstacle_to_triton(head_dim: int) -> str | None:
     return f"its kernels take heads of 1 to {WIDEST_HEAD} features, not {head_dim}" if head_dim > WIDEST_HEAD else None
 
 
-def attend(w: Tensor, scale: float, is_causal: bool, implementation: str) -> Tensor:
+def attend(
+    w: Tensor,
+    scale: float,
+    is_causal: bool,
+    implementation: str,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """``shared_qkv_attention`` behind its checks and choices, for an operator that has made them already."""
     keep = torch.is_grad_enabled() and w.requires_grad
-    return _SharedAttention.apply(w, scale, is_causal, keep, implementation)
+    key = None
+    if dropout:
+        # A tensor even so: see op.
+        key = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
+    return _SharedAttention.apply(w, lengths, key, scale, is_causal, keep, implementation, dropout, return_lse)
 
 
 class _SharedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: Tensor, scale: float, is_causal: bool, keep: bool, implementation: str) -> Tensor:
-        out, kept = torch.ops.crate_kernels.shared_attention_forward(w, scale, is_causal, keep, implementation)
-        ctx.save_for_backward(w, out, kept)
-        ctx.arguments = scale, is_causal, implementation
-        return out
+    def forward(
+        ctx: Any,
+        w: Tensor,
+        lengths: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        is_causal: bool,
+        keep: bool,
+        implementation: str,
+        dropout: float,
+        return_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        out, kept = torch.ops.crate_kernels.shared_attention_forward(
+            w, scale, is_causal, keep, implementation, lengths, dropout, seed, return_lse
+        )
+        ctx.save_for_backward(w, out, kept, lengths, seed)
+        ctx.arguments = scale, is_causal, implementation, dropout
+        if not return_lse:
+            return out
+        ctx.mark_non_differentiable(kept)
+        return out, kept
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None, None]:
-        grad_w = torch.ops.crate_kernels.shared_attention_backward(grad_out, *ctx.saved_tensors, *ctx.arguments)
-        return grad_w, None, None, None, None
+    def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        w, out, kept, lengths, seed = ctx.saved_tensors
+        scale, is_causal, implementation, dropout = ctx.arguments
+        grad_w = torch.ops.crate_kernels.shared_attention_backward(
+            grad_out, w, out, kept, scale, is_causal, implementation, lengths, dropout, seed
+        )
+        return (grad_w, *[None] * 8)

@@ -2,7 +2,9 @@
 
 ``implementation`` is an argument, so that a traced graph says which one runs and the backward takes the forward's. ``kept``
 is what its backward needs besides w and out: from ``triton`` the log-sum-exp of each row of scores, [batch, heads, tokens],
-float32; from ``composed`` what ``composed_keeps`` says. ``keep`` is false where no backward will come.
+float32; from ``composed`` what ``composed_keeps`` says. ``keep`` is false where no backward will come. With ``return_lse``
+kept is the log-sum-exp in any case. ``seed`` is an int64 tensor of one element on the CPU, not a number: it is drawn
+inside graphs too, where a number would be frozen.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from crate_kernels.precision import arithmetic_dtype, undisturbed
 
 torch.library.define(
     "crate_kernels::shared_attention_forward",
-    "(Tensor w, float scale, bool is_causal, bool keep, str implementation) -> (Tensor out, Tensor kept)",
+    "(Tensor w, float scale, bool is_causal, bool keep, str implementation, Tensor? lengths=None, float dropout=0.0, "
+    "Tensor? seed=None, bool return_lse=False) -> (Tensor out, Tensor kept)",
 )
 torch.library.define(
     "crate_kernels::shared_attention_backward",
-    "(Tensor grad_out, Tensor w, Tensor out, Tensor kept, float scale, bool is_causal, str implementation) -> Tensor",
+    "(Tensor grad_out, Tensor w, Tensor out, Tensor kept, float scale, bool is_causal, str implementation, "
+    "Tensor? lengths=None, float dropout=0.0, Tensor? seed=None) -> Tensor",
 )
 
 
@@ -35,50 +39,83 @@ def empty_token_major(w: Tensor) -> Tensor:
     return w.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-def composed_keeps(w: Tensor) -> str:
+def takes_flash_attention(w: Tensor, dropout: float) -> bool:
+    """Whether ``composed`` is PyTorch's CPU flash attention: where a CPU computes in float32 or float64, without dropout."""
+    return w.device.type == "cpu" and arithmetic_dtype(w) in (torch.float32, torch.float64) and dropout == 0
+
+
+def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False) -> str:
     """What ``composed`` keeps of w [batch, heads, tokens, head_dim] for its backward.
 
-    "log-sum-exp": [batch, heads, tokens] in the dtype of the arithmetic, where a CPU computes in float32 or float64.
-    "probabilities": [batch * heads, tokens, tokens], of short sequences where a CPU computes in 16 bits: they save one of
+    "log-sum-exp": [batch, heads, tokens] in float32, or float64 for float64, from flash attention and wherever it is asked for.
+    "probabilities": [batch, heads, tokens, tokens], before dropout, of short sequences elsewhere on a CPU: they save one of
     seven products and a softmax, and take tokens / head_dim times the memory of w.
     """
-    if w.device.type != "cpu":
-        return "nothing"
-    if arithmetic_dtype(w) in (torch.float32, torch.float64):
+    if return_lse or takes_flash_attention(w, dropout):
         return "log-sum-exp"
-    return "probabilities" if w.shape[2] <= 512 else "nothing"
+    return "probabilities" if w.device.type == "cpu" and w.shape[2] <= 512 else "nothing"
 
 
 @torch.library.impl("crate_kernels::shared_attention_forward", "CompositeExplicitAutograd")
 @undisturbed
-def _forward(w: Tensor, scale: float, is_causal: bool, keep: bool, implementation: str) -> tuple[Tensor, Tensor]:
-    return dispatch.load("shared_attention", implementation).forward(w, scale, is_causal, keep)
+def _forward(
+    w: Tensor,
+    scale: float,
+    is_causal: bool,
+    keep: bool,
+    implementation: str,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    kernels = dispatch.load("shared_attention", implementation)
+    return kernels.forward(w, scale, is_causal, keep, lengths, dropout, seed, return_lse)
 
 
 @torch.library.impl("crate_kernels::shared_attention_backward", "CompositeExplicitAutograd")
 @undisturbed
 def _backward(
-    grad_out: Tensor, w: Tensor, out: Tensor, kept: Tensor, scale: float, is_causal: bool, implementation: str
+    grad_out: Tensor,
+    w: Tensor,
+    out: Tensor,
+    kept: Tensor,
+    scale: float,
+    is_causal: bool,
+    implementation: str,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    return dispatch.load("shared_attention", implementation).backward(grad_out, w, out, kept, scale, is_causal)
+    kernels = dispatch.load("shared_attention", implementation)
+    return kernels.backward(grad_out, w, out, kept, scale, is_causal, lengths, dropout, seed)
 
 
 @torch.library.register_fake("crate_kernels::shared_attention_forward")
-def _forward_fake(w: Tensor, scale: float, is_causal: bool, keep: bool, implementation: str) -> tuple[Tensor, Tensor]:
+def _forward_fake(
+    w: Tensor,
+    scale: float,
+    is_causal: bool,
+    keep: bool,
+    implementation: str,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = w.shape
-    if implementation == "triton":
-        kept = w.new_empty(batch, heads, tokens, dtype=torch.float32)
+    keeps = "log-sum-exp" if implementation == "triton" else composed_keeps(w, dropout, return_lse)
+    if keeps == "log-sum-exp":
+        dtype = torch.float32 if implementation == "triton" else torch.promote_types(w.dtype, torch.float32)
+        kept = w.new_empty(batch, heads, tokens, dtype=dtype)
     else:
-        shapes = {
-            "log-sum-exp": (batch, heads, tokens),
-            "probabilities": (batch * heads, tokens, tokens) if keep else (0,),
-        }
-        kept = w.new_empty(shapes.get(composed_keeps(w), (0,)), dtype=arithmetic_dtype(w))
+        shape = (batch, heads, tokens, tokens) if keeps == "probabilities" and keep else (0,)
+        kept = w.new_empty(shape, dtype=arithmetic_dtype(w))
     return empty_token_major(w), kept
 
 
 @torch.library.register_fake("crate_kernels::shared_attention_backward")
-def _backward_fake(grad_out: Tensor, w: Tensor, *_: Any) -> Tensor:
+def _backward_fake(grad_out: Tensor, w: Tensor, *_: Any, **__: Any) -> Tensor:
     return empty_token_major(w)
 
 

@@ -37,9 +37,11 @@ TABLE = {
         **{("delta_kernel", 4, width): _rows(32) for width in (16, 32, 48, 64)},
         **{("delta_kernel", 4, width): _rows(16) for width in (80, 96, 128)},
         **{("backward_kernel", 2, width): _tile(64, 32, 4, 2) for width in (16, 32)},
-        **{("backward_kernel", 2, width): _tile(32, 32, 4, 2) for width in (48, 64, 80, 96, 128)},
+        **{("backward_kernel", 2, width): _tile(32, 32, 4, 2) for width in (48, 64, 128)},
+        **{("backward_kernel", 2, width): _tile(64, 32, 8, 2) for width in (80, 96)},
         **{("backward_kernel", 4, width): _tile(32, 32, 4, 2) for width in (16, 32)},
         **{("backward_kernel", 4, width): _tile(32, 32, 8, 2) for width in (48, 64)},
-        **{("backward_kernel", 4, width): _tile(16, 16, 8, 2) for width in (80, 96, 128)},
+        ("backward_kernel", 4, 80): _tile(16, 16, 8, 1),
+        **{("backward_kernel", 4, width): _tile(16, 16, 8, 2) for width in (96, 128)},
     },
 }
