@@ -1,0 +1,108 @@
+"""torch.compile takes CRATE-MAE of every size as one graph, whose batch may change.
+
+The kernels are replaced by nothing here (their results are garbage): what counts is the graph around them, of whole layers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import crate_kernels
+from crate_mae import MODELS, create_model
+
+pytest.importorskip("triton")
+
+
+class Nothing:
+    """Stands for a kernel; a launch does nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def __getitem__(self, grid: object) -> object:
+        return lambda *_, **__: None
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from crate_kernels.products import triton as products
+    from crate_kernels.shared_attention import triton as attention
+
+    for module in (products, attention):
+        for name in vars(module).copy():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Nothing(name))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step(model: torch.nn.Module, batch: int) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(batch, 3, 32, 32)).loss
+    loss.backward()
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("name", MODELS)
+def test_one_graph_at_full_depth(name: str) -> None:
+    """``fullgraph`` raises at a graph break; forward and backward are traced and run."""
+    counter = CompileCounterWithBackend("aot_eager")
+    with crate_kernels.use("triton"):
+        model = create_model(name, img_size=32)
+        step(torch.compile(model, fullgraph=True, backend=counter), 2)
+    assert counter.frame_count == 1
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("name", MODELS)
+def test_batches_do_not_recompile(name: str) -> None:
+    """The second batch size makes the graph dynamic; the next twenty run it as it is."""
+    counter = CompileCounterWithBackend("aot_eager")
+    with crate_kernels.use("triton"):
+        model = create_model(name, img_size=32, depth=1, decoder_depth=1)
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        step(compiled, 2)
+        step(compiled, 3)
+        graphs = counter.frame_count
+        for batch in range(4, 24):
+            step(compiled, batch)
+    assert counter.frame_count == graphs == 2
+
+
+@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("kind", ["blocks", "decoder_blocks"])
+@pytest.mark.parametrize("name", MODELS)
+def test_opcheck_of_a_layer_of_every_size(name: str, kind: str) -> None:
+    """Schema and fake against what the operators really return, at the widths, heads and dtypes of the model."""
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "crate_kernels":
+                calls.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    with crate_kernels.use("triton"), torch.autocast("cpu", torch.bfloat16):
+        layer = getattr(create_model(name, depth=1, decoder_depth=1), kind)[0]
+        x = torch.randn(2, 197, layer.weights().attention.qkv.shape[1], requires_grad=True)
+        with Record():
+            layer(x).sum().backward()
+    assert [str(function) for function, _ in calls] == [
+        "crate_kernels.layer_forward.default",
+        "crate_kernels.layer_backward.default",
+    ]
+    for function, args in calls:
+        # Derivatives are the autograd.Function's around the operators.
+        args = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+        opcheck(function, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
