@@ -150,7 +150,7 @@ def _change(module: nn.Module, target: type[nn.Module]) -> str | None:
         if any(hooks) or "forward" in vars(child):
             return f"{name} has hooks or a replaced forward, which one fused call would pass by"
         if isinstance(child, nn.Dropout) and child.p > 0:
-            return f"{name}: its dropout is above 0, which the fused attention does not support"
+            return f"{name}: its dropout is above 0, and what is random cannot be compared"
         if child._parameters and type(child) is not nn.Linear:
             return f"{name}: expected a plain Linear, found {type(child).__name__}"
     return None

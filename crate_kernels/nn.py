@@ -11,6 +11,7 @@ from crate_kernels.ista.api import combine, ista
 from crate_kernels.mssa.api import mssa
 from crate_kernels.norm_linear.api import norm_linear
 from crate_kernels.overcomplete.api import overcomplete_ista
+from crate_kernels.shared_attention.api import shared_qkv_attention
 
 
 class MSSA(nn.Module):
@@ -20,7 +21,8 @@ class MSSA(nn.Module):
         dim: width of the tokens.
         heads: number of heads.
         dim_head: width of one head. Official naming and default.
-        dropout: probability on the attention weights and after the output projection; only 0 is supported.
+        dropout: probability, below 1, on the attention weights and after the output projection, in training. Where it is
+            above 0 the projections are the library's, around the attention kernel.
         out_bias: whether the output projection has a bias. CRATE-alpha's has none.
 
     ``to_out`` is the identity where one head is as wide as the tokens, as in the official code. Formula, shapes and errors:
@@ -31,14 +33,15 @@ class MSSA(nn.Module):
         self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.0, out_bias: bool = True
     ) -> None:
         super().__init__()
-        if dropout:
-            raise ValueError(f"dropout: expected 0, the only probability the fused attention supports, got {dropout}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability of at least 0 and below 1, got {dropout}")
         self.heads = heads
         self.scale = dim_head**-0.5
         self.qkv = nn.Linear(dim, heads * dim_head, bias=False)
         projects = not (heads == 1 and dim_head == dim)
         out = nn.Linear(heads * dim_head, dim, bias=out_bias)
-        self.to_out = nn.Sequential(out, nn.Identity()) if projects else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.to_out = nn.Sequential(out, nn.Dropout(dropout)) if projects else nn.Identity()
 
     def forward(
         self,
@@ -58,6 +61,9 @@ class MSSA(nn.Module):
         if return_attention or return_key:
             w = self.qkv(x if norm is None else norm(x))
             return w if return_key else self._attention(w)
+        if self.training and getattr(self, "dropout", None) is not None and self.dropout.p > 0:
+            out = self._with_dropout(x if norm is None else norm(x))
+            return out if residual is None else residual - out if subtract else residual + out
         out = self.to_out[0] if isinstance(self.to_out, nn.Sequential) else None
         return mssa(
             x,
@@ -71,8 +77,17 @@ class MSSA(nn.Module):
             **_norm_arguments(norm),
         )
 
+    def _with_dropout(self, x: Tensor) -> Tensor:
+        w = self._split(self.qkv(x))
+        out = shared_qkv_attention(w, scale=self.scale, dropout=self.dropout.p)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def _split(self, w: Tensor) -> Tensor:
+        """[batch, tokens, heads * dim_head] -> a view [batch, heads, tokens, dim_head]."""
+        return w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def _attention(self, w: Tensor) -> Tensor:
-        w = w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        w = self._split(w)
         return (torch.matmul(w, w.transpose(-1, -2)) * self.scale).softmax(dim=-1)
 
     def extra_repr(self) -> str:

@@ -495,8 +495,29 @@ def test_modules_bear_the_official_names_and_formulas() -> None:
     x = torch.randn(2, 5, 12)
     expected = reference_mssa(x, attention.qkv.weight, *attention.to_out[0].parameters(), 3, 0.5, False)
     assert error(attention(x), expected) < 1e-6
-    with pytest.raises(ValueError, match="dropout: expected 0"):
-        MSSA(12, dropout=0.1)
+    with pytest.raises(ValueError, match="dropout: expected a probability of at least 0 and below 1, got 1"):
+        MSSA(12, dropout=1)
+
+
+def test_dropout_is_the_official_one_in_expectation_and_none_in_evaluation() -> None:
+    """The output is linear in both random masks, so that its mean over many draws is the output without dropout."""
+    module, norm, x = MSSA(12, heads=3, dim_head=4, dropout=0.3), nn.LayerNorm(12), torch.randn(1, 5, 12)
+    plain = MSSA(12, heads=3, dim_head=4)
+    plain.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        expected = plain(x, norm=norm, residual=x, subtract=True)
+        assert torch.equal(module.eval()(x, norm=norm, residual=x, subtract=True), expected)
+        module.train()
+        draws = torch.cat([module(x, norm=norm, residual=x, subtract=True) for _ in range(1000)])
+        standard_error = draws.std(0) / 1000**0.5
+        assert ((draws.mean(0) - expected[0]).abs() < 5 * standard_error).all()
+        # Weights and outputs are dropped: more than the outputs alone would vary, by this.
+        out = expected - x
+        assert draws.var(0).sum() > 1.1 * (0.3 / 0.7) * out.square().sum()
+        torch.manual_seed(1)
+        first = module(x)
+        torch.manual_seed(1)
+        assert torch.equal(module(x), first) and not torch.equal(module(x), first)
 
 
 def test_modules_take_their_norm_and_residual() -> None:
