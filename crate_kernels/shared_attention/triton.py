@@ -260,6 +260,7 @@ def forward_kernel(
             HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
         )  # fmt: skip
 
+    row_sum = tl.where(rows_i < end, row_sum, 1.0)  # rows of padding have summed nothing
     out_head_ptr = out_ptr + head_offset(head, heads, out_batch, out_head)
     store_parts(out_head_ptr, out_i, 1.0 / row_sum, rows_i, end, tokens, out_token, out_feature, HEAD_DIM, DIM_A, DIM_B)
     lse_i = tl.where(rows_i < end, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))

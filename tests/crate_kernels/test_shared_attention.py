@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support import awkward_gradients, error, gradients
@@ -20,14 +22,23 @@ SHAPES = [
 ]
 
 
-def truth(w: Tensor, scale: float, is_causal: bool) -> Tensor:
-    """softmax(scale * w w^T) w, row by row, in float64."""
-    rows = []
-    for i in range(w.shape[2]):
-        keys = w[:, :, : i + 1] if is_causal else w
-        scores = torch.einsum("bhd,bhjd->bhj", w[:, :, i], keys) * scale
-        rows.append(torch.einsum("bhj,bhjd->bhd", scores.softmax(-1), keys))
-    return torch.stack(rows, dim=2)
+def truth(
+    w: Tensor, scale: float, is_causal: bool, lengths: Tensor | None = None, factors: Tensor | None = None
+) -> Tensor:
+    """softmax(scale * w w^T) w, sample by sample and row by row, in float64; factors [..., tokens, tokens] are dropout's."""
+    samples = []
+    for b, sample in enumerate(w):
+        length = w.shape[2] if lengths is None else int(lengths[b])
+        rows = []
+        for i in range(length):
+            keys = sample[:, : i + 1 if is_causal else length]
+            weights = (torch.einsum("hd,hjd->hj", sample[:, i], keys) * scale).softmax(-1)
+            if factors is not None:
+                weights = weights * factors[b, :, i, : keys.shape[1]]
+            rows.append(torch.einsum("hj,hjd->hd", weights, keys))
+        rows += [torch.zeros_like(sample[:, 0])] * (w.shape[2] - length)
+        samples.append(torch.stack(rows, dim=1))
+    return torch.stack(samples) if samples else w * 1
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -58,6 +69,139 @@ def test_slices_of_rows_and_heads_add_up(
     found = gradients(lambda w: shared_qkv_attention(w, is_causal=is_causal), [w], upstream)
     for a, b in zip(found, gradients(lambda w: truth(w, 0.25, is_causal), [w], upstream), strict=True):
         assert error(a, b) < 1e-13
+
+
+PATHS = ["reference", "composed: flash attention", "composed: probabilities kept", "composed: computed again", "triton"]
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every way through the operator on a CPU, with slices of heads and rows where there are slices."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    if "probabilities" in request.param or "again" in request.param:
+        keeps = "probabilities" if "probabilities" in request.param else "nothing"
+        monkeypatch.setattr(composed, "_SCORES_ON_CPU", 20 * 11)
+        monkeypatch.setattr(composed, "takes_flash_attention", lambda *_: False)
+        monkeypatch.setattr(composed, "composed_keeps", lambda w, dropout, lse: "log-sum-exp" if lse else keeps)
+    with crate_kernels.use(request.param.partition(":")[0]):
+        yield request.param
+
+
+def numbers(path: str, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float32 if path == "triton" else torch.float64)
+
+
+def tolerance(path: str) -> float:
+    """Roundings of sums of some tens of terms; the kernels compute in float32 at most."""
+    return 2e-6 if path == "triton" else 1e-13
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_padding_neither_gives_nor_takes(path: str, is_causal: bool) -> None:
+    w, upstream, lengths = numbers(path, 3, 2, 20, 16), numbers(path, 3, 2, 20, 16), torch.tensor([1, 20, 13])
+    padding = torch.arange(20) >= lengths[:, None]
+    expected = gradients(lambda w: truth(w, 0.25, is_causal, lengths), [w.double()], upstream.double())
+    # Whatever is stored in the padding, it must not be used: not as a key, not as a query, not as a gradient.
+    w, upstream = (tensor.masked_fill(padding[:, None, :, None], float("nan")) for tensor in (w, upstream))
+    for dtype in (torch.int64, torch.int32):
+        found = gradients(
+            lambda w, dtype=dtype: shared_qkv_attention(w, is_causal=is_causal, lengths=lengths.to(dtype)),
+            [w],
+            upstream,
+        )
+        for value, exact in zip(found, expected, strict=True):
+            assert error(value, exact) < tolerance(path)
+            assert not value.transpose(1, 2)[padding].any()
+
+
+def dropout_factors(shape: tuple[int, ...], **arguments: object) -> Tensor:
+    """What a path multiplies the weights with: 0 or 1 / (1 - dropout), read off an identity matrix as values.
+
+    The path's slices depend on the shape alone, so the mask is that of any w of this shape.
+    """
+    tokens, head_dim = shape[2:]
+    assert head_dim >= tokens
+    w = torch.eye(tokens, head_dim).expand(shape)
+    flat = shared_qkv_attention(w, scale=1e-30, **arguments)[..., :tokens].double()  # all weights are 1 / tokens
+    return flat * tokens
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_dropout_drops_the_same_weights_forward_and_backward(path: str, is_causal: bool) -> None:
+    if path == "composed: flash attention":
+        pytest.skip("flash attention has no dropout")
+    factors = dropout_factors((2, 3, 20, 24), dropout=0.3, seed=5)
+    assert factors[factors > 0].sub(1 / 0.7).abs().max() < 1e-5
+    assert abs((factors > 0).double().mean() - 0.7) < 4 * (0.3 * 0.7 / factors.numel()) ** 0.5
+    assert (factors[0, 0] != factors[0, 1]).any() and (factors[0, 0] != factors[1, 0]).any()
+    assert (factors != factors.mT).any()
+
+    exact_factors = (factors > 0).double() / 0.7
+    w, upstream = numbers(path, 2, 3, 20, 24), numbers(path, 2, 3, 20, 24)
+    found = gradients(lambda w: shared_qkv_attention(w, is_causal=is_causal, dropout=0.3, seed=5), [w], upstream)
+    expected = gradients(
+        lambda w: truth(w, 24**-0.5, is_causal, factors=exact_factors), [w.double()], upstream.double()
+    )
+    for value, exact in zip(found, expected, strict=True):
+        assert error(value, exact) < tolerance(path)
+
+
+def test_dropout_beside_padding(path: str) -> None:
+    if path == "composed: flash attention":
+        pytest.skip("flash attention has no dropout")
+    lengths, w, upstream = torch.tensor([20, 7]), numbers(path, 2, 3, 20, 24), numbers(path, 2, 3, 20, 24)
+    factors = (dropout_factors((2, 3, 20, 24), dropout=0.5, seed=6) > 0).double() * 2
+    found = gradients(lambda w: shared_qkv_attention(w, lengths=lengths, dropout=0.5, seed=6), [w], upstream)
+    expected = gradients(lambda w: truth(w, 24**-0.5, False, lengths, factors), [w.double()], upstream.double())
+    for value, exact in zip(found, expected, strict=True):
+        assert error(value, exact) < tolerance(path)
+
+
+def test_the_default_generator_decides_where_no_seed_is_given(path: str) -> None:
+    w = numbers(path, 1, 2, 20, 16)
+
+    def draw(dropout: float) -> Tensor:
+        return shared_qkv_attention(w, dropout=dropout)
+
+    torch.manual_seed(3)
+    first, second = draw(0.5), draw(0.5)
+    torch.manual_seed(3)
+    assert torch.equal(draw(0.5), first) and torch.equal(draw(0.5), second) and not torch.equal(first, second)
+    state = torch.get_rng_state()
+    draw(0.0)
+    assert torch.equal(torch.get_rng_state(), state), "numbers were drawn without dropout"
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_log_sum_exp(path: str, is_causal: bool) -> None:
+    w, lengths = numbers(path, 3, 2, 20, 16).requires_grad_(), torch.tensor([1, 20, 13])
+    out, lse = shared_qkv_attention(w, is_causal=is_causal, lengths=lengths, return_lse=True)
+    assert lse.dtype == w.dtype and not lse.requires_grad and out.requires_grad
+    assert error(out, truth(w.double(), 0.25, is_causal, lengths)) < tolerance(path)
+    scores = w.detach().double() @ w.detach().double().mT * 0.25
+    position = torch.arange(20)
+    scores = scores.masked_fill(position >= lengths[:, None, None, None], float("-inf"))
+    if is_causal:
+        scores = scores.masked_fill(position > position[:, None], float("-inf"))
+    expected = scores.logsumexp(-1)
+    real = (position < lengths[:, None])[:, None].expand_as(lse)
+    assert error(lse[real], expected[real]) < tolerance(path)
+    assert (lse[~real] == float("-inf")).all()
+
+    upstream = numbers(path, 3, 2, 20, 16)
+    exact = gradients(lambda w: truth(w, 0.25, is_causal, lengths), [w.double()], upstream.double())[1]
+    out.backward(upstream)
+    assert error(w.grad, exact) < tolerance(path)
+
+
+def test_log_sum_exp_is_float32_where_w_has_16_bits(path: str) -> None:
+    if path == "triton":
+        pytest.skip("float16 kernels: test_shared_attention_triton.py")
+    w = torch.randn(1, 2, 20, 16).half()
+    lse = shared_qkv_attention(w, return_lse=True)[1]
+    assert lse.dtype == torch.float32
+    assert error(lse, (w.double() @ w.double().mT * 0.25).logsumexp(-1)) < 1e-3
 
 
 def test_what_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +277,19 @@ def test_second_derivative_is_refused() -> None:
         ),
         (dict(w=torch.randn(1, 1, 2, 4), scale=float("nan")), ValueError, "scale: .* got nan"),
         (dict(w=torch.randn(1, 1, 2, 4), scale="big"), TypeError, "scale: expected a number, got str"),
+        (dict(lengths=torch.tensor([3])), ValueError, "lengths: expected 1 to 2 tokens, got 3"),
+        (dict(lengths=torch.tensor([0])), ValueError, "lengths: expected 1 to 2 tokens, got 0"),
+        (dict(lengths=torch.tensor([1, 2])), ValueError, r"lengths: expected \[batch\] \(1,\), got shape \(2,\)"),
+        (dict(lengths=torch.tensor([1.0])), TypeError, "lengths: expected an int32 or int64 tensor .* float32"),
+        (dict(lengths=[2]), TypeError, "lengths: expected an int32 or int64 tensor .* got list"),
+        (dict(lengths=torch.tensor([1], device="meta")), ValueError, "lengths: expected it on cpu like w"),
+        (dict(dropout=1.0), ValueError, "dropout: expected a probability below 1, got 1.0"),
+        (dict(dropout=-0.1), ValueError, "dropout: expected a finite number of at least zero, got -0.1"),
+        (dict(dropout=None), TypeError, "dropout: expected a number, got NoneType"),
+        (dict(dropout=0.1, seed=1.5), TypeError, "seed: expected an int, got float"),
+        (dict(dropout=0.1, seed=-1), ValueError, r"seed: expected at least 0 and less than 2\*\*63, got -1"),
     ],
 )
 def test_bad_input_names_the_argument(arguments: dict, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        shared_qkv_attention(**arguments)
+        shared_qkv_attention(**{"w": torch.randn(1, 1, 2, 4), **arguments})
