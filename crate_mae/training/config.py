@@ -76,6 +76,10 @@ class RunConfig:
     """"auto" (CUDA where there is one), or a torch device such as "cpu" or "cuda:1"."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"bfloat16" is autocast; "auto" takes it on CUDA and on CPUs with bfloat16 instructions."""
+    stream: Literal["float32", "16bit"] = "float32"
+    """Tokens between layers; "16bit", under autocast, halves their memory and traffic, at the price of more rounding."""
+    recompute: bool = False
+    """Do projection and attention again in the backward: half the memory between layers, more time."""
     threads: int = 0
     """CPU threads that compute; 0 leaves the number to torch."""
     seed: int = 0

@@ -76,9 +76,12 @@ class _Run:
         self.config = config
         self.device = choose_device(config.run.device)
         self.precision = choose_precision(config.run.precision, self.device)
+        if config.run.stream == "16bit" and self.precision == "float32":
+            raise ValueError('run.stream: "16bit" needs the autocast of run.precision "bfloat16"; here it is "float32"')
 
         torch.manual_seed(config.run.seed)
         self.model = CrateMAE(config.model).to(self.device).train()
+        self.model.stream, self.model.recompute = config.run.stream, config.run.recompute
         images, schedule = config.images, config.schedule
         self.normalization = Normalization(images.mean, images.std, config.model.in_chans)
         self.train_folder, self.val_folder = _image_folders(config)

@@ -397,6 +397,21 @@ class TestRun:
         losses = [line["loss"] for line in metric_lines(pretrain(config).out) if "loss" in line]
         assert all(map(math.isfinite, losses))
 
+    def test_16_bit_stream_and_recompute_train_alike(self, config, tmp_path):
+        def losses(name, **settings):
+            run = dataclasses.replace(config.run, precision="bfloat16", log_every=1, **settings)
+            done = pretrain(dataclasses.replace(config, out=tmp_path / name, run=run))
+            return [line["loss"] for line in metric_lines(done.out) if "loss" in line]
+
+        plain, again = losses("plain"), losses("again", recompute=True)
+        assert again == pytest.approx(plain, rel=1e-6)
+        assert losses("stream", stream="16bit") == pytest.approx(plain, rel=3e-2)
+
+    def test_a_16_bit_stream_needs_autocast(self, config):
+        run = dataclasses.replace(config.run, precision="float32", stream="16bit")
+        with pytest.raises(ValueError, match="run.stream"):
+            pretrain(dataclasses.replace(config, run=run))
+
     def test_wide_grey_images(self, config):
         model = dataclasses.replace(TINY, img_size=(16, 40), in_chans=1)
         config = dataclasses.replace(config, model=model, images=ImagesConfig(mean=(0.5,), std=(0.25,)))
