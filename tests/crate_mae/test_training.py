@@ -409,7 +409,7 @@ class TestRun:
 
     def test_a_16_bit_stream_needs_autocast(self, config):
         run = dataclasses.replace(config.run, precision="float32", stream="16bit")
-        with pytest.raises(ValueError, match="run.stream"):
+        with pytest.raises(ValueError, match=r"run\.stream"):
             pretrain(dataclasses.replace(config, run=run))
 
     def test_wide_grey_images(self, config):
