@@ -11,7 +11,6 @@ from crate_kernels.ista.api import combine, ista
 from crate_kernels.mssa.api import mssa
 from crate_kernels.norm_linear.api import norm_linear
 from crate_kernels.overcomplete.api import overcomplete_ista
-from crate_kernels.shared_attention.api import shared_qkv_attention
 
 
 class MSSA(nn.Module):
@@ -52,8 +51,10 @@ class MSSA(nn.Module):
         norm: nn.LayerNorm | None = None,
         residual: Tensor | None = None,
         subtract: bool = False,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """MSSA of x [batch, tokens, dim], after ``norm`` and added to (or taken from) ``residual`` where these are given.
+        With ``lengths`` [batch], tokens from there on are padding.
 
         ``return_attention`` gives the attention weights [batch, heads, tokens, tokens] instead, ``return_key`` the
         projection [batch, tokens, heads * dim_head], as in the official encoder.
@@ -61,9 +62,8 @@ class MSSA(nn.Module):
         if return_attention or return_key:
             w = self.qkv(x if norm is None else norm(x))
             return w if return_key else self._attention(w)
-        if self.training and getattr(self, "dropout", None) is not None and self.dropout.p > 0:
-            out = self._with_dropout(x if norm is None else norm(x))
-            return out if residual is None else residual - out if subtract else residual + out
+        # Not every module that ``accelerate`` turned into this class has a dropout.
+        dropout = self.dropout.p if self.training and hasattr(self, "dropout") else 0.0
         out = self.to_out[0] if isinstance(self.to_out, nn.Sequential) else None
         return mssa(
             x,
@@ -74,20 +74,13 @@ class MSSA(nn.Module):
             scale=self.scale,
             residual=residual,
             subtract=subtract,
+            lengths=lengths,
+            dropout=dropout,
             **_norm_arguments(norm),
         )
 
-    def _with_dropout(self, x: Tensor) -> Tensor:
-        w = self._split(self.qkv(x))
-        out = shared_qkv_attention(w, scale=self.scale, dropout=self.dropout.p)
-        return self.to_out(out.transpose(1, 2).flatten(2))
-
-    def _split(self, w: Tensor) -> Tensor:
-        """[batch, tokens, heads * dim_head] -> a view [batch, heads, tokens, dim_head]."""
-        return w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     def _attention(self, w: Tensor) -> Tensor:
-        w = self._split(w)
+        w = w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return (torch.matmul(w, w.transpose(-1, -2)) * self.scale).softmax(dim=-1)
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from crate_kernels import checks, dispatch
 from crate_kernels.mssa import composed, op, reference  # noqa: F401  (op registers the operators)
 from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, no_autocast
-from crate_kernels.shared_attention.api import obstacle_to_triton
+from crate_kernels.shared_attention.api import check_padding_and_dropout, obstacle_to_triton
 
 
 def mssa(
@@ -28,6 +28,8 @@ def mssa(
     norm_eps: float = 1e-5,
     residual: Tensor | None = None,
     subtract: bool = False,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Multi-head subspace self-attention: ``softmax(scale * w w^T) w W_out^T + b`` with ``w = x U^T`` split into heads.
 
@@ -46,6 +48,12 @@ def mssa(
         norm_weight, norm_bias, norm_eps: LayerNorm over the width before the projection; none where norm_weight is None.
         residual: [batch, tokens, out_width], in any dtype.
         subtract: take the result from the residual instead of adding it.
+        lengths: [batch], int32 or int64: of sample b, tokens from ``lengths[b]`` on are padding. Attention passes them by, in
+            both directions; they still get the bias and their own residual.
+        dropout: probability, on the attention weights and after the output projection, as in the official module. Pass 0
+            for evaluation. The random numbers are PyTorch's: ``torch.manual_seed`` reproduces them.
+
+    On the Triton path three launches forward; with lengths or dropout the projections are the library's.
 
     Returns:
         [batch, tokens, out_width]: without residual in x's dtype (the autocast dtype under autocast); with one, in the
@@ -63,10 +71,11 @@ def mssa(
     if scale is None:
         scale = head_dim**-0.5
     checks.number("scale", scale, positive=True)
+    check_padding_and_dropout(x, 1, lengths, dropout, None)
 
     dtype = compute_dtype(x)
     implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
-    if implementation == "triton" and out_weight is not None:
+    if implementation == "triton" and out_weight is not None and lengths is None and dropout == 0:
         out_dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
         weights = qkv_weight, out_weight, out_bias, norm_weight, norm_bias
         settings = float(norm_eps), residual is x, subtract, num_heads, float(scale), is_causal, dtype
@@ -74,12 +83,11 @@ def mssa(
 
     x = layer_norm(x, norm_weight, norm_bias, norm_eps)
     if implementation == "reference":
-        out = reference.mssa(x, qkv_weight, out_weight, out_bias, num_heads, scale, is_causal)
+        out = reference.mssa(x, qkv_weight, out_weight, out_bias, num_heads, scale, is_causal, lengths, dropout)
     else:
         with no_autocast(x):
-            out = composed.mssa(
-                x.to(dtype), qkv_weight, out_weight, out_bias, num_heads, scale, is_causal, implementation
-            )
+            weights = qkv_weight, out_weight, out_bias
+            out = composed.mssa(x.to(dtype), *weights, num_heads, scale, is_causal, implementation, lengths, dropout)
     if residual is None:
         return out
     return residual - out if subtract else residual + out

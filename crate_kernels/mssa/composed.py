@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from crate_kernels.precision import linear
@@ -17,8 +18,10 @@ def mssa(
     scale: float,
     is_causal: bool,
     attention: str,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """MSSA of x [batch, tokens, width]; ``attention`` names the implementation of the attention between the projections."""
     w = linear(x, qkv_weight).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    out = attend(w, scale, is_causal, attention).transpose(1, 2).flatten(2)
-    return out if out_weight is None else linear(out, out_weight, out_bias)
+    out = attend(w, scale, is_causal, attention, lengths, dropout).transpose(1, 2).flatten(2)
+    return out if out_weight is None else F.dropout(linear(out, out_weight, out_bias), dropout)

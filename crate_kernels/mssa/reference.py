@@ -17,7 +17,9 @@ def mssa(
     num_heads: int,
     scale: float,
     is_causal: bool,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     w = rearrange(F.linear(x, qkv_weight), "b n (h d) -> b h n d", h=num_heads)
-    out = rearrange(shared_qkv_attention(w, scale, is_causal), "b h n d -> b n (h d)")
-    return out if out_weight is None else F.linear(out, out_weight, out_bias)
+    out = rearrange(shared_qkv_attention(w, scale, is_causal, lengths, dropout), "b h n d -> b n (h d)")
+    return out if out_weight is None else F.dropout(F.linear(out, out_weight, out_bias), dropout)

@@ -68,9 +68,7 @@ def shared_qkv_attention(
     if scale is None:
         scale = w.shape[-1] ** -0.5
     checks.number("scale", scale, positive=True)
-    if lengths is not None:
-        _check_lengths(lengths, w)
-    _check_dropout(dropout, seed)
+    check_padding_and_dropout(w, 2, lengths, dropout, seed)
 
     dtype = compute_dtype(w)
     implementation = dispatch.choose(w, dtype, obstacle_to_triton(w.shape[-1]))
@@ -79,20 +77,12 @@ def shared_qkv_attention(
     return attend(w.to(dtype), float(scale), is_causal, implementation, lengths, float(dropout), seed, return_lse)
 
 
-def _check_lengths(lengths: Tensor, w: Tensor) -> None:
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"lengths: expected an int32 or int64 tensor [batch], got {checks.describe(lengths)}")
-    checks.shape("lengths", lengths, (w.shape[0],), "[batch]")
-    if lengths.device != w.device:
-        raise ValueError(f"lengths: expected it on {w.device} like w, got {checks.describe(lengths)}")
-    # Elsewhere a look at the values would wait for the device, and inside torch.compile break the graph.
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = lengths[(lengths < 1) | (lengths > w.shape[2])]
-        if len(outside):
-            raise ValueError(f"lengths: expected 1 to {w.shape[2]} tokens, got {outside[0].item()}")
-
-
-def _check_dropout(dropout: float, seed: int | None) -> None:
+def check_padding_and_dropout(
+    x: Tensor, tokens_dim: int, lengths: Tensor | None, dropout: float, seed: int | None
+) -> None:
+    """``lengths``, ``dropout`` and ``seed`` fit ``x``, whose tokens lie along ``tokens_dim``."""
+    if lengths is not None:
+        _check_lengths(lengths, x, x.shape[tokens_dim])
     checks.number("dropout", dropout)
     if dropout >= 1:
         raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
@@ -102,6 +92,19 @@ def _check_dropout(dropout: float, seed: int | None) -> None:
         raise TypeError(f"seed: expected an int, got {checks.describe(seed)}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected at least 0 and less than 2**63, got {seed}")
+
+
+def _check_lengths(lengths: Tensor, x: Tensor, tokens: int) -> None:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths: expected an int32 or int64 tensor [batch], got {checks.describe(lengths)}")
+    checks.shape("lengths", lengths, (x.shape[0],), "[batch]")
+    if lengths.device != x.device:
+        raise ValueError(f"lengths: expected it on {x.device} like its tokens, got {checks.describe(lengths)}")
+    # Elsewhere a look at the values would wait for the device, and inside torch.compile break the graph.
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = lengths[(lengths < 1) | (lengths > tokens)]
+        if len(outside):
+            raise ValueError(f"lengths: expected 1 to {tokens} tokens, got {outside[0].item()}")
 
 
 def obstacle_to_triton(head_dim: int) -> str | None:

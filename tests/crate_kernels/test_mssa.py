@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import a_few_roundings, error, gradients
 from torch import Tensor
 
 import crate_kernels
-from crate_kernels import mssa
+from crate_kernels import MSSA, mssa
 
 
 def parameters(width: int = 12, heads: int = 3, head_dim: int = 4, **options: object) -> dict[str, Tensor]:
@@ -115,6 +116,47 @@ def test_layer_norm_before_and_residual_after(implementation: str, subtract: boo
     with crate_kernels.use(implementation):
         found = gradients(ours, [x, gamma, beta], upstream)
     assert max(map(error, found, gradients(plain, [x, gamma, beta], upstream))) < 1e-12
+
+
+@pytest.mark.parametrize("implementation", ["reference", "composed", "triton"])
+def test_padding_is_passed_by(implementation: str) -> None:
+    """Each sample as if it were alone and as long as its length says; gradients too."""
+    dtype = torch.float32 if implementation == "triton" else torch.float64
+    p, x = parameters(32, 2, 16, dtype=dtype), torch.randn(3, 9, 32, dtype=dtype)
+    lengths, upstream = torch.tensor([9, 1, 6]), torch.randn(3, 9, 32, dtype=dtype)
+    real = torch.arange(9) < lengths[:, None]
+    upstream = upstream * real[..., None]
+    inputs = [x, *p.values()]
+    with crate_kernels.use(implementation):
+        found = gradients(lambda *a: mssa(*a, num_heads=2, lengths=lengths), inputs, upstream)
+
+    def alone(x: Tensor, *weights: Tensor) -> Tensor:
+        rows = [truth(x[i : i + 1, :n], *weights, 2) for i, n in enumerate(lengths)]
+        return torch.cat([F.pad(row, (0, 0, 0, 9 - row.shape[1])) for row in rows])
+
+    expected = gradients(alone, [value.double() for value in inputs], upstream.double())
+    assert error(found[0] * real[..., None], expected[0]) < 1e-6
+    for value, exact in zip(found[1:], expected[1:], strict=True):
+        assert error(value, exact) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["reference", "composed", "triton"])
+def test_dropout_in_training_only_and_by_the_seed(implementation: str) -> None:
+    module, x = MSSA(32, heads=2, dim_head=16, dropout=0.25), torch.randn(2, 9, 32)
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return module(x)
+
+    with crate_kernels.use(implementation), torch.no_grad():
+        assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+        zeros = (run(3) == 0).float().mean()
+        assert 0.1 < zeros < 0.4, "after the projection a quarter is dropped"
+        plain = mssa(x, module.qkv.weight, module.to_out[0].weight, module.to_out[0].bias, num_heads=2)
+        mean = torch.stack([run(seed) for seed in range(200)]).mean(0)
+        assert error(mean, plain) < 0.2, "what is kept is scaled up, so that the mean stays"
+        module.eval()
+        assert torch.equal(run(1), plain)
 
 
 def test_identity_projection_of_one_head_as_wide_as_the_model() -> None:
