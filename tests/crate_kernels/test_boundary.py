@@ -17,13 +17,45 @@ IMPLEMENTATIONS = ["composed", "triton"]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_opcheck_shared_attention(implementation: str, is_causal: bool, device: str) -> None:
-    w = torch.randn(2, 9, 3 * 16, device=device).unflatten(-1, (3, 16)).transpose(1, 2)
-    opcheck(OPS.shared_attention_forward.default, (w, 0.25, is_causal, True, implementation))
-    out, kept = OPS.shared_attention_forward(w, 0.25, is_causal, True, implementation)
+@pytest.mark.parametrize("options", ["plain", "causal", "lse of float16", "lengths", "everything"])
+def test_opcheck_shared_attention(implementation: str, options: str, device: str) -> None:
+    dtype = torch.float16 if "float16" in options else torch.float32
+    w = torch.randn(2, 9, 2 * 16, dtype=dtype, device=device).unflatten(-1, (2, 16)).transpose(1, 2)
+    is_causal = options in ("causal", "everything")
+    lengths = torch.tensor([4, 9], device=device) if options in ("lengths", "everything") else None
+    dropout, seed = (0.2, torch.tensor([7])) if options == "everything" else (0.0, None)
+    return_lse = options in ("lse of float16", "everything")
+    arguments = (w, 0.25, is_causal, True, implementation, lengths, dropout, seed, return_lse)
+    opcheck(OPS.shared_attention_forward.default, arguments)
+    out, kept = OPS.shared_attention_forward(*arguments)
     grad = torch.randn_like(out)
-    opcheck(OPS.shared_attention_backward.default, (grad, w, out, kept, 0.25, is_causal, implementation))
+    arguments = (grad, w, out, kept, 0.25, is_causal, implementation, lengths, dropout, seed)
+    opcheck(OPS.shared_attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+def test_compile_takes_attention_with_every_option(implementation: str, device: str) -> None:
+    torch.compiler.reset()
+
+    def attend(w: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return shared_qkv_attention(w, lengths=lengths, dropout=0.3, return_lse=True)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    with crate_kernels.use(implementation):
+        for batch in (2, 3):
+            w = torch.randn(batch, 3, 9, 16, device=device)
+            lengths = torch.arange(1, batch + 1, device=device)
+            results = []
+            for call in (attend, compiled, compiled):
+                torch.manual_seed(batch)
+                leaf = w.clone().requires_grad_()
+                out, lse = call(leaf, lengths)
+                out.sum().backward()
+                results.append((out, leaf.grad, lse.isfinite(), lse.nan_to_num(neginf=0.0)))
+            for found in results[1:]:  # the seed is drawn anew in each call, not once for the graph
+                assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+            torch.manual_seed(99)
+            assert not torch.equal(compiled(w, lengths)[0], results[0][0])
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
@@ -68,6 +100,8 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(
             lambda w, c=is_causal: shared_qkv_attention(w, is_causal=c), (double(2, 2, 5, 3),)
         )
+        options = dict(is_causal=is_causal, lengths=torch.tensor([3, 5]), dropout=0.3, seed=1)
+        assert torch.autograd.gradcheck(lambda w, o=options: shared_qkv_attention(w, **o), (double(2, 2, 5, 3),))
     for tokens in (3, 9):
         for threshold in ("relu", "soft"):
 
