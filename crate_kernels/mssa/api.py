@@ -81,7 +81,7 @@ def mssa(
         settings = float(norm_eps), residual is x, subtract, num_heads, float(scale), is_causal, dtype
         return _MSSA.apply(x, None if residual is x else residual, out_dtype, *weights, *settings)
 
-    x = layer_norm(x, norm_weight, norm_bias, norm_eps)
+    x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
     if implementation == "reference":
         out = reference.mssa(x, qkv_weight, out_weight, out_bias, num_heads, scale, is_causal, lengths, dropout)
     else:

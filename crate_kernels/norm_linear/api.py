@@ -50,7 +50,7 @@ def norm_linear(
         weights = weight, bias, norm_weight, norm_bias
         y = _NormLinear.apply(x.reshape(-1, x.shape[-1]), *weights, float(norm_eps), dtype)
         return y.view(*x.shape[:-1], weight.shape[0])
-    x = layer_norm(x, norm_weight, norm_bias, norm_eps)
+    x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
     if implementation == "reference":
         return reference.norm_linear(x, weight, bias)
     with no_autocast(x):

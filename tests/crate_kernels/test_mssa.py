@@ -10,6 +10,7 @@ from torch import Tensor
 
 import crate_kernels
 from crate_kernels import MSSA, mssa
+from crate_kernels.precision import layer_norm
 
 
 def parameters(width: int = 12, heads: int = 3, head_dim: int = 4, **options: object) -> dict[str, Tensor]:
@@ -169,6 +170,20 @@ def test_autocast_gives_the_autocast_dtype_and_keeps_a_float32_residual() -> Non
     with torch.autocast("cpu", torch.bfloat16):
         assert mssa(x, *p.values(), num_heads=3).dtype == torch.bfloat16
         assert mssa(x, *p.values(), num_heads=3, residual=x).dtype == torch.float32
+
+
+def test_layer_norm_of_16_bit_tokens_before_a_product_is_computed_in_float32() -> None:
+    """Under autocast a CPU reads and writes 16 bits; the numbers are those of a float32 LayerNorm, rounded once."""
+    x = (3 + torch.randn(2, 9, 48)).bfloat16()
+    inputs = [x, torch.randn(48), torch.randn(48)]
+    upstream = torch.randn(2, 9, 48).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(lambda *a: layer_norm(*a, 1e-5, before=torch.bfloat16), inputs, upstream)
+        plain = gradients(lambda *a: layer_norm(*a, 1e-5).bfloat16(), inputs, upstream)
+    assert torch.equal(found[0], plain[0])
+    for value, expected in zip(found[1:], plain[1:], strict=True):
+        assert value.dtype == expected.dtype
+        assert error(value, expected) < (1e-6 if value.dtype == torch.float32 else a_few_roundings(torch.bfloat16) / 8)
 
 
 @pytest.mark.parametrize(
