@@ -1,20 +1,29 @@
-"""Tile sizes that ship with the package: one table an operator, keyed by device family.
+"""Tile sizes: one table an operator ships with the package, keyed by device family; a machine may have its own.
 
 A table is a plain dict ``{family: {(kernel, ...key): {constexpr: value, num_warps, num_stages}}}``. The family
 ``"default"`` serves every device without a table of its own; the ahead-of-time gate proves each entry by compiling it.
+``python -m crate_kernels.tune`` measures on this machine and writes a cache (``cache.py``) that goes before the tables;
+operators that run never tune. Other tiles sum in another order: all machines of one job must have the same cache, or none,
+which ``check_same_on_all_ranks`` tells.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-Table = Mapping[str, Mapping[tuple, Mapping[str, int]]]
+from crate_kernels.tiles import cache
+
+Tile = Mapping[str, int]
+Table = Mapping[str, Mapping[tuple, Tile]]
 
 _pretended: str | None = None
+_trial: tuple[Mapping[tuple, Tile], dict[tuple, Tile]] | None = None
 
 
 @contextmanager
@@ -26,6 +35,17 @@ def pretend(family: str) -> Iterator[None]:
         yield
     finally:
         _pretended = previous
+
+
+@contextmanager
+def trial(tiles: Mapping[tuple, Tile]) -> Iterator[dict[tuple, Tile]]:
+    """Launch with ``tiles``, by key, and else with the shipped ones, cache or no cache. Yields what was selected, by key."""
+    global _trial
+    previous, _trial = _trial, (tiles, {})
+    try:
+        yield _trial[1]
+    finally:
+        _trial = previous
 
 
 def family(device: torch.device) -> str:
@@ -41,6 +61,64 @@ def family(device: torch.device) -> str:
 
 
 def select(table: Table, device: torch.device, *key: Any) -> dict[str, int]:
-    """The launch options for ``key`` on ``device``: its family's entry, else the conservative default."""
-    entries = table.get(family(device), {})
-    return dict(entries.get(key) or table["default"][key])
+    """The launch options for ``key`` on ``device``: the machine's cache, else its family's entry, else the default's.
+
+    Raises:
+        cache.CacheError: there is a cache, and it cannot be read.
+    """
+    tile = dict(_look_up(table, device, key)[1])
+    if _trial is not None:
+        _trial[1][key] = tile
+    return tile
+
+
+def _look_up(table: Table, device: torch.device, key: tuple) -> tuple[str, Tile]:
+    """Where the tile for ``key`` comes from, and the tile."""
+    if _trial is not None and key in _trial[0]:
+        return "trial", _trial[0][key]
+    if not _trial and not _pretended and key in (tuned := cache.tuned(device)):
+        return "cache", tuned[key]
+    shipped = table.get(own := family(device), {})
+    return (own, shipped[key]) if key in shipped else ("default", table["default"][key])
+
+
+def in_force(device: torch.device) -> dict[tuple, tuple[str, Tile]]:
+    """Of every key of every table: "cache", the family or "default", and the tile that launches take from there."""
+    return {
+        key: _look_up(table, device, key)
+        for table in cache.tables().values()
+        for key in dict.fromkeys([*table.get(family(device), {}), *table["default"]])
+    }
+
+
+def fingerprint(device: torch.device | None = None) -> str:
+    """A hash of the tiles in force on ``device`` (the current CUDA device, else the CPU): equal where all tiles are."""
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    tiles = sorted(repr((key, sorted(tile.items()))) for key, (_, tile) in in_force(device).items())
+    return hashlib.sha256("\n".join(tiles).encode()).hexdigest()[:16]
+
+
+def check_same_on_all_ranks(device: torch.device | None = None) -> str:
+    """The ``fingerprint`` of ``device``, compared with those of all ranks where there is a process group.
+
+    A collective: every rank calls it, after ``init_process_group`` and ``torch.cuda.set_device``, before the first step.
+
+    Raises:
+        RuntimeError: on every rank, where ranks would launch different tiles and so compute different bits.
+    """
+    own = fingerprint(device)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    ranks = defaultdict(list)
+    for rank, tiles in enumerate(found):
+        ranks[tiles].append(rank)
+    if len(ranks) > 1:
+        listed = "; ".join(f"{tiles} on ranks {', '.join(map(str, of))}" for tiles, of in ranks.items())
+        raise RuntimeError(
+            f"ranks have different tiles in force: {listed}. Give every machine the same cache ({cache.VARIABLE} names "
+            "its file), or none: python -m crate_kernels.tune --clear"
+        )
+    return own
