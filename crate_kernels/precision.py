@@ -55,8 +55,8 @@ def layer_norm(
 ) -> Tensor:
     """LayerNorm over the last dimension, in float32 under autocast on every device; x itself where weight is None.
 
-    ``before`` names the dtype that the result will be rounded to next, by a product. Where x has it too, a CPU computes in
-    float32 but reads and writes 16 bits: the same numbers with a third of the memory traffic.
+    ``before`` names the dtype that the result will be rounded to next, by a product. Where x has it too, a CPU reads and writes
+    16 bits, as PyTorch's own autocast has it there: a third of the memory traffic.
     """
     if weight is None:
         return x
