@@ -252,7 +252,7 @@ def forward_kernel(
                 MASKED=False, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
             )  # fmt: skip
-    for start_j in tl.range(whole, end_j, TAIL, num_stages=1 if TAIL == 16 < BLOCK_COLUMNS else None):
+    for start_j in tl.range(whole, end_j, TAIL, num_stages=1 if TAIL == 16 and BLOCK_COLUMNS > 16 else None):
         out_i, row_max, row_sum = attend_to_tile(
             out_i, row_max, row_sum, w_i, rows_i, start_j, end,
             w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
@@ -403,7 +403,7 @@ def backward_kernel(
                     J_IS_KEY=True, J_IS_QUERY=True, MASKED=False, IS_CAUSAL=False, DROPOUT=DROPOUT,
                     HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
                 )  # fmt: skip
-        for start_i in tl.range(whole, end_i, TAIL, num_stages=1 if TAIL == 16 < BLOCK_COLUMNS else None):
+        for start_i in tl.range(whole, end_i, TAIL, num_stages=1 if TAIL == 16 and BLOCK_COLUMNS > 16 else None):
             dw_j = add_tile_gradient(
                 dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
                 w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
@@ -530,8 +530,8 @@ def _launch_walk(
     options, precision = _options(kernel, w), dot_precision(w)
     if dropout:  # its factors take registers that wide tiles do not leave
         options["BLOCK_COLUMNS"] = max(16, options["BLOCK_COLUMNS"] // 2)
-    if dropout or is_causal:
-        options.pop("maxnreg", None)  # the bound suits the plain walk alone, see the table
+    if dropout or is_causal or any(tensor.stride(-1) != 1 for tensor in strided):
+        options.pop("maxnreg", None)  # the table means the plain walk over rows of adjacent features
     options |= {"IS_CAUSAL": is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
     options["TAIL"] = tail(options["BLOCK_COLUMNS"], w.shape[2], is_causal, lengths is not None, precision)
     lengths = None if lengths is None else lengths.contiguous()
