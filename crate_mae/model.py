@@ -7,17 +7,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crate_kernels import ISTA, MSSA, DecoderStep
-from crate_kernels.layers.api import (
+from crate_kernels import (
+    ISTA,
+    MSSA,
     AttentionWeights,
+    DecoderStep,
     DecoderWeights,
     EncoderWeights,
+    Norm,
     decoder_layer,
     encoder_layer,
     prepare_layers,
 )
 from crate_kernels.precision import compute_dtype
-from crate_kernels.products.operand import Norm
 from crate_mae.config import ModelConfig, grid_of
 from crate_mae.patches import patchify, removed_patches, unpatchify
 from crate_mae.positions import sine_cosine

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from support import a_few_roundings, awkward_gradients, error, gradients
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import crate_kernels
 from crate_kernels.layers.api import (
@@ -211,3 +212,15 @@ def test_compiles_as_one_graph(layer, formula, recompute: bool, device: str) -> 
         )
     for value, wanted in zip(found, expected, strict=True):
         assert torch.equal(value, wanted)
+
+
+@LAYERS
+def test_flops_are_counted(layer, formula, device: str) -> None:
+    """Two projections, attention's two products and the sparse step forward; two gradients of each product and five backward."""
+    inputs = [value.requires_grad_() for value in tensors(device, torch.float32, tokens=37)]
+    large, scores = 2 * 2 * 37 * WIDTH, 2 * 2 * 37 * 37 * HEADS * HEAD_DIM
+    products = 2 * large * HEADS * HEAD_DIM + large * WIDTH
+    small = 2 * WIDTH**3 if layer is encoder else 0
+    with crate_kernels.use("triton"), FlopCounterMode(display=False) as counter:
+        layer(*inputs).sum().backward()
+    assert counter.get_total_flops() == 3 * products + 7 * scores + 2 * small
