@@ -282,7 +282,7 @@ def test_second_derivative_is_refused() -> None:
         (dict(lengths=torch.tensor([1, 2])), ValueError, r"lengths: expected \[batch\] \(1,\), got shape \(2,\)"),
         (dict(lengths=torch.tensor([1.0])), TypeError, "lengths: expected an int32 or int64 tensor .* float32"),
         (dict(lengths=[2]), TypeError, "lengths: expected an int32 or int64 tensor .* got list"),
-        (dict(lengths=torch.tensor([1], device="meta")), ValueError, "lengths: expected it on cpu like w"),
+        (dict(lengths=torch.tensor([1], device="meta")), ValueError, "lengths: expected it on cpu like its tokens"),
         (dict(dropout=1.0), ValueError, "dropout: expected a probability below 1, got 1.0"),
         (dict(dropout=-0.1), ValueError, "dropout: expected a finite number of at least zero, got -0.1"),
         (dict(dropout=None), TypeError, "dropout: expected a number, got NoneType"),
