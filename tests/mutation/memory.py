@@ -1,0 +1,76 @@
+"""A watch over every address that a kernel touches in Triton's interpreter."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+
+class OutOfBounds(Exception):
+    """A kernel touched memory that is not between the first and the last element of one of its tensors."""
+
+
+class Watch:
+    """Checks each load and store against the tensors of the launch, before it happens; its mask is taken into account."""
+
+    def __init__(self) -> None:
+        self._bounds = np.empty((0, 2), np.uint64)
+        self._prepared: set[str] = set()
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
+
+        call = InterpretedFunction.__call__
+
+        def called(function: Any, *args: Any, **kwargs: Any) -> Any:
+            # Prepares Triton's language for the function's module: at every call, which would take half of all time.
+            if function.fn.__module__ in self._prepared:
+                return function.rewrite()(*args, **kwargs)
+            self._prepared.add(function.fn.__module__)
+            return call(function, *args, **kwargs)
+
+        monkeypatch.setattr(InterpretedFunction, "__call__", called)
+        for name, mask_at in (("create_masked_load", 1), ("create_masked_store", 2)):
+            monkeypatch.setattr(interpreter_builder, name, self._checked(getattr(interpreter_builder, name), mask_at))
+
+    def over(self, module: ModuleType) -> None:
+        """Watch all launches of the module's kernels."""
+        for value in vars(module).values():
+            if hasattr(value, "add_pre_run_hook"):
+                value.add_pre_run_hook(self._launched)
+
+    def _launched(self, *args: Any, **kwargs: Any) -> None:
+        self._prepared.clear()
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        self._bounds = np.array(sorted(_extent(tensor) for tensor in tensors), np.uint64)
+
+    def _checked(self, access: Any, mask_at: int) -> Any:
+        def checked(pointers: Any, *rest: Any) -> Any:
+            mask = rest[mask_at - 1].data
+            addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+            place = np.searchsorted(self._bounds[:, 0], addresses, side="right") - 1
+            if (place < 0).any() or (addresses >= self._bounds[place, 1]).any():
+                raise OutOfBounds
+            return access(pointers, *rest)
+
+        return checked
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor, and the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def amid_nan(values: Tensor) -> Tensor:
+    """The same values with NaN between and around them: no two elements are neighbours, and no stride follows from the shape."""
+    sizes = [size + 1 for size in values.shape[:-1]]
+    storage = torch.full((*sizes, 2 * values.shape[-1] + 3), torch.nan, dtype=values.dtype)
+    view = storage[tuple(slice(size) for size in values.shape[:-1])][..., 1 : 1 + 2 * values.shape[-1] : 2]
+    view.copy_(values)
+    return view

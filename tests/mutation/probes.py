@@ -1,0 +1,372 @@
+"""Small runs of every kernel against its formula in float64: what a mutant has to survive, and must not.
+
+Tiles are so small that few tokens already make several of them, with a tail each way. Inputs lie amid NaN, every access is
+watched, and each kernel takes exact inputs, so that one mistake shows in one place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from mutation.memory import amid_nan
+from support import a_few_roundings, error
+from torch import Tensor
+
+from crate_kernels.products.operand import Norm, prepare
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``run`` gives what ``expected`` holds, by name; each error, relative in norm, is at most what ``allowed`` says."""
+
+    name: str
+    kernel: str
+    run: Callable[[ModuleType], dict[str, Tensor]]
+    expected: dict[str, Tensor]
+    allowed: dict[str, float]
+
+    def check(self, module: ModuleType) -> None:
+        found = self.run(module)
+        for name, truth in self.expected.items():
+            value = found[name].double()
+            ordinary = truth.isfinite()
+            same = (value == truth) | (value.isnan() & truth.isnan())
+            assert same[~ordinary].all(), f"{name}: not NaN or infinite where the formula is"
+            if ordinary.any():
+                wrong = error(value[ordinary], truth[ordinary])
+                assert wrong <= self.allowed[name], f"{name}: {wrong:.1e}"
+
+
+@contextmanager
+def float32_products(precision: str):
+    """PyTorch's switch: "highest" for exact products, "high" for TF32, which the interpreter computes exactly as well."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# --- Products ---------------------------------------------------------------------------------------------------------
+
+PRODUCT_TILES = {
+    "default": {
+        (kernel, 4, 4): dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, num_warps=4, num_stages=1)
+        for kernel in ("project", "input_gradient", "weight_gradient")
+    }
+}
+THRESHOLD = 0.25
+LAYER_NORM_EPS = 0.125  # large enough to count in float32
+PRODUCT_MARGIN = 1e-5  # as in test_products.py
+
+
+def _activation(u: Tensor, kind: str) -> Tensor:
+    if kind == "none":
+        return u
+    u = u if kind == "soft" else u.clamp_min(0)
+    return torch.where(u.abs() <= THRESHOLD, 0.0, u - u.sign() * THRESHOLD)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean(-1), (x.var(-1, unbiased=False) + LAYER_NORM_EPS).rsqrt()
+
+
+class _Product:
+    """Inputs of one case of T(skip +- (LN(x) B + bias)), float32 amid NaN, and its formula in float64."""
+
+    def __init__(
+        self,
+        tokens: int,
+        inner: int,
+        width: int,
+        *,
+        norm: bool = True,
+        norm_bias: bool = True,
+        bias: bool = True,
+        skip: str = "none",
+        negate: bool = False,
+        kind: str = "none",
+        mean: float = 0.5,
+        nan: bool = False,
+    ) -> None:
+        torch.manual_seed(tokens * inner + width)
+        self.kind, self.negate, self.skip = kind, negate, skip
+        x = torch.randn(tokens, inner) * (1 + torch.rand(tokens, 1)) + mean * torch.randn(tokens, 1)
+        if nan:
+            x[tokens // 2, 3] = math.nan
+        self.x, self.b = amid_nan(x), amid_nan(torch.randn(inner, width) * inner**-0.5)
+        gamma, beta = 1 + 0.3 * torch.randn(inner), 0.3 * torch.randn(inner) if norm_bias else None
+        self.norm = Norm(gamma, beta, LAYER_NORM_EPS) if norm else None
+        self.bias = torch.randn(width) if bias else None
+        self.residual = amid_nan(torch.randn(tokens, width))
+        operand = prepare(self.b, self.bias, self.norm, torch.float32)
+        self.operand = operand._replace(matrix=amid_nan(operand.matrix))
+        self.threshold = None if kind == "none" else torch.tensor(THRESHOLD)
+        self.exact = self.x.double().requires_grad_()
+        normalised = self.exact
+        if norm:
+            center, rstd = _moments(self.exact)
+            self.stats = torch.stack((center, rstd)).detach()
+            normalised = (self.exact - center[:, None]) * rstd[:, None]
+            normalised = normalised * gamma.double() + (0 if beta is None else beta.double())
+        product = normalised @ self.b.double() + (0 if self.bias is None else self.bias.double())
+        added = {"none": 0, "self": normalised, "residual": self.residual.double()}[skip]
+        self.truth = _activation(added - product if negate else added + product, kind)
+
+
+@contextmanager
+def _numbers_in_memory(module: ModuleType, in_memory: bool):
+    """The threshold by address, as from a device."""
+    if not in_memory:
+        yield
+        return
+    with patch.object(module, "_number", lambda value: (value, value is not None)):
+        yield
+
+
+def _project(name: str, *shape: int, precision: str = "highest", in_memory: bool = False, **case) -> Probe:
+    product = _Product(*shape, **case)
+    skip = {"none": None, "self": product.x, "residual": product.residual}[product.skip]
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        with float32_products(precision), _numbers_in_memory(module, in_memory):
+            y, stats = module.project(
+                product.x, product.operand, torch.float32, norm=product.norm, skip=skip,
+                skip_norm=product.skip == "self" and product.norm is not None, negate=product.negate,
+                threshold=product.threshold, soft=product.kind == "soft",
+            )  # fmt: skip
+        return {"y": y} if stats is None else {"y": y, "mean": stats[0], "rstd": stats[1]}
+
+    expected = {"y": product.truth.detach()}
+    if product.norm is not None and not case.get("nan"):  # rstd is finite even so: max(NaN, 0) is 0
+        expected |= {"mean": product.stats[0], "rstd": product.stats[1]}
+    return Probe(name, "project_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+
+
+def _input_gradient(name: str, *shape: int, extra: bool = True, in_memory: bool = False, **case) -> Probe:
+    product = _Product(*shape, **case)
+    tokens, inner, width = shape
+    upstream = amid_nan(torch.randn(tokens, width))
+    passed = amid_nan(torch.randn(tokens, inner)) if extra else None
+    product.truth.backward(upstream.double())
+    y = amid_nan(product.truth.detach().float())
+    stats = None if product.norm is None else product.stats.float()
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        with _numbers_in_memory(module, in_memory):
+            dx = module.input_gradient(
+                upstream, product.operand, torch.float32, y=y, norm=product.norm, x=product.x, stats=stats,
+                skip=product.skip == "self", negate=product.negate, extra=passed, threshold=product.threshold,
+                soft=product.kind == "soft",
+            )  # fmt: skip
+        return {"dx": dx}
+
+    expected = {"dx": product.exact.grad + (passed.double() if extra else 0)}
+    return Probe(name, "input_gradient_kernel", run, expected, {"dx": PRODUCT_MARGIN})
+
+
+def _weight_gradient(name: str, *shape: int, **case) -> Probe:
+    product = _Product(*shape, **case)
+    tokens, _, width = shape
+    upstream = amid_nan(torch.randn(tokens, width))
+    y = amid_nan(product.truth.detach().float()) if product.kind != "none" else None
+    stats = None if product.norm is None else product.stats.float()
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        with patch.object(module, "_LEAST_STEPS", 2):
+            h, sums = module.weight_gradient(product.x, upstream, torch.float32, y=y, stats=stats)
+        return {"xhat^T g": h, "sums of g": sums}
+
+    g = upstream.double() if y is None else upstream.double() * (product.truth.detach() != 0)
+    xhat = product.x.double()
+    if stats is not None:
+        xhat = (xhat - product.stats[0][:, None]) * product.stats[1][:, None]
+    expected = {"xhat^T g": xhat.mT @ g, "sums of g": g.sum(0)}
+    return Probe(name, "weight_gradient_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+
+
+def product_probes() -> list[Probe]:
+    odd, square = (37, 24, 20), (20, 20, 20)
+    return [
+        _project("fold, skip itself, relu", *square, skip="self", kind="relu"),
+        _project("first, skip itself, soft", *square, precision="high", skip="self", kind="soft", negate=True),
+        _project("fold, far from zero", *odd, mean=30.0, bias=False),
+        _project("no norm, residual, soft", *odd, norm=False, skip="residual", kind="soft", in_memory=True),
+        _project("no norm, no bias, negated", *square, norm=False, bias=False, negate=True),
+        _project("one column tile", 20, 24, 10),
+        _project("norm without bias, skip itself", *square, norm_bias=False, skip="self", negate=True),
+        _project("first, one column tile", 20, 24, 10, precision="high"),
+        _project("NaN, relu", 5, 10, 12, kind="relu", nan=True),
+        _project("NaN, soft", 5, 10, 12, kind="soft", nan=True),
+        _input_gradient("norm, skip, relu, extra", *square, skip="self", kind="relu"),
+        _input_gradient("norm, soft, negated", *odd, kind="soft", negate=True, in_memory=True),
+        _input_gradient("norm, no threshold", *odd, extra=False),
+        _input_gradient("no norm, skip, negated", *square, norm=False, skip="self", negate=True, extra=False),
+        _input_gradient("no norm, skip, soft", *square, norm=False, skip="self", kind="soft"),
+        _weight_gradient("norm, relu, two splits", 57, 20, 24, kind="relu"),
+        _weight_gradient("no norm, no threshold", 37, 24, 20, norm=False),
+        _weight_gradient("few tokens, one tile", 5, 10, 12),
+    ]
+
+
+# --- Shared-QKV attention ---------------------------------------------------------------------------------------------
+
+_WALK = dict(BLOCK_ROWS=32, BLOCK_COLUMNS=32, num_warps=4, num_stages=1)
+ATTENTION_TILES = {
+    "default": {
+        (kernel, 4, width): dict(_WALK) if kernel != "delta_kernel" else dict(BLOCK_ROWS=32, num_warps=4, num_stages=1)
+        for kernel in ("forward_kernel", "delta_kernel", "backward_kernel")
+        for width in (16, 32, 48, 64, 80, 96, 128)
+    }
+}
+SEED = 0x0123456789ABCDEF >> 1
+
+
+def _philox(seed: int, counters: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+    """Philox 4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3; 2011), in 64-bit words."""
+    low = np.uint64(0xFFFFFFFF)
+    c = [np.asarray(counter, np.uint64) for counter in counters]
+    key = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        half = np.uint64(32)
+        c = [(b >> half) ^ c[1] ^ np.uint64(key[0]), b & low, (a >> half) ^ c[3] ^ np.uint64(key[1]), a & low]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def _uniform(heads: int, tokens: int) -> Tensor:
+    """What dropout compares with its probability, [heads, query, key]; as ``dropout_factors`` documents."""
+    head, query, key = np.meshgrid(np.arange(heads), np.arange(tokens), np.arange(tokens), indexing="ij")
+    words = _philox(SEED, (np.minimum(query, key), np.maximum(query, key), head, np.zeros_like(head)))
+    word = np.where(query <= key, words[0], words[1])
+    return torch.from_numpy((word >> np.uint64(8)).astype(np.float64) * 2.0**-24)
+
+
+class _Attention:
+    """Inputs of one case of softmax(scale * w w^T) w, float32 amid NaN, with all results in float64 and their margins."""
+
+    def __init__(
+        self,
+        *shape: int,
+        scale: float = 0.3,
+        is_causal: bool = False,
+        lengths: tuple[int, ...] | None = None,
+        dropout: bool = False,
+        precision: str = "high",
+    ) -> None:
+        torch.manual_seed(sum(shape))
+        batch, heads, tokens, _ = shape
+        self.scale, self.is_causal, self.precision = scale, is_causal, precision
+        self.lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+        ends = torch.full((batch,), tokens) if lengths is None else self.lengths.clamp(0, tokens)
+        self._padding = (torch.arange(tokens) >= ends[:, None])[:, None, :, None].expand(shape)
+        self._blocked = self._padding[..., 0][..., None, :].expand(batch, heads, tokens, tokens).clone()
+        if is_causal:
+            self._blocked |= torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        self._factors, self.dropout, self.seed = torch.ones(()), 0.0, None
+        if dropout:
+            uniform = _uniform(batch * heads, tokens).view(batch, heads, tokens, tokens)
+            # One of the numbers that are compared with it: what is not below it stays.
+            self.dropout = uniform[uniform < 0.3].max().item()
+            self._factors = (uniform >= self.dropout) / (1 - self.dropout)
+            self.seed = torch.tensor(SEED)
+        w, grad_out = torch.randn(shape), torch.randn(shape)
+        exact, eager = self._formula(w.double(), grad_out.double()), self._formula(w, grad_out)
+        self.exact = exact
+        lse = exact["lse"][exact["lse"].isfinite()]
+        self.allowed = {
+            name: 1.5 * error(eager[name].nan_to_num(neginf=0), exact[name].nan_to_num(neginf=0)) + margin
+            for name, margin in {
+                "out": a_few_roundings(torch.float32),
+                "lse": 2 * EPS,
+                "delta": a_few_roundings(torch.float32),
+                "dw": a_few_roundings(torch.float32) + 2 * EPS * lse.abs().max().item(),
+            }.items()
+        }
+        # What is stored in padding counts for nothing.
+        self.w, self.grad_out = (amid_nan(t.masked_fill(self._padding, math.nan)) for t in (w, grad_out))
+        self.out, self.lse = amid_nan(exact["out"].float()), exact["lse"].float()
+        self.delta = exact["delta"].float().masked_fill(self._padding[..., 0], math.nan)
+
+    def _formula(self, w: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
+        w, grad_out = w.masked_fill(self._padding, 0).requires_grad_(), grad_out.masked_fill(self._padding, 0)
+        scores = (w @ w.mT * self.scale).masked_fill(self._blocked, -math.inf)
+        probabilities = scores.softmax(-1).masked_fill(self._blocked, 0)  # a sample may be all padding
+        out = ((probabilities * self._factors.to(w)) @ w).masked_fill(self._padding, 0)
+        (dw,) = torch.autograd.grad(out, w, grad_out)
+        lse = scores.logsumexp(-1).masked_fill(self._padding[..., 0], -math.inf)
+        out = out.detach()
+        return {"out": out, "lse": lse.detach(), "delta": (out * grad_out).sum(-1), "dw": dw.nan_to_num()}
+
+    def probe(self, name: str, kernel: str, results: tuple[str, ...], run: Callable[[ModuleType], tuple]) -> Probe:
+        def named(module: ModuleType) -> dict[str, Tensor]:
+            with float32_products(self.precision):
+                return dict(zip(results, run(module), strict=True))
+
+        expected = {result: self.exact[result] for result in results}
+        return Probe(name, kernel, named, expected, self.allowed)
+
+    def forward(self, name: str) -> Probe:
+        def run(module: ModuleType) -> tuple:
+            return module.forward(
+                self.w, self.scale, self.is_causal, lengths=self.lengths, dropout=self.dropout, seed=self.seed
+            )
+
+        return self.probe(name, "forward_kernel", ("out", "lse"), run)
+
+    def backward(self, name: str) -> Probe:
+        def run(module: ModuleType) -> tuple:
+            return (
+                module.backward_from_delta(
+                    self.grad_out, self.w, self.lse, self.delta, self.scale, self.is_causal, self.lengths,
+                    self.dropout, self.seed,
+                ),
+            )  # fmt: skip
+
+        return self.probe(name, "backward_kernel", ("dw",), run)
+
+    def row_sums(self, name: str) -> Probe:
+        def run(module: ModuleType) -> tuple:
+            with patch.object(module, "backward_from_delta", lambda grad_out, w, lse, delta, *rest: delta):
+                return (module.backward(self.grad_out, self.w, self.out, self.lse, self.scale, self.is_causal),)
+
+        return self.probe(name, "delta_kernel", ("delta",), run)
+
+
+def attention_probes() -> list[Probe]:
+    """The first of each kernel is the smallest and meets most mistakes."""
+    small = _Attention(2, 2, 5, 8)
+    parts = _Attention(1, 1, 43, 40)
+    exact = _Attention(1, 1, 37, 40, precision="highest")
+    causal = _Attention(1, 1, 70, 8, is_causal=True)
+    padded = _Attention(4, 1, 43, 40, lengths=(99, 20, 32, -3))
+    dropped = _Attention(1, 2, 20, 8, dropout=True)
+    steep = _Attention(1, 1, 37, 8, scale=30.0)
+    sums = _Attention(2, 2, 37, 40)
+    return [
+        small.forward("four heads"),
+        parts.forward("two parts, a tail tile"),
+        causal.forward("causal"),
+        padded.forward("lengths"),
+        dropped.forward("dropout"),
+        steep.forward("steep scores"),
+        small.row_sums("four heads"),
+        sums.row_sums("two parts"),
+        small.backward("four heads"),
+        parts.backward("two parts, a tail tile"),
+        exact.backward("exact products"),
+        causal.backward("causal"),
+        padded.backward("lengths"),
+        dropped.backward("dropout"),
+    ]

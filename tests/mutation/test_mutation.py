@@ -1,0 +1,382 @@
+"""Every mistake in a kernel is caught: a copy of its module with one mistake fails some probe, the module itself none.
+
+Which mistakes are made: ``mutants.py``. What a kernel has to show: ``probes.py``. A mutant that computes the same is listed
+below with the reason, and is run too: one that a probe kills does not belong there. ``-s`` prints all mutants and what killed
+them. A new line in a kernel brings its mutants with it; where one survives, a probe is missing, or a reason.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mutation import probes
+from mutation.memory import OutOfBounds, Watch
+from mutation.mutants import Mistake, Mutant, callers, load, mutants
+
+from crate_kernels.products import triton as products
+from crate_kernels.shared_attention import triton as shared_attention
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, which a GPU switches off"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # mutants overflow
+]
+
+PRODUCT_MISTAKES = [
+    # The wrong operand.
+    Mistake("project_kernel", "mean[:, None] * load_row(column_sum,", "mean[:, None] * load_row(offset,"),
+    Mistake("project_kernel", "product += load_row(offset,", "product += load_row(column_sum,"),
+    Mistake("project_kernel", "* load_row(norm_weight,", "* load_row(norm_bias,"),
+    Mistake("project_kernel", "skip_tile += load_row(norm_bias,", "skip_tile += load_row(norm_weight,"),
+    Mistake("project_kernel", "tl.store(stats + rows, mean,", "tl.store(stats + rows, rstd,"),
+    Mistake("project_kernel", "+ rows, rstd, mask", "+ rows, mean, mask"),
+    Mistake("project_kernel", "rstd[:, None] * (product - mean[:, None]", "mean[:, None] * (product - rstd[:, None]"),
+    Mistake("project_kernel", "product = rectify(product,", "product = soft_threshold(product,"),
+    Mistake("project_kernel", "product = soft_threshold(product,", "product = rectify(product,"),
+    Mistake(
+        "project_kernel",
+        "matrix_row_stride, matrix_column_stride, inner_width",
+        "matrix_column_stride, matrix_row_stride, inner_width",
+    ),
+    Mistake(
+        "project_kernel", "skip_row_stride, skip_column_stride, tokens", "skip_column_stride, skip_row_stride, tokens"
+    ),
+    Mistake("input_gradient_kernel", "load_row(product_sum,", "load_row(product_offset,"),
+    Mistake("input_gradient_kernel", "load_row(product_offset,", "load_row(product_sum,"),
+    Mistake(
+        "input_gradient_kernel", "c1[:, None] + normalised * c2[:, None]", "c2[:, None] + normalised * c1[:, None]"
+    ),
+    Mistake("input_gradient_kernel", "c2[:, None]) / width", "c2[:, None]) / inner_width"),
+    Mistake(
+        "input_gradient_kernel",
+        "matrix_row_stride, matrix_column_stride, inner_width",
+        "matrix_column_stride, matrix_row_stride, inner_width",
+    ),
+    Mistake("input_gradient_kernel", "x_row_stride, x_column_stride, tokens", "x_column_stride, x_row_stride, tokens"),
+    Mistake(
+        "input_gradient_kernel",
+        "extra_row_stride, extra_column_stride, tokens",
+        "extra_column_stride, extra_row_stride, tokens",
+    ),
+    Mistake("weight_gradient_kernel", "x_row_stride, x_column_stride, last", "x_column_stride, x_row_stride, last"),
+    Mistake(
+        "weight_gradient_kernel",
+        "grad_row_stride, grad_column_stride, last",
+        "grad_column_stride, grad_row_stride, last",
+    ),
+    Mistake("weight_gradient_kernel", "y_row_stride, y_column_stride, last", "y_column_stride, y_row_stride, last"),
+    Mistake("mean_and_rstd", "shift + mean", "mean"),
+    # NaN taken for a value that the threshold stops, or a mask that fits the other threshold.
+    Mistake("rectify", "u <= threshold, 0.0, u - threshold", "u > threshold, u - threshold, 0.0"),
+    Mistake(
+        "soft_threshold",
+        "tl.abs(u) <= threshold, 0.0, tl.where(u < 0.0, u + threshold, u - threshold)",
+        "tl.abs(u) > threshold, tl.where(u < 0.0, u + threshold, u - threshold), 0.0",
+    ),
+    Mistake("masked_gradient", "y != 0.0", "y > 0.0"),
+    # A tile forgotten.
+    Mistake(
+        "project_kernel",
+        'if NORM == "first":\n        for start in range(0,',
+        'if NORM == "first":\n        for start in range(BLOCK_K,',
+    ),
+    Mistake(
+        "project_kernel",
+        "product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)\n    for start in range(0,",
+        "product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)\n    for start in range(BLOCK_K,",
+    ),
+    Mistake("input_gradient_kernel", "in range(0,", "in range(BLOCK_K,"),
+    Mistake("weight_gradient_kernel", "in range(first,", "in range(first + BLOCK_K,"),
+]
+
+ATTENTION_MISTAKES = [
+    # The wrong operand.
+    Mistake("add_tile_gradient", "lse_i = load_numbers(lse_head_ptr,", "lse_i = load_numbers(delta_head_ptr,"),
+    Mistake("add_tile_gradient", "delta_i = load_numbers(delta_head_ptr,", "delta_i = load_numbers(lse_head_ptr,"),
+    Mistake("add_tile_gradient", "exp2(scores - lse_i[None, :])", "exp2(scores - lse_j[:, None])"),
+    Mistake("add_tile_gradient", "exp2(scores - lse_j[:, None])", "exp2(scores - delta_j[:, None])"),
+    Mistake("add_tile_gradient", "grad_p_ij - delta_i[None, :]", "grad_p_ij - delta_j[:, None]"),
+    Mistake("add_tile_gradient", "grad_p_ji - delta_j[:, None]", "grad_p_ji - lse_j[:, None]"),
+    Mistake("add_tile_gradient", "factor_ji, factor_ij =", "factor_ij, factor_ji ="),
+    Mistake("add_tile_gradient", "p_ij * factor_ij if", "p_ij * factor_ji if"),
+    Mistake("add_tile_gradient", "grad_p_ij *= factor_ij", "grad_p_ij *= factor_ji"),
+    Mistake("add_tile_gradient", "grad_p_ji *= factor_ji", "grad_p_ji *= factor_ij"),
+    Mistake("add_tile_gradient", "products_of_rows(w_j, grad_out_i,", "products_of_rows(w_j, w_i,"),
+    Mistake("add_tile_gradient", "products_of_rows(grad_out_j, w_i,", "products_of_rows(w_j, w_i,"),
+    Mistake("add_tile_gradient", "else p_ij, grad_out_i,", "else p_ij, w_i,"),
+    Mistake("add_tile_gradient", "grad_scores, w_i,", "grad_scores, grad_out_i,"),
+    Mistake("dropout_factors", "tl.where(row <= column, first, second)", "tl.where(row <= column, second, first)"),
+    Mistake("dropout_factors", "tl.where(column <= row, first, second)", "tl.where(column <= row, second, first)"),
+    Mistake("dropout_factors", "head, 0)", "0, head)"),
+    # The wrong direction of time.
+    Mistake("attend_to_tile", "rows_j[None, :] <= rows_i[:, None]", "rows_j[None, :] >= rows_i[:, None]"),
+    Mistake(
+        "add_tile_gradient", "rows_i[None, :] >= rows_j[:, None], p_ij", "rows_i[None, :] <= rows_j[:, None], p_ij"
+    ),
+    Mistake(
+        "add_tile_gradient", "rows_i[None, :] <= rows_j[:, None], p_ji", "rows_i[None, :] >= rows_j[:, None], p_ji"
+    ),
+    # What was summed is not rescaled.
+    Mistake("attend_to_tile", "scale_rows(out_i, rescale, DIM_B)", "out_i"),
+    # A tail mask dropped.
+    Mistake("attend_to_tile", "HEAD_DIM, DIM_A, DIM_B, MASKED)", "HEAD_DIM, DIM_A, DIM_B, False)"),
+    Mistake(
+        "add_tile_gradient",
+        "w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASKED",
+        "w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, False",
+    ),
+    Mistake(
+        "add_tile_gradient",
+        "grad_out_feature, HEAD_DIM, DIM_A, DIM_B, MASKED",
+        "grad_out_feature, HEAD_DIM, DIM_A, DIM_B, False",
+    ),
+    Mistake("add_tile_gradient", "(lse_head_ptr, rows_i, end, MASKED)", "(lse_head_ptr, rows_i, end, False)"),
+    Mistake("add_tile_gradient", "(delta_head_ptr, rows_i, end, MASKED)", "(delta_head_ptr, rows_i, end, False)"),
+    Mistake("backward_kernel", "(lse_head_ptr, rows_j, end)", "(lse_head_ptr, rows_j, end, False)"),
+    Mistake("backward_kernel", "(delta_head_ptr, rows_j, end)", "(delta_head_ptr, rows_j, end, False)"),
+    Mistake("forward_kernel", "rows_i, end, tokens, out_token", "rows_i, tokens, tokens, out_token"),
+    Mistake("backward_kernel", "rows_j, end, tokens, dw_token", "rows_j, tokens, tokens, dw_token"),
+    # A tile forgotten, or walked twice.
+    Mistake("forward_kernel", "range(0, whole,", "range(BLOCK_COLUMNS, whole,"),
+    Mistake("forward_kernel", "tl.range(whole,", "tl.range(0,"),
+    Mistake("forward_kernel", "tl.range(whole,", "tl.range(whole + TAIL,"),
+    Mistake("backward_kernel", "range(0, end_key,", "range(BLOCK_COLUMNS, end_key,"),
+    Mistake("backward_kernel", "range(first_query,", "range(first_query + BLOCK_COLUMNS,"),
+    Mistake("backward_kernel", "range(0, end_i -", "range(BLOCK_COLUMNS, end_i -"),
+    Mistake("backward_kernel", "tl.range(whole,", "tl.range(0,"),
+    Mistake("backward_kernel", "tl.range(whole,", "tl.range(whole + TAIL,"),
+]
+
+# Mutants that compute the same, by the reason why.
+PRODUCT_EQUIVALENTS = {
+    "WHOLE only saves a mask that is true everywhere": (
+        "load_tile: (rows < row_count) | WHOLE_ROWS -> (rows < row_count)",
+        "load_tile: (columns < column_count) | WHOLE_COLUMNS -> (columns < column_count)",
+    ),
+    "rows are clamped, so a mask along them is true everywhere": (
+        "project_kernel: load_tile, argument 7: True -> False (every place)",
+        "input_gradient_kernel: load_tile, argument 7: True -> False (every place)",
+    ),
+    "numbers beyond the end meet a gradient of zero, or a column that is not stored; they need only be finite": (
+        "load_row: tl.load(vector + columns, mask=columns < column_count, other=0.0)"
+        " -> tl.load(vector + columns, mask=columns < column_count, other=1.0)",
+    ),
+    "at the threshold itself both branches give zero": (
+        "rectify: u <= threshold -> u < threshold",
+        "soft_threshold: tl.abs(u) <= threshold -> tl.abs(u) < threshold",
+    ),
+    "zero is inside the threshold, and a gradient is zero there": (
+        "soft_threshold: u < 0.0 -> u <= 0.0",
+        "before_threshold: y < 0.0 -> y <= 0.0",
+    ),
+    "a relu's output is never negative, so the signed form says the same": (
+        "before_threshold: if ACTIVATION == 'relu' -> False",
+    ),
+    "with a feature as shift the variance is at least mean^2 / width: rounding turns it negative past 10^6 features only": (
+        "mean_and_rstd: tl.maximum(squares / width - mean * mean, 0.0) -> squares / width - mean * mean",
+    ),
+    "beyond the last token x is zero, and of mean and rstd one being zero is enough: the other need only be readable": (
+        "weight_gradient_kernel: tl.load(stats + inner, mask=inner < last, other=0.0)"
+        " -> tl.load(stats + inner, mask=inner < last, other=1.0)",
+        "weight_gradient_kernel: inner < last -> inner <= last",
+        "weight_gradient_kernel: tl.load(stats + tokens.to(tl.int64) + inner, mask=inner < last, other=0.0)"
+        " -> tl.load(stats + tokens.to(tl.int64) + inner, mask=inner < last, other=1.0)",
+    ),
+}
+
+ATTENTION_EQUIVALENTS = {
+    "a negative length ends every walk and mask where zero does": (
+        "count_tokens: tl.maximum(tl.load(lengths_ptr + head // heads), 0) -> tl.load(lengths_ptr + head // heads)",
+    ),
+    "a whole tile's mask is true everywhere, and tiles of TAIL, masked, cover what whole tiles do: only work is saved": (
+        "load_numbers: if MASK_ROWS -> True",
+        "forward_kernel: if TAIL < BLOCK_COLUMNS -> False",
+        "forward_kernel: MASKED=False -> MASKED=True",
+        "backward_kernel: if TAIL < BLOCK_COLUMNS -> False",
+        "backward_kernel: MASKED=False -> MASKED=True",
+    ),
+    "past the end w_i and dO_i are zero, and so is all that they add: a number there need only be finite": (
+        "load_numbers: tl.load(pointer + rows, mask=rows < end, other=0.0)"
+        " -> tl.load(pointer + rows, mask=rows < end, other=1.0)",
+    ),
+    "keys past the end come after every row that is stored, and the causal mask stops them already": (
+        "attend_to_tile: is_key & (rows_j[None, :] <= rows_i[:, None]) -> (rows_j[None, :] <= rows_i[:, None])",
+    ),
+    "a row's score with itself is not negative, so its maximum may start at zero": (
+        "forward_kernel: float('-inf') -> 0.0",
+    ),
+    "tiles above the diagonal, past the end, or of padding are masked or not stored: leaving them out saves work only": (
+        "forward_kernel: if IS_CAUSAL -> False",
+        "forward_kernel: tl.minimum(end, start_i + BLOCK_ROWS) -> end",
+        "forward_kernel: tl.minimum(end, start_i + BLOCK_ROWS) -> start_i + BLOCK_ROWS",
+        "forward_kernel: if lengths_ptr is not None -> False",
+        "forward_kernel: end_j = tl.where(start_i < end, end_j, 0) -> pass",
+        "forward_kernel: tl.where(start_i < end, end_j, 0) -> end_j",
+        "forward_kernel: start_i < end -> start_i <= end",
+        "backward_kernel: if lengths_ptr is not None -> False",
+        "backward_kernel: tl.where(start_j < end, end, 0) -> end",
+        "backward_kernel: start_j < end -> start_j <= end",
+        "backward_kernel: if IS_CAUSAL -> False",
+        "backward_kernel: tl.minimum(end_i, start_j + BLOCK_ROWS) -> end_i",
+        "backward_kernel: tl.minimum(end_i, start_j + BLOCK_ROWS) -> start_j + BLOCK_ROWS",
+    ),
+    "rows of padding are stored as zero whatever they were divided by": (
+        "forward_kernel: row_sum = tl.where(rows_i < end, row_sum, 1.0) -> pass",
+        "forward_kernel: tl.where(rows_i < end, row_sum, 1.0) -> row_sum",
+        "forward_kernel: rows_i < end -> rows_i <= end",
+    ),
+    "the first term is added to zero": (
+        "add_tile_gradient: grad_scores += p_ij * (grad_p_ij - delta_i[None, :])"
+        " -> grad_scores = p_ij * (grad_p_ij - delta_i[None, :])",
+    ),
+    "one walk for both sides, or one for each, sum the same terms": (
+        "backward_kernel: if IS_CAUSAL or PRECISION == 'ieee' -> True",
+        "backward_kernel: IS_CAUSAL or PRECISION == 'ieee' -> IS_CAUSAL",
+    ),
+}
+
+
+class Case(NamedTuple):
+    """A module of kernels, and what belongs to its mutation."""
+
+    module: ModuleType
+    tiles: dict
+    probes: object
+    mistakes: list[Mistake]
+    equivalents: dict[str, tuple[str, ...]]
+
+
+CASES = {
+    "products": Case(products, probes.PRODUCT_TILES, probes.product_probes, PRODUCT_MISTAKES, PRODUCT_EQUIVALENTS),
+    "shared_attention": Case(
+        shared_attention,
+        probes.ATTENTION_TILES,
+        probes.attention_probes,
+        ATTENTION_MISTAKES,
+        ATTENTION_EQUIVALENTS,
+    ),
+}
+KERNELS = [
+    *(("products", kernel) for kernel in ("project_kernel", "input_gradient_kernel", "weight_gradient_kernel")),
+    *(("shared_attention", kernel) for kernel in ("forward_kernel", "delta_kernel", "backward_kernel")),
+]
+
+
+@functools.cache
+def probes_of(case: str) -> list[probes.Probe]:
+    return CASES[case].probes()
+
+
+@functools.cache
+def mutants_of(case: str) -> list[Mutant]:
+    return mutants(source_of(case), CASES[case].mistakes)
+
+
+def source_of(case: str) -> str:
+    return Path(CASES[case].module.__file__).read_text()
+
+
+def equivalent(case: str, name: str) -> str | None:
+    """The listed name that stands for a mutant, itself or its name in every place."""
+    listed = {entry for names in CASES[case].equivalents.values() for entry in names}
+    everywhere = f"{name.split(' (place ')[0]} (every place)"
+    return name if name in listed else everywhere if everywhere in listed else None
+
+
+def ready(case: str, source: str, name: str, folder: Path, watch: Watch) -> ModuleType:
+    module = load(source, name, folder)
+    module.TABLE = CASES[case].tiles
+    watch.over(module)
+    return module
+
+
+def killer(probe: probes.Probe, module: ModuleType) -> str | None:
+    """How the probe fails on the module, in words; None where it passes."""
+    try:
+        probe.check(module)
+    except Exception as failure:
+        while failure.__cause__ is not None:
+            failure = failure.__cause__
+        if isinstance(failure, OutOfBounds):
+            return "touches memory outside its tensors"
+        what = str(failure).splitlines()[0] if str(failure) else ""
+        return what if isinstance(failure, AssertionError) else f"raises {type(failure).__name__}: {what}"
+    return None
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    watch = Watch()
+    watch.install(monkeypatch)
+    return watch
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_as_they_are_pass_every_probe(case: str, tmp_path: Path, watch: Watch) -> None:
+    module = ready(case, source_of(case), f"{case}_as_it_is", tmp_path, watch)
+    failed = {f"{probe.kernel}, {probe.name}": killer(probe, module) for probe in probes_of(case)}
+    assert not any(failed.values()), failed
+
+
+@pytest.mark.parametrize(("case", "kernel"), KERNELS, ids=[kernel for _, kernel in KERNELS])
+def test_every_mutant_is_killed(case: str, kernel: str, tmp_path: Path, watch: Watch) -> None:
+    """The mutants of a kernel, and of the functions that it is the first to use."""
+    users = callers(source_of(case))
+    order = [name for owner, name in KERNELS if owner == case]
+    survivors, alive, killed = [], [], 0
+    for number, mutant in enumerate(mutants_of(case)):
+        if kernel != next(name for name in order if name in users[mutant.function]):
+            continue
+        module = ready(case, mutant.source, f"{kernel}_mutant_{number}", tmp_path, watch)
+        name, how = mutant.name, None
+        for probe in probes_of(case):
+            if probe.kernel in users[mutant.function] and (how := killer(probe, module)):
+                print(f"killed      {name}\n            by {probe.kernel}, {probe.name}: {how}")
+                break
+        if not equivalent(case, name):
+            killed += how is not None
+            survivors += [] if how else [name]
+        elif how:
+            alive.append(f"{name}: {how}")
+        else:
+            print(f"equivalent  {name}")
+    print(f"{kernel}: {killed} mutants killed, {len(survivors)} survived")
+    assert not survivors, "no probe sees the difference:\n" + "\n".join(survivors)
+    assert not alive, "listed as equivalent, but killed:\n" + "\n".join(alive)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_list_of_equivalent_mutants_is_not_stale(case: str) -> None:
+    used = {equivalent(case, mutant.name) for mutant in mutants_of(case)}
+    for reason, names in CASES[case].equivalents.items():
+        print(reason, *names, sep="\n    ")
+        assert not set(names) - used, f"no such mutants: {sorted(set(names) - used)}"
+
+
+def test_every_kernel_function_has_mutants_and_a_kernel_that_runs_it() -> None:
+    for case in CASES:
+        users, kernels = callers(source_of(case)), {kernel for owner, kernel in KERNELS if owner == case}
+        assert all(using & kernels for using in users.values())
+        assert users.keys() == {mutant.function for mutant in mutants_of(case)}
+        assert {probe.kernel for probe in probes_of(case)} == kernels
+
+
+def test_a_stale_mistake_is_an_error() -> None:
+    source = "@triton.jit\ndef f(a, b):\n    return a + b + b\n"
+    for mistake, message in (
+        (Mistake("g", "a", "b"), "g is no kernel function"),
+        (Mistake("f", "a - b", "a"), "found it 0 times"),
+        (Mistake("f", "+ b", ""), "found it 2 times"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mutants(source, [mistake])
+    assert [mutant.source[-14:] for mutant in mutants(source, [Mistake("f", "a + b", "b + a")])][
+        -1
+    ] == "urn b + a + b\n"
