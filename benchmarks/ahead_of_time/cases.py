@@ -48,6 +48,8 @@ def attention(
     tokens: int = TOKENS,
     batch: int = 8,
     memory: str = "batch token head feature",
+    padded: bool = False,
+    dropout: float = 0.0,
 ) -> Case:
     """Shared-QKV attention of 12 heads, at first on the view that the projection leaves."""
     sizes = {"batch": batch, "head": 12, "token": tokens, "feature": head_dim}
@@ -55,10 +57,12 @@ def attention(
 
     def call() -> None:
         w = empty(dtype, *(sizes[name] for name in names), order=tuple(map(names.index, sizes)))
-        out = crate_kernels.shared_qkv_attention(w, is_causal=is_causal)
+        lengths = torch.empty(batch, dtype=torch.int64, device="meta") if padded else None
+        options = {"is_causal": is_causal, "lengths": lengths, "dropout": dropout}
+        out = crate_kernels.shared_qkv_attention(w, **options)
         out.backward(torch.empty_like(out))
 
-    shape = f"d={head_dim} N={tokens}" + " causal" * is_causal
+    shape = f"d={head_dim} N={tokens}" + " causal" * is_causal + " padded" * padded + " dropout" * (dropout > 0)
     return Case("attention", dtype, shape if batch == 8 else f"{shape} B={batch} {memory}", call)
 
 
@@ -137,6 +141,7 @@ def flags() -> list[Case]:
     cases = [attention("bfloat16", head_dim, is_causal=True) for head_dim in (64, 128)]
     # Tails of 0, 16 (as of 197), 32 and 64 tokens.
     cases += [attention("bfloat16", tokens=tokens) for tokens in (256, 785, 50)]
+    cases += [attention("bfloat16", padded=True), attention("bfloat16", dropout=0.1)]
     cases += [use(dtype) for use in (attention, ista, mssa) for dtype in ("float16", "tf32")]
     cases += [ista("bfloat16", images) for images in (1, 64)]
     cases += [ista("bfloat16", soft=True), ista("bfloat16", norm=True, learned=True)]
