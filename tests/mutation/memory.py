@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -28,13 +29,16 @@ class Watch:
         call = InterpretedFunction.__call__
 
         def called(function: Any, *args: Any, **kwargs: Any) -> Any:
-            # Prepares Triton's language for the function's module: at every call, which would take half of all time.
+            # Triton prepares its language anew at every call, which takes half of all time: once a launch and module is enough.
             if function.fn.__module__ in self._prepared:
                 return function.rewrite()(*args, **kwargs)
             self._prepared.add(function.fn.__module__)
             return call(function, *args, **kwargs)
 
         monkeypatch.setattr(InterpretedFunction, "__call__", called)
+        # Whether 32-bit arithmetic overflows is asked at every sum, and for a sixth of the time; other tests see to that.
+        options = replace(interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter_builder, "options", options)
         for name, mask_at in (("create_masked_load", 1), ("create_masked_store", 2)):
             monkeypatch.setattr(interpreter_builder, name, self._checked(getattr(interpreter_builder, name), mask_at))
 

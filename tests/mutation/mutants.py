@@ -221,7 +221,8 @@ def _of_operation(node: ast.BinOp, parameters: set[str]) -> Iterator[str]:
     left, right = f"({ast.unparse(node.left)})", f"({ast.unparse(node.right)})"
     if type(node.op) in _SIGNS:
         yield f"{left} {_SIGNS[type(node.op)]} {right}"
-        yield left
+        if not _is_call(node.right, "arange"):  # a tile's first place alone is no tile: that could not run
+            yield left
         base = node.left
         while isinstance(base, ast.BinOp):
             base = base.left

@@ -1,8 +1,9 @@
 """Every mistake in a kernel is caught: a copy of its module with one mistake fails some probe, the module itself none.
 
 Which mistakes are made: ``mutants.py``. What a kernel has to show: ``probes.py``. A mutant that computes the same is listed
-below with the reason, and is run too: one that a probe kills does not belong there. ``-s`` prints all mutants and what killed
-them. A new line in a kernel brings its mutants with it; where one survives, a probe is missing, or a reason.
+below with the reason, and is run too: one that a probe kills does not belong there. A new line in a kernel brings its mutants
+with it; where one survives, a probe is missing, or a reason. ``-s`` prints all mutants and what killed them; those that no
+longer run at all, for want of types that fit, are counted apart.
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ PRODUCT_MISTAKES = [
     ),
     Mistake("weight_gradient_kernel", "y_row_stride, y_column_stride, last", "y_column_stride, y_row_stride, last"),
     Mistake("mean_and_rstd", "shift + mean", "mean"),
+    # A mask or a factor dropped, in a form that still runs.
+    Mistake("load_tile", "(rows < row_count) | WHOLE_ROWS", "(rows < row_count) | True"),
+    Mistake("load_tile", "(columns < column_count) | WHOLE_COLUMNS", "(columns < column_count) | True"),
+    Mistake("mean_and_rstd", "1.0 / tl.sqrt(variance + eps)", "tl.sqrt(variance + eps)"),
+    Mistake("mean_and_rstd", "(variance + eps)", "(0.0 * variance + eps)"),
     # NaN taken for a value that the threshold stops, or a mask that fits the other threshold.
     Mistake("rectify", "u <= threshold, 0.0, u - threshold", "u > threshold, u - threshold, 0.0"),
     Mistake(
@@ -123,8 +129,9 @@ ATTENTION_MISTAKES = [
     Mistake(
         "add_tile_gradient", "rows_i[None, :] <= rows_j[:, None], p_ji", "rows_i[None, :] >= rows_j[:, None], p_ji"
     ),
-    # What was summed is not rescaled.
+    # What was summed is not rescaled, or not divided in the end.
     Mistake("attend_to_tile", "scale_rows(out_i, rescale, DIM_B)", "out_i"),
+    Mistake("forward_kernel", "1.0 / row_sum", "row_sum"),
     # A tail mask dropped.
     Mistake("attend_to_tile", "HEAD_DIM, DIM_A, DIM_B, MASKED)", "HEAD_DIM, DIM_A, DIM_B, False)"),
     Mistake(
@@ -330,24 +337,30 @@ def test_every_mutant_is_killed(case: str, kernel: str, tmp_path: Path, watch: W
     """The mutants of a kernel, and of the functions that it is the first to use."""
     users = callers(source_of(case))
     order = [name for owner, name in KERNELS if owner == case]
-    survivors, alive, killed = [], [], 0
+    survivors, alive, killed, broken = [], [], 0, 0
     for number, mutant in enumerate(mutants_of(case)):
         if kernel != next(name for name in order if name in users[mutant.function]):
             continue
         module = ready(case, mutant.source, f"{kernel}_mutant_{number}", tmp_path, watch)
-        name, how = mutant.name, None
-        for probe in probes_of(case):
-            if probe.kernel in users[mutant.function] and (how := killer(probe, module)):
-                print(f"killed      {name}\n            by {probe.kernel}, {probe.name}: {how}")
+        asked = [probe for probe in probes_of(case) if probe.kernel in users[mutant.function]]
+        failures = ((probe, how) for probe in asked if (how := killer(probe, module)))
+        last = None
+        for last in failures:
+            if not last[1].startswith("raises"):  # a wrong number tells more than code that does not run: ask on
                 break
-        if not equivalent(case, name):
-            killed += how is not None
-            survivors += [] if how else [name]
-        elif how:
-            alive.append(f"{name}: {how}")
+        listed = equivalent(case, mutant.name)
+        if last is None and not listed:
+            survivors.append(mutant.name)
+        elif last is None:
+            print(f"equivalent  {mutant.name}")
+        elif listed:
+            alive.append(f"{mutant.name}: {last[1]}")
         else:
-            print(f"equivalent  {name}")
-    print(f"{kernel}: {killed} mutants killed, {len(survivors)} survived")
+            ran = not last[1].startswith("raises")
+            killed, broken = killed + ran, broken + (not ran)
+            by = f"{last[0].kernel}, {last[0].name}: {last[1]}"
+            print(f"{'killed    ' if ran else 'cannot run'}  {mutant.name}\n            by {by}")
+    print(f"{kernel}: {killed} mutants killed, {broken} cannot run, {len(survivors)} survived")
     assert not survivors, "no probe sees the difference:\n" + "\n".join(survivors)
     assert not alive, "listed as equivalent, but killed:\n" + "\n".join(alive)
 
