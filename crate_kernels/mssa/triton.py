@@ -1,4 +1,4 @@
-"""MSSA as kernels: three launches forward, LayerNorm, bias and residual included.
+"""MSSA as kernels: three launches forward, for small batches two, LayerNorm, bias and residual included.
 
     w = LN(x) U^T      out = softmax(scale * w w^T) w, head by head      z = residual +- (out W_out^T + b)
 
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from crate_kernels.mssa import one_launch as together
 from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient, prepare
 from crate_kernels.products.triton import input_gradient, project, weight_gradient
 from crate_kernels.shared_attention import triton as attention
@@ -71,8 +72,12 @@ def forward(
     return z, kept
 
 
-def attend(x: Tensor, norm: Norm | None, qkv: Operand, form: Form) -> Kept:
-    """The first two steps: projection and attention."""
+def attend(x: Tensor, norm: Norm | None, qkv: Operand, form: Form, one_launch: bool | None = None) -> Kept:
+    """The first two steps, projection and attention: in one launch or in two, as ``one_launch`` says or else the shape."""
+    if one_launch is None:
+        one_launch = together.is_chosen(x.shape[0], form.num_heads, x.shape[1])
+    if one_launch:
+        return Kept(*together.attend(x, norm, qkv, form.num_heads, form.scale, form.is_causal))
     w, stats = project(x.flatten(0, 1), qkv, qkv.matrix.dtype, norm=norm)
     out, lse = attention.forward(_heads(w, x, form), form.scale, form.is_causal)
     return Kept(w, _tokens(out), lse, stats)
