@@ -162,6 +162,10 @@ def line(row: dict[str, Any]) -> list[Any]:
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = _parser().parse_args(argv)
     device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            f"--device {arguments.device}: torch finds no CUDA device; --device cpu measures this machine's CPU"
+        )
     implementation = arguments.implementation or ("triton" if device.type == "cuda" else "composed")
     rounds = arguments.rounds or (30 if device.type == "cuda" else 5)
     surroundings = harness.environment(device)

@@ -69,6 +69,10 @@ class Acceleration:
 
     def __str__(self) -> str:
         lines = [f"swapped {len(self.swapped)} modules"]
+        if not self.swapped and not self.left_alone:
+            lines[0] += (
+                ": none has the structure of an official one (crate_mae's own models run on the kernels as they are)"
+            )
         lines += [f"  {name}: {kind.__name__}" for name, kind in self.swapped.items()]
         if self.left_alone:
             lines.append(f"left {len(self.left_alone)} alone")

@@ -53,6 +53,8 @@ def load_model(
         RuntimeError: the weights do not fit the model; unknown entries count.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
     if path.is_dir():
         if name is not None or lambd is not None or step_size is not None or overrides:
             raise ValueError(
@@ -64,7 +66,8 @@ def load_model(
         missing = [key for key, value in dict(name=name, lambd=lambd, step_size=step_size).items() if value is None]
         if missing:
             raise ValueError(
-                f"{path}: weights alone do not say {', '.join(missing)}; name them (official: step_size=0.1)"
+                f"{path}: weights alone do not say {', '.join(missing)}; name them (official: step_size=0.1), "
+                f"or pass the directory of a run, whose {CONFIG_FILE} says them"
             )
         model = create_model(name, lambd=lambd, step_size=step_size, **overrides)
     model.load_state_dict(read_weights(path), strict=True)

@@ -106,7 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(cases.GATE_TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=list(cases.DTYPES), help="only these; all by default")
-    parser.add_argument("--operators", nargs="+", help="only these; all by default")
+    operators = sorted({case.operator for target in cases.GATE_TARGETS for case in cases.gate(target)})
+    parser.add_argument("--operators", nargs="+", choices=operators, help="only these; all by default")
     parser.add_argument("--all", action="store_true", help="all combinations of the cases: some twenty minutes")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile at the same time")
     for option, suffix in ("--json", ".jsonl"), ("--table", ".md"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from crate_kernels import dispatch
+from crate_kernels import checks, dispatch
 from crate_kernels.ista.api import check as check_ista
 from crate_kernels.ista.api import ista
 from crate_kernels.layers import op
@@ -89,6 +89,7 @@ def encoder_layer(
 
     Source: CRATE (arXiv 2306.01129), section 2; CRATE-MAE (arXiv 2404.02446), section 3.
     """
+    _check_kinds(attention_norm=attention_norm, attention=attention, sparse_norm=sparse_norm)
     dtype, implementation = _choose(x, attention, num_heads)
     if implementation != "triton" or attention.out is None:
 
@@ -98,13 +99,14 @@ def encoder_layer(
             y = ista(z, dictionary, step_size=step_size, lambd=lambd, threshold=threshold, **sparse)
             return y.to(x.dtype)
 
-        return _checkpointed(layer, x) if recompute else layer(x)
+        return _checkpointed(layer, x, implementation) if recompute else layer(x)
     check_mssa(x, *attention, num_heads, *attention_norm, x, False)
     check_ista(x, dictionary, step_size, lambd, threshold, *sparse_norm, None)
     numbers = number_as_tensor(step_size), number_as_tensor(lambd)
     weights = *attention, *attention_norm[:2], dictionary, *sparse_norm[:2], *numbers
     eps = float(attention_norm.eps), float(sparse_norm.eps)
-    scale = _head_dim(attention, num_heads) ** -0.5 if scale is None else float(scale)
+    scale = _scale(scale, attention, num_heads)
+    _check_prepared(prepared, dtype)
     return _Layer.apply(x, *weights, *eps, threshold == "soft", num_heads, scale, recompute, dtype, *(prepared or ()))
 
 
@@ -139,6 +141,7 @@ def decoder_layer(
 
     Source: CRATE-MAE (arXiv 2404.02446), section 3.
     """
+    _check_kinds(step_norm=step_norm, attention_norm=attention_norm, attention=attention)
     dtype, implementation = _choose(x, attention, num_heads)
     if implementation != "triton" or attention.out is None:
 
@@ -147,12 +150,13 @@ def decoder_layer(
             arguments = dict(num_heads=num_heads, scale=scale, **_options(attention_norm))
             return mssa(g, *attention, residual=g, subtract=True, **arguments)
 
-        return _checkpointed(layer, x) if recompute else layer(x)
+        return _checkpointed(layer, x, implementation) if recompute else layer(x)
     check_mssa(x, *attention, num_heads, *attention_norm, x, True)
     check_ista(x, weight, 0.1, 0.0, "relu", *step_norm, None)
     weights = *attention, *attention_norm[:2], weight, *step_norm[:2], None, None
     eps = float(attention_norm.eps), float(step_norm.eps)
-    scale = _head_dim(attention, num_heads) ** -0.5 if scale is None else float(scale)
+    scale = _scale(scale, attention, num_heads)
+    _check_prepared(prepared, dtype)
     return _Layer.apply(x, *weights, *eps, False, num_heads, scale, recompute, dtype, *(prepared or ()))
 
 
@@ -183,9 +187,10 @@ def prepare_layers(
         return []
     is_encoder = isinstance(layers[0], EncoderWeights)
     dtype, implementation = _choose(x, layers[0].attention, num_heads)
-    # Parameters that are sharded, say, are made whole a layer at a time only.
+    # Parameters that are sharded, say, are made whole a layer at a time only; and one launch takes layers of one make only.
     plain = type(layers[0].attention.qkv) in (Tensor, Parameter)
-    if implementation != "triton" or layers[0].attention.out is None or not plain:
+    alike = len({_make(layer) for layer in layers}) == 1
+    if implementation != "triton" or layers[0].attention.out is None or not plain or not alike:
         return [None] * len(layers)
     from crate_kernels.layers import triton as kernels  # not dispatch.load: this much of it is traced by torch.compile
 
@@ -205,6 +210,12 @@ def prepare_layers(
     return [list(one) for one in zip(*(tensor.unbind(0) for tensor in prepared.flat()), strict=True)]
 
 
+def _make(layer: EncoderWeights | DecoderWeights) -> tuple[Any, ...]:
+    """Shapes of a layer's weights, None where there is none."""
+    parts = [part if isinstance(part, tuple) else (part,) for part in layer]
+    return tuple(value.shape if isinstance(value, Tensor) else None for part in parts for value in part)
+
+
 def _stacked(rows: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
     """Column by column one tensor with a leading dimension, or None."""
     return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
@@ -215,11 +226,21 @@ def _stacked_norm(norms: Sequence[Norm]) -> Norm:
 
 
 def _choose(x: Tensor, attention: AttentionWeights, num_heads: int) -> tuple[torch.dtype, str]:
+    checks.tensor("x", x, "batch tokens width")
     dtype = compute_dtype(x)
     return dtype, dispatch.choose(x, dtype, obstacle_to_triton(_head_dim(attention, num_heads)))
 
 
+def _check_kinds(**given: Norm | AttentionWeights) -> None:
+    for name, value in given.items():
+        kind = AttentionWeights if name == "attention" else Norm
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected crate_kernels.{kind.__name__}, got {checks.describe(value)}")
+
+
 def _head_dim(attention: AttentionWeights, num_heads: int) -> int:
+    if not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected an int, got {checks.describe(num_heads)}")
     return attention.qkv.shape[0] // max(num_heads, 1)
 
 
@@ -227,8 +248,22 @@ def _options(norm: Norm) -> dict[str, Any]:
     return dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
 
 
-def _checkpointed(layer: Any, x: Tensor) -> Tensor:
+def _checkpointed(layer: Callable[[Tensor], Tensor], x: Tensor, implementation: str) -> Tensor:
+    # Wherever the backward happens it repeats what ran; only the reference would not be chosen again by itself.
+    layer = dispatch.use(implementation)(layer) if implementation == "reference" else layer
     return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def _scale(scale: float | None, attention: AttentionWeights, num_heads: int) -> float:
+    if scale is None:
+        return _head_dim(attention, num_heads) ** -0.5
+    checks.number("scale", scale, positive=True)
+    return float(scale)
+
+
+def _check_prepared(prepared: list[Tensor] | None, dtype: torch.dtype) -> None:
+    if prepared and prepared[0].dtype != dtype:
+        raise ValueError(f"prepared: made for products in {prepared[0].dtype}, and these are in {dtype}; prepare again")
 
 
 class _Layer(torch.autograd.Function):

@@ -96,7 +96,8 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
         y, kept = kernels.decoder_forward(x, weights, prepared, form)
     if given.recompute:
         kept = kept._replace(attention=None)
-    return y.view(x.shape), kept.flat() + ([] if given.prepared else prepared.flat())
+    y = torch.ops.aten._unsafe_view(y, x.shape)  # not a view, which autograd would not let a caller change in place
+    return y, kept.flat() + ([] if given.prepared else prepared.flat())
 
 
 @torch.library.impl("crate_kernels::layer_backward", "CompositeExplicitAutograd")

@@ -75,7 +75,8 @@ def mssa(
 
     dtype = compute_dtype(x)
     implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
-    if implementation == "triton" and out_weight is not None and lengths is None and dropout == 0:
+    fits = residual is None or residual.dtype in dispatch.TRITON_DTYPES
+    if implementation == "triton" and out_weight is not None and lengths is None and dropout == 0 and fits:
         out_dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
         weights = qkv_weight, out_weight, out_bias, norm_weight, norm_bias
         settings = float(norm_eps), residual is x, subtract, num_heads, float(scale), is_causal, dtype

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crate_kernels.precision import dot_precision
 from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.products.triton import _norm_mode, add_moments, load_row, load_tile, mean_and_rstd
+from crate_kernels.products.triton import _norm_mode, add_moments, inverse_deviation, load_row, load_tile
 from crate_kernels.shared_attention.triton import (
     LN_2,
     add_weighted_rows,
@@ -76,17 +76,13 @@ def project_rows(
     rows = tl.minimum(rows, tokens - 1)
     mean = tl.zeros([rows.shape[0]], tl.float32)
     rstd = tl.zeros([rows.shape[0]], tl.float32)
-    shift = tl.zeros([rows.shape[0]], tl.float32)
-    total = tl.zeros([rows.shape[0]], tl.float32)
     squares = tl.zeros([rows.shape[0]], tl.float32)
-    if NORM != "none":
-        shift = tl.load(x + rows.to(tl.int64) * x_token).to(tl.float32)
     if NORM == "first":
         for start in range(0, width, BLOCK_K):
             inner = start + tl.arange(0, BLOCK_K)
             x_tile = load_tile(x, rows, inner, x_token, x_feature, tokens, width, True, WHOLE_K)
-            total, squares = add_moments(total, squares, x_tile, shift, inner, width, WHOLE_K)
-        mean, rstd = mean_and_rstd(total, squares, shift, width, eps)
+            mean, squares = add_moments(mean, squares, x_tile, start, inner, width, WHOLE_K)
+        rstd = inverse_deviation(squares, width, eps)
 
     product = zero_parts(rows.shape[0], DIM_A, DIM_B)
     for start in range(0, width, BLOCK_K):
@@ -94,12 +90,12 @@ def project_rows(
         x_tile = load_tile(x, rows, inner, x_token, x_feature, tokens, width, True, WHOLE_K)
         columns = load_parts(matrix, inner, width, matrix_row, matrix_column, HEAD_DIM, DIM_A, DIM_B, not WHOLE_K)
         if NORM == "fold":
-            total, squares = add_moments(total, squares, x_tile, shift, inner, width, WHOLE_K)
+            mean, squares = add_moments(mean, squares, x_tile, start, inner, width, WHOLE_K)
         elif NORM == "first":
             x_tile = (x_tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
         product = add_weighted_rows(product, x_tile, columns, DIM_B, PRECISION)
     if NORM == "fold":
-        mean, rstd = mean_and_rstd(total, squares, shift, width, eps)
+        rstd = inverse_deviation(squares, width, eps)
     return product, mean, rstd
 
 

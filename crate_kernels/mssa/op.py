@@ -68,7 +68,9 @@ def _forward(
     skip = x if given.residual_is_x else residual
     skip = None if skip is None else skip.flatten(0, 1)
     z, kept = kernels.forward(x, weights, weights.operands(given.dtype), form, skip, out_dtype)
-    return z.view(*x.shape[:-1], -1), [tensor for tensor in kept if tensor is not None]
+    # Not a view, which autograd would not let a caller change in place.
+    z = torch.ops.aten._unsafe_view(z, [*x.shape[:-1], z.shape[1]])
+    return z, [tensor for tensor in kept if tensor is not None]
 
 
 @torch.library.impl("crate_kernels::mssa_backward", "CompositeExplicitAutograd")

@@ -21,8 +21,8 @@ class Norm(NamedTuple):
     """A LayerNorm before a product: weight and bias [width], any floating dtype (bias may be None), and epsilon."""
 
     weight: Tensor
-    bias: Tensor | None
-    eps: float
+    bias: Tensor | None = None
+    eps: float = 1e-5
 
 
 class Operand(NamedTuple):

@@ -98,21 +98,25 @@ def masked_gradient(grad_y, y):
 
 
 @triton.jit
-def add_moments(total, squares, x_tile, shift, columns, width, WHOLE: tl.constexpr):
-    """Sums over features of x - shift and of its square, one tile further."""
-    centred = x_tile.to(tl.float32) - shift[:, None]
+def add_moments(mean, squares, x_tile, start, columns, width, WHOLE: tl.constexpr):
+    """Mean of each token, and its sum of squares about the mean, over one tile of features more than the ``start`` before.
+
+    Each tile about its own mean, then merged (Chan, Golub, LeVeque 1979): nothing cancels, however far from zero the tokens are.
+    """
+    x_tile = x_tile.to(tl.float32)
+    count = tl.minimum(width - start, columns.shape[0]).to(tl.float32)
+    tile_mean = tl.sum(x_tile, 1) / count  # features beyond the last were loaded as zero
+    centred = x_tile - tile_mean[:, None]
     if not WHOLE:
         centred = tl.where((columns < width)[None, :], centred, 0.0)
-    return total + tl.sum(centred, 1), squares + tl.sum(centred * centred, 1)
+    step, share = tile_mean - mean, count / (start + count)
+    return mean + step * share, squares + tl.sum(centred * centred, 1) + step * step * (start * share)
 
 
 @triton.jit
-def mean_and_rstd(total, squares, shift, width, eps):
-    """Of each token, from the sums of ``add_moments``. The shift, a feature of the token, keeps the variance from
-    vanishing in rounding where the mean is far from zero."""
-    mean = total / width
-    variance = tl.maximum(squares / width - mean * mean, 0.0)
-    return shift + mean, 1.0 / tl.sqrt(variance + eps)
+def inverse_deviation(squares, width, eps):
+    """rstd of each token, from its sum of squares about the mean."""
+    return 1.0 / tl.sqrt(squares / width + eps)
 
 
 @triton.jit
@@ -144,19 +148,15 @@ def project_kernel(
 
     mean = tl.zeros((BLOCK_M,), tl.float32)
     rstd = tl.zeros((BLOCK_M,), tl.float32)
-    shift = tl.zeros((BLOCK_M,), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    if NORM != "none":
-        shift = tl.load(x + clamped_rows.to(tl.int64) * x_row_stride).to(tl.float32)
     if NORM == "first":
         for start in range(0, inner_width, BLOCK_K):
             inner = start + tl.arange(0, BLOCK_K)
             x_tile = load_tile(
                 x, clamped_rows, inner, x_row_stride, x_column_stride, tokens, inner_width, True, WHOLE_K
             )
-            total, squares = add_moments(total, squares, x_tile, shift, inner, inner_width, WHOLE_K)
-        mean, rstd = mean_and_rstd(total, squares, shift, inner_width, eps)
+            mean, squares = add_moments(mean, squares, x_tile, start, inner, inner_width, WHOLE_K)
+        rstd = inverse_deviation(squares, inner_width, eps)
 
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, inner_width, BLOCK_K):
@@ -166,13 +166,13 @@ def project_kernel(
             matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
         )
         if NORM == "fold":
-            total, squares = add_moments(total, squares, x_tile, shift, inner, inner_width, WHOLE_K)
+            mean, squares = add_moments(mean, squares, x_tile, start, inner, inner_width, WHOLE_K)
         elif NORM == "first":
             x_tile = (x_tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
         product = tl.dot(x_tile.to(matrix.dtype.element_ty), matrix_tile, product, input_precision=PRECISION)
 
     if NORM == "fold":
-        mean, rstd = mean_and_rstd(total, squares, shift, inner_width, eps)
+        rstd = inverse_deviation(squares, inner_width, eps)
         product = rstd[:, None] * (product - mean[:, None] * load_row(column_sum, columns, width))
     if NORM != "none":  # noqa: SIM102  (decided while compiling; the other while running)
         if tile_n == 0:
@@ -342,7 +342,7 @@ def project(
         threshold, in_memory = _number(threshold)
         project_kernel[_grid(tokens, width, tiles)](
             x, operand.matrix, out, stats, operand.column_sum, operand.offset, skip,
-            norm.weight if skip_norm else None, norm.bias if skip_norm else None,
+            _vector(norm.weight) if skip_norm else None, _vector(norm.bias) if skip_norm else None,
             threshold, 0.0 if norm is None else norm.eps, tokens, inner_width, width,
             *x.stride(), *operand.matrix.stride(), *_strides(skip),
             NORM=_norm_mode(x, operand, norm), SKIP_NORM=skip_norm, NEGATE=negate,
@@ -398,7 +398,7 @@ def input_gradient(
     threshold, in_memory = _number(threshold)
     matrix = operand.matrix.t()
     input_gradient_kernel[_grid(tokens, width, tiles)](
-        grad, y, matrix, out, x, stats, product_sum, product_offset, None if norm is None else norm.weight, extra,
+        grad, y, matrix, out, x, stats, product_sum, product_offset, None if norm is None else _vector(norm.weight), extra,
         threshold, tokens, inner_width, width,
         *grad.stride(), *_strides(y), *matrix.stride(), *_strides(x), *_strides(extra),
         NORM=norm is not None, SKIP=skip, NEGATE=negate,
@@ -451,11 +451,11 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bf
 
 
 def _norm_mode(x: Tensor, operand: Operand, norm: Norm | None) -> str:
-    """Folding multiplies raw tokens, so the product must not round them: a token far from zero would lose what the mean hides."""
+    """Folding multiplies raw tokens and takes the mean's share off the product. So the product must not round them, or a token
+    far from zero would lose what its mean hides; and float32 results, more exact than the difference, come without it."""
     if norm is None:
         return "none"
-    exact = x.dtype == operand.matrix.dtype and (x.itemsize == 2 or dot_precision(x) == "ieee")
-    return "fold" if exact else "first"
+    return "fold" if x.itemsize == 2 and x.dtype == operand.matrix.dtype else "first"
 
 
 def _tiles(kernel: str, device: torch.device, operand: Tensor, stream: Tensor) -> dict[str, int]:
@@ -467,6 +467,11 @@ def _number(value: Tensor | None) -> tuple[Tensor | float | None, bool]:
     if value is None:
         return None, False
     return (float(value), False) if value.device.type == "cpu" else (value, True)
+
+
+def _vector(values: Tensor | None) -> Tensor | None:
+    """As the kernels read it: one number after the other."""
+    return None if values is None else values.contiguous()
 
 
 def _strides(matrix: Tensor | None) -> tuple[int, ...]:

@@ -139,6 +139,12 @@ class PretrainConfig:
             value = attrgetter(name)(self)
             if not holds(value):
                 raise ValueError(f"{name}: expected {expected}, got {value}")
+        epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
+        if warmup >= epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs: expected fewer than the {epochs} of schedule.epochs, got {warmup:g}; "
+                "the peak learning rate would never be reached"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json, in the form that `--config` takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,7 +133,13 @@ class _Run:
 
     def train(self) -> PretrainResult:
         self.config.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.config.out / CONFIG_FILE, self.config.to_dict())
+        if self.step < self.total_steps:
+            write_json(self.config.out / CONFIG_FILE, self.config.to_dict())
+        else:  # the settings of steps that were never taken must not pass for the run's
+            print(
+                f"nothing left to do: all {self.config.schedule.epochs} epochs are done; a larger --schedule.epochs goes on",
+                file=sys.stderr,
+            )
         loader = pretrain_loader(
             self.crops,
             self.batches,

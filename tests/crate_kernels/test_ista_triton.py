@@ -177,8 +177,11 @@ def test_strided_tokens(tokens: int, width: int, layout: str, device: str) -> No
 
 
 def test_master_weight_stays_float32(device: str) -> None:
-    """Float32 dictionary, float16 tokens: the dictionary's gradient comes back in float32, not rounded on the way."""
-    for tokens in (50, 197):
+    """Float32 dictionary, float16 tokens: the dictionary's gradient comes back in float32, not rounded on the way.
+
+    With as many tokens as here the products' operands are exact: what is left of the error is float32's own.
+    """
+    for tokens, bound in ((50, 3e-4), (197, 1e-6)):  # two products round the residual to the operands' dtype
         x, weight = prepared(tokens, 64, device, torch.float16)
         weight, grad_y = weight.float(), torch.randn(tokens, 64).to(x)
         y, kept = forward(x, weight, torch.float16)
@@ -186,7 +189,7 @@ def test_master_weight_stays_float32(device: str) -> None:
         upstream = (grad_y * (y != 0)).double()
         *_, exact = official_step(x.double(), weight.double(), torch.float64, False, upstream)
         assert grad_weight.dtype == torch.float32
-        assert error(grad_weight, exact) <= 2 * torch.finfo(torch.float16).eps
+        assert error(grad_weight, exact) <= bound
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(40, 64), (150, 48)], ids=["two products", "one product"])

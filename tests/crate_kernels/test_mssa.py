@@ -209,3 +209,13 @@ def test_bad_input_names_the_argument(change: dict, kind: type[Exception], messa
     arguments = {"x": torch.randn(2, 5, 12), **parameters(), "num_heads": 3, **change}
     with pytest.raises(kind, match=message):
         mssa(**arguments)
+
+
+def test_triton_takes_an_empty_batch_and_a_float64_residual(device: str) -> None:
+    p, x = parameters(32, 2, 16, device=device), torch.randn(2, 7, 32, device=device)
+    with crate_kernels.use("triton"):
+        assert mssa(x[:0], *p.values(), num_heads=2).shape == (0, 7, 32)
+        past = torch.randn(2, 7, 32, dtype=torch.float64, device=device)
+        found = gradients(lambda x, past: mssa(x, *p.values(), num_heads=2, residual=past), [x, past], past)
+    assert found[0].dtype == found[2].dtype == torch.float64
+    assert error(found[2], past) == 0

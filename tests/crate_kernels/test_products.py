@@ -72,7 +72,8 @@ def check(tokens: int, inner: int, width: int, case: dict, dtype=torch.float32, 
     expected = {"y": truth, **{f"d{name}": leaf.grad for name, leaf in zip(names, exact, strict=True)}}
     expected["dx"] = expected["dx"] + extra.double()
     found = run(x, b, bias, gamma, beta, residual, extra, upstream, operand, case)
-    margin = 1e-5 if operand == torch.float32 else 4 * a_few_roundings(operand)
+    # Tokens about a mean are themselves rounded at the mean's scale.
+    margin = 1e-6 + 6e-8 * mean if operand == torch.float32 else a_few_roundings(operand)
     for name, value in found.items():
         if value is not None and (name == "y" or expected[name] is not None):
             assert error(value, expected[name]) < margin, f"{name}: {error(value, expected[name]):.1e}"

@@ -105,4 +105,4 @@ def test_a_16_bit_stream(recompute: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         losses = [m(IMAGES, noise=NOISE).loss for m in (model, twin)]
     assert dtypes == [(torch.bfloat16, torch.bfloat16)] * 2
-    assert error(losses[1], losses[0]) < 2e-2
+    assert error(losses[1], losses[0]) < 2e-3
