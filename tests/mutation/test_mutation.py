@@ -73,12 +73,13 @@ PRODUCT_MISTAKES = [
         "grad_column_stride, grad_row_stride, last",
     ),
     Mistake("weight_gradient_kernel", "y_row_stride, y_column_stride, last", "y_column_stride, y_row_stride, last"),
-    Mistake("mean_and_rstd", "shift + mean", "mean"),
+    Mistake("add_moments", "step * step * (start * share)", "0.0"),
+    Mistake("add_moments", "tl.minimum(width - start, columns.shape[0])", "(columns.shape[0] + 0 * start)"),
     # A mask or a factor dropped, in a form that still runs.
     Mistake("load_tile", "(rows < row_count) | WHOLE_ROWS", "(rows < row_count) | True"),
     Mistake("load_tile", "(columns < column_count) | WHOLE_COLUMNS", "(columns < column_count) | True"),
-    Mistake("mean_and_rstd", "1.0 / tl.sqrt(variance + eps)", "tl.sqrt(variance + eps)"),
-    Mistake("mean_and_rstd", "(variance + eps)", "(0.0 * variance + eps)"),
+    Mistake("inverse_deviation", "1.0 / tl.sqrt(squares / width + eps)", "tl.sqrt(squares / width + eps)"),
+    Mistake("inverse_deviation", "(squares / width + eps)", "(0.0 * squares / width + eps)"),
     # NaN taken for a value that the threshold stops, or a mask that fits the other threshold.
     Mistake("rectify", "u <= threshold, 0.0, u - threshold", "u > threshold, u - threshold, 0.0"),
     Mistake(
@@ -185,9 +186,6 @@ PRODUCT_EQUIVALENTS = {
     ),
     "a relu's output is never negative, so the signed form says the same": (
         "before_threshold: if ACTIVATION == 'relu' -> False",
-    ),
-    "with a feature as shift the variance is at least mean^2 / width: rounding turns it negative past 10^6 features only": (
-        "mean_and_rstd: tl.maximum(squares / width - mean * mean, 0.0) -> squares / width - mean * mean",
     ),
     "beyond the last token x is zero, and of mean and rstd one being zero is enough: the other need only be readable": (
         "weight_gradient_kernel: tl.load(stats + inner, mask=inner < last, other=0.0)"
