@@ -152,7 +152,7 @@ def overcomplete(dtype: str, images: int = 64) -> Case:
 def tiles(*dtypes: str, head_dims: Sequence[int] = HEAD_DIMS) -> list[Case]:
     """Every tile that ships for the dtypes, each once, and the layers of a CRATE-MAE encoder."""
     cases = [attention(dtype, head_dim) for dtype in dtypes if dtype != "autocast" for head_dim in head_dims]
-    cases += [one_launch(dtype, head_dim) for dtype in dtypes for head_dim in (64, 128)]
+    cases += [one_launch(dtype, head_dim) for dtype in dtypes for head_dim in (64, 80, 128)]
     return cases + [case for dtype in dtypes for case in (ista(dtype, norm=True), mssa(dtype))]
 
 
