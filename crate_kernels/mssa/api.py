@@ -53,7 +53,8 @@ def mssa(
         dropout: probability, on the attention weights and after the output projection, as in the official module. Pass 0
             for evaluation. The random numbers are PyTorch's: ``torch.manual_seed`` reproduces them.
 
-    On the Triton path three launches forward, or two for small batches (``one_launch.is_chosen``); with lengths or dropout the projections are the library's.
+    On the Triton path three launches forward, or two for small batches (``one_launch.is_chosen``). With lengths or dropout the
+    projections are the library's.
 
     Returns:
         [batch, tokens, out_width]: without residual in x's dtype (the autocast dtype under autocast); with one, in the

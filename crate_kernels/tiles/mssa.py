@@ -2,8 +2,8 @@
 
 A program takes the tokens of a sample in tiles of BLOCK_ROWS, first to project them, BLOCK_K features at a time, then as queries
 that walk the keys in tiles of BLOCK_COLUMNS. It runs where its multiprocessor has little else to do, so on sm_90 the tiles are
-tall and the warps eight. The default's spill in none of
-the gate's cases; narrow causal heads (16-bit on sm_100, float32 on sm_90) and float32 on sm_100 spill 8 to 16 bytes.
+tall and the warps eight. The default's spill in none of the gate's cases; beyond those, narrow causal heads (16-bit on sm_100,
+float32 on sm_90) and float32 on sm_100 spill 8 to 16 bytes.
 """
 
 from __future__ import annotations
