@@ -123,7 +123,7 @@ def attend_rows(
                 MASKED=False, IS_CAUSAL=IS_CAUSAL, DROPOUT=False,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
             )  # fmt: skip
-    for start_j in tl.range(whole, end, TAIL, num_stages=1 if TAIL == 16 < BLOCK_COLUMNS else None):
+    for start_j in tl.range(whole, end, TAIL, num_stages=1 if (TAIL == 16) and (BLOCK_COLUMNS > 16) else None):
         out_i, row_max, row_sum = attend_to_tile(
             out_i, row_max, row_sum, w_i, rows_i, start_j, tokens, w, token_stride, 1, 0, scale, 0.0, 0,
             MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=False,

@@ -530,8 +530,6 @@ def _launch_walk(
     options, precision = _options(kernel, w), dot_precision(w)
     if dropout:  # its factors take registers that wide tiles do not leave
         options["BLOCK_COLUMNS"] = max(16, options["BLOCK_COLUMNS"] // 2)
-    if dropout or is_causal or any(tensor.stride(-1) != 1 for tensor in strided):
-        options.pop("maxnreg", None)  # the table means the plain walk over rows of adjacent features
     options |= {"IS_CAUSAL": is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
     options["TAIL"] = tail(options["BLOCK_COLUMNS"], w.shape[2], is_causal, lengths is not None, precision)
     lengths = None if lengths is None else lengths.contiguous()

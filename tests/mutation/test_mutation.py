@@ -197,6 +197,9 @@ PRODUCT_EQUIVALENTS = {
 }
 
 ATTENTION_EQUIVALENTS = {
+    "a second part without features, where Triton makes one, is read by nobody": (
+        "zero_parts: if DIM_B == 0 -> False",
+    ),
     "a negative length ends every walk and mask where zero does": (
         "count_tokens: tl.maximum(tl.load(lengths_ptr + head // heads), 0) -> tl.load(lengths_ptr + head // heads)",
     ),
@@ -351,7 +354,7 @@ def test_every_mutant_is_killed(case: str, kernel: str, tmp_path: Path, watch: W
             survivors.append(mutant.name)
         elif last is None:
             print(f"equivalent  {mutant.name}")
-        elif listed:
+        elif listed and not last[1].startswith("raises"):  # whether it runs at all may depend on Triton's version
             alive.append(f"{mutant.name}: {last[1]}")
         else:
             ran = not last[1].startswith("raises")
