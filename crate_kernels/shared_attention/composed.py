@@ -17,8 +17,8 @@ from torch import Tensor
 from crate_kernels.precision import arithmetic_dtype
 from crate_kernels.shared_attention.op import composed_keeps, empty_token_major, takes_flash_attention
 
-# Elements of the scores of one slice. On a CPU the slice stays in the last cache; elsewhere it only bounds memory.
-_SCORES_ON_CPU = 2**21
+# Elements of the scores of one slice. On a CPU the slice stays in cache between the calls; elsewhere it only bounds memory.
+_SCORES_ON_CPU = 2**20
 _SCORES_ELSEWHERE = 2**28
 
 
@@ -150,7 +150,9 @@ def _slices(heads: Tensor) -> Iterator[tuple[slice, slice]]:
     count, tokens, _ = heads.shape
     bound = _SCORES_ON_CPU if heads.device.type == "cpu" else _SCORES_ELSEWHERE
     rows = min(tokens, max(1, bound // tokens))
-    step = max(1, bound // (rows * tokens))
+    most = max(1, bound // (rows * tokens))
+    slices = max(1, -(-count // most))
+    step = -(-count // slices) or 1  # slices of equal size, as few as the bound allows
     for head in range(0, count, step):
         for row in range(0, tokens, rows):
             yield slice(head, head + step), slice(row, row + rows)
