@@ -1,10 +1,10 @@
 """Shared-QKV attention in standard PyTorch calls.
 
 On a CPU that computes in float32 or float64, without dropout: PyTorch's own flash attention, its three gradients added up.
-Elsewhere (CUDA, and CPUs with 16-bit matrix instructions, where flash attention's backward is slow): batched products over a
-slice of heads and rows at a time. Those keep the probabilities of short sequences for the backward on a CPU, six products in
-all; else they compute them again, a seventh, and scores exist for one slice at a time only. Dropout is drawn slice by slice,
-and drawn again from the same seed in the backward.
+Elsewhere (CUDA, and CPUs with 16-bit matrix instructions, where flash attention's backward is slow): batched products over some
+heads at a time, of one head's rows in parts where even they are too many. Those keep the probabilities of short sequences for
+the backward on a CPU, five products in all; else they compute them again, a sixth (and a seventh where rows are parted), and
+scores exist for some heads at a time only. Dropout is drawn part by part, and again from the same seed in the backward.
 """
 
 from __future__ import annotations
@@ -42,27 +42,31 @@ def forward(
         lse = lse.contiguous() if padding is None else lse.masked_fill(padding, float("-inf")).contiguous()
         return _unflatten(_without(padding, out), w), lse
 
-    heads = _flatten(_without(padding, w))
-    out, keeps = torch.empty_like(heads), composed_keeps(w, dropout, return_lse)
-    kept = heads.new_empty(0)
+    out, keeps, stored = empty_token_major(w), composed_keeps(w, dropout, return_lse), _without(padding, w)
+    kept = w.new_empty(0, dtype=arithmetic_dtype(w))
     if keeps == "probabilities" and keep:
-        kept = heads.new_empty(*w.shape[:3], w.shape[2])
+        kept = kept.new_empty(*w.shape[:3], w.shape[2])
     elif keeps == "log-sum-exp":
         kept = w.new_empty(w.shape[:3], dtype=torch.promote_types(w.dtype, torch.float32))
     generator = _generator(w, dropout, seed)
-    for head, row in _slices(heads):
-        probabilities = _scores(
-            heads[head], row, scale, is_causal, _of_heads(padding, w, head), _rows(kept, keeps, head, row)
-        )
+    for some, rows in _slices(w):
+        keys = _stacked(stored[some])
+        for row in rows:
+            destination = kept[some].flatten(0, 1)[:, row] if kept.ndim == 4 else None
+            probabilities = _scores(keys, row, scale, is_causal, _of_heads(padding, w, some), destination)
+            if keeps == "log-sum-exp":
+                lse = probabilities.to(kept.dtype).logsumexp(-1)
+                kept[some][..., row] = lse.view_as(kept[some][..., row])
+            probabilities = torch.softmax(probabilities, -1, out=probabilities)
+            if dropout:
+                probabilities = probabilities * _factors(probabilities, dropout, generator)
+            out_rows = out[some][..., row, :]
+            out_rows.copy_(torch.bmm(probabilities, keys).view_as(out_rows))
+    if padding is not None:
+        out.masked_fill_(padding[..., None], 0.0)
         if keeps == "log-sum-exp":
-            kept.flatten(0, 1)[head, row] = probabilities.to(kept.dtype).logsumexp(-1)
-        probabilities = torch.softmax(probabilities, -1, out=probabilities)
-        if dropout:
-            probabilities = probabilities * _factors(probabilities, dropout, generator)
-        torch.bmm(probabilities, heads[head], out=out[head, row])
-    if padding is not None and keeps == "log-sum-exp":
-        kept.masked_fill_(padding, float("-inf"))
-    return _unflatten(_without(padding, out.view(w.shape)), w), kept
+            kept.masked_fill_(padding, float("-inf"))
+    return out, kept
 
 
 def backward(
@@ -87,30 +91,36 @@ def backward(
         )
         return _unflatten(as_query.add_(as_key).add_(as_value), w)
 
-    heads, grads = _flatten(_without(padding, w)), _flatten(_without(padding, grad_out))
-    grad_w = torch.empty_like(heads)
-    keeps = "probabilities" if kept.ndim == 4 else "nothing"
+    grad_w, stored, grads = empty_token_major(w), _without(padding, w), _without(padding, grad_out)
     generator = _generator(w, dropout, seed)
-    for head, row in _slices(heads):
-        keys, queries, grad_rows = heads[head], heads[head, row], grads[head, row]
-        probabilities = _rows(kept, keeps, head, row)
-        if probabilities is None:
-            scores = _scores(keys, row, scale, is_causal, _of_heads(padding, w, head))
-            probabilities = torch.softmax(scores, -1, out=scores)
-        grad_probabilities = torch.bmm(grad_rows, keys.transpose(1, 2))
-        dropped = probabilities
-        if dropout:
-            factors = _factors(probabilities, dropout, generator)
-            grad_probabilities *= factors
-            dropped = factors.mul_(probabilities)
-        grad_scores = torch._softmax_backward_data(
-            grad_probabilities, probabilities, -1, probabilities.dtype, grad_input=grad_probabilities
-        )
-        # The first slice of rows writes all rows of the gradient, the others add to it.
-        grad_w[head].baddbmm_(dropped.transpose(1, 2), grad_rows, beta=0 if row.start == 0 else 1)
-        grad_w[head].baddbmm_(grad_scores.transpose(1, 2), queries, alpha=scale)
-        grad_w[head, row].baddbmm_(grad_scores, keys, alpha=scale)
-    return _unflatten(_without(padding, grad_w.view(w.shape)), w)
+    for some, rows in _slices(w):
+        keys, all_grads = _stacked(stored[some]), _stacked(grads[some])
+        grad_keys = torch.zeros_like(keys) if len(rows) > 1 else torch.empty_like(keys)
+        for row in rows:
+            queries, grad_rows = keys[:, row], all_grads[:, row]
+            if kept.ndim == 4:
+                probabilities = kept[some].flatten(0, 1)[:, row]
+            else:
+                scores = _scores(keys, row, scale, is_causal, _of_heads(padding, w, some))
+                probabilities = torch.softmax(scores, -1, out=scores)
+            grad_probabilities = torch.bmm(grad_rows, keys.transpose(1, 2))
+            dropped = probabilities
+            if dropout:
+                factors = _factors(probabilities, dropout, generator)
+                grad_probabilities *= factors
+                dropped = factors.mul_(probabilities)
+            grad_scores = torch._softmax_backward_data(
+                grad_probabilities, probabilities, -1, probabilities.dtype, grad_input=grad_probabilities
+            )
+            if len(rows) == 1:  # as query and as key in one product
+                torch.bmm(dropped.transpose(1, 2), grad_rows, out=grad_keys)
+                grad_scores = grad_scores.transpose(1, 2).contiguous().add_(grad_scores)
+            else:
+                grad_keys.baddbmm_(dropped.transpose(1, 2), grad_rows)
+                grad_keys.baddbmm_(grad_scores.transpose(1, 2), queries, alpha=scale)
+            grad_keys[:, row].baddbmm_(grad_scores, keys, alpha=scale)
+        grad_w[some].copy_(grad_keys.view_as(grad_w[some]))
+    return grad_w if padding is None else grad_w.masked_fill_(padding[..., None], 0.0)
 
 
 def _padding(w: Tensor, lengths: Tensor | None) -> Tensor | None:
@@ -134,9 +144,9 @@ def _features_in_a_row(w: Tensor) -> Tensor:
     return w if w.stride(-1) == 1 and w.stride(-2) >= w.shape[-1] else w.contiguous()
 
 
-def _flatten(w: Tensor) -> Tensor:
-    """[batch, heads, tokens, head_dim] of any strides -> contiguous [batch * heads, tokens, head_dim], to compute with."""
-    return w.to(arithmetic_dtype(w)).reshape(-1, *w.shape[2:]).contiguous()
+def _stacked(heads: Tensor) -> Tensor:
+    """Heads [samples, heads, tokens, head_dim] of any strides as [samples * heads, tokens, head_dim], to compute with."""
+    return heads.to(arithmetic_dtype(heads)).reshape(-1, *heads.shape[2:]).contiguous()
 
 
 def _unflatten(result: Tensor, like: Tensor) -> Tensor:
@@ -145,27 +155,28 @@ def _unflatten(result: Tensor, like: Tensor) -> Tensor:
     return result if (result.dtype, result.stride()) == (promised.dtype, promised.stride()) else promised.copy_(result)
 
 
-def _slices(heads: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of heads and of rows whose scores against all tokens fit the bound."""
-    count, tokens, _ = heads.shape
-    bound = _SCORES_ON_CPU if heads.device.type == "cpu" else _SCORES_ELSEWHERE
+def _slices(w: Tensor) -> Iterator[tuple[tuple[slice, slice], list[slice]]]:
+    """(samples, heads) whose scores against all tokens fit the bound, or one head, and its rows in parts that do."""
+    batch, heads, tokens, _ = w.shape
+    bound = _SCORES_ON_CPU if w.device.type == "cpu" else _SCORES_ELSEWHERE
     rows = min(tokens, max(1, bound // tokens))
     most = max(1, bound // (rows * tokens))
-    slices = max(1, -(-count // most))
-    step = -(-count // slices) or 1  # slices of equal size, as few as the bound allows
-    for head in range(0, count, step):
-        for row in range(0, tokens, rows):
-            yield slice(head, head + step), slice(row, row + rows)
+    for samples in _equal_parts(batch, most // heads):
+        for some in _equal_parts(heads, most):
+            yield (samples, some), list(_equal_parts(tokens, rows))
 
 
-def _rows(kept: Tensor, keeps: str, head: slice, row: slice) -> Tensor | None:
-    """The slice of the probabilities that are kept, or None where they are not."""
-    return kept.flatten(0, 1)[head, row] if keeps == "probabilities" and kept.numel() else None
+def _equal_parts(size: int, most: int) -> Iterator[slice]:
+    """range(size) in as few parts as may be, of at most ``most``, and of at least one."""
+    if size:
+        parts = -(-size // max(1, most))
+        step = -(-size // parts)
+        yield from (slice(start, min(size, start + step)) for start in range(0, size, step))
 
 
-def _of_heads(padding: Tensor | None, w: Tensor, head: slice) -> Tensor | None:
-    """The padding of a slice of heads, [heads in the slice, tokens]."""
-    return None if padding is None else padding.expand(w.shape[:3]).flatten(0, 1)[head]
+def _of_heads(padding: Tensor | None, w: Tensor, some: tuple[slice, slice]) -> Tensor | None:
+    """The padding of some heads, [samples * heads, tokens]."""
+    return None if padding is None else padding.expand(w.shape[:3])[some].reshape(-1, w.shape[2])
 
 
 def _scores(

@@ -49,7 +49,7 @@ def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False) ->
 
     "log-sum-exp": [batch, heads, tokens] in float32, or float64 for float64, from flash attention and wherever it is asked for.
     "probabilities": [batch, heads, tokens, tokens], before dropout, of short sequences elsewhere on a CPU: they save one of
-    seven products and a softmax, and take tokens / head_dim times the memory of w.
+    six products and a softmax, and take tokens / head_dim times the memory of w.
     """
     if return_lse or takes_flash_attention(w, dropout):
         return "log-sum-exp"
