@@ -1,0 +1,326 @@
+"""Plots of stored results: what to draw, as data, and the drawing, which needs matplotlib (the extra ``plot``).
+
+Colours are those of Okabe and Ito, told apart with any colour vision; hatches, dashes and markers tell apart what shares one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.report.rows import Results, Row, describe_model, describe_shape, select, size
+from benchmarks.report.tables import OPERATORS, name_of, number, provider_order
+from benchmarks.targets import copy_ceiling, product_ceiling
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Style:
+    colour: str
+    dashes: str = "-"
+    marker: str = "o"
+    hatch: str = ""
+
+
+STYLES = {
+    "reference": Style(BLACK),
+    "official compiled": Style(BLUE),
+    "official max-autotune": Style(BLUE, "--", "s", "//"),
+    "official compiled graph": Style(BLUE, ":", "^", ".."),
+    "products": Style(YELLOW, "-", "D"),
+    "sdpa flash": Style(SKY),
+    "sdpa cudnn": Style(SKY, "--", "s", "//"),
+    "sdpa efficient": Style(SKY, ":", "^", ".."),
+    "flex": Style(ORANGE),
+    "vit-mae sdpa": Style(PURPLE),
+    "vit-mae compiled": Style(PURPLE, "--", "s", "//"),
+    "best composed": Style(GREEN, "--", "s", "//"),
+    "composed": Style(GREEN),
+    "triton": Style(VERMILLION),
+    "triton 16bit": Style(VERMILLION, "--", "s", "//"),
+    "triton recompute": Style(VERMILLION, ":", "^", ".."),
+    "triton graph": Style(VERMILLION, "-.", "D", "xx"),
+}
+
+
+def style_of(provider: str) -> Style:
+    """A provider that no style is set for shares the colour of the one its name begins with, or is orange."""
+    if provider in STYLES:
+        return STYLES[provider]
+    like = max((known for known in STYLES if provider.startswith(known)), key=len, default=None)
+    return Style(STYLES[like].colour if like else ORANGE, "-.", "X", "\\\\")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture to be drawn: its file's name without ending, its title, and one panel a subtitle."""
+
+    name: str
+    title: str
+    panels: dict[str, list[Row]]
+    draw: Callable[[Axes, list[Row]], None]
+    panel_height: Callable[[list[Row]], float]
+    columns: int = 3
+
+
+# More groups of bars than this a picture cannot hold; the tables hold them all.
+MOST_GROUPS = 8
+
+
+def plan(results: Results) -> list[Plot]:
+    """The plots that these rows are enough for."""
+    return [*_ratios(results), *_roofline(results), *_sweeps(results)]
+
+
+def _in_order(operators: Iterable[str]) -> list[str]:
+    known = list(OPERATORS)
+    return sorted(operators, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def _ratios(results: Results) -> Iterable[Plot]:
+    rows = [row for row in results.rows if row.get("ratio") and row["provider"] != row.get("baseline")]
+    for operator in _in_order({row["operator"] for row in rows}):
+        panels: dict[str, list[Row]] = {}
+        for row in select(rows, operator=operator):
+            panels.setdefault(f"{row.get('mode') or ''}, {row.get('dtype') or ''}", []).append(row)
+        panels = {name: _most_compared(found) for name, found in sorted(panels.items())}
+        name = OPERATORS.get(operator, operator)
+        yield Plot(
+            f"{results.slug}-ratios-{operator}", f"{name}: speed-up", panels, _draw_ratios, _height_of_bars, columns=2
+        )
+
+
+def _most_compared(rows: list[Row]) -> list[Row]:
+    """The rows of the shapes with the most providers; of equals, the larger."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_group(row), []).append(row)
+    largest = sorted(groups.values(), key=lambda found: (-len(found), *(-x for x in _sizes(found[0]))))
+    return [row for found in sorted(largest[:MOST_GROUPS], key=lambda found: _sizes(found[0])) for row in found]
+
+
+def _sizes(row: Row) -> tuple[int, ...]:
+    return tuple(size(row, name) or 0 for name in ("width", "tokens", "heads", "batch"))
+
+
+def _group(row: Row) -> str:
+    return "\n".join(filter(None, (describe_model(row), describe_shape(row).replace(", width", "\nwidth"))))
+
+
+def _roofline(results: Results) -> Iterable[Plot]:
+    rows = [row for row in results.rows if row.get("tflops") and row.get("gigabytes_per_second")]
+    rows = [row for row in rows if row["operator"] != "ceilings"]
+    ceilings = [product_ceiling(results.rows), copy_ceiling(results.rows)]
+    if not rows or not all(isinstance(row, dict) for row in ceilings):
+        return
+    # The bfloat16 product bounds no other dtype fairly.
+    rows = [row for row in rows if row.get("dtype") == "bfloat16"]
+    panels = {
+        OPERATORS.get(operator, operator): [*ceilings, *select(rows, operator=operator)]
+        for operator in _in_order({row["operator"] for row in rows})
+    }
+    if panels:
+        title = "Roofline, bfloat16, against the ceilings measured in the same place"
+        yield Plot(f"{results.slug}-roofline", title, panels, _draw_roofline, lambda _: 3.6)
+
+
+SWEEPS = (("time", "ms", "time, ms"), ("memory", "peak_bytes", "peak memory, GiB"))
+
+
+def _sweeps(results: Results) -> Iterable[Plot]:
+    """Time and memory against batch and against tokens, everything else equal, wherever two sizes or more were measured."""
+    for what, key, label in SWEEPS:
+        rows = [row for row in results.rows if row.get(key) and row["operator"] != "ceilings"]
+        for operator in _in_order({row["operator"] for row in rows}):
+            for axis in ("batch", "tokens"):
+                panels = _panels_along(axis, select(rows, operator=operator))
+                if panels:
+                    yield Plot(
+                        f"{results.slug}-{what}-{axis}-{operator}",
+                        f"{OPERATORS.get(operator, operator)}: {label.partition(',')[0]} against {axis}",
+                        panels,
+                        _lines(axis, key, label),
+                        lambda _: 3.2,
+                    )
+
+
+def _panels_along(axis: str, rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows that differ in nothing but ``axis`` and provider, by what they share; the panels with most sizes."""
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        shape = row.get("shape")
+        if size(row, axis) is None or row.get("mode") == "largest batch":
+            continue
+        rest = {**shape, axis: None} if isinstance(shape, dict) else [None, *shape[1:]]
+        shared = describe_shape({"shape": rest})
+        title = "\n".join(filter(None, (describe_model(row), shared, f"{row.get('mode')}, {row.get('dtype')}")))
+        panels.setdefault(title, []).append(row)
+    sizes = {title: len({size(row, axis) for row in found}) for title, found in panels.items()}
+    longest = sorted((title for title in panels if sizes[title] > 1), key=lambda title: (-sizes[title], title))
+    return {title: panels[title] for title in sorted(longest[:9])}
+
+
+def save(plots: Sequence[Plot], results: Results, folder: Path) -> list[Path]:
+    """Draw the plots of a device as PNG and SVG, the same bytes for the same rows and the same matplotlib.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.hashsalt": "crate-kernels",
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "hatch.linewidth": 0.6,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with matplotlib.rc_context(settings):
+        for plot in plots:
+            figure = Figure(layout="constrained")
+            _compose(figure, plot, results)
+            for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+                written.append(folder / f"{plot.name}.{ending}")
+                figure.savefig(written[-1], dpi=120, metadata=metadata)
+    return written
+
+
+def _compose(figure: Figure, plot: Plot, results: Results) -> None:
+    """Panels in a grid, one legend for all below them, device and versions in the title."""
+    columns = min(plot.columns, len(plot.panels))
+    rows = -(-len(plot.panels) // columns)
+    contents = list(plot.panels.values())
+    heights = [max(map(plot.panel_height, contents[row * columns : (row + 1) * columns])) for row in range(rows)]
+    providers = sorted(
+        {row["provider"] for found in contents for row in found if row["operator"] != "ceilings"}, key=provider_order
+    )
+    lines_of_legend = -(-len(providers) // 3)
+    figure.set_size_inches(max(4.2 * columns, 6.4), sum(heights) + 0.9 + 0.2 * lines_of_legend)
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": heights}).flatten()
+    for ax in axes[len(contents) :]:
+        ax.set_axis_off()
+    for ax, (title, found) in zip(axes, plot.panels.items(), strict=False):
+        plot.draw(ax, found)
+        ax.set_title(title, fontsize=9)
+    figure.suptitle(f"{plot.title}\n{results.device}", fontsize=11)
+    figure.legend(
+        handles=[_key(plot, provider) for provider in providers], loc="outside lower center", ncols=3, frameon=False
+    )
+
+
+def _key(plot: Plot, provider: str) -> Any:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    style, label = style_of(provider), name_of(provider)
+    if plot.draw is _draw_ratios:
+        return Patch(facecolor=style.colour, edgecolor="white", hatch=style.hatch, label=label)
+    dashes = "none" if plot.draw is _draw_roofline else style.dashes
+    return Line2D([], [], color=style.colour, linestyle=dashes, marker=style.marker, label=label)
+
+
+def _height_of_bars(rows: list[Row]) -> float:
+    return 0.9 + 0.19 * len(rows) + 0.15 * len({_group(row) for row in rows})
+
+
+def _draw_ratios(ax: Axes, rows: list[Row]) -> None:
+    """Bars from 1, where the baseline is, with the 20th to 80th percentile; a group a shape."""
+    position, ticks, labels = 0.0, [], []
+    for group in dict.fromkeys(map(_group, rows)):
+        found = sorted((row for row in rows if _group(row) == group), key=lambda row: provider_order(row["provider"]))
+        for offset, row in enumerate(found):
+            style, ratio = style_of(row["provider"]), row["ratio"]
+            y, value = position + offset, ratio["p50"]
+            ax.barh(y, value, height=0.9, color=style.colour, hatch=style.hatch, edgecolor="white", linewidth=0)
+            ax.plot([ratio["p20"], ratio["p80"]], [y, y], color="#555555", linewidth=1.2)
+            ax.annotate(
+                number(value),
+                (max(value, ratio["p80"]), y),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        ticks.append(position + (len(found) - 1) / 2)
+        labels.append(group)
+        position += len(found) + 0.8
+    baselines = dict.fromkeys(name_of(row["baseline"]) for row in rows)
+    ax.axvline(1, color=BLACK, linewidth=1, linestyle="--")
+    ax.set_xlim(0, 1.15 * max(max(1.0, row["ratio"]["p80"]) for row in rows))
+    ax.set_yticks(ticks, labels)
+    ax.invert_yaxis()
+    ax.set_xlabel(f"times as fast as: {', '.join(baselines)} (dashed)")
+
+
+def _draw_roofline(ax: Axes, rows: list[Row]) -> None:
+    """TFLOP/s over FLOPs a byte, both counted at their least, under the large product's and the large copy's rate."""
+    product, copy, *points = rows
+    ceiling, slope = product["tflops"], copy["gigabytes_per_second"] / 1e3
+    intensities = [row["tflops"] * 1e3 / row["gigabytes_per_second"] for row in points]
+    left, right = min([*intensities, ceiling / slope]) / 3, max([*intensities, ceiling / slope]) * 3
+    ax.plot([left, ceiling / slope, right], [left * slope, ceiling, ceiling], color=BLACK, linewidth=1.2)
+    ax.annotate(
+        f"{number(ceiling)} TFLOP/s",
+        (right, ceiling),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+    )
+    ax.annotate(
+        f"{number(slope * 1e3)} GB/s",
+        (left, left * slope),
+        xytext=(2, -2),
+        textcoords="offset points",
+        fontsize=8,
+        va="top",
+    )
+    for row, intensity in zip(points, intensities, strict=True):
+        style = style_of(row["provider"])
+        face = "none" if row.get("mode") == "backward" else style.colour
+        ax.plot(
+            intensity, row["tflops"], style.marker, color=style.colour, markerfacecolor=face, markersize=5, alpha=0.8
+        )
+    ax.set(xscale="log", yscale="log", xlabel="FLOP a byte (least of both)", ylabel="TFLOP/s")
+    ax.grid(which="major", color="#dddddd", linewidth=0.6)
+
+
+def _lines(axis: str, key: str, label: str) -> Callable[[Axes, list[Row]], None]:
+    def draw(ax: Axes, rows: list[Row]) -> None:
+        for provider in sorted({row["provider"] for row in rows}, key=provider_order):
+            style = style_of(provider)
+            found = sorted((row for row in rows if row["provider"] == provider), key=lambda row: size(row, axis) or 0)
+            xs = [size(row, axis) for row in found]
+            if key == "ms":
+                ax.fill_between(
+                    xs,
+                    *([row[key][p] for row in found] for p in ("p20", "p80")),
+                    color=style.colour,
+                    alpha=0.2,
+                    linewidth=0,
+                )
+                ys = [row[key]["p50"] for row in found]
+            else:
+                ys = [row[key] / 2**30 for row in found]
+            ax.plot(xs, ys, style.dashes, color=style.colour, marker=style.marker, markersize=4)
+        ticks = sorted({size(row, axis) for row in rows})
+        ax.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
+        ax.set_xticks(ticks, list(map(str, ticks)), rotation=45 if len(ticks) > 6 else 0)
+        ax.set_xticks([], minor=True)
+        ax.grid(color="#dddddd", linewidth=0.6)
+
+    return draw

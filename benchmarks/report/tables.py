@@ -1,0 +1,303 @@
+"""Tables in Markdown: a device's report, and the README's part. Every number leads to the line that it comes from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report.rows import Results, Row, absent, describe_model, describe_shape, select, size
+from benchmarks.targets import TARGETS, Case, Target, copy_ceiling, product_ceiling
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+WRITTEN = "Written by `python -m benchmarks.report`."
+
+# Providers in words, in the order in which they stand in tables and plots. A provider that is not named here comes last.
+NAMES = {
+    "reference": "official order, eager",
+    "official compiled": "official order, compiled",
+    "official max-autotune": "official order, max-autotune",
+    "official compiled graph": "official order, compiled, CUDA graph",
+    "products": "cuBLAS products alone",
+    "sdpa flash": "SDPA flash",
+    "sdpa cudnn": "SDPA cuDNN",
+    "sdpa efficient": "SDPA efficient",
+    "flex": "FlexAttention",
+    "vit-mae sdpa": "ViT-MAE, SDPA",
+    "vit-mae compiled": "ViT-MAE, compiled",
+    "best composed": "composed, compiled",
+    "composed": "composed",
+    "triton": "triton",
+    "triton 16bit": "triton, 16-bit stream",
+    "triton recompute": "triton, recompute",
+    "triton graph": "triton, CUDA graph",
+}
+OPERATORS = {
+    "training_step": "Training step",
+    "encoder_layer": "Encoder layer",
+    "decoder_layer": "Decoder layer",
+    "attention": "Shared-QKV attention",
+    "ista": "ISTA",
+    "mssa": "MSSA",
+    "norm_linear": "LayerNorm and product",
+    "memory": "Memory",
+    "ceilings": "Ceilings of this device",
+}
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+HOW_TO_READ = (
+    "Times are medians of turns in which all providers alternate, with their 20th to 80th percentile; a ratio is the baseline's "
+    "time over the provider's, taken within each turn. All numbers of a line come from the rows that it ends with."
+)
+DIRTY = "Rows marked dirty were measured with changes that no commit holds; the README shows none of them."
+
+
+def name_of(provider: str) -> str:
+    return NAMES.get(provider, provider)
+
+
+def provider_order(provider: str) -> tuple[int, str]:
+    return (list(NAMES).index(provider) if provider in NAMES else len(NAMES), provider)
+
+
+def row_order(row: Row) -> tuple[Any, ...]:
+    """Sorts rows of one operator: models, dtypes and sizes in order, then providers as ``NAMES`` has them."""
+    dtype = row.get("dtype") or ""
+    sizes = tuple(size(row, name) or 0 for name in ("width", "tokens", "heads", "batch"))
+    dtypes = (DTYPES.index(dtype) if dtype in DTYPES else len(DTYPES), dtype)
+    return describe_model(row), row.get("mode") or "", dtypes, sizes, provider_order(row["provider"])
+
+
+def number(value: float) -> str:
+    """Three digits or more, never an exponent for what is read as a time or a ratio."""
+    magnitude = abs(value)
+    if magnitude >= 100:
+        return f"{value:.0f}"
+    if magnitude >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if magnitude >= 1 else f"{value:.3g}"
+
+
+def spread(values: dict[str, float]) -> str:
+    return f"{number(values['p20'])} to {number(values['p80'])}"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; a column without a single entry is left out."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    used = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    lines = [[columns[index] for index in used], ["---"] * len(used), *([row[index] for index in used] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class Links:
+    """Links from a document to the lines of a folder's results."""
+
+    def __init__(self, folder: Path, document: Path) -> None:
+        self.folder = Path(os.path.relpath(folder, document.parent)).as_posix()
+
+    def path(self, name: str) -> str:
+        return name if self.folder == "." else f"{self.folder}/{name}"
+
+    def line(self, row: Row, text: str | None = None) -> str:
+        """``text`` as a link to the row's line; the file and line themselves if None."""
+        text = text or f"{row['file']}:{row['line']}"
+        return f"[{text}]({self.path(row['file'])}#L{row['line']})"
+
+
+def commit(row: Row) -> str:
+    return (row.get("commit") or "unknown")[:7] + (" (dirty)" if row.get("dirty") else "")
+
+
+def surroundings(rows: Sequence[Row]) -> str:
+    """Driver and versions, those that the rows name."""
+    words = []
+    for key in ("driver", "torch", "triton", "python"):
+        versions = sorted({str(row[key]) for row in rows if row.get(key)})
+        words += [f"{key} {', '.join(versions)}"] * bool(versions)
+    return "; ".join(words)
+
+
+def report(results: Sequence[Results], document: Path, plots: Callable[[Results], Sequence[Any]]) -> str:
+    """The text of ``report.md`` of one folder: for each device targets, plots, and all rows by operator."""
+    parts = [f"<!-- {WRITTEN} -->", "# Results"]
+    for each in results:
+        links = Links(each.folder, document)
+        parts += [
+            f"## {each.device}",
+            f"{surroundings(each.rows)}. {HOW_TO_READ}",
+            *[DIRTY] * any(row.get("dirty") for row in each.rows),
+            "### Targets",
+            targets_table(each, links),
+        ]
+        figures = plots(each)
+        if figures:
+            parts += ["### Plots", *(f"![{figure.title}](plots/{figure.name}.png)" for figure in figures)]
+        known = [operator for operator in OPERATORS if select(each.rows, operator=operator)]
+        others = sorted({row["operator"] for row in each.rows} - set(known))
+        for operator in known + others:
+            rows = [row for row in select(each.rows, operator=operator) if not absent(row)]
+            if rows:
+                parts += [f"### {OPERATORS.get(operator, operator)}", operator_table(rows, links)]
+        missing = [row for row in each.rows if absent(row)]
+        if missing:
+            parts += ["### Absent", absent_table(missing, links)]
+    return "\n\n".join(parts) + "\n"
+
+
+def targets_of(results: Results) -> list[tuple[Target, list[Case]]]:
+    device = "cuda" if results.on_cuda else "cpu"
+    return [(target, list(target.measure(results.rows))) for target in TARGETS if target.device == device]
+
+
+def targets_table(results: Results, links: Links) -> str:
+    """A line a case: measured value, verdict, how near to the device's ceilings ours came, and the rows it is made of."""
+    lines = []
+    for target, cases in targets_of(results):
+        for each in cases:
+            lines.append([
+                target.name,
+                each.name,
+                target.in_unit(target.floor),
+                target.in_unit(target.goal),
+                "" if each.value is None else target.in_unit(each.value),
+                target.verdict(each.value),
+                each.why_not if each.value is None else share_of_ceilings(each.sources[0], results.rows),
+                ", ".join(f"{name_of(row['provider'])} {links.line(row)}" for row in each.sources),
+            ])  # fmt: skip
+    return markdown(("target", "case", "floor", "goal", "measured", "verdict", "remark", "rows"), lines)
+
+
+def share_of_ceilings(ours: Row, rows: Sequence[Row]) -> str:
+    """How much of the measured product and copy rate a row reaches: what limits it, seen from outside."""
+    words = []
+    for key, ceiling, what in (
+        ("tflops", product_ceiling(rows, ours.get("dtype") or ""), "product"),
+        ("gigabytes_per_second", copy_ceiling(rows), "copy"),
+    ):
+        if ours.get(key) and isinstance(ceiling, dict):
+            words.append(f"{100 * ours[key] / ceiling[key]:.0f}% of the {what} rate")
+    return ", ".join(words)
+
+
+def operator_table(rows: Sequence[Row], links: Links) -> str:
+    """A line a row: sizes in order, providers as ``NAMES`` has them."""
+
+    columns = {
+        "model": describe_model,
+        "shape": describe_shape,
+        "dtype": lambda row: row.get("dtype") or "",
+        "mode": lambda row: row.get("mode") or "",
+        "provider": lambda row: name_of(row["provider"]),
+        "ms": _spread_of("ms"),
+        "ratio": _spread_of("ratio"),
+        "baseline": lambda row: name_of(row["baseline"]) if row.get("baseline") else "",
+        "images/s": _number_of("images_per_second"),
+        "TFLOP/s": _number_of("tflops"),
+        "GB/s": _number_of("gigabytes_per_second"),
+        "% of roofline": _number_of("roofline_percent"),
+        "peak": lambda row: gibibytes(row["peak_bytes"]) if row.get("peak_bytes") else "",
+        "error": lambda row: _error(row.get("error")),
+        "timed by": lambda row: row.get("timed_by") or "",
+        "commit": commit,
+        "row": links.line,
+    }
+    return markdown(list(columns), ([text(row) for text in columns.values()] for row in sorted(rows, key=row_order)))
+
+
+def _spread_of(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{number(row[key]['p50'])} ({spread(row[key])})" if row.get(key) else ""
+
+
+def _number_of(key: str) -> Callable[[Row], str]:
+    return lambda row: number(row[key]) if row.get(key) else ""
+
+
+def gibibytes(count: float) -> str:
+    return f"{number(count / 2**30)} GiB" if count >= 2**30 else f"{number(count / 2**20)} MiB"
+
+
+def _error(error: Any) -> str:
+    """The largest of a row's relative errors."""
+    values = list(error.values()) if isinstance(error, dict) else [error] * (error is not None)
+    return f"{max(values):.1e}" if values else ""
+
+
+def absent_table(rows: Sequence[Row], links: Links) -> str:
+    """Providers that could not run, and why; one line for all sizes with the same reason."""
+    reasons: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        reasons.setdefault((row["operator"], row["provider"], row["unavailable"]), []).append(row)
+    lines = []
+    for (operator, provider, reason), found in reasons.items():
+        first = "; ".join(dict.fromkeys(filter(None, (describe_shape(found[0]), found[0].get("dtype")))))
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        where = ", ".join(map(links.line, found))
+        lines.append(
+            [OPERATORS.get(operator, operator), name_of(provider), first + more, " ".join(reason.split()), where]
+        )
+    return markdown(("operator", "provider", "asked for", "reason", "rows"), lines)
+
+
+def readme_part(results: Sequence[Results], readme: Path) -> str:
+    """What stands between the README's markers: each device's targets and training steps."""
+    parts = [
+        f"{WRITTEN} Every number leads to the line of its measurement; a ratio is the official order's time over the provider's."
+    ]
+    for each in results:
+        links = Links(each.folder, readme)
+        steps = [row for row in select(each.rows, operator="training_step") if not absent(row) and row.get("ms")]
+        parts.append(f"**{each.device}** ({surroundings(each.rows)}; [report]({links.path('report.md')})):")
+        if steps:
+            parts.append(steps_table(steps, links))
+        parts.append(short_targets_table(each, links))
+    if not any(each.on_cuda for each in results):
+        parts.append("Nothing has been measured on a GPU yet.")
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def steps_table(rows: Sequence[Row], links: Links) -> str:
+    """Forward and backward of whole models, a line a model, dtype and batch, a column a provider: milliseconds and ratio."""
+    rows = [row for row in rows if (row.get("mode") or "").startswith("forward+backward")]
+    providers = sorted({row["provider"] for row in rows}, key=provider_order)
+    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in sorted(rows, key=row_order):
+        key = describe_model(row), row["mode"], row.get("dtype") or "", str(row["shape"][0])
+        lines.setdefault(key, {})[row["provider"]] = row
+    table = []
+    for (model, mode, dtype, batch), found in lines.items():
+        commits = dict.fromkeys(map(commit, found.values()))
+        cells = [_step_cell(found[provider], links) if provider in found else "" for provider in providers]
+        table.append([f"`{model}`", mode, dtype, batch, *cells, ", ".join(f"`{each}`" for each in commits)])
+    headings = [f"{name_of(provider)}, ms" for provider in providers]
+    return markdown(["model", "step", "dtype", "batch", *headings, "commit"], table)
+
+
+def _step_cell(row: Row, links: Links) -> str:
+    """Milliseconds and ratio, as one link."""
+    words = number(row["ms"]["p50"])
+    if row.get("ratio") and row["provider"] != row.get("baseline"):
+        words += f"; {number(row['ratio']['p50'])}x ({spread(row['ratio'])})"
+    return links.line(row, words)
+
+
+def short_targets_table(results: Results, links: Links) -> str:
+    """A line a target: what was measured, and the verdict on the worst of it."""
+    lines = []
+    for target, cases in targets_of(results):
+        found = [each for each in cases if each.value is not None]
+        numbers = "; ".join(
+            f"{each.name}: {links.line(each.sources[0], target.in_unit(each.value))}"
+            + "".join(f" against {links.line(row, name_of(row['provider']))}" for row in each.sources[1:])
+            for each in found
+        )
+        worst = target.worst(cases)
+        verdict = target.verdict(worst.value if worst else None)
+        verdict += f" ({worst.name})" if worst and len(found) > 1 else ""
+        missing = len(cases) - len(found)
+        verdict += f"; {missing} of {len(cases)} not measured" if found and missing else ""
+        lines.append([target.name, target.in_unit(target.floor), target.in_unit(target.goal), numbers, verdict])
+    return markdown(("target", "floor", "goal", "measured", "verdict"), lines)
