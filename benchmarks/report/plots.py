@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.rows import Results, Row, describe_model, describe_shape, select, size
-from benchmarks.report.tables import OPERATORS, name_of, number, provider_order
+from benchmarks.report.tables import DTYPES, OPERATORS, name_of, number, operators_of, provider_order, row_order
 from benchmarks.targets import copy_ceiling, product_ceiling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
@@ -72,8 +73,9 @@ class Plot:
     columns: int = 3
 
 
-# More groups of bars than this a picture cannot hold; the tables hold them all.
-MOST_GROUPS = 8
+# More groups of bars, or more panels, a picture cannot hold; the tables hold them all.
+MOST_GROUPS = 6
+MOST_PANELS = 9
 
 
 def plan(results: Results) -> list[Plot]:
@@ -81,22 +83,20 @@ def plan(results: Results) -> list[Plot]:
     return [*_ratios(results), *_roofline(results), *_sweeps(results)]
 
 
-def _in_order(operators: Iterable[str]) -> list[str]:
-    known = list(OPERATORS)
-    return sorted(operators, key=lambda name: (known.index(name) if name in known else len(known), name))
-
-
 def _ratios(results: Results) -> Iterable[Plot]:
     rows = [row for row in results.rows if row.get("ratio") and row["provider"] != row.get("baseline")]
-    for operator in _in_order({row["operator"] for row in rows}):
-        panels: dict[str, list[Row]] = {}
-        for row in select(rows, operator=operator):
-            panels.setdefault(f"{row.get('mode') or ''}, {row.get('dtype') or ''}", []).append(row)
-        panels = {name: _most_compared(found) for name, found in sorted(panels.items())}
-        name = OPERATORS.get(operator, operator)
-        yield Plot(
-            f"{results.slug}-ratios-{operator}", f"{name}: speed-up", panels, _draw_ratios, _height_of_bars, columns=2
-        )
+    for operator in operators_of(rows):
+        for dtype in sorted({row.get("dtype") or "" for row in select(rows, operator=operator)}):
+            panels: dict[str, list[Row]] = {}
+            for row in sorted(select(rows, operator=operator, dtype=dtype), key=row_order):
+                panels.setdefault(row.get("mode") or "", []).append(row)
+            yield Plot(
+                f"{results.slug}-ratios-{operator}-{dtype}",
+                f"{OPERATORS.get(operator, operator)}, {dtype}: speed-up",
+                {mode: _most_compared(found) for mode, found in panels.items()},
+                _draw_ratios,
+                _height_of_bars,
+            )
 
 
 def _most_compared(rows: list[Row]) -> list[Row]:
@@ -117,20 +117,24 @@ def _group(row: Row) -> str:
 
 
 def _roofline(results: Results) -> Iterable[Plot]:
-    rows = [row for row in results.rows if row.get("tflops") and row.get("gigabytes_per_second")]
-    rows = [row for row in rows if row["operator"] != "ceilings"]
-    ceilings = [product_ceiling(results.rows), copy_ceiling(results.rows)]
-    if not rows or not all(isinstance(row, dict) for row in ceilings):
+    """Of each size the largest batch, which fills the device; the bfloat16 product bounds no other dtype fairly."""
+    product, copy = product_ceiling(results.rows), copy_ceiling(results.rows)
+    if not isinstance(product, dict) or not isinstance(copy, dict):
         return
-    # The bfloat16 product bounds no other dtype fairly.
-    rows = [row for row in rows if row.get("dtype") == "bfloat16"]
-    panels = {
-        OPERATORS.get(operator, operator): [*ceilings, *select(rows, operator=operator)]
-        for operator in _in_order({row["operator"] for row in rows})
-    }
-    if panels:
-        title = "Roofline, bfloat16, against the ceilings measured in the same place"
-        yield Plot(f"{results.slug}-roofline", title, panels, _draw_roofline, lambda _: 3.6)
+    largest: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(select(results.rows, dtype="bfloat16"), key=row_order):
+        if row["operator"] != "ceilings" and row.get("tflops") and row.get("gigabytes_per_second"):
+            sizes = tuple(size(row, name) for name in ("tokens", "width", "heads"))
+            largest[row["operator"], describe_model(row), row.get("mode"), sizes, row["provider"]] = row
+    rows = list(largest.values())
+    if rows:
+        yield Plot(
+            f"{results.slug}-roofline",
+            "Roofline, bfloat16, under the product and copy rates measured here; open markers: backward alone",
+            {OPERATORS.get(name, name): [product, copy, *select(rows, operator=name)] for name in operators_of(rows)},
+            _draw_roofline,
+            lambda _: 3.6,
+        )
 
 
 SWEEPS = (("time", "ms", "time, ms"), ("memory", "peak_bytes", "peak memory, GiB"))
@@ -140,7 +144,7 @@ def _sweeps(results: Results) -> Iterable[Plot]:
     """Time and memory against batch and against tokens, everything else equal, wherever two sizes or more were measured."""
     for what, key, label in SWEEPS:
         rows = [row for row in results.rows if row.get(key) and row["operator"] != "ceilings"]
-        for operator in _in_order({row["operator"] for row in rows}):
+        for operator in operators_of(rows):
             for axis in ("batch", "tokens"):
                 panels = _panels_along(axis, select(rows, operator=operator))
                 if panels:
@@ -156,7 +160,7 @@ def _sweeps(results: Results) -> Iterable[Plot]:
 def _panels_along(axis: str, rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows that differ in nothing but ``axis`` and provider, by what they share; the panels with most sizes."""
     panels: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=_panel_order):
         shape = row.get("shape")
         if size(row, axis) is None or row.get("mode") == "largest batch":
             continue
@@ -165,8 +169,14 @@ def _panels_along(axis: str, rows: Iterable[Row]) -> dict[str, list[Row]]:
         title = "\n".join(filter(None, (describe_model(row), shared, f"{row.get('mode')}, {row.get('dtype')}")))
         panels.setdefault(title, []).append(row)
     sizes = {title: len({size(row, axis) for row in found}) for title, found in panels.items()}
-    longest = sorted((title for title in panels if sizes[title] > 1), key=lambda title: (-sizes[title], title))
-    return {title: panels[title] for title in sorted(longest[:9])}
+    longest = sorted((title for title in panels if sizes[title] > 1), key=lambda title: -sizes[title])[:MOST_PANELS]
+    return {title: panels[title] for title in panels if title in longest}
+
+
+def _panel_order(row: Row) -> tuple[Any, ...]:
+    """Row by row of the picture one dtype, the 16-bit ones first, with a column a mode."""
+    model, mode, *_ = row_order(row)
+    return model, -DTYPES.index(row["dtype"]) if row.get("dtype") in DTYPES else 0, _sizes(row)[:3], mode
 
 
 def save(plots: Sequence[Plot], results: Results, folder: Path) -> list[Path]:
@@ -262,7 +272,7 @@ def _draw_ratios(ax: Axes, rows: list[Row]) -> None:
     ax.axvline(1, color=BLACK, linewidth=1, linestyle="--")
     ax.set_xlim(0, 1.15 * max(max(1.0, row["ratio"]["p80"]) for row in rows))
     ax.set_yticks(ticks, labels)
-    ax.invert_yaxis()
+    ax.set_ylim(position - 0.8, -0.8)
     ax.set_xlabel(f"times as fast as: {', '.join(baselines)} (dashed)")
 
 
@@ -296,7 +306,18 @@ def _draw_roofline(ax: Axes, rows: list[Row]) -> None:
             intensity, row["tflops"], style.marker, color=style.colour, markerfacecolor=face, markersize=5, alpha=0.8
         )
     ax.set(xscale="log", yscale="log", xlabel="FLOP a byte (least of both)", ylabel="TFLOP/s")
+    _plain_numbers(ax.xaxis)
+    _plain_numbers(ax.yaxis)
     ax.grid(which="major", color="#dddddd", linewidth=0.6)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """On a logarithmic axis 0.2, 0.5, 1, 2, 5 for powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _lines(axis: str, key: str, label: str) -> Callable[[Axes, list[Row]], None]:
@@ -321,6 +342,7 @@ def _lines(axis: str, key: str, label: str) -> Callable[[Axes, list[Row]], None]
         ax.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
         ax.set_xticks(ticks, list(map(str, ticks)), rotation=45 if len(ticks) > 6 else 0)
         ax.set_xticks([], minor=True)
+        _plain_numbers(ax.yaxis)
         ax.grid(color="#dddddd", linewidth=0.6)
 
     return draw

@@ -147,6 +147,8 @@ def describe_shape(row: Row) -> str:
 
 
 def describe_model(row: Row) -> str:
-    """The model with what differs from its published size, in words."""
+    """The model with what differs from its published size, in words; for a rival, the model that it is compared with."""
+    if row["provider"].startswith("vit-mae"):
+        return "crate_mae_base"
     overrides = row.get("overrides") or {}
     return " ".join([row.get("model") or "", *(f"{name}={value}" for name, value in overrides.items())]).strip()

@@ -28,6 +28,7 @@ NAMES = {
     "vit-mae compiled": "ViT-MAE, compiled",
     "best composed": "composed, compiled",
     "composed": "composed",
+    "library": "library call",
     "triton": "triton",
     "triton 16bit": "triton, 16-bit stream",
     "triton recompute": "triton, recompute",
@@ -47,6 +48,7 @@ OPERATORS = {
 
 
 DTYPES = ("float32", "float16", "bfloat16")
+MODES = ("forward", "backward", "forward+backward")
 
 HOW_TO_READ = (
     "Times are medians of turns in which all providers alternate, with their 20th to 80th percentile; a ratio is the baseline's "
@@ -60,15 +62,23 @@ def name_of(provider: str) -> str:
 
 
 def provider_order(provider: str) -> tuple[int, str]:
-    return (list(NAMES).index(provider) if provider in NAMES else len(NAMES), provider)
+    return _rank(list(NAMES), provider)
+
+
+def operators_of(rows: Iterable[Row]) -> list[str]:
+    """The operators of these rows, in the order of ``OPERATORS``, then those that are not named there."""
+    return sorted({row["operator"] for row in rows}, key=lambda operator: _rank(list(OPERATORS), operator))
 
 
 def row_order(row: Row) -> tuple[Any, ...]:
     """Sorts rows of one operator: models, dtypes and sizes in order, then providers as ``NAMES`` has them."""
-    dtype = row.get("dtype") or ""
     sizes = tuple(size(row, name) or 0 for name in ("width", "tokens", "heads", "batch"))
-    dtypes = (DTYPES.index(dtype) if dtype in DTYPES else len(DTYPES), dtype)
-    return describe_model(row), row.get("mode") or "", dtypes, sizes, provider_order(row["provider"])
+    mode, dtype = (_rank(known, row.get(key) or "") for key, known in (("mode", MODES), ("dtype", DTYPES)))
+    return describe_model(row), mode, dtype, sizes, provider_order(row["provider"])
+
+
+def _rank(known: Sequence[str], name: str) -> tuple[int, str]:
+    return known.index(name) if name in known else len(known), name
 
 
 def number(value: float) -> str:
@@ -136,9 +146,7 @@ def report(results: Sequence[Results], document: Path, plots: Callable[[Results]
         figures = plots(each)
         if figures:
             parts += ["### Plots", *(f"![{figure.title}](plots/{figure.name}.png)" for figure in figures)]
-        known = [operator for operator in OPERATORS if select(each.rows, operator=operator)]
-        others = sorted({row["operator"] for row in each.rows} - set(known))
-        for operator in known + others:
+        for operator in operators_of(each.rows):
             rows = [row for row in select(each.rows, operator=operator) if not absent(row)]
             if rows:
                 parts += [f"### {OPERATORS.get(operator, operator)}", operator_table(rows, links)]
