@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed; the extra `plot` brings it")
         return 0
+    for folder in chosen:
+        for old in [*folder.glob("plots/*.png"), *folder.glob("plots/*.svg")]:
+            old.unlink()
     for results in measured:
         for path in save(plan(results), results, results.folder / "plots"):
             print(path)

@@ -6,7 +6,7 @@ Colours are those of Okabe and Ito, told apart with any colour vision; hatches, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,24 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
 @dataclass(frozen=True)
 class Style:
     colour: str
-    dashes: str = "-"
+    dashes: str | tuple[int, tuple[int, ...]] = "-"
     marker: str = "o"
     hatch: str = ""
 
 
+VARIANTS = {
+    "": Style("", "-", "o"),
+    " 16bit": Style("", "--", "s", "//"),
+    " recompute": Style("", ":", "^", ".."),
+    " float32 recompute": Style("", (0, (1, 3)), "v", "oo"),
+    " graph": Style("", "-.", "D", "xx"),
+}
 STYLES = {
     "reference": Style(BLACK),
+    "reference graph": Style(BLACK, "-.", "D", "xx"),
     "official compiled": Style(BLUE),
     "official max-autotune": Style(BLUE, "--", "s", "//"),
-    "official compiled graph": Style(BLUE, ":", "^", ".."),
+    "official compiled graph": Style(BLUE, "-.", "D", "xx"),
     "products": Style(YELLOW, "-", "D"),
     "sdpa flash": Style(SKY),
     "sdpa cudnn": Style(SKY, "--", "s", "//"),
@@ -44,12 +52,9 @@ STYLES = {
     "flex": Style(ORANGE),
     "vit-mae sdpa": Style(PURPLE),
     "vit-mae compiled": Style(PURPLE, "--", "s", "//"),
-    "best composed": Style(GREEN, "--", "s", "//"),
-    "composed": Style(GREEN),
-    "triton": Style(VERMILLION),
-    "triton 16bit": Style(VERMILLION, "--", "s", "//"),
-    "triton recompute": Style(VERMILLION, ":", "^", ".."),
-    "triton graph": Style(VERMILLION, "-.", "D", "xx"),
+    "best composed": Style(GREEN, (0, (5, 3)), "X", "++"),
+    **{"composed" + name: replace(style, colour=GREEN) for name, style in VARIANTS.items()},
+    **{"triton" + name: replace(style, colour=VERMILLION) for name, style in VARIANTS.items()},
 }
 
 
@@ -88,24 +93,28 @@ def _ratios(results: Results) -> Iterable[Plot]:
     for operator in operators_of(rows):
         for dtype in sorted({row.get("dtype") or "" for row in select(rows, operator=operator)}):
             panels: dict[str, list[Row]] = {}
-            for row in sorted(select(rows, operator=operator, dtype=dtype), key=row_order):
+            found = sorted(select(rows, operator=operator, dtype=dtype), key=row_order)
+            baselines = dict.fromkeys(name_of(row["baseline"]) for row in found)
+            for row in found:
                 panels.setdefault(row.get("mode") or "", []).append(row)
             yield Plot(
                 f"{results.slug}-ratios-{operator}-{dtype}",
-                f"{OPERATORS.get(operator, operator)}, {dtype}: speed-up",
-                {mode: _most_compared(found) for mode, found in panels.items()},
+                f"{OPERATORS.get(operator, operator)}, {dtype}: how many times better than {', '.join(baselines)}",
+                {mode: _most_compared(of_mode) for mode, of_mode in panels.items()},
                 _draw_ratios,
                 _height_of_bars,
             )
 
 
 def _most_compared(rows: list[Row]) -> list[Row]:
-    """The rows of the shapes with the most providers; of equals, the larger."""
+    """Of an operator's sizes the largest batch; then the rows of the sizes with the most providers, of equals the smaller."""
     groups: dict[str, list[Row]] = {}
-    for row in rows:
+    largest: dict[Any, str] = {}
+    for row in sorted(rows, key=_sizes):
         groups.setdefault(_group(row), []).append(row)
-    largest = sorted(groups.values(), key=lambda found: (-len(found), *(-x for x in _sizes(found[0]))))
-    return [row for found in sorted(largest[:MOST_GROUPS], key=lambda found: _sizes(found[0])) for row in found]
+        largest[_sizes(row)[:3] if isinstance(row.get("shape"), dict) else _group(row)] = _group(row)
+    chosen = sorted((groups[name] for name in largest.values()), key=lambda found: (-len(found), _sizes(found[0])))
+    return [row for found in sorted(chosen[:MOST_GROUPS], key=lambda found: _sizes(found[0])) for row in found]
 
 
 def _sizes(row: Row) -> tuple[int, ...]:
@@ -268,12 +277,11 @@ def _draw_ratios(ax: Axes, rows: list[Row]) -> None:
         ticks.append(position + (len(found) - 1) / 2)
         labels.append(group)
         position += len(found) + 0.8
-    baselines = dict.fromkeys(name_of(row["baseline"]) for row in rows)
     ax.axvline(1, color=BLACK, linewidth=1, linestyle="--")
     ax.set_xlim(0, 1.15 * max(max(1.0, row["ratio"]["p80"]) for row in rows))
     ax.set_yticks(ticks, labels)
     ax.set_ylim(position - 0.8, -0.8)
-    ax.set_xlabel(f"times as fast as: {', '.join(baselines)} (dashed)")
+    ax.set_xlabel("ratio to the baseline (dashed)")
 
 
 def _draw_roofline(ax: Axes, rows: list[Row]) -> None:
@@ -337,7 +345,7 @@ def _lines(axis: str, key: str, label: str) -> Callable[[Axes, list[Row]], None]
                 ys = [row[key]["p50"] for row in found]
             else:
                 ys = [row[key] / 2**30 for row in found]
-            ax.plot(xs, ys, style.dashes, color=style.colour, marker=style.marker, markersize=4)
+            ax.plot(xs, ys, linestyle=style.dashes, color=style.colour, marker=style.marker, markersize=4)
         ticks = sorted({size(row, axis) for row in rows})
         ax.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
         ax.set_xticks(ticks, list(map(str, ticks)), rotation=45 if len(ticks) > 6 else 0)

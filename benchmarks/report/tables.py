@@ -16,9 +16,11 @@ WRITTEN = "Written by `python -m benchmarks.report`."
 # Providers in words, in the order in which they stand in tables and plots. A provider that is not named here comes last.
 NAMES = {
     "reference": "official order, eager",
+    "reference graph": "official order, CUDA graph",
     "official compiled": "official order, compiled",
-    "official max-autotune": "official order, max-autotune",
     "official compiled graph": "official order, compiled, CUDA graph",
+    "official max-autotune": "official order, max-autotune",
+    "library": "library call",
     "products": "cuBLAS products alone",
     "sdpa flash": "SDPA flash",
     "sdpa cudnn": "SDPA cuDNN",
@@ -26,13 +28,18 @@ NAMES = {
     "flex": "FlexAttention",
     "vit-mae sdpa": "ViT-MAE, SDPA",
     "vit-mae compiled": "ViT-MAE, compiled",
-    "best composed": "composed, compiled",
-    "composed": "composed",
-    "library": "library call",
-    "triton": "triton",
-    "triton 16bit": "triton, 16-bit stream",
-    "triton recompute": "triton, recompute",
-    "triton graph": "triton, CUDA graph",
+    "best composed": "best composed, compiled",
+    **{
+        ours + variant: ours + words
+        for ours in ("composed", "triton")
+        for variant, words in {
+            "": "",
+            " 16bit": ", 16-bit stream",
+            " recompute": ", 16-bit stream, recompute",
+            " float32 recompute": ", recompute",
+            " graph": ", 16-bit stream, CUDA graph",
+        }.items()
+    },
 }
 OPERATORS = {
     "training_step": "Training step",
@@ -47,7 +54,7 @@ OPERATORS = {
 }
 
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "tf32", "float16", "bfloat16")
 MODES = ("forward", "backward", "forward+backward")
 
 HOW_TO_READ = (
@@ -230,7 +237,7 @@ def gibibytes(count: float) -> str:
 
 def _error(error: Any) -> str:
     """The largest of a row's relative errors."""
-    values = list(error.values()) if isinstance(error, dict) else [error] * (error is not None)
+    values = [value for value in (error.values() if isinstance(error, dict) else [error]) if value is not None]
     return f"{max(values):.1e}" if values else ""
 
 
