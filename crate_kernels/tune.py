@@ -56,7 +56,8 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
         model, dtype: names in ``MODELS`` and ``DTYPES``.
         batch, tokens: images, and tokens of each.
     """
-    from crate_kernels.products.operand import Norm, prepare
+    from crate_kernels.products.operand import Norm
+    from crate_kernels.products.preparation import prepare
     from crate_kernels.products.triton import input_gradient, project, weight_gradient
     from crate_kernels.shared_attention import triton as attention
 

@@ -69,8 +69,7 @@ def _forward(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor
     step, norm = _step_and_norm(given, path)
     if not given.one_product(x.shape[0]):
         return path.forward_two_products(x, given.weight, step, given.dtype, out_dtype), []
-    combined = path.combination(given.weight) if given.combined is None else given.combined
-    operand = path.operand_of(combined, step, norm, given.dtype)
+    combined, operand = path.prepared(given.weight, given.combined, step, norm, given.dtype)
     y, stats = path.forward(x, operand, norm, step, out_dtype)
     kept = [combined] if given.combined is None else []
     return y, kept + [tensor for tensor in (*operand, stats) if tensor is not None]

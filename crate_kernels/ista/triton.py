@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient, prepare
+from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
+from crate_kernels.products.preparation import combine, prepare
 from crate_kernels.products.triton import input_gradient, project, weight_gradient
 
 
@@ -29,20 +30,18 @@ class Step(NamedTuple):
         return self.step_size * self.lambd
 
 
-def combination(weight: Tensor) -> Tensor:
-    """G = W - W^T W [width, width], or of a stack of dictionaries [layers, width, width], in float32."""
-    weight = weight.float().contiguous()
-    return torch.baddbmm(weight, weight.mT, weight, alpha=-1) if weight.ndim == 3 else weight - weight.mT @ weight
-
-
 def through_combination(grad: Tensor, weight: Tensor) -> Tensor:
     """dW = dG - W (dG + dG^T), float32."""
     return torch.addmm(grad, weight.float(), grad + grad.mT, alpha=-1)
 
 
-def operand_of(combined: Tensor, step: Step, norm: Norm | None, dtype: torch.dtype) -> Operand:
-    """Of eta * G, for a product in ``dtype``."""
-    return prepare(combined * step.step_size, None, norm, dtype)
+def prepared(
+    weight: Tensor, combined: Tensor | None, step: Step, norm: Norm | None, dtype: torch.dtype
+) -> tuple[Tensor, Operand]:
+    """G, which may have been made before as ``combined``, and the operand of eta * G for a product in ``dtype``."""
+    if combined is None:
+        return combine(weight, norm, step.step_size, dtype)
+    return combined, prepare(combined, None, norm, dtype, scale=step.step_size)
 
 
 def forward(
@@ -98,7 +97,7 @@ def backward(
 def forward_two_products(x: Tensor, weight: Tensor, step: Step, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
     """y by r = x - x W^T and then x + r (eta W): less work where tokens are fewer than the width."""
     residual = project(x, _plain(weight.t(), dtype), dtype, skip=x, negate=True)[0]
-    scaled = _plain(weight.float() * step.step_size, dtype)
+    scaled = prepare(weight, None, None, dtype, scale=step.step_size)
     return project(residual, scaled, out_dtype, skip=x, threshold=step.threshold, soft=step.soft)[0]
 
 
@@ -116,7 +115,7 @@ def backward_two_products(
 
     dr = g (eta W)^T      dx = g + dr - dr W      dW = eta * r^T g - dr^T x, r computed again
     """
-    scaled = _plain(weight.float() * step.step_size, dtype)
+    scaled = prepare(weight, None, None, dtype, scale=step.step_size)
     # Kept in float32 up to the last product: there are few tokens here, and one rounding less.
     masked = dict(y=y, threshold=step.threshold, soft=step.soft)
     total = input_gradient(grad_y, scaled, torch.float32, **masked, skip=True)

@@ -18,7 +18,7 @@ from crate_kernels.layers import op
 from crate_kernels.mssa.api import check as check_mssa
 from crate_kernels.mssa.api import mssa
 from crate_kernels.norm_linear.api import norm_linear
-from crate_kernels.precision import compute_dtype, no_autocast
+from crate_kernels.precision import compute_dtype
 from crate_kernels.products.operand import Norm
 from crate_kernels.schemas import number_as_tensor
 from crate_kernels.shared_attention.api import obstacle_to_triton
@@ -172,8 +172,9 @@ def prepare_layers(
     """What layers of one kind and size make of their weights before a product, for all of them at once.
 
     LayerNorm's weight and bias are folded into the matrix that follows them, G = W - W^T W is formed, and all is cast to the
-    dtype of the products: each such step is one launch for all layers, instead of one for every layer. The weights get their
-    gradients all the same, from the layers' own backward. Prepare again after each change of the weights.
+    dtype of the products: two launches for all encoder layers, one for all decoder layers, whose kernels find the weights where
+    they lie (``products.preparation``). The weights get their gradients all the same, from the layers' own backward. Prepare
+    again after each change of the weights.
 
     Args:
         x: the tokens, for their device and dtype.
@@ -189,40 +190,22 @@ def prepare_layers(
     dtype, implementation = _choose(x, layers[0].attention, num_heads)
     # Parameters that are sharded, say, are made whole a layer at a time only; and one launch takes layers of one make only.
     plain = type(layers[0].attention.qkv) in (Tensor, Parameter)
-    alike = len({_make(layer) for layer in layers}) == 1
+    alike = len({tuple(None if t is None else (t.shape, t.device) for t in _flat(layer)) for layer in layers}) == 1
     if implementation != "triton" or layers[0].attention.out is None or not plain or not alike:
         return [None] * len(layers)
-    from crate_kernels.layers import triton as kernels  # not dispatch.load: this much of it is traced by torch.compile
-
-    with no_autocast(x):
-        attention = kernels.attention.Weights(
-            *_stacked([layer.attention for layer in layers]), _stacked_norm([layer.attention_norm for layer in layers])
-        )
-        if is_encoder:
-            norm = _stacked_norm([layer.sparse_norm for layer in layers])
-            weights = kernels.Weights(attention, norm, torch.stack([layer.dictionary for layer in layers]))
-            step = kernels.sparse.Step(number_as_tensor(step_size), number_as_tensor(lambd), False)
-            prepared = kernels.prepare_encoder(weights, step, dtype)
-        else:
-            norm = _stacked_norm([layer.step_norm for layer in layers])
-            weights = kernels.Weights(attention, norm, torch.stack([layer.weight for layer in layers]))
-            prepared = kernels.prepare_decoder(weights, dtype)
-    return [list(one) for one in zip(*(tensor.unbind(0) for tensor in prepared.flat()), strict=True)]
+    columns = zip(*(_flat(layer) for layer in layers), strict=True)
+    lists = [[] if column[0] is None else list(column) for column in columns]
+    step = number_as_tensor(step_size) if is_encoder else None
+    tensors = torch.ops.crate_kernels.prepare_layers(*lists, step, dtype)
+    return op.split_prepared(tensors, len(layers), is_encoder, has_bias=layers[0].attention.out_bias is not None)
 
 
-def _make(layer: EncoderWeights | DecoderWeights) -> tuple[Any, ...]:
-    """Shapes of a layer's weights, None where there is none."""
-    parts = [part if isinstance(part, tuple) else (part,) for part in layer]
-    return tuple(value.shape if isinstance(value, Tensor) else None for part in parts for value in part)
-
-
-def _stacked(rows: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-    """Column by column one tensor with a leading dimension, or None."""
-    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
-
-
-def _stacked_norm(norms: Sequence[Norm]) -> Norm:
-    return Norm(*_stacked([norm[:2] for norm in norms]), norms[0].eps)
+def _flat(layer: EncoderWeights | DecoderWeights) -> tuple[Tensor | None, ...]:
+    """A layer's weights in the order of ``op.Arguments``."""
+    matrix, norm = (
+        (layer.dictionary, layer.sparse_norm) if isinstance(layer, EncoderWeights) else (layer.weight, layer.step_norm)
+    )
+    return *layer.attention, *layer.attention_norm[:2], matrix, *norm[:2]
 
 
 def _choose(x: Tensor, attention: AttentionWeights, num_heads: int) -> tuple[torch.dtype, str]:

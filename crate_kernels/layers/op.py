@@ -2,11 +2,13 @@
 
 One pair serves both kinds of layer: an encoder has a step size (its sparse step is ISTA), a decoder has none (it is linear).
 ``kept`` is what the backward needs besides x and y, as ``layers.triton.Kept`` lists it and, where no ``prepared`` came,
-``layers.triton.Prepared``.
+``layers.triton.Prepared``. ``prepare_layers`` makes the latter for many layers, in tensors that ``split_prepared`` takes apart:
+outside of the operator, whose results must not be views of one another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
-from crate_kernels.precision import undisturbed
+from crate_kernels.precision import no_autocast, undisturbed
 from crate_kernels.schemas import empty_gradient, or_empty
 
 
@@ -79,9 +81,7 @@ torch.library.define(
 def _prepare(given: Arguments, kernels: Any, weights: Any, step: Any) -> Any:
     if given.prepared:
         return kernels.Prepared.of(given.prepared, given.out_bias is not None)
-    if given.is_encoder:
-        return kernels.prepare_encoder(weights, step, given.dtype)
-    return kernels.prepare_decoder(weights, given.dtype)
+    return kernels.prepare_layer(weights, step if given.is_encoder else None, given.dtype)
 
 
 @torch.library.impl("crate_kernels::layer_forward", "CompositeExplicitAutograd")
@@ -167,6 +167,69 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     weights = arguments[:WEIGHTS]
     return empty_gradient(x, need_x), *(empty_gradient(like, need_weights) for like in weights)
+
+
+torch.library.define(
+    "crate_kernels::prepare_layers",
+    "(Tensor[] qkv_weight, Tensor[] out_weight, Tensor[] out_bias, Tensor[] attention_norm_weight, "
+    "Tensor[] attention_norm_bias, Tensor[] matrix, Tensor[] norm_weight, Tensor[] norm_bias, Tensor? step_size, "
+    "ScalarType dtype) -> Tensor[]",
+)
+
+
+@torch.library.impl("crate_kernels::prepare_layers", "CompositeExplicitAutograd")
+def _prepare_layers(*arguments: Any) -> list[Tensor]:
+    *columns, step_size, dtype = arguments
+    kernels = dispatch.load("layers", "triton")
+    first = columns[0][0]
+    none = [None] * len(columns[0])
+    layers = []
+    for qkv, out, bias, *norm_and_matrix in zip(*(column or none for column in columns), strict=True):
+        attention_norm, matrix, norm = norm_and_matrix[:2], norm_and_matrix[2], norm_and_matrix[3:]
+        attention = kernels.attention.Weights(qkv, out, bias, kernels.Norm(*attention_norm))
+        layers.append(kernels.Weights(attention, kernels.Norm(*norm), matrix))
+    step = None if step_size is None else kernels.sparse.Step(step_size, step_size, False)
+    with no_autocast(first), torch.cuda.device_of(first):
+        return kernels.prepare_layers(layers, step, dtype)
+
+
+@torch.library.register_fake("crate_kernels::prepare_layers")
+def _prepare_layers_fake(*arguments: Any) -> list[Tensor]:
+    qkv, out, *_, matrix, _, _, step_size, dtype = arguments
+    found, roles = [], [qkv, out] if step_size is not None else [qkv, out, matrix]
+    if step_size is not None:
+        square = len(matrix), *matrix[0].shape
+        found.append(matrix[0].new_empty(square, dtype=torch.float32))
+        found += [matrix[0].new_empty(square, dtype=dtype), *_vectors_fake(matrix, 1)]
+    if qkv[0].shape == out[0].shape:
+        roles = [[weight for role in roles for weight in role]]
+    for role in roles:
+        found += [role[0].new_empty(len(role), *role[0].shape, dtype=dtype).mT, *_vectors_fake(role, 0)]
+    return found
+
+
+def _vectors_fake(role: Sequence[Tensor], axis: int) -> list[Tensor]:
+    """Column sums and offsets of operands."""
+    return [role[0].new_empty(len(role), role[0].shape[axis], dtype=torch.float32) for _ in range(2)]
+
+
+def split_prepared(tensors: list[Tensor], count: int, is_encoder: bool, has_bias: bool) -> list[list[Tensor]]:
+    """What ``prepare_layers`` gave for ``count`` layers, as each layer's ``prepared``, in the order of ``Prepared.flat``."""
+    combined, step = None, []
+    if is_encoder:
+        combined, *step = tensors[:4]
+        tensors = tensors[4:]
+    if len(tensors) == 3:  # all attention's matrices, and a decoder's third, came from one launch
+        tensors = [part for parts in zip(*(tensor.split(count) for tensor in tensors), strict=True) for part in parts]
+    qkv, (out, _, offset), step = tensors[:3], tensors[3:6], step or tensors[6:]
+    stacks = [*qkv, *step, out, *([offset] if has_bias else []), *([] if combined is None else [combined])]
+    return [list(one) for one in zip(*(stack.unbind(0) for stack in stacks), strict=True)]
+
+
+@register_flop_formula(torch.ops.crate_kernels.prepare_layers)
+def _prepare_flops(*arguments: Any, **_: Any) -> int:
+    *_, matrix, _, _, step_size, _ = arguments
+    return 0 if step_size is None else len(matrix) * 2 * matrix[0][0] ** 3
 
 
 def _flops(x_shape: tuple[int, ...], given: Arguments) -> tuple[int, int, int, int]:

@@ -9,6 +9,7 @@ next layer's x. With ``recompute`` they keep x and z, or x and g, and do project
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from crate_kernels.ista import triton as sparse
 from crate_kernels.mssa import triton as attention
-from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient, prepare
+from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
+from crate_kernels.products.preparation import combine, combine_all, prepare, prepare_all
 from crate_kernels.products.triton import input_gradient, project, weight_gradient
 
 
@@ -69,17 +71,36 @@ class Gradients(NamedTuple):
     step: MatrixGradient | None
 
 
-def prepare_encoder(weights: Weights, step: sparse.Step, dtype: torch.dtype) -> Prepared:
-    """Of one layer, or of many with leading dimensions [layers] on every tensor, in one launch each."""
-    combined = sparse.combination(weights.matrix)
-    operand = sparse.operand_of(combined, step, weights.norm, dtype)
-    return Prepared(*weights.attention.operands(dtype), operand, combined)
+def prepare_layer(weights: Weights, step: sparse.Step | None, dtype: torch.dtype) -> Prepared:
+    """Of one layer: an encoder where there is a ``step``, else a decoder."""
+    qkv, out = weights.attention.operands(dtype)
+    if step is None:
+        return Prepared(qkv, out, prepare(weights.matrix.contiguous().mT, None, weights.norm, dtype), None)
+    combined, operand = combine(weights.matrix, weights.norm, step.step_size, dtype)
+    return Prepared(qkv, out, operand, combined)
 
 
-def prepare_decoder(weights: Weights, dtype: torch.dtype) -> Prepared:
-    """Of one layer or many, likewise."""
-    operand = prepare(weights.matrix.contiguous().mT, None, weights.norm, dtype)
-    return Prepared(*weights.attention.operands(dtype), operand, None)
+def prepare_layers(layers: Sequence[Weights], step: sparse.Step | None, dtype: torch.dtype) -> list[Tensor]:
+    """Of layers of one kind and size in two launches, decoders in one; one more where attention is wider than the tokens.
+
+    For ``op.split_prepared``, which says what each tensor is.
+    """
+    roles = [
+        [(one.attention.qkv, None, one.attention.norm) for one in layers],
+        [(one.attention.out, one.attention.out_bias, None) for one in layers],
+    ]
+    found: list[Tensor] = []
+    if step is None:
+        roles.append([(one.matrix, None, one.norm) for one in layers])
+    else:
+        combined, operand = combine_all([w.matrix for w in layers], [w.norm for w in layers], step.step_size, dtype)
+        found += [combined, *operand]
+    if layers[0].attention.qkv.shape == layers[0].attention.out.shape:
+        roles = [[row for role in roles for row in role]]
+    for role in roles:
+        matrices, biases, norms = zip(*role, strict=True)
+        found += prepare_all([matrix.contiguous().mT for matrix in matrices], biases, norms, dtype)
+    return found
 
 
 def encoder_forward(

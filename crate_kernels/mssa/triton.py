@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from crate_kernels.mssa import one_launch as together
-from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient, prepare
+from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
+from crate_kernels.products.preparation import prepare
 from crate_kernels.products.triton import input_gradient, project, weight_gradient
 from crate_kernels.shared_attention import triton as attention
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient, prepare
+from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
+from crate_kernels.products.preparation import prepare
 from crate_kernels.products.triton import input_gradient, project, weight_gradient
 
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crate_kernels.products.operand import Operand, prepare
+from crate_kernels.products.operand import Operand
+from crate_kernels.products.preparation import prepare
 from crate_kernels.products.triton import input_gradient, project, weight_gradient
 
 
@@ -33,7 +34,7 @@ class Weights(NamedTuple):
 
     def descent(self, dtype: torch.dtype) -> Operand:
         """Of eta D, for a product in ``dtype``."""
-        return prepare(self.dictionary.float() * self.step_size, None, None, dtype)
+        return prepare(self.dictionary, None, None, dtype, scale=self.step_size)
 
     def analysis(self, dtype: torch.dtype) -> Operand:
         """Of D."""

@@ -1,4 +1,4 @@
-"""What a matrix becomes before tokens are multiplied with it, and how gradients come back from there. Small products only.
+"""What a matrix becomes before tokens are multiplied with it (``preparation``), and how gradients come back from there.
 
 With a LayerNorm of weight gamma and bias beta before the product,
 
@@ -39,30 +39,12 @@ class Operand(NamedTuple):
 
 
 class MatrixGradient(NamedTuple):
-    """Gradients of what ``prepare`` took, float32; None where it took nothing."""
+    """Gradients of what ``preparation.prepare`` took, float32; None where it took nothing."""
 
     matrix: Tensor
     bias: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
-
-
-def prepare(matrix: Tensor, bias: Tensor | None, norm: Norm | None, dtype: torch.dtype) -> Operand:
-    """The operand of ``LN(x) matrix + bias``: matrix B [inner, width], bias [width]; sums and products in float32.
-
-    Or of many at once, with leading dimensions [layers] on every tensor and so on the operand's.
-    """
-    # Copies where nothing has to be cast: operators must not return their arguments.
-    offset = None if bias is None else bias.to(torch.float32, copy=True)
-    if norm is None:
-        return Operand(matrix.to(dtype, copy=True), None, offset)
-    matrix = matrix.float()
-    scaled = (matrix * norm.weight.float().unsqueeze(-1)).to(dtype)
-    if norm.bias is not None:
-        through_bias = torch.matmul(matrix.mT, norm.bias.float().unsqueeze(-1)).squeeze(-1)
-        offset = through_bias if offset is None else offset + through_bias
-    column_sum = scaled.float().sum(-2)
-    return Operand(scaled, column_sum, torch.zeros_like(column_sum) if offset is None else offset)
 
 
 def gradient(
@@ -73,7 +55,7 @@ def gradient(
     Args:
         product_gradient: H = xhat^T g [inner, width] float32, with xhat the tokens normalised (or as they are).
         column_gradient: sums over tokens of g, [width] float32.
-        matrix, bias, norm: what ``prepare`` took.
+        matrix, bias, norm: what ``preparation.prepare`` took.
 
     dB = gamma * H + beta (x) colsum(g), dgamma = rowsum(B * H), dbeta = B colsum(g).
     """

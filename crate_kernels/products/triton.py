@@ -323,7 +323,7 @@ def project(
 
     Args:
         x: [tokens, inner], any floating dtype and strides; rounded to the operand's dtype in the kernel.
-        operand: of B [inner, width], by ``prepare`` with the same norm.
+        operand: of B [inner, width], by ``preparation.prepare`` with the same norm.
         out_dtype: of the result.
         norm: the LayerNorm before the product, folded into it.
         skip: [tokens, width], any dtype and strides, added in float32; with ``skip_norm`` it is x, and LN(x) is added.
@@ -339,13 +339,13 @@ def project(
     stats = None if norm is None else torch.empty((2, tokens), dtype=torch.float32, device=x.device)
     if out.numel():
         tiles = _tiles("project", x.device, operand.matrix, x)
-        threshold, in_memory = _number(threshold)
+        threshold, in_memory = number(threshold)
         project_kernel[_grid(tokens, width, tiles)](
             x, operand.matrix, out, stats, operand.column_sum, operand.offset, skip,
             _vector(norm.weight) if skip_norm else None, _vector(norm.bias) if skip_norm else None,
             threshold, 0.0 if norm is None else norm.eps, tokens, inner_width, width,
             *x.stride(), *operand.matrix.stride(), *_strides(skip),
-            NORM=_norm_mode(x, operand, norm), SKIP_NORM=skip_norm, NEGATE=negate,
+            NORM=norm_mode(x, operand, norm), SKIP_NORM=skip_norm, NEGATE=negate,
             ACTIVATION="none" if threshold is None else "soft" if soft else "relu", THRESHOLD_IN_MEMORY=in_memory,
             WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=inner_width % tiles["BLOCK_K"] == 0,
             **_options(operand.matrix), **tiles,
@@ -395,7 +395,7 @@ def input_gradient(
             product_sum = product_sum + norm.weight
             product_offset = product_offset if norm.bias is None else product_offset + norm.bias
     tiles = _tiles("input_gradient", grad.device, operand.matrix, grad)
-    threshold, in_memory = _number(threshold)
+    threshold, in_memory = number(threshold)
     matrix = operand.matrix.t()
     input_gradient_kernel[_grid(tokens, width, tiles)](
         grad, y, matrix, out, x, stats, product_sum, product_offset, None if norm is None else _vector(norm.weight), extra,
@@ -442,15 +442,15 @@ def weight_gradient(
         x, stats, grad, y, products, column_sums, tokens, tokens_per_split, inner_width, width,
         *x.stride(), *grad.stride(), *_strides(y),
         WHOLE_M=inner_width % tiles["BLOCK_M"] == 0, WHOLE_N=width % tiles["BLOCK_N"] == 0,
-        OPERAND=_TRITON_DTYPES[operand_dtype], **_options(operand), **tiles,
+        OPERAND=TRITON_DTYPES[operand_dtype], **_options(operand), **tiles,
     )  # fmt: skip
     return (products[0], column_sums[0]) if splits == 1 else (products.sum(0), column_sums.sum(0))
 
 
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def _norm_mode(x: Tensor, operand: Operand, norm: Norm | None) -> str:
+def norm_mode(x: Tensor, operand: Operand, norm: Norm | None) -> str:
     """Folding multiplies raw tokens and takes the mean's share off the product. So the product must not round them, or a token
     far from zero would lose what its mean hides; and float32 results, more exact than the difference, come without it."""
     if norm is None:
@@ -462,7 +462,7 @@ def _tiles(kernel: str, device: torch.device, operand: Tensor, stream: Tensor) -
     return select(TABLE, device, kernel, operand.itemsize, stream.itemsize)
 
 
-def _number(value: Tensor | None) -> tuple[Tensor | float | None, bool]:
+def number(value: Tensor | None) -> tuple[Tensor | float | None, bool]:
     """A number as the kernels take it: by value from the host, by address from the device, never waiting for it."""
     if value is None:
         return None, False

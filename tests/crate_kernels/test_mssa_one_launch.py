@@ -15,7 +15,8 @@ import crate_kernels
 from crate_kernels import mssa
 from crate_kernels.mssa import one_launch as together
 from crate_kernels.mssa import triton as kernels
-from crate_kernels.products.operand import Norm, Operand, prepare
+from crate_kernels.products.operand import Norm, Operand
+from crate_kernels.products.preparation import prepare
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 

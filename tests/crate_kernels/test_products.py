@@ -11,7 +11,8 @@ from support import a_few_roundings, error
 from torch import Tensor
 
 from crate_kernels.products import triton as products
-from crate_kernels.products.operand import Norm, gradient, prepare
+from crate_kernels.products.operand import Norm, gradient
+from crate_kernels.products.preparation import prepare
 
 THRESHOLD = 0.05
 
@@ -94,7 +95,7 @@ def test_every_combination(case: dict, mode: str, monkeypatch: pytest.MonkeyPatc
     """In float32 both ways of the LayerNorm are right, though only "first" is taken there."""
     if mode == "fold" and not case["norm"]:
         pytest.skip("there is no LayerNorm to fold")
-    monkeypatch.setattr(products, "_norm_mode", lambda x, operand, norm: "none" if norm is None else mode)
+    monkeypatch.setattr(products, "norm_mode", lambda x, operand, norm: "none" if norm is None else mode)
     check(37, 24, 24, case)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from crate_kernels import tiles, tune
-from crate_kernels.products.operand import prepare
+from crate_kernels.products.preparation import prepare
 from crate_kernels.products.triton import project
 from crate_kernels.tiles import cache, search
 from crate_kernels.tiles.products import TABLE

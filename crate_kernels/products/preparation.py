@@ -1,0 +1,270 @@
+"""Two Triton kernels that make operands of weights, of all layers in one launch each.
+
+    prepare_kernel     B' = diag(gamma) B in the dtype of the product, its column sums, and beta B + bias
+    combine_kernel     G = W - W^T W, and the same of B = eta * G
+
+The weights of many layers are tensors of their own: kernels find them through a table of addresses, which is made once for the
+same tensors and stays on the device. A gamma, beta or bias that is not there has address zero.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crate_kernels.precision import dot_precision
+from crate_kernels.products.operand import Norm, Operand
+from crate_kernels.products.triton import TRITON_DTYPES, load_tile, number, scalar
+
+# One for every device: these are small beside the products with the tokens, and no step waits for their last percent.
+_PREPARE = {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+_COMBINE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+
+# Tables of addresses kept, each of a few KB: some models, and weights that are not where they were the step before.
+_MOST_TABLES = 64
+_tables: OrderedDict[tuple, Tensor] = OrderedDict()
+# Those that a CUDA graph reads, as long as the process lives: there is no telling when the graph goes.
+_tables_of_graphs: dict[tuple, Tensor] = {}
+
+
+@triton.jit
+def load_optional(address, entries, count, absent, DTYPE: tl.constexpr):
+    """The entries of the vector at ``address`` in float32; ``absent`` everywhere where there is none."""
+    values = tl.full(entries.shape, absent, tl.float32)
+    if address != 0:
+        vector = address.to(tl.pointer_type(DTYPE))
+        values = tl.load(vector + entries, mask=entries < count, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def scale_tile(
+    tile, gamma_address, beta_address, operand, rows, columns, inner_width, width, row_stride, column_stride,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Writes the rounded tile of B' = diag(gamma) B, and returns the column sums of that and of beta B."""
+    gamma = load_optional(gamma_address, rows, inner_width, 1.0, VECTOR)
+    beta = load_optional(beta_address, rows, inner_width, 0.0, VECTOR)
+    scaled = (tile * gamma[:, None]).to(operand.dtype.element_ty)
+    addresses = operand + rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    tl.store(addresses, scaled, mask=(rows < inner_width)[:, None] & (columns < width)[None, :])
+    # Rows beyond the last are zero in the tile.
+    return tl.sum(scaled.to(tl.float32), 0), tl.sum(beta[:, None] * tile, 0)
+
+
+@triton.jit
+def prepare_kernel(
+    addresses, matrices, column_sums, offsets, scale, inner_width, width, row_stride, column_stride,
+    operand_row_stride, operand_column_stride,
+    SCALE_IN_MEMORY: tl.constexpr, MATRIX: tl.constexpr, VECTOR: tl.constexpr, ALIGNMENT: tl.constexpr,
+    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of matrix number program_id(1): B' [inner_width, width], its column sums, and offset = scale * beta B + bias.
+
+    addresses [count, 4]: B of dtype MATRIX, gamma, beta and bias of dtype VECTOR; matrices [count, inner_width, width];
+    column_sums, offsets [count, width] float32. B is multiplied with ``scale`` first, unless that is None.
+    """
+    index = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    given = addresses + 4 * index
+    matrix = tl.multiple_of(tl.load(given), ALIGNMENT).to(tl.pointer_type(MATRIX))
+    operand = matrices + index * inner_width * width
+
+    column_sum = tl.zeros((BLOCK_N,), tl.float32)
+    offset = load_optional(tl.load(given + 3), columns, width, 0.0, VECTOR)
+    for start in range(0, inner_width, BLOCK_K):
+        rows = start + tl.arange(0, BLOCK_K)
+        tile = load_tile(matrix, rows, columns, row_stride, column_stride, inner_width, width, WHOLE_K, WHOLE_N).to(
+            tl.float32
+        )
+        if scale is not None:
+            tile *= scalar(scale, SCALE_IN_MEMORY)
+        sums, through_bias = scale_tile(
+            tile, tl.load(given + 1), tl.load(given + 2), operand, rows, columns, inner_width, width,
+            operand_row_stride, operand_column_stride, VECTOR,
+        )  # fmt: skip
+        column_sum += sums
+        offset += through_bias
+    inside = columns < width
+    tl.store(column_sums + index * width + columns, column_sum, mask=inside)
+    tl.store(offsets + index * width + columns, offset, mask=inside)
+
+
+@triton.jit
+def combine_kernel(
+    addresses, combined, matrices, column_sums, offsets, scale, width, row_stride, column_stride,
+    SCALE_IN_MEMORY: tl.constexpr, MATRIX: tl.constexpr, VECTOR: tl.constexpr, ALIGNMENT: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of dictionary number program_id(1): G = W - W^T W, and as ``prepare_kernel`` does, of B = scale * G.
+
+    addresses [count, 4]: W [width, width] of dtype MATRIX, gamma, beta, and one not used; combined [count, width, width] float32.
+    A program has all rows of its columns, so that nothing is added up between programs.
+    """
+    index = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    given = addresses + 4 * index
+    weight = tl.multiple_of(tl.load(given), ALIGNMENT).to(tl.pointer_type(MATRIX))
+    combined += index * width * width
+    operand = matrices + index * width * width
+
+    column_sum = tl.zeros((BLOCK_N,), tl.float32)
+    offset = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, width, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for inner_start in range(0, width, BLOCK_K):
+            inner = inner_start + tl.arange(0, BLOCK_K)
+            left = load_tile(weight, inner, rows, row_stride, column_stride, width, width, WHOLE, WHOLE)
+            right = load_tile(weight, inner, columns, row_stride, column_stride, width, width, WHOLE, WHOLE)
+            left, right = left.to(tl.float32), right.to(tl.float32)
+            product = tl.dot(tl.trans(left), right, product, input_precision=PRECISION)
+        tile = load_tile(weight, rows, columns, row_stride, column_stride, width, width, WHOLE, WHOLE)
+        tile = tile.to(tl.float32) - product
+        inside = (rows < width)[:, None] & (columns < width)[None, :]
+        tl.store(combined + rows.to(tl.int64)[:, None] * width + columns[None, :], tile, mask=inside)
+        sums, through_bias = scale_tile(
+            tile * scalar(scale, SCALE_IN_MEMORY), tl.load(given + 1), tl.load(given + 2), operand, rows, columns,
+            width, width, width, 1, VECTOR,
+        )  # fmt: skip
+        column_sum += sums
+        offset += through_bias
+    inside = columns < width
+    tl.store(column_sums + index * width + columns, column_sum, mask=inside)
+    tl.store(offsets + index * width + columns, offset, mask=inside)
+
+
+def prepare(
+    matrix: Tensor, bias: Tensor | None, norm: Norm | None, dtype: torch.dtype, scale: Tensor | None = None
+) -> Operand:
+    """The operand of ``LN(x) (scale * matrix) + bias``: matrix B [inner, width] of any strides, bias [width].
+
+    Without a LayerNorm a copy in ``dtype``; float32 in between.
+    """
+    if norm is None:
+        matrix = matrix if scale is None else matrix.float() * scale
+        # Copies where nothing has to be cast: operators must not return their arguments.
+        return Operand(matrix.to(dtype, copy=True), None, None if bias is None else bias.to(torch.float32, copy=True))
+    return Operand(*(t[0] for t in prepare_all([matrix], [bias], [norm], dtype, scale)))
+
+
+def prepare_all(
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norms: Sequence[Norm | None],
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+) -> Operand:
+    """The operands of matrices of one shape, in one launch, stacked: matrix [count, inner, width], the others [count, width].
+
+    Each as ``prepare`` makes it; where there is no LayerNorm column_sum is there all the same, and has no meaning. ``scale`` is
+    0-dim, on the host or beside the matrices.
+    """
+    matrices, vectors = _uniform(
+        matrices, [(*(norm or (None, None))[:2], bias) for norm, bias in zip(norms, biases, strict=True)]
+    )
+    first = matrices[0]
+    (inner_width, width), count = first.shape, len(matrices)
+    # Memory in the order of the source, so that reading and writing run along the same axis.
+    flipped = first.stride(0) == 1 and first.stride(1) != 1
+    operand = first.new_empty((count, width, inner_width) if flipped else (count, inner_width, width), dtype=dtype)
+    operand = operand.mT if flipped else operand
+    column_sum, offset = (first.new_empty(count, width, dtype=torch.float32) for _ in range(2))
+    if operand.numel():
+        scale, in_memory = number(scale)
+        prepare_kernel[(triton.cdiv(width, _PREPARE["BLOCK_N"]), count)](
+            _table(matrices, vectors), operand, column_sum, offset, scale, inner_width, width,
+            *first.stride(), *operand.stride()[1:],
+            SCALE_IN_MEMORY=in_memory, WHOLE_N=width % _PREPARE["BLOCK_N"] == 0, WHOLE_K=inner_width % _PREPARE["BLOCK_K"] == 0,
+            **_kinds(matrices, vectors), enable_fp_fusion=True, **_PREPARE,
+        )  # fmt: skip
+    return Operand(operand, column_sum, offset)
+
+
+def combine(weight: Tensor, norm: Norm | None, step_size: Tensor, dtype: torch.dtype) -> tuple[Tensor, Operand]:
+    """G = W - W^T W [width, width] float32, and the operand of ``LN(x) (eta G)``."""
+    combined, operand = combine_all([weight], [norm], step_size, dtype)
+    kept = operand if norm else Operand(operand.matrix, None, None)
+    return combined[0], Operand(*(None if t is None else t[0] for t in kept))
+
+
+def combine_all(
+    weights: Sequence[Tensor], norms: Sequence[Norm | None], step_size: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Operand]:
+    """G = W - W^T W of dictionaries of one shape in one launch, stacked, and the operands of ``LN(x) (eta G)``.
+
+    Products are of float32 numbers: where the operand is 16-bit tensor cores may round them, as that hides behind its own
+    rounding, else as torch is told to.
+    """
+    weights, vectors = _uniform(weights, [(*(norm or (None, None))[:2], None) for norm in norms])
+    first, count, width = weights[0], len(weights), weights[0].shape[0]
+    combined = torch.empty((count, width, width), dtype=torch.float32, device=first.device)
+    operand = torch.empty_like(combined, dtype=dtype)
+    column_sum, offset = (first.new_empty(count, width, dtype=torch.float32) for _ in range(2))
+    if combined.numel():
+        scale, in_memory = number(step_size)
+        combine_kernel[(triton.cdiv(width, _COMBINE["BLOCK_N"]), count)](
+            _table(weights, vectors), combined, operand, column_sum, offset, scale, width, *first.stride(),
+            SCALE_IN_MEMORY=in_memory, WHOLE=width % _COMBINE["BLOCK_N"] == 0,
+            PRECISION=dot_precision(operand), **_kinds(weights, vectors), enable_fp_fusion=True, **_COMBINE,
+        )  # fmt: skip
+    return combined, Operand(operand, column_sum, offset)
+
+
+Vectors = list[tuple[Tensor | None, Tensor | None, Tensor | None]]
+
+
+def _uniform(matrices: Sequence[Tensor], vectors: Vectors) -> tuple[list[Tensor], Vectors]:
+    """Tensors as one launch takes them: matrices of one dtype and in the same strides, vectors contiguous and of one dtype.
+
+    Those that are so already stay where they are; others are copied.
+    """
+    matrices = [matrix.detach() for matrix in matrices]
+    if len({matrix.dtype for matrix in matrices}) > 1:
+        matrices = [matrix.float() for matrix in matrices]
+    if len({matrix.stride() for matrix in matrices}) > 1:
+        matrices = [matrix.contiguous() for matrix in matrices]
+    present = [vector for row in vectors for vector in row if vector is not None]
+    dtype = torch.float32 if len({vector.dtype for vector in present}) != 1 else present[0].dtype
+    return matrices, [tuple(None if v is None else v.detach().to(dtype).contiguous() for v in row) for row in vectors]
+
+
+def _kinds(matrices: Sequence[Tensor], vectors: Vectors) -> dict[str, object]:
+    """What is to be known of the tensors behind the addresses while compiling."""
+    vector = next((v for row in vectors for v in row if v is not None), None)
+    aligned = all(matrix.data_ptr() % 16 == 0 for matrix in matrices)
+    return {
+        "MATRIX": TRITON_DTYPES[matrices[0].dtype],
+        "VECTOR": TRITON_DTYPES[torch.float32 if vector is None else vector.dtype],
+        "ALIGNMENT": 16 if aligned else matrices[0].element_size(),
+    }
+
+
+def _table(matrices: Sequence[Tensor], vectors: Vectors) -> Tensor:
+    """Addresses [count, 4], int64, on the device of the matrices."""
+    device = matrices[0].device
+    rows = [(matrix, *three) for matrix, three in zip(matrices, vectors, strict=True)]
+    addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows]
+    key = device, *map(tuple, addresses)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    table = _tables.get(key)
+    if table is None:
+        if capturing:
+            raise RuntimeError(
+                "weights: met for the first time while a CUDA graph is captured; run one step on the same weights before"
+            )
+        table = torch.tensor(addresses, dtype=torch.int64)
+        table = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+        _tables[key] = table
+        if len(_tables) > _MOST_TABLES:
+            _tables.popitem(last=False)
+    if capturing:
+        _tables_of_graphs[key] = table
+    _tables.move_to_end(key)
+    return table
