@@ -19,11 +19,11 @@ from torch import Tensor
 
 from crate_kernels.precision import dot_precision
 from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.products.triton import _norm_mode, add_moments, inverse_deviation, load_row, load_tile
+from crate_kernels.products.triton import add_moments, inverse_deviation, load_row, load_tile, norm_mode
 from crate_kernels.shared_attention.triton import (
     LN_2,
     add_weighted_rows,
-    attend_to_tile,
+    attend_to_tokens,
     load_parts,
     split_features,
     store_part,
@@ -99,39 +99,6 @@ def project_rows(
     return product, mean, rstd
 
 
-@triton.jit
-def attend_rows(
-    w, start_i, tokens, token_stride, scale,
-    IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """Rows from ``start_i`` on of a head's attention before they are divided, their largest score and their sum."""
-    rows_i = start_i + tl.arange(0, BLOCK_ROWS)
-    w_i = load_parts(w, rows_i, tokens, token_stride, 1, HEAD_DIM, DIM_A, DIM_B)
-    row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    out_i = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
-    end = tokens
-    if IS_CAUSAL:
-        end = tl.minimum(tokens, start_i + BLOCK_ROWS)
-    whole = 0
-    if TAIL < BLOCK_COLUMNS:
-        whole = end // BLOCK_COLUMNS * BLOCK_COLUMNS
-        for start_j in range(0, whole, BLOCK_COLUMNS):
-            out_i, row_max, row_sum = attend_to_tile(
-                out_i, row_max, row_sum, w_i, rows_i, start_j, tokens, w, token_stride, 1, 0, scale, 0.0, 0,
-                MASKED=False, IS_CAUSAL=IS_CAUSAL, DROPOUT=False,
-                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
-            )  # fmt: skip
-    for start_j in tl.range(whole, end, TAIL, num_stages=1 if (TAIL == 16) and (BLOCK_COLUMNS > 16) else None):
-        out_i, row_max, row_sum = attend_to_tile(
-            out_i, row_max, row_sum, w_i, rows_i, start_j, tokens, w, token_stride, 1, 0, scale, 0.0, 0,
-            MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=False,
-            HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
-        )  # fmt: skip
-    return out_i, row_max, row_sum
-
-
 @triton.jit(do_not_specialize=["eps", "heads", "tokens"])
 def attend_kernel(
     x, matrix, column_sum, offset, w, out, lse, stats, eps, scale, heads, tokens, width,
@@ -179,11 +146,15 @@ def attend_kernel(
     tl.debug_barrier()
 
     for start in range(0, tokens, BLOCK_ROWS):
-        out_i, row_max, row_sum = attend_rows(
-            w, start, tokens, token_stride, scale,
-            IS_CAUSAL, HEAD_DIM, DIM_A, DIM_B, PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, TAIL,
-        )  # fmt: skip
         rows = start + tl.arange(0, BLOCK_ROWS)
+        w_i = load_parts(w, rows, tokens, token_stride, 1, HEAD_DIM, DIM_A, DIM_B)
+        end = tokens
+        if IS_CAUSAL:
+            end = tl.minimum(tokens, start + BLOCK_ROWS)
+        out_i, row_max, row_sum = attend_to_tokens(
+            w_i, rows, end, tokens, w, token_stride, 1, 0, scale, 0.0, 0,
+            IS_CAUSAL, False, HEAD_DIM, DIM_A, DIM_B, PRECISION, BLOCK_COLUMNS, TAIL,
+        )  # fmt: skip
         store_parts(out, out_i, 1.0 / row_sum, rows, tokens, tokens, token_stride, 1, HEAD_DIM, DIM_A, DIM_B)
         tl.store(lse + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=rows < tokens)
 
@@ -212,7 +183,7 @@ def attend(
         attend_kernel[(batch * heads,)](
             x, matrix, qkv.column_sum, qkv.offset, w, out, lse, stats, 0.0 if norm is None else norm.eps, scale,
             heads, tokens, width, *x.stride(), *matrix.stride(),
-            NORM=_norm_mode(x, qkv, norm), IS_CAUSAL=is_causal, WHOLE_K=width % tiles["BLOCK_K"] == 0, PRECISION=precision,
+            NORM=norm_mode(x, qkv, norm), IS_CAUSAL=is_causal, WHOLE_K=width % tiles["BLOCK_K"] == 0, PRECISION=precision,
             HEAD_DIM=head_dim, DIM_A=dim_a, DIM_B=dim_b,
             TAIL=tail(tiles["BLOCK_COLUMNS"], tokens, is_causal, False, precision), enable_fp_fusion=True, **tiles,
         )  # fmt: skip

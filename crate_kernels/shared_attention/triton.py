@@ -216,6 +216,37 @@ def attend_to_tile(
     return out_i, row_max, row_sum
 
 
+@triton.jit
+def attend_to_tokens(
+    w_i, rows_i, end_j, end, w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Walk the keys before ``end_j``: the output of rows i before it is divided, their largest score and their sum."""
+    row_max = tl.full([rows_i.shape[0]], float("-inf"), tl.float32)
+    row_sum = tl.zeros([rows_i.shape[0]], tl.float32)
+    out_i = zero_parts(rows_i.shape[0], DIM_A, DIM_B)
+    whole = 0
+    if TAIL < BLOCK:
+        whole = end_j // BLOCK * BLOCK
+        for start_j in range(0, whole, BLOCK):
+            out_i, row_max, row_sum = attend_to_tile(
+                out_i, row_max, row_sum, w_i, rows_i, start_j, end,
+                w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+                MASKED=False, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK,
+            )  # fmt: skip
+    for start_j in tl.range(whole, end_j, TAIL, num_stages=1 if TAIL == 16 and BLOCK > 16 else None):
+        out_i, row_max, row_sum = attend_to_tile(
+            out_i, row_max, row_sum, w_i, rows_i, start_j, end,
+            w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+            MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+            HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
+        )  # fmt: skip
+    return out_i, row_max, row_sum
+
+
 @triton.jit(do_not_specialize=["heads", "tokens", "seed"])
 def forward_kernel(
     w_ptr, out_ptr, lse_ptr, lengths_ptr, scale, dropout, seed: tl.int64, heads, tokens,
@@ -234,32 +265,15 @@ def forward_kernel(
     w_head_ptr = w_ptr + head_offset(head, heads, w_batch, w_head)
     w_i = load_parts(w_head_ptr, rows_i, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B)
 
-    row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    out_i = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
     end_j = end
     if IS_CAUSAL:
         end_j = tl.minimum(end, start_i + BLOCK_ROWS)
     if lengths_ptr is not None:
         end_j = tl.where(start_i < end, end_j, 0)  # rows of padding attend to nothing
-    whole = 0
-    if TAIL < BLOCK_COLUMNS:
-        whole = end_j // BLOCK_COLUMNS * BLOCK_COLUMNS
-        for start_j in range(0, whole, BLOCK_COLUMNS):
-            out_i, row_max, row_sum = attend_to_tile(
-                out_i, row_max, row_sum, w_i, rows_i, start_j, end,
-                w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
-                MASKED=False, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
-                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
-            )  # fmt: skip
-    for start_j in tl.range(whole, end_j, TAIL, num_stages=1 if TAIL == 16 and BLOCK_COLUMNS > 16 else None):
-        out_i, row_max, row_sum = attend_to_tile(
-            out_i, row_max, row_sum, w_i, rows_i, start_j, end,
-            w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
-            MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
-            HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
-        )  # fmt: skip
-
+    out_i, row_max, row_sum = attend_to_tokens(
+        w_i, rows_i, end_j, end, w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+        IS_CAUSAL, DROPOUT, HEAD_DIM, DIM_A, DIM_B, PRECISION, BLOCK_COLUMNS, TAIL,
+    )  # fmt: skip
     row_sum = tl.where(rows_i < end, row_sum, 1.0)  # rows of padding have summed nothing
     out_head_ptr = out_ptr + head_offset(head, heads, out_batch, out_head)
     store_parts(out_head_ptr, out_i, 1.0 / row_sum, rows_i, end, tokens, out_token, out_feature, HEAD_DIM, DIM_A, DIM_B)

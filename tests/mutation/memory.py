@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -42,11 +41,11 @@ class Watch:
         for name, mask_at in (("create_masked_load", 1), ("create_masked_store", 2)):
             monkeypatch.setattr(interpreter_builder, name, self._checked(getattr(interpreter_builder, name), mask_at))
 
-    def over(self, module: ModuleType) -> None:
-        """Watch all launches of the module's kernels."""
-        for value in vars(module).values():
-            if hasattr(value, "add_pre_run_hook"):
-                value.add_pre_run_hook(self._launched)
+    def over(self, *kernels: Any) -> None:
+        """Watch all launches of them; what is no kernel is passed over."""
+        for kernel in kernels:
+            if hasattr(kernel, "add_pre_run_hook"):
+                kernel.add_pre_run_hook(self._launched)
 
     def _launched(self, *args: Any, **kwargs: Any) -> None:
         self._prepared.clear()

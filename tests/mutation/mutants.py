@@ -25,10 +25,11 @@ import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _SIGNS = {ast.Add: "-", ast.Sub: "+"}
 _SWAPS = {ast.FloorDiv: "%", ast.Mod: "//"}
@@ -47,7 +48,7 @@ class Mistake(NamedTuple):
 
 @dataclass(frozen=True)
 class Mutant:
-    """One mistake: ``name`` says what and where, ``source`` is the whole module with it."""
+    """One mistake: ``name`` says what and where, ``source`` is the function with it, decorators included."""
 
     name: str
     function: str
@@ -110,7 +111,8 @@ def mutants(source: str, mistakes: list[Mistake]) -> list[Mutant]:
         seen[name] += 1
         if seen[name] > 1:
             name += f" (place {seen[name]})"
-        found.append(Mutant(name, function, source[:first] + replacement + source[last:]))
+        begin, end = starts[functions[function].decorator_list[0].lineno - 1], span(functions[function])[1]
+        found.append(Mutant(name, function, source[begin:first] + replacement + source[last:end] + "\n"))
 
     functions = kernel_functions(source)
     for function, tree in functions.items():
@@ -128,18 +130,31 @@ def mutants(source: str, mistakes: list[Mistake]) -> list[Mutant]:
     return found
 
 
-def load(source: str, name: str, folder: Path) -> ModuleType:
-    """Import ``source`` as a fresh module; from a file, because Triton reads its functions' source again."""
+def copy_of(module: ModuleType, folder: Path) -> ModuleType:
+    """The module imported afresh, under another name; from a file, because Triton reads its functions' source again."""
+    name = f"copy_of_{module.__name__.replace('.', '_')}"
     path = folder / f"{name}.py"
-    path.write_text(source)
+    path.write_text(Path(module.__file__).read_text())
     spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[name] = copy
     try:
-        spec.loader.exec_module(module)
+        spec.loader.exec_module(copy)
     finally:
         del sys.modules[name]
-    return module
+    return copy
+
+
+@contextmanager
+def grafted(module: ModuleType, mutant: Mutant, path: Path) -> Iterator[Any]:
+    """The module with the mutant in its function's place, of which Triton then prepares this one function anew; the mutant."""
+    own = vars(module)[mutant.function]
+    path.write_text(mutant.source)
+    exec(compile(mutant.source, path, "exec"), vars(module))
+    try:
+        yield vars(module)[mutant.function]
+    finally:
+        setattr(module, mutant.function, own)
 
 
 def _changes(function: ast.FunctionDef) -> Iterator[Change]:

@@ -19,7 +19,7 @@ from mutation.memory import amid_nan
 from support import a_few_roundings, error
 from torch import Tensor
 
-from crate_kernels.products.operand import Norm, Operand, prepare
+from crate_kernels.products.operand import Norm, Operand
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -81,6 +81,17 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(-1), (x.var(-1, unbiased=False) + LAYER_NORM_EPS).rsqrt()
 
 
+def _operand(b: Tensor, bias: Tensor | None, norm: Norm | None) -> Operand:
+    """The operand of LN(x) B + bias, its matrix amid NaN."""
+    if norm is None:
+        return Operand(amid_nan(b), None, bias)
+    matrix = norm.weight[:, None] * b
+    offset = sum(
+        (t for t in (bias, None if norm.bias is None else norm.bias @ b) if t is not None), torch.zeros(b.shape[1])
+    )
+    return Operand(amid_nan(matrix), matrix.sum(0), offset)
+
+
 class _Product:
     """Inputs of one case of T(skip +- (LN(x) B + bias)), float32 amid NaN, and its formula in float64."""
 
@@ -109,8 +120,7 @@ class _Product:
         self.norm = Norm(gamma, beta, LAYER_NORM_EPS) if norm else None
         self.bias = torch.randn(width) if bias else None
         self.residual = amid_nan(torch.randn(tokens, width))
-        operand = prepare(self.b, self.bias, self.norm, torch.float32)
-        self.operand = operand._replace(matrix=amid_nan(operand.matrix))
+        self.operand = _operand(self.b, self.bias, self.norm)
         self.threshold = None if kind == "none" else torch.tensor(THRESHOLD)
         self.exact = self.x.double().requires_grad_()
         normalised = self.exact
@@ -130,7 +140,7 @@ def _numbers_in_memory(module: ModuleType, in_memory: bool):
     if not in_memory:
         yield
         return
-    with patch.object(module, "_number", lambda value: (value, value is not None)):
+    with patch.object(module, "number", lambda value: (value, value is not None)):
         yield
 
 
@@ -142,7 +152,7 @@ def _project(name: str, *shape: int, mode: str = "fold", in_memory: bool = False
         return "none" if norm is None else mode  # in float32 both are right, one more exactly
 
     def run(module: ModuleType) -> dict[str, Tensor]:
-        with patch.object(module, "_norm_mode", norm_mode), _numbers_in_memory(module, in_memory):
+        with patch.object(module, "norm_mode", norm_mode), _numbers_in_memory(module, in_memory):
             y, stats = module.project(
                 product.x, product.operand, torch.float32, norm=product.norm, skip=skip,
                 skip_norm=product.skip == "self" and product.norm is not None, negate=product.negate,
@@ -199,9 +209,10 @@ def _weight_gradient(name: str, *shape: int, **case) -> Probe:
 
 
 def product_probes() -> list[Probe]:
+    """The first of each kernel is small and meets most mistakes."""
     odd, square = (37, 24, 20), (20, 20, 20)
     return [
-        _project("fold, skip itself, relu", *square, skip="self", kind="relu"),
+        _project("fold, skip itself, relu", 5, 20, 20, skip="self", kind="relu"),
         _project("first, skip itself, soft", *square, mode="first", skip="self", kind="soft", negate=True),
         _project("fold, far from zero", *odd, mean=30.0, bias=False),
         _project("no norm, residual, soft", *odd, norm=False, skip="residual", kind="soft", in_memory=True),
@@ -211,9 +222,9 @@ def product_probes() -> list[Probe]:
         _project("first, one column tile", 20, 24, 10, mode="first"),
         _project("NaN, relu", 5, 10, 12, kind="relu", nan=True),
         _project("NaN, soft", 5, 10, 12, kind="soft", nan=True),
-        _input_gradient("norm, skip, relu, extra", *square, skip="self", kind="relu"),
+        _input_gradient("norm, skip, relu, extra", 5, 20, 20, skip="self", kind="relu"),
         _input_gradient("norm, soft, negated", *odd, kind="soft", negate=True, in_memory=True),
-        _input_gradient("norm, no threshold", *odd, extra=False),
+        _input_gradient("norm, no threshold", 20, 24, 20, extra=False),
         _input_gradient("no norm, skip, negated", *square, norm=False, skip="self", negate=True, extra=False),
         _input_gradient("no norm, skip, soft", *square, norm=False, skip="self", kind="soft"),
         _weight_gradient("norm, relu, two splits", 57, 20, 24, kind="relu"),
@@ -348,28 +359,87 @@ class _Attention:
 
 
 def attention_probes() -> list[Probe]:
-    """The first of each kernel is the smallest and meets most mistakes."""
+    """The first of each kernel are small and meet most mistakes."""
     small = _Attention(2, 2, 5, 8)
     parts = _Attention(1, 1, 43, 40)
-    exact = _Attention(1, 1, 37, 40, precision="highest")
+    exact = _Attention(1, 1, 37, 8, precision="highest")
     causal = _Attention(1, 1, 70, 8, is_causal=True)
     padded = _Attention(4, 1, 43, 40, lengths=(99, 20, 32, -3))
     dropped = _Attention(1, 2, 20, 8, dropout=True)
     steep = _Attention(1, 1, 37, 8, scale=30.0)
     sums = _Attention(2, 2, 37, 40)
     return [
-        small.forward("four heads"),
         parts.forward("two parts, a tail tile"),
+        small.forward("four heads"),
         causal.forward("causal"),
-        padded.forward("lengths"),
-        dropped.forward("dropout"),
         steep.forward("steep scores"),
+        dropped.forward("dropout"),
+        padded.forward("lengths"),
         small.row_sums("four heads"),
         sums.row_sums("two parts"),
         small.backward("four heads"),
         parts.backward("two parts, a tail tile"),
         exact.backward("exact products"),
         causal.backward("causal"),
-        padded.backward("lengths"),
         dropped.backward("dropout"),
+        padded.backward("lengths"),
+    ]
+
+
+# --- MSSA in one launch -----------------------------------------------------------------------------------------------
+
+ONE_LAUNCH_TILES = {
+    "default": {
+        ("attend_kernel", 4, width): dict(BLOCK_ROWS=16, BLOCK_COLUMNS=32, BLOCK_K=16, num_warps=4, num_stages=1)
+        for width in (64, 96, 128)
+    }
+}
+
+
+def _one_launch(
+    name: str,
+    *shape: int,
+    heads: int = 1,
+    mode: str = "fold",
+    bias: bool = False,
+    is_causal: bool = False,
+    mean: float = 0.5,
+) -> Probe:
+    """softmax(scale * w w^T) w of w = LN(x) U^T + bias, x [batch, tokens, width]; ``shape`` ends with the head's width."""
+    torch.manual_seed(sum(shape))
+    (batch, tokens, width, head_dim), scale = shape, 0.3
+    x = amid_nan(torch.randn(batch, tokens, width) + mean * torch.randn(batch, tokens, 1))
+    b = torch.randn(width, heads * head_dim) * width**-0.5
+    offset = torch.randn(heads * head_dim) if bias else None
+    norm = None if mode == "none" else Norm(1 + 0.3 * torch.randn(width), 0.3 * torch.randn(width), LAYER_NORM_EPS)
+    operand = _operand(b, offset, norm)
+
+    normalised, expected = x.double(), {}
+    if norm is not None:
+        center, rstd = _moments(normalised)
+        expected = {"mean": center.flatten(), "rstd": rstd.flatten()}
+        normalised = (normalised - center[..., None]) * rstd[..., None] * norm.weight.double() + norm.bias.double()
+    w = normalised @ b.double() + (0 if offset is None else offset.double())
+    by_head = w.unflatten(-1, (heads, head_dim)).transpose(1, 2)
+    scores = scale * by_head @ by_head.mT
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf)
+    out = (scores.softmax(-1) @ by_head).transpose(1, 2)
+    expected |= {"w": w.flatten(0, 1), "out": out.flatten(2).flatten(0, 1), "lse": scores.logsumexp(-1)}
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        with patch.object(module, "norm_mode", lambda *_: mode), float32_products("high"):
+            w, out, lse, stats = module.attend(x, norm, operand, heads, scale, is_causal)
+        found = {"w": w, "out": out, "lse": lse}
+        return found if stats is None else found | {"mean": stats[0], "rstd": stats[1]}
+
+    return Probe(name, "attend_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+
+
+def one_launch_probes() -> list[Probe]:
+    return [
+        _one_launch("fold, two parts", 1, 5, 24, 40, bias=True),
+        _one_launch("fold, samples and heads", 2, 5, 24, 8, heads=2),
+        _one_launch("first, a tail tile", 1, 37, 20, 8, mode="first"),
+        _one_launch("no norm, causal", 1, 37, 16, 8, mode="none", is_causal=True),
     ]

@@ -20,8 +20,9 @@ pytest.importorskip("triton")
 
 from mutation import probes
 from mutation.memory import OutOfBounds, Watch
-from mutation.mutants import Mistake, Mutant, callers, load, mutants
+from mutation.mutants import Mistake, Mutant, callers, copy_of, grafted, mutants
 
+from crate_kernels.mssa import one_launch
 from crate_kernels.products import triton as products
 from crate_kernels.shared_attention import triton as shared_attention
 
@@ -152,9 +153,9 @@ ATTENTION_MISTAKES = [
     Mistake("forward_kernel", "rows_i, end, tokens, out_token", "rows_i, tokens, tokens, out_token"),
     Mistake("backward_kernel", "rows_j, end, tokens, dw_token", "rows_j, tokens, tokens, dw_token"),
     # A tile forgotten, or walked twice.
-    Mistake("forward_kernel", "range(0, whole,", "range(BLOCK_COLUMNS, whole,"),
-    Mistake("forward_kernel", "tl.range(whole,", "tl.range(0,"),
-    Mistake("forward_kernel", "tl.range(whole,", "tl.range(whole + TAIL,"),
+    Mistake("attend_to_tokens", "range(0, whole,", "range(BLOCK, whole,"),
+    Mistake("attend_to_tokens", "tl.range(whole,", "tl.range(0,"),
+    Mistake("attend_to_tokens", "tl.range(whole,", "tl.range(whole + TAIL,"),
     Mistake("backward_kernel", "range(0, end_key,", "range(BLOCK_COLUMNS, end_key,"),
     Mistake("backward_kernel", "range(first_query,", "range(first_query + BLOCK_COLUMNS,"),
     Mistake("backward_kernel", "range(0, end_i -", "range(BLOCK_COLUMNS, end_i -"),
@@ -205,8 +206,8 @@ ATTENTION_EQUIVALENTS = {
     ),
     "a whole tile's mask is true everywhere, and tiles of TAIL, masked, cover what whole tiles do: only work is saved": (
         "load_numbers: if MASK_ROWS -> True",
-        "forward_kernel: if TAIL < BLOCK_COLUMNS -> False",
-        "forward_kernel: MASKED=False -> MASKED=True",
+        "attend_to_tokens: if TAIL < BLOCK -> False",
+        "attend_to_tokens: MASKED=False -> MASKED=True",
         "backward_kernel: if TAIL < BLOCK_COLUMNS -> False",
         "backward_kernel: MASKED=False -> MASKED=True",
     ),
@@ -218,7 +219,7 @@ ATTENTION_EQUIVALENTS = {
         "attend_to_tile: is_key & (rows_j[None, :] <= rows_i[:, None]) -> (rows_j[None, :] <= rows_i[:, None])",
     ),
     "a row's score with itself is not negative, so its maximum may start at zero": (
-        "forward_kernel: float('-inf') -> 0.0",
+        "attend_to_tokens: float('-inf') -> 0.0",
     ),
     "tiles above the diagonal, past the end, or of padding are masked or not stored: leaving them out saves work only": (
         "forward_kernel: if IS_CAUSAL -> False",
@@ -250,6 +251,71 @@ ATTENTION_EQUIVALENTS = {
     ),
 }
 
+ONE_LAUNCH_MISTAKES = [
+    # The wrong operand.
+    Mistake("behind_norm", "mean[:, None] * load_row(column_sum,", "mean[:, None] * load_row(offset,"),
+    Mistake("behind_norm", "product += load_row(offset,", "product += load_row(column_sum,"),
+    Mistake("behind_norm", "rstd[:, None] * (product - mean[:, None]", "mean[:, None] * (product - rstd[:, None]"),
+    Mistake("project_rows", "return product, mean, rstd", "return product, rstd, mean"),
+    Mistake(
+        "project_rows",
+        "x_token, x_feature, tokens, width, True, WHOLE_K)\n            mean",
+        "x_feature, x_token, tokens, width, True, WHOLE_K)\n            mean",
+    ),
+    Mistake(
+        "project_rows",
+        "x_token, x_feature, tokens, width, True, WHOLE_K)\n        columns",
+        "x_feature, x_token, tokens, width, True, WHOLE_K)\n        columns",
+    ),
+    Mistake("project_rows", "width, matrix_row, matrix_column", "width, matrix_column, matrix_row"),
+    Mistake("attend_kernel", "tl.store(moments, mean,", "tl.store(moments, rstd,"),
+    Mistake("attend_kernel", "tokens, rstd, mask", "tokens, mean, mask"),
+    Mistake("attend_kernel", "offset, DIM_A, HEAD_DIM, NORM", "offset, 0, HEAD_DIM, NORM"),
+    Mistake("attend_kernel", "token_stride, 1, DIM_A, HEAD_DIM", "token_stride, 1, 0, HEAD_DIM"),
+    Mistake("attend_kernel", "rows, end, tokens, w, token_stride", "rows, end, tokens, out, token_stride"),
+    Mistake("attend_kernel", "w_i = load_parts(w,", "w_i = load_parts(out,"),
+    Mistake("attend_kernel", "store_parts(out,", "store_parts(w,"),
+    # A mask dropped, and a division.
+    Mistake("project_rows", "DIM_A, DIM_B, not WHOLE_K)", "DIM_A, DIM_B, False)"),
+    Mistake("attend_kernel", "1.0 / row_sum", "row_sum"),
+    # A tile forgotten.
+    Mistake(
+        "project_rows",
+        'if NORM == "first":\n        for start in range(0,',
+        'if NORM == "first":\n        for start in range(BLOCK_K,',
+    ),
+    Mistake(
+        "project_rows",
+        "zero_parts(rows.shape[0], DIM_A, DIM_B)\n    for start in range(0,",
+        "zero_parts(rows.shape[0], DIM_A, DIM_B)\n    for start in range(BLOCK_K,",
+    ),
+    Mistake(
+        "attend_kernel",
+        "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        product",
+        "range(BLOCK_ROWS, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        product",
+    ),
+    Mistake(
+        "attend_kernel",
+        "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        w_i",
+        "range(BLOCK_ROWS, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        w_i",
+    ),
+]
+
+ONE_LAUNCH_EQUIVALENTS = {
+    "rows are clamped, so a mask along them is true everywhere": (
+        "project_rows: load_tile, argument 7: True -> False (every place)",
+    ),
+    "the interpreter runs a program's lines one after the other; test_mssa_one_launch.py finds the barrier in compiled code": (
+        "attend_kernel: tl.debug_barrier() -> pass",
+    ),
+    "tiles above the diagonal or past the end are masked: leaving them out saves work only": (
+        "attend_kernel: if IS_CAUSAL -> False",
+        "attend_kernel: tl.minimum(tokens, start + BLOCK_ROWS) -> tokens",
+        "attend_kernel: tl.minimum(tokens, start + BLOCK_ROWS) -> start + BLOCK_ROWS",
+    ),
+    "dropout with probability zero keeps everything": ("attend_kernel: attend_to_tokens, argument 12: False -> True",),
+}
+
 
 class Case(NamedTuple):
     """A module of kernels, and what belongs to its mutation."""
@@ -270,10 +336,14 @@ CASES = {
         ATTENTION_MISTAKES,
         ATTENTION_EQUIVALENTS,
     ),
+    "one_launch": Case(
+        one_launch, probes.ONE_LAUNCH_TILES, probes.one_launch_probes, ONE_LAUNCH_MISTAKES, ONE_LAUNCH_EQUIVALENTS
+    ),
 }
 KERNELS = [
     *(("products", kernel) for kernel in ("project_kernel", "input_gradient_kernel", "weight_gradient_kernel")),
     *(("shared_attention", kernel) for kernel in ("forward_kernel", "delta_kernel", "backward_kernel")),
+    ("one_launch", "attend_kernel"),
 ]
 
 
@@ -298,10 +368,10 @@ def equivalent(case: str, name: str) -> str | None:
     return name if name in listed else everywhere if everywhere in listed else None
 
 
-def ready(case: str, source: str, name: str, folder: Path, watch: Watch) -> ModuleType:
-    module = load(source, name, folder)
+def ready(case: str, folder: Path, watch: Watch) -> ModuleType:
+    module = copy_of(CASES[case].module, folder)
     module.TABLE = CASES[case].tiles
-    watch.over(module)
+    watch.over(*vars(module).values())
     return module
 
 
@@ -328,7 +398,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_as_they_are_pass_every_probe(case: str, tmp_path: Path, watch: Watch) -> None:
-    module = ready(case, source_of(case), f"{case}_as_it_is", tmp_path, watch)
+    module = ready(case, tmp_path, watch)
     failed = {f"{probe.kernel}, {probe.name}": killer(probe, module) for probe in probes_of(case)}
     assert not any(failed.values()), failed
 
@@ -336,19 +406,19 @@ def test_the_kernels_as_they_are_pass_every_probe(case: str, tmp_path: Path, wat
 @pytest.mark.parametrize(("case", "kernel"), KERNELS, ids=[kernel for _, kernel in KERNELS])
 def test_every_mutant_is_killed(case: str, kernel: str, tmp_path: Path, watch: Watch) -> None:
     """The mutants of a kernel, and of the functions that it is the first to use."""
-    users = callers(source_of(case))
+    users, module = callers(source_of(case)), ready(case, tmp_path, watch)
     order = [name for owner, name in KERNELS if owner == case]
     survivors, alive, killed, broken = [], [], 0, 0
     for number, mutant in enumerate(mutants_of(case)):
         if kernel != next(name for name in order if name in users[mutant.function]):
             continue
-        module = ready(case, mutant.source, f"{kernel}_mutant_{number}", tmp_path, watch)
         asked = [probe for probe in probes_of(case) if probe.kernel in users[mutant.function]]
-        failures = ((probe, how) for probe in asked if (how := killer(probe, module)))
         last = None
-        for last in failures:
-            if not last[1].startswith("raises"):  # a wrong number tells more than code that does not run: ask on
-                break
+        with grafted(module, mutant, tmp_path / f"mutant_{number}.py") as function:
+            watch.over(function)
+            for last in ((probe, how) for probe in asked if (how := killer(probe, module))):
+                if not last[1].startswith("raises"):  # a wrong number tells more than code that does not run: ask on
+                    break
         listed = equivalent(case, mutant.name)
         if last is None and not listed:
             survivors.append(mutant.name)
@@ -391,6 +461,5 @@ def test_a_stale_mistake_is_an_error() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             mutants(source, [mistake])
-    assert [mutant.source[-14:] for mutant in mutants(source, [Mistake("f", "a + b", "b + a")])][
-        -1
-    ] == "urn b + a + b\n"
+    *_, last = mutants(source, [Mistake("f", "a + b", "b + a")])
+    assert last.source == source.replace("a + b", "b + a", 1)
