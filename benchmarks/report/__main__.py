@@ -38,7 +38,7 @@ def refuse_dirty(folder: Path, rows: Sequence[Row]) -> list[Row]:
     dirty = [row for row in rows if row.get("dirty")]
     if dirty:
         places = ", ".join(f"{row['file']}:{row['line']}" for row in dirty)
-        print(f"{folder.name}: {len(dirty)} rows measured on a dirty tree are refused for the README: {places}")
+        print(f"{folder.name}: rows measured on a dirty tree, refused for the README: {len(dirty)} ({places})")
     return [row for row in rows if not row.get("dirty")]
 
 

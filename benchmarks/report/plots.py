@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,16 @@ STYLES = {
     "official compiled": Style(BLUE),
     "official max-autotune": Style(BLUE, "--", "s", "//"),
     "official compiled graph": Style(BLUE, "-.", "D", "xx"),
-    "products": Style(YELLOW, "-", "D"),
+    "products": Style(YELLOW),
+    "products with epilogue": Style(YELLOW, "--", "s", "//"),
     "sdpa flash": Style(SKY),
+    "sdpa flash summed": Style(SKY, "-", "P", "oo"),
     "sdpa cudnn": Style(SKY, "--", "s", "//"),
+    "sdpa cudnn summed": Style(SKY, "--", "X", "xx"),
     "sdpa efficient": Style(SKY, ":", "^", ".."),
+    "sdpa efficient summed": Style(SKY, ":", "v", "++"),
     "flex": Style(ORANGE),
+    "flex summed": Style(ORANGE, "--", "s", "//"),
     "vit-mae sdpa": Style(PURPLE),
     "vit-mae compiled": Style(PURPLE, "--", "s", "//"),
     "best composed": Style(GREEN, (0, (5, 3)), "X", "++"),
@@ -146,37 +152,72 @@ def _roofline(results: Results) -> Iterable[Plot]:
         )
 
 
-SWEEPS = (("time", "ms", "time, ms"), ("memory", "peak_bytes", "peak memory, GiB"))
+SWEEPS = {"time": "ms", "memory": "peak_bytes"}
 
 
 def _sweeps(results: Results) -> Iterable[Plot]:
-    """Time and memory against batch and against tokens, everything else equal, wherever two sizes or more were measured."""
-    for what, key, label in SWEEPS:
+    """Time and memory against batch and against tokens, wherever two sizes or more were measured."""
+    for what, key in SWEEPS.items():
         rows = [row for row in results.rows if row.get(key) and row["operator"] != "ceilings"]
         for operator in operators_of(rows):
-            for axis in ("batch", "tokens"):
-                panels = _panels_along(axis, select(rows, operator=operator))
+            name = OPERATORS.get(operator, operator)
+            for axis, panels_along, draw in (
+                ("batch", _panels_along_batch, _draw_against_batch[key]),
+                ("tokens", _panels_along_tokens, _draw_against_tokens[key]),
+            ):
+                panels = _longest(panels_along(sorted(select(rows, operator=operator), key=_panel_order)), axis)
                 if panels:
-                    yield Plot(
-                        f"{results.slug}-{what}-{axis}-{operator}",
-                        f"{OPERATORS.get(operator, operator)}: {label.partition(',')[0]} against {axis}",
-                        panels,
-                        _lines(axis, key, label),
-                        lambda _: 3.2,
-                    )
+                    title = f"{name}: {what} against {axis}"
+                    yield Plot(f"{results.slug}-{what}-{axis}-{operator}", title, panels, draw, lambda _: 3.2)
 
 
-def _panels_along(axis: str, rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows that differ in nothing but ``axis`` and provider, by what they share; the panels with most sizes."""
+def _panels_along_batch(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows that differ in nothing but batch and provider, by what they share."""
     panels: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=_panel_order):
+    for row in rows:
         shape = row.get("shape")
-        if size(row, axis) is None or row.get("mode") == "largest batch":
-            continue
-        rest = {**shape, axis: None} if isinstance(shape, dict) else [None, *shape[1:]]
-        shared = describe_shape({"shape": rest})
-        title = "\n".join(filter(None, (describe_model(row), shared, f"{row.get('mode')}, {row.get('dtype')}")))
-        panels.setdefault(title, []).append(row)
+        if shape and row.get("mode") != "largest batch":
+            rest = {**shape, "batch": None} if isinstance(shape, dict) else [None, *shape[1:]]
+            panels.setdefault(_panel_title(row, describe_shape({"shape": rest})), []).append(row)
+    return panels
+
+
+def _panels_along_tokens(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of about as many tokens in all, by what else they share: longer samples, fewer of them."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if size(row, "tokens"):
+            rest = describe_shape({"shape": {**row["shape"], "batch": None, "tokens": None}})
+            groups.setdefault((_panel_title(row, ""), rest), []).append(row)
+    panels: dict[str, list[Row]] = {}
+    for (title, rest), found in groups.items():
+        most: dict[int, int] = {}
+        for row in found:
+            most[size(row, "tokens")] = max(most.get(size(row, "tokens"), 0), _tokens_in_all(row))
+        aim = min(most.values())
+        nearest = {
+            count: min(
+                (_tokens_in_all(row) for row in found if size(row, "tokens") == count), key=lambda n: abs(log(n / aim))
+            )
+            for count in most
+        }
+        chosen = [row for row in found if _tokens_in_all(row) == nearest[size(row, "tokens")]]
+        totals = sorted(map(_tokens_in_all, chosen))
+        in_all = " to ".join(f"{total:,}" for total in dict.fromkeys([totals[0], totals[-1]]))
+        panels[f"{rest}, {in_all} tokens in all\n{title}"] = chosen
+    return panels
+
+
+def _tokens_in_all(row: Row) -> int:
+    return row["shape"]["batch"] * row["shape"]["tokens"]
+
+
+def _panel_title(row: Row, shape: str) -> str:
+    return "\n".join(filter(None, (describe_model(row), shape, f"{row.get('mode')}, {row.get('dtype')}")))
+
+
+def _longest(panels: dict[str, list[Row]], axis: str) -> dict[str, list[Row]]:
+    """The panels with most sizes, two at least, in the order in which they came."""
     sizes = {title: len({size(row, axis) for row in found}) for title, found in panels.items()}
     longest = sorted((title for title in panels if sizes[title] > 1), key=lambda title: -sizes[title])[:MOST_PANELS]
     return {title: panels[title] for title in panels if title in longest}
@@ -328,29 +369,34 @@ def _plain_numbers(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _lines(axis: str, key: str, label: str) -> Callable[[Axes, list[Row]], None]:
+def _lines(axis: str, label: str, value: Callable[[Row, str], float]) -> Callable[[Axes, list[Row]], None]:
+    """Draws a line a provider through ``value(row, percentile)``, with a band where percentiles differ."""
+
     def draw(ax: Axes, rows: list[Row]) -> None:
         for provider in sorted({row["provider"] for row in rows}, key=provider_order):
             style = style_of(provider)
             found = sorted((row for row in rows if row["provider"] == provider), key=lambda row: size(row, axis) or 0)
             xs = [size(row, axis) for row in found]
-            if key == "ms":
-                ax.fill_between(
-                    xs,
-                    *([row[key][p] for row in found] for p in ("p20", "p80")),
-                    color=style.colour,
-                    alpha=0.2,
-                    linewidth=0,
-                )
-                ys = [row[key]["p50"] for row in found]
-            else:
-                ys = [row[key] / 2**30 for row in found]
-            ax.plot(xs, ys, linestyle=style.dashes, color=style.colour, marker=style.marker, markersize=4)
+            low, middle, high = ([value(row, percentile) for row in found] for percentile in ("p20", "p50", "p80"))
+            ax.fill_between(xs, low, high, color=style.colour, alpha=0.2, linewidth=0)
+            ax.plot(xs, middle, linestyle=style.dashes, color=style.colour, marker=style.marker, markersize=4)
         ticks = sorted({size(row, axis) for row in rows})
         ax.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
-        ax.set_xticks(ticks, list(map(str, ticks)), rotation=45 if len(ticks) > 6 else 0)
+        ax.set_xticks(ticks, list(map(str, ticks)), rotation=60 if len(ticks) > 4 else 0)
         ax.set_xticks([], minor=True)
         _plain_numbers(ax.yaxis)
         ax.grid(color="#dddddd", linewidth=0.6)
 
     return draw
+
+
+_draw_against_batch = {
+    "ms": _lines("batch", "time, ms", lambda row, percentile: row["ms"][percentile]),
+    "peak_bytes": _lines("batch", "peak memory, GiB", lambda row, _: row["peak_bytes"] / 2**30),
+}
+_draw_against_tokens = {
+    "ms": _lines("tokens", "time a token, ns", lambda row, p: row["ms"][p] * 1e6 / _tokens_in_all(row)),
+    "peak_bytes": _lines(
+        "tokens", "peak memory a token, KiB", lambda row, _: row["peak_bytes"] / 2**10 / _tokens_in_all(row)
+    ),
+}

@@ -22,10 +22,17 @@ NAMES = {
     "official max-autotune": "official order, max-autotune",
     "library": "library call",
     "products": "cuBLAS products alone",
-    "sdpa flash": "SDPA flash",
-    "sdpa cudnn": "SDPA cuDNN",
-    "sdpa efficient": "SDPA efficient",
-    "flex": "FlexAttention",
+    "products with epilogue": "cuBLAS products with epilogue",
+    **{
+        peer + summed: name + words
+        for peer, name in {
+            "sdpa flash": "SDPA flash",
+            "sdpa cudnn": "SDPA cuDNN",
+            "sdpa efficient": "SDPA efficient",
+            "flex": "FlexAttention",
+        }.items()
+        for summed, words in {"": "", " summed": ", gradients summed"}.items()
+    },
     "vit-mae sdpa": "ViT-MAE, SDPA",
     "vit-mae compiled": "ViT-MAE, compiled",
     "best composed": "best composed, compiled",
