@@ -5,9 +5,10 @@
     python -m crate_kernels.tune --show                             # what is in force, and where it comes from
     python -m crate_kernels.tune --clear                            # back to the shipped tiles
 
-The file lies in the user's cache folder, one a device name, or where the environment variable CRATE_KERNELS_CACHE says. It counts
-only with the device, Triton, package and shipped tables that it was made with. Other tiles add in another order, so results
-differ in their last bits: copy one file to all machines of a job. Processes of a job (torchrun's) never tune.
+The file lies in the user's cache folder, one a device name, or where the environment variable CRATE_KERNELS_CACHE says; on a
+machine without a GPU, --show and --clear take all that lie in that folder. It counts only with the device, Triton, package and
+shipped tables that it was made with. Other tiles add in another order, so results differ in their last bits: copy one file to
+all machines of a job. Processes of a job (torchrun's) never tune.
 """
 
 from __future__ import annotations
@@ -54,8 +55,10 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
 
     Args:
         model, dtype: names in ``MODELS`` and ``DTYPES``.
-        batch, tokens: images, and tokens of each.
+        batch, tokens: images, and tokens of each. Projection and attention in one launch, which larger batches never take, get as
+            many of the images as do.
     """
+    from crate_kernels.mssa import one_launch
     from crate_kernels.products.operand import Norm
     from crate_kernels.products.preparation import prepare
     from crate_kernels.products.triton import input_gradient, project, weight_gradient
@@ -108,6 +111,12 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
     yield problem(
         "attention's gradient", attention.backward, of_heads(grad_w), of_heads(w), heads_out, lse, scale, False
     )
+    few = next((images for images in range(batch, 0, -1) if one_launch.is_chosen(images, heads, tokens)), 0)
+    if few:
+        images = x[: few * tokens].view(few, tokens, width)
+        yield problem(
+            "projection and attention in one launch", one_launch.attend, images, norm, qkv, heads, scale, False
+        )
 
 
 def cuda_timer(device: torch.device, rounds: int = 25) -> Timer:
@@ -186,6 +195,47 @@ def save(
     cache.write(file, {"for": cache.identity(device), "tiles": entries})
 
 
+def show(file: Path | None, device: torch.device | None) -> None:
+    """Prints for which device a cache was made and what it holds, or, of the device's own cache, the tiles then in force.
+
+    Args:
+        file: the cache; None for that of ``device``, or without a device for every one in the user's cache folder.
+
+    Raises:
+        cache.CacheError: a file is no cache.
+    """
+    for one in _files(file, device):
+        if not one.exists():
+            print(f"{one}: there is none")
+            continue
+        content = cache.read(one)
+        made_for = ", ".join(f"{name} {value}" for name, value in content["for"].items())
+        print(f"{one}: {len(content['tiles'])} tiles for {made_for}")
+        if file or device is None:
+            for entry in content["tiles"]:
+                print(f"{'cache':8} {_text(tuple(entry['key']))}: {_text(entry['tile'])}")
+    if file is None and device is not None:
+        for key, (source, tile) in tiles.in_force(device).items():
+            print(f"{source:8} {_text(key)}: {_text(tile)}")
+        print(f"fingerprint {tiles.fingerprint(device)}")
+
+
+def clear(file: Path | None, device: torch.device | None) -> None:
+    """Deletes what ``show`` shows, readable or not, and says so."""
+    for one in _files(file, device):
+        print(f"{one}: {'deleted' if one.exists() else 'there is none'}")
+        one.unlink(missing_ok=True)
+
+
+def _files(file: Path | None, device: torch.device | None) -> list[Path]:
+    if file or device:
+        return [file or cache.location(device)]
+    files = cache.locations()
+    if not files:
+        print("no CUDA device, and no cache of any in the user's cache folder")
+    return files
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. 0, or by ``SystemExit`` 2 where it cannot run."""
     parser = argparse.ArgumentParser("python -m crate_kernels.tune", description=__doc__.splitlines()[0])
@@ -196,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, help="images (64)")
     parser.add_argument("--seconds", type=float, default=1200.0, help="no candidate is begun later (1200)")
     parser.add_argument(
-        "--output", type=Path, help=f"the cache to write, or clear; else {cache.VARIABLE} or the user's cache folder"
+        "--output",
+        type=Path,
+        help=f"the cache to write, show or clear; else {cache.VARIABLE} or the user's cache folder",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--show", action="store_true", help="print the tiles in force, and tune nothing")
@@ -206,21 +258,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, name) <= 0:
             parser.error(f"argument --{name}: expected above 0, got {getattr(options, name)}")
 
-    if (device := _device()) is None:
-        parser.error("needs a CUDA device, and PyTorch sees none")
-    if _is_rank():
-        parser.error(_ALONE)
-    file = options.output or cache.location(device)
-    if options.clear:
-        print(f"{file}: {'deleted' if file.exists() else 'there is none'}")
-        file.unlink(missing_ok=True)
-        return 0
+    device = _device()
     try:
-        if options.show:
-            for key, (source, tile) in tiles.in_force(device).items():
-                print(f"{source:8} {_text(key)}: {_text(tile)}")
-            print(f"fingerprint {tiles.fingerprint(device)}")
+        if options.clear:
+            clear(options.output, device)
             return 0
+        if options.show:
+            show(options.output, device)
+            return 0
+        if device is None:
+            parser.error("needs a CUDA device, and PyTorch sees none")
+        if _is_rank():
+            parser.error(_ALONE)
+        file = options.output or cache.location(device)
         kept = cache.entries(file, device)
     except cache.CacheError as error:
         parser.error(str(error))

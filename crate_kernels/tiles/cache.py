@@ -44,9 +44,19 @@ def location(device: torch.device) -> Path:
     """The file named by CRATE_KERNELS_CACHE, else one for devices of this name in the user's cache folder."""
     if named := os.environ.get(VARIABLE):
         return Path(named)
-    folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     name = re.sub(r"\W+", "_", _device_name(device))
-    return Path(os.path.expanduser(folder), "crate_kernels", f"tiles-{name}.json")
+    return _folder() / f"tiles-{name}.json"
+
+
+def locations() -> list[Path]:
+    """Where caches of any device are: the file named by CRATE_KERNELS_CACHE, else those in the user's cache folder."""
+    if named := os.environ.get(VARIABLE):
+        return [Path(named)]
+    return sorted(_folder().glob("tiles-*.json"))
+
+
+def _folder() -> Path:
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "crate_kernels")
 
 
 def identity(device: torch.device) -> dict[str, str]:
@@ -86,7 +96,7 @@ def entries(file: Path, device: torch.device) -> list[dict[str, Any]]:
     """
     if not os.path.exists(file):
         return []
-    content = _read(file)
+    content = read(file)
     expected = identity(device)
     differing = [
         f"{name} {content['for'].get(name)}, not {own}"
@@ -103,7 +113,12 @@ def entries(file: Path, device: torch.device) -> list[dict[str, Any]]:
     return content["tiles"]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
+    """What ``write`` wrote, whatever device and versions it is for.
+
+    Raises:
+        CacheError: the file is no cache.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content["for"], dict):

@@ -51,18 +51,17 @@ class Finding:
 
 
 def neighbours(tile: Tile) -> list[dict[str, int]]:
-    """Tiles one step away: a size halved or doubled, alone or with the warps, a stage more or less; no bound on registers."""
-    free = {name: value for name, value in tile.items() if name != "maxnreg"}
-    moves: list[dict[str, int]] = [{}]
-    for name, value in free.items():
+    """Tiles one step away: a size halved or doubled, alone or with the warps, a stage more or less."""
+    moves: list[dict[str, int]] = []
+    for name, value in tile.items():
         if name == "num_stages":
             moves += [{name: value - 1}, {name: value + 1}]
         elif name in _BOUNDS or name.startswith("BLOCK_"):
             moves += [{name: value // 2}, {name: value * 2}]
         if name.startswith("BLOCK_"):
-            moves += [{name: value // 2, "num_warps": free["num_warps"] // 2}]
-            moves += [{name: value * 2, "num_warps": free["num_warps"] * 2}]
-    return [moved for move in moves if (moved := free | move) != tile and _possible(moved, move)]
+            moves += [{name: value // 2, "num_warps": tile["num_warps"] // 2}]
+            moves += [{name: value * 2, "num_warps": tile["num_warps"] * 2}]
+    return [moved for move in moves if _possible(moved := {**tile, **move}, move)]
 
 
 def _possible(tile: Tile, changed: Tile) -> bool:

@@ -165,16 +165,11 @@ def test_neighbours_of_every_shipped_tile_are_new_and_possible() -> None:
             found = search.neighbours(tile)
             assert len(found) >= 3 and tile not in found
             for other in found:
-                assert other.keys() == tile.keys() - {"maxnreg"}
+                assert other.keys() == tile.keys()
                 sides = [value for name, value in other.items() if name.startswith("BLOCK_")]
                 assert all(value & (value - 1) == 0 for name, value in other.items() if name != "num_stages")
                 assert all(16 <= side <= 256 for side in sides)
                 assert 2 <= other["num_warps"] <= 8 and 1 <= other["num_stages"] <= 5
-
-
-def test_a_bound_on_registers_can_be_given_up() -> None:
-    tile = {"BLOCK_ROWS": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
-    assert {"BLOCK_ROWS": 64, "num_warps": 4, "num_stages": 2} in search.neighbours(tile)
 
 
 def product(spoil=lambda out, tile: out, seen: list | None = None) -> search.Problem:
@@ -319,17 +314,18 @@ def test_the_command_tunes_writes_shows_and_clears(file: Path, pretended_device:
     assert tune.main(["--dtypes", "float32", "--batch", "1"]) == 0
     printed = capsys.readouterr().out
     assert f"wrote {file}" in printed
-    assert printed.count(" 0 rejected") == printed.count("tried, ") == 6  # rounding is not taken for a wrong result
+    assert printed.count(" 0 rejected") == printed.count("tried, ") == 7  # rounding is not taken for a wrong result
     line = next(line for line in printed.splitlines() if line.startswith("project/4/4"))
     assert "12.0000 ms -> 6.0000 ms, 100% faster (1 tried, 0 rejected)" in line  # of three problems together
     found = {tuple(entry["key"]): entry["tile"] for entry in cache.entries(file, CPU)}
-    kernels = ["project", "input_gradient", "weight_gradient", "forward_kernel", "delta_kernel", "backward_kernel"]
-    assert {key[0] for key in found} == set(kernels)
+    products, attention = ("project", "input_gradient", "weight_gradient"), ("forward", "delta", "backward", "attend")
+    assert {key[0] for key in found} == {*products, *(f"{name}_kernel" for name in attention)}
     assert all(tile["num_warps"] == 2 for tile in found.values())
     assert selected() == found[KEY] != SHIPPED  # what a process takes that starts now
 
     assert tune.main(["--show"]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith(f"{file}: 7 tiles for device cpu, triton ")
     assert any(
         line.startswith("cache") and "project/4/4" in line and "num_warps=2" in line for line in printed.splitlines()
     )
@@ -371,6 +367,57 @@ def test_without_a_cuda_device_the_command_ends_with_2() -> None:
     command = [sys.executable, "-m", "crate_kernels.tune"]
     ended = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert ended.returncode == 2 and "needs a CUDA device, and PyTorch sees none" in ended.stderr
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_device", lambda: None)
+
+
+def test_without_a_device_a_named_cache_is_shown_and_cleared(file: Path, no_device: None, capsys) -> None:
+    save(file)
+    content = json.loads(file.read_text())
+    content["for"]["device"] = "NVIDIA H200"  # nor does it matter that it does not count here
+    file.write_text(json.dumps(content))
+    for arguments in (["--show"], ["--show", "--output", str(file)]):
+        assert tune.main(arguments) == 0
+        made_for, *entries = capsys.readouterr().out.splitlines()
+        assert made_for.startswith(f"{file}: 1 tiles for device NVIDIA H200, triton ")
+        assert entries == ["cache    project/4/4: " + " ".join(f"{name}={value}" for name, value in OTHER.items())]
+    assert tune.main(["--clear"]) == 0 and not file.exists()
+    assert capsys.readouterr().out == f"{file}: deleted\n"
+    for argument in ("--show", "--clear"):
+        assert tune.main([argument]) == 0
+        assert capsys.readouterr().out == f"{file}: there is none\n"
+
+
+def test_without_a_device_every_cache_of_the_user_is_shown_and_cleared(
+    tmp_path: Path, no_device: None, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.delenv(cache.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for argument in ("--show", "--clear"):
+        assert tune.main([argument]) == 0
+        assert "no cache of any" in capsys.readouterr().out
+    files = [tmp_path / "crate_kernels" / f"tiles-{name}.json" for name in ("A100", "H200")]
+    for one in files:
+        save(one)
+    assert tune.main(["--show"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{one}: 1 tiles for device cpu" in printed for one in files) and printed.count("project/4/4") == 2
+    assert tune.main(["--clear"]) == 0 and not any(one.exists() for one in files)
+
+
+def test_the_one_launch_kernel_is_tuned_at_a_batch_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest of up to 5 images; none where not even one image does."""
+    from crate_kernels.mssa import one_launch
+
+    monkeypatch.setitem(tune.MODELS, "crate_mae_base", (32, 2))
+    monkeypatch.setattr(one_launch, "attend", lambda x, *rest: x)
+    for most, expected in ((2, [(2, 3, 32)]), (9, [(5, 3, 32)]), (0, [])):
+        monkeypatch.setattr(one_launch, "is_chosen", lambda images, heads, tokens, most=most: images <= most)
+        posed = [p for p in tune.problems("crate_mae_base", "float32", 5, CPU, tokens=3) if "one launch" in p.name]
+        assert [problem.run()[0].shape for problem in posed] == expected
 
 
 def test_a_rank_never_tunes(pretended_device: None, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
