@@ -392,11 +392,11 @@ def _lines(axis: str, label: str, value: Callable[[Row, str], float]) -> Callabl
 
 _draw_against_batch = {
     "ms": _lines("batch", "time, ms", lambda row, percentile: row["ms"][percentile]),
-    "peak_bytes": _lines("batch", "peak memory, GiB", lambda row, _: row["peak_bytes"] / 2**30),
+    "peak_bytes": _lines("batch", "memory, GiB", lambda row, _: row["peak_bytes"] / 2**30),
 }
 _draw_against_tokens = {
     "ms": _lines("tokens", "time a token, ns", lambda row, p: row["ms"][p] * 1e6 / _tokens_in_all(row)),
     "peak_bytes": _lines(
-        "tokens", "peak memory a token, KiB", lambda row, _: row["peak_bytes"] / 2**10 / _tokens_in_all(row)
+        "tokens", "memory a token, KiB", lambda row, _: row["peak_bytes"] / 2**10 / _tokens_in_all(row)
     ),
 }

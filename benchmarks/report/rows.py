@@ -24,15 +24,12 @@ class Results:
 
     folder: Path
     device: str
+    on_cuda: bool
     rows: list[Row]
 
     @property
     def slug(self) -> str:
         return re.sub(r"[^a-z0-9]+", "-", self.device.lower().replace("(r)", "")).strip("-")
-
-    @property
-    def on_cuda(self) -> bool:
-        return any(_on_cuda(row) for row in self.rows)
 
 
 def device_folders(root: Path) -> list[Path]:
@@ -61,19 +58,18 @@ def read(folder: Path) -> list[Row]:
 
 def by_device(folder: Path, rows: Iterable[Row]) -> list[Results]:
     """The newest of the rows, apart for each device (on a CPU, and number of threads), named in alphabetical order."""
-    devices: dict[str, list[Row]] = {}
+    rows = list(rows)
+    on_cuda = {row.get("device") for row in rows if _shows_cuda(row)}
+    devices: dict[tuple[str, bool], list[Row]] = {}
     for row in rows:
-        devices.setdefault(device_of(row), []).append(row)
-    return [Results(folder, device, newest(found)) for device, found in sorted(devices.items())]
+        name, cuda = row.get("device"), row.get("device") in on_cuda
+        label = (name or "a device without a name") + ("" if cuda else f", {row.get('threads')} threads")
+        devices.setdefault((label, cuda), []).append(row)
+    return [Results(folder, label, cuda, newest(found)) for (label, cuda), found in sorted(devices.items())]
 
 
-def device_of(row: Row) -> str:
-    name = row.get("device") or "a device without a name"
-    return name if _on_cuda(row) else f"{name}, {row.get('threads')} threads"
-
-
-def _on_cuda(row: Row) -> bool:
-    return bool(row.get("driver")) or row["provider"].startswith("triton")
+def _shows_cuda(row: Row) -> bool:
+    return bool(row.get("driver")) or (row["provider"].startswith("triton") and not absent(row))
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:

@@ -118,6 +118,14 @@ def test_devices_of_one_folder_stay_apart(tmp_path):
     assert [each.device for each in by_device(folder, read(folder))] == ["Some CPU, 16 threads", "Some CPU, 2 threads"]
 
 
+def test_an_absent_kernel_does_not_make_a_cpu_a_gpu(tmp_path):
+    absent = lacking(step("triton", 1, 1, **CPU), "needs a CUDA device")
+    (found,) = by_device(tmp_path, [absent, step("composed", 5, 2, **CPU)])
+    assert (found.device, found.on_cuda) == ("Some CPU, 2 threads", False)
+    (found,) = by_device(tmp_path, [step(provider, 5, 2, driver=None) for provider in ("reference", "triton")])
+    assert (found.device, found.on_cuda) == ("NVIDIA H200", True)
+
+
 @pytest.mark.parametrize("line", ["{", "[1]", '{"operator": "ista"}'])
 def test_a_line_that_is_no_row_is_named(tmp_path, line):
     folder = write(tmp_path / "device", [step("triton", 1, 1)])
@@ -182,11 +190,20 @@ def test_times_of_different_runs_are_not_divided():
     assert targets.times_faster(step("triton", 99, 3, date="2026-11-23T00:00:00+00:00"), peer) == 1.5
 
 
-def test_share_of_the_product_rate_takes_the_ceiling_of_the_same_dtype():
+def test_share_of_the_product_rate():
+    name = "share of the measured matmul rate, least FLOPs"
+    assert answers(name, [step("triton 16bit", 80, 5, roofline_percent=51.0)]) == {"batch 256": 51}
+    assert answers(name, [step("triton 16bit", 80, 5)]) == {"batch 256": None}
+
+
+def test_a_target_names_how_near_to_the_ceilings_of_its_dtype_it_came(place):
     ceiling = dict(operator="ceilings", mode="product", provider="library", ms=spread(1), **COMMIT, **GPU)
-    rows = [step("triton 16bit", 80, 5, tflops=360.0), ceiling | {"dtype": "bfloat16", "tflops": 720.0}]
-    rows.append(ceiling | {"dtype": "float32", "tflops": 50.0})
-    assert answers("share of the measured matmul rate, least FLOPs", rows) == {"batch 256": 50}
+    rows = [step("reference", 400, 1), step("triton 16bit", 80, 5, tflops=360.0, gigabytes_per_second=1000.0)]
+    rows += [ceiling | dict(dtype="bfloat16", tflops=720.0), ceiling | dict(dtype="float32", tflops=50.0)]
+    rows.append(ceiling | dict(dtype="bfloat16", mode="copy", gigabytes_per_second=4000.0))
+    write(place["results"] / "h200", rows)
+    run(place)
+    assert "50% of the product rate, 25% of the copy rate" in (place["results"] / "h200" / "report.md").read_text()
 
 
 def test_memory_targets():
