@@ -31,7 +31,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, kernel_times, parts, training_step
+from benchmarks import harness, parts
+from benchmarks.kernels.operators import OPERATORS
 from benchmarks.parts import RESULTS, Part, Runner
 
 PYTEST = (sys.executable, "-m", "pytest", "-p", "benchmarks.pytest_outcomes", "--outcomes", RESULTS, "-m", "gpu", "-q")
@@ -91,7 +92,7 @@ def memory_parts(checker: str) -> list[Part]:
         Part(
             f"{tool} {name}",
             "memory checker",
-            (checker, "--tool", tool, *options, sys.executable, "-m", "benchmarks.kernel_times", *arguments, "--once"),
+            (checker, "--tool", tool, *options, sys.executable, "-m", "benchmarks.kernels", *arguments, "--once"),
             QUIET_SECONDS["memory checker"],
             # Torch's cache hands out pieces of large blocks, inside which no address is out of bounds.
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -111,12 +112,13 @@ TINY_STEP = (
 
 def time_parts(device: str) -> list[Part]:
     """Times at CRATE-MAE-Base's shapes on CUDA; on a CPU tiny ones, which say nothing but that the code runs."""
-    kernels: tuple[str, ...] = ("--batch", "64", "--rounds", "100")
+    kernels: tuple[str, ...] = ("--batch", "64", "--rounds", "50")
     step: tuple[str, ...] = ("--batch", "8", "64", "--dtype", "bfloat16", "--rounds", "20")
     if device == "cpu":
         kernels, step = TINY, TINY_STEP
     common = ("--device", device, "--json", RESULTS)
-    commands = {f"times of {name}": ("kernel_times", name, *kernels) for name in (*kernel_times.OPERATORS, "ceilings")}
+    compile_nothing = ("--modes", "forward", "backward", "--peers", "library")
+    commands = {f"times of {name}": ("kernels", name, *compile_nothing, *kernels) for name in OPERATORS}
     commands["times of a training step"] = ("training_step", *step)
     return [
         Part(name, "times", (sys.executable, "-m", f"benchmarks.{module}", *arguments, *common), QUIET_SECONDS["times"])
@@ -185,11 +187,8 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 def print_summary(records: Sequence[dict[str, Any]]) -> None:
     """Figures, then what did not pass."""
     figures = [row for record in records if record["kind"] == "times" for row in record["figures"]]
-    steps = [row for row in figures if row["operator"] == "training_step"]
-    kernels = [row for row in figures if row["operator"] != "training_step"]
-    for rows, module in ((kernels, kernel_times), (steps, training_step)):
-        if rows:
-            print(harness.table(module.COLUMNS, map(module.line, rows)))
+    if figures:
+        print(harness.table_of(figures))
     for record in records:
         tests = record.get("tests", [])
         for test in tests:
@@ -224,8 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         device = torch.device(arguments.device)
         head = {"rehearsal": device.type == "cpu", **surroundings(device), "compute_sanitizer": checker or "absent"}
-        name = re.sub(r"[^a-z0-9]+", "_", head["device"].lower()).strip("_")
-        folder = parts.ROOT / ("runs/rehearsal" if head["rehearsal"] else f"benchmarks/results/{name}")
+        results = "runs/rehearsal" if head["rehearsal"] else f"benchmarks/results/{harness.slug(head['device'])}"
+        folder = parts.ROOT / results
         report = Report(arguments.json or folder / "gpu_check.json", head)
         print(", ".join(f"{key} {value}" for key, value in head.items()), flush=True)
         for record in failures:

@@ -1,32 +1,43 @@
-"""How long one training step of CRATE-MAE takes, against the official order of operations run eagerly.
+"""How long one training step of CRATE-MAE takes, against the official order of operations and other peers.
 
     python -m benchmarks.training_step --device cpu --batch 1 8 --dtype float32 bfloat16
+    python -m benchmarks.training_step --batch 256 --providers reference "official compiled" "best composed" triton "triton 16bit"
+    python -m benchmarks.training_step --batch 64 --first-step        # from the start of a process, every cache empty
 
-A step is forward, backward and the release of the gradients; ``--optimizer`` adds AdamW's update. All implementations share one
-model, one set of weights, the images and the masking noise; before any is timed, losses and gradients must be as close to
-float32 as the official order's own.
-16-bit dtypes run under autocast with float32 parameters.
+A step is forward, backward and the release of the gradients; ``--optimizer`` adds AdamW's update. All providers but ViT-MAE share
+one model, one set of weights, the images and the masking noise; before any is timed, losses and gradients must be as close to
+float32 as the official order's own with the same stream between layers. 16-bit dtypes run under autocast with float32 parameters.
+
+Providers: "reference" is the official order, eager, and the baseline; "triton" and "composed" are ours, of which "16bit" keeps
+tokens in 16 bits between layers, "recompute" does too and projects and attends again in the backward, and "graph" does too and
+is replayed from a CUDA graph. "best composed" is plain PyTorch under torch.compile; "vit-mae" is ViT-MAE-Base of transformers on
+the same images.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import crate_kernels
 import crate_mae
-from benchmarks import harness
-from crate_mae.config import grid_of
+from benchmarks import harness, peers
+from benchmarks.harness import Ceilings, Record, first_line
+from benchmarks.peers import STEPS, Absent, Step
+from crate_mae.config import ModelConfig, grid_of
 
 BASELINE = "reference"
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 # What float32 rounding grows to through two dozen layers, relative; 2e-6 is usual.
 FLOAT32_ROUNDING = 64 * torch.finfo(torch.float32).eps
@@ -35,45 +46,124 @@ FLOAT32_ROUNDING = 64 * torch.finfo(torch.float32).eps
 # are that close in float32, and each counts 1e-5 to 1e-4 of the whole gradient's norm; a wrong formula counts 1e-2 and more.
 THRESHOLD_CROSSINGS = 5e-4
 
-
-def training_step(
-    model: nn.Module,
-    implementation: str,
-    images: Tensor,
-    noise: Tensor,
-    dtype: torch.dtype,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> harness.Provider:
-    """A provider that takes one step and leaves no gradients behind."""
-
-    def step() -> None:
-        forward_backward(model, implementation, images, noise, dtype)
-        if optimizer is not None:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-
-    return step
+# Images whose exact step is taken at a time: in float32, with all scores kept, a large batch does not fit.
+EXACT_AT_A_TIME = 32
 
 
-def forward_backward(
-    model: nn.Module, implementation: str, images: Tensor, noise: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The loss, detached; the gradients stay in the parameters."""
-    with crate_kernels.use(implementation):
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            loss, _, _ = model(images, noise=noise)
+@dataclass(frozen=True)
+class Batch:
+    """Random images and masking noise for a model, and the dtype that its products take."""
+
+    images: Tensor
+    noise: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def random(cls, config: ModelConfig, size: int, device: torch.device, dtype: torch.dtype) -> Batch:
+        rows, columns = grid_of(config.image_shape, config.patch_size)
+        images = torch.randn(size, config.in_chans, *config.image_shape, device=device)
+        return cls(images, torch.rand(size, rows * columns, device=device), dtype)
+
+    def split(self, size: int, dtype: torch.dtype) -> list[Batch]:
+        parts = zip(self.images.split(size), self.noise.split(size), strict=True)
+        return [Batch(images, noise, dtype) for images, noise in parts]
+
+
+class Stepper:
+    """A ``Step`` on one batch.
+
+    Raises:
+        Absent: it cannot run on this machine.
+    """
+
+    def __init__(self, step: Step, model: nn.Module, batch: Batch) -> None:
+        self.step, self.crate, self.batch = step, model, batch
+        device, config = batch.images.device, model.config
+        if step.implementation == "triton" and device.type != "cuda" and not _interpreting():
+            raise Absent("Triton's kernels need a CUDA device")
+        if step.graph and device.type != "cuda":
+            raise Absent("CUDA graphs need a CUDA device")
+        if step.model is peers.ViTMAE:
+            self.model = peers.ViTMAE(config.image_shape[0], config.patch_size).to(device).train()
+        else:
+            self.model = step.model(model)
+        self.call = self.model
+        if step.mode is not None:
+            self.call = peers.compiled(self.model, step.mode, device, fullgraph=step.model is not peers.ViTMAE)
+        self.call = peers.forced(step.implementation, self.call)
+        self.replay: harness.Provider | None = None
+        self.error: dict[str, float] = {}
+        self.loss = float("nan")
+
+    def forward_backward(self) -> Tensor:
+        """The loss, detached; the gradients stay in the parameters."""
+        if self.replay is not None:
+            return self._replayed()
+        loss = self.forward()
         loss.backward()
-    return loss.detach()
+        return loss.detach()
+
+    def forward(self) -> Tensor:
+        images, noise = self.batch.images, self.batch.noise
+        self.crate.stream, self.crate.recompute = self.step.stream, self.step.recompute
+        with harness.autocast(images.device, self.batch.dtype):
+            return self.call(images, noise)
+
+    def capture(self) -> None:
+        """From now on, replay a CUDA graph.
+
+        Raises:
+            Absent: the step cannot be captured.
+        """
+
+        def run() -> tuple[Tensor, list[Tensor | None]]:
+            loss = self.forward_backward()
+            gradients = [parameter.grad for parameter in self.model.parameters()]
+            self.model.zero_grad(set_to_none=True)
+            return loss, gradients
+
+        replay, how = harness.captured(run, self.batch.images.device)
+        if how != "CUDA graph":
+            raise Absent(how)
+        self.replay = replay
+
+    def _replayed(self) -> Tensor:
+        loss, gradients = self.replay()
+        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        return loss
+
+    def provider(self, optimizer: torch.optim.Optimizer | None = None) -> harness.Provider:
+        """Takes one step and leaves no gradients behind."""
+
+        def run() -> None:
+            self.forward_backward()
+            if optimizer is not None:
+                optimizer.step()
+            self.model.zero_grad(set_to_none=True)
+
+        return run
+
+    def outputs(self) -> dict[str, Tensor]:
+        """What must agree between implementations: the loss, and all gradients as one vector."""
+        loss = self.forward_backward().clone()
+        gradients = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+        self.model.zero_grad(set_to_none=True)
+        return {"loss": loss, "gradient": gradients}
 
 
-def outputs(
-    model: nn.Module, implementation: str, images: Tensor, noise: Tensor, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """What must agree between implementations: the loss, and all gradients as one vector."""
-    loss = forward_backward(model, implementation, images, noise, dtype)
-    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    model.zero_grad(set_to_none=True)
-    return {"loss": loss, "gradient": torch.cat(gradients)}
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def official(model: nn.Module, batch: Batch, dtype: torch.dtype, stream: str = "float32") -> dict[str, Tensor]:
+    """``Stepper.outputs`` of the official order, some images at a time: every image has as many patches removed."""
+    total: dict[str, Tensor] = {}
+    for part in batch.split(EXACT_AT_A_TIME, dtype):
+        share = len(part.images) / len(batch.images)
+        for name, value in Stepper(Step(stream=stream), model, part).outputs().items():
+            total[name] = total.get(name, 0) + share * value
+    return total
 
 
 def tolerances(baseline: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
@@ -89,74 +179,173 @@ def tolerances(baseline: dict[str, Tensor], truth: dict[str, Tensor], dtype: tor
     }
 
 
+def ready(names: Sequence[str], model: nn.Module, batch: Batch) -> tuple[dict[str, Stepper], dict[str, str]]:
+    """Steppers that have taken a step and agree with float32, and why the others cannot take part.
+
+    Raises:
+        ValueError: one of ours does not agree; a peer that does not takes no part.
+    """
+    precision = torch.get_float32_matmul_precision()
+    harness.float32_products("highest")
+    truth = official(model, batch, torch.float32)
+    harness.float32_products(precision)
+    allowed: dict[str, dict[str, float]] = {}
+    steppers: dict[str, Stepper] = {}
+    absent: dict[str, str] = {}
+    for name in names:
+        step = STEPS[name]
+        try:
+            stepper = Stepper(step, model, batch)
+            if step.graph:
+                stepper.capture()
+            found = stepper.outputs()
+            stepper.loss = found["loss"].item()
+            if step.model is not peers.ViTMAE:
+                if step.stream not in allowed:
+                    own = official(model, batch, batch.dtype, step.stream)
+                    allowed[step.stream] = tolerances(own, truth, batch.dtype)
+                stepper.error = harness.check_agreement({name: found}, truth, allowed[step.stream])[name]
+            elif not math.isfinite(stepper.loss):
+                raise ValueError("the loss is not finite")
+            steppers[name] = stepper
+        except Exception as problem:  # not installed, no compiler, out of memory, or wrong there
+            if step.ours and not isinstance(problem, (Absent, torch.OutOfMemoryError)):
+                raise
+            absent[name] = first_line(problem)
+        model.zero_grad(set_to_none=True)
+    return steppers, absent
+
+
 def measure(
+    record: Record,
+    ceilings: Ceilings,
     model_name: str,
     overrides: dict[str, Any],
     *,
-    implementation: str,
+    names: Sequence[str],
     device: torch.device,
     dtype_name: str,
-    batch: int,
+    batch_size: int,
     rounds: int,
     with_optimizer: bool,
     seed: int,
-) -> list[dict[str, Any]]:
-    """One result row a provider: the baseline's, then the implementation's."""
+) -> None:
+    """One result row a provider, all timed in turns."""
+    harness.clean(device)
     torch.manual_seed(seed)
-    dtype = getattr(torch, dtype_name)
     model = crate_mae.create_model(model_name, **overrides).to(device).train()
-    config = model.config
-    rows, columns = grid_of(config.image_shape, config.patch_size)
-    images = torch.randn(batch, config.in_chans, *config.image_shape, device=device)
-    noise = torch.rand(batch, rows * columns, device=device)
-
-    names = (BASELINE, implementation)
-    truth = outputs(model, BASELINE, images, noise, torch.float32)
-    results = {name: outputs(model, name, images, noise, dtype) for name in names}
-    errors = harness.check_agreement(results, truth, tolerances(results[BASELINE], truth, dtype))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if with_optimizer else None
-    providers = {name: training_step(model, name, images, noise, dtype, optimizer) for name in names}
+    batch = Batch.random(model.config, batch_size, device, harness.torch_dtype(dtype_name))
+    steppers, absent = ready(names, model, batch)
+    common = {
+        "operator": "training_step",
+        "model": model_name,
+        "overrides": overrides,
+        "shape": list(batch.images.shape),
+        "dtype": dtype_name,
+        "mode": "forward+backward+adamw" if with_optimizer else "forward+backward",
+        "baseline": BASELINE,
+        "rounds": rounds,
+    }
+    providers: dict[str, harness.Provider] = {}
+    peaks: dict[str, int | None] = {}
+    for name, stepper in steppers.items():
+        parameters = stepper.model.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5) if with_optimizer else None
+        providers[name] = stepper.provider(optimizer)
+        added = None if stepper.replay else harness.added_bytes(providers[name], device)
+        peaks[name] = None if added is None else added + bytes_of(stepper.model)
+    for name, reason in absent.items():
+        record.add(**common | of_model(name), provider=name, unavailable=reason)
     times = harness.time_interleaved(providers, device, rounds=rounds)
-
-    return [
-        {
-            "operator": "training_step",
-            "model": model_name,
-            "overrides": overrides,
-            "shape": list(images.shape),
-            "dtype": dtype_name,
-            "mode": "forward+backward+adamw" if with_optimizer else "forward+backward",
-            "provider": name,
-            "baseline": BASELINE,
-            "rounds": rounds,
-            "loss": results[name]["loss"].item(),
-            "error": errors[name],
-            "ms": asdict(harness.Spread.of(times[name])),
-            "images_per_second": batch * 1e3 / harness.Spread.of(times[name]).p50,
-            "ratio": asdict(harness.ratios(times[BASELINE], times[name])),
-            "seed": seed,
-        }
-        for name in names
-    ]
+    for name, sample in times.items():
+        ms = harness.Spread.of(sample)
+        rates = (
+            {} if STEPS[name].model is peers.ViTMAE else ceilings.rates(ms.p50, least_flops(model.config, batch_size))
+        )
+        timed_by = "host clock" if device.type != "cuda" else "CUDA graph" if STEPS[name].graph else "events"
+        record.add(
+            **common | of_model(name),
+            provider=name,
+            timed_by=timed_by,
+            loss=steppers[name].loss,
+            error=steppers[name].error or None,
+            ms=asdict(ms),
+            peak_bytes=peaks[name],
+            images_per_second=batch_size * 1e3 / ms.p50,
+            ratio=harness.ratios_to(times.get(BASELINE), sample),
+            **rates,
+        )
 
 
-COLUMNS = ("model", "batch", "dtype", "provider", "ms p50", "ms p20-p80", "images/s", "ratio p50", "ratio p20-p80")
+def bytes_of(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def line(row: dict[str, Any]) -> list[Any]:
-    """A result row as it is printed."""
-    ms, ratio = row["ms"], row["ratio"]
-    return [
-        row["model"],
-        row["shape"][0],
-        row["dtype"],
-        row["provider"],
-        round(ms["p50"], 1),
-        f"{ms['p20']:.1f}-{ms['p80']:.1f}",
-        round(row["images_per_second"], 2),
-        round(ratio["p50"], 2),
-        f"{ratio['p20']:.2f}-{ratio['p80']:.2f}",
-    ]
+def of_model(name: str) -> dict[str, Any]:
+    """What a row says of its model where that is not CRATE-MAE."""
+    return {"model": "vit_mae_base", "overrides": None} if STEPS[name].model is peers.ViTMAE else {}
+
+
+def least_flops(config: ModelConfig, batch: int) -> int:
+    """Of one step: ISTA in one product, every layer's products once forward and twice backward, attention 2 and 5."""
+    rows, columns = grid_of(config.image_shape, config.patch_size)
+    patches, width = rows * columns, config.embed_dim
+    tokens, patch = patches + 1, config.patch_size**2 * config.in_chans
+    layers = config.depth + config.decoder_depth
+    layer = 3 * 3 * 2 * tokens * width**2 + (2 + 5) * 2 * tokens**2 * width
+    embedding = 2 * 2 * patches * width * patch  # no gradient of the images
+    prediction = 3 * 2 * tokens * width * patch
+    combinations = config.depth * 2 * 2 * width**3  # W^T W and its gradient, once a step
+    return batch * (layers * layer + embedding + prediction) + combinations
+
+
+def first_step(
+    record: Record, arguments: argparse.Namespace, name: str, dtype: str, batch_size: int, device: torch.device
+) -> None:
+    """From the start of a process with empty caches to the end of its first step, once."""
+    model = [f"{key}={json.dumps(value)}" for key, value in arguments.set]
+    command = [sys.executable, "-m", "benchmarks.training_step", "--one-step", "--device", arguments.device]
+    command += ["--model", arguments.model, *(["--set", *model] if model else [])]
+    command += ["--batch", str(batch_size), "--dtype", dtype, "--providers", name, "--seed", str(arguments.seed)]
+    row = {"operator": "training_step", "dtype": dtype, "mode": "first step", "provider": name, "rounds": 1}
+    config = crate_mae.create_model(arguments.model, **dict(arguments.set)).config
+    row |= {"model": arguments.model, "overrides": dict(arguments.set)} | of_model(name)
+    row |= {"shape": [batch_size, config.in_chans, *config.image_shape], "timed_by": "host clock"}
+    with tempfile.TemporaryDirectory() as folder:
+        variables = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME")
+        environment = os.environ | {variable: os.path.join(folder, variable) for variable in variables}
+        begin = time.time()
+        process = subprocess.run(
+            command, cwd=harness.ROOT, env=environment, capture_output=True, text=True, timeout=600
+        )
+        if process.returncode:
+            last = (process.stderr.strip().splitlines() or ["no output"])[-1]
+            record.add(**row, unavailable=last)
+            return
+        seconds = float(process.stdout.splitlines()[-1]) - begin
+    record.add(**row, ms=harness.Spread.single(seconds * 1e3))
+
+
+def one_step(arguments: argparse.Namespace, device: torch.device) -> None:
+    """What ``first_step`` starts: one step, and the time at its end."""
+    torch.manual_seed(arguments.seed)
+    dtype = harness.torch_dtype(arguments.dtype[0])
+    model = crate_mae.create_model(arguments.model, **dict(arguments.set)).to(device).train()
+    batch = Batch.random(model.config, arguments.batch[0], device, dtype)
+    stepper = Stepper(STEPS[arguments.providers[0]], model, batch)
+    if stepper.step.graph:
+        stepper.capture()
+    loss = stepper.forward_backward().item()  # waits for the forward only
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    end = time.time()
+    if not math.isfinite(loss):
+        raise ValueError("the loss is not finite")
+    print(end)
+
+
+def default_providers(device: torch.device) -> list[str]:
+    return [BASELINE, "triton" if device.type == "cuda" else "composed"]
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -166,49 +355,67 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         raise SystemExit(
             f"--device {arguments.device}: torch finds no CUDA device; --device cpu measures this machine's CPU"
         )
-    implementation = arguments.implementation or ("triton" if device.type == "cuda" else "composed")
     rounds = arguments.rounds or (30 if device.type == "cuda" else 5)
-    surroundings = harness.environment(device)
-    rows: list[dict[str, Any]] = []
-    for dtype in arguments.dtype:
-        for batch in arguments.batch:
-            rows += measure(
-                arguments.model,
-                dict(arguments.set),
-                implementation=implementation,
-                device=device,
-                dtype_name=dtype,
-                batch=batch,
-                rounds=rounds,
-                with_optimizer=arguments.optimizer,
-                seed=arguments.seed,
-            )
-    rows = [row | surroundings for row in rows]
-    print(", ".join(f"{name} {value}" for name, value in surroundings.items()))
-    print(harness.table(COLUMNS, map(line, rows)))
-    if arguments.json:
-        harness.write_json_lines(arguments.json, rows)
-    return rows
+    arguments.providers = arguments.providers or default_providers(device)
+    with harness.side_stream(device):
+        if arguments.one_step:
+            one_step(arguments, device)
+            return []
+        record = Record(device, arguments.seed, arguments.json)
+        for dtype in arguments.dtype:
+            if arguments.first_step:
+                for batch in arguments.batch:
+                    for name in arguments.providers:
+                        first_step(record, arguments, name, dtype, batch, device)
+                continue
+            ceilings = harness.ceilings(record, device, dtype)
+            for batch in arguments.batch:
+                measure(
+                    record,
+                    ceilings,
+                    arguments.model,
+                    dict(arguments.set),
+                    names=arguments.providers,
+                    device=device,
+                    dtype_name=dtype,
+                    batch_size=batch,
+                    rounds=rounds,
+                    with_optimizer=arguments.optimizer,
+                    seed=arguments.seed,
+                )
+    record.show()
+    return record.rows
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.partition("\n")[0])
+    add_model_arguments(parser)
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="images a step")
+    parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        choices=STEPS,
+        metavar="NAME",
+        help=f"default: reference, and triton on CUDA, else composed; of {', '.join(map(repr, STEPS))}",
+    )
+    parser.add_argument("--rounds", type=int, help="timed turns (default: 30 on CUDA, 5 on the CPU)")
+    parser.add_argument("--optimizer", action="store_true", help="AdamW's update is part of the step")
+    parser.add_argument("--first-step", action="store_true", help="time the first step of a new process instead")
+    parser.add_argument("--one-step", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that every program about whole models has."""
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help=f"torch device (here: {default_device})")
     parser.add_argument("--model", default="crate_mae_base", help="a name crate_mae.create_model knows")
     parser.add_argument(
         "--set", nargs="+", default=[], type=_override, metavar="NAME=VALUE", help="model overrides: depth=1"
     )
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="images a step")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument(
-        "--implementation", choices=["composed", "triton"], help="default: triton on CUDA, else composed"
-    )
-    parser.add_argument("--rounds", type=int, help="timed turns (default: 30 on CUDA, 5 on the CPU)")
-    parser.add_argument("--optimizer", action="store_true", help="AdamW's update is part of the step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="append the results as JSON lines")
-    return parser
 
 
 def _override(text: str) -> tuple[str, Any]:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, kernel_times, parts
+from benchmarks import gpu_check, parts
+from benchmarks.kernels import __main__ as kernels
+from benchmarks.kernels.operators import OPERATORS
 from benchmarks.parts import RESULTS, Part, Runner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,7 +271,7 @@ def test_the_memory_checker_is_judged_by_its_summary(root, monkeypatch, summary,
 
 @pytest.mark.parametrize("arguments", gpu_check.MEMORY_CHECKS.values(), ids=gpu_check.MEMORY_CHECKS)
 def test_what_the_memory_checker_watches_runs(arguments):
-    assert kernel_times.main([*arguments, "--once", "--device", "cpu"]) == []
+    assert kernels.main([*arguments, "--once", "--device", "cpu"]) == []
 
 
 def test_dry_run_lists_every_kind_of_part(monkeypatch, capsys):
@@ -289,13 +291,13 @@ def test_rehearsal_on_the_cpu(tmp_path, capsys):
     assert document["rehearsal"] and document["passed"] and document["complete"]
     assert all(name in document for name in ("device", "torch", "triton", "python", "cuda", "commit", "dirty", "date"))
     rows = [row for part in document["parts"] for row in part["figures"]]
-    assert {row["operator"] for row in rows} == {"attention", "ista", "mssa", "ceilings", "training_step"}
-    timed = [row for row in rows if row["operator"] in kernel_times.OPERATORS and "unavailable" not in row]
+    assert {row["operator"] for row in rows} == {*OPERATORS, "ceilings", "training_step"}
+    timed = [row for row in rows if row["operator"] in OPERATORS and "unavailable" not in row]
     assert {row["mode"] for row in timed} == {"forward", "backward"}
     for row in timed:
         assert 0 < row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
         assert row["tflops"] > 0 and row["timed_by"] == "host clock"
-        assert row["provider"] == "products" or row["error"].keys() >= {"out", "gradient 0"}
+        assert row["provider"].startswith("products") or row["error"].keys() >= {"out", "gradient 0"}
     assert "products" in printed and "images/s" in printed
 
 
@@ -327,28 +329,3 @@ sys.exit(pytest.main(sys.argv[1:]))
     assert result.returncode == 0, result.stdout + result.stderr
     found = {line["test"] for line in parts.read_lines(file)}
     assert found == {test for part in expected for test in part.tests}
-
-
-def test_a_library_that_disagrees_takes_no_part():
-    shape = kernel_times.Shape(batch=1, tokens=9, width=16, heads=2)
-    comparison = kernel_times.attention(shape, torch.randn)
-    wrong = {"half": lambda w: w / 2, "broken": lambda w: w.missing}
-    comparison.libraries.clear()
-    comparison.libraries["half"] = wrong["half"]
-    inputs = comparison.inputs()
-    functions, _, absent = kernel_times.checked(
-        comparison, ("composed", "reference"), inputs, torch.randn_like(inputs[0])
-    )
-    assert functions.keys() == {"composed", "reference"} and "off, relative" in absent["half"]
-
-
-def test_ours_that_disagrees_is_not_timed(monkeypatch):
-    right = kernel_times.forced
-
-    def wrong(implementation, operator):
-        return right(implementation, (lambda w: operator(w) * 1.1) if implementation == "composed" else operator)
-
-    monkeypatch.setattr(kernel_times, "forced", wrong)
-    shape = kernel_times.Shape(batch=1, tokens=9, width=16, heads=2)
-    with pytest.raises(ValueError, match=r"composed: out is .* off"):
-        list(kernel_times.measure("attention", shape, torch.device("cpu"), torch.float32, rounds=1, seed=0))

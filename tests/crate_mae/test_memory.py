@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crate_kernels
+from benchmarks.memory import counting_saved
 from crate_kernels.dispatch import load
 from crate_kernels.precision import layer_norm
 from crate_mae import create_model
@@ -31,20 +32,10 @@ def kept(kind: str, implementation: str, stream: torch.dtype, recompute: bool = 
     """Bytes of what one layer of CRATE-MAE-Base saves, parameters and its own output (the next layer's input) aside."""
     with FakeTensorMode(), crate_kernels.use(implementation):
         model = create_model("crate_mae_base", depth=1, decoder_depth=1)
-        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-        saved: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in parameters:
-                saved[storage._cdata] = storage.nbytes()
-            return tensor
-
         x = torch.randn(BATCH, TOKENS, WIDTH, dtype=stream, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu"):
+        with counting_saved(list(model.parameters())) as saved, torch.autocast("cpu"):
             y = getattr(model, kind)[0](x, recompute=recompute)
-        saved.pop(y.untyped_storage()._cdata, None)
-        return sum(saved.values())
+        return saved.bytes(without=y)
 
 
 @pytest.mark.parametrize(

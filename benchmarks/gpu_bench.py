@@ -1,0 +1,162 @@
+"""All measurements that the table of targets needs, on one GPU, unattended, in under nine minutes.
+
+    python -m benchmarks.gpu_bench                  # `make gpu-bench`
+    python -m benchmarks.gpu_bench --full           # `make gpu-bench-full`: every sweep, every peer; hours
+    python -m benchmarks.gpu_bench --dry-run        # list the parts and run none
+    python -m benchmarks.gpu_bench --only step      # parts with this word in their names
+    python -m benchmarks.gpu_bench --device cpu     # rehearse every part, tiny, on the composed path
+
+Every part is a process of its own, the most important first: a crash costs one part, a lack of time the least important ones.
+Rows are appended to ``benchmarks/results/<device>/<program>.jsonl`` as soon as their part is over; then the report is written.
+Nothing is installed. Exit status: 0 every part passed, 1 one did not, 2 there is no CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness, parts
+from benchmarks.kernels.operators import OPERATORS
+from benchmarks.parts import RESULTS, Part, Runner
+
+# Compiling a whole model says nothing for minutes.
+QUIET_SECONDS = 240
+FULL_QUIET_SECONDS = 3600
+
+OURS = "triton 'triton 16bit' 'triton recompute'"
+COMPILED = "'official compiled' 'best composed'"
+VIT = "'vit-mae sdpa' 'vit-mae compiled'"
+STEP = "--dtype bfloat16 --providers reference"
+ALL_BATCHES = "--batch 1 8 64 128 256 512"
+GRAPHS = "reference 'reference graph' 'official compiled' 'official compiled graph' triton 'triton graph'"
+LIBRARIES = "--peers library compiled"
+
+# Name, program and arguments; in order of importance.
+TARGETS = (
+    ("step 256", "training_step", f"--batch 256 --rounds 20 {STEP} {OURS} {COMPILED}"),
+    ("attention 197", "kernels", f"attention --modes forward backward --sweep head_dim --rounds 50 {LIBRARIES}"),
+    ("ista", "kernels", f"ista --batch 256 --rounds 50 {LIBRARIES}"),
+    ("memory 256", "memory", "--batch 256 --dtype bfloat16"),
+    ("first step", "training_step", "--batch 64 --dtype bfloat16 --first-step --providers 'triton 16bit'"),
+    ("step, other batches, eager", "training_step", f"--batch 64 128 512 --rounds 15 {STEP} {OURS}"),
+    ("step 8, graphs", "training_step", f"--batch 8 --dtype bfloat16 --providers {GRAPHS}"),
+    ("vit-mae 256", "training_step", f"--batch 256 --rounds 15 {STEP} {OURS} {VIT}"),
+    ("attention 785", "kernels", f"attention --modes forward backward --tokens 785 --batch 16 --rounds 30 {LIBRARIES}"),
+    ("attention 3137", "kernels", f"attention --modes forward backward --tokens 3137 --batch 4 --rounds 30 {LIBRARIES}"),
+    ("largest batch", "memory", "--batch 256 --dtype bfloat16 --largest --providers reference 'triton 16bit' 'triton recompute'"),
+    ("step 1, graphs", "training_step", f"--batch 1 --dtype bfloat16 --providers {GRAPHS}"),
+    ("step 64", "training_step", f"--batch 64 {STEP} {OURS} {COMPILED}"),
+    ("step 512", "training_step", f"--batch 512 --rounds 15 {STEP} {OURS} {COMPILED}"),
+    ("step 128", "training_step", f"--batch 128 {STEP} {OURS} {COMPILED}"),
+    ("layers", "kernels", f"encoder_layer decoder_layer mssa norm_linear --rounds 30 {LIBRARIES}"),
+)  # fmt: skip
+FULL = (
+    *TARGETS,
+    ("steps, all", "training_step", f"{ALL_BATCHES} {STEP} composed {OURS} 'triton float32 recompute' {COMPILED} "
+     f"'official max-autotune' {VIT}"),
+    ("steps, other dtypes", "training_step", f"{ALL_BATCHES} --dtype float16 tf32 float32 --providers reference triton"),
+    ("memory, all", "memory", f"{ALL_BATCHES} --dtype bfloat16 float32 --largest"),
+    *((f"sweeps of {name}", "kernels", f"{name} --sweep all") for name in OPERATORS),
+)  # fmt: skip
+
+TINY = {
+    "kernels": "--batch 2 --tokens 17 --width 32 --heads 2 --rounds 2 --peers library",
+    "training_step": "--model crate_mae_tiny --batch 2 --dtype float32 --rounds 2 --set img_size=32 embed_dim=48 depth=1 "
+    "num_heads=3 decoder_depth=1 decoder_num_heads=3",
+    "memory": "--model crate_mae_tiny --batch 2 --set depth=1 decoder_depth=1",
+}
+REHEARSAL = (
+    ("a step", "training_step", ""),
+    ("first step", "training_step", "--first-step --providers composed"),
+    ("attention and ista", "kernels", "attention ista"),
+    ("memory", "memory", ""),
+)
+
+
+def bench_parts(device: str, full: bool) -> list[Part]:
+    """The parts in order; the kind of each is its program."""
+    chosen = REHEARSAL if device == "cpu" else FULL if full else TARGETS
+    quiet = FULL_QUIET_SECONDS if full else QUIET_SECONDS
+    found = []
+    for name, program, arguments in chosen:
+        words = shlex.split(f"{arguments} {TINY[program] if device == 'cpu' else ''}")
+        command = (sys.executable, "-m", f"benchmarks.{program}", *words, "--device", device, "--json", RESULTS)
+        found.append(Part(name, program, command, quiet))
+    return found
+
+
+def write_report() -> bool:
+    """Whether the report was written, or there is none to write."""
+    if importlib.util.find_spec("benchmarks.report") is None:
+        print("no report: there is no benchmarks.report")
+        return True
+    return subprocess.run([sys.executable, "-m", "benchmarks.report"], cwd=parts.ROOT).returncode == 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    begin = time.time()
+    chosen = [part for part in bench_parts(arguments.device, arguments.full) if arguments.only in part.name]
+    if arguments.dry_run:
+        print(
+            harness.table(
+                ("program", "part", "arguments"), ([p.kind, p.name, shlex.join(p.command[3:])] for p in chosen)
+            )
+        )
+        return 0
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print(f"gpu_bench: no CUDA device that torch {torch.__version__} can use; nothing was run", file=sys.stderr)
+        return 2
+    if arguments.device == "cpu" and arguments.out is None:
+        print("gpu_bench: a rehearsal's times mean nothing; name a folder for them with --out", file=sys.stderr)
+        return 2
+    name = harness.environment(torch.device(arguments.device))["device"]
+    folder = arguments.out or parts.ROOT / "benchmarks" / "results" / harness.slug(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = arguments.seconds or (float("inf") if arguments.full else 520)
+    statuses = Counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        runner = Runner(Path(scratch), seconds - (time.time() - begin))
+        for part in chosen:
+            record = runner.run(part)
+            rows = record["figures"]
+            harness.write_json_lines(folder / f"{part.kind}.jsonl", rows)
+            statuses[record["status"]] += 1
+            print(f"{record['status']:<12} {record['seconds']:6.1f} s  {len(rows):4} rows  {part.name}", flush=True)
+            if record["status"] != "passed" and record["output"]:
+                print(record["output"][-2000:])
+    print(", ".join(f"{count} {status}" for status, count in statuses.items()) + f"; {folder}")
+    reported = arguments.out is not None or write_report()
+    print(f"{time.time() - begin:.0f} s")
+    return 0 if reported and set(statuses) == {"passed"} else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="every sweep and every peer")
+    parser.add_argument("--only", default="", metavar="WORD", help="parts with this in their names")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal; needs --out")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for the rows, rather than benchmarks/results; no report"
+    )
+    parser.add_argument("--seconds", type=float, help="time for all parts (default: 520; with --full no limit)")
+    parser.add_argument("--dry-run", action="store_true", help="list the parts; needs no device")
+    return parser
+
+
+if __name__ == "__main__":
+    # An end asked for from outside unwinds like Ctrl-C, so that no part outlives this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    sys.exit(main())

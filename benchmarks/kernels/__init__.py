@@ -1,0 +1,1 @@
+"""How long each operator takes, beside every peer: ``python -m benchmarks.kernels``."""

@@ -1,0 +1,124 @@
+"""How long each operator takes, forward, backward and both, beside every peer, as times and as shares of the roofline.
+
+    python -m benchmarks.kernels attention ista                        # at CRATE-MAE-Base's shape
+    python -m benchmarks.kernels attention --sweep tokens head_dim     # and at others
+    python -m benchmarks.kernels --sweep all --json FILE               # every operator, every sweep
+    python -m benchmarks.kernels ista --once                           # our operator alone, for compute-sanitizer
+
+16-bit operators get 16-bit tokens and matrices, and run under autocast, as the official order does; encoder layers get float32
+tokens. Outputs and gradients are compared with float64 before anything is timed. A time is that of one input set, of several
+that are together larger than the L2 cache and take turns. On a GPU they are captured in one CUDA graph, so that no host time
+counts; where capturing fails, the row says so and has events instead.
+
+Providers: "reference" is the official order, eager, and the baseline; "official compiled", "official max-autotune" and "best
+composed" are under torch.compile; "products" are the least library products, a mark and not the result, and "products with
+epilogue" have bias and ReLU in them. Attention's peers with " summed" add up their three gradients in the backward; without,
+they leave them apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.kernels.measuring import MODES, measure, once, ours
+from benchmarks.kernels.operators import OPERATORS, WITH_HEADS, Shape
+from benchmarks.peers import GROUPS
+from crate_mae.registry import MODELS
+
+SWEEPS = ("batch", "tokens", "head_dim", "width", "dtype")
+BATCHES = (1, 8, 64, 256, 1024)
+TOKENS = (50, 197, 577, 785, 1025, 3137, 4097)
+HEAD_DIMS = (48, 64, 80, 128)
+
+
+def cases(operator: str, shape: Shape, dtype: str, sweeps: Sequence[str]) -> list[tuple[Shape, str]]:
+    """The shape and dtype asked for, then those of the sweeps, each once."""
+    change = dataclasses.replace
+    found = [(shape, dtype)]
+    if "batch" in sweeps:
+        found += [(change(shape, batch=batch), dtype) for batch in BATCHES]
+    if "tokens" in sweeps:  # as many in all
+        found += [(change(shape, tokens=n, batch=max(1, shape.rows // n)), dtype) for n in TOKENS]
+    if "head_dim" in sweeps and operator in WITH_HEADS:
+        found += [(change(shape, width=shape.heads * head_dim), dtype) for head_dim in HEAD_DIMS]
+    if "width" in sweeps:
+        found += [(change(shape, width=size.embed_dim, heads=size.num_heads), dtype) for size in MODELS.values()]
+    if "dtype" in sweeps:
+        found += [(shape, dtype) for dtype in harness.DTYPES]
+    return list(dict.fromkeys(found))
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows.
+
+    Raises:
+        SystemExit: an operator of ours was wrong or failed somewhere; its rows say so, and all else was measured.
+    """
+    arguments = _parser().parse_args(argv)
+    device = torch.device(arguments.device)
+    shape = Shape(arguments.batch, arguments.tokens, arguments.width, arguments.heads)
+    modes = ["forward+backward" if mode == "both" else mode for mode in arguments.modes]
+    sweeps = SWEEPS if "all" in arguments.sweep else arguments.sweep
+    failures = []
+    # Everything on one stream that can be captured.
+    with harness.side_stream(device):
+        if arguments.once:
+            for name in arguments.operators:
+                once(name, shape, device, arguments.dtype, arguments.seed)
+            return []
+        record = harness.Record(device, arguments.seed, arguments.json)
+        ceilings: dict[str, harness.Ceilings] = {}
+        for name in arguments.operators or OPERATORS:
+            for each, dtype in cases(name, shape, arguments.dtype, sweeps):
+                if dtype not in ceilings:
+                    ceilings[dtype] = harness.ceilings(record, device, dtype)
+                options = dict(modes=modes, groups=arguments.peers, rounds=arguments.rounds, seed=arguments.seed)
+                try:
+                    measure(record, ceilings[dtype], name, each, dtype, device=device, **options)
+                except Exception as problem:
+                    failures.append(f"{name}, {each}, {dtype}: {harness.first_line(problem)}")
+                    for mode in modes:
+                        record.add(
+                            operator=name,
+                            shape=dataclasses.asdict(each),
+                            dtype=dtype,
+                            mode=mode,
+                            provider=ours(device),
+                            unavailable=harness.first_line(problem),
+                        )
+    record.show()
+    if failures:
+        raise SystemExit("\n".join(failures))
+    return record.rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.partition("\n")[0])
+    on_cuda = torch.cuda.is_available()
+    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"default: all of {', '.join(OPERATORS)}")
+    parser.add_argument(
+        "--modes", nargs="+", choices=["forward", "backward", "both", "forward+backward"], default=MODES
+    )
+    parser.add_argument("--sweep", nargs="+", choices=[*SWEEPS, "all"], default=[], help="shapes and dtypes besides")
+    parser.add_argument("--peers", nargs="+", choices=GROUPS, default=GROUPS, help="kinds of peers (default: all)")
+    parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
+    parser.add_argument("--batch", type=int, default=64 if on_cuda else 4)
+    parser.add_argument("--tokens", type=int, default=197)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--dtype", choices=harness.DTYPES, default="bfloat16" if on_cuda else "float32")
+    parser.add_argument("--rounds", type=int, default=100 if on_cuda else 5, help="timed turns")
+    parser.add_argument("--once", action="store_true", help="run our operator once, forward and backward; time nothing")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="append the results as JSON lines")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

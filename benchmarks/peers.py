@@ -1,0 +1,268 @@
+"""What ours is compared with: plain PyTorch at its best, other attention code, torch.compile, and a neighbour's model.
+
+"Best composed" is CRATE in the fewest products that PyTorch's own calls allow (one for ISTA, one attention call), written for
+torch.compile to fuse the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import crate_kernels
+from crate_kernels import AttentionWeights, Norm
+from crate_kernels.ista.form import one_product
+from crate_mae.patches import removed_patches
+
+Function = Callable[..., Tensor]
+
+# Without CUDA graphs of its own: where graphs are compared, every provider gets the same.
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
+
+LIBRARY, COMPILED, MAX_AUTOTUNED = GROUPS = ("library", "compiled", "max-autotune")
+GROUP_OF_MODE = {None: LIBRARY, "default": COMPILED, MAX_AUTOTUNE: MAX_AUTOTUNED}
+
+
+class Absent(RuntimeError):
+    """A peer cannot take part on this machine; the message says why."""
+
+
+def compiled(function: Callable[..., Any], mode: str, device: torch.device, *, fullgraph: bool = True) -> Function:
+    """``function`` under torch.compile, for one set of shapes.
+
+    Raises:
+        Absent: this machine has not got what torch.compile needs.
+    """
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise Absent("torch.compile needs Triton on a GPU")
+    compilers = [os.environ.get("CC" if device.type == "cuda" else "CXX", "")]
+    compilers += ["gcc", "clang"] if device.type == "cuda" else ["g++", "clang++"]
+    if not any(shutil.which(name) for name in compilers if name):
+        raise Absent(
+            f"torch.compile needs a {'C' if device.type == 'cuda' else 'C++'} compiler on PATH, and there is none"
+        )
+    return torch.compile(function, mode=mode, fullgraph=fullgraph, dynamic=False)
+
+
+def forced(implementation: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with every operator of ours in one implementation."""
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        with crate_kernels.use(implementation):
+            return function(*arguments, **options)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Other code that computes an operator.
+
+    function: takes the operator's inputs; query, key and value where ``separate``.
+    mode: of torch.compile, if it is compiled.
+    implementation: that the operators of ours in it are forced to.
+    separate: one tensor is asked of it three times, and its backward gives three gradients: with and without their sum.
+    """
+
+    function: Function
+    mode: str | None = None
+    implementation: str | None = None
+    separate: bool = False
+
+    @property
+    def group(self) -> str:
+        return GROUP_OF_MODE[self.mode]
+
+    def ready(self, device: torch.device) -> Function:
+        """The function to call.
+
+        Raises:
+            Absent: it cannot run on this machine.
+        """
+        function = self.function if self.mode is None else compiled(self.function, self.mode, device)
+        return forced(self.implementation, function) if self.implementation else function
+
+
+def sdpa(backend: SDPBackend) -> Function:
+    """PyTorch's attention by one backend, and no other."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value)
+
+    return attend
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(query, key, value)
+
+
+ATTENTION = {
+    "sdpa flash": Peer(sdpa(SDPBackend.FLASH_ATTENTION), separate=True),
+    "sdpa cudnn": Peer(sdpa(SDPBackend.CUDNN_ATTENTION), separate=True),
+    "sdpa efficient": Peer(sdpa(SDPBackend.EFFICIENT_ATTENTION), separate=True),
+    "flex": Peer(flex, mode="default", separate=True),
+}
+
+
+# Best composed: the arguments of the operators of the same name.
+
+
+def attention(w: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(w, w, w)
+
+
+def normalised(x: Tensor, norm: Norm) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def mssa(x: Tensor, weights: AttentionWeights, num_heads: int) -> Tensor:
+    w = F.linear(x, weights.qkv).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return F.linear(attention(w).transpose(1, 2).flatten(2), weights.out, weights.out_bias)
+
+
+def ista(x: Tensor, weight: Tensor, *, step_size: float, lambd: float) -> Tensor:
+    if one_product(x.numel() // x.shape[-1], x.shape[-1]):
+        product = x @ (weight - weight.T @ weight)
+    else:
+        product = (x - x @ weight.T) @ weight
+    return F.relu(x + step_size * product - step_size * lambd)
+
+
+def norm_linear(x: Tensor, weight: Tensor, norm: Norm) -> Tensor:
+    return F.linear(normalised(x, norm), weight)
+
+
+def encoder_layer(
+    x: Tensor,
+    attention_norm: Norm,
+    weights: AttentionWeights,
+    sparse_norm: Norm,
+    dictionary: Tensor,
+    *,
+    num_heads: int,
+    step_size: float,
+    lambd: float,
+) -> Tensor:
+    z = x + mssa(normalised(x, attention_norm), weights, num_heads)
+    return ista(normalised(z, sparse_norm), dictionary, step_size=step_size, lambd=lambd)
+
+
+def decoder_layer(
+    x: Tensor, step_norm: Norm, weight: Tensor, attention_norm: Norm, weights: AttentionWeights, *, num_heads: int
+) -> Tensor:
+    g = norm_linear(x, weight, step_norm)
+    return g - mssa(normalised(g, attention_norm), weights, num_heads)
+
+
+class BestComposed(nn.Module):
+    """A CrateMAE, its parameters shared, with best composed layers; its forward gives the loss alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        model, config = self.model, self.model.config
+        mask = removed_patches(noise, 0.75)
+        x = model._embed(images, mask)
+        numbers = dict(step_size=config.step_size, lambd=config.lambd)
+        for block in model.blocks:
+            x = encoder_layer(x, *block.weights(), num_heads=config.num_heads, **numbers)
+        x = model.norm(x)
+        for block in model.decoder_blocks:
+            x = decoder_layer(x, *block.weights(), num_heads=config.decoder_num_heads)
+        return model._loss(images, model.decoder_pred(model.decoder_norm(x))[:, 1:], mask)
+
+
+class Official(nn.Module):
+    """A CrateMAE whose forward gives the loss alone: what is compiled, and what is run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        return self.model(images, noise=noise).loss
+
+
+class ViTMAE(nn.Module):
+    """ViT-MAE-Base of transformers, randomly initialised, its attention by SDPA: a model for the same images and masking.
+
+    Raises:
+        Absent: transformers is not installed.
+    """
+
+    def __init__(self, image_size: int, patch_size: int, **sizes: int) -> None:
+        super().__init__()
+        try:
+            from transformers import ViTMAEConfig, ViTMAEForPreTraining
+        except ImportError as problem:
+            raise Absent(f"ViT-MAE needs the package transformers: {problem}") from problem
+        config = ViTMAEConfig(image_size=image_size, patch_size=patch_size, mask_ratio=0.75, **sizes)
+        self.model = ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa")
+        if self.model.config._attn_implementation != "sdpa":
+            raise Absent(f"ViT-MAE took {self.model.config._attn_implementation} attention rather than SDPA")
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        return self.model(images, noise=noise).loss
+
+
+@dataclass(frozen=True)
+class Step:
+    """One way to take a whole training step.
+
+    model: what makes it from a CrateMAE, or ``ViTMAE``, which has a model of its own.
+    implementation: of the operators of ours in it.
+    stream, recompute: ``CrateMAE``'s attributes.
+    mode: of torch.compile, if it is compiled.
+    graph: replayed from a CUDA graph.
+    """
+
+    model: type[nn.Module] = Official
+    implementation: str = "reference"
+    stream: str = "float32"
+    recompute: bool = False
+    mode: str | None = None
+    graph: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.model is Official and self.implementation != "reference"
+
+
+def _variants(implementation: str) -> dict[str, Step]:
+    step = partial(Step, implementation=implementation)
+    return {
+        implementation: step(),
+        f"{implementation} 16bit": step(stream="16bit"),
+        f"{implementation} recompute": step(stream="16bit", recompute=True),
+        f"{implementation} float32 recompute": step(recompute=True),
+        f"{implementation} graph": step(stream="16bit", graph=True),
+    }
+
+
+STEPS: dict[str, Step] = {
+    "reference": Step(),
+    "reference graph": Step(graph=True),
+    "official compiled": Step(mode="default"),
+    "official compiled graph": Step(mode="default", graph=True),
+    "official max-autotune": Step(mode=MAX_AUTOTUNE),
+    "best composed": Step(BestComposed, mode="default"),
+    **_variants("composed"),
+    **_variants("triton"),
+    "vit-mae sdpa": Step(ViTMAE),
+    "vit-mae compiled": Step(ViTMAE, mode="default"),
+}
