@@ -101,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.partition("\n")[0])
     on_cuda = torch.cuda.is_available()
-    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"default: all of {', '.join(OPERATORS)}")
+    parser.add_argument(
+        "operators", nargs="*", type=_operator, metavar="OPERATOR", help=f"default: all of {', '.join(OPERATORS)}"
+    )
     parser.add_argument(
         "--modes", nargs="+", choices=["forward", "backward", "both", "forward+backward"], default=MODES
     )
@@ -118,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="append the results as JSON lines")
     return parser
+
+
+def _operator(name: str) -> str:
+    # Not ``choices``: before Python 3.12 an empty list is none of them.
+    if name not in OPERATORS:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(OPERATORS)}")
+    return name
 
 
 if __name__ == "__main__":

@@ -158,6 +158,12 @@ def test_sweeps_change_one_thing_and_repeat_nothing():
     assert kernels.cases("ista", SHAPE, "float32", ["head_dim"]) == [(SHAPE, "float32")]
 
 
+def test_an_unknown_operator_is_named(capsys):
+    with pytest.raises(SystemExit):
+        kernels.main(["atention"])
+    assert "'atention' is not one of attention, ista" in capsys.readouterr().err
+
+
 def test_ceilings_bound_the_rates():
     ceilings = harness.Ceilings(tflops=100, gigabytes_per_second=1000)
     compute_bound = ceilings.rates(1.0, 50e9, 1e6)  # 50 TFLOP/s at 50,000 FLOPs a byte
