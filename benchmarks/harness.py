@@ -106,10 +106,9 @@ class Record:
             print(table_of(self.rows))
 
 
-def first_line(problem: BaseException) -> str:
-    """What went wrong, in one line."""
-    text = str(problem).strip().partition("\n")[0]
-    return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+def in_one_line(problem: BaseException) -> str:
+    """What went wrong: its kind and the beginning of its message."""
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}".removesuffix(": ")
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ def captured(run: Provider, device: torch.device) -> tuple[Provider, str]:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             kept = run()
     except RuntimeError as problem:
-        return run, f"events (no CUDA graph: {first_line(problem)})"
+        return run, f"events (no CUDA graph: {in_one_line(problem)})"
 
     def replay() -> object:
         graph.replay()

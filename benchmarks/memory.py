@@ -10,7 +10,6 @@ less than the baseline.
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crate_mae
 from benchmarks import harness
-from benchmarks.harness import Record, first_line
+from benchmarks.harness import Record, in_one_line
 from benchmarks.peers import STEPS, Absent
 from benchmarks.training_step import BASELINE, Batch, Stepper, add_model_arguments, bytes_of
 
@@ -58,14 +57,11 @@ def counting_saved(apart: Collection[Tensor]) -> Iterator[Saved]:
 def clear(model: nn.Module) -> None:
     """The allocator as it was before the first step."""
     model.zero_grad(set_to_none=True)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    harness.clean(next(model.parameters()).device)
 
 
 def peak(name: str, model: nn.Module, batch: Batch) -> int:
     """Bytes at the peak of the second step, the first having compiled and chosen; with the model, its gradients and the batch."""
-    clear(model)
     stepper = Stepper(STEPS[name], model, batch)
     stepper.provider()()
     added = harness.added_bytes(stepper.provider(), batch.images.device)
@@ -91,6 +87,7 @@ def saved_for_backward(name: str, model_name: str, overrides: dict[str, Any], si
 
 def fits(name: str, model: nn.Module, size: int, dtype: torch.dtype) -> int | None:
     """Bytes at the peak with a batch of this size; None where memory runs out. The allocator is clean before."""
+    clear(model)
     device = next(model.parameters()).device
     try:
         return peak(name, model, Batch.random(model.config, size, device, dtype))
@@ -145,7 +142,7 @@ def measure(
                     found = fits(name, model, size, dtype)
             reason = "out of memory"
         except Exception as problem:  # a provider that cannot run here
-            reason = first_line(problem)
+            reason = in_one_line(problem)
         row["shape"] = [count, config.in_chans, *config.image_shape]
         if found is None:
             record.add(**row, unavailable=reason)

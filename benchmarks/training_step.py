@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import crate_mae
 from benchmarks import harness, peers
-from benchmarks.harness import Ceilings, Record, first_line
+from benchmarks.harness import Ceilings, Record, in_one_line
 from benchmarks.peers import STEPS, Absent, Step
 from crate_mae.config import ModelConfig, grid_of
 
@@ -211,7 +211,7 @@ def ready(names: Sequence[str], model: nn.Module, batch: Batch) -> tuple[dict[st
         except Exception as problem:  # not installed, no compiler, out of memory, or wrong there
             if step.ours and not isinstance(problem, (Absent, torch.OutOfMemoryError)):
                 raise
-            absent[name] = first_line(problem)
+            absent[name] = in_one_line(problem)
         model.zero_grad(set_to_none=True)
     return steppers, absent
 

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 try:
                     measure(record, ceilings[dtype], name, each, dtype, device=device, **options)
                 except Exception as problem:
-                    failures.append(f"{name}, {each}, {dtype}: {harness.first_line(problem)}")
+                    failures.append(f"{name}, {each}, {dtype}: {harness.in_one_line(problem)}")
                     for mode in modes:
                         record.add(
                             operator=name,
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                             dtype=dtype,
                             mode=mode,
                             provider=ours(device),
-                            unavailable=harness.first_line(problem),
+                            unavailable=harness.in_one_line(problem),
                         )
     record.show()
     if failures:

@@ -12,7 +12,7 @@ import torch._functorch.config
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.harness import Ceilings, Record, first_line
+from benchmarks.harness import Ceilings, Record, in_one_line
 from benchmarks.kernels.operators import OPERATORS, Comparison, Products, Random, Shape
 from benchmarks.peers import GROUPS, Function, Peer, forced
 
@@ -110,7 +110,7 @@ def checked(
         except Exception as problem:  # not built, not for this device or shape, out of memory, or wrong there
             if name in implementations and not isinstance(problem, torch.OutOfMemoryError):
                 raise
-            absent[name] = first_line(problem)
+            absent[name] = in_one_line(problem)
             if peer.separate:
                 absent[name + SUMMED] = absent[name]
             continue
@@ -202,7 +202,7 @@ def measure(
                 except Exception as problem:
                     if provider in implementations and not isinstance(problem, torch.OutOfMemoryError):
                         raise
-                    lacking[provider] = first_line(problem)
+                    lacking[provider] = in_one_line(problem)
             for provider, reason in lacking.items():
                 record.add(**common, provider=provider, unavailable=reason)
             times = harness.time_interleaved({key: run for key, (run, _) in providers.items()}, device, rounds=rounds)
