@@ -9,6 +9,7 @@ Plots need matplotlib (the extra ``plot``) and are not compared by ``--check``: 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,9 @@ def refuse_dirty(folder: Path, rows: Sequence[Row]) -> list[Row]:
     """The rows that a commit can reproduce; says how many are not for the README, and where they stand."""
     dirty = [row for row in rows if row.get("dirty")]
     if dirty:
-        places = ", ".join(f"{row['file']}:{row['line']}" for row in dirty)
+        counts = Counter(row["file"] for row in dirty)
+        first = {row["file"]: row["line"] for row in reversed(dirty)}
+        places = ", ".join(f"{count} in {file}, first in line {first[file]}" for file, count in counts.items())
         print(f"{folder.name}: rows measured on a dirty tree, refused for the README: {len(dirty)} ({places})")
     return [row for row in rows if not row.get("dirty")]
 

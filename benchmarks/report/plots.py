@@ -5,10 +5,12 @@ Colours are those of Okabe and Ito, told apart with any colour vision; hatches, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.rows import Results, Row, describe_model, describe_shape, select, size
@@ -128,7 +130,9 @@ def _sizes(row: Row) -> tuple[int, ...]:
 
 
 def _group(row: Row) -> str:
-    return "\n".join(filter(None, (describe_model(row), describe_shape(row).replace(", width", "\nwidth"))))
+    """What a group of bars is labelled with, in lines short enough to stand beside them."""
+    lines = [fill(describe_model(row), 30), describe_shape(row).replace(", width", "\nwidth")]
+    return "\n".join(filter(None, lines))
 
 
 def _roofline(results: Results) -> Iterable[Plot]:
@@ -213,7 +217,7 @@ def _tokens_in_all(row: Row) -> int:
 
 
 def _panel_title(row: Row, shape: str) -> str:
-    return "\n".join(filter(None, (describe_model(row), shape, f"{row.get('mode')}, {row.get('dtype')}")))
+    return "\n".join(filter(None, (fill(describe_model(row), 50), shape, f"{row.get('mode')}, {row.get('dtype')}")))
 
 
 def _longest(panels: dict[str, list[Row]], axis: str) -> dict[str, list[Row]]:
@@ -268,7 +272,8 @@ def _compose(figure: Figure, plot: Plot, results: Results) -> None:
     providers = sorted(
         {row["provider"] for found in contents for row in found if row["operator"] != "ceilings"}, key=provider_order
     )
-    lines_of_legend = -(-len(providers) // 3)
+    legend_columns = 3 if columns > 1 else 2
+    lines_of_legend = -(-len(providers) // legend_columns)
     figure.set_size_inches(max(4.2 * columns, 6.4), sum(heights) + 0.9 + 0.2 * lines_of_legend)
     axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": heights}).flatten()
     for ax in axes[len(contents) :]:
@@ -278,7 +283,10 @@ def _compose(figure: Figure, plot: Plot, results: Results) -> None:
         ax.set_title(title, fontsize=9)
     figure.suptitle(f"{plot.title}\n{results.device}", fontsize=11)
     figure.legend(
-        handles=[_key(plot, provider) for provider in providers], loc="outside lower center", ncols=3, frameon=False
+        handles=[_key(plot, provider) for provider in providers],
+        loc="outside lower center",
+        ncols=legend_columns,
+        frameon=False,
     )
 
 
@@ -294,7 +302,8 @@ def _key(plot: Plot, provider: str) -> Any:
 
 
 def _height_of_bars(rows: list[Row]) -> float:
-    return 0.9 + 0.19 * len(rows) + 0.15 * len({_group(row) for row in rows})
+    groups = Counter(map(_group, rows))
+    return 0.9 + sum(0.15 + max(0.19 * bars, 0.16 * (1 + group.count("\n"))) for group, bars in groups.items())
 
 
 def _draw_ratios(ax: Axes, rows: list[Row]) -> None:

@@ -221,7 +221,7 @@ def operator_table(rows: Sequence[Row], links: Links) -> str:
         "TFLOP/s": _number_of("tflops"),
         "GB/s": _number_of("gigabytes_per_second"),
         "% of roofline": _number_of("roofline_percent"),
-        "peak": lambda row: gibibytes(row["peak_bytes"]) if row.get("peak_bytes") else "",
+        "memory": lambda row: gibibytes(row["peak_bytes"]) if row.get("peak_bytes") else "",
         "error": lambda row: _error(row.get("error")),
         "timed by": lambda row: row.get("timed_by") or "",
         "commit": commit,
@@ -257,7 +257,7 @@ def absent_table(rows: Sequence[Row], links: Links) -> str:
     for (operator, provider, reason), found in reasons.items():
         first = "; ".join(dict.fromkeys(filter(None, (describe_shape(found[0]), found[0].get("dtype")))))
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        where = ", ".join(map(links.line, found))
+        where = ", ".join(map(links.line, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         lines.append(
             [OPERATORS.get(operator, operator), name_of(provider), first + more, " ".join(reason.split()), where]
         )

@@ -288,7 +288,10 @@ def test_rows_of_a_dirty_tree_stay_out_of_the_readme(place, capsys):
     dirty = step("triton", 10, 40, dirty=True, date="2026-11-23T00:00:00+00:00")
     folder = write(place["results"] / "h200", [step("reference", 400, 1), clean, dirty])
     assert run(place) == 0
-    assert "rows measured on a dirty tree, refused for the README: 1 (rows.jsonl:3)" in capsys.readouterr().out
+    assert (
+        "rows measured on a dirty tree, refused for the README: 1 (1 in rows.jsonl, first in line 3)"
+        in capsys.readouterr().out
+    )
     assert "#L2" in place["readme"].read_text() and "#L3" not in place["readme"].read_text()
     assert "0123456 (dirty)" in (folder / "report.md").read_text()
 
