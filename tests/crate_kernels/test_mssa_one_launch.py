@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import a_few_roundings, error, gradients
 from torch import Tensor
 
@@ -71,6 +77,7 @@ def agree(
     [
         (1, 16, True, False),
         (1, 48, False, True),
+        (17, 72, True, True),
         (37, 16, False, False),
         (37, 48, True, True),
         (37, 80, True, False),
@@ -97,7 +104,8 @@ def test_tokens_of_an_image(device: str) -> None:
 def test_any_stream_layout_and_count_of_heads(device: str) -> None:
     x, qkv, norm = problem(21, 24, width=32, heads=3)
     interleaved = torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
-    for layout in (x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1), interleaved):
+    amid_others = F.pad(x, (3, 5, 2, 1))[:, 2:-1, 3:-5]
+    for layout in (x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1), interleaved, amid_others):
         agree(layout, qkv, norm, torch.float32, device, heads=3)
     half = qkv.half().float()
     # As under autocast: a float32 stream, of which a LayerNorm must see what rounding would lose.
@@ -120,6 +128,15 @@ def test_a_sample_has_the_same_bits_alone(device: str) -> None:
     alone = kernels.attend(x[1:2].to(device), norm, qkv_operand, form, True)
     assert torch.equal(every.out[37:74], alone.out) and torch.equal(every.w[37:74], alone.w)
     assert torch.equal(every.lse[1:2], alone.lse) and torch.equal(every.stats[:, 37:74], alone.stats)
+
+
+def test_nan_stays_in_its_sample(device: str) -> None:
+    x, qkv, norm = problem(21, 24)
+    x[1, 5, 7] = torch.nan
+    qkv_operand, norm = operand(qkv, norm, torch.float32, device)
+    kept = kernels.attend(x.to(device), norm, qkv_operand, kernels.Form(2, 0.2, False, False), True)
+    assert not kept.out[:21].isnan().any() and kept.out[21:].isnan().all()
+    assert kept.w[21 + 5].isnan().all() and kept.w.isnan().any(1).sum() == 1
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -190,3 +207,26 @@ def test_small_batches_take_one_launch(device: str, monkeypatch: pytest.MonkeyPa
         with crate_kernels.use("triton"):
             mssa(x.to(device), qkv.to(device), torch.randn(16, 16, device=device), num_heads=1)
         assert taken == [expected]
+
+
+# In a process of its own: whether Triton interprets or compiles is decided when a kernel's module is imported.
+INTERMEDIATE_CODE = """
+from benchmarks.ahead_of_time import cases, collecting
+from crate_kernels.mssa import one_launch
+asked = [request for request, _ in collecting.requests(cases.one_launch("bfloat16"), "sm_90")]
+(request,) = [request for request in asked if request.kernel == "attend_kernel"]
+with collecting.as_if_on("sm_90"):
+    print(one_launch.attend_kernel.preload(request.specialization).asm["ttir"])
+"""
+
+
+def test_a_barrier_lies_between_writing_w_and_reading_it() -> None:
+    """The interpreter cannot tell; a device's threads read what others wrote only behind one that orders global memory."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERMEDIATE_CODE],
+        cwd=Path(__file__).resolve().parents[2], env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    before, *after = re.split(r"^ *(?:ttg\.barrier all|gpu\.barrier).*$", ended.stdout, flags=re.MULTILINE)
+    assert len(after) == 1, ended.stderr
+    assert "tt.store" in before and "tt.load" in after[0]
