@@ -31,10 +31,11 @@ class Nothing:
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from crate_kernels.mssa import one_launch
+    from crate_kernels.products import preparation
     from crate_kernels.products import triton as products
     from crate_kernels.shared_attention import triton as attention
 
-    for module in (products, attention, one_launch):
+    for module in (preparation, products, attention, one_launch):
         for name in vars(module).copy():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Nothing(name))
@@ -95,11 +96,15 @@ def test_opcheck_of_a_layer_of_every_size(name: str, kind: str) -> None:
             return function(*args, **(kwargs or {}))
 
     with crate_kernels.use("triton"), torch.autocast("cpu", torch.bfloat16):
-        layer = getattr(create_model(name, depth=1, decoder_depth=1), kind)[0]
-        x = torch.randn(2, 197, layer.weights().attention.qkv.shape[1], requires_grad=True)
+        model = create_model(name, depth=2, decoder_depth=2)
+        layers, heads = getattr(model, kind), model.config.num_heads
+        weights = [layer.weights() for layer in layers]
+        x = torch.randn(2, 197, weights[0].attention.qkv.shape[1], requires_grad=True)
         with Record():
-            layer(x).sum().backward()
+            crate_kernels.prepare_layers(x, weights, num_heads=heads)
+            layers[0](x).sum().backward()
     assert [str(function) for function, _ in calls] == [
+        "crate_kernels.prepare_layers.default",
         "crate_kernels.layer_forward.default",
         "crate_kernels.layer_backward.default",
     ]
