@@ -243,8 +243,8 @@ class CrateMAE(nn.Module):
         return sine_cosine(grid, self.config.embed_dim).to(self.decoder_pos_embed)
 
     def _encode(self, x: Tensor) -> Tensor:
-        numbers = dict(step_size=self.config.step_size, lambd=self.config.lambd)
-        return self.norm(self._through(self.blocks, x, num_heads=self.config.num_heads, **numbers))
+        settings = dict(num_heads=self.config.num_heads, step_size=self.config.step_size)
+        return self.norm(self._through(self.blocks, x, **settings))
 
     def _decode(self, x: Tensor) -> Tensor:
         x = self._through(self.decoder_blocks, x, num_heads=self.config.decoder_num_heads)

@@ -120,7 +120,6 @@ class _ISTA(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
         y, kept = torch.ops.crate_kernels.ista_forward(x, out_dtype, *arguments)
         given = op.Arguments(*arguments)
-        ctx.dtype = x.dtype
         if given.implementation == "composed" and x.dtype != given.dtype:
             *kept, x = kept
         ctx.save_for_backward(x, y, *arguments[:4], given.step_size, given.lambd, *kept)

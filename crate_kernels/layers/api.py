@@ -17,6 +17,7 @@ from crate_kernels.ista.api import ista
 from crate_kernels.layers import op
 from crate_kernels.mssa.api import check as check_mssa
 from crate_kernels.mssa.api import mssa
+from crate_kernels.norm_linear.api import check as check_norm_linear
 from crate_kernels.norm_linear.api import norm_linear
 from crate_kernels.precision import compute_dtype
 from crate_kernels.products.operand import Norm
@@ -102,12 +103,8 @@ def encoder_layer(
         return _checkpointed(layer, x, implementation) if recompute else layer(x)
     check_mssa(x, *attention, num_heads, *attention_norm, x, False)
     check_ista(x, dictionary, step_size, lambd, threshold, *sparse_norm, None)
-    numbers = number_as_tensor(step_size), number_as_tensor(lambd)
-    weights = *attention, *attention_norm[:2], dictionary, *sparse_norm[:2], *numbers
-    eps = float(attention_norm.eps), float(sparse_norm.eps)
-    scale = _scale(scale, attention, num_heads)
-    _check_prepared(prepared, dtype)
-    return _Layer.apply(x, *weights, *eps, threshold == "soft", num_heads, scale, recompute, dtype, *(prepared or ()))
+    step = dictionary, sparse_norm, number_as_tensor(step_size), number_as_tensor(lambd), threshold == "soft"
+    return _apply(x, attention, attention_norm, *step, num_heads, scale, recompute, dtype, prepared)
 
 
 def decoder_layer(
@@ -143,6 +140,8 @@ def decoder_layer(
     """
     _check_kinds(step_norm=step_norm, attention_norm=attention_norm, attention=attention)
     dtype, implementation = _choose(x, attention, num_heads)
+    checks.tensor("weight", weight, "width width")
+    checks.shape("weight", weight, (x.shape[-1],) * 2, "a square matrix as wide as x")
     if implementation != "triton" or attention.out is None:
 
         def layer(x: Tensor) -> Tensor:
@@ -152,12 +151,9 @@ def decoder_layer(
 
         return _checkpointed(layer, x, implementation) if recompute else layer(x)
     check_mssa(x, *attention, num_heads, *attention_norm, x, True)
-    check_ista(x, weight, 0.1, 0.0, "relu", *step_norm, None)
-    weights = *attention, *attention_norm[:2], weight, *step_norm[:2], None, None
-    eps = float(attention_norm.eps), float(step_norm.eps)
-    scale = _scale(scale, attention, num_heads)
-    _check_prepared(prepared, dtype)
-    return _Layer.apply(x, *weights, *eps, False, num_heads, scale, recompute, dtype, *(prepared or ()))
+    check_norm_linear(x, weight, None, *step_norm)
+    step = weight, step_norm, None, None, False
+    return _apply(x, attention, attention_norm, *step, num_heads, scale, recompute, dtype, prepared)
 
 
 @torch.no_grad()
@@ -167,7 +163,6 @@ def prepare_layers(
     *,
     num_heads: int,
     step_size: float = 0.1,
-    lambd: float = 0.1,
 ) -> list[list[Tensor]] | list[None]:
     """What layers of one kind and size make of their weights before a product, for all of them at once.
 
@@ -179,7 +174,7 @@ def prepare_layers(
     Args:
         x: the tokens, for their device and dtype.
         layers: as ``encoder_layer`` or ``decoder_layer`` will be given them.
-        num_heads, step_size, lambd: as there.
+        num_heads, step_size: as there.
 
     Returns:
         For each layer its ``prepared``; None for each where the Triton path is not taken, which alone has a use for it.
@@ -237,16 +232,30 @@ def _checkpointed(layer: Callable[[Tensor], Tensor], x: Tensor, implementation: 
     return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
 
 
-def _scale(scale: float | None, attention: AttentionWeights, num_heads: int) -> float:
+def _apply(
+    x: Tensor,
+    attention: AttentionWeights,
+    attention_norm: Norm,
+    matrix: Tensor,
+    norm: Norm,
+    step_size: Tensor | None,
+    lambd: Tensor | None,
+    soft: bool,
+    num_heads: int,
+    scale: float | None,
+    recompute: bool,
+    dtype: torch.dtype,
+    prepared: list[Tensor] | None,
+) -> Tensor:
+    """The Triton path, of an encoder layer where there is a ``step_size``, else of a decoder layer."""
     if scale is None:
-        return _head_dim(attention, num_heads) ** -0.5
+        scale = _head_dim(attention, num_heads) ** -0.5
     checks.number("scale", scale, positive=True)
-    return float(scale)
-
-
-def _check_prepared(prepared: list[Tensor] | None, dtype: torch.dtype) -> None:
     if prepared and prepared[0].dtype != dtype:
         raise ValueError(f"prepared: made for products in {prepared[0].dtype}, and these are in {dtype}; prepare again")
+    tensors = *attention, *attention_norm[:2], matrix, *norm[:2], step_size, lambd
+    settings = float(attention_norm.eps), float(norm.eps), soft, num_heads, float(scale), recompute, dtype
+    return _Layer.apply(x, *tensors, *settings, *(prepared or ()))
 
 
 class _Layer(torch.autograd.Function):

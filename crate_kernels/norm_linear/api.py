@@ -43,7 +43,7 @@ def norm_linear(
 
     Source: the decoder's step of CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    _check(x, weight, bias, norm_weight, norm_bias, norm_eps)
+    check(x, weight, bias, norm_weight, norm_bias, norm_eps)
     dtype = compute_dtype(x)
     implementation = dispatch.choose(x, dtype)
     if implementation == "triton":
@@ -78,7 +78,7 @@ class _NormLinear(torch.autograd.Function):
         return *[g if want else None for g, want in zip(found, wanted, strict=True)], None, None
 
 
-def _check(
+def check(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -123,7 +123,6 @@ def combine_kernel(
             inner = inner_start + tl.arange(0, BLOCK_K)
             left = load_tile(weight, inner, rows, row_stride, column_stride, width, width, WHOLE, WHOLE)
             right = load_tile(weight, inner, columns, row_stride, column_stride, width, width, WHOLE, WHOLE)
-            left, right = left.to(tl.float32), right.to(tl.float32)
             product = tl.dot(tl.trans(left), right, product, input_precision=PRECISION)
         tile = load_tile(weight, rows, columns, row_stride, column_stride, width, width, WHOLE, WHOLE)
         tile = tile.to(tl.float32) - product
@@ -199,8 +198,8 @@ def combine_all(
 ) -> tuple[Tensor, Operand]:
     """G = W - W^T W of dictionaries of one shape in one launch, stacked, and the operands of ``LN(x) (eta G)``.
 
-    Products are of float32 numbers: where the operand is 16-bit tensor cores may round them, as that hides behind its own
-    rounding, else as torch is told to.
+    Of float32 weights tensor cores may round the products' factors to TF32 where the operand is 16-bit, as that hides behind its
+    own rounding; else as torch is told to. Sums are float32.
     """
     weights, vectors = _uniform(weights, [(*(norm or (None, None))[:2], None) for norm in norms])
     first, count, width = weights[0], len(weights), weights[0].shape[0]

@@ -141,7 +141,7 @@ def test_prepared_for_all_layers_at_once(layer, formula, device: str) -> None:
         )
     upstream = torch.randn_like(x)
     with crate_kernels.use("triton"):
-        prepared = prepare_layers(x, kinds, num_heads=HEADS, step_size=0.3, lambd=0.2)
+        prepared = prepare_layers(x, kinds, num_heads=HEADS, step_size=0.3)
         for inputs, ready in zip(both, prepared, strict=True):
             alone = gradients(layer, [x, *inputs[1:]], upstream)
             together = gradients(lambda *a, ready=ready: layer(*a, prepared=ready), [x, *inputs[1:]], upstream)

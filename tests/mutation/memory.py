@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,19 @@ from torch import Tensor
 
 class OutOfBounds(Exception):
     """A kernel touched memory that is not between the first and the last element of one of its tensors."""
+
+
+_behind_addresses: list[Tensor] = []
+
+
+@contextmanager
+def reachable(*tensors: Tensor) -> Iterator[None]:
+    """Tensors that a kernel finds through a table of addresses: it may touch them as it may its arguments."""
+    _behind_addresses.extend(tensors)
+    try:
+        yield
+    finally:
+        _behind_addresses.clear()
 
 
 class Watch:
@@ -49,7 +64,7 @@ class Watch:
 
     def _launched(self, *args: Any, **kwargs: Any) -> None:
         self._prepared.clear()
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        tensors = [value for value in (*args, *kwargs.values(), *_behind_addresses) if isinstance(value, Tensor)]
         self._bounds = np.array(sorted(_extent(tensor) for tensor in tensors), np.uint64)
 
     def _checked(self, access: Any, mask_at: int) -> Any:

@@ -6,6 +6,7 @@ watched, and each kernel takes exact inputs, so that one mistake shows in one pl
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from mutation.memory import amid_nan
+from mutation.memory import amid_nan, reachable
 from support import a_few_roundings, error
 from torch import Tensor
 
@@ -442,4 +443,84 @@ def one_launch_probes() -> list[Probe]:
         _one_launch("fold, samples and heads", 2, 5, 24, 8, heads=2),
         _one_launch("first, a tail tile", 1, 37, 20, 8, mode="first"),
         _one_launch("no norm, causal", 1, 37, 16, 8, mode="none", is_causal=True),
+    ]
+
+
+# --- Preparation of weights --------------------------------------------------------------------------------------------
+
+_SMALL_TILES = {"_PREPARE": dict(BLOCK_N=16, BLOCK_K=16), "_COMBINE": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)}
+_SCALE = torch.tensor(0.3)
+
+
+def _vector(size: int) -> Tensor:
+    """Numbers one after the other, with NaN before and after them."""
+    return torch.cat([torch.full((1,), math.nan), torch.randn(size), torch.full((1,), math.nan)])[1:-1]
+
+
+@contextmanager
+def _preparing(module: ModuleType, in_memory: bool, *tensors: Tensor | None):
+    """Small tiles, no table from before, the scale by value or by address, and weights in reach of the kernels."""
+    with contextlib.ExitStack() as stack:
+        for name, tile in _SMALL_TILES.items():
+            stack.enter_context(patch.object(module, name, tile))
+        stack.enter_context(_numbers_in_memory(module, in_memory))
+        stack.enter_context(reachable(*(tensor for tensor in tensors if tensor is not None)))
+        module._tables.clear()
+        yield
+
+
+def _operands(scaled: list[Tensor], norms: list[Norm | None], biases: list[Tensor | None]) -> dict[str, Tensor]:
+    """matrix, column_sum and offset by formula, of B in float64."""
+    found = {"matrix": [], "column_sum": [], "offset": []}
+    for b, norm, bias in zip(scaled, norms, biases, strict=True):
+        weight, beta = (norm.weight, norm.bias) if norm else (None, None)
+        matrix = b if weight is None else weight.double()[:, None] * b
+        offset = torch.zeros(b.shape[1], dtype=torch.float64) if beta is None else beta.double() @ b
+        found["matrix"].append(matrix)
+        found["column_sum"].append(matrix.sum(0))
+        found["offset"].append(offset if bias is None else offset + bias.double())
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def _prepare(
+    name: str, inner: int, width: int, *, flipped: bool = False, scaled: bool = False, in_memory: bool = False
+) -> Probe:
+    torch.manual_seed(inner * width)
+    matrices = [torch.randn(width, inner).mT if flipped else amid_nan(torch.randn(inner, width)) for _ in range(3)]
+    norms = [Norm(_vector(inner), _vector(inner)), Norm(_vector(inner)), None]
+    biases = [_vector(width), None, _vector(width)]
+    expected = _operands([m.double() * (_SCALE.double() if scaled else 1) for m in matrices], norms, biases)
+    vectors = [vector for norm in norms[:2] for vector in norm[:2]]
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        with _preparing(module, in_memory, *matrices, *vectors, *biases):
+            scale = _SCALE if scaled else None
+            return module.prepare_all(matrices, biases, norms, torch.float32, scale)._asdict()
+
+    return Probe(name, "prepare_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+
+
+def _combine(name: str, width: int, *, in_memory: bool = False) -> Probe:
+    torch.manual_seed(width)
+    weights = [amid_nan(torch.randn(width, width) * width**-0.5) for _ in range(3)]
+    norms = [Norm(_vector(width), _vector(width)), Norm(_vector(width)), None]
+    combined = torch.stack([w.double() - w.double().mT @ w.double() for w in weights])
+    expected = _operands(list(combined * _SCALE.double()), norms, [None] * 3) | {"combined": combined}
+    vectors = [vector for norm in norms[:2] for vector in norm[:2]]
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        with _preparing(module, in_memory, *weights, *vectors):
+            combined, operand = module.combine_all(weights, norms, _SCALE, torch.float32)
+        return {"combined": combined, **operand._asdict()}
+
+    return Probe(name, "combine_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+
+
+def preparation_probes() -> list[Probe]:
+    return [
+        _prepare("tails", 21, 35, scaled=True),
+        _prepare("whole tiles, columns in a row", 32, 16, flipped=True),
+        _prepare("scale in memory", 16, 5, scaled=True, in_memory=True),
+        _combine("tails", 21),
+        _combine("whole tiles, scale in memory", 32, in_memory=True),
     ]

@@ -23,6 +23,7 @@ from mutation.memory import OutOfBounds, Watch
 from mutation.mutants import Mistake, Mutant, callers, copy_of, grafted, mutants
 
 from crate_kernels.mssa import one_launch
+from crate_kernels.products import preparation
 from crate_kernels.products import triton as products
 from crate_kernels.shared_attention import triton as shared_attention
 
@@ -316,6 +317,39 @@ ONE_LAUNCH_EQUIVALENTS = {
     "dropout with probability zero keeps everything": ("attend_kernel: attend_to_tokens, argument 12: False -> True",),
 }
 
+PREPARATION_MISTAKES = [
+    # The wrong operand.
+    Mistake("prepare_kernel", "tl.load(given + 1), tl.load(given + 2)", "tl.load(given + 2), tl.load(given + 1)"),
+    Mistake("prepare_kernel", "load_optional(tl.load(given + 3),", "load_optional(tl.load(given + 1),"),
+    Mistake("prepare_kernel", "columns, row_stride, column_stride,", "columns, column_stride, row_stride,"),
+    Mistake(
+        "prepare_kernel",
+        "operand_row_stride, operand_column_stride, VECTOR",
+        "operand_column_stride, operand_row_stride, VECTOR",
+    ),
+    Mistake("combine_kernel", "tl.load(given + 1), tl.load(given + 2)", "tl.load(given + 2), tl.load(given + 1)"),
+    Mistake("combine_kernel", "tl.dot(tl.trans(left), right,", "tl.dot(tl.trans(right), left,"),
+    Mistake(
+        "combine_kernel",
+        "left = load_tile(weight, inner, rows, row_stride, column_stride",
+        "left = load_tile(weight, inner, rows, column_stride, row_stride",
+    ),
+    Mistake("scale_tile", "tl.sum(beta[:, None] * tile, 0)", "tl.sum(beta[:, None] * scaled, 0)"),
+    Mistake("scale_tile", "inner_width, 1.0, VECTOR", "inner_width, 0.0, VECTOR"),
+    Mistake("scale_tile", "inner_width, 0.0, VECTOR", "inner_width, 1.0, VECTOR"),
+    # A tile forgotten.
+    Mistake("prepare_kernel", "range(0, inner_width,", "range(BLOCK_K, inner_width,"),
+    Mistake("combine_kernel", "start in range(0, width, BLOCK_M", "start in range(BLOCK_M, width, BLOCK_M"),
+    Mistake("combine_kernel", "inner_start in range(0, width", "inner_start in range(BLOCK_K, width"),
+]
+
+PREPARATION_EQUIVALENTS = {
+    "beyond the end gamma and beta meet rows of zeros, and a bias columns that are not stored": (
+        "load_optional: tl.load(vector + entries, mask=entries < count, other=0.0)"
+        " -> tl.load(vector + entries, mask=entries < count, other=1.0)",
+    ),
+}
+
 
 class Case(NamedTuple):
     """A module of kernels, and what belongs to its mutation."""
@@ -339,11 +373,13 @@ CASES = {
     "one_launch": Case(
         one_launch, probes.ONE_LAUNCH_TILES, probes.one_launch_probes, ONE_LAUNCH_MISTAKES, ONE_LAUNCH_EQUIVALENTS
     ),
+    "preparation": Case(preparation, {}, probes.preparation_probes, PREPARATION_MISTAKES, PREPARATION_EQUIVALENTS),
 }
 KERNELS = [
     *(("products", kernel) for kernel in ("project_kernel", "input_gradient_kernel", "weight_gradient_kernel")),
     *(("shared_attention", kernel) for kernel in ("forward_kernel", "delta_kernel", "backward_kernel")),
     ("one_launch", "attend_kernel"),
+    *(("preparation", kernel) for kernel in ("prepare_kernel", "combine_kernel")),
 ]
 
 
