@@ -9,6 +9,7 @@ scores exist for some heads at a time only. Dropout is drawn part by part, and a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -48,16 +49,17 @@ def forward(
         kept = kept.new_empty(*w.shape[:3], w.shape[2])
     elif keeps == "log-sum-exp":
         kept = w.new_empty(w.shape[:3], dtype=torch.promote_types(w.dtype, torch.float32))
-    generator = _generator(w, dropout, seed)
-    for some, rows in _slices(w):
+    generator, slices = _generator(w, dropout, seed), list(_slices(w))
+    room = _room(w, slices)
+    for some, rows in slices:
         keys = _stacked(stored[some])
         for row in rows:
-            destination = kept[some].flatten(0, 1)[:, row] if kept.ndim == 4 else None
-            probabilities = _scores(keys, row, scale, is_causal, _of_heads(padding, w, some), destination)
+            scores = _scores(keys, row, scale, is_causal, _of_heads(padding, w, some), room)
             if keeps == "log-sum-exp":
-                lse = probabilities.to(kept.dtype).logsumexp(-1)
+                lse = scores.to(kept.dtype).logsumexp(-1)
                 kept[some][..., row] = lse.view_as(kept[some][..., row])
-            probabilities = torch.softmax(probabilities, -1, out=probabilities)
+            destination = kept[some].flatten(0, 1)[:, row] if kept.ndim == 4 else scores
+            probabilities = torch.softmax(scores, -1, out=destination)
             if dropout:
                 probabilities = probabilities * _factors(probabilities, dropout, generator)
             out_rows = out[some][..., row, :]
@@ -92,8 +94,9 @@ def backward(
         return _unflatten(as_query.add_(as_key).add_(as_value), w)
 
     grad_w, stored, grads = empty_token_major(w), _without(padding, w), _without(padding, grad_out)
-    generator = _generator(w, dropout, seed)
-    for some, rows in _slices(w):
+    generator, slices = _generator(w, dropout, seed), list(_slices(w))
+    room, second_room = _room(w, slices), _room(w, slices)
+    for some, rows in slices:
         keys, all_grads = _stacked(stored[some]), _stacked(grads[some])
         grad_keys = torch.zeros_like(keys) if len(rows) > 1 else torch.empty_like(keys)
         for row in rows:
@@ -101,9 +104,9 @@ def backward(
             if kept.ndim == 4:
                 probabilities = kept[some].flatten(0, 1)[:, row]
             else:
-                scores = _scores(keys, row, scale, is_causal, _of_heads(padding, w, some))
+                scores = _scores(keys, row, scale, is_causal, _of_heads(padding, w, some), second_room)
                 probabilities = torch.softmax(scores, -1, out=scores)
-            grad_probabilities = torch.bmm(grad_rows, keys.transpose(1, 2))
+            grad_probabilities = torch.bmm(grad_rows, keys.transpose(1, 2), out=_of_room(room, queries, keys))
             dropped = probabilities
             if dropout:
                 factors = _factors(probabilities, dropout, generator)
@@ -114,7 +117,8 @@ def backward(
             )
             if len(rows) == 1:  # as query and as key in one product
                 torch.bmm(dropped.transpose(1, 2), grad_rows, out=grad_keys)
-                grad_scores = grad_scores.transpose(1, 2).contiguous().add_(grad_scores)
+                transposed = _of_room(second_room, queries, keys).copy_(grad_scores.transpose(1, 2))
+                grad_scores = transposed.add_(grad_scores)
             else:
                 grad_keys.baddbmm_(dropped.transpose(1, 2), grad_rows)
                 grad_keys.baddbmm_(grad_scores.transpose(1, 2), queries, alpha=scale)
@@ -166,6 +170,24 @@ def _slices(w: Tensor) -> Iterator[tuple[tuple[slice, slice], list[slice]]]:
             yield (samples, some), list(_equal_parts(tokens, rows))
 
 
+def _room(w: Tensor, slices: list[tuple[tuple[slice, slice], list[slice]]]) -> Tensor:
+    """Memory for the scores of any slice; the first is the largest.
+
+    All slices share it: fresh memory costs as much as the product that fills it, and memory just used is still in cache.
+    """
+    elements = 0
+    if slices:
+        some, rows = slices[0]
+        elements = w[some][..., rows[0], :].shape[:3].numel() * w.shape[2]
+    return w.new_empty(elements, dtype=arithmetic_dtype(w))
+
+
+def _of_room(room: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """The part of the room that scores of these queries against these keys take, in their shape."""
+    shape = (*queries.shape[:2], keys.shape[1])
+    return room[: math.prod(shape)].view(shape)
+
+
 def _equal_parts(size: int, most: int) -> Iterator[slice]:
     """range(size) in as few parts as may be, of at most ``most``, and of at least one."""
     if size:
@@ -179,19 +201,10 @@ def _of_heads(padding: Tensor | None, w: Tensor, some: tuple[slice, slice]) -> T
     return None if padding is None else padding.expand(w.shape[:3])[some].reshape(-1, w.shape[2])
 
 
-def _scores(
-    keys: Tensor,
-    row: slice,
-    scale: float,
-    is_causal: bool,
-    padding: Tensor | None,
-    destination: Tensor | None = None,
-) -> Tensor:
-    """scale * w w^T of the rows in question against all tokens, in ``destination`` where there is one; -inf for masked keys."""
-    # Fresh memory costs as much as the product that fills it: scores are made where they will become probabilities.
+def _scores(keys: Tensor, row: slice, scale: float, is_causal: bool, padding: Tensor | None, room: Tensor) -> Tensor:
+    """scale * w w^T of the rows in question against all tokens, in ``room``; -inf for masked keys."""
     queries = keys[:, row]
-    scores = queries.new_empty(*queries.shape[:2], keys.shape[1]) if destination is None else destination
-    scores.baddbmm_(queries, keys.transpose(1, 2), beta=0, alpha=scale)
+    scores = _of_room(room, queries, keys).baddbmm_(queries, keys.transpose(1, 2), beta=0, alpha=scale)
     if is_causal:
         future = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=keys.device).triu(1)[row]
         scores.masked_fill_(future, float("-inf"))
