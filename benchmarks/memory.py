@@ -1,28 +1,38 @@
 """How much memory a training step takes, and the largest batch that fits.
 
     python -m benchmarks.memory --model crate_mae_base --batch 256 --dtype bfloat16 --largest
+    python -m benchmarks.memory --layers
 
 On a GPU the peak of what is allocated during a step, model and gradients included. On a CPU nobody counts that: there it is the
-bytes of all tensors saved for the backward, parameters aside, counted without computing anything. A ratio is how many times
-less than the baseline.
+bytes of all tensors saved for the backward, parameters aside, counted without computing anything; ``--layers`` counts them for
+one encoder and one decoder layer as a GPU would save them, on any machine. A ratio is how many times less than the baseline.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import crate_kernels
 import crate_mae
 from benchmarks import harness
 from benchmarks.harness import Record, in_one_line
 from benchmarks.peers import STEPS, Absent
 from benchmarks.training_step import BASELINE, Batch, Stepper, add_model_arguments, bytes_of
+from crate_kernels import dispatch
+from crate_kernels.precision import layer_norm
+from crate_mae.config import ModelConfig, grid_of
+
+# Whole layers, by their name in the rows, and where CrateMAE has them.
+LAYERS = {"encoder_layer": "blocks", "decoder_layer": "decoder_blocks"}
+SAVED_BY = {layer: f"saved by one {layer.replace('_', ' ')}" for layer in LAYERS}
 
 # No image batch is larger; where even this fits, it is what is reported.
 LARGEST = 2**16
@@ -85,6 +95,56 @@ def saved_for_backward(name: str, model_name: str, overrides: dict[str, Any], si
         return saved.bytes(without=loss)
 
 
+@contextmanager
+def official_as_on_cuda() -> Iterator[None]:
+    """CUDA's autocast takes the official softmax and LayerNorm in float32, which a CPU's leaves in 16 bits."""
+
+    def attention(w: Tensor, scale: float, *_: object) -> Tensor:
+        probabilities = (torch.matmul(w, w.transpose(-1, -2)) * scale).float().softmax(dim=-1)
+        return torch.matmul(probabilities, w)
+
+    def normalise(*arguments: object, **_: object) -> Tensor:
+        return layer_norm(*arguments)
+
+    with (
+        patch.object(dispatch.load("mssa", "reference"), "shared_qkv_attention", attention),
+        patch.object(dispatch.load("mssa", "api"), "layer_norm", normalise),
+        patch.object(dispatch.load("norm_linear", "api"), "layer_norm", normalise),
+    ):
+        yield
+
+
+def saved_by_layer(
+    layer: str, name: str, model_name: str, overrides: dict[str, Any], size: int, dtype: torch.dtype
+) -> int:
+    """Bytes of what one layer saves on a GPU, counted on fake tensors; apart: parameters, and its result, the next one's input.
+
+    Raises:
+        Absent: the step is compiled or composed.
+    """
+    step = STEPS[name]
+    if step.mode is not None:
+        raise Absent("what compiled code saves is measured on a CUDA device only")
+    if step.implementation == "composed":
+        raise Absent("it keeps probabilities on a CPU, where this is counted, and none on a GPU")
+    with FakeTensorMode(), crate_kernels.use(step.implementation), ExitStack() as stack:
+        if step.implementation == "reference":
+            stack.enter_context(official_as_on_cuda())
+        if step.implementation == "triton":  # no kernel runs: this lets fake tensors in that are on no GPU
+            stack.enter_context(patch.object(dispatch, "_INTERPRETING", True))
+        model = crate_mae.create_model(model_name, **overrides | {"depth": 1, "decoder_depth": 1})
+        stream = dtype if step.stream == "16bit" else torch.float32
+        x = torch.randn(size, tokens_of(model.config), model.config.embed_dim, dtype=stream, requires_grad=True)
+        with counting_saved([*model.parameters()]) as saved, harness.autocast(x.device, dtype):
+            y = getattr(model, LAYERS[layer])[0](x, recompute=step.recompute)
+        return saved.bytes(without=y)
+
+
+def tokens_of(config: ModelConfig) -> int:
+    rows, columns = grid_of(config.image_shape, config.patch_size)
+    return rows * columns + 1
+
+
 def fits(name: str, model: nn.Module, size: int, dtype: torch.dtype) -> int | None:
     """Bytes at the peak with a batch of this size; None where memory runs out. The allocator is clean before."""
     clear(model)
@@ -126,13 +186,16 @@ def measure(
     """One row a provider, the baseline's first."""
     overrides, dtype = dict(arguments.set), harness.torch_dtype(dtype_name)
     of_baseline: float | None = None
+    layer = next((layer for layer, saved in SAVED_BY.items() if saved == mode), None)
     for name in arguments.providers:
         config = crate_mae.create_model(arguments.model, **overrides).config
         row = {"operator": "memory", "model": arguments.model, "overrides": overrides, "dtype": dtype_name}
         row |= {"mode": mode, "provider": name, "baseline": BASELINE}
         found, count = None, size
         try:
-            if mode == "saved for backward":
+            if layer is not None:
+                found = saved_by_layer(layer, name, arguments.model, overrides, size, dtype)
+            elif mode == "saved for backward":
                 found = saved_for_backward(name, arguments.model, overrides, size, dtype)
             else:
                 model = crate_mae.create_model(arguments.model, **overrides).to(device).train()
@@ -143,7 +206,11 @@ def measure(
             reason = "out of memory"
         except Exception as problem:  # a provider that cannot run here
             reason = in_one_line(problem)
-        row["shape"] = [count, config.in_chans, *config.image_shape]
+        row["shape"] = (
+            {"batch": count, "tokens": tokens_of(config), "width": config.embed_dim}
+            if layer is not None
+            else [count, config.in_chans, *config.image_shape]
+        )
         if found is None:
             record.add(**row, unavailable=reason)
             continue
@@ -157,17 +224,20 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = _parser().parse_args(argv)
     device = torch.device(arguments.device)
     on_cuda = device.type == "cuda"
+    if arguments.largest and arguments.layers:
+        raise SystemExit("--largest: not with --layers, which runs no step")
     if arguments.largest and not on_cuda:
         raise SystemExit("--largest: searches the memory of a CUDA device; a CPU has none of its own")
-    ours = "triton" if on_cuda else "composed"
-    arguments.providers = arguments.providers or [
-        BASELINE, "composed", *dict.fromkeys((ours, f"{ours} 16bit", f"{ours} recompute", f"{ours} float32 recompute"))
-    ]  # fmt: skip
+    ours = "triton" if on_cuda or arguments.layers else "composed"
+    plain = [BASELINE] if arguments.layers else [BASELINE, "composed"]
+    variants = (ours, f"{ours} 16bit", f"{ours} recompute", f"{ours} float32 recompute")
+    arguments.providers = arguments.providers or list(dict.fromkeys((*plain, *variants)))
     record = Record(device, arguments.seed, arguments.json)
     torch.manual_seed(arguments.seed)
     for dtype in arguments.dtype:
         for size in arguments.batch:
-            measure(record, arguments, device, dtype, size, "peak" if on_cuda else "saved for backward")
+            for mode in SAVED_BY.values() if arguments.layers else ["peak" if on_cuda else "saved for backward"]:
+                measure(record, arguments, device, dtype, size, mode)
         if arguments.largest:
             measure(record, arguments, device, dtype, max(arguments.batch), "largest batch")
     record.show()
@@ -179,6 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     parser.add_argument("--batch", nargs="+", type=int, default=[256], help="images a step")
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["bfloat16"])
+    parser.add_argument(
+        "--layers", action="store_true", help="what single layers save for the backward, and nothing else"
+    )
     parser.add_argument("--largest", action="store_true", help="search for the largest batch that fits, too")
     names = [name for name, step in STEPS.items() if not step.graph and "vit" not in name]
     parser.add_argument("--providers", nargs="+", choices=names, metavar="NAME", help=", ".join(map(repr, names)))

@@ -69,7 +69,8 @@ def by_device(folder: Path, rows: Iterable[Row]) -> list[Results]:
 
 
 def _shows_cuda(row: Row) -> bool:
-    return bool(row.get("driver")) or (row["provider"].startswith("triton") and not absent(row))
+    counted = (row.get("mode") or "").startswith("saved")  # on tensors without memory: no device did anything
+    return bool(row.get("driver")) or (row["provider"].startswith("triton") and not absent(row) and not counted)
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:

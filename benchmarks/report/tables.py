@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.memory import SAVED_BY
 from benchmarks.report.rows import Results, Row, absent, describe_model, describe_shape, select, size
 from benchmarks.targets import TARGETS, Case, Target, copy_ceiling, product_ceiling
+from benchmarks.training_step import BASELINE
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 WRITTEN = "Written by `python -m benchmarks.report`."
@@ -265,7 +267,7 @@ def absent_table(rows: Sequence[Row], links: Links) -> str:
 
 
 def readme_part(results: Sequence[Results], readme: Path) -> str:
-    """What stands between the README's markers: each device's targets and training steps."""
+    """What stands between the README's markers: each device's targets and training steps, and what layers keep."""
     parts = [
         f"{WRITTEN} Every number leads to the line of its measurement; a ratio is the official order's time over the provider's."
     ]
@@ -276,9 +278,34 @@ def readme_part(results: Sequence[Results], readme: Path) -> str:
         if steps:
             parts.append(steps_table(steps, links))
         parts.append(short_targets_table(each, links))
+    layers = layers_table(results, readme)
+    parts += [layers] if layers else []
     if not any(each.on_cuda for each in results):
         parts.append("Nothing has been measured on a GPU yet.")
     return "\n\n".join([BEGIN, *parts, END])
+
+
+def layers_table(results: Sequence[Results], readme: Path) -> str | None:
+    """What one layer keeps for its backward, a line a provider: bytes, and their share of the official order's."""
+    cells: dict[str, dict[str, str]] = {}
+    for each in results:
+        links = Links(each.folder, readme)
+        for layer, mode in SAVED_BY.items():
+            found = {row["provider"]: row for row in select(each.rows, operator="memory", mode=mode) if not absent(row)}
+            official = found.get(BASELINE)
+            for name, row in found.items() if official else ():
+                share = f"; {100 * row['peak_bytes'] / official['peak_bytes']:.1f}%" if name != BASELINE else ""
+                cells.setdefault(name, {})[layer] = links.line(row, gibibytes(row["peak_bytes"]) + share)
+                shape, model = describe_shape(row), describe_model(row)
+    if not cells:
+        return None
+    columns = ["kept for the backward by one layer", *(layer.replace("_", " ") for layer in SAVED_BY)]
+    lines = [
+        [name_of(name), *(cells[name].get(layer, "") for layer in SAVED_BY)]
+        for name in sorted(cells, key=provider_order)
+    ]
+    about = "Counted from shapes, on no device, with the share of the official order's under bfloat16 autocast"
+    return f"{about}; `{model}`, {shape}:\n\n{markdown(columns, lines)}"
 
 
 def steps_table(rows: Sequence[Row], links: Links) -> str:

@@ -36,6 +36,17 @@ def test_saved_bytes_of_every_provider(tmp_path):
     assert rows["composed recompute"]["peak_bytes"] < rows["composed"]["peak_bytes"] < rows["reference"]["peak_bytes"]
 
 
+def test_saved_bytes_of_layers(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    memory.main([*TINY, "--layers", "--json", str(file)])
+    rows = list(map(json.loads, file.read_text().splitlines()))
+    assert {row["mode"] for row in rows} == {"saved by one encoder layer", "saved by one decoder layer"}
+    for mode in memory.SAVED_BY.values():
+        kept = {row["provider"]: row["peak_bytes"] for row in rows if row["mode"] == mode}
+        assert kept["triton recompute"] < kept["triton 16bit"] < kept["triton"] < kept["reference"]
+    assert all(row["shape"] == {"batch": 4, "tokens": 197, "width": 384} for row in rows)
+
+
 def test_what_is_saved_is_counted_once():
     x = torch.randn(5, requires_grad=True)
     factor = torch.randn(5, requires_grad=True)

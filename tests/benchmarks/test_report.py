@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import targets
+from benchmarks.memory import SAVED_BY
 from benchmarks.report import __main__ as command
 from benchmarks.report.plots import plan, save
 from benchmarks.report.rows import by_device, newest, read
@@ -294,6 +295,28 @@ def test_rows_of_a_dirty_tree_stay_out_of_the_readme(place, capsys):
     )
     assert "#L2" in place["readme"].read_text() and "#L3" not in place["readme"].read_text()
     assert "0123456 (dirty)" in (folder / "report.md").read_text()
+
+
+def test_what_layers_keep_is_of_no_device(place):
+    rows = [
+        memory(
+            provider,
+            mode=mode,
+            shape={"batch": 256, "tokens": 197, "width": 768},
+            peak_bytes=count * 2**20,
+            driver=None,
+        )
+        for mode in SAVED_BY.values()
+        for provider, count in (("reference", 1000), ("triton recompute", 104))
+    ]
+    write(place["results"] / "cpu", rows)
+    assert run(place) == 0
+    readme = place["readme"].read_text()
+    assert (
+        "| official order, eager | [1000 MiB](results/cpu/rows.jsonl#L1) | [1000 MiB](results/cpu/rows.jsonl#L3) |"
+        in readme
+    )
+    assert "[104 MiB; 10.4%](results/cpu/rows.jsonl#L2)" in readme and "Nothing has been measured on a GPU" in readme
 
 
 def test_one_device_can_be_asked_for(place):
