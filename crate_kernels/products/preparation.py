@@ -25,9 +25,10 @@ from crate_kernels.products.triton import TRITON_DTYPES, load_tile, number, scal
 _PREPARE = {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
 _COMBINE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 
-# Tables of addresses kept, each of a few KB: some models, and weights that are not where they were the step before.
-_MOST_TABLES = 64
-_tables: OrderedDict[tuple, Tensor] = OrderedDict()
+# Tables of addresses kept, each of a few KB: some models, and weights that are not where they were the step before. By the
+# stream that filled them: another one's kernels could read a table before it is filled, or after its memory has gone on.
+_MOST_TABLES = 256
+_tables: OrderedDict[tuple, dict[int, Tensor]] = OrderedDict()
 # Those that a CUDA graph reads, as long as the process lives: there is no telling when the graph goes.
 _tables_of_graphs: dict[tuple, Tensor] = {}
 
@@ -251,19 +252,28 @@ def _table(matrices: Sequence[Tensor], vectors: Vectors) -> Tensor:
     rows = [(matrix, *three) for matrix, three in zip(matrices, vectors, strict=True)]
     addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows]
     key = device, *map(tuple, addresses)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    table = _tables.get(key)
-    if table is None:
-        if capturing:
+    stream, capturing = _stream(device)
+    of_streams = _tables.pop(key, {})
+    if capturing:
+        # Filled by a step before, on whatever stream: who captures has waited for that.
+        table = _tables_of_graphs.get(key, next(iter(of_streams.values()), None))
+        if table is None:
             raise RuntimeError(
                 "weights: met for the first time while a CUDA graph is captured; run one step on the same weights before"
             )
+        _tables_of_graphs[key] = table
+    elif (table := of_streams.get(stream)) is None:
         table = torch.tensor(addresses, dtype=torch.int64)
         table = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
-        _tables[key] = table
-        if len(_tables) > _MOST_TABLES:
-            _tables.popitem(last=False)
-    if capturing:
-        _tables_of_graphs[key] = table
-    _tables.move_to_end(key)
+        of_streams[stream] = table
+    _tables[key] = of_streams  # now the newest
+    if len(_tables) > _MOST_TABLES:
+        _tables.popitem(last=False)
     return table
+
+
+def _stream(device: torch.device) -> tuple[int, bool]:
+    """Where kernels are launched now, as a number, and whether a CUDA graph captures them instead."""
+    if device.type != "cuda":
+        return 0, False
+    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()

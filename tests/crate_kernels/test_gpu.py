@@ -16,7 +16,7 @@ from support import a_few_roundings, error, gradients
 from torch import Tensor, nn
 
 import crate_kernels
-from crate_kernels import ista, mssa, shared_qkv_attention
+from crate_kernels import ista, mssa, norm_linear, shared_qkv_attention
 from crate_mae import MODELS, create_model
 
 pytestmark = pytest.mark.gpu
@@ -305,6 +305,28 @@ def test_training_step_in_a_cuda_graph() -> None:
         assert error(ours, eagerly) < 1e-2
     for ours, eagerly, start in zip(model.parameters(), eager.parameters(), original.parameters(), strict=True):
         assert error(ours - start, eagerly - start) < 5e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_stream_that_does_not_wait_for_another() -> None:
+    """Weights met first on a busy stream, then on an idle one, which must not read what the first has yet to copy."""
+    x, norm = random(300, 64, dtype=torch.float32), torch.ones(64, device=DEVICE)
+    first, second = random(64, 64, dtype=torch.float32), random(64, 64, dtype=torch.float32)
+
+    def step(weight: Tensor) -> Tensor:
+        return norm_linear(x, weight, norm_weight=norm)
+
+    step(first)  # compiles, so that the next calls take no time
+    torch.cuda.synchronize()
+    results = []
+    for stream, cycles in ((torch.cuda.Stream(), 2 * 10**9), (torch.cuda.Stream(), 0)):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(cycles)
+            results.append(step(second))
+    torch.cuda.synchronize()
+    with crate_kernels.use("reference"):
+        expected = step(second)
+    assert all(error(found, expected) < 1e-5 for found in results)
 
 
 def test_data_parallel_with_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

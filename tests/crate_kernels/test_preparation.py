@@ -95,7 +95,8 @@ def test_prepare_copies_where_there_is_nothing_to_do(device: str) -> None:
     assert torch.equal(found.offset, bias) and found.offset.data_ptr() != bias.data_ptr() and found.column_sum is None
 
 
-def test_same_weights_have_one_table_and_see_new_values(device: str) -> None:
+def test_same_weights_have_one_table_and_see_new_values(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "_MOST_TABLES", 8)
     matrices, norm = [torch.randn(16, 16, device=device) for _ in range(2)], Norm(torch.ones(16, device=device))
     preparation._tables.clear()
     for _ in range(3):
@@ -110,10 +111,32 @@ def test_same_weights_have_one_table_and_see_new_values(device: str) -> None:
 
 
 def test_a_graph_cannot_begin_with_unknown_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(preparation, "_stream", lambda device: (1, True))
     on_cuda = SimpleNamespace(device=torch.device("cuda"), data_ptr=lambda: 64)
     with pytest.raises(RuntimeError, match="weights: met for the first time while a CUDA graph is captured"):
         preparation._table([on_cuda], [(None, None, None)])
+    assert not any(key[0] == on_cuda.device for key in preparation._tables)
+
+
+def test_a_table_serves_the_stream_that_filled_it_and_every_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, state = torch.randn(4, 4), SimpleNamespace(stream=1, capturing=False)
+    monkeypatch.setattr(preparation, "_stream", lambda device: (state.stream, state.capturing))
+    monkeypatch.setattr(preparation, "_tables_of_graphs", {})
+
+    def table(stream: int, capturing: bool = False) -> torch.Tensor:
+        state.stream, state.capturing = stream, capturing
+        return preparation._table([matrix], [(None, None, None)])
+
+    first, second = table(1), table(2)
+    assert first is not second and torch.equal(first, second)
+    assert table(1) is first and table(2) is second
+    captured = table(3, capturing=True)  # on a stream of its own, as torch.cuda.graph does it
+    assert captured is first
+    # What a graph reads stays, and serves the next graph, also when the steps between have another table.
+    preparation._tables.clear()
+    assert table(1) is not first
+    assert table(3, capturing=True) is first
+    assert list(preparation._tables_of_graphs.values()) == [first]
 
 
 VIEWS = {"detach", "t", "transpose", "split", "unbind", "view", "alias", "select"}
