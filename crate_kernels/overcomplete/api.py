@@ -64,9 +64,12 @@ def overcomplete_ista(
     x = layer_norm(x, norm_weight, norm_bias, norm_eps)
     arguments = dictionary, out_dictionary, number_as_tensor(step_size), number_as_tensor(lambd)
     if implementation == "triton":
-        out_dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-        tokens, past = (None if t is None else t.reshape(-1, x.shape[-1]) for t in (x, residual))
-        return _OvercompleteISTA.apply(tokens, past, out_dtype, *arguments, dtype).view(x.shape)
+        # A float64 residual, which the kernels do not take, is added behind them.
+        past = residual if residual is not None and residual.dtype in dispatch.TRITON_DTYPES else None
+        out_dtype = dtype if past is None else torch.promote_types(dtype, past.dtype)
+        tokens, rows = (None if t is None else t.reshape(-1, x.shape[-1]) for t in (x, past))
+        out = _OvercompleteISTA.apply(tokens, rows, out_dtype, *arguments, dtype).view(x.shape)
+        return out if residual is past else residual + out
     if implementation == "reference":
         out = reference.overcomplete_ista(x, *arguments)
     else:

@@ -185,6 +185,23 @@ def test_layer_norm_and_x_itself_as_residual_under_autocast(implementation: str,
         assert value.dtype == torch.float32 and error(value, wanted) < 0.1
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_float64_residual_of_float32_tokens(implementation: str, device: str) -> None:
+    inputs = [value.to(device) for value in (torch.randn(9, 8), torch.randn(9, 8).double(), *dictionaries())]
+    upstream = torch.randn(9, 8, dtype=torch.float64).to(device)
+
+    def block(x: Tensor, past: Tensor, *matrices: Tensor) -> Tensor:
+        return step(x, *matrices, residual=past)
+
+    with crate_kernels.use(implementation):
+        found = gradients(block, inputs, upstream)
+    exact = gradients(
+        lambda x, past, *matrices: past + truth(x, *matrices), [value.double() for value in inputs], upstream
+    )
+    assert [value.dtype for value in found] == [torch.float64, *(value.dtype for value in inputs)]
+    assert max(map(error, found, exact)) < 1e-5
+
+
 @FORMS
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_as_they_arrive(implementation: str, coupled: bool, device: str) -> None:
