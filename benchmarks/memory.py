@@ -152,8 +152,8 @@ def fits(name: str, model: nn.Module, size: int, dtype: torch.dtype) -> int | No
     try:
         return peak(name, model, Batch.random(model.config, size, device, dtype))
     except RuntimeError as problem:
-        # cuBLAS says it in words of its own.
-        if not isinstance(problem, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(problem):
+        # Libraries, drivers and compilers say it in words of their own.
+        if not any(words in str(problem) for words in ("out of memory", "ALLOC_FAILED")):
             raise
     return None
 

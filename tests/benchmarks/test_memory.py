@@ -85,6 +85,8 @@ def test_only_a_lack_of_memory_ends_a_try(monkeypatch):
     for problem, expected in (
         (torch.OutOfMemoryError("CUDA out of memory"), None),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), None),
+        (RuntimeError("CUDA error: out of memory"), None),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), None),
         (RuntimeError("an illegal memory access"), RuntimeError),
     ):
 
