@@ -25,7 +25,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +174,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     found = harness.environment(device)
     if found["commit"] is None:
         found["dirty"] = None  # a copy without its repository
-    found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "pytest": metadata.version("pytest")}
+    found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "pytest": harness.version("pytest")}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["compute_capability"] = f"{properties.major}.{properties.minor}"

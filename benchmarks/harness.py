@@ -316,7 +316,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_cuda else None,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
@@ -338,7 +338,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """Of an installed distribution; None where it is not."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
