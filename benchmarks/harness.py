@@ -312,6 +312,8 @@ def ceilings(record: Record, device: torch.device, dtype_name: str) -> Ceilings:
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and with what a result was measured: enough to know whether two results may be compared."""
     on_cuda = device.type == "cuda"
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *_WRITTEN_BY_BENCHMARKS)
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_cuda else None,
@@ -319,8 +321,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": version("triton"),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *_WRITTEN_BY_BENCHMARKS)),
+        "commit": commit,
+        "dirty": None if commit is None else bool(changes),  # who knows, in a copy without its repository
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

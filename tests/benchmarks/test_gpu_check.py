@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, parts
+from benchmarks import gpu_check, harness, parts
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels.operators import OPERATORS
 from benchmarks.parts import RESULTS, Part, Runner
@@ -300,6 +300,12 @@ def test_rehearsal_on_the_cpu(tmp_path, capsys):
         assert row["tflops"] > 0 and row["timed_by"] == "host clock"
         assert row["provider"].startswith("products") or row["error"].keys() >= {"out", "gradient 0"}
     assert "products" in printed and "images/s" in printed
+
+
+def test_a_copy_without_its_repository_is_not_called_clean(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    found = harness.environment(torch.device("cpu"))
+    assert found["commit"] is None and found["dirty"] is None
 
 
 OPTIONAL = ("hypothesis", "jsonargparse", "matplotlib", "tensorboard", "pytest_benchmark", "transformers", "timm")
