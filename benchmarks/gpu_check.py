@@ -39,7 +39,7 @@ PASSING = ("passed", "unavailable")
 
 # Of the time for everything, what is kept for the times at the end; and how long a part may be silent before it is ended.
 SECONDS_FOR_TIMES = 150
-QUIET_SECONDS = {"tests": 120, "memory checker": 120, "times": 90}
+QUIET_SECONDS = {"tests": 120, "memory checker": 180, "times": 90}
 # Tests of one function that share a process: a process costs some seconds to start, a long one keeps the others waiting.
 TESTS_A_PROCESS = 12
 
@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="list the parts; needs no device")
     parser.add_argument("--seconds", type=float, default=460, help="time for everything (default: 460)")
     parser.add_argument(
-        "--jobs", type=int, default=max(1, min(4, (os.cpu_count() or 1) // 2)), help="parts that share the device"
+        "--jobs", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)), help="parts that share the device"
     )
     return parser
 
