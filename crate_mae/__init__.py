@@ -1,8 +1,17 @@
 """CRATE-MAE: a masked autoencoder whose layers are derived, its models and its pre-training, on ``crate_kernels``."""
 
-from crate_mae.checkpoints import load_model, save_model
+from crate_mae.checkpoints import load_model, load_transform, save_model
 from crate_mae.config import ModelConfig
 from crate_mae.model import CrateMAE, MAEOutput
 from crate_mae.registry import MODELS, create_model
 
-__all__ = ["MODELS", "CrateMAE", "MAEOutput", "ModelConfig", "create_model", "load_model", "save_model"]
+__all__ = [
+    "MODELS",
+    "CrateMAE",
+    "MAEOutput",
+    "ModelConfig",
+    "create_model",
+    "load_model",
+    "load_transform",
+    "save_model",
+]

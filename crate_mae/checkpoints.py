@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crate_mae.config import ModelConfig
-from crate_mae.model import CrateMAE
-from crate_mae.registry import create_model
+from crate_mae.data.folder import COLOUR_MODES
+from crate_mae.data.transforms import Normalization, centre_crop, image_to_tensor
+from crate_mae.model import UNUSED_OFFICIAL_ENTRIES, CrateMAE
+from crate_mae.registry import MODELS, create_model
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
@@ -27,7 +33,12 @@ def save_model(model: CrateMAE, directory: str | Path) -> None:
     config["model"] = dataclasses.asdict(model.config)
     _replace(config_file, lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    _replace(directory / WEIGHTS_FILE, lambda part: save_file(weights, part))
+
+    def write(part: Path) -> None:
+        save_file(weights, part)
+        shutil.copymode(config_file, part)  # else it is the owner's alone, unlike all other files
+
+    _replace(directory / WEIGHTS_FILE, write)
 
 
 def load_model(
@@ -40,6 +51,8 @@ def load_model(
 ) -> CrateMAE:
     """A model from a directory that ``save_model`` or a pre-training run wrote, or from an official checkpoint file.
 
+    It stands on the CPU in training mode, as one just created; no layer behaves otherwise in evaluation.
+
     Args:
         path: the directory, or a ``.pth``, ``.pt`` or ``.safetensors`` file with weights alone.
         name: the published size of weights alone, as for ``create_model``.
@@ -49,7 +62,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: weights alone came without name, lambd or step_size; or a directory came with any of them.
+        ValueError: weights alone came without name, lambd or step_size; or a directory came with any of them; or a file is
+            not what its name says.
         RuntimeError: the weights do not fit the model; unknown entries count.
     """
     path = Path(path)
@@ -70,30 +84,125 @@ def load_model(
                 f"or pass the directory of a run, whose {CONFIG_FILE} says them"
             )
         model = create_model(name, lambd=lambd, step_size=step_size, **overrides)
-    model.load_state_dict(read_weights(path), strict=True)
+    weights = read_weights(path)
+    _refuse_what_does_not_fit(weights, model, path)
+    model.load_state_dict(weights, strict=True)
     return model
 
 
+def load_transform(directory: str | Path) -> Callable[[Image.Image], Tensor]:
+    """What turns a photograph into a model's input, as validation does in the pre-training run that wrote ``directory``.
+
+    Returns:
+        A function of a Pillow image: upright, in the model's colours, its largest centred part resized to the model's image size,
+        (pixels / 255 - mean) / std with the run's numbers; a float32 tensor [channels, height, width].
+
+    Raises:
+        FileNotFoundError: there is no ``config.json``.
+        ValueError: it is of a model alone, and does not say how its images were standardised; or its images are no photographs.
+    """
+    file = Path(directory) / CONFIG_FILE
+    model, images = _read_config(file), _read_json(file).get("images")
+    if not images:
+        raise ValueError(
+            f"{file}: expected a section images with mean and std, as a pre-training run writes; it has none"
+        )
+    if model.in_chans not in COLOUR_MODES:
+        raise ValueError(
+            f"{file}: photographs have {', '.join(map(str, COLOUR_MODES))} channels, its model {model.in_chans}"
+        )
+    normalization = Normalization(images["mean"], images["std"], model.in_chans)
+
+    def transform(image: Image.Image) -> Tensor:
+        upright = ImageOps.exif_transpose(image).convert(COLOUR_MODES[model.in_chans])
+        return normalization(image_to_tensor(centre_crop(upright, model.image_shape)))
+
+    return transform
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a weights file; of an official training checkpoint, its ``model`` entry."""
+    """The state dict in a weights file; of a training checkpoint, its ``model`` or ``state_dict`` entry.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no named tensors.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("model", state)
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    except SafetensorError as problem:
+        raise ValueError(f"{path}: not a whole safetensors file ({problem})") from problem
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected tensors by name, or a checkpoint with them under model or state_dict")
+    return state
+
+
+def _read_checkpoint(path: Path) -> Any:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as problem:  # what is no pickle of torch's raises anything, a KeyError for one
+        raise ValueError(
+            f"{path}: expected a file that torch.save wrote, of tensors and plain values alone (a pickled module is not loaded; "
+            f"save its state_dict())"
+        ) from problem
+    for entry in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(entry), dict):
+            return state[entry]
+    return state
+
+
+def _refuse_what_does_not_fit(weights: dict[str, Tensor], model: CrateMAE, path: Path) -> None:
+    """In a line, where torch has one for every entry."""
+    expected = model.state_dict()
+    found = {name: value for name, value in weights.items() if name not in UNUSED_OFFICIAL_ENTRIES}
+    problems = []
+    for what, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            problems.append(f"{what} {min(names)}{more}")
+    for name in expected.keys() & found.keys():
+        if expected[name].shape != found[name].shape:
+            problems.append(f"{name} is {tuple(found[name].shape)} and not {tuple(expected[name].shape)}")
+            break
+    if not problems:
+        return
+    token, hint = found.get("cls_token"), ""
+    if token is not None and token.shape[-1] != model.config.embed_dim:
+        sizes = [name for name, config in MODELS.items() if config.embed_dim == token.shape[-1]]
+        hint = f"; its tokens are {token.shape[-1]} wide{', as those of ' + sizes[0] if sizes else ''}"
+    elif found and all(name.startswith("module.") for name in found):
+        hint = "; it was saved from a DistributedDataParallel model: save model.module.state_dict()"
+    raise RuntimeError(
+        f"{path}: the weights are not this model's (width {model.config.embed_dim}): {'; '.join(problems)}{hint}"
+    )
 
 
 def _read_config(path: Path) -> ModelConfig:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; a model directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    fields = json.loads(path.read_text()).get("model", {})
+    fields = _read_json(path).get("model", {})
     missing = {"lambd", "step_size"} - fields.keys()
     if missing:
         raise ValueError(
             f"{path}: its model section lacks {', '.join(sorted(missing))}; the weights mean nothing without"
         )
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
+    if unknown:
+        raise ValueError(f"{path}: its model section has {', '.join(sorted(unknown))}, which no ModelConfig has")
     return ModelConfig(**fields)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; a model directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"{path}: not whole JSON ({problem})") from problem
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object with a model section, got {type(content).__name__}")
+    return content
 
 
 def _replace(path: Path, write: Any) -> None:

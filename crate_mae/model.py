@@ -19,7 +19,7 @@ from crate_kernels import (
     encoder_layer,
     prepare_layers,
 )
-from crate_kernels.precision import compute_dtype
+from crate_kernels.precision import compute_dtype, is_autocast
 from crate_mae.config import ModelConfig, grid_of
 from crate_mae.patches import patchify, removed_patches, unpatchify
 from crate_mae.positions import sine_cosine
@@ -173,6 +173,7 @@ class CrateMAE(nn.Module):
             mask: 1 where a patch was removed.
 
         Raises:
+            TypeError: images are no tensor of the parameters' dtype (under autocast: of a floating-point dtype).
             ValueError: images, mask_ratio or noise do not fit.
         """
         patches = self._patches(images)
@@ -189,7 +190,10 @@ class CrateMAE(nn.Module):
         return MAEOutput(self._loss(images, pred, mask), pred, mask)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens [batch, 1 + patches, width] after the encoder's final norm, no patch removed; the class token is first."""
+        """Tokens [batch, 1 + patches, width] after the encoder's final norm, no patch removed; the class token is first.
+
+        Images and errors as in ``forward``. ``torch.no_grad()`` around it keeps nothing for a backward.
+        """
         self._patches(images)
         return self._encode(self._embed(images))
 
@@ -222,9 +226,16 @@ class CrateMAE(nn.Module):
 
     def _patches(self, images: Tensor) -> int:
         """Check the images; return how many patches each has."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: expected a tensor [batch, channels, height, width], got {type(images).__name__}")
         if images.ndim != 4 or images.shape[1] != self.config.in_chans:
             raise ValueError(
                 f"images: expected [batch, {self.config.in_chans} channels, height, width], got shape {tuple(images.shape)}"
+            )
+        parameters = self.cls_token.dtype
+        if not (images.is_floating_point() if is_autocast(images) else images.dtype == parameters):
+            raise TypeError(
+                f"images: expected {parameters}, standardised as in training ((pixels / 255 - mean) / std), got {images.dtype}"
             )
         rows, columns = grid_of(tuple(images.shape[-2:]), self.config.patch_size)
         return rows * columns

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from support import SMALL, small_model
 
-from crate_mae import CrateMAE, load_model, save_model
+from crate_mae import CrateMAE, create_model, load_model, load_transform, save_model
 
 
 def official_state(model: CrateMAE) -> dict[str, torch.Tensor]:
@@ -83,3 +85,88 @@ def test_a_directory_knows_what_it_holds(tmp_path: Path) -> None:
         load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_model(tmp_path / "nowhere.pth", "crate_mae_tiny", lambd=1.0, step_size=0.1)
+
+
+def test_weights_are_as_readable_as_their_config(tmp_path: Path) -> None:
+    save_model(small_model(), tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+OFFICIAL = dict(lambd=0.5, step_size=0.1)
+
+
+def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    state = small_model().state_dict()
+    cases = [
+        (create_model("crate_mae_tiny", depth=1, decoder_depth=1).state_dict(), "384 wide, as those of crate_mae_tiny"),
+        ({f"module.{name}": value for name, value in state.items()}, "save model.module.state_dict()"),
+        ({**state, "rotary": torch.ones(1)}, "has unknown rotary"),
+        ({name: value for name, value in state.items() if name != "mask_token"}, "lacks mask_token"),
+    ]
+    for weights, told in cases:
+        torch.save(weights, path)
+        with pytest.raises(RuntimeError) as caught:
+            load_model(path, "crate_mae_tiny", **OFFICIAL, **SMALL)
+        message = str(caught.value)
+        assert told in message and str(path) in message and "\n" not in message and len(message) < 400, message
+
+
+def test_checkpoints_under_state_dict_load(tmp_path: Path) -> None:
+    model, path = small_model(**OFFICIAL), tmp_path / "weights.pt"
+    torch.save({"state_dict": official_state(model)}, path)
+    assert same(load_model(path, "crate_mae_tiny", **OFFICIAL, **SMALL), model)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_is_no_checkpoint_is_named(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    contents: list[bytes] = [b"", b"hello", b"\xff\xd8\xff\xe0"]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"weights{suffix}: "):
+            load_model(path, "crate_mae_tiny", **OFFICIAL, **SMALL)
+    if suffix == ".pth":
+        for content in (small_model(), [torch.ones(1)], {"epoch": 3}):
+            torch.save(content, path)
+            with pytest.raises(ValueError, match=r"weights\.pth: expected"):
+                load_model(path, "crate_mae_tiny", **OFFICIAL, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"model": ', "not whole JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"model": {"foo": 1}}', "lacks lambd, step_size"),
+    ],
+)
+def test_a_config_that_says_nothing_is_named(content: str, told: str, tmp_path: Path) -> None:
+    save_model(small_model(), tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"config.json: .*{told}"):
+        load_model(tmp_path)
+
+
+def test_unknown_fields_of_a_config_are_named(tmp_path: Path) -> None:
+    save_model(small_model(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model": config["model"] | {"depht": 3}}))
+    with pytest.raises(ValueError, match="has depht"):
+        load_model(tmp_path)
+
+
+def test_transform_standardises_the_centre_as_the_run_did(tmp_path: Path) -> None:
+    save_model(small_model(img_size=8), tmp_path)
+    with pytest.raises(ValueError, match="section images"):
+        load_transform(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["images"] = dict(mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 2.0])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    expected = torch.tensor(pixels[:, 2:10]).permute(2, 0, 1) / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    expected /= torch.tensor([0.5, 0.25, 2.0]).view(3, 1, 1)
+    found = load_transform(tmp_path)(Image.fromarray(pixels))
+    torch.testing.assert_close(found, expected)
+    grey = Image.fromarray(pixels[..., 0])
+    assert load_model(tmp_path).encode(load_transform(tmp_path)(grey)[None]).isfinite().all()

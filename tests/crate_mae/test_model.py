@@ -121,6 +121,13 @@ def test_compiles_whole() -> None:
     [
         (lambda m: m(torch.randn(2, 3, 18, 16)), ValueError, "divisible by patch_size 4, got 18 x 16"),
         (lambda m: m(torch.randn(2, 1, 16, 16)), ValueError, r"images: expected \[batch, 3 channels, height, width\]"),
+        (
+            lambda m: m.encode(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)),
+            TypeError,
+            "float32, standardised .* got torch.uint8",
+        ),
+        (lambda m: m.encode(torch.randn(2, 3, 16, 16).half()), TypeError, "images: expected torch.float32"),
+        (lambda m: m.encode(torch.randn(2, 3, 16, 16).numpy()), TypeError, "images: expected a tensor .* got ndarray"),
         (lambda m: m(torch.randn(2, 3, 16, 16), mask_ratio=1.0), ValueError, "mask_ratio: expected .* got 1.0"),
         (
             lambda m: m(torch.randn(2, 3, 16, 16), noise=torch.rand(2, 4)),
