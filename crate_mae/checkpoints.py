@@ -163,14 +163,14 @@ def _refuse_what_does_not_fit(weights: dict[str, Tensor], model: CrateMAE, path:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             problems.append(f"{what} {min(names)}{more}")
-    for name in expected.keys() & found.keys():
+    for name in sorted(expected.keys() & found.keys()):
         if expected[name].shape != found[name].shape:
             problems.append(f"{name} is {tuple(found[name].shape)} and not {tuple(expected[name].shape)}")
             break
     if not problems:
         return
     token, hint = found.get("cls_token"), ""
-    if token is not None and token.shape[-1] != model.config.embed_dim:
+    if token is not None and token.ndim and token.shape[-1] != model.config.embed_dim:
         sizes = [name for name, config in MODELS.items() if config.embed_dim == token.shape[-1]]
         hint = f"; its tokens are {token.shape[-1]} wide{', as those of ' + sizes[0] if sizes else ''}"
     elif found and all(name.startswith("module.") for name in found):
