@@ -71,7 +71,7 @@ class Acceleration:
         lines = [f"swapped {len(self.swapped)} modules"]
         if not self.swapped and not self.left_alone:
             lines[0] += (
-                ": none has the structure of an official one (crate_mae's models, and accelerated ones, run on the kernels as they are)"
+                ": none has the structure of an official one (crate_mae's and accelerated models run on the kernels as they are)"
             )
         lines += [f"  {name}: {kind.__name__}" for name, kind in self.swapped.items()]
         if self.left_alone:
