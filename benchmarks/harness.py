@@ -6,6 +6,7 @@ turns, so that a drift of the clock or a neighbour's load meets all of them, and
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -76,9 +77,18 @@ class Row(TypedDict, total=False):
 
 
 class Record:
-    """The rows of a run: each is complete, written and announced as soon as it is there."""
+    """The rows of a run: each is complete, written and announced as soon as it is there.
+
+    Raises:
+        SystemExit: the file of ``--json`` cannot be written; what is measured must not be lost.
+    """
 
     def __init__(self, device: torch.device, seed: int | None, file: str | Path | None) -> None:
+        if file:
+            try:
+                write_json_lines(file, [])
+            except OSError as problem:
+                raise SystemExit(f"--json {file}: expected a file that can be written: {problem.strerror}") from None
         self.surroundings = {"seed": seed, **environment(device)}
         self.file = file
         self.rows: list[dict[str, Any]] = []
@@ -104,6 +114,49 @@ class Record:
         if self.rows:
             print(", ".join(f"{name} {value}" for name, value in self.surroundings.items()))
             print(table_of(self.rows))
+
+    def refuse_nothing(self) -> None:
+        """What ends a run in which no provider took part.
+
+        Raises:
+            SystemExit: every row but the ceilings is of an absent provider; why each is.
+        """
+        rows = [row for row in self.rows if row["operator"] != "ceilings"]
+        if all("unavailable" in row for row in rows):
+            reasons = dict.fromkeys(f"{row['provider']}: {row['unavailable']}" for row in rows)
+            raise SystemExit(f"nothing was measured; {'; '.join(reasons)}")
+
+
+def device_named(name: str) -> torch.device:
+    """The device that ``--device`` asks for.
+
+    Raises:
+        SystemExit: it is neither the CPU nor a CUDA device that torch finds.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise SystemExit(f"--device {name}: expected cpu, cuda or cuda:NUMBER")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit(f"--device {name}: torch finds no CUDA device; --device cpu measures this machine's CPU")
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise SystemExit(f"--device {name}: expected a number below {count}, which is how many torch finds")
+    return device
+
+
+def positive(text: str) -> int:
+    """The type of an argument that counts something.
+
+    Raises:
+        ArgumentTypeError: it is no whole number of at least 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def in_one_line(problem: BaseException) -> str:
@@ -163,7 +216,7 @@ def check_agreement(
 def time_interleaved(
     providers: Mapping[str, Provider], device: torch.device, *, rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Milliseconds of each provider in each of ``rounds`` turns; each turn starts with another provider.
+    """Milliseconds of each provider, if any, in each of ``rounds`` turns; each turn starts with another provider.
 
     The device is idle when a call begins, so on a GPU (CUDA events) the time includes what the host fails to hide.
     """
@@ -173,10 +226,10 @@ def time_interleaved(
         for provider in providers.values():
             timed(provider)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    for _ in range(rounds):
+        for name in names:
             times[name].append(timed(providers[name]))
+        names = names[1:] + names[:1]
     return times
 
 
@@ -395,10 +448,16 @@ def _shape(row: Mapping[str, Any]) -> str:
     return "x".join(map(str, shape.values() if isinstance(shape, dict) else shape))
 
 
+def describe_model(row: Mapping[str, Any]) -> str:
+    """The model with what differs from its published size, in words; nothing where there is no model."""
+    overrides = row.get("overrides") or {}
+    return " ".join([row.get("model") or "", *(f"{name}={value}" for name, value in overrides.items())]).strip()
+
+
 # How rows are printed.
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "operator": lambda row: row["operator"],
-    "model": lambda row: row.get("model") or "",
+    "model": describe_model,
     "shape": _shape,
     "dtype": lambda row: row.get("dtype") or "",
     "mode": lambda row: row.get("mode") or "",

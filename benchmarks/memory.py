@@ -25,7 +25,7 @@ import crate_mae
 from benchmarks import harness
 from benchmarks.harness import Record, in_one_line
 from benchmarks.peers import STEPS, Absent
-from benchmarks.training_step import BASELINE, Batch, Stepper, add_model_arguments, bytes_of
+from benchmarks.training_step import BASELINE, Batch, Stepper, add_model_arguments, bytes_of, check_model
 from crate_kernels import dispatch
 from crate_kernels.precision import layer_norm
 from crate_mae.config import ModelConfig, grid_of
@@ -222,7 +222,8 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = _parser().parse_args(argv)
-    device = torch.device(arguments.device)
+    device = harness.device_named(arguments.device)
+    check_model(arguments)
     on_cuda = device.type == "cuda"
     if arguments.largest and arguments.layers:
         raise SystemExit("--largest: not with --layers, which runs no step")
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     ours = "triton" if on_cuda or arguments.layers else "composed"
     plain = [BASELINE] if arguments.layers else [BASELINE, "composed"]
     variants = (ours, f"{ours} 16bit", f"{ours} recompute", f"{ours} float32 recompute")
-    arguments.providers = arguments.providers or list(dict.fromkeys((*plain, *variants)))
+    arguments.providers = list(dict.fromkeys(arguments.providers or (*plain, *variants)))
     record = Record(device, arguments.seed, arguments.json)
     torch.manual_seed(arguments.seed)
     for dtype in arguments.dtype:
@@ -241,13 +242,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if arguments.largest:
             measure(record, arguments, device, dtype, max(arguments.batch), "largest batch")
     record.show()
+    record.refuse_nothing()
     return record.rows
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.partition("\n")[0])
     add_model_arguments(parser)
-    parser.add_argument("--batch", nargs="+", type=int, default=[256], help="images a step")
+    parser.add_argument("--batch", nargs="+", type=harness.positive, default=[256], help="images a step")
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["bfloat16"])
     parser.add_argument(
         "--layers", action="store_true", help="what single layers save for the backward, and nothing else"

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from benchmarks import harness, peers
 from benchmarks.harness import Ceilings, Record, in_one_line
 from benchmarks.peers import STEPS, Absent, Step
 from crate_mae.config import ModelConfig, grid_of
+from crate_mae.registry import MODELS
 
 BASELINE = "reference"
 
@@ -350,11 +351,8 @@ def default_providers(device: torch.device) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = _parser().parse_args(argv)
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(
-            f"--device {arguments.device}: torch finds no CUDA device; --device cpu measures this machine's CPU"
-        )
+    device = harness.device_named(arguments.device)
+    check_model(arguments)
     rounds = arguments.rounds or (30 if device.type == "cuda" else 5)
     arguments.providers = arguments.providers or default_providers(device)
     with harness.side_stream(device):
@@ -384,13 +382,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                     seed=arguments.seed,
                 )
     record.show()
+    record.refuse_nothing()
     return record.rows
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.partition("\n")[0])
     add_model_arguments(parser)
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="images a step")
+    parser.add_argument("--batch", nargs="+", type=harness.positive, default=[1, 8], help="images a step")
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["float32", "bfloat16"])
     parser.add_argument(
         "--providers",
@@ -399,7 +398,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"default: reference, and triton on CUDA, else composed; of {', '.join(map(repr, STEPS))}",
     )
-    parser.add_argument("--rounds", type=int, help="timed turns (default: 30 on CUDA, 5 on the CPU)")
+    parser.add_argument("--rounds", type=harness.positive, help="timed turns (default: 30 on CUDA, 5 on the CPU)")
     parser.add_argument("--optimizer", action="store_true", help="AdamW's update is part of the step")
     parser.add_argument("--first-step", action="store_true", help="time the first step of a new process instead")
     parser.add_argument("--one-step", action="store_true", help=argparse.SUPPRESS)
@@ -410,18 +409,44 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that every program about whole models has."""
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help=f"torch device (here: {default_device})")
-    parser.add_argument("--model", default="crate_mae_base", help="a name crate_mae.create_model knows")
     parser.add_argument(
-        "--set", nargs="+", default=[], type=_override, metavar="NAME=VALUE", help="model overrides: depth=1"
+        "--model", default="crate_mae_base", choices=MODELS, metavar="NAME", help=f"one of {', '.join(MODELS)}"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=_override,
+        metavar="NAME=VALUE",
+        help="model overrides: depth=1",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="append the results as JSON lines")
+
+
+def check_model(arguments: argparse.Namespace) -> None:
+    """``--model`` with ``--set``, made without memory.
+
+    Raises:
+        SystemExit: the overrides do not make a model.
+    """
+    overrides = dict(arguments.set)
+    try:
+        with torch.device("meta"):
+            crate_mae.create_model(arguments.model, **overrides)
+    except (TypeError, ValueError) as problem:
+        words = " ".join(f"{name}={json.dumps(value)}" for name, value in overrides.items())
+        raise SystemExit(f"--set {words}: {in_one_line(problem)}") from None
 
 
 def _override(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    known = [field.name for field in fields(ModelConfig)]
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{name!r} in {text!r} is not one of {', '.join(known)}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

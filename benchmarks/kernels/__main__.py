@@ -58,23 +58,27 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The rows.
 
     Raises:
-        SystemExit: an operator of ours was wrong or failed somewhere; its rows say so, and all else was measured.
+        SystemExit: an argument is refused, before anything is measured; or an operator of ours was wrong or failed somewhere,
+            its rows say so, and all else was measured.
     """
     arguments = _parser().parse_args(argv)
-    device = torch.device(arguments.device)
+    device = harness.device_named(arguments.device)
     shape = Shape(arguments.batch, arguments.tokens, arguments.width, arguments.heads)
+    operators = arguments.operators or list(OPERATORS)
+    if shape.width % shape.heads and set(operators) & set(WITH_HEADS):
+        raise SystemExit(f"--width {shape.width}: expected a multiple of --heads {shape.heads}")
     modes = ["forward+backward" if mode == "both" else mode for mode in arguments.modes]
     sweeps = SWEEPS if "all" in arguments.sweep else arguments.sweep
     failures = []
     # Everything on one stream that can be captured.
     with harness.side_stream(device):
         if arguments.once:
-            for name in arguments.operators:
+            for name in operators:
                 once(name, shape, device, arguments.dtype, arguments.seed)
             return []
         record = harness.Record(device, arguments.seed, arguments.json)
         ceilings: dict[str, harness.Ceilings] = {}
-        for name in arguments.operators or OPERATORS:
+        for name in operators:
             for each, dtype in cases(name, shape, arguments.dtype, sweeps):
                 if dtype not in ceilings:
                     ceilings[dtype] = harness.ceilings(record, device, dtype)
@@ -95,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     record.show()
     if failures:
         raise SystemExit("\n".join(failures))
+    record.refuse_nothing()
     return record.rows
 
 
@@ -110,12 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", nargs="+", choices=[*SWEEPS, "all"], default=[], help="shapes and dtypes besides")
     parser.add_argument("--peers", nargs="+", choices=GROUPS, default=GROUPS, help="kinds of peers (default: all)")
     parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
-    parser.add_argument("--batch", type=int, default=64 if on_cuda else 4)
-    parser.add_argument("--tokens", type=int, default=197)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--batch", type=harness.positive, default=64 if on_cuda else 4)
+    parser.add_argument("--tokens", type=harness.positive, default=197)
+    parser.add_argument("--width", type=harness.positive, default=768)
+    parser.add_argument("--heads", type=harness.positive, default=12)
     parser.add_argument("--dtype", choices=harness.DTYPES, default="bfloat16" if on_cuda else "float32")
-    parser.add_argument("--rounds", type=int, default=100 if on_cuda else 5, help="timed turns")
+    parser.add_argument("--rounds", type=harness.positive, default=100 if on_cuda else 5, help="timed turns")
     parser.add_argument("--once", action="store_true", help="run our operator once, forward and backward; time nothing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="append the results as JSON lines")

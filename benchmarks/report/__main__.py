@@ -63,16 +63,24 @@ def documents(folders: Sequence[Path], chosen: Sequence[Path], readme: Path) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    folders = device_folders(arguments.results)
+    folders = device_folders(arguments.results) if arguments.results.is_dir() else []
+    if not folders:
+        raise SystemExit(f"--results {arguments.results}: expected a folder that holds one a device, with .jsonl files")
+    if not arguments.readme.is_file():
+        raise SystemExit(
+            f"--readme {arguments.readme}: expected a file, with one line {BEGIN} and after it one line {END}"
+        )
     chosen = [folder for folder in folders if arguments.device in (None, folder.name)]
     if not chosen:
-        names = ", ".join(folder.name for folder in folders) or "none"
+        names = ", ".join(folder.name for folder in folders)
         raise SystemExit(f"--device {arguments.device}: {arguments.results} has results of: {names}")
     texts, measured = documents(folders, chosen, arguments.readme)
     if arguments.check:
         wrong = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
         for path in wrong:
             print(f"{path} is not what the results say; `python -m benchmarks.report` writes it")
+        if not wrong:
+            print(f"{', '.join(map(str, texts))}: what the results say")
         return int(bool(wrong))
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import harness
+
 Row = dict[str, Any]
 
 # Compiled without a device: another format, with a report of its own.
@@ -147,5 +149,4 @@ def describe_model(row: Row) -> str:
     """The model with what differs from its published size, in words; for a rival, the model that it is compared with."""
     if row["provider"].startswith("vit-mae"):
         return "crate_mae_base"
-    overrides = row.get("overrides") or {}
-    return " ".join([row.get("model") or "", *(f"{name}={value}" for name, value in overrides.items())]).strip()
+    return harness.describe_model(row)

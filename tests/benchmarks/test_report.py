@@ -277,9 +277,10 @@ def test_report_and_readme(place, capsys):
     assert "[80.0; 5.00x (4.50 to 5.50)](results/nvidia_h200/steps.jsonl#L2)" in readme
     assert "**NVIDIA H200**" in readme and "`0123456`" in readme and "on a GPU yet" not in readme
 
-    assert run(place, "--check") == 0
-    place["readme"].write_text(readme.replace("[80.0", "[79.0"))
     capsys.readouterr()
+    assert run(place, "--check") == 0
+    assert capsys.readouterr().out.endswith(f"{place['readme']}: what the results say\n")
+    place["readme"].write_text(readme.replace("[80.0", "[79.0"))
     assert run(place, "--check") == 1
     assert capsys.readouterr().out.startswith(f"{place['readme']} is not what the results say")
 
