@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     name = harness.environment(torch.device(arguments.device))["device"]
     folder = arguments.out or parts.ROOT / "benchmarks" / "results" / harness.slug(name)
-    folder.mkdir(parents=True, exist_ok=True)
+    harness.make_folder("--out", folder)
     seconds = arguments.seconds or (float("inf") if arguments.full else 520)
     statuses = Counter()
     with tempfile.TemporaryDirectory() as scratch:

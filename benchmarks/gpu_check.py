@@ -208,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if arguments.json and not arguments.dry_run:
+        harness.make_folder("--json", arguments.json.parent)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         checker = find_memory_checker()

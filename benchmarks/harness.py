@@ -15,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -146,6 +147,21 @@ def device_named(name: str) -> torch.device:
         if (device.index or 0) >= count:
             raise SystemExit(f"--device {name}: expected a number below {count}, which is how many torch finds")
     return device
+
+
+def make_folder(argument: str, folder: Path) -> None:
+    """Make the folder of an argument where it is missing, and write to it once.
+
+    Raises:
+        SystemExit: that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as problem:
+        raise SystemExit(
+            f"{argument}: expected a folder that can be written, got {folder}: {problem.strerror}"
+        ) from None
 
 
 def positive(text: str) -> int:

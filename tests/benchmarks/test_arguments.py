@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import harness, memory, training_step
+from benchmarks import gpu_bench, gpu_check, harness, memory, training_step
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.report import __main__ as report
 
@@ -121,6 +121,13 @@ def test_nothing_measured_is_a_failure_that_says_why(monkeypatch):
     rows = training_step.main([*arguments, "--providers", "triton", "composed"])
     found = {row["provider"]: row["ms"] for row in rows if row["operator"] == "training_step"}
     assert found["triton"] is None and found["composed"]["p50"] > 0
+
+
+@pytest.mark.parametrize(("program", "argument"), [(gpu_check, "--json"), (gpu_bench, "--out")])
+def test_of_the_unattended_runs(monkeypatch, program, argument):
+    monkeypatch.setattr(program.Runner, "run", lambda *_: pytest.fail("a part was run"))
+    with pytest.raises(SystemExit, match=f"{argument}: expected a folder that can be written, got /proc/x"):
+        program.main(["--device", "cpu", argument, "/proc/x/y"])
 
 
 def test_of_the_report(tmp_path):
