@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from crate_mae.data.batches import BatchSampler, PretrainImages, epoch_order, pretrain_loader
-from crate_mae.data.folder import FLOWERS, IMAGE_SUFFIXES, ImageFolder
+from crate_mae.data.batches import BatchSampler, ImageLoader, PretrainImages, epoch_order, pretrain_loader
+from crate_mae.data.folder import COLOUR_MODES, FLOWERS, IMAGE_SUFFIXES, ImageFolder, UnreadableImage
 from crate_mae.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -14,14 +14,17 @@ from crate_mae.data.transforms import (
 )
 
 __all__ = [
+    "COLOUR_MODES",
     "FLOWERS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "IMAGE_SUFFIXES",
     "BatchSampler",
     "ImageFolder",
+    "ImageLoader",
     "Normalization",
     "PretrainImages",
+    "UnreadableImage",
     "centre_crop",
     "epoch_order",
     "image_to_tensor",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from crate_mae.data.folder import ImageFolder
+from crate_mae.data.folder import ImageFolder, UnreadableImage
 from crate_mae.data.transforms import Size, image_to_tensor, random_resized_crop
 
 
@@ -78,20 +79,54 @@ class PretrainImages(Dataset[torch.Tensor]):
         return image_to_tensor(image)
 
 
+class ImageLoader(DataLoader[torch.Tensor]):
+    """A DataLoader of images that raises `UnreadableImage` as it is, also where a worker process meets the file.
+
+    What a worker raises would else come as a text, with its traceback; here it travels in the place of the batch.
+    """
+
+    def __init__(self, images: Dataset[torch.Tensor], **settings: Any) -> None:
+        super().__init__(
+            _ErrorsAsItems(images),
+            collate_fn=_batch_or_error,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
+            **settings,
+        )
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for batch in super().__iter__():
+            if isinstance(batch, UnreadableImage):
+                raise batch
+            yield batch
+
+
+class _ErrorsAsItems(Dataset[Any]):
+    def __init__(self, images: Dataset[torch.Tensor]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Any) -> torch.Tensor | UnreadableImage:
+        try:
+            return self.images[key]
+        except UnreadableImage as error:
+            return error
+
+
+def _batch_or_error(items: list[torch.Tensor | UnreadableImage]) -> torch.Tensor | UnreadableImage:
+    return next((item for item in items if isinstance(item, UnreadableImage)), None) or default_collate(items)
+
+
 def pretrain_loader(
     images: PretrainImages, sampler: BatchSampler, *, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader[torch.Tensor]:
+) -> ImageLoader:
     """Batches of uint8 [batch, channels, height, width], in the sampler's order."""
     # A generator of its own: the loader draws a base seed for its workers, and drawing it from the global generator
     # would make the random state after a resumed run differ from an uninterrupted one's.
     generator = torch.Generator().manual_seed(images.seed)
-    return DataLoader(
-        images,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=generator,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
+    return ImageLoader(
+        images, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, generator=generator
     )
 
 

@@ -17,6 +17,17 @@ FLOWERS = Path(__file__).parent / "flowers"
 COLOUR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
+class UnreadableImage(ValueError):
+    """A file that has the name of an image and is none, or is cut short; `remedy` is what to do."""
+
+    def __init__(self, path: Path, reason: str, remedy: str = "remove it, or put a readable one in its place") -> None:
+        super().__init__(path, reason, remedy)  # all three, to be pickled between processes
+        self.path, self.reason, self.remedy = path, reason, remedy
+
+    def __str__(self) -> str:
+        return f"cannot read the image {self.path} ({self.reason}); {self.remedy}"
+
+
 class ImageFolder:
     """The images under a folder, at any depth, in the order of their sorted relative paths.
 
@@ -31,7 +42,8 @@ class ImageFolder:
 
     Raises:
         FileNotFoundError: `root` is not a folder, or holds no image.
-        ValueError: `channels` has no colour mode, or (when the image is decoded) a file is no readable image.
+        ValueError: `channels` has no colour mode.
+        UnreadableImage: a ValueError, when the image is decoded: its file is no readable image.
     """
 
     def __init__(self, root: str | Path, *, channels: int = 3, cache_bytes: int = 512 * 2**20) -> None:
@@ -108,12 +120,12 @@ class ImageFolder:
         with _opened(path) as image:
             try:
                 return ImageOps.exif_transpose(image).convert(COLOUR_MODES[self.channels])
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ValueError(f"cannot decode the image {path}: {error}") from error
+            except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+                raise UnreadableImage(path, str(error)) from error
 
 
 def _opened(path: Path) -> Image.Image:
     try:
         return Image.open(path)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+    except Exception as error:
+        raise UnreadableImage(path, str(error)) from error

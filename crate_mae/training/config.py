@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -88,6 +90,8 @@ class RunConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: int = 10
     """Epochs between validations, after each of which the run is saved."""
+    save_minutes: float = 30.0
+    """Minutes after which the run is saved in the middle of an epoch, too; 0 for never."""
     pictures: int = 8
     """Validation images shown in reconstructions.png."""
 
@@ -103,6 +107,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "images.cache_mb": _NOT_NEGATIVE,
     "images.num_workers": _NOT_NEGATIVE,
     "optimizer.base_lr": _POSITIVE,
+    "optimizer.betas": (lambda betas: all(0 <= beta < 1 for beta in betas), "two values, at least 0 and below 1"),
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.clip_grad": _NOT_NEGATIVE,
     "schedule.epochs": _AT_LEAST_ONE,
@@ -114,6 +119,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.seed": _NOT_NEGATIVE,
     "run.log_every": _AT_LEAST_ONE,
     "run.save_every": _AT_LEAST_ONE,
+    "run.save_minutes": _NOT_NEGATIVE,
     "run.pictures": _AT_LEAST_ONE,
 }
 
@@ -145,10 +151,31 @@ class PretrainConfig:
                 f"schedule.warmup_epochs: expected fewer than the {epochs} of schedule.epochs, got {warmup:g}; "
                 "the peak learning rate would never be reached"
             )
+        peak = self.optimizer.base_lr * self.schedule.batch_size / 256
+        if self.schedule.min_lr > peak:
+            raise ValueError(
+                f"schedule.min_lr: expected at most the peak learning rate {peak:g} "
+                f"(optimizer.base_lr * schedule.batch_size / 256), got {self.schedule.min_lr:g}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for config.json, in the form that `--config` takes."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        """Plain values for config.json, in the form that `--config` takes; paths absolute, to mean the same anywhere."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=os.path.abspath))
+
+
+@contextmanager
+def of_section(name: str, **named_otherwise: str) -> Iterator[None]:
+    """Put the section in front of the messages of what knows settings by their own names: "mean: ..." -> "images.mean: ...".
+
+    Args:
+        named_otherwise: settings by the names that messages have for them.
+    """
+    try:
+        yield
+    except ValueError as error:
+        said, colon, rest = str(error).partition(":")
+        setting = {message: setting for setting, message in named_otherwise.items()}.get(said, said)
+        raise ValueError(f"{name}.{setting}{colon}{rest}") from None
 
 
 def demo_config(out: Path) -> PretrainConfig:

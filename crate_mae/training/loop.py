@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,15 +15,33 @@ from tqdm import tqdm
 
 from crate_mae.checkpoints import CONFIG_FILE, save_model
 from crate_mae.config import grid_of
-from crate_mae.data import FLOWERS, BatchSampler, ImageFolder, Normalization, PretrainImages, pretrain_loader
+from crate_mae.data import (
+    COLOUR_MODES,
+    FLOWERS,
+    BatchSampler,
+    ImageFolder,
+    ImageLoader,
+    Normalization,
+    PretrainImages,
+    UnreadableImage,
+    pretrain_loader,
+)
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import reconstruction_sheet
-from crate_mae.training.config import PretrainConfig
+from crate_mae.registry import count_parameters
+from crate_mae.training.config import PretrainConfig, of_section
 from crate_mae.training.files import replaced, write_json
 from crate_mae.training.interrupts import stop_requests
-from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, StepMeter
+from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, ProgressLines, StepMeter
 from crate_mae.training.optimizer import build_optimizer
-from crate_mae.training.precision import autocast, choose_device, choose_precision, cpu_threads
+from crate_mae.training.precision import (
+    autocast,
+    check_implementation,
+    check_threads,
+    choose_device,
+    choose_precision,
+    cpu_threads,
+)
 from crate_mae.training.run_folder import METRICS, PICTURE, STATE, check_run_folder, clear_run_folder
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.state import load_state, save_state
@@ -47,6 +67,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, overwrite: bool = 
     """Pre-train a CRATE-MAE, and leave its files in `config.out`.
 
     A run is a function of its configuration and its images: interrupted and resumed, it ends with the same weights.
+    An opening line on stdout says what it does; where stderr is no terminal, and so has no progress bar, lines follow.
 
     Args:
         resume: go on with the run in `config.out`; its model, seed, batch size and images must be the same.
@@ -55,7 +76,9 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, overwrite: bool = 
     Raises:
         FileExistsError: `config.out` holds a run, and neither `resume` nor `overwrite` is given.
         FileNotFoundError: there are no images, or there is no run to resume.
-        ValueError: a setting or an image cannot be used; the message names it.
+        NotADirectoryError, PermissionError: `config.out` cannot be written to.
+        ValueError: a setting cannot be used; the message names it.
+        UnreadableImage: a ValueError: a file is no image; if training had begun, the state has been saved.
         NonFiniteLoss: training broke down; the last state saved is kept.
         RunStopped: Ctrl-C or a termination signal; the state has been saved.
     """
@@ -77,6 +100,8 @@ class _Run:
         self.config = config
         self.device = choose_device(config.run.device)
         self.precision = choose_precision(config.run.precision, self.device)
+        check_implementation(self.device, self.precision)
+        check_threads(config.run.threads)
         if config.run.stream == "16bit" and self.precision == "float32":
             raise ValueError('run.stream: "16bit" needs the autocast of run.precision "bfloat16"; here it is "float32"')
 
@@ -84,8 +109,14 @@ class _Run:
         self.model = CrateMAE(config.model).to(self.device).train()
         self.model.stream, self.model.recompute = config.run.stream, config.run.recompute
         images, schedule = config.images, config.schedule
-        self.normalization = Normalization(images.mean, images.std, config.model.in_chans)
+        with of_section("images"):
+            self.normalization = Normalization(images.mean, images.std, config.model.in_chans)
         self.train_folder, self.val_folder = _image_folders(config)
+        if schedule.batch_size > len(self.train_folder):
+            raise ValueError(
+                f"schedule.batch_size: expected 1 to {len(self.train_folder)}, the number of training images, "
+                f"got {schedule.batch_size}; lower --schedule.batch_size"
+            )
         self.steps_per_epoch = len(self.train_folder) // schedule.batch_size
         self.total_steps = schedule.epochs * self.steps_per_epoch
         self.optimizer = build_optimizer(self.model, config.optimizer, schedule.batch_size)
@@ -130,6 +161,7 @@ class _Run:
             start_step=self.step,
             end_step=self.total_steps,
         )
+        self.saved_at = time.monotonic()
 
     def train(self) -> PretrainResult:
         self.config.out.mkdir(parents=True, exist_ok=True)
@@ -146,35 +178,49 @@ class _Run:
             num_workers=self.config.images.num_workers,
             pin_memory=self.device.type == "cuda",
         )
+        _say(self._opening_line())
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc="pretrain", disable=None)
-        meter = StepMeter()
         with stop_requests() as stop, progress:
             try:
-                for pixels in loader:
-                    lr = self._take_step(pixels, meter)
-                    progress.update()
-                    epoch_ended = self.step % self.steps_per_epoch == 0
-                    epoch = self.step // self.steps_per_epoch
-                    due = epoch_ended and (epoch % self.config.run.save_every == 0 or self.step == self.total_steps)
-                    if due or stop.is_set() or self.step % self.config.run.log_every == 0:
-                        self._log(meter, lr, progress)
-                    if due:
-                        self._validate(progress)
-                        self._save()
-                        meter.restart_clock()
-                    if stop.is_set() and self.step < self.total_steps:
-                        self._save()
-                        raise RunStopped(
-                            f"stopped at step {self.step} of {self.total_steps}, saved in {self.config.out}"
-                        )
+                self._take_steps(loader, StepMeter(), progress, stop)
             except NonFiniteLoss as error:
                 raise self._explained(error) from None
         if self.errors is None and self.validation:
             self.errors = self.validation(self.model)
         return PretrainResult(self.config.out, self.step, self.errors)
 
-    def _take_step(self, pixels: torch.Tensor, meter: StepMeter) -> float:
-        """One optimiser step; returns the learning rate it used."""
+    def _take_steps(self, loader: ImageLoader, meter: StepMeter, progress: tqdm, stop: threading.Event) -> None:
+        lines = ProgressLines(self.step, self.total_steps) if progress.disable else None
+        try:
+            for pixels in loader:
+                loss = self._take_step(pixels, meter)
+                progress.update()
+                if lines and (line := lines.after(self.step, loss, self._lr, len(pixels))):
+                    _say(line)
+                validate, stopping = self._validation_is_due(), stop.is_set()
+                save = validate or stopping or self._save_is_due()
+                # Before each save, too: what has diverged must not take the place of the last good state.
+                if save or self.step % self.config.run.log_every == 0:
+                    self._log(meter, progress)
+                if validate:
+                    self._validate()
+                if save:
+                    self._save()
+                    meter.restart_clock()
+                if stopping and self.step < self.total_steps:
+                    raise RunStopped(f"stopped at step {self.step} of {self.total_steps}, saved in {self.config.out}")
+        except UnreadableImage as error:
+            if meter.pending:
+                self._log(meter, progress)
+            self._save_state()
+            remedy = (
+                f"step {self.step} of {self.total_steps} is saved in {self.config.out}: put a readable image in its place, "
+                "and --resume goes on exactly; a training set without it is another, for a run of its own"
+            )
+            raise UnreadableImage(error.path, error.reason, remedy) from None
+
+    def _take_step(self, pixels: torch.Tensor, meter: StepMeter) -> torch.Tensor:
+        """One optimiser step; returns its loss."""
         schedule = self.config.schedule
         lr = warmup_cosine(
             self.step,
@@ -195,43 +241,59 @@ class _Run:
         self.optimizer.step()
         self.step += 1
         meter.add(self.step, loss, grad_norm, len(images))
-        return lr
+        return loss.detach()
+
+    @property
+    def _lr(self) -> float:
+        """The learning rate of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _validation_is_due(self) -> bool:
+        epoch, into_epoch = divmod(self.step, self.steps_per_epoch)
+        return into_epoch == 0 and (epoch % self.config.run.save_every == 0 or self.step == self.total_steps)
+
+    def _save_is_due(self) -> bool:
+        minutes = self.config.run.save_minutes
+        return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
 
     def _mask_noise(self, batch: int) -> torch.Tensor:
         """Drawn on the CPU for each step anew, so that masks depend neither on the device nor on interruptions."""
         rng = np.random.default_rng((self.config.run.seed, _MASK_STREAM, self.step))
         return torch.from_numpy(rng.random((batch, self.patches), dtype=np.float32)).to(self.device, non_blocking=True)
 
-    def _log(self, meter: StepMeter, lr: float, progress: tqdm) -> None:
+    def _log(self, meter: StepMeter, progress: tqdm) -> None:
         averages = meter.read()
         self.metrics.append(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
             loss=averages.loss,
-            lr=lr,
+            lr=self._lr,
             grad_norm=averages.grad_norm,
             images_per_second=averages.images_per_second,
         )
         progress.set_postfix_str(
-            f"loss {averages.loss:.4f}, lr {lr:.2e}, {averages.images_per_second:.0f} images/s", refresh=False
+            f"loss {averages.loss:.4f}, lr {self._lr:.2e}, {averages.images_per_second:.0f} images/s", refresh=False
         )
 
-    def _validate(self, progress: tqdm) -> None:
+    def _validate(self) -> None:
         if not self.validation:
             return
         self.errors = self.validation(self.model)
         epoch = self.step // self.steps_per_epoch
         self.metrics.append(step=self.step, epoch=epoch, **self.errors._asdict())
-        progress.write(
+        _say(
             f"epoch {epoch}/{self.config.schedule.epochs}: validation error {self.errors.val_loss:.4f}, "
             f"mean fill {self.errors.mean_fill_loss:.4f}"
         )
 
     def _save(self) -> None:
+        self._save_state()
+        with replaced(self.config.out / PICTURE) as temporary:
+            self._picture().save(temporary, format="PNG")
+
+    def _save_state(self) -> None:
         out = self.config.out
         save_model(self.model, out)
-        with replaced(out / PICTURE) as temporary:
-            self._picture().save(temporary, format="PNG")
         save_state(
             out / STATE,
             self.model,
@@ -239,6 +301,17 @@ class _Run:
             step=self.step,
             epoch=self.step // self.steps_per_epoch,
             images=self.train_folder.fingerprint(),
+        )
+        self.saved_at = time.monotonic()
+
+    def _opening_line(self) -> str:
+        config, held_out = self.config, len(self.val_folder) if self.val_folder else 0
+        start = f"from step {self.step}" if self.step else "from the start"
+        return (
+            f"pretrain: {count_parameters(self.model)[0]:,} parameters ({config.model.depth} + {config.model.decoder_depth} "
+            f"layers of width {config.model.embed_dim}), {len(self.train_folder)} images to train on and {held_out} to "
+            f"validate on, {self.precision} on {self.device}, {self.steps_per_epoch} steps an epoch, "
+            f"{config.schedule.epochs} epochs, {start}, into {config.out}"
         )
 
     def _picture(self) -> Image.Image:
@@ -258,14 +331,30 @@ class _Run:
         return error
 
 
-def _image_folders(config: PretrainConfig) -> tuple[ImageFolder, ImageFolder | None]:
-    def folder(root: Path) -> ImageFolder:
-        return ImageFolder(root, channels=config.model.in_chans, cache_bytes=config.images.cache_mb * 2**20)
+def _say(line: str) -> None:
+    """A line on stdout that leaves the progress bar whole, and is there at once in a file, too."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
-    train = folder(config.data or FLOWERS / "train")
+
+def _image_folders(config: PretrainConfig) -> tuple[ImageFolder, ImageFolder | None]:
+    channels = config.model.in_chans
+    if channels not in COLOUR_MODES:
+        raise ValueError(f"model.in_chans: image files give {sorted(COLOUR_MODES)} channels, got {channels}")
+
+    def folder(option: str, root: Path) -> ImageFolder:
+        try:
+            return ImageFolder(root, channels=channels, cache_bytes=config.images.cache_mb * 2**20)
+        except OSError as error:
+            raise type(error)(f"{option}: {error}") from error
+
+    train = folder("--data", config.data or FLOWERS / "train")
     val_root = config.val or (None if config.data else FLOWERS / "val")
     if val_root is not None:
-        return train, folder(val_root)
-    if config.images.val_fraction:
+        return train, folder("--val", val_root)
+    if not config.images.val_fraction:
+        return train, None
+    try:
         return train.split(config.images.val_fraction, config.run.seed)
-    return train, None
+    except ValueError as error:
+        raise ValueError(f"--data: {error}; give --val or --images.val_fraction 0") from error

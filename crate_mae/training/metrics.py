@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,11 @@ class StepMeter:
         self._values.append(torch.stack([loss.detach().float(), grad_norm.detach().float()]))
         self._images += images
 
+    @property
+    def pending(self) -> bool:
+        """Whether a step was added since the last reading."""
+        return bool(self._steps)
+
     def read(self) -> StepAverages:
         """The averages; at least one step must have been added since the last reading.
 
@@ -77,6 +83,27 @@ class StepMeter:
         self._steps, self._values, self._images = [], [], 0
         self.restart_clock()
         return averages
+
+
+class ProgressLines:
+    """Says in lines, at most one every so many seconds, what else a progress bar would show."""
+
+    def __init__(self, step: int, total_steps: int, *, seconds: float = 30.0) -> None:
+        self.step, self.total_steps, self.seconds = step, total_steps, seconds
+        self._began = time.perf_counter()
+
+    def after(self, step: int, loss: torch.Tensor, lr: float, batch: int) -> str | None:
+        """The line due after `step`, if one is; only then is `loss`, that step's own, read from the device."""
+        elapsed = time.perf_counter() - self._began
+        if elapsed < self.seconds:
+            return None
+        steps_per_second = (step - self.step) / elapsed
+        left = timedelta(seconds=round((self.total_steps - step) / steps_per_second))
+        self.step, self._began = step, time.perf_counter()
+        return (
+            f"step {step}/{self.total_steps}: loss {loss.item():.4f}, lr {lr:.2e}, "
+            f"{steps_per_second * batch:.1f} images/s, {left} left"
+        )
 
 
 class NonFiniteLoss(RuntimeError):

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from crate_kernels.dispatch import choose
 from crate_kernels.precision import CPU_PRODUCT_DTYPES
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is one, else the CPU."""
+    """The device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: a run cannot use the device, or this machine has none of that name.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
+    if name not in there:
+        found = "" if count else "; torch finds no CUDA device"
+        raise ValueError(f"--run.device: expected auto or one of {', '.join(there)}, got {name!r}{found}")
+    return torch.device(name)
+
+
+def check_implementation(device: torch.device, precision: str) -> None:
+    """Refuse an implementation of the operators, forced on the whole run, that cannot run there.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     try:
-        device = torch.device(name)
+        choose(torch.empty(0, device=device), dtype)
     except RuntimeError as error:
-        raise ValueError(f"run.device: {name!r} is no torch device") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"run.device: {name!r} asked for, but torch finds no CUDA device")
-    return device
+        raise ValueError(f"environment variable CRATE_KERNELS_IMPL: {error}") from error
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -34,9 +52,21 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
+def check_threads(count: int) -> None:
+    """Refuse more threads than CPUs: they only wait for each other, and the library under torch dies of many.
+
+    Raises:
+        ValueError: there are fewer CPUs than `count`.
+    """
+    cpus = os.cpu_count() or 1
+    if count > cpus:
+        raise ValueError(f"--run.threads: expected 0 to {cpus}, the CPUs of this machine, got {count}")
+
+
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
     """Compute on `count` CPU threads inside the block; 0 changes nothing."""
+    check_threads(count)
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

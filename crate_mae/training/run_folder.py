@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
@@ -13,13 +14,20 @@ RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, STATE, PICTURE)
 
 
 def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Raise what `pretrain` says of a folder that holds a run, or of one that does not."""
-    if resume:
-        if not (config.out / STATE).exists():
-            raise FileNotFoundError(f"nothing to resume: {config.out / STATE} does not exist")
+    """Raise what `pretrain` says of a folder that holds a run, of one that does not, and of one that cannot be written."""
+    _refuse_unwritable(config.out)
+    held = [name for name in RUN_FILES if (config.out / name).exists()]
+    stopped = f"the run in {config.out} stopped before its first save; --overwrite starts it anew"
+    if resume and STATE in held:
         _refuse_other_run(config)
-    elif not overwrite and any((config.out / name).exists() for name in (CONFIG_FILE, STATE)):
-        raise FileExistsError(f"{config.out} holds a run already; --resume continues it, --overwrite deletes it")
+    elif resume:
+        nothing = f"nothing to resume: {config.out / STATE} does not exist"
+        raise FileNotFoundError(stopped if _stopped_early(held) else nothing)
+    elif held and not overwrite:
+        if STATE in held:
+            raise FileExistsError(f"{config.out} holds a run already; --resume continues it, --overwrite deletes it")
+        lost = f"{config.out} holds {', '.join(held)}; name another --out, or delete them with --overwrite"
+        raise FileExistsError(stopped if _stopped_early(held) else lost)
 
 
 def clear_run_folder(out: Path) -> None:
@@ -28,18 +36,32 @@ def clear_run_folder(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
+def _stopped_early(held: list[str]) -> bool:
+    """Whether there is of a run what is written before it first saves."""
+    return CONFIG_FILE in held and not {STATE, WEIGHTS_FILE} & set(held)
+
+
+def _refuse_unwritable(out: Path) -> None:
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--out {out}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out}: {existing} cannot be written to")
+
+
 def _refuse_other_run(config: PretrainConfig) -> None:
     """Refuse changes that would make the steps taken so far mean something else."""
-    saved = json.loads((config.out / CONFIG_FILE).read_text(encoding="utf-8"))
-    asked = config.to_dict()
-    for group, names in (
-        ("model", asked["model"]),
-        ("schedule", ["batch_size"]),
-        ("run", ["seed"]),
-    ):
-        for name in names:
-            if saved[group][name] != asked[group][name]:
-                raise ValueError(
-                    f"{group}.{name}: the run in {config.out} has {saved[group][name]}, got {asked[group][name]}; "
-                    "a resumed run keeps it"
-                )
+    file, asked = config.out / CONFIG_FILE, config.to_dict()
+    kept = [*(("model", name) for name in asked["model"]), ("schedule", "batch_size"), ("run", "seed")]
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        values = [saved[group][name] for group, name in kept]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is missing or broken, and --resume needs it: mend it, or start anew with --overwrite"
+        ) from error
+    for (group, name), value in zip(kept, values, strict=True):
+        if value != asked[group][name]:
+            raise ValueError(
+                f"{group}.{name}: the run in {config.out} has {value}, got {asked[group][name]}; a resumed run keeps it"
+            )

@@ -44,7 +44,9 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *
     except Exception as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if state["images"] != images:
-        raise ValueError(f"{path} was trained on other images: files were added, removed or renamed since")
+        raise ValueError(
+            f"{path} was trained on other images: files were added, removed or renamed since; put them back"
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     _restore_random_state(state["random"])

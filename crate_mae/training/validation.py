@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from crate_mae.data import ImageFolder, Normalization, centre_crop, image_to_tensor
+from crate_mae.data import ImageFolder, ImageLoader, Normalization, centre_crop, image_to_tensor
 from crate_mae.data.transforms import Size
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import predicted_patches
@@ -61,7 +61,7 @@ class Validation:
         self.mask_ratio = mask_ratio
         self.precision = precision
         self.noise = torch.rand(len(images), patches, generator=torch.Generator().manual_seed(seed))
-        self._loader = DataLoader(
+        self._loader = ImageLoader(
             images, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator().manual_seed(seed)
         )
 
