@@ -17,7 +17,7 @@ pytest.importorskip("jsonargparse")  # lacking where nothing can be installed, a
 import crate_mae
 from crate_mae.cli import main
 from crate_mae.model import CrateMAE
-from crate_mae.training import demo_config
+from crate_mae.training import PretrainConfig, demo_config
 
 TINY = [
     *("--model.img_size", "32", "--model.patch_size", "8", "--model.embed_dim", "32"),
@@ -76,25 +76,87 @@ def test_a_runs_config_repeats_it_and_options_go_over_it(run, out, tmp_path):
     assert crate_mae.load_model(again).config.lambd == 0.3
 
 
-def test_an_architecture_is_where_sizes_start(tmp_path, monkeypatch, photographs):
+@pytest.fixture
+def chosen(monkeypatch) -> list[PretrainConfig]:
+    """The configurations that commands come to, with which nothing is run."""
     configs = []
     monkeypatch.setattr("crate_mae.cli.pretrain", lambda config, **_: configs.append(config))
     monkeypatch.setattr("crate_mae.cli._report", lambda result: "")
+    return configs
+
+
+def test_an_architecture_is_where_sizes_start(tmp_path, chosen, photographs):
     arguments = ["pretrain", "--out", str(tmp_path / "run"), "--data", str(photographs)]
     assert main([*arguments, "--architecture", "crate_mae_small", "--model.lambd", "0.2"]) == 0
     assert main(arguments) == 0
-    small, default = (config.model for config in configs)
+    small, default = (config.model for config in chosen)
     assert (small.embed_dim, small.num_heads, small.lambd) == (576, 12, 0.2)
     assert default == crate_mae.ModelConfig()
 
 
-def test_the_demo_has_its_own_settings(tmp_path, monkeypatch):
-    configs = []
-    monkeypatch.setattr("crate_mae.cli.pretrain", lambda config, **_: configs.append(config))
-    monkeypatch.setattr("crate_mae.cli._report", lambda result: "")
+def write_config(folder: Path, **settings) -> str:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return str(folder / "config.json")
+
+
+def test_an_architecture_in_a_config_is_where_sizes_start(chosen, tmp_path):
+    config = write_config(tmp_path / "a", out="run", architecture="crate_mae_tiny", model={"depth": 3})
+    assert main(["pretrain", "--config", config]) == 0
+    assert (chosen[0].model.embed_dim, chosen[0].model.depth, chosen[0].model.decoder_depth) == (384, 3, 12)
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["config", "resume"])
+def test_an_architecture_that_a_config_would_hide_is_refused(chosen, tmp_path, capsys, resume):
+    config = write_config(tmp_path / "a", out="run", model={"embed_dim": 96, "depth": 12})
+    options = ["--out", str(tmp_path / "a"), "--resume"] if resume else ["--config", config]
+    assert main(["pretrain", *options, "--architecture", "crate_mae_tiny"]) == 2
+    assert f"model.embed_dim 384, but {config} has 96" in capsys.readouterr().err
+    assert main(["pretrain", *options, "--architecture", "crate_mae_tiny", "--model.embed_dim", "384"]) == 0
+    assert [config.model.embed_dim for config in chosen] == [384]
+
+
+@pytest.mark.parametrize("options", [[], ["--schedule.epochs", "70"]], ids=["alone", "under an option"])
+def test_a_section_that_is_none_is_refused(chosen, tmp_path, capsys, options):
+    config = write_config(tmp_path / "a", out="run", schedule=5)
+    assert main(["pretrain", "--config", config, *options]) == 2
+    assert "schedule: expected a section of settings, got 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", [None, "", '{"model'], ids=["missing", "empty", "cut short"])
+def test_a_config_lost_since_is_named(run, out, capsys, broken):
+    assert run() == 0
+    (out / "config.json").unlink()
+    if broken is not None:
+        (out / "config.json").write_text(broken)
+    assert run("--resume") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(out / "config.json") in error and "--resume needs it: mend it, or start anew with --overwrite" in error
+
+
+def test_a_folder_named_from_here_is_found_from_elsewhere(out, photographs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", "--data", photographs.name, "--val", photographs.name, "--out", "run", *TINY]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["pretrain", "--out", str(out), "--resume", "--schedule.epochs", "3"]) == 0
+    assert saved_config(out)["data"] == str(photographs)
+
+
+def test_without_a_terminal_it_says_what_it_does(run, out, capsys):
+    assert run("--run.precision", "float32") == 0
+    opening = capsys.readouterr().out.splitlines()[0]
+    parameters = sum(p.numel() for p in crate_mae.load_model(out).parameters())
+    for said in (f"{parameters:,} parameters", "8 images to train on and 8 to validate", "float32 on cpu"):
+        assert said in opening
+    for said in ("2 steps an epoch", "2 epochs", str(out)):
+        assert said in opening
+
+
+def test_the_demo_has_its_own_settings(tmp_path, chosen):
     assert main(["demo", "--out", str(tmp_path)]) == 0
     assert main(["demo"]) == 0
-    assert configs == [demo_config(tmp_path), demo_config(Path("runs/demo"))]
+    assert chosen == [demo_config(tmp_path), demo_config(Path("runs/demo"))]
 
 
 def test_resume_starts_from_the_runs_own_settings(run, out):
@@ -129,17 +191,29 @@ def test_divergence_is_reported(run, capsys):
     [
         ("", "pretrain"),
         ("pretrain", "out"),
-        ("pretrain --out {out} --data {out}/nowhere", "nowhere"),
+        ("pretrain --out {out} --data {out}/nowhere", "--data: no such folder"),
+        ("pretrain --out {out} --val {out}/nowhere", "--val: no such folder"),
+        ("pretrain --out {out} --arch crate_mae_tiny", "--arch"),
+        ("pretrain --out {out} --schedule.epoch 3", "--schedule.epoch"),
+        ("pretrain --out {out} --resu", "--resu"),
+        ("pretrain --out {out} --run.device meta", "--run.device: expected auto or one of cpu"),
+        ("pretrain --out {out} --run.device cuda:77", "--run.device: expected auto or one of cpu"),
+        ("pretrain --out {out} --run.threads 100000", "--run.threads"),
+        (
+            "pretrain --out {out} --optimizer.betas [0.9,1.5]",
+            "optimizer.betas: expected two values, at least 0 and below 1",
+        ),
+        ("pretrain --out {out} --schedule.min_lr 1", "schedule.min_lr: expected at most the peak"),
         ("pretrain --out {out} --config {out}/nowhere.json", "nowhere.json"),
         ("pretrain --out {out} --no_such_option 1", "no_such_option"),
         ("pretrain --out {out} --run.seed many", "run.seed"),
         ("pretrain --out {out} --run.seed -1", "run.seed"),
-        ("pretrain --out {out} --model.num_heads 7", "num_heads"),
-        ("pretrain --out {out} --model.img_size 30", "patch_size"),
+        ("pretrain --out {out} --model.num_heads 7", "model.num_heads: expected"),
+        ("pretrain --out {out} --model.img_size 30", "model.img_size: expected height and width divisible"),
         ("pretrain --out {out} --architecture crate_mae_vast", "crate_mae_vast"),
-        ("pretrain --out {out} --images.mean [0.5]", "mean"),
+        ("pretrain --out {out} --images.mean [0.5]", "images.mean: expected 3"),
         ("pretrain --out {out} --resume", "nothing to resume"),
-        ("demo --out {out} --schedule.batch_size 5000", "batch_size"),
+        ("demo --out {out} --schedule.batch_size 5000", "lower --schedule.batch_size"),
     ],
 )
 def test_a_users_mistake_is_one_line(arguments, says, out, capsys):

@@ -22,6 +22,7 @@ from crate_mae.data import (
     ImageFolder,
     Normalization,
     PretrainImages,
+    UnreadableImage,
     centre_crop,
     image_to_tensor,
     pretrain_loader,
@@ -103,6 +104,16 @@ class TestImageFolder:
         (tmp_path / "broken.png").write_bytes(good.read_bytes()[:keep] or b"not an image")
         with pytest.raises(ValueError, match=r"broken\.png"):
             ImageFolder(tmp_path, cache_bytes=cache_bytes).image(0)
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_a_broken_file_is_one_error_whoever_loads_it(self, folder, num_workers):
+        (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:200])
+        crops = PretrainImages(ImageFolder(folder, cache_bytes=0), (8, 8), seed=0)
+        sampler = BatchSampler(len(crops), 2, seed=0, start_step=0, end_step=5)
+        with pytest.raises(UnreadableImage) as raised:
+            list(pretrain_loader(crops, sampler, num_workers=num_workers))
+        assert raised.value.path == folder / "3.png"
+        assert str(folder / "3.png") in str(raised.value) and "\n" not in str(raised.value)
 
     @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
     def test_channels(self, folder, channels, mode):

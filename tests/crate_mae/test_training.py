@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import signal
 from pathlib import Path
 
@@ -15,8 +16,17 @@ import torch
 from PIL import Image
 
 import crate_mae
+from crate_kernels import use
 from crate_mae.config import ModelConfig
-from crate_mae.data import FLOWERS, IMAGENET_MEAN, IMAGENET_STD, ImageFolder, Normalization
+from crate_mae.data import (
+    FLOWERS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageFolder,
+    Normalization,
+    UnreadableImage,
+    epoch_order,
+)
 from crate_mae.model import CrateMAE
 from crate_mae.training import (
     ImagesConfig,
@@ -33,7 +43,7 @@ from crate_mae.training import (
     warmup_cosine,
 )
 from crate_mae.training.files import replaced
-from crate_mae.training.metrics import StepMeter
+from crate_mae.training.metrics import ProgressLines, StepMeter
 from crate_mae.training.precision import choose_device, choose_precision
 from crate_mae.training.run_folder import RUN_FILES
 from crate_mae.training.validation import CentreCropped, mean_visible_colour, mean_visible_patch
@@ -94,6 +104,18 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = si
     monkeypatch.setattr(CrateMAE, "forward", interrupted_forward)
 
 
+def die_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The step after `step` ends the run without a chance to save anything."""
+    forward, calls = CrateMAE.forward, itertools.count()
+
+    def dying_forward(self, *args, **kwargs):
+        if self.training and next(calls) == step:
+            raise MemoryError
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(CrateMAE, "forward", dying_forward)
+
+
 class TestSchedule:
     def test_climbs_then_falls_along_half_a_cosine(self):
         rates = [warmup_cosine(step, peak=2.0, final=0.5, warmup_steps=4, total_steps=15) for step in range(15)]
@@ -138,6 +160,8 @@ class TestPrecision:
             choose_device("cuda")
         with pytest.raises(ValueError, match=r"run\.device"):
             choose_device("abacus")
+        with pytest.raises(ValueError, match=r"run\.device.*cpu"):
+            choose_device("meta")
 
 
 class TestConfig:
@@ -147,6 +171,8 @@ class TestConfig:
             (ImagesConfig(crop_scale=(0.0, 1.0)), "images.crop_scale"),
             (ImagesConfig(val_fraction=1.0), "images.val_fraction"),
             (OptimizerConfig(base_lr=0.0), "optimizer.base_lr"),
+            (OptimizerConfig(betas=(0.9, 1.0)), "optimizer.betas"),
+            (ScheduleConfig(min_lr=1.0), "schedule.min_lr"),
             (ScheduleConfig(mask_ratio=1.0), "schedule.mask_ratio"),
             (ScheduleConfig(epochs=0), "schedule.epochs"),
             (RunConfig(seed=-1), "run.seed"),
@@ -281,15 +307,8 @@ class TestRun:
     def test_a_run_killed_between_saves_resumes_from_the_last_one(self, config, tmp_path, monkeypatch):
         whole = dataclasses.replace(config, out=tmp_path / "whole")
         pretrain(whole)
-        forward, calls = CrateMAE.forward, iter(range(10**9))
-
-        def dying_forward(self, *args, **kwargs):
-            if self.training and next(calls) == 7:
-                raise MemoryError
-            return forward(self, *args, **kwargs)
-
         with monkeypatch.context() as patch:
-            patch.setattr(CrateMAE, "forward", dying_forward)
+            die_after(patch, 7)
             with pytest.raises(MemoryError):
                 pretrain(config)
         with (config.out / "metrics.jsonl").open("a") as file:
@@ -298,6 +317,51 @@ class TestRun:
 
         assert_same_weights(weights(whole.out), weights(config.out))
         assert [line["step"] for line in metric_lines(config.out) if "loss" in line] == [2, 4, 6, 8, 10, 12]
+
+    def test_a_long_epoch_is_saved_on_the_way(self, config, tmp_path, monkeypatch):
+        whole = dataclasses.replace(config, out=tmp_path / "whole")
+        pretrain(whole)
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, save_every=3, save_minutes=1e-9))
+        with monkeypatch.context() as patch:
+            die_after(patch, 7)
+            with pytest.raises(MemoryError):
+                pretrain(config)
+        assert torch.load(config.out / "state.pt", weights_only=True)["step"] == 7  # of 4 an epoch
+        pretrain(config, resume=True)
+        assert_same_weights(weights(whole.out), weights(config.out))
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_an_unreadable_image_costs_no_step(self, config, tmp_path, num_workers):
+        config = dataclasses.replace(config, images=ImagesConfig(cache_mb=0, num_workers=num_workers))
+        whole = dataclasses.replace(config, out=tmp_path / "whole")
+        pretrain(whole)
+        # The first epoch's last image, so that three steps come before it.
+        broken = ImageFolder(config.data).paths[epoch_order(12, config.run.seed, 0)[-1]]
+        sound = broken.read_bytes()
+        broken.write_bytes(sound[: len(sound) // 2])
+        with pytest.raises(UnreadableImage, match=rf"{broken.name}.*step 3 of 12 is saved.*--resume") as raised:
+            pretrain(config)
+        assert "\n" not in str(raised.value)
+        broken.write_bytes(sound)
+        pretrain(config, resume=True)
+        assert_same_weights(weights(whole.out), weights(config.out))
+
+    def test_an_unreadable_image_does_not_save_what_diverged(self, config, monkeypatch):
+        forward = CrateMAE.forward
+
+        def diverging_forward(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            return output._replace(loss=output.loss * math.nan)
+
+        monkeypatch.setattr(CrateMAE, "forward", diverging_forward)
+        config = dataclasses.replace(
+            config, images=ImagesConfig(cache_mb=0), run=dataclasses.replace(config.run, log_every=100)
+        )
+        broken = ImageFolder(config.data).paths[epoch_order(12, config.run.seed, 0)[-1]]
+        broken.write_bytes(broken.read_bytes()[:200])
+        with pytest.raises(NonFiniteLoss, match="step 1: loss nan"):
+            pretrain(config)
+        assert not (config.out / "state.pt").exists()
 
     def test_termination_saves_too_and_handlers_come_back(self, config, monkeypatch):
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -326,6 +390,39 @@ class TestRun:
         pretrain(config, overwrite=True)
         assert len(metric_lines(config.out)) == len(before.splitlines())
         assert (config.out / "notes.txt").read_text() == "mine"
+
+    @pytest.mark.parametrize("name", RUN_FILES)
+    def test_no_file_that_a_run_writes_is_overwritten(self, config, name):
+        config.out.mkdir()
+        (config.out / name).write_text("mine")
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            pretrain(config)
+        assert (config.out / name).read_text() == "mine"
+
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_a_run_killed_before_its_first_save_says_so(self, config, monkeypatch, resume):
+        with monkeypatch.context() as patch:
+            die_after(patch, 0)
+            with pytest.raises(MemoryError):
+                pretrain(config)
+        with pytest.raises(OSError, match="stopped before its first save; --overwrite starts it anew"):
+            pretrain(config, resume=resume)
+        assert pretrain(config, overwrite=True).steps == 12
+
+    @pytest.mark.parametrize("below", ["", "below"])
+    def test_a_file_is_no_folder_to_write_to(self, config, below):
+        config.out.write_text("mine")
+        config = dataclasses.replace(config, out=config.out / below, data=config.out / "nowhere")
+        with pytest.raises(
+            NotADirectoryError, match=r"--out .* is a file"
+        ):  # said before folders of images are looked at
+            pretrain(config)
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_a_folder_that_may_not_be_written_to(self, config, tmp_path):
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(PermissionError, match="--out"):
+            pretrain(dataclasses.replace(config, out=tmp_path / "locked" / "run"))
 
     def test_overwriting_waits_until_the_new_run_can_start(self, config):
         pretrain(config)
@@ -374,6 +471,15 @@ class TestRun:
         assert state["step"] == 4
         assert all(torch.isfinite(value).all() for value in weights(config.out).values())
 
+    def test_progress_lines_come_when_their_time_has(self, monkeypatch):
+        now = iter([0.0, 10.0, 40.0, 40.0, 60.0])
+        monkeypatch.setattr("crate_mae.training.metrics.time.perf_counter", lambda: next(now))
+        lines = ProgressLines(4, 104)
+        assert lines.after(8, torch.tensor(math.nan), 1e-3, batch=8) is None
+        line = lines.after(24, torch.tensor(0.5), 1e-3, batch=8)  # 20 steps in 40 s, 80 to go
+        assert line == "step 24/104: loss 0.5000, lr 1.00e-03, 4.0 images/s, 0:02:40 left"
+        assert lines.after(25, torch.tensor(0.5), 1e-3, batch=8) is None  # 20 s later
+
     def test_a_gradient_that_overflows_counts_as_diverging(self):
         meter = StepMeter()
         meter.add(3, torch.tensor(1.0), torch.tensor(0.5), images=2)
@@ -391,6 +497,19 @@ class TestRun:
         config = dataclasses.replace(config, val=None, images=ImagesConfig(val_fraction=0.0))
         assert pretrain(config).errors is None
         assert (config.out / "reconstructions.png").exists()
+
+    def test_one_image_cannot_be_split(self, config, tmp_path):
+        (tmp_path / "one").mkdir()
+        (config.data / "00.png").rename(tmp_path / "one" / "00.png")
+        config = dataclasses.replace(config, data=tmp_path / "one", val=None)
+        with pytest.raises(ValueError, match=r"--data: .*give --val or --images\.val_fraction 0"):
+            pretrain(config)
+
+    def test_kernels_forced_where_they_cannot_run(self, config, monkeypatch):
+        monkeypatch.setattr("crate_kernels.dispatch._INTERPRETING", False)
+        with use("triton"), pytest.raises(ValueError, match=r"CRATE_KERNELS_IMPL.*forced.*CUDA"):
+            pretrain(config)
+        assert not config.out.exists()
 
     def test_bfloat16_autocast_trains(self, config):
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision="bfloat16"))
