@@ -1,10 +1,12 @@
 """Shared-QKV attention in standard PyTorch calls.
 
-On a CPU that computes in float32 or float64, without dropout: PyTorch's own flash attention, its three gradients added up.
-Elsewhere (CUDA, and CPUs with 16-bit matrix instructions, where flash attention's backward is slow): batched products over some
-heads at a time, of one head's rows in parts where even they are too many. Those keep the probabilities of short sequences for
-the backward on a CPU, five products in all; else they compute them again, a sixth (and a seventh where rows are parted), and
-scores exist for some heads at a time only. Dropout is drawn part by part, and again from the same seed in the backward.
+Batched products over some heads at a time, of one head's rows in parts where even they are too many. They keep the
+probabilities of short sequences for the backward on a CPU, five products in all; else they compute them again, a sixth (and a
+seventh where rows are parted), and scores exist for some heads at a time only. Dropout is drawn part by part, and again from the
+same seed in the backward.
+
+On a CPU that computes in float32 or float64, long sequences without dropout take PyTorch's own flash attention, its three
+gradients added up. In 16 bits, and of short sequences, its backward is slower than the products.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from torch import Tensor
 from crate_kernels.precision import arithmetic_dtype
 from crate_kernels.shared_attention.op import composed_keeps, empty_token_major, takes_flash_attention
 
-# Elements of the scores of one slice. On a CPU the slice stays in cache between the calls; elsewhere it only bounds memory.
-_SCORES_ON_CPU = 2**20
-_SCORES_ELSEWHERE = 2**28
+# Bytes of the scores of one slice. On a CPU the slice stays in cache between the calls; elsewhere it only bounds memory.
+_SCORES_ON_CPU = 2**21
+_SCORES_ELSEWHERE = 2**29
 
 
 def forward(
@@ -162,7 +164,7 @@ def _unflatten(result: Tensor, like: Tensor) -> Tensor:
 def _slices(w: Tensor) -> Iterator[tuple[tuple[slice, slice], list[slice]]]:
     """(samples, heads) whose scores against all tokens fit the bound, or one head, and its rows in parts that do."""
     batch, heads, tokens, _ = w.shape
-    bound = _SCORES_ON_CPU if w.device.type == "cpu" else _SCORES_ELSEWHERE
+    bound = (_SCORES_ON_CPU if w.device.type == "cpu" else _SCORES_ELSEWHERE) // arithmetic_dtype(w).itemsize
     rows = min(tokens, max(1, bound // tokens))
     most = max(1, bound // (rows * tokens))
     for samples in _equal_parts(batch, most // heads):

@@ -39,9 +39,14 @@ def empty_token_major(w: Tensor) -> Tensor:
     return w.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
+# Tokens from which PyTorch's CPU flash attention is faster than batched products, and up to which those keep probabilities.
+_LONG, _SHORT = 257, 512
+
+
 def takes_flash_attention(w: Tensor, dropout: float) -> bool:
-    """Whether ``composed`` is PyTorch's CPU flash attention: where a CPU computes in float32 or float64, without dropout."""
-    return w.device.type == "cpu" and arithmetic_dtype(w) in (torch.float32, torch.float64) and dropout == 0
+    """Whether ``composed`` is PyTorch's CPU flash attention: long sequences in float32 or float64, without dropout."""
+    wide = arithmetic_dtype(w) in (torch.float32, torch.float64)
+    return w.device.type == "cpu" and wide and dropout == 0 and w.shape[2] >= _LONG
 
 
 def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False) -> str:
@@ -53,7 +58,7 @@ def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False) ->
     """
     if return_lse or takes_flash_attention(w, dropout):
         return "log-sum-exp"
-    return "probabilities" if w.device.type == "cpu" and w.shape[2] <= 512 else "nothing"
+    return "probabilities" if w.device.type == "cpu" and w.shape[2] <= _SHORT else "nothing"
 
 
 @torch.library.impl("crate_kernels::shared_attention_forward", "CompositeExplicitAutograd")

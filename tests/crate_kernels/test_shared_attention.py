@@ -11,7 +11,7 @@ from torch import Tensor
 
 import crate_kernels
 from crate_kernels import precision, shared_qkv_attention
-from crate_kernels.shared_attention import composed
+from crate_kernels.shared_attention import composed, op
 
 SHAPES = [
     (2, 3, 1, 16),  # one token attends to itself
@@ -57,12 +57,12 @@ def test_agrees_with_the_formula_in_float64(implementation: str, shape: tuple[in
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("kept", ["probabilities", "nothing"])
-@pytest.mark.parametrize("budget", [1, 37 * 5, 37 * 37 * 2, 2**22])
+@pytest.mark.parametrize("budget", [0, 1, 37 * 5, 37 * 37 * 2, 2**22])
 def test_slices_of_rows_and_heads_add_up(
     monkeypatch: pytest.MonkeyPatch, budget: int, kept: str, is_causal: bool
 ) -> None:
     """The batched products, which other devices and CPUs that multiply in 16 bits run, whole and cut into slices."""
-    monkeypatch.setattr(composed, "_SCORES_ON_CPU", budget)
+    monkeypatch.setattr(composed, "_SCORES_ON_CPU", 8 * budget)
     monkeypatch.setattr(composed, "composed_keeps", lambda *_: kept)
     monkeypatch.setattr(composed, "takes_flash_attention", lambda *_: False)
     w, upstream = torch.randn(2, 3, 37, 16, dtype=torch.float64), torch.randn(2, 3, 37, 16, dtype=torch.float64)
@@ -81,9 +81,11 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         pytest.importorskip("triton")
     if "probabilities" in request.param or "again" in request.param:
         keeps = "probabilities" if "probabilities" in request.param else "nothing"
-        monkeypatch.setattr(composed, "_SCORES_ON_CPU", 20 * 11)
+        monkeypatch.setattr(composed, "_SCORES_ON_CPU", 8 * 20 * 11)
         monkeypatch.setattr(composed, "takes_flash_attention", lambda *_: False)
         monkeypatch.setattr(composed, "composed_keeps", lambda w, dropout, lse: "log-sum-exp" if lse else keeps)
+    if "flash" in request.param:
+        monkeypatch.setattr(op, "_LONG", 0)
     with crate_kernels.use(request.param.partition(":")[0]):
         yield request.param
 
@@ -209,17 +211,21 @@ def test_what_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.ops.crate_kernels.shared_attention_forward(w, 0.5, False, keep, "composed")[1]
 
     w = torch.randn(2, 3, 9, 16)
+    assert error(kept(w), (w @ w.mT * 0.5).softmax(-1)) < 1e-6
+    w = torch.randn(1, 2, 257, 16)  # flash attention's
     assert error(kept(w), (w @ w.mT * 0.5).logsumexp(-1)) < 1e-6
 
     monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", (torch.bfloat16,))
-    w = w.bfloat16()
+    w = torch.randn(2, 3, 9, 16).bfloat16()
     assert error(kept(w), (w.float() @ w.float().mT * 0.5).softmax(-1)) < 1e-2
     assert kept(w, keep=False).numel() == kept(torch.randn(1, 1, 513, 4).bfloat16()).numel() == 0
 
 
+@pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("layout", ["features apart", "tokens apart", "one row for all", "overlapping rows"])
-def test_any_strides(layout: str) -> None:
+def test_any_strides(layout: str, flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flash attention takes rows of adjacent features; everything else has to reach it as a copy."""
+    monkeypatch.setattr(op, "_LONG", 0 if flash else 257)
     w = {
         "features apart": torch.randn(2, 3, 16, 7).mT,
         "tokens apart": torch.randn(7, 2, 3, 32).permute(1, 2, 0, 3)[..., ::2],
