@@ -91,7 +91,7 @@ class RunConfig:
     save_every: int = 10
     """Epochs between validations, after each of which the run is saved."""
     save_minutes: float = 30.0
-    """Minutes after which the run is saved in the middle of an epoch, too; 0 for never."""
+    """Minutes since the last save after which the run is saved in the middle of an epoch, too; 0 for never."""
     pictures: int = 8
     """Validation images shown in reconstructions.png."""
 

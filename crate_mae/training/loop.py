@@ -42,7 +42,7 @@ from crate_mae.training.precision import (
     choose_precision,
     cpu_threads,
 )
-from crate_mae.training.run_folder import METRICS, PICTURE, STATE, check_run_folder, clear_run_folder
+from crate_mae.training.run_folder import METRICS, PICTURE, STATE, check_run_folder, clear_run_folder, make_run_folder
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.state import load_state, save_state
 from crate_mae.training.validation import CentreCropped, Validation, ValidationErrors
@@ -164,7 +164,7 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def train(self) -> PretrainResult:
-        self.config.out.mkdir(parents=True, exist_ok=True)
+        make_run_folder(self.config.out)
         if self.step < self.total_steps:
             write_json(self.config.out / CONFIG_FILE, self.config.to_dict())
         else:  # the settings of steps that were never taken must not pass for the run's

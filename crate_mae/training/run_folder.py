@@ -30,6 +30,13 @@ def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -
         raise FileExistsError(stopped if _stopped_early(held) else lost)
 
 
+def make_run_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"--out {out}: {error}") from error
+
+
 def clear_run_folder(out: Path) -> None:
     """Delete the files of a run, and nothing else."""
     for name in RUN_FILES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 pytest.importorskip("jsonargparse")  # lacking where nothing can be installed, as on some GPU machines
 
 import crate_mae
+import crate_mae.__main__
 from crate_mae.cli import main
 from crate_mae.model import CrateMAE
 from crate_mae.training import PretrainConfig, demo_config
@@ -235,6 +237,26 @@ def test_a_run_is_not_overwritten_by_accident(run, capsys):
     assert run() == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run("--overwrite") == 0
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
+    class CtrlC:
+        def find_spec(self, name, path=None, target=None):
+            if name == "crate_mae.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "crate_mae.cli")
+    monkeypatch.setattr(sys, "meta_path", [CtrlC(), *sys.meta_path])
+    assert crate_mae.__main__.main() == 130
+    assert capsys.readouterr().err == "crate-mae: interrupted\n"
+
+
+def test_an_implementation_that_cannot_run_is_one_line(out):
+    environment = {**os.environ, "CRATE_KERNELS_IMPL": "triton", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "crate_mae", "pretrain", "--out", str(out), "--run.device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("crate-mae: environment variable CRATE_KERNELS_IMPL") and done.stderr.count("\n") == 1
 
 
 def test_help_explains_the_options():
