@@ -101,10 +101,10 @@ def _starting_model(architecture: str | None, configs: dict[str, dict[str, Any]]
     Raises:
         ValueError: the size would have no effect, because a config beside it has another and no option overrides that.
     """
-    source = "the command line"
-    for config, settings in configs.items():
-        if architecture is None and settings.get("architecture") is not None:
-            architecture, source = settings["architecture"], config
+    named = {config: settings["architecture"] for config, settings in configs.items() if settings.get("architecture")}
+    source = None
+    if architecture is None and named:
+        source, architecture = list(named.items())[-1]
     if not isinstance(architecture, str) or architecture not in MODELS:
         return ModelConfig()  # and the parser refuses a name that there is not
     model = MODELS[architecture]

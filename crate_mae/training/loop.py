@@ -215,7 +215,7 @@ class _Run:
             self._save_state()
             remedy = (
                 f"step {self.step} of {self.total_steps} is saved in {self.config.out}: put a readable image in its place, "
-                "and --resume goes on exactly; a training set without it is another, for a run of its own"
+                "and --resume goes on exactly; without it, the training images would be others, for a new run"
             )
             raise UnreadableImage(error.path, error.reason, remedy) from None
 

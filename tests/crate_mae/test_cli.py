@@ -106,6 +106,10 @@ def test_an_architecture_in_a_config_is_where_sizes_start(chosen, tmp_path):
     config = write_config(tmp_path / "a", out="run", architecture="crate_mae_tiny", model={"depth": 3})
     assert main(["pretrain", "--config", config]) == 0
     assert (chosen[0].model.embed_dim, chosen[0].model.depth, chosen[0].model.decoder_depth) == (384, 3, 12)
+    first = write_config(tmp_path / "b", out="run", architecture="crate_mae_base", model={"lambd": 0.2})
+    last = write_config(tmp_path / "c", architecture="crate_mae_small")
+    assert main(["pretrain", "--config", first, "--config", last]) == 0
+    assert (chosen[1].model.embed_dim, chosen[1].model.lambd) == (576, 0.2)
 
 
 @pytest.mark.parametrize("resume", [False, True], ids=["config", "resume"])
