@@ -57,8 +57,10 @@ def backward(
         residual_sum = _at_least_float32(_product(grad_operand, matrix.t())) * step_size
         grad_residual = residual_sum.to(operand.dtype)
         if need_weight:
-            grad_weight = _at_least_float32(_product(_residual(operand, weight).t(), grad_operand)) * step_size
-            grad_weight = _plus_product(grad_weight, grad_residual.t(), operand, -1, out=grad_weight)
+            through_last = _product(_residual(operand, weight).t(), grad_operand)
+            through_residual = _product(-grad_residual.t(), operand)
+            # What is scaled is added in the same pass: both are as large as the weight, which is more than few tokens are.
+            grad_weight = _at_least_float32(through_residual).add_(through_last, alpha=step_size)
         if need_x:
             grad_x = _plus_product(residual_sum + grad, grad_residual, matrix, -1)
     return (
@@ -83,8 +85,8 @@ def _through_combination(grad: Tensor, weight: Tensor, operand: Tensor, step_siz
     """dW = eta (dG - W (dG + dG^T)), of at least float32, from dG of ``_combination``."""
     factor = weight.to(arithmetic_dtype(operand))
     symmetric = (grad + grad.t()).to(factor.dtype)
-    total = _at_least_float32(grad) * step_size
-    return _plus_product(total, factor, symmetric, -step_size, out=total)
+    total = _at_least_float32(grad)
+    return _plus_product(total, factor, symmetric, -1, out=total).mul_(step_size)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
