@@ -381,7 +381,9 @@ def ceilings(record: Record, device: torch.device, dtype_name: str) -> Ceilings:
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and with what a result was measured: enough to know whether two results may be compared."""
     on_cuda = device.type == "cuda"
+    # A copy of the tree that has no repository with it, on a machine for the measurement alone, says what it is a copy of.
     commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    copied = os.environ.get("CRATE_KERNELS_COMMIT") if commit is None else None
     changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *_WRITTEN_BY_BENCHMARKS)
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
@@ -390,7 +392,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": version("triton"),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "commit": commit,
+        "commit": commit or copied,
         "dirty": None if commit is None else bool(changes),  # who knows, in a copy without its repository
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -306,6 +306,11 @@ def test_a_copy_without_its_repository_is_not_called_clean(tmp_path, monkeypatch
     monkeypatch.setattr(harness, "ROOT", tmp_path)
     found = harness.environment(torch.device("cpu"))
     assert found["commit"] is None and found["dirty"] is None
+    monkeypatch.setenv("CRATE_KERNELS_COMMIT", "0123abc")
+    found = harness.environment(torch.device("cpu"))
+    assert found["commit"] == "0123abc" and found["dirty"] is None
+    monkeypatch.undo()
+    assert harness.environment(torch.device("cpu"))["commit"] != "0123abc"
 
 
 OPTIONAL = ("hypothesis", "jsonargparse", "matplotlib", "tensorboard", "pytest_benchmark", "transformers", "timm")
