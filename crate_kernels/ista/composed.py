@@ -75,18 +75,16 @@ def _residual(operand: Tensor, weight: Tensor) -> Tensor:
 
 
 def _combination(weight: Tensor, operand: Tensor) -> Tensor:
-    """G = W - W^T W in the operand's dtype, rounded to it once; its product in the arithmetic of the operand's."""
+    """G = W - W^T W in the operand's dtype, in the arithmetic of the operand's."""
     factor = weight.to(arithmetic_dtype(operand))
-    combination = torch.empty(weight.shape, dtype=operand.dtype, device=operand.device)
-    return torch.sub(_at_least_float32(weight), torch.mm(factor.t(), factor), out=combination)
+    return torch.addmm(factor, factor.t(), factor, alpha=-1).to(operand.dtype)
 
 
 def _through_combination(grad: Tensor, weight: Tensor, operand: Tensor, step_size: float) -> Tensor:
-    """dW = eta (dG - W (dG + dG^T)), of at least float32, from dG of ``_combination``."""
-    factor = weight.to(arithmetic_dtype(operand))
-    symmetric = (grad + grad.t()).to(factor.dtype)
-    total = _at_least_float32(grad)
-    return _plus_product(total, factor, symmetric, -1, out=total).mul_(step_size)
+    """dW = eta (dG - W (dG + dG^T)) from dG of ``_combination``, in the arithmetic of the operand's."""
+    dtype = arithmetic_dtype(operand)
+    grad = grad.to(dtype)
+    return torch.addmm(grad, weight.to(dtype), grad + grad.t(), beta=step_size, alpha=-step_size)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -104,4 +102,5 @@ def _plus_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1, out: T
     total, dtype = _at_least_float32(total), arithmetic_dtype(a)
     if dtype == total.dtype:
         return torch.addmm(total, a.to(dtype), b.to(dtype), alpha=factor, out=out)
-    return torch.add(total, torch.mm(a, b), alpha=factor, out=out)
+    # Cast first: a sum of mixed dtypes casts all the same, and more slowly.
+    return torch.add(total, torch.mm(a, b).to(total.dtype), alpha=factor, out=out)
