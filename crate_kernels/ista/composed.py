@@ -24,10 +24,8 @@ def forward(
         matrix = combined.to(dtype, copy=True)
     else:
         matrix = _combination(weight, operand) if one else weight.to(dtype, copy=True).contiguous()
-    # The relu's threshold is taken off x, in the copy that the product is then added to: two passes over y fewer.
-    code = _at_least_float32(x) - (0.0 if soft else step_size * lambd)
-    code = _plus_product(code, factor, matrix, step_size, out=code)
-    code = F.softshrink(code, step_size * lambd) if soft else code.relu_()
+    code = _plus_product(x, factor, matrix, step_size)
+    code = F.softshrink(code, step_size * lambd) if soft else code.sub_(step_size * lambd).relu_()
     return code.to(x.dtype), [matrix] if operand is x else [matrix, operand]
 
 
@@ -49,8 +47,7 @@ def backward(
     grad_x = grad_weight = None
     if combined is not None or one_product(*operand.shape):
         if need_x:
-            in_place = grad.dtype == torch.float32 and grad_operand is not grad
-            grad_x = _plus_product(grad, grad_operand, matrix.t(), step_size, out=grad if in_place else None)
+            grad_x = _plus_product(grad, grad_operand, matrix.t(), step_size)
         if need_weight:
             grad_weight = _through_combination(_product(operand.t(), grad_operand), weight, operand, step_size)
     else:
@@ -97,10 +94,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
-def _plus_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1, out: Tensor | None = None) -> Tensor:
-    """total + factor * a b, of at least float32; ``out`` may be ``total`` itself, but neither a nor b."""
+def _plus_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1) -> Tensor:
+    """total + factor * a b in memory of its own, of at least float32."""
     total, dtype = _at_least_float32(total), arithmetic_dtype(a)
     if dtype == total.dtype:
-        return torch.addmm(total, a.to(dtype), b.to(dtype), alpha=factor, out=out)
-    # Cast first: a sum of mixed dtypes casts all the same, and more slowly.
-    return torch.add(total, torch.mm(a, b).to(total.dtype), alpha=factor, out=out)
+        return torch.addmm(total, a.to(dtype), b.to(dtype), alpha=factor)
+    # Cast first: a sum of mixed dtypes casts all the same, in memory of its own.
+    product = torch.mm(a, b).to(total.dtype)
+    return torch.add(total, product, alpha=factor, out=product)
