@@ -23,9 +23,5 @@ def mssa(
 ) -> Tensor:
     """MSSA of x [batch, tokens, width]; ``attention`` names the implementation of the attention between the projections."""
     w = linear(x, qkv_weight).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    if (
-        attention == "composed"
-    ):  # its batched products want a head's tokens in a row, in the backward too: copied once for both
-        w = w.contiguous()
     out = attend(w, scale, is_causal, attention, lengths, dropout).transpose(1, 2).flatten(2)
     return out if out_weight is None else F.dropout(linear(out, out_weight, out_bias), dropout)
