@@ -27,7 +27,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, parts
+from benchmarks import parts, records
+from benchmarks.command_line import make_folder
 from benchmarks.kernels.operators import OPERATORS
 from benchmarks.parts import RESULTS, Part, Runner
 
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [part for part in bench_parts(arguments.device, arguments.full) if arguments.only in part.name]
     if arguments.dry_run:
         print(
-            harness.table(
+            records.table(
                 ("program", "part", "arguments"), ([p.kind, p.name, shlex.join(p.command[3:])] for p in chosen)
             )
         )
@@ -122,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.device == "cpu" and arguments.out is None:
         print("gpu_bench: a rehearsal's times mean nothing; name a folder for them with --out", file=sys.stderr)
         return 2
-    name = harness.environment(torch.device(arguments.device))["device"]
-    folder = arguments.out or parts.ROOT / "benchmarks" / "results" / harness.slug(name)
-    harness.make_folder("--out", folder)
+    name = records.environment(torch.device(arguments.device))["device"]
+    folder = arguments.out or parts.ROOT / "benchmarks" / "results" / records.slug(name)
+    make_folder("--out", folder)
     seconds = arguments.seconds or (float("inf") if arguments.full else 520)
     statuses = Counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in chosen:
             record = runner.run(part)
             rows = record["figures"]
-            harness.write_json_lines(folder / f"{part.kind}.jsonl", rows)
+            records.write_json_lines(folder / f"{part.kind}.jsonl", rows)
             statuses[record["status"]] += 1
             print(f"{record['status']:<12} {record['seconds']:6.1f} s  {len(rows):4} rows  {part.name}", flush=True)
             if record["status"] != "passed" and record["output"]:

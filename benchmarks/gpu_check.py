@@ -30,9 +30,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, parts
+from benchmarks import parts
+from benchmarks.command_line import make_folder
 from benchmarks.kernels.operators import OPERATORS
 from benchmarks.parts import RESULTS, Part, Runner
+from benchmarks.records import environment, slug, table, table_of, version
 
 PYTEST = (sys.executable, "-m", "pytest", "-p", "benchmarks.pytest_outcomes", "--outcomes", RESULTS, "-m", "gpu", "-q")
 PASSING = ("passed", "unavailable")
@@ -172,9 +174,9 @@ class Report:
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """What ``harness.environment`` says, and what else may explain a difference between two runs."""
-    found = harness.environment(device)
-    found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "pytest": harness.version("pytest")}
+    """What ``environment`` says, and what else may explain a difference between two runs."""
+    found = environment(device)
+    found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "pytest": version("pytest")}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["compute_capability"] = f"{properties.major}.{properties.minor}"
@@ -187,7 +189,7 @@ def print_summary(records: Sequence[dict[str, Any]]) -> None:
     """Figures, then what did not pass."""
     figures = [row for record in records if record["kind"] == "times" for row in record["figures"]]
     if figures:
-        print(harness.table_of(figures))
+        print(table_of(figures))
     for record in records:
         tests = record.get("tests", [])
         for test in tests:
@@ -209,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     if arguments.json and not arguments.dry_run:
-        harness.make_folder("--json", arguments.json.parent)
+        make_folder("--json", arguments.json.parent)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         checker = find_memory_checker()
@@ -218,13 +220,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         alone = time_parts(arguments.device)
         if arguments.dry_run:
             rows = [[part.kind, part.name, len(part.tests) or ""] for part in (*shared, *alone)]
-            print(harness.table(("kind", "part", "tests"), rows))
+            print(table(("kind", "part", "tests"), rows))
             print(f"compute-sanitizer: {checker or 'absent'}")
             return 0
 
         device = torch.device(arguments.device)
         head = {"rehearsal": device.type == "cpu", **surroundings(device), "compute_sanitizer": checker or "absent"}
-        results = "runs/rehearsal" if head["rehearsal"] else f"benchmarks/results/{harness.slug(head['device'])}"
+        results = "runs/rehearsal" if head["rehearsal"] else f"benchmarks/results/{slug(head['device'])}"
         folder = parts.ROOT / results
         report = Report(arguments.json or folder / "gpu_check.json", head)
         print(", ".join(f"{key} {value}" for key, value in head.items()), flush=True)

@@ -23,9 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import crate_kernels
 import crate_mae
 from benchmarks import harness
-from benchmarks.harness import Record, in_one_line
+from benchmarks.command_line import device_named, positive
+from benchmarks.models import add_model_arguments, bytes_of, check_model
 from benchmarks.peers import STEPS, Absent
-from benchmarks.training_step import BASELINE, Batch, Stepper, add_model_arguments, bytes_of, check_model
+from benchmarks.records import Record, in_one_line
+from benchmarks.training_step import BASELINE, Batch, Stepper
 from crate_kernels import dispatch
 from crate_kernels.precision import layer_norm
 from crate_mae.config import ModelConfig, grid_of
@@ -222,7 +224,7 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = _parser().parse_args(argv)
-    device = harness.device_named(arguments.device)
+    device = device_named(arguments.device)
     check_model(arguments)
     on_cuda = device.type == "cuda"
     if arguments.largest and arguments.layers:
@@ -249,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.partition("\n")[0])
     add_model_arguments(parser)
-    parser.add_argument("--batch", nargs="+", type=harness.positive, default=[256], help="images a step")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[256], help="images a step")
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["bfloat16"])
     parser.add_argument(
         "--layers", action="store_true", help="what single layers save for the backward, and nothing else"

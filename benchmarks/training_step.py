@@ -25,18 +25,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import crate_mae
-from benchmarks import harness, peers
-from benchmarks.harness import Ceilings, Record, in_one_line
+from benchmarks import harness, peers, records
+from benchmarks.command_line import device_named, positive
+from benchmarks.harness import Ceilings
+from benchmarks.models import add_model_arguments, bytes_of, check_model, least_flops
 from benchmarks.peers import STEPS, Absent, Step
+from benchmarks.records import Record, in_one_line
 from crate_mae.config import ModelConfig, grid_of
-from crate_mae.registry import MODELS
 
 BASELINE = "reference"
 
@@ -278,26 +280,9 @@ def measure(
         )
 
 
-def bytes_of(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
 def of_model(name: str) -> dict[str, Any]:
     """What a row says of its model where that is not CRATE-MAE."""
     return {"model": "vit_mae_base", "overrides": None} if STEPS[name].model is peers.ViTMAE else {}
-
-
-def least_flops(config: ModelConfig, batch: int) -> int:
-    """Of one step: ISTA in one product, every layer's products once forward and twice backward, attention 2 and 5."""
-    rows, columns = grid_of(config.image_shape, config.patch_size)
-    patches, width = rows * columns, config.embed_dim
-    tokens, patch = patches + 1, config.patch_size**2 * config.in_chans
-    layers = config.depth + config.decoder_depth
-    layer = 3 * 3 * 2 * tokens * width**2 + (2 + 5) * 2 * tokens**2 * width
-    embedding = 2 * 2 * patches * width * patch  # no gradient of the images
-    prediction = 3 * 2 * tokens * width * patch
-    combinations = config.depth * 2 * 2 * width**3  # W^T W and its gradient, once a step
-    return batch * (layers * layer + embedding + prediction) + combinations
 
 
 def first_step(
@@ -317,7 +302,7 @@ def first_step(
         environment = os.environ | {variable: os.path.join(folder, variable) for variable in variables}
         begin = time.time()
         process = subprocess.run(
-            command, cwd=harness.ROOT, env=environment, capture_output=True, text=True, timeout=600
+            command, cwd=records.ROOT, env=environment, capture_output=True, text=True, timeout=600
         )
         if process.returncode:
             last = (process.stderr.strip().splitlines() or ["no output"])[-1]
@@ -351,7 +336,7 @@ def default_providers(device: torch.device) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = _parser().parse_args(argv)
-    device = harness.device_named(arguments.device)
+    device = device_named(arguments.device)
     check_model(arguments)
     rounds = arguments.rounds or (30 if device.type == "cuda" else 5)
     arguments.providers = arguments.providers or default_providers(device)
@@ -389,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.partition("\n")[0])
     add_model_arguments(parser)
-    parser.add_argument("--batch", nargs="+", type=harness.positive, default=[1, 8], help="images a step")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 8], help="images a step")
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["float32", "bfloat16"])
     parser.add_argument(
         "--providers",
@@ -398,59 +383,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"default: reference, and triton on CUDA, else composed; of {', '.join(map(repr, STEPS))}",
     )
-    parser.add_argument("--rounds", type=harness.positive, help="timed turns (default: 30 on CUDA, 5 on the CPU)")
+    parser.add_argument("--rounds", type=positive, help="timed turns (default: 30 on CUDA, 5 on the CPU)")
     parser.add_argument("--optimizer", action="store_true", help="AdamW's update is part of the step")
     parser.add_argument("--first-step", action="store_true", help="time the first step of a new process instead")
     parser.add_argument("--one-step", action="store_true", help=argparse.SUPPRESS)
     return parser
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that every program about whole models has."""
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default_device, help=f"torch device (here: {default_device})")
-    parser.add_argument(
-        "--model", default="crate_mae_base", choices=MODELS, metavar="NAME", help=f"one of {', '.join(MODELS)}"
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        type=_override,
-        metavar="NAME=VALUE",
-        help="model overrides: depth=1",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="append the results as JSON lines")
-
-
-def check_model(arguments: argparse.Namespace) -> None:
-    """``--model`` with ``--set``, made without memory.
-
-    Raises:
-        SystemExit: the overrides do not make a model.
-    """
-    overrides = dict(arguments.set)
-    try:
-        with torch.device("meta"):
-            crate_mae.create_model(arguments.model, **overrides)
-    except (TypeError, ValueError) as problem:
-        words = " ".join(f"{name}={json.dumps(value)}" for name, value in overrides.items())
-        raise SystemExit(f"--set {words}: {in_one_line(problem)}") from None
-
-
-def _override(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    known = [field.name for field in fields(ModelConfig)]
-    if name not in known:
-        raise argparse.ArgumentTypeError(f"{name!r} in {text!r} is not one of {', '.join(known)}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        raise argparse.ArgumentTypeError(f"{value!r} in {text!r} is not a number, true, false or a [list]") from None
 
 
 if __name__ == "__main__":

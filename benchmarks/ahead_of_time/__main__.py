@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks import harness
+from benchmarks import records
 from benchmarks.ahead_of_time import __doc__ as description
 from benchmarks.ahead_of_time import cases, compiling
 from benchmarks.ahead_of_time.compiling import Figures
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     title = ", ".join(f"{name} {version}" for name, version in versions.items())
     print(title)
-    print(harness.table(COLUMNS, map(line, figures)))
+    print(records.table(COLUMNS, map(line, figures)))
     if arguments.json:
         rows = [json.dumps(versions | asdict(one)) + "\n" for one in figures]
         _write(arguments.json, "".join(rows))

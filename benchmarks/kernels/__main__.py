@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, records
+from benchmarks.command_line import device_named, positive
 from benchmarks.kernels.measuring import MODES, measure, once, ours
 from benchmarks.kernels.operators import OPERATORS, WITH_HEADS, Shape
 from benchmarks.peers import GROUPS
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             its rows say so, and all else was measured.
     """
     arguments = _parser().parse_args(argv)
-    device = harness.device_named(arguments.device)
+    device = device_named(arguments.device)
     shape = Shape(arguments.batch, arguments.tokens, arguments.width, arguments.heads)
     operators = arguments.operators or list(OPERATORS)
     if shape.width % shape.heads and set(operators) & set(WITH_HEADS):
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             for name in operators:
                 once(name, shape, device, arguments.dtype, arguments.seed)
             return []
-        record = harness.Record(device, arguments.seed, arguments.json)
+        record = records.Record(device, arguments.seed, arguments.json)
         ceilings: dict[str, harness.Ceilings] = {}
         for name in operators:
             for each, dtype in cases(name, shape, arguments.dtype, sweeps):
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 try:
                     measure(record, ceilings[dtype], name, each, dtype, device=device, **options)
                 except Exception as problem:
-                    failures.append(f"{name}, {each}, {dtype}: {harness.in_one_line(problem)}")
+                    failures.append(f"{name}, {each}, {dtype}: {records.in_one_line(problem)}")
                     for mode in modes:
                         record.add(
                             operator=name,
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                             dtype=dtype,
                             mode=mode,
                             provider=ours(device),
-                            unavailable=harness.in_one_line(problem),
+                            unavailable=records.in_one_line(problem),
                         )
     record.show()
     if failures:
@@ -115,12 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", nargs="+", choices=[*SWEEPS, "all"], default=[], help="shapes and dtypes besides")
     parser.add_argument("--peers", nargs="+", choices=GROUPS, default=GROUPS, help="kinds of peers (default: all)")
     parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
-    parser.add_argument("--batch", type=harness.positive, default=64 if on_cuda else 4)
-    parser.add_argument("--tokens", type=harness.positive, default=197)
-    parser.add_argument("--width", type=harness.positive, default=768)
-    parser.add_argument("--heads", type=harness.positive, default=12)
+    parser.add_argument("--batch", type=positive, default=64 if on_cuda else 4)
+    parser.add_argument("--tokens", type=positive, default=197)
+    parser.add_argument("--width", type=positive, default=768)
+    parser.add_argument("--heads", type=positive, default=12)
     parser.add_argument("--dtype", choices=harness.DTYPES, default="bfloat16" if on_cuda else "float32")
-    parser.add_argument("--rounds", type=harness.positive, default=100 if on_cuda else 5, help="timed turns")
+    parser.add_argument("--rounds", type=positive, default=100 if on_cuda else 5, help="timed turns")
     parser.add_argument("--once", action="store_true", help="run our operator once, forward and backward; time nothing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="append the results as JSON lines")

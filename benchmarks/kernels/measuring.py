@@ -12,9 +12,10 @@ import torch._functorch.config
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.harness import Ceilings, Record, in_one_line
+from benchmarks.harness import Ceilings
 from benchmarks.kernels.operators import OPERATORS, Comparison, Products, Random, Shape
 from benchmarks.peers import GROUPS, Function, Peer, forced
+from benchmarks.records import Record, in_one_line
 
 BASELINE = "reference"
 MODES = ("forward", "backward", "forward+backward")

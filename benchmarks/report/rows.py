@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import records
 
 Row = dict[str, Any]
 
@@ -149,4 +149,4 @@ def describe_model(row: Row) -> str:
     """The model with what differs from its published size, in words; for a rival, the model that it is compared with."""
     if row["provider"].startswith("vit-mae"):
         return "crate_mae_base"
-    return harness.describe_model(row)
+    return records.describe_model(row)

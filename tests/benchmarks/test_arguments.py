@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import gpu_bench, gpu_check, harness, memory, training_step
+from benchmarks import gpu_bench, gpu_check, memory, records, training_step
+from benchmarks.command_line import device_named
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.report import __main__ as report
 
@@ -19,7 +20,7 @@ SHALLOW = ["--set", "depth=1", "--set", "decoder_depth=1"]
 @pytest.fixture
 def refusal(monkeypatch, capsys):
     """``refusal(program, *arguments)``: the one line that the program ends with, nothing having been measured."""
-    monkeypatch.setattr(harness.Record, "add", lambda *_, **__: pytest.fail("something was measured"))
+    monkeypatch.setattr(records.Record, "add", lambda *_, **__: pytest.fail("something was measured"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def run(program: ModuleType, *arguments: str) -> str:
@@ -90,9 +91,9 @@ def test_a_step_takes_at_least_one_round(refusal):
 def test_a_device_of_a_number_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert harness.device_named("cuda:1") == torch.device("cuda", 1)
+    assert device_named("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(SystemExit, match="--device cuda:2: expected a number below 2"):
-        harness.device_named("cuda:2")
+        device_named("cuda:2")
 
 
 @pytest.mark.parametrize("program", [memory, training_step], ids=["memory", "step"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, harness, parts
+from benchmarks import gpu_check, parts, records
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels.operators import OPERATORS
 from benchmarks.parts import RESULTS, Part, Runner
@@ -303,14 +303,14 @@ def test_rehearsal_on_the_cpu(tmp_path, capsys):
 
 
 def test_a_copy_without_its_repository_is_not_called_clean(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "ROOT", tmp_path)
-    found = harness.environment(torch.device("cpu"))
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    found = records.environment(torch.device("cpu"))
     assert found["commit"] is None and found["dirty"] is None
     monkeypatch.setenv("CRATE_KERNELS_COMMIT", "0123abc")
-    found = harness.environment(torch.device("cpu"))
+    found = records.environment(torch.device("cpu"))
     assert found["commit"] == "0123abc" and found["dirty"] is None
     monkeypatch.undo()
-    assert harness.environment(torch.device("cpu"))["commit"] != "0123abc"
+    assert records.environment(torch.device("cpu"))["commit"] != "0123abc"
 
 
 OPTIONAL = ("hypothesis", "jsonargparse", "matplotlib", "tensorboard", "pytest_benchmark", "transformers", "timm")

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import harness, peers
+from benchmarks import harness, peers, records
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import measuring
 from benchmarks.kernels.operators import OPERATORS, Shape
@@ -41,7 +41,7 @@ def test_every_operator_has_complete_rows(tmp_path, no_compiler, dtype):
     kernels.main([*TINY, "--dtype", dtype, "--json", str(file)])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {row["operator"] for row in rows} == {*OPERATORS, "ceilings"}
-    keys = harness.Row.__annotations__.keys()
+    keys = records.Row.__annotations__.keys()
     for row in rows:
         assert row.keys() | {"unavailable"} == keys
         assert ("unavailable" in row) == (row["ms"] is None)
@@ -175,4 +175,4 @@ def test_ceilings_bound_the_rates():
 
 def test_an_unknown_key_is_refused():
     with pytest.raises(TypeError, match="speed: no such key"):
-        harness.Record(CPU, 0, None).add(operator="ista", provider="ours", speed=1)
+        records.Record(CPU, 0, None).add(operator="ista", provider="ours", speed=1)

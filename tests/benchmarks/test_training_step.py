@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import crate_mae
-from benchmarks import harness, peers, training_step
+from benchmarks import harness, models, peers, training_step
 
 OVERRIDES = ("img_size=32", "embed_dim=48", "depth=1", "num_heads=3", "decoder_depth=1", "decoder_num_heads=3")
 TINY = ["--model", "crate_mae_tiny", "--set", *OVERRIDES, "--device", "cpu"]
@@ -98,7 +98,7 @@ def test_vit_mae_is_made_and_run_as_transformers_has_it(monkeypatch):
 
 
 def test_the_exact_step_in_chunks_is_the_step(monkeypatch):
-    model = crate_mae.create_model("crate_mae_tiny", **dict(map(training_step._override, OVERRIDES)))
+    model = crate_mae.create_model("crate_mae_tiny", **dict(map(models._override, OVERRIDES)))
     batch = training_step.Batch.random(model.config, 5, torch.device("cpu"), torch.float32)
     whole = training_step.official(model, batch, torch.float32)
     monkeypatch.setattr(training_step, "EXACT_AT_A_TIME", 2)
@@ -108,7 +108,7 @@ def test_the_exact_step_in_chunks_is_the_step(monkeypatch):
 
 
 def test_best_composed_is_the_model():
-    model = crate_mae.create_model("crate_mae_tiny", **dict(map(training_step._override, OVERRIDES)))
+    model = crate_mae.create_model("crate_mae_tiny", **dict(map(models._override, OVERRIDES)))
     batch = training_step.Batch.random(model.config, 2, torch.device("cpu"), torch.float32)
     official = peers.forced("reference", peers.Official(model))(batch.images, batch.noise)
     torch.testing.assert_close(peers.BestComposed(model)(batch.images, batch.noise), official)
@@ -141,7 +141,7 @@ def test_least_work_of_a_step():
     """About 20 GFLOP forward and 61 GFLOP in all, an image of CRATE-MAE-Base."""
     config = crate_mae.create_model("crate_mae_tiny").config
     config = dataclasses.replace(config, embed_dim=768, num_heads=12, decoder_num_heads=12)
-    assert training_step.least_flops(config, 1000) / 1000 == pytest.approx(61e9, rel=0.02)
+    assert models.least_flops(config, 1000) / 1000 == pytest.approx(61e9, rel=0.02)
 
 
 def test_an_unknown_override_is_named(capsys):

@@ -1,0 +1,81 @@
+"""What programs about whole models share: how a model is named on the command line, its bytes, and a step's least work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+import crate_mae
+from benchmarks.records import in_one_line
+from crate_mae.config import ModelConfig, grid_of
+from crate_mae.registry import MODELS
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that every program about whole models has."""
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default_device, help=f"torch device (here: {default_device})")
+    parser.add_argument(
+        "--model", default="crate_mae_base", choices=MODELS, metavar="NAME", help=f"one of {', '.join(MODELS)}"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=_override,
+        metavar="NAME=VALUE",
+        help="model overrides: depth=1",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="append the results as JSON lines")
+
+
+def check_model(arguments: argparse.Namespace) -> None:
+    """``--model`` with ``--set``, made without memory.
+
+    Raises:
+        SystemExit: the overrides do not make a model.
+    """
+    overrides = dict(arguments.set)
+    try:
+        with torch.device("meta"):
+            crate_mae.create_model(arguments.model, **overrides)
+    except (TypeError, ValueError) as problem:
+        words = " ".join(f"{name}={json.dumps(value)}" for name, value in overrides.items())
+        raise SystemExit(f"--set {words}: {in_one_line(problem)}") from None
+
+
+def _override(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    known = [field.name for field in fields(ModelConfig)]
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{name!r} in {text!r} is not one of {', '.join(known)}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} in {text!r} is not a number, true, false or a [list]") from None
+
+
+def bytes_of(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def least_flops(config: ModelConfig, batch: int) -> int:
+    """Of one step: ISTA in one product, every layer's products once forward and twice backward, attention 2 and 5."""
+    rows, columns = grid_of(config.image_shape, config.patch_size)
+    patches, width = rows * columns, config.embed_dim
+    tokens, patch = patches + 1, config.patch_size**2 * config.in_chans
+    layers = config.depth + config.decoder_depth
+    layer = 3 * 3 * 2 * tokens * width**2 + (2 + 5) * 2 * tokens**2 * width
+    embedding = 2 * 2 * patches * width * patch  # no gradient of the images
+    prediction = 3 * 2 * tokens * width * patch
+    combinations = config.depth * 2 * 2 * width**3  # W^T W and its gradient, once a step
+    return batch * (layers * layer + embedding + prediction) + combinations
