@@ -113,7 +113,9 @@ class Record:
 
 
 def in_one_line(problem: BaseException) -> str:
-    """What went wrong: its kind and the beginning of its message."""
+    """What went wrong: its kind and the beginning of its message; of the compiler, what it met with."""
+    while type(problem).__module__.startswith("torch._dynamo") and problem.__cause__ is not None:
+        problem = problem.__cause__
     return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}".removesuffix(": ")
 
 

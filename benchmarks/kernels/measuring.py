@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness
 from benchmarks.harness import Ceilings
@@ -198,9 +200,12 @@ def measure(
             lacking = {key: why for key, why in absent.items() if mode != "forward" or not key.endswith(SUMMED)}
             providers: dict[str, tuple[harness.Provider, str]] = {}
             peaks: dict[str, int | None] = {}
+            product_flops: dict[str, int] = {}
             for provider, build in works_of(mode, comparison, functions, inputs, upstreams).items():
                 try:
                     works = build()
+                    if provider in comparison.products:
+                        product_flops[provider] = flops_of(works[0])
                     works[0]()
                     peaks[provider] = harness.added_bytes(works[0], device)
                     providers[provider] = harness.captured(in_turn(works), device)
@@ -214,6 +219,9 @@ def measure(
             for provider, sample in times.items():
                 sample = [each / count for each in sample]
                 ms = harness.Spread.of(sample)
+                work = comparison.least_flops(mode), least_bytes(mode, inputs[0], upstreams[0])
+                if provider in product_flops:  # less work than the operator's
+                    work = product_flops[provider], None
                 record.add(
                     **common,
                     provider=provider,
@@ -222,7 +230,7 @@ def measure(
                     ms=asdict(ms),
                     peak_bytes=peaks[provider],
                     ratio=harness.ratios_to(times.get(BASELINE), times[provider]),
-                    **ceilings.rates(ms.p50, comparison.least_flops(mode), least_bytes(mode, inputs[0], upstreams[0])),
+                    **ceilings.rates(ms.p50, *work),
                 )
 
 
@@ -251,6 +259,18 @@ def works_of(
         if mode in products:
             found[provider] = partial(of_products, products[mode])
     return found
+
+
+def flops_of(products: harness.Provider) -> int:
+    """What library products take, counted as they are called."""
+
+    def with_epilogue(bias: torch.Size, left: torch.Size, right: torch.Size, **_: Any) -> int:
+        return 2 * left.numel() * right[-1]
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._addmm_activation: with_epilogue})
+    with counter:
+        products()
+    return counter.get_total_flops()
 
 
 def normal(device: torch.device, dtype: torch.dtype) -> Random:

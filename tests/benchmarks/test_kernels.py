@@ -48,7 +48,8 @@ def test_every_operator_has_complete_rows(tmp_path, no_compiler, dtype):
     timed = [row for row in rows if row["operator"] in OPERATORS and row["ms"]]
     for row in timed:
         assert 0 < row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
-        assert min(row[key] for key in ("tflops", "gigabytes_per_second", "roofline_percent")) > 0
+        assert row["tflops"] > 0 and row["roofline_percent"] > 0
+        assert (row["gigabytes_per_second"] is None) == row["provider"].startswith("products")
         assert (
             row["baseline"] == "reference" and row["ratio"] and row["input_sets"] == 2 and row["shape"]["tokens"] == 9
         )
@@ -61,6 +62,15 @@ def test_every_operator_has_complete_rows(tmp_path, no_compiler, dtype):
             for absent in ("official compiled", "official max-autotune"):
                 (row,) = rows_of(rows, operator=operator, mode=mode, provider=absent)
                 assert "compiler" in row["unavailable"]
+
+
+@pytest.mark.parametrize("provider", ["products", "products with epilogue"])
+def test_library_products_are_rated_by_their_own_work(provider):
+    shape = Shape(batch=2, tokens=9, width=16, heads=2)
+    comparison = OPERATORS["ista"](shape, measuring.normal(CPU, torch.float32))
+    inputs = comparison.inputs()
+    products = comparison.products[provider]["forward+backward"](inputs, comparison.upstream(inputs))
+    assert measuring.flops_of(products) == 3 * 2 * 18 * 16 * 16 < comparison.least_flops("forward+backward")
 
 
 def test_attention_has_every_peer_in_every_mode(no_compiler):
