@@ -23,8 +23,8 @@ NAMES = {
     "official compiled graph": "official order, compiled, CUDA graph",
     "official max-autotune": "official order, max-autotune",
     "library": "library call",
-    "products": "cuBLAS products alone",
-    "products with epilogue": "cuBLAS products with epilogue",
+    "products": "library products alone",
+    "products with epilogue": "library products with epilogue",
     **{
         peer + summed: name + words
         for peer, name in {
@@ -58,6 +58,7 @@ OPERATORS = {
     "ista": "ISTA",
     "mssa": "MSSA",
     "norm_linear": "LayerNorm and product",
+    "overcomplete_ista": "Overcomplete ISTA",
     "memory": "Memory",
     "ceilings": "Ceilings of this device",
 }

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from benchmarks import targets
+from benchmarks.kernels.operators import OPERATORS as kernels
 from benchmarks.memory import SAVED_BY
 from benchmarks.report import __main__ as command
+from benchmarks.report import tables
 from benchmarks.report.plots import plan, save
 from benchmarks.report.rows import by_device, newest, read
 from benchmarks.report.tables import BEGIN, END, number
@@ -251,6 +253,10 @@ def test_an_absent_peer_is_named_with_its_reason():
     rows = [step("triton", 5, 2), lacking(step("best composed", 1, 1), "no C compiler")]
     (found,) = targets.step_against(targets.BEST_COMPOSED, [256])(numbered(rows))
     assert found.value is None and found.why_not == "best composed: no C compiler"
+
+
+def test_every_operator_has_a_name_in_words():
+    assert tables.OPERATORS.keys() > kernels.keys()
 
 
 def test_report_and_readme(place, capsys):
