@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import parts, records
+from benchmarks import ROOT, records
 from benchmarks.command_line import make_folder
 from benchmarks.kernels.operators import OPERATORS
 from benchmarks.parts import RESULTS, Part, Runner
@@ -103,7 +103,7 @@ def write_report() -> bool:
     if importlib.util.find_spec("benchmarks.report") is None:
         print("no report: there is no benchmarks.report")
         return True
-    return subprocess.run([sys.executable, "-m", "benchmarks.report"], cwd=parts.ROOT).returncode == 0
+    return subprocess.run([sys.executable, "-m", "benchmarks.report"], cwd=ROOT).returncode == 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gpu_bench: a rehearsal's times mean nothing; name a folder for them with --out", file=sys.stderr)
         return 2
     name = records.environment(torch.device(arguments.device))["device"]
-    folder = arguments.out or parts.ROOT / "benchmarks" / "results" / records.slug(name)
+    folder = arguments.out or ROOT / "benchmarks" / "results" / records.slug(name)
     make_folder("--out", folder)
     seconds = arguments.seconds or (float("inf") if arguments.full else 520)
     statuses = Counter()

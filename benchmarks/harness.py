@@ -188,7 +188,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device reached in this process: one large product, one large copy counting bytes read and written."""
+    """What this device reached in this process, in the better of its turns: one large product, and one large copy counting bytes
+    read and written."""
 
     tflops: float
     gigabytes_per_second: float

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
 
 # Stands in a command for the file that the part writes its JSON lines to.
 RESULTS = "{results}"

@@ -17,7 +17,8 @@ from typing import Any, TypedDict
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+
 _WRITTEN_BY_BENCHMARKS = (":!benchmarks/results", ":!README.md")
 
 
@@ -40,9 +41,11 @@ class Row(TypedDict, total=False):
     input_sets: int  # that take turns, so that the L2 cache is cold
     rounds: int  # timed turns
     ms: dict[str, float]  # p20, p50, p80 of one pass over one input set
-    tflops: float  # 10^12 floating-point operations a second, of the least that the work takes
+    # 10^12 floating-point operations a second, of the least that the work takes; of library products, of their own.
+    tflops: float
     gigabytes_per_second: float  # 10^9, of the least bytes: every input, output and gradient once
-    roofline_percent: float  # of min(product rate, copy rate x intensity) that the same process measured
+    # Of min(product rate, copy rate x intensity) that the same process measured; of the product rate where bytes are unknown.
+    roofline_percent: float
     peak_bytes: int  # of a kernel, more than before it; of a step, with the model
     ratio: dict[str, float]  # p20, p50, p80: how many times better than the baseline, within each turn
     images_per_second: float

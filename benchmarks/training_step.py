@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import crate_mae
-from benchmarks import harness, peers, records
+from benchmarks import ROOT, harness, peers
 from benchmarks.command_line import device_named, positive
 from benchmarks.harness import Ceilings
 from benchmarks.models import add_model_arguments, bytes_of, check_model, least_flops
@@ -301,9 +301,7 @@ def first_step(
         variables = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME")
         environment = os.environ | {variable: os.path.join(folder, variable) for variable in variables}
         begin = time.time()
-        process = subprocess.run(
-            command, cwd=records.ROOT, env=environment, capture_output=True, text=True, timeout=600
-        )
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
         if process.returncode:
             last = (process.stderr.strip().splitlines() or ["no output"])[-1]
             record.add(**row, unavailable=last)

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks import ROOT
 from benchmarks.report.plots import plan, save
 from benchmarks.report.rows import Results, Row, by_device, device_folders, read
 from benchmarks.report.tables import BEGIN, END, readme_part, report
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def with_part(readme: Path, part: str) -> str:

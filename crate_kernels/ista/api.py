@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
 from crate_kernels.ista import op, reference
-from crate_kernels.ista.form import one_product
+from crate_kernels.ista.form import combination, one_product
 from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, no_autocast
 from crate_kernels.schemas import number_as_tensor
 
@@ -84,8 +84,7 @@ def combine(weight: Tensor) -> Tensor:
     checks.tensor("weight", weight, "width width")
     checks.shape("weight", weight, (weight.shape[1],) * 2, "a square dictionary")
     with no_autocast(weight), torch.no_grad():
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return torch.addmm(weight, weight.t(), weight, alpha=-1)
+        return combination(weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
 def check(

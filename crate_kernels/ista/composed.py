@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_kernels.ista.form import one_product
+from crate_kernels.ista.form import combination, one_product, through_combination
 from crate_kernels.precision import arithmetic_dtype
 
 
@@ -22,8 +22,10 @@ def forward(
     factor = operand if one else _residual(operand, weight)
     if combined is not None:
         matrix = combined.to(dtype, copy=True)
+    elif one:
+        matrix = combination(weight.to(arithmetic_dtype(operand))).to(dtype)
     else:
-        matrix = _combination(weight, operand) if one else weight.to(dtype, copy=True).contiguous()
+        matrix = weight.to(dtype, copy=True).contiguous()
     code = _plus_product(x, factor, matrix, step_size)
     code = F.softshrink(code, step_size * lambd) if soft else code.sub_(step_size * lambd).relu_()
     return code.to(x.dtype), [matrix] if operand is x else [matrix, operand]
@@ -49,7 +51,8 @@ def backward(
         if need_x:
             grad_x = _plus_product(grad, grad_operand, matrix.t(), step_size)
         if need_weight:
-            grad_weight = _through_combination(_product(operand.t(), grad_operand), weight, operand, step_size)
+            grad_combination = _product(operand.t(), grad_operand)
+            grad_weight = through_combination(grad_combination, weight.to(grad_combination.dtype), step_size)
     else:
         residual_sum = _at_least_float32(_product(grad_operand, matrix.t())) * step_size
         grad_residual = residual_sum.to(operand.dtype)
@@ -69,19 +72,6 @@ def backward(
 def _residual(operand: Tensor, weight: Tensor) -> Tensor:
     """r = x - x W^T: what the dictionary leaves unexplained."""
     return (operand - _product(operand, weight.to(operand.dtype).t())).to(operand.dtype)
-
-
-def _combination(weight: Tensor, operand: Tensor) -> Tensor:
-    """G = W - W^T W in the operand's dtype, in the arithmetic of the operand's."""
-    factor = weight.to(arithmetic_dtype(operand))
-    return torch.addmm(factor, factor.t(), factor, alpha=-1).to(operand.dtype)
-
-
-def _through_combination(grad: Tensor, weight: Tensor, operand: Tensor, step_size: float) -> Tensor:
-    """dW = eta (dG - W (dG + dG^T)) from dG of ``_combination``, in the arithmetic of the operand's."""
-    dtype = arithmetic_dtype(operand)
-    grad = grad.to(dtype)
-    return torch.addmm(grad, weight.to(dtype), grad + grad.t(), beta=step_size, alpha=-step_size)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

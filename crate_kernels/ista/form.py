@@ -1,6 +1,9 @@
-"""Which of the two orders of multiplication the sparse step takes."""
+"""The two orders of multiplication of the sparse step: which one it takes, and the matrix G of the one-product form."""
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor
 
 
 def one_product(tokens: int, width: int) -> bool:
@@ -14,3 +17,13 @@ def one_product(tokens: int, width: int) -> bool:
     so one product does less forward work as soon as M > D, and less backward work a good deal sooner.
     """
     return tokens > width
+
+
+def combination(weight: Tensor) -> Tensor:
+    """G = W - W^T W [width, width], in the dtype of W."""
+    return torch.addmm(weight, weight.t(), weight, alpha=-1)
+
+
+def through_combination(grad: Tensor, weight: Tensor, factor: float = 1) -> Tensor:
+    """dW = factor * (dG - W (dG + dG^T)) of ``combination``, in the dtype that all have."""
+    return torch.addmm(grad, weight, grad + grad.t(), beta=factor, alpha=-factor)

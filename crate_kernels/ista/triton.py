@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from crate_kernels.ista.form import through_combination
 from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
 from crate_kernels.products.preparation import combine, prepare
 from crate_kernels.products.triton import input_gradient, project, weight_gradient
@@ -28,11 +29,6 @@ class Step(NamedTuple):
     @property
     def threshold(self) -> Tensor:
         return self.step_size * self.lambd
-
-
-def through_combination(grad: Tensor, weight: Tensor) -> Tensor:
-    """dW = dG - W (dG + dG^T), float32."""
-    return torch.addmm(grad, weight.float(), grad + grad.mT, alpha=-1)
 
 
 def prepared(
@@ -81,12 +77,12 @@ def backward(
     if need_weight:
         product, column = weight_gradient(x, grad_y, operand.matrix.dtype, y=y, stats=stats)
         if norm is None:
-            grads = MatrixGradient(through_combination(product * step.step_size, weight), None, None, None)
+            grads = MatrixGradient(through_combination(product * step.step_size, weight.float()), None, None, None)
         else:
             found = gradient(product, column, combined * step.step_size, None, norm)
             # LN(x) was added to the product as well: its weight and bias meet the gradient there, too.
             grads = MatrixGradient(
-                through_combination(found.matrix * step.step_size, weight),
+                through_combination(found.matrix * step.step_size, weight.float()),
                 None,
                 found.norm_weight + product.diagonal(),
                 None if norm.bias is None else found.norm_bias + column,

@@ -50,8 +50,8 @@ def shared_qkv_attention(
             sum of exponentials, before dropout; -inf for padding. No gradient flows through it.
 
     The backward takes the forward's implementation. It is deterministic, and cannot be differentiated again. Kept for it
-    are w, the output and one number a row (on a CPU with dropout, or one that multiplies in 16 bits, for up to 512 tokens,
-    the probabilities instead).
+    are w, the output and one number a row (on a CPU the probabilities instead: of up to 256 tokens, and of up to 512 with
+    dropout or where it multiplies in 16 bits).
 
     Raises:
         TypeError: w is not a floating-point tensor, lengths not one of int32 or int64, scale or dropout not a number, or seed

@@ -11,9 +11,10 @@ import types
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 import crate_mae
-from benchmarks import harness, models, peers, training_step
+from benchmarks import harness, models, peers, records, training_step
 
 OVERRIDES = ("img_size=32", "embed_dim=48", "depth=1", "num_heads=3", "decoder_depth=1", "decoder_num_heads=3")
 TINY = ["--model", "crate_mae_tiny", "--set", *OVERRIDES, "--device", "cpu"]
@@ -172,3 +173,10 @@ def test_spread_of_a_sample():
     assert harness.Spread.of([4.0]) == harness.Spread(4.0, 4.0, 4.0)
     spread = harness.Spread.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
     assert spread == harness.Spread(2.0, 3.5, 5.0)
+
+
+def test_a_compilers_error_is_told_by_its_cause():
+    wrapped = TorchDynamoException("Observed exception. Hint: ...")
+    wrapped.__cause__ = NotImplementedError("no backward\n on this device")
+    assert records.in_one_line(wrapped) == "NotImplementedError: no backward on this device"
+    assert records.in_one_line(ValueError()) == "ValueError"
