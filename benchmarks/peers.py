@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import crate_kernels
 from crate_kernels import AttentionWeights, Norm
 from crate_kernels.ista.form import one_product
-from crate_mae.patches import removed_patches
+from crate_mae.patches import kept_patches, removed_patches
 
 Function = Callable[..., Tensor]
 
@@ -176,15 +176,17 @@ class BestComposed(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         model, config = self.model, self.model.config
-        mask = removed_patches(noise, 0.75)
-        x = model._embed(images, mask)
+        kept, pixels = kept_patches(noise, 0.75), model.patchify(images)
+        x = model._in_place(model._embed_kept(pixels, kept), images)
         numbers = dict(step_size=config.step_size, lambd=config.lambd)
         for block in model.blocks:
             x = encoder_layer(x, *block.weights(), num_heads=config.num_heads, **numbers)
         x = model.norm(x)
         for block in model.decoder_blocks:
             x = decoder_layer(x, *block.weights(), num_heads=config.decoder_num_heads)
-        return model._loss(images, model.decoder_pred(model.decoder_norm(x))[:, 1:], mask)
+        return model._loss(
+            pixels, model.decoder_pred(model.decoder_norm(x))[:, 1:], removed_patches(kept, noise.shape[1])
+        )
 
 
 class Official(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from crate_kernels import (
@@ -19,9 +21,10 @@ from crate_kernels import (
     encoder_layer,
     prepare_layers,
 )
+from crate_kernels.dispatch import choose
 from crate_kernels.precision import compute_dtype, is_autocast
 from crate_mae.config import ModelConfig, grid_of
-from crate_mae.patches import patchify, removed_patches, unpatchify
+from crate_mae.patches import kept_patches, patchify, removed_patches, unpatchify
 from crate_mae.positions import sine_cosine
 
 # In official checkpoints, and never used by the official code.
@@ -114,6 +117,12 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)
 
+    def of_patches(self, patches: Tensor) -> Tensor:
+        """Tokens of patches [batch, any number, patch_size**2 * channels] as ``patchify`` has them."""
+        channels, size = self.proj.in_channels, self.proj.kernel_size[0]
+        as_weights = rearrange(patches, "b n (p q c) -> b n (c p q)", c=channels, p=size)
+        return F.linear(as_weights, self.proj.weight.flatten(1), self.proj.bias)
+
 
 class CrateMAE(nn.Module):
     """CRATE-MAE with the official parameter names and initialisation; build one with ``crate_mae.create_model``.
@@ -185,9 +194,14 @@ class CrateMAE(nn.Module):
             raise ValueError(
                 f"noise: expected [batch, patches] ({images.shape[0]}, {patches}), got shape {tuple(noise.shape)}"
             )
-        mask = removed_patches(noise, mask_ratio)
-        pred = self._decode(self._encode(self._embed(images, mask)))
-        return MAEOutput(self._loss(images, pred, mask), pred, mask)
+        kept, pixels = kept_patches(noise, mask_ratio), self.patchify(images)
+        mask = removed_patches(kept, patches)
+        if choose(images, compute_dtype(images)) == "reference":
+            x = torch.where(mask.bool().unsqueeze(-1), self.mask_token, self.patch_embed(images))
+        else:
+            x = self._embed_kept(pixels, kept)
+        pred = self._decode(self._encode(self._in_place(x, images)))
+        return MAEOutput(self._loss(pixels, pred, mask), pred, mask)
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens [batch, 1 + patches, width] after the encoder's final norm, no patch removed; the class token is first.
@@ -195,7 +209,7 @@ class CrateMAE(nn.Module):
         Images and errors as in ``forward``. ``torch.no_grad()`` around it keeps nothing for a backward.
         """
         self._patches(images)
-        return self._encode(self._embed(images))
+        return self._encode(self._in_place(self.patch_embed(images), images))
 
     def attention_map(self, images: Tensor, layer: int = -1) -> Tensor:
         """Attention weights [batch, heads, tokens, tokens] of one encoder layer on whole images; negative layers count back.
@@ -207,7 +221,7 @@ class CrateMAE(nn.Module):
         depth = len(self.blocks)
         if not -depth <= layer < depth:
             raise IndexError(f"layer: expected {-depth} to {depth - 1}, got {layer}")
-        x = self._embed(images)
+        x = self._in_place(self.patch_embed(images), images)
         for block in self.blocks[: layer % depth]:
             x = block(x)
         return self.blocks[layer].attention(x)
@@ -240,10 +254,16 @@ class CrateMAE(nn.Module):
         rows, columns = grid_of(tuple(images.shape[-2:]), self.config.patch_size)
         return rows * columns
 
-    def _embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.patch_embed(images)
-        if mask is not None:
-            x = torch.where(mask.bool().unsqueeze(-1), self.mask_token, x)
+    def _embed_kept(self, pixels: Tensor, kept: Tensor) -> Tensor:
+        """Embed the kept patches alone, a quarter as a rule; mask tokens stand for the others, whose embedding none would see."""
+        of_kept, width = kept.unsqueeze(-1), self.config.embed_dim
+        chosen = pixels.gather(1, of_kept.expand(-1, -1, pixels.shape[-1]))
+        embedded = self.patch_embed.of_patches(chosen).to(self.mask_token.dtype)
+        tokens = self.mask_token.expand(*pixels.shape[:2], width)
+        return tokens.scatter(1, of_kept.expand(-1, -1, width), embedded)
+
+    def _in_place(self, x: Tensor, images: Tensor) -> Tensor:
+        """The encoder's input: the class token before those of the patches, each with its position."""
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return x + self._positions(images)
 
@@ -269,8 +289,7 @@ class CrateMAE(nn.Module):
             x = block(x, recompute=self.recompute, prepared=ready)
         return x
 
-    def _loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        target = self.patchify(images)
+    def _loss(self, target: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         if self.config.norm_pix_loss:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         error = (pred - target).square().mean(dim=-1)

@@ -23,11 +23,14 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size)
 
 
-def removed_patches(noise: Tensor, mask_ratio: float) -> Tensor:
-    """Mask [batch, patches], float32, 1 where a patch is removed: those with the largest noise in each sample.
+def kept_patches(noise: Tensor, mask_ratio: float) -> Tensor:
+    """Numbers [batch, kept] of the patches that are not removed: those with the least noise [batch, patches] in each sample.
 
-    int(patches * (1 - mask_ratio)) patches are kept, as in MAE.
+    int(patches * (1 - mask_ratio)) of them, as in MAE.
     """
-    keep = int(noise.shape[1] * (1 - mask_ratio))
-    kept = noise.argsort(dim=1)[:, :keep]
-    return torch.ones_like(noise, dtype=torch.float32).scatter_(1, kept, 0.0)
+    return noise.argsort(dim=1)[:, : int(noise.shape[1] * (1 - mask_ratio))]
+
+
+def removed_patches(kept: Tensor, patches: int) -> Tensor:
+    """Mask [batch, patches], float32, 1 where a patch is removed."""
+    return torch.ones(kept.shape[0], patches, device=kept.device).scatter_(1, kept, 0.0)

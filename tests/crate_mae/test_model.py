@@ -8,7 +8,7 @@ from support import error, small_model
 
 import crate_kernels
 from crate_mae import MODELS, create_model
-from crate_mae.patches import removed_patches
+from crate_mae.patches import kept_patches, removed_patches
 from crate_mae.registry import count_parameters
 
 
@@ -62,10 +62,10 @@ def test_patchify_order_is_rows_then_columns_then_channels() -> None:
 
 def test_mask_removes_the_patches_with_most_noise() -> None:
     noise = torch.rand(5, 49)
-    mask = removed_patches(noise, 0.75)
+    mask = removed_patches(kept_patches(noise, 0.75), 49)
     assert (mask == 0).sum(1).tolist() == [12] * 5  # int(49 * 0.25)
     assert (noise.masked_fill(mask == 1, -1).amax(1) < noise.masked_fill(mask == 0, 2).amin(1)).all()
-    assert not removed_patches(noise, 0.0).any()
+    assert not removed_patches(kept_patches(noise, 0.0), 49).any()
 
 
 def test_removed_patches_are_not_seen() -> None:

@@ -11,7 +11,7 @@ import torch
 from crate_mae.config import ModelConfig
 from crate_mae.data import IMAGENET_MEAN, IMAGENET_STD, Normalization
 from crate_mae.model import CrateMAE
-from crate_mae.patches import removed_patches
+from crate_mae.patches import kept_patches, removed_patches
 from crate_mae.pictures import predicted_patches, reconstruction_sheet
 
 GAP, TITLE = 4, 18
@@ -51,7 +51,8 @@ def test_columns_show_what_they_say(shape):
     sheet = reconstruction_sheet(model, pixels, normalization, noise=noise)
 
     original, masked, prediction, pasted = sheet_cells(sheet, 2, *shape).swapaxes(0, 1)
-    removed = removed_patches(noise, 0.75).view(2, *grid).repeat_interleave(8, 1).repeat_interleave(8, 2).bool().numpy()
+    removed = removed_patches(kept_patches(noise, 0.75), noise.shape[1]).view(2, *grid)
+    removed = removed.repeat_interleave(8, 1).repeat_interleave(8, 2).bool().numpy()
     assert np.array_equal(original, pixels.permute(0, 2, 3, 1).numpy())
     assert np.all(masked[removed] == 128)
     assert np.array_equal(masked[~removed], original[~removed])
