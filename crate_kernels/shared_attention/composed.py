@@ -11,8 +11,9 @@ gradients added up. In 16 bits, and of short sequences, its backward is slower t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,27 +46,30 @@ def forward(
         lse = lse.contiguous() if padding is None else lse.masked_fill(padding, float("-inf")).contiguous()
         return _unflatten(_without(padding, out), w), lse
 
-    out, keeps, stored = empty_token_major(w), composed_keeps(w, dropout, return_lse), _without(padding, w)
-    kept = w.new_empty(0, dtype=arithmetic_dtype(w))
-    if keeps == "probabilities" and keep:
-        kept = kept.new_empty(*w.shape[:3], w.shape[2])
-    elif keeps == "log-sum-exp":
+    part, (tokens, features), keeps = _Part.of(w), w.shape[2:], composed_keeps(w, dropout, return_lse)
+    key_room, result_room = part.room(w, tokens, features), part.room(w, part.rows, features)
+    score_room = part.room(w, part.rows, tokens)
+    out, kept = empty_token_major(w), None
+    if keeps == "log-sum-exp":
         kept = w.new_empty(w.shape[:3], dtype=torch.promote_types(w.dtype, torch.float32))
-    generator, slices = _generator(w, dropout, seed), list(_slices(w))
-    room = _room(w, slices)
-    for some, rows in slices:
-        keys = _stacked(stored[some])
-        for row in rows:
-            scores = _scores(keys, row, scale, is_causal, _of_heads(padding, w, some), room)
+    elif keeps == "probabilities" and keep:
+        kept = w.new_empty(*w.shape[:3], tokens, dtype=arithmetic_dtype(w))
+    generator = _generator(w, dropout, seed)
+    for heads, out_heads, kept_heads, padded in part.heads_of(_without(padding, w), out, kept, _of_heads(padding, w)):
+        keys = _stacked(heads, key_room)
+        for rows in part.rows_of(keys):
+            queries = keys[:, rows]
+            probabilities = scores = _scores(queries, keys, rows, scale, is_causal, padded, score_room)
             if keeps == "log-sum-exp":
-                lse = scores.to(kept.dtype).logsumexp(-1)
-                kept[some][..., row] = lse.view_as(kept[some][..., row])
-            destination = kept[some].flatten(0, 1)[:, row] if kept.ndim == 4 else scores
-            probabilities = torch.softmax(scores, -1, out=destination)
+                kept_heads[..., rows] = scores.to(kept.dtype).logsumexp(-1).view(*heads.shape[:2], -1)
+            elif kept is not None:
+                probabilities = kept_heads.flatten(0, 1)[:, rows]
+            torch.softmax(scores, -1, out=probabilities)
             if dropout:
                 probabilities = probabilities * _factors(probabilities, dropout, generator)
-            out_rows = out[some][..., row, :]
-            out_rows.copy_(torch.bmm(probabilities, keys).view_as(out_rows))
+            result = torch.bmm(probabilities, keys, out=_corner(result_room, queries))
+            out_heads[..., rows, :] = result.view(*heads.shape[:2], *queries.shape[1:])
+    kept = w.new_empty(0, dtype=arithmetic_dtype(w)) if kept is None else kept
     if padding is not None:
         out.masked_fill_(padding[..., None], 0.0)
         if keeps == "log-sum-exp":
@@ -95,20 +99,25 @@ def backward(
         )
         return _unflatten(as_query.add_(as_key).add_(as_value), w)
 
-    grad_w, stored, grads = empty_token_major(w), _without(padding, w), _without(padding, grad_out)
-    generator, slices = _generator(w, dropout, seed), list(_slices(w))
-    room, second_room = _room(w, slices), _room(w, slices)
-    for some, rows in slices:
-        keys, all_grads = _stacked(stored[some]), _stacked(grads[some])
-        grad_keys = torch.zeros_like(keys) if len(rows) > 1 else torch.empty_like(keys)
-        for row in rows:
-            queries, grad_rows = keys[:, row], all_grads[:, row]
-            if kept.ndim == 4:
-                probabilities = kept[some].flatten(0, 1)[:, row]
+    part, (tokens, features) = _Part.of(w), w.shape[2:]
+    key_room, grad_room, result_room = (part.room(w, tokens, features) for _ in range(3))
+    score_room, second_room = (part.room(w, part.rows, tokens) for _ in range(2))
+    grad_w, generator = empty_token_major(w), _generator(w, dropout, seed)
+    probabilities_kept = kept if kept.ndim == 4 else None
+    tensors = _without(padding, w), _without(padding, grad_out), grad_w, probabilities_kept, _of_heads(padding, w)
+    for heads, grad_heads, grad_w_heads, kept_heads, padded in part.heads_of(*tensors):
+        keys, grads = _stacked(heads, key_room), _stacked(grad_heads, grad_room)
+        grad_keys = _corner(result_room, keys)
+        if part.rows < tokens:
+            grad_keys.zero_()
+        for rows in part.rows_of(keys):
+            queries, grad_rows = keys[:, rows], grads[:, rows]
+            if kept_heads is not None:
+                probabilities = kept_heads.flatten(0, 1)[:, rows]
             else:
-                scores = _scores(keys, row, scale, is_causal, _of_heads(padding, w, some), second_room)
+                scores = _scores(queries, keys, rows, scale, is_causal, padded, second_room)
                 probabilities = torch.softmax(scores, -1, out=scores)
-            grad_probabilities = torch.bmm(grad_rows, keys.transpose(1, 2), out=_of_room(room, queries, keys))
+            grad_probabilities = torch.bmm(grad_rows, keys.mT, out=_corner(score_room, queries))
             dropped = probabilities
             if dropout:
                 factors = _factors(probabilities, dropout, generator)
@@ -117,15 +126,14 @@ def backward(
             grad_scores = torch._softmax_backward_data(
                 grad_probabilities, probabilities, -1, probabilities.dtype, grad_input=grad_probabilities
             )
-            if len(rows) == 1:  # as query and as key in one product
-                torch.bmm(dropped.transpose(1, 2), grad_rows, out=grad_keys)
-                transposed = _of_room(second_room, queries, keys).copy_(grad_scores.transpose(1, 2))
-                grad_scores = transposed.add_(grad_scores)
+            if part.rows == tokens:  # as query and as key in one product
+                torch.bmm(dropped.mT, grad_rows, out=grad_keys)
+                grad_scores = _corner(second_room, queries).copy_(grad_scores.mT).add_(grad_scores)
             else:
-                grad_keys.baddbmm_(dropped.transpose(1, 2), grad_rows)
-                grad_keys.baddbmm_(grad_scores.transpose(1, 2), queries, alpha=scale)
-            grad_keys[:, row].baddbmm_(grad_scores, keys, alpha=scale)
-        grad_w[some].copy_(grad_keys.view_as(grad_w[some]))
+                grad_keys.baddbmm_(dropped.mT, grad_rows)
+                grad_keys.baddbmm_(grad_scores.mT, queries, alpha=scale)
+            grad_keys[:, rows].baddbmm_(grad_scores, keys, alpha=scale)
+        grad_w_heads.copy_(grad_keys.view(grad_w_heads.shape))
     return grad_w if padding is None else grad_w.masked_fill_(padding[..., None], 0.0)
 
 
@@ -150,68 +158,81 @@ def _features_in_a_row(w: Tensor) -> Tensor:
     return w if w.stride(-1) == 1 and w.stride(-2) >= w.shape[-1] else w.contiguous()
 
 
-def _stacked(heads: Tensor) -> Tensor:
-    """Heads [samples, heads, tokens, head_dim] of any strides as [samples * heads, tokens, head_dim], to compute with."""
-    return heads.to(arithmetic_dtype(heads)).reshape(-1, *heads.shape[2:]).contiguous()
-
-
 def _unflatten(result: Tensor, like: Tensor) -> Tensor:
     """The result in the dtype and the layout that the operator promises; itself where it has both."""
     promised = empty_token_major(like)
     return result if (result.dtype, result.stride()) == (promised.dtype, promised.stride()) else promised.copy_(result)
 
 
-def _slices(w: Tensor) -> Iterator[tuple[tuple[slice, slice], list[slice]]]:
-    """(samples, heads) whose scores against all tokens fit the bound, or one head, and its rows in parts that do."""
-    batch, heads, tokens, _ = w.shape
-    bound = (_SCORES_ON_CPU if w.device.type == "cpu" else _SCORES_ELSEWHERE) // arithmetic_dtype(w).itemsize
-    rows = min(tokens, max(1, bound // tokens))
-    most = max(1, bound // (rows * tokens))
-    for samples in _equal_parts(batch, most // heads):
-        for some in _equal_parts(heads, most):
-            yield (samples, some), list(_equal_parts(tokens, rows))
+class _Part(NamedTuple):
+    """Of how many samples, heads and rows the scores against all tokens exist at a time: as many as fit the bound."""
+
+    samples: int
+    heads: int
+    rows: int
+
+    @classmethod
+    def of(cls, w: Tensor) -> _Part:
+        batch, heads, tokens, _ = w.shape
+        bound = (_SCORES_ON_CPU if w.device.type == "cpu" else _SCORES_ELSEWHERE) // arithmetic_dtype(w).itemsize
+        rows = min(tokens, max(1, bound // tokens))
+        most = max(1, bound // (rows * tokens))
+        return cls(_even(batch, most // heads), _even(heads, most), _even(tokens, rows))
+
+    def room(self, w: Tensor, rows: int, width: int) -> Tensor:
+        """Memory [heads, rows, width] for one array of each part in turn.
+
+        Fresh memory costs as much as the product that fills it, and memory just used is still in cache.
+        """
+        return w.new_empty(self.samples * self.heads, rows, width, dtype=arithmetic_dtype(w))
+
+    def heads_of(self, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+        """Part by part, those samples and heads of tensors [batch, heads, ...]; None stays None."""
+        return zip(*(repeat(None) if tensor is None else self._heads_of(tensor) for tensor in tensors), strict=False)
+
+    def _heads_of(self, tensor: Tensor) -> list[Tensor]:
+        of_samples = tensor.split(self.samples)
+        if self.heads == tensor.shape[1]:
+            return of_samples
+        return [part for some in of_samples for part in some.split(self.heads, 1)]
+
+    def rows_of(self, keys: Tensor) -> Iterator[slice]:
+        return (slice(first, first + self.rows) for first in range(0, keys.shape[1], self.rows))
 
 
-def _room(w: Tensor, slices: list[tuple[tuple[slice, slice], list[slice]]]) -> Tensor:
-    """Memory for the scores of any slice; the first is the largest.
-
-    All slices share it: fresh memory costs as much as the product that fills it, and memory just used is still in cache.
-    """
-    elements = 0
-    if slices:
-        some, rows = slices[0]
-        elements = w[some][..., rows[0], :].shape[:3].numel() * w.shape[2]
-    return w.new_empty(elements, dtype=arithmetic_dtype(w))
+def _even(size: int, most: int) -> int:
+    """The size of parts of at most ``most``, and of at least one, that are as few and as even as may be."""
+    parts = -(-size // max(1, most))
+    return -(-size // parts) if size else 1
 
 
-def _of_room(room: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """The part of the room that scores of these queries against these keys take, in their shape."""
-    shape = (*queries.shape[:2], keys.shape[1])
-    return room[: math.prod(shape)].view(shape)
+def _corner(room: Tensor, like: Tensor) -> Tensor:
+    """As many heads and rows of a room as there are here; the last part may be smaller than the others."""
+    return room[: like.shape[0], : like.shape[1]]
 
 
-def _equal_parts(size: int, most: int) -> Iterator[slice]:
-    """range(size) in as few parts as may be, of at most ``most``, and of at least one."""
-    if size:
-        parts = -(-size // max(1, most))
-        step = -(-size // parts)
-        yield from (slice(start, min(size, start + step)) for start in range(0, size, step))
+def _stacked(heads: Tensor, room: Tensor) -> Tensor:
+    """Heads [samples, heads, tokens, head_dim] of any strides as [samples * heads, tokens, head_dim], to compute with."""
+    stacked = room[: heads.shape[0] * heads.shape[1]]
+    stacked.view(heads.shape).copy_(heads)
+    return stacked
 
 
-def _of_heads(padding: Tensor | None, w: Tensor, some: tuple[slice, slice]) -> Tensor | None:
-    """The padding of some heads, [samples * heads, tokens]."""
-    return None if padding is None else padding.expand(w.shape[:3])[some].reshape(-1, w.shape[2])
+def _of_heads(padding: Tensor | None, w: Tensor) -> Tensor | None:
+    """Which tokens are padding, for every head: [batch, heads, tokens]."""
+    return None if padding is None else padding.expand(w.shape[:3])
 
 
-def _scores(keys: Tensor, row: slice, scale: float, is_causal: bool, padding: Tensor | None, room: Tensor) -> Tensor:
+def _scores(
+    queries: Tensor, keys: Tensor, rows: slice, scale: float, is_causal: bool, padding: Tensor | None, room: Tensor
+) -> Tensor:
     """scale * w w^T of the rows in question against all tokens, in ``room``; -inf for masked keys."""
-    queries = keys[:, row]
-    scores = _of_room(room, queries, keys).baddbmm_(queries, keys.transpose(1, 2), beta=0, alpha=scale)
+    scores = _corner(room, queries).baddbmm_(queries, keys.mT, beta=0, alpha=scale)
     if is_causal:
-        future = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=keys.device).triu(1)[row]
+        future = torch.ones(scores.shape[1:], dtype=torch.bool, device=keys.device).triu(1 + rows.start)
         scores.masked_fill_(future, float("-inf"))
     if padding is not None:
-        scores.masked_fill_(padding[:, None], float("-inf"))
+        scores.masked_fill_(padding.reshape(-1, 1, keys.shape[1]), float("-inf"))
     return scores
 
 
