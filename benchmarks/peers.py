@@ -6,12 +6,9 @@ torch.compile to fuse the rest.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import crate_kernels
 from crate_kernels import AttentionWeights, Norm
 from crate_kernels.ista.form import one_product
+from crate_mae.compilation import obstacle_to_compiling
 from crate_mae.patches import kept_patches, removed_patches
 
 Function = Callable[..., Tensor]
@@ -43,14 +41,8 @@ def compiled(function: Callable[..., Any], mode: str, device: torch.device, *, f
     Raises:
         Absent: this machine has not got what torch.compile needs.
     """
-    if device.type == "cuda" and find_spec("triton") is None:
-        raise Absent("torch.compile needs Triton on a GPU")
-    compilers = [os.environ.get("CC" if device.type == "cuda" else "CXX", "")]
-    compilers += ["gcc", "clang"] if device.type == "cuda" else ["g++", "clang++"]
-    if not any(shutil.which(name) for name in compilers if name):
-        raise Absent(
-            f"torch.compile needs a {'C' if device.type == 'cuda' else 'C++'} compiler on PATH, and there is none"
-        )
+    if obstacle := obstacle_to_compiling(device):
+        raise Absent(obstacle)
     return torch.compile(function, mode=mode, fullgraph=fullgraph, dynamic=False)
 
 
@@ -249,6 +241,7 @@ def _variants(implementation: str) -> dict[str, Step]:
     step = partial(Step, implementation=implementation)
     return {
         implementation: step(),
+        f"{implementation} compiled": step(mode="default"),
         f"{implementation} 16bit": step(stream="16bit"),
         f"{implementation} recompute": step(stream="16bit", recompute=True),
         f"{implementation} float32 recompute": step(recompute=True),

@@ -8,10 +8,10 @@ A step is forward, backward and the release of the gradients; ``--optimizer`` ad
 one model, one set of weights, the images and the masking noise; before any is timed, losses and gradients must be as close to
 float32 as the official order's own with the same stream between layers. 16-bit dtypes run under autocast with float32 parameters.
 
-Providers: "reference" is the official order, eager, and the baseline; "triton" and "composed" are ours, of which "16bit" keeps
-tokens in 16 bits between layers, "recompute" does too and projects and attends again in the backward, and "graph" does too and
-is replayed from a CUDA graph. "best composed" is plain PyTorch under torch.compile; "vit-mae" is ViT-MAE-Base of transformers on
-the same images.
+Providers: "reference" is the official order, eager, and the baseline; "triton" and "composed" are ours, of which "compiled" is
+under torch.compile, "16bit" keeps tokens in 16 bits between layers, "recompute" does too and projects and attends again in the
+backward, and "graph" does too and is replayed from a CUDA graph. "best composed" is plain PyTorch under torch.compile; "vit-mae"
+is ViT-MAE-Base of transformers on the same images.
 """
 
 from __future__ import annotations
@@ -329,7 +329,7 @@ def one_step(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 def default_providers(device: torch.device) -> list[str]:
-    return [BASELINE, "triton" if device.type == "cuda" else "composed"]
+    return [BASELINE, *(["triton"] if device.type == "cuda" else ["composed", "composed compiled"])]
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -379,7 +379,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=STEPS,
         metavar="NAME",
-        help=f"default: reference, and triton on CUDA, else composed; of {', '.join(map(repr, STEPS))}",
+        help=f"default: reference, and triton on CUDA, else composed, eager and compiled; of {', '.join(map(repr, STEPS))}",
     )
     parser.add_argument("--rounds", type=positive, help="timed turns (default: 30 on CUDA, 5 on the CPU)")
     parser.add_argument("--optimizer", action="store_true", help="AdamW's update is part of the step")

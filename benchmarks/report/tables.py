@@ -43,6 +43,7 @@ NAMES = {
         for ours in ("composed", "triton")
         for variant, words in {
             "": "",
+            " compiled": ", compiled",
             " 16bit": ", 16-bit stream",
             " recompute": ", 16-bit stream, recompute",
             " float32 recompute": ", recompute",

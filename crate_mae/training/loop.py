@@ -36,6 +36,7 @@ from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, ProgressLines,
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.precision import (
     autocast,
+    check_compiler,
     check_implementation,
     check_threads,
     choose_device,
@@ -102,12 +103,16 @@ class _Run:
         self.precision = choose_precision(config.run.precision, self.device)
         check_implementation(self.device, self.precision)
         check_threads(config.run.threads)
+        if config.run.compile:
+            check_compiler(self.device)
         if config.run.stream == "16bit" and self.precision == "float32":
             raise ValueError('run.stream: "16bit" needs the autocast of run.precision "bfloat16"; here it is "float32"')
 
         torch.manual_seed(config.run.seed)
         self.model = CrateMAE(config.model).to(self.device).train()
         self.model.stream, self.model.recompute = config.run.stream, config.run.recompute
+        # Of the steps alone: validation and pictures are few, and would be graphs of their own.
+        self.forward = torch.compile(self.model, fullgraph=True) if config.run.compile else self.model
         images, schedule = config.images, config.schedule
         with of_section("images"):
             self.normalization = Normalization(images.mean, images.std, config.model.in_chans)
@@ -233,7 +238,7 @@ class _Run:
             group["lr"] = lr
         images = self.normalization(pixels.to(self.device, non_blocking=True))
         with autocast(self.precision, self.device):
-            loss = self.model(images, mask_ratio=schedule.mask_ratio, noise=self._mask_noise(len(images))).loss
+            loss = self.forward(images, mask_ratio=schedule.mask_ratio, noise=self._mask_noise(len(images))).loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         longest = self.config.optimizer.clip_grad or float("inf")
@@ -307,10 +312,11 @@ class _Run:
     def _opening_line(self) -> str:
         config, held_out = self.config, len(self.val_folder) if self.val_folder else 0
         start = f"from step {self.step}" if self.step else "from the start"
+        precision = self.precision + " compiled" * config.run.compile
         return (
             f"pretrain: {count_parameters(self.model)[0]:,} parameters ({config.model.depth} + {config.model.decoder_depth} "
             f"layers of width {config.model.embed_dim}), {len(self.train_folder)} images to train on and {held_out} to "
-            f"validate on, {self.precision} on {self.device}, {self.steps_per_epoch} steps an epoch, "
+            f"validate on, {precision} on {self.device}, {self.steps_per_epoch} steps an epoch, "
             f"{config.schedule.epochs} epochs, {start}, into {config.out}"
         )
 

@@ -10,6 +10,7 @@ import torch
 
 from crate_kernels.dispatch import choose
 from crate_kernels.precision import CPU_PRODUCT_DTYPES
+from crate_mae.compilation import obstacle_to_compiling
 
 
 def choose_device(name: str) -> torch.device:
@@ -39,6 +40,16 @@ def check_implementation(device: torch.device, precision: str) -> None:
         choose(torch.empty(0, device=device), dtype)
     except RuntimeError as error:
         raise ValueError(f"environment variable CRATE_KERNELS_IMPL: {error}") from error
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where torch.compile cannot.
+
+    Raises:
+        ValueError: this machine lacks something it needs.
+    """
+    if obstacle := obstacle_to_compiling(device):
+        raise ValueError(f"--run.compile: {obstacle}")
 
 
 def choose_precision(name: str, device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def one_thread():
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
 def rows_of(rows: list[dict], **wanted: object) -> list[dict]:

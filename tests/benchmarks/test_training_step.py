@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import shutil
 import sys
 import types
 
@@ -25,6 +26,7 @@ SURROUNDINGS = ("device", "driver", "torch", "triton", "python", "threads", "com
 def test_rows_are_complete(tmp_path, capsys, optimizer):
     results = tmp_path / "results.jsonl"
     arguments = [*TINY, "--batch", "1", "3", "--rounds", "2", "--json", str(results)]
+    arguments += ["--providers", "reference", "composed"]  # compiling takes long
     training_step.main(arguments + ["--optimizer"] * optimizer)
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     ceilings = [row for row in rows if row["operator"] == "ceilings"]
@@ -53,7 +55,7 @@ def test_rows_are_complete(tmp_path, capsys, optimizer):
 
 
 def test_every_way_to_step_is_measured_or_absent(monkeypatch):
-    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(training_step, "_interpreting", lambda: False)
     monkeypatch.setitem(sys.modules, "transformers", None)
     arguments = [*TINY, "--batch", "2", "--rounds", "1", "--dtype", "bfloat16", "--providers", *peers.STEPS]

@@ -526,6 +526,34 @@ class TestRun:
         assert again == pytest.approx(plain, rel=1e-6)
         assert losses("stream", stream="16bit") == pytest.approx(plain, rel=3e-2)
 
+    def test_compiled_steps_train_alike(self, config, tmp_path, monkeypatch):
+        """Traced and run as one graph, without the code generator: its speed and its compiler are no matter of this test."""
+        compile, compiled = torch.compile, []
+
+        def traced(model, **options):
+            compiled.append(model)
+            return compile(model, backend="aot_eager", **options)
+
+        monkeypatch.setattr(torch, "compile", traced)
+        monkeypatch.setattr("crate_mae.training.precision.obstacle_to_compiling", lambda device: None)
+        run = dataclasses.replace(config.run, compile=True)
+        done = pretrain(dataclasses.replace(config, out=tmp_path / "compiled", run=run))
+        plain = pretrain(config)
+        assert len(compiled) == 1
+        losses, expected = (
+            [line["loss"] for line in metric_lines(out) if "loss" in line] for out in (done.out, plain.out)
+        )
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert done.errors.val_loss == pytest.approx(plain.errors.val_loss, rel=1e-4)
+        assert weights(done.out).keys() == weights(plain.out).keys()
+
+    def test_compiling_needs_a_compiler(self, config, monkeypatch):
+        monkeypatch.setattr("crate_mae.compilation.shutil.which", lambda name: None)
+        run = dataclasses.replace(config.run, compile=True)
+        with pytest.raises(ValueError, match=r"--run\.compile: .*C\+\+ compiler"):
+            pretrain(dataclasses.replace(config, run=run))
+        assert not config.out.exists()
+
     def test_a_16_bit_stream_needs_autocast(self, config):
         run = dataclasses.replace(config.run, precision="float32", stream="16bit")
         with pytest.raises(ValueError, match=r"run\.stream"):
