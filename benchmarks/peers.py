@@ -243,6 +243,7 @@ def _variants(implementation: str) -> dict[str, Step]:
         implementation: step(),
         f"{implementation} compiled": step(mode="default"),
         f"{implementation} 16bit": step(stream="16bit"),
+        f"{implementation} 16bit compiled": step(stream="16bit", mode="default"),
         f"{implementation} recompute": step(stream="16bit", recompute=True),
         f"{implementation} float32 recompute": step(recompute=True),
         f"{implementation} graph": step(stream="16bit", graph=True),

@@ -15,7 +15,7 @@ from benchmarks.report.rows import Row, absent, date, select, size
 CONFIGURATIONS = {"triton 16bit": "triton recompute", "triton": "triton float32 recompute"}
 GRAPH = "triton graph"
 # What is ours on a CPU: the first that was measured there.
-CPU_CONFIGURATIONS = ("composed compiled", "composed")
+CPU_CONFIGURATIONS = ("composed 16bit compiled", "composed compiled", "composed")
 
 OFFICIAL = ("reference",)
 OFFICIAL_COMPILED = ("official compiled", "official max-autotune")

@@ -329,7 +329,7 @@ def one_step(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 def default_providers(device: torch.device) -> list[str]:
-    return [BASELINE, *(["triton"] if device.type == "cuda" else ["composed", "composed compiled"])]
+    return [BASELINE, *(["triton"] if device.type == "cuda" else ["composed", "composed 16bit compiled"])]
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -379,7 +379,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=STEPS,
         metavar="NAME",
-        help=f"default: reference, and triton on CUDA, else composed, eager and compiled; of {', '.join(map(repr, STEPS))}",
+        help=f"default: reference, and triton on CUDA, else composed and composed 16bit compiled; of {', '.join(map(repr, STEPS))}",
     )
     parser.add_argument("--rounds", type=positive, help="timed turns (default: 30 on CUDA, 5 on the CPU)")
     parser.add_argument("--optimizer", action="store_true", help="AdamW's update is part of the step")

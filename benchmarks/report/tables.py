@@ -45,6 +45,7 @@ NAMES = {
             "": "",
             " compiled": ", compiled",
             " 16bit": ", 16-bit stream",
+            " 16bit compiled": ", 16-bit stream, compiled",
             " recompute": ", 16-bit stream, recompute",
             " float32 recompute": ", recompute",
             " graph": ", 16-bit stream, CUDA graph",
