@@ -379,7 +379,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=STEPS,
         metavar="NAME",
-        help=f"default: reference, and triton on CUDA, else composed and composed 16bit compiled; of {', '.join(map(repr, STEPS))}",
+        help="default: reference, and triton on CUDA, else composed and composed 16bit compiled; of "
+        + ", ".join(map(repr, STEPS)),
     )
     parser.add_argument("--rounds", type=positive, help="timed turns (default: 30 on CUDA, 5 on the CPU)")
     parser.add_argument("--optimizer", action="store_true", help="AdamW's update is part of the step")
