@@ -248,7 +248,9 @@ def test_the_step_on_a_cpu_counts_on_two_cores_alone():
     assert answers(name, rows) == {"batch 8, float32, composed": None, "batch 8, bfloat16, composed": 2}
     assert answers(name, [row | {"threads": 4} for row in rows])["batch 8, bfloat16, composed"] is None
     rows.append(step("composed compiled", 1.6, 2.5, 8, **CPU))
-    assert answers(name, rows)["batch 8, bfloat16, composed compiled"] == 2.5, "one configuration, compiled where it was"
+    assert answers(name, rows)["batch 8, bfloat16, composed compiled"] == 2.5, (
+        "one configuration, compiled where it was"
+    )
 
 
 def test_an_absent_peer_is_named_with_its_reason():
