@@ -69,13 +69,16 @@ def bytes_of(model: nn.Module) -> int:
 
 
 def least_flops(config: ModelConfig, batch: int) -> int:
-    """Of one step: ISTA in one product, every layer's products once forward and twice backward, attention 2 and 5."""
+    """Of one step: ISTA in one product, every layer's products once forward and twice backward, attention 2 and 5.
+
+    A quarter of the patches is kept, as ``CrateMAE`` has it unless told otherwise, and the others are not embedded.
+    """
     rows, columns = grid_of(config.image_shape, config.patch_size)
     patches, width = rows * columns, config.embed_dim
     tokens, patch = patches + 1, config.patch_size**2 * config.in_chans
     layers = config.depth + config.decoder_depth
     layer = 3 * 3 * 2 * tokens * width**2 + (2 + 5) * 2 * tokens**2 * width
-    embedding = 2 * 2 * patches * width * patch  # no gradient of the images
+    embedding = 2 * 2 * int(0.25 * patches) * width * patch  # no gradient of the images
     prediction = 3 * 2 * tokens * width * patch
     combinations = config.depth * 2 * 2 * width**3  # W^T W and its gradient, once a step
     return batch * (layers * layer + embedding + prediction) + combinations
