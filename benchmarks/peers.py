@@ -169,7 +169,7 @@ class BestComposed(nn.Module):
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         model, config = self.model, self.model.config
         kept, pixels = kept_patches(noise, 0.75), model.patchify(images)
-        x = model._in_place(model._embed_kept(pixels, kept), images)
+        x = model._placed(model._embed_kept(pixels, kept), images)
         numbers = dict(step_size=config.step_size, lambd=config.lambd)
         for block in model.blocks:
             x = encoder_layer(x, *block.weights(), num_heads=config.num_heads, **numbers)

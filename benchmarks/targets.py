@@ -5,7 +5,7 @@ A target is asked in cases, and each case is answered by one number made of one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from benchmarks.report.rows import Row, absent, date, select, size
 # What is ours on a GPU, and the same with recompute. The first that was measured at batch 256 answers the first three targets.
 CONFIGURATIONS = {"triton 16bit": "triton recompute", "triton": "triton float32 recompute"}
 GRAPH = "triton graph"
-# What is ours on a CPU: the first that was measured there.
+# What is ours on a CPU: the first that was measured at batch 8.
 CPU_CONFIGURATIONS = ("composed 16bit compiled", "composed compiled", "composed")
 
 OFFICIAL = ("reference",)
@@ -144,10 +144,10 @@ def _image(row: Row) -> list[int]:
     return shape[2:] if isinstance(shape, list) else []
 
 
-def configuration(rows: Sequence[Row]) -> str:
-    """The provider that is ours in the first three targets."""
-    found = {row["provider"] for row in select(of_published_size(rows), **STEP, batch=256) if not absent(row)}
-    return next((provider for provider in CONFIGURATIONS if provider in found), next(iter(CONFIGURATIONS)))
+def configuration(rows: Sequence[Row], known: Iterable[str] = CONFIGURATIONS, batch: int = 256) -> str:
+    """The provider that is ours: the first of the known ones that was measured at this batch, or the first of all."""
+    found = {row["provider"] for row in select(of_published_size(rows), **STEP, batch=batch) if not absent(row)}
+    return next((provider for provider in known if provider in found), next(iter(known)))
 
 
 def step_against(
@@ -287,8 +287,7 @@ def first_step(rows: Sequence[Row]) -> Iterator[Case]:
 
 def cpu_step(rows: Sequence[Row]) -> Iterator[Case]:
     two_cores = select(rows, threads=2)
-    there = {row["provider"] for row in two_cores if row["operator"] == "training_step" and not absent(row)}
-    ours = next((provider for provider in CPU_CONFIGURATIONS if provider in there), CPU_CONFIGURATIONS[-1])
+    ours = configuration(two_cores, CPU_CONFIGURATIONS, batch=8)
     for dtype in ("float32", "bfloat16"):
         for found in step_against(OFFICIAL, [8], ours, dtype)(two_cores):
             yield Case(f"{found.name}, {dtype}, {ours}", found.value, found.sources, found.why_not)

@@ -200,7 +200,7 @@ class CrateMAE(nn.Module):
             x = torch.where(mask.bool().unsqueeze(-1), self.mask_token, self.patch_embed(images))
         else:
             x = self._embed_kept(pixels, kept)
-        pred = self._decode(self._encode(self._in_place(x, images)))
+        pred = self._decode(self._encode(self._placed(x, images)))
         return MAEOutput(self._loss(pixels, pred, mask), pred, mask)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class CrateMAE(nn.Module):
         Images and errors as in ``forward``. ``torch.no_grad()`` around it keeps nothing for a backward.
         """
         self._patches(images)
-        return self._encode(self._in_place(self.patch_embed(images), images))
+        return self._encode(self._embed(images))
 
     def attention_map(self, images: Tensor, layer: int = -1) -> Tensor:
         """Attention weights [batch, heads, tokens, tokens] of one encoder layer on whole images; negative layers count back.
@@ -221,7 +221,7 @@ class CrateMAE(nn.Module):
         depth = len(self.blocks)
         if not -depth <= layer < depth:
             raise IndexError(f"layer: expected {-depth} to {depth - 1}, got {layer}")
-        x = self._in_place(self.patch_embed(images), images)
+        x = self._embed(images)
         for block in self.blocks[: layer % depth]:
             x = block(x)
         return self.blocks[layer].attention(x)
@@ -254,6 +254,9 @@ class CrateMAE(nn.Module):
         rows, columns = grid_of(tuple(images.shape[-2:]), self.config.patch_size)
         return rows * columns
 
+    def _embed(self, images: Tensor) -> Tensor:
+        return self._placed(self.patch_embed(images), images)
+
     def _embed_kept(self, pixels: Tensor, kept: Tensor) -> Tensor:
         """Embed the kept patches alone, a quarter as a rule; mask tokens stand for the others, whose embedding none would see."""
         of_kept, width = kept.unsqueeze(-1), self.config.embed_dim
@@ -262,7 +265,7 @@ class CrateMAE(nn.Module):
         tokens = self.mask_token.expand(*pixels.shape[:2], width)
         return tokens.scatter(1, of_kept.expand(-1, -1, width), embedded)
 
-    def _in_place(self, x: Tensor, images: Tensor) -> Tensor:
+    def _placed(self, x: Tensor, images: Tensor) -> Tensor:
         """The encoder's input: the class token before those of the patches, each with its position."""
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return x + self._positions(images)

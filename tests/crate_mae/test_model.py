@@ -77,6 +77,21 @@ def test_removed_patches_are_not_seen() -> None:
     assert torch.equal(pred, other)
 
 
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.75, 0.97])  # the last removes all twelve
+@pytest.mark.parametrize("channels", [1, 5])
+def test_embedding_the_kept_patches_alone_changes_nothing(channels: int, mask_ratio: float) -> None:
+    """The official order embeds every patch, and replaces what was removed; the other paths do not."""
+    model = small_model(in_chans=channels).double()
+    images, noise = torch.randn(2, channels, 8, 24, dtype=torch.float64), torch.rand(2, 12)
+    found = {}
+    for implementation in ("reference", "composed"):
+        with crate_kernels.use(implementation):
+            loss, pred, _ = model(images, mask_ratio, noise)
+        found[implementation] = [pred, *torch.autograd.grad(loss, list(model.parameters()))]
+    for ours, official in zip(found["composed"], found["reference"], strict=True):
+        assert (ours - official).norm() <= 1e-12 * official.norm()
+
+
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_loss_is_the_error_on_removed_patches(norm_pix_loss: bool) -> None:
     model, images = small_model(norm_pix_loss=norm_pix_loss), torch.randn(2, 3, 16, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import crate_mae
 from crate_kernels import use
@@ -528,18 +530,14 @@ class TestRun:
 
     def test_compiled_steps_train_alike(self, config, tmp_path, monkeypatch):
         """Traced and run as one graph, without the code generator: its speed and its compiler are no matter of this test."""
-        compile, compiled = torch.compile, []
-
-        def traced(model, **options):
-            compiled.append(model)
-            return compile(model, backend="aot_eager", **options)
-
-        monkeypatch.setattr(torch, "compile", traced)
+        torch.compiler.reset()  # sizes that other tests compiled for would count
+        counter = CompileCounterWithBackend("aot_eager")
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
         monkeypatch.setattr("crate_mae.training.precision.obstacle_to_compiling", lambda device: None)
         run = dataclasses.replace(config.run, compile=True)
         done = pretrain(dataclasses.replace(config, out=tmp_path / "compiled", run=run))
         plain = pretrain(config)
-        assert len(compiled) == 1
+        assert counter.frame_count == 1, "all steps ran the one graph"
         losses, expected = (
             [line["loss"] for line in metric_lines(out) if "loss" in line] for out in (done.out, plain.out)
         )
