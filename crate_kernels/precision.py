@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +15,32 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+class _CPU(NamedTuple):
+    """What /proc/cpuinfo says of an x86 CPU; elsewhere nothing is known, and nothing claimed."""
+
+    vendor: str
+    flags: frozenset[str]
+
+    @classmethod
+    def this(cls, said_in: str = "/proc/cpuinfo") -> _CPU:
+        said: dict[str, str] = {}
+        try:
+            with open(said_in) as cpuinfo:
+                for line in cpuinfo:
+                    name, _, value = line.partition(":")
+                    said.setdefault(name.strip(), value.strip())
+        except OSError:
+            pass
+        return cls(said.get("vendor_id", ""), frozenset(said.get("flags", "").split()))
+
+
 def _dtypes_the_cpu_multiplies() -> tuple[torch.dtype, ...]:
-    """16-bit dtypes this CPU has matrix instructions for. Known of x86 on Linux; elsewhere nothing is claimed."""
-    try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            flags = next((set(line.split()) for line in cpuinfo if line.startswith("flags")), set())
-    except OSError:
-        return ()
+    """16-bit dtypes this CPU has matrix instructions for."""
     instructions = {torch.bfloat16: {"amx_bf16", "avx512_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
-    return tuple(dtype for dtype, names in instructions.items() if flags & names)
+    return tuple(dtype for dtype, names in instructions.items() if CPU.flags & names)
 
 
+CPU = _CPU.this()
 CPU_PRODUCT_DTYPES = _dtypes_the_cpu_multiplies()
 
 
@@ -106,10 +121,3 @@ def undisturbed(function: Callable[Arguments, Result]) -> Callable[Arguments, Re
             return function(*args, **kwargs)
 
     return run
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias`` in x's dtype, with the weights cast to it, computed where it is fastest."""
-    dtype = arithmetic_dtype(x)
-    bias = None if bias is None else bias.to(dtype)
-    return F.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)

@@ -45,7 +45,8 @@ def ista(
             product. It must be made again when the weight changes.
 
     Returns:
-        [..., width] in the dtype of x, or of its LayerNorm where there is one (float32 under autocast).
+        [..., width] in the dtype of x, or of its LayerNorm where there is one: float32 under autocast, except that a CPU leaves
+        tokens that come in the autocast dtype in it, as PyTorch's own LayerNorm does there.
 
     Where tokens outnumber the width the step is one large product forward and two backward, otherwise two and five. The
     output itself is the backward's mask. It is deterministic, and cannot be differentiated again.
@@ -63,7 +64,7 @@ def ista(
     tokens, width = x.numel() // x.shape[-1], x.shape[-1]
     # The kernels fold a LayerNorm into the one product; everywhere else it comes first.
     if implementation != "triton" or not (combined is not None or one_product(tokens, width)):
-        x = layer_norm(x, norm_weight, norm_bias, norm_eps)
+        x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
         norm_weight = norm_bias = None
     if implementation == "reference":
         return reference.ista(x, weight, step_size, lambd, soft)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crate_kernels import library
 from crate_kernels.ista.form import combination, one_product, through_combination
 from crate_kernels.precision import arithmetic_dtype
 
@@ -26,8 +27,12 @@ def forward(
         matrix = combination(weight.to(arithmetic_dtype(operand))).to(dtype)
     else:
         matrix = weight.to(dtype, copy=True).contiguous()
-    code = _plus_product(x, factor, matrix, step_size)
-    code = F.softshrink(code, step_size * lambd) if soft else code.sub_(step_size * lambd).relu_()
+    update = _product(factor, matrix)
+    update = update.to(torch.promote_types(x.dtype, update.dtype))
+    if soft:
+        code = F.softshrink(torch.add(_at_least_float32(x), update, alpha=step_size), step_size * lambd)
+    else:  # lambda off the small summand: in 16 bits only the last sum then rounds as coarsely as the code itself
+        code = torch.add(x, update.sub_(lambd), alpha=step_size, out=update).relu_()
     return code.to(x.dtype), [matrix] if operand is x else [matrix, operand]
 
 
@@ -81,14 +86,14 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b, in the arithmetic that is fastest, and in its dtype."""
     dtype = arithmetic_dtype(a)
-    return torch.mm(a.to(dtype), b.to(dtype))
+    return library.product(a.to(dtype), b.to(dtype))
 
 
 def _plus_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1) -> Tensor:
-    """total + factor * a b in memory of its own, of at least float32."""
-    total, dtype = _at_least_float32(total), arithmetic_dtype(a)
-    if dtype == total.dtype:
-        return torch.addmm(total, a.to(dtype), b.to(dtype), alpha=factor)
+    """total + factor * a b in memory of its own: in the dtype of all three, rounded once, where products are fast in it;
+    else in at least float32."""
+    if total.dtype == arithmetic_dtype(a):
+        return library.plus_product(total, a.to(total.dtype), b.to(total.dtype), alpha=factor)
     # Cast first: a sum of mixed dtypes casts all the same, in memory of its own.
-    product = torch.mm(a, b).to(total.dtype)
-    return torch.add(total, product, alpha=factor, out=product)
+    total, update = _at_least_float32(total), _at_least_float32(_product(a, b))
+    return torch.add(total, update, alpha=factor, out=update)

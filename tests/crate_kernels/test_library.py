@@ -1,0 +1,144 @@
+"""Products by PyTorch's own libraries: oneDNN's in float32 where it is taken, else what PyTorch would do itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import a_few_roundings, awkward_gradients, error, gradients
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from crate_kernels import library
+from crate_kernels.precision import _CPU
+
+PRODUCT = torch.ops.crate_kernels.product
+
+
+@pytest.fixture(params=[False, True], ids=["torch.mm", "oneDNN"], autouse=True)
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Each library in turn, whatever this machine would choose."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch was built without oneDNN")
+    monkeypatch.setattr(library, "ONEDNN_IS_FASTER", request.param)
+    return request.param
+
+
+def parameters(width: int = 24, out_width: int = 40) -> list[Tensor]:
+    return [torch.randn(out_width, width) / width**0.5, torch.randn(out_width)]
+
+
+def agree(found: list[Tensor], truth: list[Tensor], dtype: torch.dtype = torch.float32) -> None:
+    for one, exact in zip(found, truth, strict=True):
+        assert one.dtype == dtype
+        assert error(one, exact) <= a_few_roundings(dtype)
+
+
+def against_float64(x: Tensor, parameters: list[Tensor], upstream: Tensor) -> None:
+    truth = gradients(F.linear, [value.double() for value in (x, *parameters)], upstream.double())
+    agree(gradients(library.linear, [x, *parameters], upstream), truth)
+
+
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (2, 5, 24), (2, 3, 5, 24)], ids=str)
+def test_linear_and_its_gradients(shape: tuple[int, ...]) -> None:
+    against_float64(torch.randn(shape), parameters(), torch.randn(*shape[:-1], 40))
+
+
+def test_gradients_as_they_arrive() -> None:
+    for _, upstream in awkward_gradients((6, 5, 40), torch.float32, "cpu"):
+        against_float64(torch.randn(6, 5, 24), parameters(), upstream)
+
+
+def test_tokens_and_weights_of_any_strides() -> None:
+    for name, x in awkward_gradients((9, 24), torch.float32, "cpu"):
+        for other, weight in awkward_gradients((40, 24), torch.float32, "cpu"):
+            exact = F.linear(x.double(), weight.double())
+            assert error(library.linear(x, weight), exact) <= a_few_roundings(torch.float32), (name, other)
+            assert error(library.product(x, weight.t()), exact) <= a_few_roundings(torch.float32), (name, other)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_nothing_to_multiply(rows: int) -> None:
+    weight, bias = parameters()
+    x = torch.randn(rows, 24)[:, : 24 if rows == 0 else 0]
+    out = library.linear(x, weight[:, : x.shape[1]], bias)
+    assert torch.equal(out, bias.expand(rows, 40))
+
+
+@pytest.mark.parametrize("wanted", range(3), ids=["x", "weight", "bias"])
+def test_only_gradients_asked_for(wanted: int) -> None:
+    tensors = [torch.randn(7, 24), *parameters()]
+    tensors[wanted].requires_grad_()
+    out = library.linear(*tensors)
+    with FlopCounterMode(display=False) as counter:
+        out.backward(torch.randn(7, 40))
+    assert [value.grad is not None for value in tensors] == [index == wanted for index in range(3)]
+    assert counter.get_total_flops() == (0 if wanted == 2 else 2 * 7 * 24 * 40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    x, (weight, bias) = torch.randn(7, 24, dtype=dtype), (value.to(dtype) for value in parameters())
+    out = library.linear(x, weight, bias)
+    assert out.dtype == dtype
+    assert error(out, F.linear(x.double(), weight.double(), bias.double())) <= a_few_roundings(dtype)
+
+
+def test_gradient_of_the_gradient() -> None:
+    def twice(function: object, tensors: list[Tensor]) -> list[Tensor]:
+        leaves = [value.clone().requires_grad_() for value in tensors]
+        (first,) = torch.autograd.grad(function(*leaves).square().sum(), leaves[0], create_graph=True)
+        return list(torch.autograd.grad(first.square().sum(), leaves))
+
+    tensors = [torch.randn(7, 24), *parameters()]
+    agree(twice(library.linear, tensors), twice(F.linear, [value.double() for value in tensors]))
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(1, 1), (1, -1), (0.1, -0.1), (2.0, 0.5)])
+@pytest.mark.parametrize("turned", [False, True], ids=["a row by row", "a column by column"])
+def test_plus_product(beta: float, alpha: float, turned: bool) -> None:
+    total, a, b = torch.randn(7, 40), torch.randn(7, 24), torch.randn(24, 40)
+    a = a.t().contiguous().t() if turned else a
+    before = total.clone()
+    found = library.plus_product(total, a, b, beta=beta, alpha=alpha)
+    agree([found], [beta * total.double() + alpha * (a.double() @ b.double())])
+    assert torch.equal(total, before)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_boundary(with_bias: bool) -> None:
+    weight, bias = parameters()
+    x, bias = torch.randn(7, 24), bias if with_bias else None
+    opcheck(PRODUCT, (x, weight.t(), bias))
+    with FlopCounterMode(display=False) as counter:
+        PRODUCT(x, weight.t(), bias)
+    assert counter.get_total_flops() == 2 * 7 * 24 * 40
+
+
+def test_compiles_whole() -> None:
+    tensors = [torch.randn(2, 5, 24), *parameters()]
+    compiled = torch.compile(library.linear, fullgraph=True, backend="aot_eager")
+    upstream = torch.randn(2, 5, 40)
+    for one, plain in zip(
+        gradients(compiled, tensors, upstream), gradients(library.linear, tensors, upstream), strict=True
+    ):
+        assert torch.equal(one, plain)
+
+
+def test_autocast_does_not_reach_the_product() -> None:
+    x, (weight, bias) = torch.randn(7, 24), parameters()
+    plain = PRODUCT(x, weight.t(), bias)
+    with torch.autocast("cpu", torch.bfloat16):  # as where a backward is called inside it
+        assert torch.equal(PRODUCT(x, weight.t(), bias), plain)
+
+
+def test_what_the_cpu_says(tmp_path: Path) -> None:
+    said = tmp_path / "cpuinfo"
+    said.write_text(
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16\n\nprocessor\t: 1\nflags\t: fpu\n"
+    )
+    assert _CPU.this(str(said)) == ("AuthenticAMD", frozenset({"fpu", "avx512f", "avx512_bf16"}))
+    assert _CPU.this(str(tmp_path / "none")) == ("", frozenset())
