@@ -3,7 +3,7 @@
 Every operator has three. ``reference`` states the meaning in the official order of operations; ``composed`` is the faster
 algebra in standard PyTorch calls; ``triton`` is our kernels. Left alone, CUDA tensors take ``triton`` where its kernels can
 run (not float64, not heads wider than 128), and everything else takes ``composed``. ``use`` or the environment variable
-``CRATE_KERNELS_IMPL`` forces one for every operator. Which of PyTorch's libraries then multiplies for ``composed``, ``library``
+``CRATE_KERNELS_IMPL`` forces one for every operator. Which of PyTorch's libraries then multiplies for ``composed``, ``matmul``
 says.
 """
 

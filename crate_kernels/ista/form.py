@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from crate_kernels.library import plus_product
+from crate_kernels.matmul import plus_product
 
 
 def one_product(tokens: int, width: int) -> bool:

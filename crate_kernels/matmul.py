@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bias = None if bias is None else bias.to(dtype)
     rows, weight = x.to(dtype), weight.to(dtype)
     if _by_onednn(rows):
-        result = _Product.apply(rows.view(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
+        result = _Linear.apply(rows.view(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
     else:
         result = F.linear(rows, weight, bias)
     return result.to(x.dtype)
@@ -32,14 +32,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b of two matrices in one dtype. Like ``plus_product``, for use inside an operator: autograd sees neither."""
-    return _onednn(a, b, None) if _by_onednn(a) else torch.mm(a, b)
+    return _onednn(a, b.t(), None) if _by_onednn(a) else torch.mm(a, b)
 
 
 def plus_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """beta * total + alpha * a b in memory of its own, as ``torch.addmm``; all in one dtype."""
     if not _by_onednn(a):
         return torch.addmm(total, a, b, beta=beta, alpha=alpha)
-    result = _onednn(a, b, None)
+    result = _onednn(a, b.t(), None)
     result = torch.add(total, result, alpha=alpha / beta, out=result)
     return result if beta == 1 else result.mul_(beta)
 
@@ -49,43 +49,46 @@ def _by_onednn(a: Tensor) -> bool:
     return ONEDNN_IS_FASTER and fits
 
 
-def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """The linear layer that the inductor calls too; its weight is [out, in], of any strides."""
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The linear layer that the inductor calls too, of a weight of any strides."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-torch.library.define("crate_kernels::product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+torch.library.define("crate_kernels::linear", "(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
 
 
-@torch.library.impl("crate_kernels::product", "CPU")
+@torch.library.impl("crate_kernels::linear", "CPU")
 @undisturbed
-def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    if _by_onednn(a):
-        return _onednn(a, b, bias)
-    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _onednn(rows, weight, bias) if _by_onednn(rows) else F.linear(rows, weight, bias)
 
 
-@torch.library.register_fake("crate_kernels::product")
-def _product_fake(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
+@torch.library.register_fake("crate_kernels::linear")
+def _linear_fake(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
-@register_flop_formula(torch.ops.crate_kernels.product)
-def _product_flops(a_shape: tuple[int, ...], b_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+@register_flop_formula(torch.ops.crate_kernels.linear)
+def _linear_flops(rows_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * rows_shape[0] * rows_shape[1] * weight_shape[0]
 
 
-class _Product(torch.autograd.Function):
-    """a b + bias, as often differentiable as need be: the gradients are such products too."""
+class _Linear(torch.autograd.Function):
+    """rows weight^T + bias; its gradients, of any order, are such layers too."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return torch.ops.crate_kernels.product(a, b, bias)
+    def forward(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.crate_kernels.linear(rows, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (a, b), needs = ctx.saved_tensors, ctx.needs_input_grad
-        grad_a = _Product.apply(grad, b.t(), None) if needs[0] else None
-        grad_b = _Product.apply(a.t(), grad, None) if needs[1] else None
-        return grad_a, grad_b, grad.sum(0) if needs[2] else None
+        (rows, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
+        grad_rows = _Linear.apply(grad, weight.t(), None) if needs[0] else None
+        grad_weight = _Linear.apply(grad.t(), rows.t(), None) if needs[1] else None
+        return grad_rows, grad_weight, grad.sum(0) if needs[2] else None

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from crate_kernels import library
+from crate_kernels import matmul
 from crate_kernels.precision import _CPU
 
-PRODUCT = torch.ops.crate_kernels.product
+LINEAR = torch.ops.crate_kernels.linear
 
 
 @pytest.fixture(params=[False, True], ids=["torch.mm", "oneDNN"], autouse=True)
@@ -23,7 +23,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Each library in turn, whatever this machine would choose."""
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch was built without oneDNN")
-    monkeypatch.setattr(library, "ONEDNN_IS_FASTER", request.param)
+    monkeypatch.setattr(matmul, "ONEDNN_IS_FASTER", request.param)
     return request.param
 
 
@@ -39,7 +39,7 @@ def agree(found: list[Tensor], truth: list[Tensor], dtype: torch.dtype = torch.f
 
 def against_float64(x: Tensor, parameters: list[Tensor], upstream: Tensor) -> None:
     truth = gradients(F.linear, [value.double() for value in (x, *parameters)], upstream.double())
-    agree(gradients(library.linear, [x, *parameters], upstream), truth)
+    agree(gradients(matmul.linear, [x, *parameters], upstream), truth)
 
 
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (2, 5, 24), (2, 3, 5, 24)], ids=str)
@@ -56,15 +56,15 @@ def test_tokens_and_weights_of_any_strides() -> None:
     for name, x in awkward_gradients((9, 24), torch.float32, "cpu"):
         for other, weight in awkward_gradients((40, 24), torch.float32, "cpu"):
             exact = F.linear(x.double(), weight.double())
-            assert error(library.linear(x, weight), exact) <= a_few_roundings(torch.float32), (name, other)
-            assert error(library.product(x, weight.t()), exact) <= a_few_roundings(torch.float32), (name, other)
+            assert error(matmul.linear(x, weight), exact) <= a_few_roundings(torch.float32), (name, other)
+            assert error(matmul.product(x, weight.t()), exact) <= a_few_roundings(torch.float32), (name, other)
 
 
 @pytest.mark.parametrize("rows", [0, 3])
 def test_nothing_to_multiply(rows: int) -> None:
     weight, bias = parameters()
     x = torch.randn(rows, 24)[:, : 24 if rows == 0 else 0]
-    out = library.linear(x, weight[:, : x.shape[1]], bias)
+    out = matmul.linear(x, weight[:, : x.shape[1]], bias)
     assert torch.equal(out, bias.expand(rows, 40))
 
 
@@ -72,7 +72,7 @@ def test_nothing_to_multiply(rows: int) -> None:
 def test_only_gradients_asked_for(wanted: int) -> None:
     tensors = [torch.randn(7, 24), *parameters()]
     tensors[wanted].requires_grad_()
-    out = library.linear(*tensors)
+    out = matmul.linear(*tensors)
     with FlopCounterMode(display=False) as counter:
         out.backward(torch.randn(7, 40))
     assert [value.grad is not None for value in tensors] == [index == wanted for index in range(3)]
@@ -82,7 +82,7 @@ def test_only_gradients_asked_for(wanted: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
     x, (weight, bias) = torch.randn(7, 24, dtype=dtype), (value.to(dtype) for value in parameters())
-    out = library.linear(x, weight, bias)
+    out = matmul.linear(x, weight, bias)
     assert out.dtype == dtype
     assert error(out, F.linear(x.double(), weight.double(), bias.double())) <= a_few_roundings(dtype)
 
@@ -94,7 +94,7 @@ def test_gradient_of_the_gradient() -> None:
         return list(torch.autograd.grad(first.square().sum(), leaves))
 
     tensors = [torch.randn(7, 24), *parameters()]
-    agree(twice(library.linear, tensors), twice(F.linear, [value.double() for value in tensors]))
+    agree(twice(matmul.linear, tensors), twice(F.linear, [value.double() for value in tensors]))
 
 
 @pytest.mark.parametrize(("beta", "alpha"), [(1, 1), (1, -1), (0.1, -0.1), (2.0, 0.5)])
@@ -103,7 +103,7 @@ def test_plus_product(beta: float, alpha: float, turned: bool) -> None:
     total, a, b = torch.randn(7, 40), torch.randn(7, 24), torch.randn(24, 40)
     a = a.t().contiguous().t() if turned else a
     before = total.clone()
-    found = library.plus_product(total, a, b, beta=beta, alpha=alpha)
+    found = matmul.plus_product(total, a, b, beta=beta, alpha=alpha)
     agree([found], [beta * total.double() + alpha * (a.double() @ b.double())])
     assert torch.equal(total, before)
 
@@ -112,27 +112,36 @@ def test_plus_product(beta: float, alpha: float, turned: bool) -> None:
 def test_boundary(with_bias: bool) -> None:
     weight, bias = parameters()
     x, bias = torch.randn(7, 24), bias if with_bias else None
-    opcheck(PRODUCT, (x, weight.t(), bias))
+    opcheck(LINEAR, (x, weight, bias))
     with FlopCounterMode(display=False) as counter:
-        PRODUCT(x, weight.t(), bias)
+        LINEAR(x, weight, bias)
     assert counter.get_total_flops() == 2 * 7 * 24 * 40
 
 
 def test_compiles_whole() -> None:
     tensors = [torch.randn(2, 5, 24), *parameters()]
-    compiled = torch.compile(library.linear, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(matmul.linear, fullgraph=True, backend="aot_eager")
     upstream = torch.randn(2, 5, 40)
     for one, plain in zip(
-        gradients(compiled, tensors, upstream), gradients(library.linear, tensors, upstream), strict=True
+        gradients(compiled, tensors, upstream), gradients(matmul.linear, tensors, upstream), strict=True
     ):
         assert torch.equal(one, plain)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms() -> None:
+    x, (weight, bias) = torch.randn(3, 5, 24), parameters()
+    whole = matmul.linear(x, weight, bias)
+    agree([torch.func.vmap(lambda sample: matmul.linear(sample, weight, bias))(x)], [whole])
+    grad = torch.func.grad(lambda weight: matmul.linear(x, weight, bias).sum())(weight)
+    agree([grad], [x.double().sum((0, 1)).expand(40, 24)])
+
+
 def test_autocast_does_not_reach_the_product() -> None:
     x, (weight, bias) = torch.randn(7, 24), parameters()
-    plain = PRODUCT(x, weight.t(), bias)
+    plain = LINEAR(x, weight, bias)
     with torch.autocast("cpu", torch.bfloat16):  # as where a backward is called inside it
-        assert torch.equal(PRODUCT(x, weight.t(), bias), plain)
+        assert torch.equal(LINEAR(x, weight, bias), plain)
 
 
 def test_what_the_cpu_says(tmp_path: Path) -> None:
