@@ -1,7 +1,7 @@
 """Products by PyTorch's own libraries: in the arithmetic, and by the library, that is fastest on this machine.
 
-In float32 ``torch.mm`` goes to MKL, which makes no use of AVX-512 on AMD's CPUs. oneDNN, which PyTorch brings along, takes 10 to
-25% less time there where the first factor lies row by row (``benchmarks/NOTES.md``). Elsewhere ``torch.mm`` it is.
+In float32 ``torch.mm`` goes to MKL. oneDNN, which PyTorch brings along too, takes 10 to 25% less time on an AMD CPU with AVX-512
+where the first factor lies row by row (``benchmarks/NOTES.md``, round 14). Elsewhere nothing was measured, and MKL stays.
 """
 
 from __future__ import annotations
