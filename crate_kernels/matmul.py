@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels.precision import CPU, arithmetic_dtype, undisturbed
@@ -24,19 +25,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bias = None if bias is None else bias.to(dtype)
     rows, weight = x.to(dtype), weight.to(dtype)
     if _by_onednn(rows):
-        result = _Linear.apply(rows.view(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        result = _Linear.apply(rows.view(x.shape[:-1].numel(), x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
     else:
         result = F.linear(rows, weight, bias)
     return result.to(x.dtype)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of two matrices in one dtype. Like ``plus_product``, for use inside an operator: autograd sees neither."""
+    """a b of two matrices in one dtype. Like ``plus_product`` it has no gradient of its own: for use inside an operator."""
     return _onednn(a, b.t(), None) if _by_onednn(a) else torch.mm(a, b)
 
 
 def plus_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """beta * total + alpha * a b in memory of its own, as ``torch.addmm``; all in one dtype."""
+    """beta * total + alpha * a b in memory of its own, as ``torch.addmm``; all in one dtype, and beta not zero."""
     if not _by_onednn(a):
         return torch.addmm(total, a, b, beta=beta, alpha=alpha)
     result = _onednn(a, b.t(), None)
@@ -45,12 +46,17 @@ def plus_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha:
 
 
 def _by_onednn(a: Tensor) -> bool:
-    fits = a.device.type == "cpu" and a.dtype == torch.float32 and a.is_contiguous() and a.numel() > 0
-    return ONEDNN_IS_FASTER and fits
+    plain = type(a) in (Tensor, Parameter)  # what a subclass does, it knows of PyTorch's own operators
+    return ONEDNN_IS_FASTER and plain and a.device.type == "cpu" and a.dtype == torch.float32 and a.is_contiguous()
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The linear layer that the inductor calls too, of a weight of any strides."""
+    """The linear layer that the inductor calls too. It takes a bias for packed, and a matrix for one of the two plain layouts."""
+    if rows.numel() == 0:
+        return F.linear(rows, weight, bias)
+    if not weight.t().is_contiguous():
+        weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 

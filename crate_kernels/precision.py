@@ -25,7 +25,7 @@ class _CPU(NamedTuple):
     def this(cls, said_in: str = "/proc/cpuinfo") -> _CPU:
         said: dict[str, str] = {}
         try:
-            with open(said_in) as cpuinfo:
+            with open(said_in, errors="replace") as cpuinfo:
                 for line in cpuinfo:
                     name, _, value = line.partition(":")
                     said.setdefault(name.strip(), value.strip())

@@ -45,8 +45,8 @@ def ista(
             product. It must be made again when the weight changes.
 
     Returns:
-        [..., width] in the dtype of x, or of its LayerNorm where there is one: float32 under autocast, except that a CPU leaves
-        tokens that come in the autocast dtype in it, as PyTorch's own LayerNorm does there.
+        [..., width] in the dtype of x, or of its LayerNorm where there is one: float32 under autocast, except that on a CPU
+        the reference and the composed path leave tokens that come in the autocast dtype in it, as PyTorch's own LayerNorm does.
 
     Where tokens outnumber the width the step is one large product forward and two backward, otherwise two and five. The
     output itself is the backward's mask. It is deterministic, and cannot be differentiated again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from crate_kernels.matmul import plus_product
@@ -28,5 +29,5 @@ def combination(weight: Tensor) -> Tensor:
 def through_combination(grad: Tensor, weight: Tensor, factor: float = 1) -> Tensor:
     """dW = factor * (dG - W (dG + dG^T)) of ``combination``, in the dtype that all have."""
     # Laid out first: a sum of rows and columns takes three times as long on a CPU.
-    both = grad.t().contiguous().add_(grad)
+    both = grad.t().clone(memory_format=torch.contiguous_format).add_(grad)
     return plus_product(grad, weight, both, beta=factor, alpha=-factor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import awkward_gradients, error, gradients
 from torch import Tensor
 
@@ -16,6 +17,7 @@ SHAPES = [
     ((9, 8), 8),  # one token more: one product
     ((2, 13, 24), 24),  # batch and tokens
     ((40,), 40),  # a lone vector
+    ((5, 1), 1),  # a matrix that is its own transpose
     ((0, 6), 6),  # no tokens
 ]
 
@@ -106,6 +108,27 @@ def test_strided_tokens() -> None:
     weight = dictionary(8)
     for x in (torch.randn(8, 30).t(), torch.randn(30, 16)[:, ::2], torch.randn(3, 8, 10).transpose(1, 2)):
         assert error(ista(x, weight, step_size=0.3, lambd=0.4), truth(x.double(), weight.double(), False)) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [5, 20])
+@pytest.mark.parametrize("implementation", ["reference", "composed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_after_a_layer_norm_under_autocast_16_bits_stay_16_bits(
+    dtype: torch.dtype, implementation: str, tokens: int
+) -> None:
+    x, weight = torch.randn(tokens, 8).to(dtype), dictionary(8)
+    norm = dict(norm_weight=torch.rand(8) + 0.5, norm_bias=torch.randn(8))
+
+    def step(x: Tensor) -> Tensor:
+        return ista(x, weight, step_size=0.3, lambd=0.4, **norm)
+
+    with crate_kernels.use(implementation), torch.autocast("cpu", torch.bfloat16):
+        y = step(x)
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
+    assert y.dtype == compiled.dtype == dtype
+    normalised = F.layer_norm(x.double(), (8,), *(value.double() for value in norm.values()))
+    assert error(y, truth(normalised, weight.double(), False)) < 1e-2
+    assert torch.equal(compiled, y)
 
 
 def test_under_autocast_the_stream_stays_float32_and_so_does_the_weight_gradient() -> None:

@@ -60,6 +60,36 @@ def test_tokens_and_weights_of_any_strides() -> None:
             assert error(matmul.product(x, weight.t()), exact) <= a_few_roundings(torch.float32), (name, other)
 
 
+@pytest.mark.parametrize("name", ["every second number", "one number for all", "a column"])
+def test_bias_of_any_strides(name: str) -> None:
+    x, (weight, _) = torch.randn(7, 24), parameters()
+    strided = {
+        "every second number": torch.randn(80)[::2],
+        "one number for all": torch.randn(1).expand(40),
+        "a column": torch.randn(40, 3)[:, 1],
+    }
+    exact = F.linear(x.double(), weight.double(), strided[name].double())
+    assert error(matmul.linear(x, weight, strided[name]), exact) <= a_few_roundings(torch.float32)
+
+
+def test_weights_that_overlap() -> None:
+    x, weight = torch.randn(7, 24), torch.randn(63).unfold(0, 24, 1)
+    agree([matmul.linear(x, weight)], [F.linear(x.double(), weight.double())])
+
+
+def test_each_product_takes_the_chosen_library(chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, onednn = [], matmul._onednn
+    monkeypatch.setattr(matmul, "_onednn", lambda *given: calls.append(given) or onednn(*given))
+    x, (weight, bias) = torch.randn(7, 24).requires_grad_(), parameters()
+    matmul.linear(x, weight, bias).sum().backward()  # the gradient that arrives is expanded: PyTorch's product
+    matmul.linear(x, weight, bias).backward(torch.randn(7, 40))
+    assert len(calls) == (3 if chosen else 0)
+    x = x.detach()
+    matmul.product(x, weight.t())
+    matmul.plus_product(x, x, weight.t()[:, :24])
+    assert len(calls) == (5 if chosen else 0)
+
+
 @pytest.mark.parametrize("rows", [0, 3])
 def test_nothing_to_multiply(rows: int) -> None:
     weight, bias = parameters()
@@ -90,8 +120,8 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 def test_gradient_of_the_gradient() -> None:
     def twice(function: object, tensors: list[Tensor]) -> list[Tensor]:
         leaves = [value.clone().requires_grad_() for value in tensors]
-        (first,) = torch.autograd.grad(function(*leaves).square().sum(), leaves[0], create_graph=True)
-        return list(torch.autograd.grad(first.square().sum(), leaves))
+        first = torch.autograd.grad(function(*leaves).pow(3).sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(one.square().sum() for one in first), leaves))
 
     tensors = [torch.randn(7, 24), *parameters()]
     agree(twice(matmul.linear, tensors), twice(F.linear, [value.double() for value in tensors]))
@@ -128,6 +158,16 @@ def test_compiles_whole() -> None:
         assert torch.equal(one, plain)
 
 
+def test_compiles_for_a_number_of_rows_that_data_decide() -> None:
+    x, (weight, bias) = torch.randn(7, 24), parameters()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(
+            lambda x, mask: matmul.linear(x[mask], weight, bias), fullgraph=True, backend="aot_eager"
+        )
+        for mask in (x[:, 0] > 0, x[:, 0] > 100):
+            assert torch.equal(compiled(x, mask), matmul.linear(x[mask], weight, bias))
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_function_transforms() -> None:
     x, (weight, bias) = torch.randn(3, 5, 24), parameters()
@@ -150,4 +190,5 @@ def test_what_the_cpu_says(tmp_path: Path) -> None:
         "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16\n\nprocessor\t: 1\nflags\t: fpu\n"
     )
     assert _CPU.this(str(said)) == ("AuthenticAMD", frozenset({"fpu", "avx512f", "avx512_bf16"}))
-    assert _CPU.this(str(tmp_path / "none")) == ("", frozenset())
+    said.write_bytes(b"model name\t: \xff\nFeatures\t: fp asimd\n")
+    assert _CPU.this(str(said)) == _CPU.this(str(tmp_path / "none")) == ("", frozenset())
