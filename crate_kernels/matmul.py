@@ -25,7 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bias = None if bias is None else bias.to(dtype)
     rows, weight = x.to(dtype), weight.to(dtype)
     if _by_onednn(rows):
-        result = _Linear.apply(rows.view(x.shape[:-1].numel(), x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        rows = rows.view(x.shape[:-1].numel(), x.shape[-1])
+        result = _Linear.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
     else:
         result = F.linear(rows, weight, bias)
     return result.to(x.dtype)
