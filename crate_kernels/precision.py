@@ -27,8 +27,10 @@ class _CPU(NamedTuple):
         try:
             with open(said_in, errors="replace") as cpuinfo:
                 for line in cpuinfo:
+                    if not line.strip():
+                        break  # the other processors, hundreds on a server, say the same
                     name, _, value = line.partition(":")
-                    said.setdefault(name.strip(), value.strip())
+                    said[name.strip()] = value.strip()
         except OSError:
             pass
         return cls(said.get("vendor_id", ""), frozenset(said.get("flags", "").split()))
