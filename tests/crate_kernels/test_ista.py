@@ -137,6 +137,8 @@ def test_under_autocast_the_stream_stays_float32_and_so_does_the_weight_gradient
         y = ista(x, weight, step_size=0.3, lambd=0.4)
     y.sum().backward()
     assert y.dtype == x.grad.dtype == weight.grad.dtype == torch.float32
+    for value in (y, x.grad):  # summed in float32, not in 16 bits and widened afterwards
+        assert not torch.equal(value, value.bfloat16().float())
     expected = gradients(lambda x, w: truth(x, w, False), [x.double(), weight.double()], torch.ones(2, 30, 16))
     assert error(y, expected[0]) < 5e-3
     assert error(weight.grad, expected[2]) < 3e-2
