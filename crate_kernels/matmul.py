@@ -46,6 +46,15 @@ def plus_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha:
     return result if beta == 1 else result.mul_(beta)
 
 
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32 of factors in any floating dtype: products of 16-bit factors are exact, and so are not rounded."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    if a.device.type == "cuda" and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
 def _by_onednn(a: Tensor) -> bool:
     plain = type(a) in (Tensor, Parameter)  # what a subclass does, it knows of PyTorch's own operators
     return ONEDNN_IS_FASTER and plain and a.device.type == "cpu" and a.dtype == torch.float32 and a.is_contiguous()

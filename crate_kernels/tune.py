@@ -61,7 +61,7 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
     from crate_kernels.mssa import one_launch
     from crate_kernels.products.operand import Norm
     from crate_kernels.products.preparation import prepare
-    from crate_kernels.products.triton import input_gradient, project, weight_gradient
+    from crate_kernels.products.triton import input_gradient, project
     from crate_kernels.shared_attention import triton as attention
 
     (width, heads), (operand, stream), rows = MODELS[model], DTYPES[dtype], batch * tokens
@@ -102,9 +102,6 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
     )
     yield problem("output projection's gradient", input_gradient, grad, out, operand)
     yield problem("ISTA's gradient", input_gradient, grad, step, stream, y=y, x=x, stats=y_stats, skip=True, **sparse)
-    yield problem("projection's weight gradient", weight_gradient, x, grad_w, operand, stats=w_stats)
-    yield problem("output projection's weight gradient", weight_gradient, attended, grad, operand)
-    yield problem("ISTA's weight gradient", weight_gradient, x, grad, operand, y=y, stats=y_stats)
     scale = (width // heads) ** -0.5
     heads_out, lse = attention.forward(of_heads(w), scale, False)
     yield problem("attention", attention.forward, of_heads(w), scale, False)

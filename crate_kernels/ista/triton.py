@@ -16,7 +16,7 @@ from torch import Tensor
 from crate_kernels.ista.form import through_combination
 from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
 from crate_kernels.products.preparation import combine, prepare
-from crate_kernels.products.triton import input_gradient, project, weight_gradient
+from crate_kernels.products.triton import gradient_rows, input_gradient, project, weight_gradient
 
 
 class Step(NamedTuple):
@@ -69,13 +69,22 @@ def backward(
     ``combined`` is G, needed for the gradients of the LayerNorm; operand and stats are the forward's.
     """
     grad_x = grads = None
+    dtype = operand.matrix.dtype
+    form = dict(y=y, threshold=step.threshold, soft=step.soft, norm=norm, stats=stats, skip=True)
+    rows = gradient_rows(
+        grad_y,
+        x,
+        dtype,
+        operand=operand,
+        **form,
+        need_input=need_x,
+        need_weight=need_weight,
+        need_column=norm is not None,
+    )
     if need_x:
-        grad_x = input_gradient(
-            grad_y, operand, x.dtype, y=y, threshold=step.threshold, soft=step.soft,
-            norm=norm, x=x, stats=stats, skip=True,
-        )  # fmt: skip
+        grad_x = input_gradient(grad_y, operand, x.dtype, **form, x=x, rows=rows)
     if need_weight:
-        product, column = weight_gradient(x, grad_y, operand.matrix.dtype, y=y, stats=stats)
+        product, column = weight_gradient(x, grad_y, dtype, rows=rows)
         if norm is None:
             grads = MatrixGradient(through_combination(product * step.step_size, weight.float()), None, None, None)
         else:
@@ -121,8 +130,8 @@ def backward_two_products(
         grad_x, _ = project(grad_residual, _plain(weight, dtype), x.dtype, skip=total, negate=True)
     if need_weight:
         residual = project(x, _plain(weight.t(), dtype), dtype, skip=x, negate=True)[0]
-        grad_weight = weight_gradient(residual, grad_y, dtype, y=y)[0] * step.step_size
-        grad_weight -= weight_gradient(grad_residual, x, dtype)[0]
+        grad_weight = weight_gradient(residual, grad_y, dtype, y=y, need_column=False)[0] * step.step_size
+        grad_weight -= weight_gradient(grad_residual, x, dtype, need_column=False)[0]
     return grad_x, grad_weight
 
 

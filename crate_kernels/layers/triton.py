@@ -19,7 +19,7 @@ from crate_kernels.ista import triton as sparse
 from crate_kernels.mssa import triton as attention
 from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
 from crate_kernels.products.preparation import combine, combine_all, prepare, prepare_all
-from crate_kernels.products.triton import input_gradient, project, weight_gradient
+from crate_kernels.products.triton import gradient_rows, input_gradient, project, weight_gradient
 
 
 class Weights(NamedTuple):
@@ -162,12 +162,14 @@ def decoder_backward(
     needs = True, need_weights, need_weights
     operands = prepared.qkv, prepared.out
     of_attention = attention.backward(grad, g, weights.attention, operands, form, attended, needs, past=grad)
-    tokens, grad_x, of_step = x.flatten(0, 1), None, None
+    tokens, grad_g, dtype, grad_x, of_step = x.flatten(0, 1), of_attention.x, prepared.step.matrix.dtype, None, None
+    of_product = dict(y=kept.middle, norm=weights.norm, stats=kept.stats)
+    rows = gradient_rows(
+        grad_g, tokens, dtype, operand=prepared.step, **of_product, need_input=need_x, need_weight=need_weights
+    )
     if need_weights:
-        sums = weight_gradient(tokens, of_attention.x, prepared.step.matrix.dtype, stats=kept.stats)
+        sums = weight_gradient(tokens, grad_g, dtype, rows=rows)
         of_step = gradient(*sums, weights.matrix.t(), None, weights.norm)
     if need_x:
-        grad_x = input_gradient(
-            of_attention.x, prepared.step, x.dtype, y=kept.middle, norm=weights.norm, x=tokens, stats=kept.stats
-        )
+        grad_x = input_gradient(grad_g, prepared.step, x.dtype, **of_product, x=tokens, rows=rows)
     return Gradients(grad_x, of_attention, of_step)

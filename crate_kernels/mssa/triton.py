@@ -15,7 +15,7 @@ from torch import Tensor
 from crate_kernels.mssa import one_launch as together
 from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
 from crate_kernels.products.preparation import prepare
-from crate_kernels.products.triton import input_gradient, project, weight_gradient
+from crate_kernels.products.triton import gradient_rows, input_gradient, project, weight_gradient
 from crate_kernels.shared_attention import triton as attention
 
 
@@ -101,22 +101,28 @@ def backward(
     need_x, need_qkv, need_out = needs
     dtype, (qkv, out) = kept.w.dtype, operands
     grad_out_projection = grad_qkv = dx = None
+    has_bias = weights.out_bias is not None
+    rows = gradient_rows(grad, kept.out, dtype, need_weight=need_out, need_column=has_bias)
     if need_out:
-        sums = weight_gradient(kept.out, grad, dtype)
-        product, column = (-sums[0], -sums[1]) if form.subtract else sums
+        product, column = weight_gradient(kept.out, grad, dtype, rows=rows)
+        if form.subtract:
+            product, column = -product, -column if has_bias else None
         grad_out_projection = gradient(product, column, weights.out.t(), weights.out_bias, None)
     if need_x or need_qkv:
-        grad_attended = input_gradient(grad, out, dtype, negate=form.subtract)
+        grad_attended = input_gradient(grad, out, dtype, negate=form.subtract, rows=rows)
         heads = [_heads(t, x, form) for t in (grad_attended, kept.w, kept.out)]
         grad_w = _tokens(attention.backward(*heads, kept.lse, form.scale, form.is_causal))
         tokens = x.flatten(0, 1)
+        product_form = dict(y=kept.w, norm=weights.norm, stats=kept.stats)
+        rows = gradient_rows(
+            grad_w, tokens, dtype, operand=qkv, **product_form, need_input=need_x, need_weight=need_qkv,
+            need_column=weights.norm is not None,
+        )  # fmt: skip
         if need_qkv:
-            sums = weight_gradient(tokens, grad_w, dtype, stats=kept.stats)
+            sums = weight_gradient(tokens, grad_w, dtype, rows=rows)
             grad_qkv = gradient(*sums, weights.qkv.t(), None, weights.norm)
         if need_x:
-            dx = input_gradient(
-                grad_w, qkv, x.dtype, y=kept.w, norm=weights.norm, x=tokens, stats=kept.stats, extra=past
-            )
+            dx = input_gradient(grad_w, qkv, x.dtype, **product_form, x=tokens, extra=past, rows=rows)
     return Gradients(dx, grad_qkv, grad_out_projection)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
 from crate_kernels.products.preparation import prepare
-from crate_kernels.products.triton import input_gradient, project, weight_gradient
+from crate_kernels.products.triton import gradient_rows, input_gradient, project, weight_gradient
 
 
 class Weights(NamedTuple):
@@ -47,9 +47,11 @@ def backward(
     y and stats are what the forward gave; with a LayerNorm both are needed.
     """
     grad_x = grads = None
+    operand, of_product = weights.operand(dtype) if need_x else None, dict(y=y, norm=weights.norm, stats=stats)
+    rows = gradient_rows(grad, x, dtype, operand=operand, **of_product, need_input=need_x, need_weight=need_weights)
     if need_x:
-        grad_x = input_gradient(grad, weights.operand(dtype), x.dtype, y=y, norm=weights.norm, x=x, stats=stats)
+        grad_x = input_gradient(grad, operand, x.dtype, **of_product, x=x, rows=rows)
     if need_weights:
-        sums = weight_gradient(x, grad, dtype, stats=stats)
+        sums = weight_gradient(x, grad, dtype, rows=rows)
         grads = gradient(*sums, weights.weight.t(), weights.bias, weights.norm)
     return grad_x, grads

@@ -93,7 +93,7 @@ def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Weights, 
     coupled = weights.out_dictionary is None
     grad_x = grad_dictionary = grad_out = grad_step_size = grad_lambd = None
     if needs.out_dictionary or (coupled and needs.dictionary):
-        grad_out, _ = weight_gradient(grad, z2, dtype)
+        grad_out, _ = weight_gradient(grad, z2, dtype, need_column=False)
     if needs.x or needs.dictionary or needs.numbers:
         descent = weights.descent(dtype)
         # hardshrink's backward keeps the gradient where its input is not zero: the mask, in one pass.
@@ -104,9 +104,10 @@ def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Weights, 
         if needs.x:
             grad_x = input_gradient(grad_z1, descent, x.dtype, y=z1, threshold=threshold, extra=grad_r)
         if needs.dictionary:
-            through_first, _ = weight_gradient(x, grad_z1, dtype, y=z1)
-            through_second, _ = weight_gradient(_unexplained(x, z1, weights), g2, dtype)
-            grad_dictionary = (through_first + through_second) * eta - weight_gradient(grad_r, z1, dtype)[0]
+            through_first, _ = weight_gradient(x, grad_z1, dtype, y=z1, need_column=False)
+            through_second, _ = weight_gradient(_unexplained(x, z1, weights), g2, dtype, need_column=False)
+            grad_dictionary = (through_first + through_second) * eta
+            grad_dictionary -= weight_gradient(grad_r, z1, dtype, need_column=False)[0]
         if needs.numbers:
             g1 = torch.where(z1 != 0, grad_z1, 0).float()
             gained = z2.float() - z1

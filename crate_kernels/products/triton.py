@@ -1,11 +1,14 @@
-"""Three Triton kernels: tokens times a matrix, the gradient in the tokens, the gradient in the matrix.
+"""The large products' Triton kernels: tokens times a matrix, and what the gradients of both need.
 
     project            out = T(skip +- (LN(x) B + bias)), and mean and rstd of each token
-    input_gradient     dx = extra + LN'(+-(g B^T) + g), g the gradient where T let it pass
-    weight_gradient    H = xhat^T g and the column sums of g
+    gradient_rows      g = the gradient where T let it pass, xhat, their sums: one pass over the tokens
+    input_gradient     dx = extra + LN'(+-(g B^T) + g)
+    weight_gradient    H = xhat^T g and the column sums of g: a product of the library's
 
-A LayerNorm costs no pass of its own. Forward, the moments are summed while the product streams the tokens. Backward, its two
-sums over features come from the tiles of g that the product streams anyway: with z = xhat . B' + offset the product that was,
+A product runs at the rate of the tensor cores only where its loop does little else than load two tiles and multiply them, so what
+a gradient needs besides is made before, row by row, and read by both. The forward's LayerNorm costs no pass of its own: the
+moments are summed while the product streams the tokens. The backward's two sums over features come from rows of g: with
+z = xhat . B' + offset the product that was,
 
     c1 = sum_k dxhat_k        = sum_n g_n u_n,                u = column sums of B'
     c2 = sum_k dxhat_k xhat_k = sum_n g_n (z_n - offset_n)
@@ -17,22 +20,21 @@ added in a fixed order: no atomics, the same bits every run.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from crate_kernels.matmul import float32_product
 from crate_kernels.precision import dot_precision
 from crate_kernels.products.operand import Norm, Operand
 from crate_kernels.tiles import select
 from crate_kernels.tiles.products import TABLE
 
-# Programs the weight's gradient is spread over: two for each multiprocessor of an H100. A constant rather than the
-# running device's count, so that the order of summation, and with it every bit, depends on shapes and tiles alone.
-_PROGRAMS = 264
-# Each split writes a float32 [inner, width] that is read again: at most so many, and each worth so many steps at least.
-_MOST_SPLITS = 64
-_LEAST_STEPS = 4
+# The pass over rows is bound by memory: tiles that load 16 bytes a thread, several at a time.
+_ROWS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
@@ -199,112 +201,105 @@ def project_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
+def gradient_rows_kernel(
+    grad, y, x, stats, product_sum, product_offset, g_out, xhat_out, sums, column_sums, threshold, tokens, inner_width, width,
+    grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
+    ACTIVATION: tl.constexpr, THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK_M tokens: g, grad where y is not zero, c1 and c2, xhat, and the column sums of g; each where it has a place.
+
+    grad, y, g_out [tokens, width]; x, xhat_out [tokens, inner_width]; stats, sums [2, tokens]; column_sums [programs, width];
+    product_sum, product_offset [width]: u and offset of c1 and c2, skip included.
+    """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    c2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, width, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        g = load_tile(grad, rows, columns, grad_row_stride, grad_column_stride, tokens, width, False, WHOLE_N)
+        g = g.to(tl.float32)
+        if y is not None:
+            y_tile = load_tile(y, rows, columns, y_row_stride, y_column_stride, tokens, width, False, WHOLE_N)
+            y_tile = y_tile.to(tl.float32)
+            if ACTIVATION != "none":
+                g = masked_gradient(g, y_tile)
+        if sums is not None:
+            z = y_tile
+            if ACTIVATION != "none":
+                z = before_threshold(y_tile, scalar(threshold, THRESHOLD_IN_MEMORY), ACTIVATION)
+            c1 += g * load_row(product_sum, columns, width)
+            c2 += g * (z - load_row(product_offset, columns, width))
+        if g_out is not None:
+            store_tile(g_out, g, rows, columns, tokens, width)
+        if column_sums is not None:
+            place = column_sums + tl.program_id(0).to(tl.int64) * width + columns
+            tl.store(place, tl.sum(g, 0), mask=columns < width)
+    if sums is not None:
+        tl.store(sums + rows, tl.sum(c1, 1), mask=rows < tokens)
+        tl.store(sums + tokens.to(tl.int64) + rows, tl.sum(c2, 1), mask=rows < tokens)
+    if xhat_out is not None:
+        mean = tl.load(stats + rows, mask=rows < tokens, other=0.0)[:, None]
+        rstd = tl.load(stats + tokens.to(tl.int64) + rows, mask=rows < tokens, other=0.0)[:, None]
+        for start in range(0, inner_width, BLOCK_N):
+            columns = start + tl.arange(0, BLOCK_N)
+            x_tile = load_tile(x, rows, columns, x_row_stride, x_column_stride, tokens, inner_width, False, WHOLE_K)
+            store_tile(xhat_out, (x_tile.to(tl.float32) - mean) * rstd, rows, columns, tokens, inner_width)
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def input_gradient_kernel(
-    grad, y, matrix, out, x, stats, product_sum, product_offset, norm_weight, extra, threshold, tokens, inner_width, width,
-    grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, matrix_row_stride, matrix_column_stride,
-    x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
-    NORM: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
-    THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    g, grad, y, matrix, out, x, stats, sums, norm_weight, extra, tokens, inner_width, width,
+    g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
+    matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
+    NORM: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr,
+    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out = extra + LN'(+-(g B^T) + g): g, grad where y is not zero, exists only in the tile at hand.
+    """out = extra + LN'(+-(g B^T) + grad), what is added of grad only where y is not zero.
 
-    grad, y [tokens, inner_width]; matrix B^T [inner_width, width]; out, x, extra [tokens, width]; stats [2, tokens];
-    product_sum, product_offset [inner_width]: u and offset of c1 and c2, skip included; norm_weight [width].
+    g, grad, y [tokens, inner_width], g in the dtype of the product, grad and y as they came; matrix B^T [inner_width, width];
+    out, x, extra [tokens, width]; stats, sums [2, tokens]: mean and rstd, c1 and c2; norm_weight [width].
     """
     tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     clamped_rows = tl.minimum(rows, tokens - 1)
 
-    c1 = tl.zeros((BLOCK_M,), tl.float32)
-    c2 = tl.zeros((BLOCK_M,), tl.float32)
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, inner_width, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        g = load_tile(
-            grad, clamped_rows, inner, grad_row_stride, grad_column_stride, tokens, inner_width, True, WHOLE_K
-        )
-        if NORM or ACTIVATION != "none":
-            y_tile = load_tile(
-                y, clamped_rows, inner, y_row_stride, y_column_stride, tokens, inner_width, True, WHOLE_K
-            )
-            if ACTIVATION != "none":
-                g = masked_gradient(g, y_tile)
-            if NORM:
-                z = y_tile.to(tl.float32)
-                if ACTIVATION != "none":
-                    z = before_threshold(z, scalar(threshold, THRESHOLD_IN_MEMORY), ACTIVATION)
-                c1 += tl.sum(g.to(tl.float32) * load_row(product_sum, inner, inner_width), 1)
-                c2 += tl.sum(g.to(tl.float32) * (z - load_row(product_offset, inner, inner_width)), 1)
+        g_tile = load_tile(g, clamped_rows, inner, g_row_stride, g_column_stride, tokens, inner_width, True, WHOLE_K)
         matrix_tile = load_tile(
             matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
         )
-        product = tl.dot(g.to(matrix.dtype.element_ty), matrix_tile, product, input_precision=PRECISION)
+        product = tl.dot(g_tile, matrix_tile, product, input_precision=PRECISION)
 
     if NEGATE:
         product = -product
     if SKIP:
-        g = load_tile(
+        skipped = load_tile(
             grad, clamped_rows, columns, grad_row_stride, grad_column_stride, tokens, width, True, WHOLE_N
         ).to(tl.float32)
-        if ACTIVATION != "none":
+        if y is not None:
             y_tile = load_tile(y, clamped_rows, columns, y_row_stride, y_column_stride, tokens, width, True, WHOLE_N)
-            g = masked_gradient(g, y_tile)
+            skipped = masked_gradient(skipped, y_tile)
         if NORM:
-            g *= load_row(norm_weight, columns, width)
-        product += g
+            skipped *= load_row(norm_weight, columns, width)
+        product += skipped
     if NORM:
         mean = tl.load(stats + clamped_rows)[:, None]
         rstd = tl.load(stats + tokens.to(tl.int64) + clamped_rows)[:, None]
+        c1 = tl.load(sums + clamped_rows)[:, None]
+        c2 = tl.load(sums + tokens.to(tl.int64) + clamped_rows)[:, None]
         x_tile = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
         normalised = (x_tile.to(tl.float32) - mean) * rstd
-        product = rstd * (product - (c1[:, None] + normalised * c2[:, None]) / width)
+        product = rstd * (product - (c1 + normalised * c2) / width)
     if extra is not None:
         product += load_tile(
             extra, clamped_rows, columns, extra_row_stride, extra_column_stride, tokens, width, True, WHOLE_N
         ).to(tl.float32)
     store_tile(out, product, rows, columns, tokens, width)
-
-
-@triton.jit(do_not_specialize=["tokens", "tokens_per_split"])
-def weight_gradient_kernel(
-    x, stats, grad, y, products, column_sums, tokens, tokens_per_split, inner_width, width,
-    x_row_stride, x_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
-    WHOLE_M: tl.constexpr, WHOLE_N: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """products[split] = xhat^T g and column_sums[split] = sum g over that split's tokens, g being grad where y is not zero.
-
-    x [tokens, inner_width]; grad, y [tokens, width]; products [splits, inner_width, width], column_sums [splits, width], float32;
-    stats [2, tokens], or None where x is not normalised; y None where all of grad counts. Each split has its own output.
-    """
-    tile_m, tile_n = tile_position(tl.cdiv(inner_width, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(1) * tokens_per_split
-    last = tl.minimum(first + tokens_per_split, tokens)
-
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    column_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(first, last, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        x_tile = load_tile(x, inner, rows, x_row_stride, x_column_stride, last, inner_width, False, WHOLE_M)
-        g = load_tile(grad, inner, columns, grad_row_stride, grad_column_stride, last, width, False, WHOLE_N)
-        if stats is not None:
-            mean = tl.load(stats + inner, mask=inner < last, other=0.0)[:, None]
-            rstd = tl.load(stats + tokens.to(tl.int64) + inner, mask=inner < last, other=0.0)[:, None]
-            x_tile = (x_tile.to(tl.float32) - mean) * rstd
-        if y is not None:
-            y_tile = load_tile(y, inner, columns, y_row_stride, y_column_stride, last, width, False, WHOLE_N)
-            g = masked_gradient(g, y_tile)
-        column_sum += tl.sum(g.to(tl.float32), 0)
-        product = tl.dot(tl.trans(x_tile.to(OPERAND)), g.to(OPERAND), product, input_precision=PRECISION)
-
-    store_tile(products + split * inner_width * width, product, rows, columns, inner_width, width)
-    if tile_m == 0:
-        tl.store(column_sums + split * width + columns, column_sum, mask=columns < width)
 
 
 def project(
@@ -353,6 +348,84 @@ def project(
     return out, stats
 
 
+class GradientRows(NamedTuple):
+    """What both gradients of ``project`` read; None where a part is not asked for or has no use.
+
+    g: [tokens, width], the gradient behind the threshold, in the dtype of the products.
+    sums: [2, tokens] float32, c1 and c2, with a LayerNorm.
+    xhat: [tokens, inner], the tokens as they were multiplied, normalised or not, in the dtype of the products.
+    column: [width] float32, the sums of g over tokens.
+    """
+
+    g: Tensor
+    sums: Tensor | None = None
+    xhat: Tensor | None = None
+    column: Tensor | None = None
+
+
+def gradient_rows(
+    grad: Tensor,
+    x: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    operand: Operand | None = None,
+    y: Tensor | None = None,
+    threshold: Tensor | None = None,
+    soft: bool = False,
+    norm: Norm | None = None,
+    stats: Tensor | None = None,
+    skip: bool = False,
+    negate: bool = False,
+    need_input: bool = True,
+    need_weight: bool = True,
+    need_column: bool = True,
+) -> GradientRows:
+    """One pass over grad, y and x, for the gradients of ``project`` that are asked for; none where they can be read as they are.
+
+    Args:
+        grad, x: as ``input_gradient`` and ``weight_gradient`` take them; x is needed for the weight, or with a LayerNorm.
+        dtype: of the products.
+        operand: what ``project`` took; needed for the input's gradient with a LayerNorm.
+        threshold: what ``project`` took, on the host or the device; None where there was none, and y is then no mask.
+        y, soft, norm, stats, skip, negate: see ``input_gradient``.
+        need_input, need_weight, need_column: whose gradients are asked for: x's, the matrix's, the offset's.
+    """
+    tokens, width = grad.shape
+    normalised, masked = norm is not None or stats is not None, threshold is not None
+    make_g = masked or grad.dtype != dtype
+    make_sums, make_xhat = need_input and norm is not None, need_weight and normalised
+    g = torch.empty((tokens, width), dtype=dtype, device=grad.device) if make_g else grad
+    sums = grad.new_empty((2, tokens), dtype=torch.float32) if make_sums else None
+    xhat = x.to(dtype) if need_weight and not normalised else None
+    if make_xhat:
+        xhat = torch.empty(x.shape, dtype=dtype, device=x.device)
+    programs = triton.cdiv(tokens, _ROWS["BLOCK_M"])
+    need_column = need_column and need_weight
+    columns = grad.new_empty((programs, width), dtype=torch.float32) if need_column else None
+    if not (make_g or make_sums or make_xhat or need_column) or not grad.numel():
+        return GradientRows(g, sums, xhat, None if columns is None else columns.sum(0))
+    product_sum = product_offset = None
+    if make_sums:
+        product_sum, product_offset = operand.column_sum, operand.offset
+        if negate:
+            product_sum, product_offset = -product_sum, -product_offset
+        if skip:
+            product_sum = product_sum + norm.weight
+            product_offset = product_offset if norm.bias is None else product_offset + norm.bias
+    inner_width = 0 if x is None else x.shape[1]
+    threshold, in_memory = number(threshold)
+    read_y = y if masked or make_sums else None
+    gradient_rows_kernel[(programs,)](
+        grad, read_y, x if make_xhat else None, stats, product_sum, product_offset,
+        g if make_g else None, xhat if make_xhat else None, sums, columns, threshold, tokens, inner_width, width,
+        *grad.stride(), *_strides(read_y), *_strides(x if make_xhat else None),
+        ACTIVATION="none" if not masked else "soft" if soft else "relu", THRESHOLD_IN_MEMORY=in_memory,
+        WHOLE_N=width % _ROWS["BLOCK_N"] == 0, WHOLE_K=inner_width % _ROWS["BLOCK_N"] == 0,
+        enable_fp_fusion=True, **_ROWS,
+    )  # fmt: skip
+    return GradientRows(g, sums, xhat, None if columns is None else columns.sum(0))
+
+
 def input_gradient(
     grad: Tensor,
     operand: Operand,
@@ -367,6 +440,7 @@ def input_gradient(
     skip: bool = False,
     negate: bool = False,
     extra: Tensor | None = None,
+    rows: GradientRows | None = None,
 ) -> Tensor:
     """The gradient of ``project`` in x: ``extra + LN'(+-(g B^T) + g)``, g being grad where y is not zero.
 
@@ -379,30 +453,32 @@ def input_gradient(
         x, stats: what ``project`` took and gave; needed with a LayerNorm.
         skip: x itself (normalised, with a LayerNorm) was added to the product.
         extra: [tokens, inner], added to the result: the gradient that comes past the product.
+        rows: ``gradient_rows`` of all this, where it was made before.
 
     Returns:
         [tokens, inner], contiguous.
     """
+    dtype = operand.matrix.dtype
     (tokens, inner_width), width = grad.shape, operand.matrix.shape[0]
     out = torch.empty((tokens, width), dtype=out_dtype, device=grad.device)
     if not out.numel():
         return out
-    product_sum, product_offset = operand.column_sum, operand.offset
-    if norm is not None:
-        if negate:
-            product_sum, product_offset = -product_sum, -product_offset
-        if skip:
-            product_sum = product_sum + norm.weight
-            product_offset = product_offset if norm.bias is None else product_offset + norm.bias
-    tiles = _tiles("input_gradient", grad.device, operand.matrix, grad)
-    threshold, in_memory = number(threshold)
+    if rows is None:
+        rows = gradient_rows(
+            grad, x, dtype, operand=operand, y=y, threshold=threshold, soft=soft, norm=norm, stats=stats, skip=skip,
+            negate=negate, need_weight=False,
+        )  # fmt: skip
+    # What is added past the product is not rounded to its dtype; where nothing had to be, it is g, masked already.
+    skipped = rows.g if grad.dtype == dtype else grad
+    mask = y if skip and threshold is not None and grad.dtype != dtype else None
+    tiles = _tiles("input_gradient", grad.device, operand.matrix, skipped)
     matrix = operand.matrix.t()
     input_gradient_kernel[_grid(tokens, width, tiles)](
-        grad, y, matrix, out, x, stats, product_sum, product_offset, None if norm is None else _vector(norm.weight), extra,
-        threshold, tokens, inner_width, width,
-        *grad.stride(), *_strides(y), *matrix.stride(), *_strides(x), *_strides(extra),
+        rows.g, skipped if skip else None, mask, matrix, out, x, stats, rows.sums,
+        None if norm is None else _vector(norm.weight), extra, tokens, inner_width, width,
+        *rows.g.stride(), *_strides(skipped if skip else None), *_strides(mask), *matrix.stride(), *_strides(x),
+        *_strides(extra),
         NORM=norm is not None, SKIP=skip, NEGATE=negate,
-        ACTIVATION="none" if threshold is None else "soft" if soft else "relu", THRESHOLD_IN_MEMORY=in_memory,
         WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=inner_width % tiles["BLOCK_K"] == 0,
         **_options(operand.matrix), **tiles,
     )  # fmt: skip
@@ -416,35 +492,25 @@ def weight_gradient(
     *,
     y: Tensor | None = None,
     stats: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    need_column: bool = True,
+    rows: GradientRows | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of ``project`` in the operand's matrix and in its offset, float32: ``xhat^T g`` and the column sums of g.
 
     Args:
-        x: [tokens, inner], as ``project`` took it; normalised in the kernel where ``stats`` [2, tokens] are given.
+        x: [tokens, inner], as ``project`` took it; normalised where ``stats`` [2, tokens] are given.
         grad: [tokens, width], any dtype and strides; only read.
         operand_dtype: the dtype of the product.
         y: [tokens, width], where there was a threshold: grad counts where y is not zero.
+        need_column: whether the column sums are asked for; else None.
+        rows: ``gradient_rows`` of all this, where it was made before.
     """
-    (tokens, inner_width), width = x.shape, grad.shape[1]
-    if not x.numel() or not grad.numel():
-        shapes = (inner_width, width), (width,)
-        return tuple(torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes)
-    operand = torch.empty((), dtype=operand_dtype, device="meta")
-    tiles = _tiles("weight_gradient", x.device, operand, grad)
-    (programs,) = _grid(inner_width, width, tiles)
-    steps = triton.cdiv(tokens, tiles["BLOCK_K"])
-    splits = max(1, min(_PROGRAMS // programs, steps // _LEAST_STEPS, _MOST_SPLITS))
-    tokens_per_split = triton.cdiv(steps, splits) * tiles["BLOCK_K"]
-    splits = triton.cdiv(tokens, tokens_per_split)
-    products = torch.empty((splits, inner_width, width), dtype=torch.float32, device=x.device)
-    column_sums = torch.empty((splits, width), dtype=torch.float32, device=x.device)
-    weight_gradient_kernel[(programs, splits)](
-        x, stats, grad, y, products, column_sums, tokens, tokens_per_split, inner_width, width,
-        *x.stride(), *grad.stride(), *_strides(y),
-        WHOLE_M=inner_width % tiles["BLOCK_M"] == 0, WHOLE_N=width % tiles["BLOCK_N"] == 0,
-        OPERAND=TRITON_DTYPES[operand_dtype], **_options(operand), **tiles,
-    )  # fmt: skip
-    return (products[0], column_sums[0]) if splits == 1 else (products.sum(0), column_sums.sum(0))
+    if rows is None:
+        mask = None if y is None else torch.zeros(())  # y is the mask of any threshold
+        rows = gradient_rows(
+            grad, x, operand_dtype, y=y, threshold=mask, stats=stats, need_input=False, need_column=need_column
+        )
+    return float32_product(rows.xhat.t(), rows.g), rows.column
 
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

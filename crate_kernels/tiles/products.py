@@ -27,9 +27,6 @@ TABLE = {
         ("input_gradient", 2, 2): _tile(128, 128, 64, 8, 8, 3),
         ("input_gradient", 2, 4): _tile(128, 128, 32, 8, 8, 3),
         ("input_gradient", 4, 4): _tile(64, 64, 32, 8, 4, 3),
-        ("weight_gradient", 2, 2): _tile(128, 128, 32, 8, 8, 4),
-        ("weight_gradient", 2, 4): _tile(128, 128, 32, 8, 8, 3),
-        ("weight_gradient", 4, 4): _tile(64, 64, 16, 8, 8, 3),
     },
     "default": {
         ("project", 2, 2): _tile(128, 128, 32, 8, 8, 4),
@@ -38,8 +35,5 @@ TABLE = {
         ("input_gradient", 2, 2): _tile(128, 128, 32, 8, 8, 3),
         ("input_gradient", 2, 4): _tile(64, 128, 32, 8, 8, 3),
         ("input_gradient", 4, 4): _tile(64, 64, 32, 8, 4, 2),
-        ("weight_gradient", 2, 2): _tile(128, 128, 32, 8, 8, 4),
-        ("weight_gradient", 2, 4): _tile(64, 128, 32, 8, 8, 3),
-        ("weight_gradient", 4, 4): _tile(64, 64, 16, 8, 8, 3),
     },
 }
