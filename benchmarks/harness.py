@@ -137,9 +137,10 @@ def captured(run: Provider, device: torch.device) -> tuple[Provider, str]:
     except RuntimeError as problem:
         return run, f"events (no CUDA graph: {in_one_line(problem)})"
 
-    def replay() -> object:
+    def replay(inputs: Provider = run) -> object:
+        # The graph reads what ``run`` holds, such as tensors kept for a backward, and writes ``kept``: both live as long as this.
         graph.replay()
-        return kept  # the graph's results, whose memory lives as long as this function
+        return kept
 
     return replay, "CUDA graph"
 

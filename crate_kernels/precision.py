@@ -59,7 +59,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def is_autocast(x: Tensor) -> bool:
     """Autocast is on for the device of ``x``; it never is on devices that have none, such as meta."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Not torch.amp.is_autocast_available, which torch.compile cannot trace in torch 2.11.
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:

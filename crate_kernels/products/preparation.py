@@ -199,8 +199,8 @@ def combine_all(
 ) -> tuple[Tensor, Operand]:
     """G = W - W^T W of dictionaries of one shape in one launch, stacked, and the operands of ``LN(x) (eta G)``.
 
-    Of float32 weights tensor cores may round the products' factors to TF32 where the operand is 16-bit, as that hides behind its
-    own rounding; else as torch is told to. Sums are float32.
+    Of float32 weights tensor cores may round the products' factors to TF32 where the operand is bfloat16, as that hides behind its
+    own rounding; else (float16 has no fewer bits) as torch is told to. Sums are float32.
     """
     weights, vectors = _uniform(weights, [(*(norm or (None, None))[:2], None) for norm in norms])
     first, count, width = weights[0], len(weights), weights[0].shape[0]
@@ -212,7 +212,7 @@ def combine_all(
         combine_kernel[(triton.cdiv(width, _COMBINE["BLOCK_N"]), count)](
             _table(weights, vectors), combined, operand, column_sum, offset, scale, width, *first.stride(),
             SCALE_IN_MEMORY=in_memory, WHOLE=width % _COMBINE["BLOCK_N"] == 0,
-            PRECISION=dot_precision(operand), **_kinds(weights, vectors), enable_fp_fusion=True, **_COMBINE,
+            PRECISION=dot_precision(operand if dtype == torch.bfloat16 else combined), **_kinds(weights, vectors), enable_fp_fusion=True, **_COMBINE,
         )  # fmt: skip
     return combined, Operand(operand, column_sum, offset)
 

@@ -22,7 +22,8 @@ TABLE = {
     "sm_90": {
         # 64 rows are the least that wgmma takes, and one warp group works them.
         **{("forward_kernel", 2, width): _tile(64, 64, 4, 3) for width in WIDTHS},
-        **{("backward_kernel", 2, width): _tile(64, 64, 4, 2) for width in (16, 32, 48, 64)},
+        **{("backward_kernel", 2, width): _tile(64, 64, 4, 2) for width in (16, 32, 48)},
+        ("backward_kernel", 2, 64): _tile(64, 32, 4, 3),
         **{("backward_kernel", 2, width): _tile(64, 32, 4, 2) for width in (80, 96, 128)},
     },
     "default": {

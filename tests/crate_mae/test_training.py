@@ -580,7 +580,7 @@ class TestRun:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_demo_model_trains_on_a_gpu(tmp_path):
     demo = demo_config(tmp_path / "run")
-    demo = dataclasses.replace(demo, schedule=dataclasses.replace(demo.schedule, epochs=3))
+    demo = dataclasses.replace(demo, schedule=dataclasses.replace(demo.schedule, epochs=3, warmup_epochs=1))
     result = pretrain(demo)
     losses = [line["loss"] for line in metric_lines(result.out) if "loss" in line]
     assert losses[-1] < losses[0]
