@@ -71,7 +71,11 @@ def project_rows(
     NORM: tl.constexpr, WHOLE_K: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x times a head's columns of the matrix, as parts, and the rows' mean and rstd. NORM as in ``project_kernel``."""
+    """Rows of x times a head's columns of the matrix, as parts, and the rows' mean and rstd.
+
+    NORM: "none"; "fold", raw tokens are multiplied and the moments enter behind the product; "first", a loop finds the moments
+    before the product, which then multiplies normalised tokens.
+    """
     # Rows beyond the last read the last again and are not stored: no mask along them.
     rows = tl.minimum(rows, tokens - 1)
     mean = tl.zeros([rows.shape[0]], tl.float32)

@@ -1,13 +1,14 @@
 """The large products' Triton kernels: tokens times a matrix, and what the gradients of both need.
 
-    project            out = T(skip +- (LN(x) B + bias)), and mean and rstd of each token
+    moments            mean and rstd of each token, and the tokens normalised
+    project            out = T(skip +- (LN(x) B + bias))
     gradient_rows      g = the gradient where T let it pass, xhat, their sums: one pass over the tokens
     input_gradient     dx = extra + LN'(+-(g B^T) + g)
     weight_gradient    H = xhat^T g and the column sums of g: a product of the library's
 
-A product runs at the rate of the tensor cores only where its loop does little else than load two tiles and multiply them, so what
-a gradient needs besides is made before, row by row, and read by both. The forward's LayerNorm costs no pass of its own: the
-moments are summed while the product streams the tokens. The backward's two sums over features come from rows of g: with
+A product runs at the rate of the tensor cores only where its loop does nothing but load two tiles and multiply them; and where one
+of them passes through registers on its way, Triton 3.6 compiled for Hopper gave other results each run. So what a LayerNorm or a
+gradient needs besides is made before, row by row. The backward's two sums over features come from rows of g: with
 z = xhat . B' + offset the product that was,
 
     c1 = sum_k dxhat_k        = sum_n g_n u_n,                u = column sums of B'
@@ -128,37 +129,77 @@ def tile_position(row_tiles, column_tiles, GROUP: tl.constexpr):
     return tl.swizzle2d(program // column_tiles, program % column_tiles, row_tiles, column_tiles, GROUP)
 
 
+@triton.jit
+def store_normalised(
+    xhat_out,
+    x,
+    mean,
+    rstd,
+    rows,
+    tokens,
+    width,
+    x_row_stride,
+    x_column_stride,
+    WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Writes whole rows of (x - mean) * rstd; mean and rstd are columns [rows, 1]."""
+    for start in range(0, width, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        x_tile = load_tile(x, rows, columns, x_row_stride, x_column_stride, tokens, width, False, WHOLE)
+        store_tile(xhat_out, (x_tile.to(tl.float32) - mean) * rstd, rows, columns, tokens, width)
+
+
 @triton.jit(do_not_specialize=["tokens", "eps"])
+def moments_kernel(
+    x, stats, xhat_out, eps, tokens, width, x_row_stride, x_column_stride,
+    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Mean and rstd of BLOCK_M tokens of x [tokens, width] into stats [2, tokens], and the tokens normalised where asked for."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, width, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        x_tile = load_tile(x, rows, columns, x_row_stride, x_column_stride, tokens, width, False, WHOLE)
+        mean, squares = add_moments(mean, squares, x_tile, start, columns, width, WHOLE)
+    rstd = inverse_deviation(squares, width, eps)
+    tl.store(stats + rows, mean, mask=rows < tokens)
+    tl.store(stats + tokens.to(tl.int64) + rows, rstd, mask=rows < tokens)
+    if xhat_out is not None:
+        store_normalised(
+            xhat_out,
+            x,
+            mean[:, None],
+            rstd[:, None],
+            rows,
+            tokens,
+            width,
+            x_row_stride,
+            x_column_stride,
+            WHOLE,
+            BLOCK_N,
+        )
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def project_kernel(
-    x, matrix, out, stats, column_sum, offset, skip, norm_weight, norm_bias, threshold, eps, tokens, inner_width, width,
+    x, matrix, out, stats, column_sum, offset, skip, norm_weight, norm_bias, threshold, tokens, inner_width, width,
     x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
-    NORM: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
+    FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
     THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out = T(skip +- (LN(x) B + bias)).
 
-    x [tokens, inner_width]; matrix [inner_width, width]; skip, out [tokens, width]; stats [2, tokens]: mean and rstd, written.
-    NORM: "none"; "fold", the raw tokens are multiplied and the moments enter behind the product; "first", a loop over the
-    tokens finds the moments before the product, which then multiplies normalised tokens. SKIP_NORM: skip is normalised as x is.
+    x [tokens, inner_width], in the matrix's dtype; matrix [inner_width, width]; skip, out [tokens, width]; stats [2, tokens]:
+    mean and rstd. FOLD: x are raw tokens, and their moments enter behind the product. SKIP_NORM: so are those of skip.
     """
     tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows beyond the last read the last again and are not stored: no mask along them.
     clamped_rows = tl.minimum(rows, tokens - 1)
-
-    mean = tl.zeros((BLOCK_M,), tl.float32)
-    rstd = tl.zeros((BLOCK_M,), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    if NORM == "first":
-        for start in range(0, inner_width, BLOCK_K):
-            inner = start + tl.arange(0, BLOCK_K)
-            x_tile = load_tile(
-                x, clamped_rows, inner, x_row_stride, x_column_stride, tokens, inner_width, True, WHOLE_K
-            )
-            mean, squares = add_moments(mean, squares, x_tile, start, inner, inner_width, WHOLE_K)
-        rstd = inverse_deviation(squares, inner_width, eps)
 
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, inner_width, BLOCK_K):
@@ -167,19 +208,13 @@ def project_kernel(
         matrix_tile = load_tile(
             matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
         )
-        if NORM == "fold":
-            mean, squares = add_moments(mean, squares, x_tile, start, inner, inner_width, WHOLE_K)
-        elif NORM == "first":
-            x_tile = (x_tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
-        product = tl.dot(x_tile.to(matrix.dtype.element_ty), matrix_tile, product, input_precision=PRECISION)
+        product = tl.dot(x_tile, matrix_tile, product, input_precision=PRECISION)
 
-    if NORM == "fold":
-        rstd = inverse_deviation(squares, inner_width, eps)
-        product = rstd[:, None] * (product - mean[:, None] * load_row(column_sum, columns, width))
-    if NORM != "none":  # noqa: SIM102  (decided while compiling; the other while running)
-        if tile_n == 0:
-            tl.store(stats + rows, mean, mask=rows < tokens)
-            tl.store(stats + tokens.to(tl.int64) + rows, rstd, mask=rows < tokens)
+    if FOLD or SKIP_NORM:
+        mean = tl.load(stats + clamped_rows)[:, None]
+        rstd = tl.load(stats + tokens.to(tl.int64) + clamped_rows)[:, None]
+    if FOLD:
+        product = rstd * (product - mean * load_row(column_sum, columns, width))
     if offset is not None:
         product += load_row(offset, columns, width)
     if NEGATE:
@@ -189,7 +224,7 @@ def project_kernel(
             skip, clamped_rows, columns, skip_row_stride, skip_column_stride, tokens, width, True, WHOLE_N
         ).to(tl.float32)
         if SKIP_NORM:
-            skip_tile = (skip_tile - mean[:, None]) * rstd[:, None] * load_row(norm_weight, columns, width)
+            skip_tile = (skip_tile - mean) * rstd * load_row(norm_weight, columns, width)
             if norm_bias is not None:
                 skip_tile += load_row(norm_bias, columns, width)
         product += skip_tile
@@ -241,10 +276,9 @@ def gradient_rows_kernel(
     if xhat_out is not None:
         mean = tl.load(stats + rows, mask=rows < tokens, other=0.0)[:, None]
         rstd = tl.load(stats + tokens.to(tl.int64) + rows, mask=rows < tokens, other=0.0)[:, None]
-        for start in range(0, inner_width, BLOCK_N):
-            columns = start + tl.arange(0, BLOCK_N)
-            x_tile = load_tile(x, rows, columns, x_row_stride, x_column_stride, tokens, inner_width, False, WHOLE_K)
-            store_tile(xhat_out, (x_tile.to(tl.float32) - mean) * rstd, rows, columns, tokens, inner_width)
+        store_normalised(
+            xhat_out, x, mean, rstd, rows, tokens, inner_width, x_row_stride, x_column_stride, WHOLE_K, BLOCK_N
+        )
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -302,6 +336,30 @@ def input_gradient_kernel(
     store_tile(out, product, rows, columns, tokens, width)
 
 
+def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """Mean and ``(variance + eps)^-1/2`` of each token, [2, tokens] float32; and (x - mean) * rstd in ``xhat_dtype``, if any.
+
+    x is [tokens, width], of any floating dtype and strides. One pass, or two of which the second finds x in the cache.
+    """
+    tokens, width = x.shape
+    stats = x.new_empty((2, tokens), dtype=torch.float32)
+    xhat = None if xhat_dtype is None else torch.empty((tokens, width), dtype=xhat_dtype, device=x.device)
+    if x.numel():
+        moments_kernel[(triton.cdiv(tokens, _ROWS["BLOCK_M"]),)](
+            x,
+            stats,
+            xhat,
+            eps,
+            tokens,
+            width,
+            *x.stride(),
+            WHOLE=width % _ROWS["BLOCK_N"] == 0,
+            enable_fp_fusion=True,
+            **_ROWS,
+        )
+    return stats, xhat
+
+
 def project(
     x: Tensor,
     operand: Operand,
@@ -317,10 +375,10 @@ def project(
     """``T(skip +- (LN(x) B + bias))`` and, with a LayerNorm, mean and rstd of each token.
 
     Args:
-        x: [tokens, inner], any floating dtype and strides; rounded to the operand's dtype in the kernel.
+        x: [tokens, inner], any floating dtype and strides; rounded to the operand's dtype.
         operand: of B [inner, width], by ``preparation.prepare`` with the same norm.
         out_dtype: of the result.
-        norm: the LayerNorm before the product, folded into it.
+        norm: the LayerNorm before the product.
         skip: [tokens, width], any dtype and strides, added in float32; with ``skip_norm`` it is x, and LN(x) is added.
         negate: subtract the product instead.
         threshold: a number (0-dim tensor, on the CPU or beside x); no threshold if None.
@@ -331,16 +389,19 @@ def project(
     """
     (tokens, inner_width), width = x.shape, operand.matrix.shape[1]
     out = torch.empty((tokens, width), dtype=out_dtype, device=x.device)
-    stats = None if norm is None else torch.empty((2, tokens), dtype=torch.float32, device=x.device)
+    fold = norm_mode(x, operand, norm) == "fold"
+    stats, xhat = (None, x) if norm is None else moments(x, norm.eps, None if fold else operand.matrix.dtype)
     if out.numel():
         tiles = _tiles("project", x.device, operand.matrix, x)
         threshold, in_memory = number(threshold)
+        # Cast before the product, whose loop then copies tiles as they are.
+        multiplied = (x if fold else xhat).to(operand.matrix.dtype)
         project_kernel[_grid(tokens, width, tiles)](
-            x, operand.matrix, out, stats, operand.column_sum, operand.offset, skip,
-            _vector(norm.weight) if skip_norm else None, _vector(norm.bias) if skip_norm else None,
-            threshold, 0.0 if norm is None else norm.eps, tokens, inner_width, width,
-            *x.stride(), *operand.matrix.stride(), *_strides(skip),
-            NORM=norm_mode(x, operand, norm), SKIP_NORM=skip_norm, NEGATE=negate,
+            multiplied, operand.matrix, out, stats if fold or skip_norm else None, operand.column_sum if fold else None,
+            operand.offset, skip, _vector(norm.weight) if skip_norm else None, _vector(norm.bias) if skip_norm else None,
+            threshold, tokens, inner_width, width,
+            *multiplied.stride(), *operand.matrix.stride(), *_strides(skip),
+            FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate,
             ACTIVATION="none" if threshold is None else "soft" if soft else "relu", THRESHOLD_IN_MEMORY=in_memory,
             WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=inner_width % tiles["BLOCK_K"] == 0,
             **_options(operand.matrix), **tiles,
@@ -518,7 +579,8 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 
 def norm_mode(x: Tensor, operand: Operand, norm: Norm | None) -> str:
     """Folding multiplies raw tokens and takes the mean's share off the product. So the product must not round them, or a token
-    far from zero would lose what its mean hides; and float32 results, more exact than the difference, come without it."""
+    far from zero would lose what its mean hides; and float32 results, more exact than the difference, come without it: there
+    ("first") tokens are normalised before they are multiplied."""
     if norm is None:
         return "none"
     return "fold" if x.itemsize == 2 and x.dtype == operand.matrix.dtype else "first"

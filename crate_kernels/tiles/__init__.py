@@ -9,6 +9,7 @@ which ``check_same_on_all_ranks`` tells.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -56,6 +57,11 @@ def family(device: torch.device) -> str:
         return "default"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return _family_of_cuda(device)
+
+
+@functools.cache
+def _family_of_cuda(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
