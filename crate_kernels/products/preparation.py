@@ -199,8 +199,8 @@ def combine_all(
 ) -> tuple[Tensor, Operand]:
     """G = W - W^T W of dictionaries of one shape in one launch, stacked, and the operands of ``LN(x) (eta G)``.
 
-    Of float32 weights tensor cores may round the products' factors to TF32 where the operand is bfloat16, as that hides behind its
-    own rounding; else (float16 has no fewer bits) as torch is told to. Sums are float32.
+    Of float32 weights tensor cores may round the products' factors to TF32 where the operand is bfloat16, as that hides behind
+    its own rounding; else (float16 has no fewer bits) as torch is told to. Sums are float32.
     """
     weights, vectors = _uniform(weights, [(*(norm or (None, None))[:2], None) for norm in norms])
     first, count, width = weights[0], len(weights), weights[0].shape[0]
