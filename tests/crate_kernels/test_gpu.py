@@ -99,7 +99,12 @@ def ista_upstream(x: Tensor, weight: Tensor, threshold: str) -> Tensor:
     return torch.randn_like(x) * (distance > 0.05)
 
 
-def agrees(operator: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> None:
+# exp(score - lse) is as far off, relatively, as its float32 argument is absolutely: half a unit of a number of up to 16, which
+# sqrt(head_dim), the score of a random token with itself, does not pass. The official order subtracts the maximum instead.
+LOG_SUM_EXP_ROUNDING = 8 * torch.finfo(torch.float32).eps
+
+
+def agrees(operator: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, margin: float = 0.0) -> None:
     """Triton's error against float64, output and every gradient, is at most the reference's in the same dtype."""
     dtype = inputs[0].dtype
     with crate_kernels.use("reference"):
@@ -110,7 +115,7 @@ def agrees(operator: Callable[..., Tensor], inputs: list[Tensor], upstream: Tens
         again = gradients(operator, inputs, upstream)
     for ours, repeated, plain, exact in zip(found, again, official, truth, strict=True):
         assert torch.equal(ours, repeated), "two runs differ in their bits"
-        assert error(ours, exact) <= 1.25 * error(plain, exact) + a_few_roundings(dtype)
+        assert error(ours, exact) <= 1.25 * error(plain, exact) + a_few_roundings(dtype) + margin
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -118,7 +123,8 @@ def agrees(operator: Callable[..., Tensor], inputs: list[Tensor], upstream: Tens
 def test_shared_attention(size: tuple[int, int], dtype: torch.dtype, batch: int) -> None:
     w = random_heads(batch, size, dtype)
     for is_causal in (False, True):
-        agrees(lambda w, c=is_causal: shared_qkv_attention(w, is_causal=c), [w], torch.randn_like(w))
+        upstream = torch.randn_like(w)
+        agrees(lambda w, c=is_causal: shared_qkv_attention(w, is_causal=c), [w], upstream, LOG_SUM_EXP_ROUNDING)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -132,7 +138,7 @@ def test_ista(size: tuple[int, int], dtype: torch.dtype, batch: int) -> None:
 @MODELS_AND_DTYPES
 def test_mssa(size: tuple[int, int], dtype: torch.dtype) -> None:
     inputs = random_mssa(4, size[0], dtype)
-    agrees(decoder_attention(size[1]), inputs, torch.randn_like(inputs[0]))
+    agrees(decoder_attention(size[1]), inputs, torch.randn_like(inputs[0]), LOG_SUM_EXP_ROUNDING)
 
 
 @pytest.mark.parametrize("batch", [2, 5, 64, 512])

@@ -7,6 +7,7 @@ watched, and each kernel takes exact inputs, so that one mistake shows in one pl
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -63,9 +64,10 @@ def float32_products(precision: str):
 PRODUCT_TILES = {
     "default": {
         (kernel, 4, 4): dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, num_warps=4, num_stages=1)
-        for kernel in ("project", "input_gradient", "weight_gradient")
+        for kernel in ("project", "input_gradient")
     }
 }
+ROWS = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
 THRESHOLD = 0.25
 LAYER_NORM_EPS = 0.125  # large enough to count in float32
 PRODUCT_MARGIN = 1e-5  # as in test_products.py
@@ -189,6 +191,11 @@ def _input_gradient(name: str, *shape: int, extra: bool = True, in_memory: bool 
     return Probe(name, "input_gradient_kernel", run, expected, {"dx": PRODUCT_MARGIN})
 
 
+def _of(kernel: str, probe: Probe) -> Probe:
+    """The same probe, asked about another kernel that it runs on its way."""
+    return dataclasses.replace(probe, kernel=kernel)
+
+
 def _weight_gradient(name: str, *shape: int, **case) -> Probe:
     product = _Product(*shape, **case)
     tokens, _, width = shape
@@ -197,8 +204,7 @@ def _weight_gradient(name: str, *shape: int, **case) -> Probe:
     stats = None if product.norm is None else product.stats.float()
 
     def run(module: ModuleType) -> dict[str, Tensor]:
-        with patch.object(module, "_LEAST_STEPS", 2):
-            h, sums = module.weight_gradient(product.x, upstream, torch.float32, y=y, stats=stats)
+        h, sums = module.weight_gradient(product.x, upstream, torch.float32, y=y, stats=stats)
         return {"xhat^T g": h, "sums of g": sums}
 
     g = upstream.double() if y is None else upstream.double() * (product.truth.detach() != 0)
@@ -206,13 +212,16 @@ def _weight_gradient(name: str, *shape: int, **case) -> Probe:
     if stats is not None:
         xhat = (xhat - product.stats[0][:, None]) * product.stats[1][:, None]
     expected = {"xhat^T g": xhat.mT @ g, "sums of g": g.sum(0)}
-    return Probe(name, "weight_gradient_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+    return Probe(name, "gradient_rows_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
 
 
 def product_probes() -> list[Probe]:
     """The first of each kernel is small and meets most mistakes."""
     odd, square = (37, 24, 20), (20, 20, 20)
     return [
+        _of("moments_kernel", _project("fold", 20, 24, 10)),
+        _of("moments_kernel", _project("first", 20, 24, 10, mode="first")),
+        _of("moments_kernel", _project("far from zero", 37, 24, 20, mean=30.0)),
         _project("fold, skip itself, relu", 5, 20, 20, skip="self", kind="relu"),
         _project("first, skip itself, soft", *square, mode="first", skip="self", kind="soft", negate=True),
         _project("fold, far from zero", *odd, mean=30.0, bias=False),
@@ -228,7 +237,10 @@ def product_probes() -> list[Probe]:
         _input_gradient("norm, no threshold", 20, 24, 20, extra=False),
         _input_gradient("no norm, skip, negated", *square, norm=False, skip="self", negate=True, extra=False),
         _input_gradient("no norm, skip, soft", *square, norm=False, skip="self", kind="soft"),
-        _weight_gradient("norm, relu, two splits", 57, 20, 24, kind="relu"),
+        _of("gradient_rows_kernel", _input_gradient("norm, skip, relu", 20, 24, 24, skip="self", kind="relu")),
+        _of("gradient_rows_kernel", _input_gradient("norm, soft", *odd, kind="soft", negate=True, in_memory=True)),
+        _of("gradient_rows_kernel", _input_gradient("norm, no threshold", 20, 24, 20, extra=False)),
+        _weight_gradient("norm, relu", 57, 20, 24, kind="relu"),
         _weight_gradient("no norm, no threshold", 37, 24, 20, norm=False),
         _weight_gradient("few tokens, one tile", 5, 10, 12),
     ]

@@ -34,13 +34,11 @@ pytestmark = [
 
 PRODUCT_MISTAKES = [
     # The wrong operand.
-    Mistake("project_kernel", "mean[:, None] * load_row(column_sum,", "mean[:, None] * load_row(offset,"),
+    Mistake("project_kernel", "mean * load_row(column_sum,", "mean * load_row(offset,"),
     Mistake("project_kernel", "product += load_row(offset,", "product += load_row(column_sum,"),
     Mistake("project_kernel", "* load_row(norm_weight,", "* load_row(norm_bias,"),
     Mistake("project_kernel", "skip_tile += load_row(norm_bias,", "skip_tile += load_row(norm_weight,"),
-    Mistake("project_kernel", "tl.store(stats + rows, mean,", "tl.store(stats + rows, rstd,"),
-    Mistake("project_kernel", "+ rows, rstd, mask", "+ rows, mean, mask"),
-    Mistake("project_kernel", "rstd[:, None] * (product - mean[:, None]", "mean[:, None] * (product - rstd[:, None]"),
+    Mistake("project_kernel", "rstd * (product - mean", "mean * (product - rstd"),
     Mistake("project_kernel", "product = rectify(product,", "product = soft_threshold(product,"),
     Mistake("project_kernel", "product = soft_threshold(product,", "product = rectify(product,"),
     Mistake(
@@ -51,12 +49,8 @@ PRODUCT_MISTAKES = [
     Mistake(
         "project_kernel", "skip_row_stride, skip_column_stride, tokens", "skip_column_stride, skip_row_stride, tokens"
     ),
-    Mistake("input_gradient_kernel", "load_row(product_sum,", "load_row(product_offset,"),
-    Mistake("input_gradient_kernel", "load_row(product_offset,", "load_row(product_sum,"),
-    Mistake(
-        "input_gradient_kernel", "c1[:, None] + normalised * c2[:, None]", "c2[:, None] + normalised * c1[:, None]"
-    ),
-    Mistake("input_gradient_kernel", "c2[:, None]) / width", "c2[:, None]) / inner_width"),
+    Mistake("input_gradient_kernel", "c1 + normalised * c2", "c2 + normalised * c1"),
+    Mistake("input_gradient_kernel", "c2) / width", "c2) / inner_width"),
     Mistake(
         "input_gradient_kernel",
         "matrix_row_stride, matrix_column_stride, inner_width",
@@ -68,13 +62,25 @@ PRODUCT_MISTAKES = [
         "extra_row_stride, extra_column_stride, tokens",
         "extra_column_stride, extra_row_stride, tokens",
     ),
-    Mistake("weight_gradient_kernel", "x_row_stride, x_column_stride, last", "x_column_stride, x_row_stride, last"),
     Mistake(
-        "weight_gradient_kernel",
-        "grad_row_stride, grad_column_stride, last",
-        "grad_column_stride, grad_row_stride, last",
+        "input_gradient_kernel",
+        "grad_row_stride, grad_column_stride, tokens",
+        "grad_column_stride, grad_row_stride, tokens",
     ),
-    Mistake("weight_gradient_kernel", "y_row_stride, y_column_stride, last", "y_column_stride, y_row_stride, last"),
+    Mistake("gradient_rows_kernel", "load_row(product_sum,", "load_row(product_offset,"),
+    Mistake("gradient_rows_kernel", "load_row(product_offset,", "load_row(product_sum,"),
+    Mistake("gradient_rows_kernel", "tl.sum(c1, 1)", "tl.sum(c2, 1)"),
+    Mistake("gradient_rows_kernel", "tl.sum(c2, 1)", "tl.sum(c1, 1)"),
+    Mistake(
+        "gradient_rows_kernel",
+        "grad_row_stride, grad_column_stride, tokens",
+        "grad_column_stride, grad_row_stride, tokens",
+    ),
+    Mistake("gradient_rows_kernel", "y_row_stride, y_column_stride, tokens", "y_column_stride, y_row_stride, tokens"),
+    Mistake("store_normalised", "float32) - mean) * rstd", "float32) - rstd) * mean"),
+    Mistake("store_normalised", "x_row_stride, x_column_stride, tokens", "x_column_stride, x_row_stride, tokens"),
+    Mistake("moments_kernel", "tl.store(stats + rows, mean,", "tl.store(stats + rows, rstd,"),
+    Mistake("moments_kernel", "+ rows, rstd, mask", "+ rows, mean, mask"),
     Mistake("add_moments", "step * step * (start * share)", "0.0"),
     Mistake("add_moments", "tl.minimum(width - start, columns.shape[0])", "(columns.shape[0] + 0 * start)"),
     # A mask or a factor dropped, in a form that still runs.
@@ -91,18 +97,15 @@ PRODUCT_MISTAKES = [
     ),
     Mistake("masked_gradient", "y != 0.0", "y > 0.0"),
     # A tile forgotten.
-    Mistake(
-        "project_kernel",
-        'if NORM == "first":\n        for start in range(0,',
-        'if NORM == "first":\n        for start in range(BLOCK_K,',
-    ),
+    Mistake("moments_kernel", "in range(0,", "in range(BLOCK_N,"),
+    Mistake("store_normalised", "in range(0,", "in range(BLOCK_N,"),
+    Mistake("gradient_rows_kernel", "in range(0,", "in range(BLOCK_N,"),
     Mistake(
         "project_kernel",
         "product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)\n    for start in range(0,",
         "product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)\n    for start in range(BLOCK_K,",
     ),
     Mistake("input_gradient_kernel", "in range(0,", "in range(BLOCK_K,"),
-    Mistake("weight_gradient_kernel", "in range(first,", "in range(first + BLOCK_K,"),
 ]
 
 ATTENTION_MISTAKES = [
@@ -188,13 +191,6 @@ PRODUCT_EQUIVALENTS = {
     ),
     "a relu's output is never negative, so the signed form says the same": (
         "before_threshold: if ACTIVATION == 'relu' -> False",
-    ),
-    "beyond the last token x is zero, and of mean and rstd one being zero is enough: the other need only be readable": (
-        "weight_gradient_kernel: tl.load(stats + inner, mask=inner < last, other=0.0)"
-        " -> tl.load(stats + inner, mask=inner < last, other=1.0)",
-        "weight_gradient_kernel: inner < last -> inner <= last",
-        "weight_gradient_kernel: tl.load(stats + tokens.to(tl.int64) + inner, mask=inner < last, other=0.0)"
-        " -> tl.load(stats + tokens.to(tl.int64) + inner, mask=inner < last, other=1.0)",
     ),
 }
 
@@ -376,7 +372,10 @@ CASES = {
     "preparation": Case(preparation, {}, probes.preparation_probes, PREPARATION_MISTAKES, PREPARATION_EQUIVALENTS),
 }
 KERNELS = [
-    *(("products", kernel) for kernel in ("project_kernel", "input_gradient_kernel", "weight_gradient_kernel")),
+    *(
+        ("products", kernel)
+        for kernel in ("moments_kernel", "project_kernel", "gradient_rows_kernel", "input_gradient_kernel")
+    ),
     *(("shared_attention", kernel) for kernel in ("forward_kernel", "delta_kernel", "backward_kernel")),
     ("one_launch", "attend_kernel"),
     *(("preparation", kernel) for kernel in ("prepare_kernel", "combine_kernel")),
@@ -407,6 +406,8 @@ def equivalent(case: str, name: str) -> str | None:
 def ready(case: str, folder: Path, watch: Watch) -> ModuleType:
     module = copy_of(CASES[case].module, folder)
     module.TABLE = CASES[case].tiles
+    if case == "products":
+        module._ROWS = probes.ROWS
     watch.over(*vars(module).values())
     return module
 
