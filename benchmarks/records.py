@@ -125,9 +125,10 @@ def in_one_line(problem: BaseException) -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and with what a result was measured: enough to know whether two results may be compared."""
     on_cuda = device.type == "cuda"
-    # A copy of the tree that has no repository with it, on a machine for the measurement alone, says what it is a copy of.
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    copied = os.environ.get("CRATE_KERNELS_COMMIT") if commit is None else None
+    # A copy of the tree on a machine for the measurement alone has no repository with it, or one that knows nothing of what
+    # came after: it says itself what it is a copy of.
+    copied = os.environ.get("CRATE_KERNELS_COMMIT")
+    commit = None if copied else _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *_WRITTEN_BY_BENCHMARKS)
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),

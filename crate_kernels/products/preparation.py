@@ -209,10 +209,11 @@ def combine_all(
     column_sum, offset = (first.new_empty(count, width, dtype=torch.float32) for _ in range(2))
     if combined.numel():
         scale, in_memory = number(step_size)
+        precision = dot_precision(operand if dtype == torch.bfloat16 else combined)
         combine_kernel[(triton.cdiv(width, _COMBINE["BLOCK_N"]), count)](
             _table(weights, vectors), combined, operand, column_sum, offset, scale, width, *first.stride(),
             SCALE_IN_MEMORY=in_memory, WHOLE=width % _COMBINE["BLOCK_N"] == 0,
-            PRECISION=dot_precision(operand if dtype == torch.bfloat16 else combined), **_kinds(weights, vectors), enable_fp_fusion=True, **_COMBINE,
+            PRECISION=precision, **_kinds(weights, vectors), enable_fp_fusion=True, **_COMBINE,
         )  # fmt: skip
     return combined, Operand(operand, column_sum, offset)
 

@@ -6,9 +6,10 @@
     input_gradient     dx = extra + LN'(+-(g B^T) + g)
     weight_gradient    H = xhat^T g and the column sums of g: a product of the library's
 
-A product runs at the rate of the tensor cores only where its loop does nothing but load two tiles and multiply them; and where one
-of them passes through registers on its way, Triton 3.6 compiled for Hopper gave other results each run. So what a LayerNorm or a
-gradient needs besides is made before, row by row. The backward's two sums over features come from rows of g: with
+A product runs at the rate of the tensor cores only where its loop does nothing but load two tiles and multiply them. (One that
+summed a LayerNorm's moments as it went also gave other results each run, as Triton 3.6 compiled it for Hopper: NOTES.md, GPU.) So
+what a LayerNorm or a gradient needs besides is made before, row by row. The backward's two sums over features come from rows
+of g: with
 z = xhat . B' + offset the product that was,
 
     c1 = sum_k dxhat_k        = sum_n g_n u_n,                u = column sums of B'

@@ -63,8 +63,9 @@ def float32_products(precision: str):
 
 PRODUCT_TILES = {
     "default": {
-        (kernel, 4, 4): dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, num_warps=4, num_stages=1)
+        (kernel, operand, 4): dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, num_warps=4, num_stages=1)
         for kernel in ("project", "input_gradient")
+        for operand in (2, 4)
     }
 }
 ROWS = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
@@ -169,8 +170,12 @@ def _project(name: str, *shape: int, mode: str = "fold", in_memory: bool = False
     return Probe(name, "project_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
 
 
-def _input_gradient(name: str, *shape: int, extra: bool = True, in_memory: bool = False, **case) -> Probe:
+def _input_gradient(
+    name: str, *shape: int, extra: bool = True, in_memory: bool = False, dtype: torch.dtype = torch.float32, **case
+) -> Probe:
+    """``dtype`` is the operand's: in float16 the gradient is rounded for the product, and what passes it is not."""
     product = _Product(*shape, **case)
+    operand = product.operand._replace(matrix=amid_nan(product.operand.matrix.to(dtype)))
     tokens, inner, width = shape
     upstream = amid_nan(torch.randn(tokens, width))
     passed = amid_nan(torch.randn(tokens, inner)) if extra else None
@@ -181,14 +186,15 @@ def _input_gradient(name: str, *shape: int, extra: bool = True, in_memory: bool 
     def run(module: ModuleType) -> dict[str, Tensor]:
         with _numbers_in_memory(module, in_memory):
             dx = module.input_gradient(
-                upstream, product.operand, torch.float32, y=y, norm=product.norm, x=product.x, stats=stats,
+                upstream, operand, torch.float32, y=y, norm=product.norm, x=product.x, stats=stats,
                 skip=product.skip == "self", negate=product.negate, extra=passed, threshold=product.threshold,
                 soft=product.kind == "soft",
             )  # fmt: skip
         return {"dx": dx}
 
     expected = {"dx": product.exact.grad + (passed.double() if extra else 0)}
-    return Probe(name, "input_gradient_kernel", run, expected, {"dx": PRODUCT_MARGIN})
+    margin = PRODUCT_MARGIN if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    return Probe(name, "input_gradient_kernel", run, expected, {"dx": margin})
 
 
 def _of(kernel: str, probe: Probe) -> Probe:
@@ -237,6 +243,9 @@ def product_probes() -> list[Probe]:
         _input_gradient("norm, no threshold", 20, 24, 20, extra=False),
         _input_gradient("no norm, skip, negated", *square, norm=False, skip="self", negate=True, extra=False),
         _input_gradient("no norm, skip, soft", *square, norm=False, skip="self", kind="soft"),
+        _input_gradient(
+            "a rounded product, skip, relu", *square, norm=False, skip="self", kind="relu", dtype=torch.float16
+        ),
         _of("gradient_rows_kernel", _input_gradient("norm, skip, relu", 20, 24, 24, skip="self", kind="relu")),
         _of("gradient_rows_kernel", _input_gradient("norm, soft", *odd, kind="soft", negate=True, in_memory=True)),
         _of("gradient_rows_kernel", _input_gradient("norm, no threshold", 20, 24, 20, extra=False)),

@@ -192,6 +192,13 @@ PRODUCT_EQUIVALENTS = {
     "a relu's output is never negative, so the signed form says the same": (
         "before_threshold: if ACTIVATION == 'relu' -> False",
     ),
+    "rows beyond the last are not stored, so their moments need only be readable": (
+        "gradient_rows_kernel: tl.load(stats + rows, mask=rows < tokens, other=0.0)"
+        " -> tl.load(stats + rows, mask=rows < tokens, other=1.0)",
+        "gradient_rows_kernel: rows < tokens -> rows <= tokens (place 3)",
+        "gradient_rows_kernel: tl.load(stats + tokens.to(tl.int64) + rows, mask=rows < tokens, other=0.0)"
+        " -> tl.load(stats + tokens.to(tl.int64) + rows, mask=rows < tokens, other=1.0)",
+    ),
 }
 
 ATTENTION_EQUIVALENTS = {
