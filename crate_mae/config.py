@@ -14,7 +14,9 @@ def _is_integer(value: Any) -> bool:
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (_is_integer, "an integer"),
     "int | tuple[int, int]": (
-        lambda size: _is_integer(size) or (isinstance(size, Sequence) and len(size) == 2 and all(map(_is_integer, size))),
+        lambda size: (
+            _is_integer(size) or (isinstance(size, Sequence) and len(size) == 2 and all(map(_is_integer, size)))
+        ),
         "an integer or a pair of them, (height, width)",
     ),
     "float": (lambda value: _is_integer(value) or isinstance(value, float), "a number"),

@@ -151,7 +151,9 @@ class PretrainConfig:
             if not holds(value):
                 raise ValueError(f"{name}: expected {expected}, got {value}")
         if self.init and os.path.abspath(self.out) in map(os.path.abspath, (self.init, self.init.parent)):
-            raise ValueError(f"init: expected another run than the one in out, got {self.init}; --resume goes on with that")
+            raise ValueError(
+                f"init: expected another run than the one in out, got {self.init}; --resume goes on with that"
+            )
         epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
         if warmup >= epochs:
             raise ValueError(

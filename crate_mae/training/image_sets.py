@@ -80,7 +80,9 @@ def _parts_of(option: str, root: Path) -> dict[str, Path]:
         return {}
     if others or any(len(paths) > 1 for paths in found.values()):
         held = _names(path for paths in [*found.values(), others] for path in paths)
-        raise ValueError(f"{option} {root}: it holds {held}; name the one to train on by --data, to validate on by --val")
+        raise ValueError(
+            f"{option} {root}: it holds {held}; name the one to train on by --data, to validate on by --val"
+        )
     return {part: paths[0] for part, paths in found.items()}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _STOPPING = b"""
-stopping: finishes this step, and a validation if it is in one, then saves; Ctrl-C once more ends now, and keeps what was saved before
+stopping after this step, or validation, and then saving; a second Ctrl-C ends it now and keeps what was saved before
 """
 
 

@@ -12,7 +12,6 @@ from crate_kernels.dispatch import choose
 from crate_kernels.precision import CPU_PRODUCT_DTYPES
 from crate_mae.compilation import obstacle_to_compiling
 
-
 _PROCESS_COUNTS = {
     "WORLD_SIZE": "torchrun",
     "SLURM_STEP_NUM_TASKS": "srun",  # unlike SLURM_NTASKS, which a script that sbatch runs once has, too

@@ -82,8 +82,8 @@ def test_a_runs_config_repeats_it_and_options_go_over_it(run, out, tmp_path):
 def chosen(monkeypatch) -> list[PretrainConfig]:
     """The configurations that commands come to, with which nothing is run."""
     configs = []
-    monkeypatch.setattr("crate_mae.cli.pretrain", lambda config, **_: configs.append(config))
-    monkeypatch.setattr("crate_mae.cli._report", lambda result: "")
+    monkeypatch.setattr("crate_mae.cli.pretraining.pretrain", lambda config, **_: configs.append(config))
+    monkeypatch.setattr("crate_mae.cli.pretraining._report", lambda result: "")
     return configs
 
 
