@@ -68,14 +68,15 @@ def _parts_of(option: str, root: Path) -> dict[str, Path]:
     """The folders in `root` by the part of a data set that each is, "train" among them; none where they are classes or images."""
     if not root.is_dir():
         return {}
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[Path]] = {part: [] for part in _PARTS}
     others = []
     for path in sorted(root.iterdir()):
         part = next((part for part, names in _PARTS.items() if path.name.lower() in names and path.is_dir()), None)
         if part:
-            found.setdefault(part, []).append(path)
+            found[part].append(path)
         elif not path.name.startswith(".") and _holds_images(path):
             others.append(path)
+    found = {part: paths for part, paths in found.items() if paths}
     if "train" not in found or (others and len(found) == 1):  # a class may be called train, one of vehicles
         return {}
     if others or any(len(paths) > 1 for paths in found.values()):
