@@ -206,7 +206,7 @@ class _Run:
             for pixels in loader:
                 loss = self._take_step(pixels, meter)
                 progress.update()
-                if lines and (line := lines.after(self.step, loss, self._lr, len(pixels))):
+                if lines and not stop.is_set() and (line := lines.after(self.step, loss, self._lr, len(pixels))):
                     _say(line)
                 validate, stopping = self._validation_is_due(), stop.is_set()
                 save = validate or stopping or self._save_is_due()
