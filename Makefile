@@ -21,8 +21,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Run again, it goes on where it was interrupted, or shows its results; make demo ARGS=--overwrite starts anew.
 demo: $(VENV)/.installed
-	$(BIN)/crate-mae demo --out $(OUT)
+	$(BIN)/crate-mae demo --out $(OUT) $(ARGS)
 
 # On a machine with a CUDA device, with the Python that is there; installs nothing. Tests, memory checker and times, in 8 minutes.
 gpu-check:

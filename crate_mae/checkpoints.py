@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,33 @@ from crate_mae.registry import MODELS, create_model
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
-def save_model(model: CrateMAE, directory: str | Path) -> None:
-    """Write the weights and the configuration, lambda and step size included; other keys of ``config.json`` stay."""
+def save_model(
+    model: CrateMAE,
+    directory: str | Path,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> None:
+    """Write the weights and the configuration, lambda and step size included; other keys of ``config.json`` stay.
+
+    Args:
+        mean, std: of each channel of pixels in [0, 1], by which the model's images were standardised,
+            (pixels / 255 - mean) / std. With them ``load_transform`` does the same.
+
+    Raises:
+        ValueError: only one of mean and std is given, or one of them does not have a value for each channel.
+    """
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std: expected both or neither, got {mean} and {std}")
+    if mean is not None and std is not None:
+        Normalization(mean, std, model.config.in_chans)  # which checks them
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config_file = directory / CONFIG_FILE
     config = json.loads(config_file.read_text()) if config_file.exists() else {}
     config["model"] = dataclasses.asdict(model.config)
+    if mean is not None and std is not None:
+        config["images"] = {**config.get("images", {}), "mean": list(mean), "std": list(std)}
     _replace(config_file, lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
 
@@ -74,7 +94,7 @@ def load_model(
             raise ValueError(
                 f"{path}: its {CONFIG_FILE} says what the model is; pass no name, lambd, step_size or overrides"
             )
-        model = CrateMAE(_read_config(path / CONFIG_FILE))
+        model = CrateMAE(read_config(path))
         path = path / WEIGHTS_FILE
     else:
         missing = [key for key, value in dict(name=name, lambd=lambd, step_size=step_size).items() if value is None]
@@ -90,34 +110,72 @@ def load_model(
     return model
 
 
+def load_weights(model: CrateMAE, path: str | Path) -> None:
+    """Give a model the weights of a directory or a file, as the start of a training of its own.
+
+    Its image size may be another, as the positions are no weights; so may lambda, the step size and the kind of target,
+    which a training may change.
+
+    Args:
+        path: as for ``load_model``.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the model in the directory has other sizes, heads included; or a file is not what its name says.
+        RuntimeError: the weights do not fit the model; unknown entries count.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = read_config(path)
+        for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "decoder_depth", "decoder_num_heads"):
+            found, wanted = getattr(config, name), getattr(model.config, name)
+            if found != wanted:
+                raise ValueError(f"{path}: the model there has {name} {found}, and this one {wanted}")
+        path = path / WEIGHTS_FILE
+    weights = read_weights(path)
+    if "decoder_pos_embed" in weights:
+        weights["decoder_pos_embed"] = model.decoder_pos_embed
+    _refuse_what_does_not_fit(weights, model, path)
+    model.load_state_dict(weights, strict=True)
+
+
 def load_transform(directory: str | Path) -> Callable[[Image.Image], Tensor]:
     """What turns a photograph into a model's input, as validation does in the pre-training run that wrote ``directory``.
 
     Returns:
         A function of a Pillow image: upright, in the model's colours, its largest centred part resized to the model's image size,
-        (pixels / 255 - mean) / std with the run's numbers; a float32 tensor [channels, height, width].
+        (pixels / 255 - mean) / std with the run's numbers; a float32 tensor [channels, height, width]. It raises a TypeError
+        for anything but a Pillow image.
 
     Raises:
         FileNotFoundError: there is no ``config.json``.
-        ValueError: it is of a model alone, and does not say how its images were standardised; or its images are no photographs.
+        ValueError: it does not say how images were standardised; or the model's images are no photographs.
     """
-    file = Path(directory) / CONFIG_FILE
-    model, images = _read_config(file), _read_json(file).get("images")
-    if not images:
-        raise ValueError(
-            f"{file}: expected a section images with mean and std, as a pre-training run writes; it has none"
-        )
-    if model.in_chans not in COLOUR_MODES:
-        raise ValueError(
-            f"{file}: photographs have {', '.join(map(str, COLOUR_MODES))} channels, its model {model.in_chans}"
-        )
-    normalization = Normalization(images["mean"], images["std"], model.in_chans)
+    model, normalization = read_config(directory), read_normalization(directory)
 
     def transform(image: Image.Image) -> Tensor:
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"image: expected a Pillow image, as PIL.Image.open gives of a file, got {type(image).__name__}"
+            )
         upright = ImageOps.exif_transpose(image).convert(COLOUR_MODES[model.in_chans])
         return normalization(image_to_tensor(centre_crop(upright, model.image_shape)))
 
     return transform
+
+
+def read_normalization(directory: str | Path) -> Normalization:
+    """How the images of the model in ``directory`` were standardised; errors as of ``load_transform``."""
+    file = Path(directory) / CONFIG_FILE
+    channels, images = read_config(directory).in_chans, _read_json(file).get("images")
+    if not isinstance(images, dict) or not {"mean", "std"} <= images.keys():
+        raise ValueError(
+            f"{file}: expected a section images with mean and std, as a pre-training run writes; it has none: "
+            f"save_model(model, directory, mean=..., std=...) writes it, too"
+        )
+    if channels not in COLOUR_MODES:
+        raise ValueError(f"{file}: photographs have {', '.join(map(str, COLOUR_MODES))} channels, its model {channels}")
+    return Normalization(images["mean"], images["std"], channels)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -180,8 +238,17 @@ def _refuse_what_does_not_fit(weights: dict[str, Tensor], model: CrateMAE, path:
     )
 
 
-def _read_config(path: Path) -> ModelConfig:
+def read_config(directory: str | Path) -> ModelConfig:
+    """The configuration of the model that ``save_model`` or a pre-training run wrote to ``directory``.
+
+    Raises:
+        FileNotFoundError: there is no ``config.json``.
+        ValueError: it has no whole model section.
+    """
+    path = Path(directory) / CONFIG_FILE
     fields = _read_json(path).get("model", {})
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: model: expected a section of settings, got {fields!r}")
     missing = {"lambd", "step_size"} - fields.keys()
     if missing:
         raise ValueError(
@@ -190,7 +257,10 @@ def _read_config(path: Path) -> ModelConfig:
     unknown = fields.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown:
         raise ValueError(f"{path}: its model section has {', '.join(sorted(unknown))}, which no ModelConfig has")
-    return ModelConfig(**fields)
+    try:
+        return ModelConfig(**fields)
+    except (TypeError, ValueError) as problem:
+        raise ValueError(f"{path}: model.{problem}") from problem
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -205,8 +275,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Write beside ``path`` and rename, so that a failure half-way leaves the old file whole."""
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside ``path`` and rename, so that a failure half-way leaves the old file whole, and it alone."""
     part = path.with_suffix(path.suffix + ".part")
-    write(part)
-    part.replace(path)
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (_is_integer, "an integer"),
+    "int | tuple[int, int]": (
+        lambda size: (
+            _is_integer(size) or (isinstance(size, Sequence) and len(size) == 2 and all(map(_is_integer, size)))
+        ),
+        "an integer or a pair of them, (height, width)",
+    ),
+    "float": (lambda value: _is_integer(value) or isinstance(value, float), "a number"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,10 @@ class ModelConfig:
     norm_pix_loss: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, (holds, expected) = getattr(self, field.name), _TYPES[field.type]
+            if not holds(value):
+                raise TypeError(f"{field.name}: expected {expected}, got {value!r}")
         if not isinstance(self.img_size, int):  # JSON has lists where we have tuples
             object.__setattr__(self, "img_size", tuple(self.img_size))
         for name in ("patch_size", "in_chans", "embed_dim", "num_heads", "decoder_num_heads"):

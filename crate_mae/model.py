@@ -231,8 +231,12 @@ class CrateMAE(nn.Module):
         return patchify(images, self.config.patch_size)
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """The inverse of ``patchify``; ``grid`` is (rows, columns) of patches, the configured image's if None."""
-        return unpatchify(patches, self.config.patch_size, grid or self._configured_grid)
+        """The inverse of ``patchify``; ``grid`` is (rows, columns) of patches, the configured image's if None.
+
+        Raises:
+            ValueError: patches are not [batch, rows * columns, patch_size**2 * channels].
+        """
+        return unpatchify(patches, self.config.patch_size, self.config.in_chans, grid or self._configured_grid)
 
     @property
     def _configured_grid(self) -> tuple[int, int]:

@@ -15,11 +15,24 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", h=rows, w=columns)
 
 
-def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of ``patchify`` for patches that form a ``grid`` of (rows, columns)."""
+def unpatchify(patches: Tensor, patch_size: int, channels: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of ``patchify`` for patches that form a ``grid`` of (rows, columns).
+
+    Raises:
+        ValueError: the patches are not [batch, rows * columns, patch_size**2 * channels].
+    """
     rows, columns = grid
+    width = patch_size**2 * channels
+    if patches.ndim != 3 or patches.shape[-1] != width:
+        raise ValueError(
+            f"patches: expected [batch, patches, {patch_size} * {patch_size} * {channels} channels = {width}], "
+            f"got shape {tuple(patches.shape)}"
+        )
     if patches.shape[1] != rows * columns:
-        raise ValueError(f"patches: expected {rows} x {columns} = {rows * columns} of them, got {patches.shape[1]}")
+        raise ValueError(
+            f"patches: expected {rows} x {columns} = {rows * columns} of them, got {patches.shape[1]}; "
+            f"for images of another size, give grid=(rows, columns)"
+        )
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size)
 
 

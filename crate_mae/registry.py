@@ -32,7 +32,7 @@ def create_model(name: str, **overrides: Any) -> CrateMAE:
 
     Raises:
         ValueError: the name is unknown or an override out of range.
-        TypeError: an override is no field of ``ModelConfig``.
+        TypeError: an override is no field of ``ModelConfig``, or not of its type.
     """
     if name not in MODELS:
         raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crate_mae.data.batches import BatchSampler, ImageLoader, PretrainImages, epoch_order, pretrain_loader
-from crate_mae.data.folder import COLOUR_MODES, FLOWERS, IMAGE_SUFFIXES, ImageFolder, UnreadableImage
+from crate_mae.data.folder import COLOUR_MODES, FLOWERS, IMAGE_SUFFIXES, ImageFolder, UnreadableImage, read_image
 from crate_mae.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -30,4 +30,5 @@ __all__ = [
     "image_to_tensor",
     "pretrain_loader",
     "random_resized_crop",
+    "read_image",
 ]

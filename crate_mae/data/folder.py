@@ -117,11 +117,20 @@ class ImageFolder:
         return [self._decode(path) for path in self.paths]
 
     def _decode(self, path: Path) -> Image.Image:
-        with _opened(path) as image:
-            try:
-                return ImageOps.exif_transpose(image).convert(COLOUR_MODES[self.channels])
-            except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
-                raise UnreadableImage(path, str(error)) from error
+        return read_image(path, self.channels)
+
+
+def read_image(path: Path, channels: int) -> Image.Image:
+    """The image in a file, upright (EXIF orientation applied), in the colour mode of so many channels.
+
+    Raises:
+        UnreadableImage: a ValueError: the file is no readable image.
+    """
+    with _opened(path) as image:
+        try:
+            return ImageOps.exif_transpose(image).convert(COLOUR_MODES[channels])
+        except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+            raise UnreadableImage(path, str(error)) from error
 
 
 def _opened(path: Path) -> Image.Image:

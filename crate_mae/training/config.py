@@ -133,9 +133,12 @@ class PretrainConfig:
     out: Path
     """Folder for metrics.jsonl, config.json, model.safetensors, state.pt and reconstructions.png."""
     data: Path | None = None
-    """Folder of images to train on, flat or with class sub-folders; without it, the photographs shipped along."""
+    """Folder of images to train on, flat or with class sub-folders; of train/ and val/ in it, one is for each. Without it, the
+    photographs shipped along."""
     val: Path | None = None
     """Folder of images to validate on; without it, a part of the training images is held out."""
+    init: Path | None = None
+    """Folder of a run, or file of weights, to start from; without it, from random weights. A run also gives the model's sizes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -147,6 +150,10 @@ class PretrainConfig:
             value = attrgetter(name)(self)
             if not holds(value):
                 raise ValueError(f"{name}: expected {expected}, got {value}")
+        if self.init and os.path.abspath(self.out) in map(os.path.abspath, (self.init, self.init.parent)):
+            raise ValueError(
+                f"init: expected another run than the one in out, got {self.init}; --resume goes on with that"
+            )
         epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
         if warmup >= epochs:
             raise ValueError(

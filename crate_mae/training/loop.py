@@ -13,13 +13,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from crate_mae.checkpoints import CONFIG_FILE, save_model
+from crate_mae.checkpoints import CONFIG_FILE, load_weights, save_model
 from crate_mae.config import grid_of
 from crate_mae.data import (
-    COLOUR_MODES,
-    FLOWERS,
     BatchSampler,
-    ImageFolder,
     ImageLoader,
     Normalization,
     PretrainImages,
@@ -31,6 +28,7 @@ from crate_mae.pictures import reconstruction_sheet
 from crate_mae.registry import count_parameters
 from crate_mae.training.config import PretrainConfig, of_section
 from crate_mae.training.files import replaced, write_json
+from crate_mae.training.image_sets import image_sets
 from crate_mae.training.interrupts import stop_requests
 from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, ProgressLines, StepMeter
 from crate_mae.training.optimizer import build_optimizer
@@ -38,6 +36,7 @@ from crate_mae.training.precision import (
     autocast,
     check_compiler,
     check_implementation,
+    check_single_process,
     check_threads,
     choose_device,
     choose_precision,
@@ -85,6 +84,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, overwrite: bool = 
     """
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
+    check_single_process()
     check_run_folder(config, resume=resume, overwrite=overwrite)
     run = _Run(config, resume=resume)
     # Only now: settings or images that cannot be used must not cost the run that is there.
@@ -111,12 +111,17 @@ class _Run:
         torch.manual_seed(config.run.seed)
         self.model = CrateMAE(config.model).to(self.device).train()
         self.model.stream, self.model.recompute = config.run.stream, config.run.recompute
+        if config.init and not resume:
+            try:
+                load_weights(self.model, config.init)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ValueError(f"--init: {error}") from error
         # Of the steps alone: validation and pictures are few, and would be graphs of their own.
         self.forward = torch.compile(self.model, fullgraph=True) if config.run.compile else self.model
         images, schedule = config.images, config.schedule
         with of_section("images"):
             self.normalization = Normalization(images.mean, images.std, config.model.in_chans)
-        self.train_folder, self.val_folder = _image_folders(config)
+        self.train_folder, self.val_folder, self.parts = image_sets(config)
         if schedule.batch_size > len(self.train_folder):
             raise ValueError(
                 f"schedule.batch_size: expected 1 to {len(self.train_folder)}, the number of training images, "
@@ -174,7 +179,8 @@ class _Run:
             write_json(self.config.out / CONFIG_FILE, self.config.to_dict())
         else:  # the settings of steps that were never taken must not pass for the run's
             print(
-                f"nothing left to do: all {self.config.schedule.epochs} epochs are done; a larger --schedule.epochs goes on",
+                f"nothing left to do: all {self.config.schedule.epochs} epochs are done; a larger --schedule.epochs goes on, "
+                "--overwrite starts anew",
                 file=sys.stderr,
             )
         loader = pretrain_loader(
@@ -200,7 +206,7 @@ class _Run:
             for pixels in loader:
                 loss = self._take_step(pixels, meter)
                 progress.update()
-                if lines and (line := lines.after(self.step, loss, self._lr, len(pixels))):
+                if lines and not stop.is_set() and (line := lines.after(self.step, loss, self._lr, len(pixels))):
                     _say(line)
                 validate, stopping = self._validation_is_due(), stop.is_set()
                 save = validate or stopping or self._save_is_due()
@@ -311,13 +317,14 @@ class _Run:
 
     def _opening_line(self) -> str:
         config, held_out = self.config, len(self.val_folder) if self.val_folder else 0
-        start = f"from step {self.step}" if self.step else "from the start"
+        weights = f"from the weights of {config.init}" if config.init else "from the start"
+        start = f"from step {self.step}" if self.step else weights
         precision = self.precision + " compiled" * config.run.compile
         return (
             f"pretrain: {count_parameters(self.model)[0]:,} parameters ({config.model.depth} + {config.model.decoder_depth} "
             f"layers of width {config.model.embed_dim}), {len(self.train_folder)} images to train on and {held_out} to "
             f"validate on, {precision} on {self.device}, {self.steps_per_epoch} steps an epoch, "
-            f"{config.schedule.epochs} epochs, {start}, into {config.out}"
+            f"{config.schedule.epochs} epochs, {start}, into {config.out}{self.parts and '; '}{self.parts}"
         )
 
     def _picture(self) -> Image.Image:
@@ -341,26 +348,3 @@ def _say(line: str) -> None:
     """A line on stdout that leaves the progress bar whole, and is there at once in a file, too."""
     tqdm.write(line)
     sys.stdout.flush()
-
-
-def _image_folders(config: PretrainConfig) -> tuple[ImageFolder, ImageFolder | None]:
-    channels = config.model.in_chans
-    if channels not in COLOUR_MODES:
-        raise ValueError(f"model.in_chans: image files give {sorted(COLOUR_MODES)} channels, got {channels}")
-
-    def folder(option: str, root: Path) -> ImageFolder:
-        try:
-            return ImageFolder(root, channels=channels, cache_bytes=config.images.cache_mb * 2**20)
-        except OSError as error:
-            raise type(error)(f"{option}: {error}") from error
-
-    train = folder("--data", config.data or FLOWERS / "train")
-    val_root = config.val or (None if config.data else FLOWERS / "val")
-    if val_root is not None:
-        return train, folder("--val", val_root)
-    if not config.images.val_fraction:
-        return train, None
-    try:
-        return train.split(config.images.val_fraction, config.run.seed)
-    except ValueError as error:
-        raise ValueError(f"--data: {error}; give --val or --images.val_fraction 0") from error

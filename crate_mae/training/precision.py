@@ -12,9 +12,35 @@ from crate_kernels.dispatch import choose
 from crate_kernels.precision import CPU_PRODUCT_DTYPES
 from crate_mae.compilation import obstacle_to_compiling
 
+_PROCESS_COUNTS = {
+    "WORLD_SIZE": "torchrun",
+    "SLURM_STEP_NUM_TASKS": "srun",  # unlike SLURM_NTASKS, which a script that sbatch runs once has, too
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
+"""Environment variables in which launchers of several processes say how many there are."""
 
-def choose_device(name: str) -> torch.device:
+
+def check_single_process() -> None:
+    """Refuse to be one of several processes: each would train for itself, into the same folder.
+
+    Raises:
+        ValueError: a launcher says that there are several.
+    """
+    for variable, launcher in _PROCESS_COUNTS.items():
+        count = os.environ.get(variable, "")
+        if count.isdigit() and int(count) > 1:
+            raise ValueError(
+                f"environment variable {variable}: expected 1 process, got {count}; pre-training is not distributed yet: "
+                f"start it once, without {launcher}, or unset {variable}"
+            )
+
+
+def choose_device(name: str, option: str = "--run.device") -> torch.device:
     """The device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Args:
+        option: what messages call it.
 
     Raises:
         ValueError: a run cannot use the device, or this machine has none of that name.
@@ -25,7 +51,7 @@ def choose_device(name: str) -> torch.device:
     there = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
     if name not in there:
         found = "" if count else "; torch finds no CUDA device"
-        raise ValueError(f"--run.device: expected auto or one of {', '.join(there)}, got {name!r}{found}")
+        raise ValueError(f"{option}: expected auto or one of {', '.join(there)}, got {name!r}{found}")
     return torch.device(name)
 
 

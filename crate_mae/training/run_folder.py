@@ -16,18 +16,19 @@ RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, STATE, PICTURE)
 def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
     """Raise what `pretrain` says of a folder that holds a run, of one that does not, and of one that cannot be written."""
     _refuse_unwritable(config.out)
-    held = [name for name in RUN_FILES if (config.out / name).exists()]
+    held = _held(config.out)
+    early = stopped_early(config.out)
     stopped = f"the run in {config.out} stopped before its first save; --overwrite starts it anew"
     if resume and STATE in held:
         _refuse_other_run(config)
     elif resume:
         nothing = f"nothing to resume: {config.out / STATE} does not exist"
-        raise FileNotFoundError(stopped if _stopped_early(held) else nothing)
+        raise FileNotFoundError(stopped if early else nothing)
     elif held and not overwrite:
         if STATE in held:
             raise FileExistsError(f"{config.out} holds a run already; --resume continues it, --overwrite deletes it")
         lost = f"{config.out} holds {', '.join(held)}; name another --out, or delete them with --overwrite"
-        raise FileExistsError(stopped if _stopped_early(held) else lost)
+        raise FileExistsError(stopped if early else lost)
 
 
 def make_run_folder(out: Path) -> None:
@@ -43,9 +44,14 @@ def clear_run_folder(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _stopped_early(held: list[str]) -> bool:
+def stopped_early(out: Path) -> bool:
     """Whether there is of a run what is written before it first saves."""
+    held = _held(out)
     return CONFIG_FILE in held and not {STATE, WEIGHTS_FILE} & set(held)
+
+
+def _held(out: Path) -> list[str]:
+    return [name for name in RUN_FILES if (out / name).exists()]
 
 
 def _refuse_unwritable(out: Path) -> None:
@@ -67,8 +73,10 @@ def _refuse_other_run(config: PretrainConfig) -> None:
         raise ValueError(
             f"{file} is missing or broken, and --resume needs it: mend it, or start anew with --overwrite"
         ) from error
-    for (group, name), value in zip(kept, values, strict=True):
-        if value != asked[group][name]:
+    pairs = {f"{group}.{name}": (value, asked[group][name]) for (group, name), value in zip(kept, values, strict=True)}
+    pairs["init"] = (saved.get("init"), asked["init"])  # which runs of older versions do not have
+    for name, (had, got) in pairs.items():
+        if had != got:
             raise ValueError(
-                f"{group}.{name}: the run in {config.out} has {value}, got {asked[group][name]}; a resumed run keeps it"
+                f"{name}: the run in {config.out} has {had}, got {got}; a resumed run keeps it, --overwrite starts anew"
             )

@@ -139,6 +139,8 @@ def test_a_file_that_is_no_checkpoint_is_named(suffix: str, tmp_path: Path) -> N
         ('{"model": ', "not whole JSON"),
         ("[]", "expected a JSON object"),
         ('{"model": {"foo": 1}}', "lacks lambd, step_size"),
+        ('{"model": 3}', "model: expected a section"),
+        ('{"model": {"lambd": 0.5, "step_size": 0.1, "img_size": "96"}}', "model.img_size: expected an integer"),
     ],
 )
 def test_a_config_that_says_nothing_is_named(content: str, told: str, tmp_path: Path) -> None:
@@ -158,15 +160,29 @@ def test_unknown_fields_of_a_config_are_named(tmp_path: Path) -> None:
 
 def test_transform_standardises_the_centre_as_the_run_did(tmp_path: Path) -> None:
     save_model(small_model(img_size=8), tmp_path)
-    with pytest.raises(ValueError, match="section images"):
+    with pytest.raises(ValueError, match=r"section images .*save_model\(model, directory, mean=..., std=...\)"):
         load_transform(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["images"] = dict(mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 2.0])
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_model(small_model(img_size=8), tmp_path, mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 2.0])
     pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     expected = torch.tensor(pixels[:, 2:10]).permute(2, 0, 1) / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
     expected /= torch.tensor([0.5, 0.25, 2.0]).view(3, 1, 1)
     found = load_transform(tmp_path)(Image.fromarray(pixels))
     torch.testing.assert_close(found, expected)
+    with pytest.raises(TypeError, match=r"image: expected a Pillow image, .* got str"):
+        load_transform(tmp_path)("a.jpg")
     grey = Image.fromarray(pixels[..., 0])
     assert load_model(tmp_path).encode(load_transform(tmp_path)(grey)[None]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (dict(mean=[0.5] * 3), "mean and std: expected both or neither"),
+        (dict(mean=[0.5], std=[0.5]), "mean: expected 3 values"),
+        (dict(mean=[0.5] * 3, std=[0.0] * 3), "std: expected positive"),
+    ],
+)
+def test_a_normalisation_that_is_none_is_not_saved(given: dict, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        save_model(small_model(), tmp_path / "model", **given)
+    assert not (tmp_path / "model").exists()

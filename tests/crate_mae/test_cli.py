@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("jsonargparse")  # lacking where nothing can be installed, as on some GPU machines
 
 import crate_mae
 import crate_mae.__main__
+from crate_mae.checkpoints import read_normalization
 from crate_mae.cli import main
+from crate_mae.config import ModelConfig
+from crate_mae.data import centre_crop, image_to_tensor
 from crate_mae.model import CrateMAE
-from crate_mae.training import PretrainConfig, demo_config
+from crate_mae.training import PretrainConfig, RunConfig, ScheduleConfig, Validation, build_optimizer, demo_config
 
+SMALLEST = ModelConfig(
+    img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_num_heads=2
+)
 TINY = [
     *("--model.img_size", "32", "--model.patch_size", "8", "--model.embed_dim", "32"),
     *("--model.depth", "1", "--model.num_heads", "2", "--model.decoder_depth", "1", "--model.decoder_num_heads", "2"),
@@ -82,8 +94,8 @@ def test_a_runs_config_repeats_it_and_options_go_over_it(run, out, tmp_path):
 def chosen(monkeypatch) -> list[PretrainConfig]:
     """The configurations that commands come to, with which nothing is run."""
     configs = []
-    monkeypatch.setattr("crate_mae.cli.pretrain", lambda config, **_: configs.append(config))
-    monkeypatch.setattr("crate_mae.cli._report", lambda result: "")
+    monkeypatch.setattr("crate_mae.cli.pretraining.pretrain", lambda config, **_: configs.append(config))
+    monkeypatch.setattr("crate_mae.cli.pretraining._report", lambda result: "")
     return configs
 
 
@@ -159,7 +171,8 @@ def test_without_a_terminal_it_says_what_it_does(run, out, capsys):
         assert said in opening
 
 
-def test_the_demo_has_its_own_settings(tmp_path, chosen):
+def test_the_demo_has_its_own_settings(tmp_path, chosen, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # away from the demo that whoever runs this may have run
     assert main(["demo", "--out", str(tmp_path)]) == 0
     assert main(["demo"]) == 0
     assert chosen == [demo_config(tmp_path), demo_config(Path("runs/demo"))]
@@ -172,19 +185,247 @@ def test_resume_starts_from_the_runs_own_settings(run, out):
     assert (last["step"], last["epoch"]) == (6, 3)
 
 
-def test_ctrl_c_saves_and_says_so(run, out, capsys, monkeypatch):
-    forward = CrateMAE.forward
+@contextmanager
+def ctrl_c_in_step(monkeypatch, step: int, times: int = 1, then=lambda: None):
+    """Ctrl-C so many times in the middle of a step, counted from 1; `then` is called before the step goes on."""
+    forward, calls = CrateMAE.forward, itertools.count(1)
 
     def interrupted_forward(self, *args, **kwargs):
-        if self.training:
-            signal.raise_signal(signal.SIGINT)
+        if self.training and next(calls) == step:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+            then()
         return forward(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(CrateMAE, "forward", interrupted_forward)
+        yield
+
+
+def test_ctrl_c_answers_at_once_and_saves(run, out, capfd, monkeypatch):
+    said = []
+    with ctrl_c_in_step(monkeypatch, 1, then=lambda: said.append(capfd.readouterr().err)):
         assert run() == 130
-    assert "stopped at step 1 of 4" in capsys.readouterr().err
+    assert "stopping after this step" in said[0] and "a second Ctrl-C" in said[0]
+    assert "stopped at step 1 of 4" in capfd.readouterr().err
     assert run("--resume") == 0
+
+
+def test_a_second_ctrl_c_ends_it_now_and_keeps_what_was_saved(run, out, capfd, monkeypatch):
+    with ctrl_c_in_step(monkeypatch, 3, times=2):  # saved after the first epoch, of two steps
+        assert run() == 130
+    assert "what was saved before is kept" in capfd.readouterr().err
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == 2
+    assert run("--resume") == 0
+
+
+@pytest.fixture
+def demo(monkeypatch, photographs, out):
+    """`crate-mae demo` with a model and images that take no time."""
+    settings = PretrainConfig(
+        out=out,
+        data=photographs,
+        val=photographs,
+        model=SMALLEST,
+        schedule=ScheduleConfig(epochs=2, warmup_epochs=1, batch_size=4),
+        run=RunConfig(device="cpu", precision="float32", threads=1, save_every=1, pictures=1),
+    )
+    monkeypatch.setattr(
+        "crate_mae.cli.pretraining.demo_config", lambda folder: dataclasses.replace(settings, out=folder)
+    )
+    return lambda *more: main(["demo", "--out", str(out), *more])
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interrupted_demo_goes_on_and_a_finished_one_shows_its_results(demo, out, capfd, monkeypatch, step):
+    with ctrl_c_in_step(monkeypatch, step):
+        assert demo() == 130
+    assert f"stopped at step {step} of 4" in capfd.readouterr().err
+    assert demo() == 0
+    assert f"from step {step}" in capfd.readouterr().out
+    weights = (out / "model.safetensors").read_bytes()
+    assert demo() == 0
+    again = capfd.readouterr()
+    assert "make demo ARGS=--overwrite" in again.out and "reconstruction  " in again.out
+    assert "nothing left to do" in again.err
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert demo("--overwrite") == 0
+    assert "from the start" in capfd.readouterr().out
+    assert (out / "model.safetensors").read_bytes() == weights, "interruption and a new start change no bit"
+
+
+def test_a_demo_killed_before_its_first_save_starts_anew(demo, out, capfd, monkeypatch):
+    with ctrl_c_in_step(monkeypatch, 1, times=2):
+        assert demo() == 130
+    assert not (out / "state.pt").exists()
+    assert demo() == 0
+
+
+def test_a_demo_leaves_other_runs_alone(demo, run, out, capsys):
+    assert run("--model.lambd", "0.3") == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert demo() == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_passes_arguments_to_the_demo():
+    root = Path(__file__).resolve().parents[2]
+    command = ["make", "--dry-run", "--old-file=.venv/.installed", "demo", "ARGS=--overwrite", "OUT=elsewhere"]
+    printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert "crate-mae demo --out elsewhere --overwrite" in printed
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_one_of_several_processes_is_refused(run, out, capsys, monkeypatch, variable):
+    monkeypatch.setenv(variable, "2")
+    assert run() == 2
+    assert f"environment variable {variable}: expected 1 process, got 2" in capsys.readouterr().err
+    assert not out.exists()
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # what sbatch sets for a script that it runs once
+    assert run() == 0
+
+
+@pytest.mark.parametrize(
+    ("written", "model", "mean"),
+    [
+        ("--images.mean 0.5 0.25 .5 --model.img_size 160 224", (160, 224), (0.5, 0.25, 0.5)),
+        ("--images.mean 0.5,0.25,0.5 --model.img_size 160,224", (160, 224), (0.5, 0.25, 0.5)),
+        ("--images.mean=[0.5, 0.25, 5e-1] --model.img_size=[160,224]", (160, 224), (0.5, 0.25, 0.5)),
+        ("--model.img_size 96 --images.mean (0.5,0.25,0.5)", 96, (0.5, 0.25, 0.5)),
+    ],
+)
+def test_lists_are_taken_as_people_write_them(chosen, out, written, model, mean):
+    assert main(["pretrain", "--out", str(out), *written.split(), "--run.seed", "3"]) == 0
+    (config,) = chosen
+    assert (config.model.img_size, config.images.mean, config.run.seed) == (model, mean, 3)
+
+
+class TestInit:
+    @pytest.fixture
+    def trained(self, run, out) -> Path:
+        assert run("--model.lambd", "0.3", "--images.mean", "0.5", "0.5", "0.5") == 0
+        return out
+
+    @pytest.fixture
+    def start(self, trained, photographs, tmp_path):
+        def start(*options: str) -> int:
+            schedule = ["--schedule.epochs=2", "--schedule.warmup_epochs=1", "--schedule.batch_size=4"]
+            folders = ["--data", str(photographs), "--val", str(photographs), "--out", str(tmp_path / "second")]
+            return main(["pretrain", *folders, *schedule, *TINY[-10:], *options])
+
+        return start
+
+    def test_starts_from_the_weights(self, start, trained, monkeypatch):
+        begun = {}
+        monkeypatch.setattr(
+            "crate_mae.training.loop.build_optimizer",
+            lambda model, *settings: (
+                begun.update(copy.deepcopy(model.state_dict())) or build_optimizer(model, *settings)
+            ),
+        )
+        assert start("--init", str(trained)) == 0
+        assert all(
+            torch.equal(begun[name], value) for name, value in crate_mae.load_model(trained).state_dict().items()
+        )
+
+    def test_is_recorded_and_resumed_without_the_run_it_came_from(self, start, trained, tmp_path, capfd, monkeypatch):
+        assert start("--init", str(trained)) == 0
+        assert f"from the weights of {trained}" in capfd.readouterr().out
+        second = tmp_path / "second"
+        saved, weights = saved_config(second), (second / "model.safetensors").read_bytes()
+        assert saved["init"] == str(trained)
+        assert saved["model"] == saved_config(trained)["model"]
+        assert saved["images"]["mean"] == [0.5, 0.5, 0.5]
+        with ctrl_c_in_step(monkeypatch, 3):
+            assert start("--init", str(trained), "--overwrite") == 130
+        trained.rename(tmp_path / "moved")
+        assert main(["pretrain", "--out", str(second), "--resume"]) == 0
+        assert (second / "model.safetensors").read_bytes() == weights
+        assert main(["pretrain", "--out", str(second), "--resume", "--init", str(tmp_path / "moved")]) == 2
+        assert "init: the run in" in capfd.readouterr().err
+
+    @pytest.mark.parametrize("size", ["--model.img_size=64", "--model.img_size=32,64"])
+    def test_images_may_have_another_size(self, start, trained, tmp_path, size):
+        assert start("--init", str(trained), size) == 0
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ("--init {run} --model.embed_dim 64", "--init: {run}: the model there has embed_dim 32, and this one 64"),
+            ("--init {run} --model.num_heads 4", "the model there has num_heads 2, and this one 4"),
+            (
+                "--init {run} --architecture crate_mae_tiny",
+                "architecture: its embed_dim is 384, but the model in --init",
+            ),
+            ("--init {run}/model.safetensors", "mean nothing without --model.lambd and --model.step_size"),
+            ("--init {run}/model.safetensors --model.lambd 0.5 --model.step_size 0.1", "its tokens are 32 wide"),
+            ("--init {run}/nowhere", "--init: {run}/nowhere: no such file"),
+            (
+                "--init {run}/metrics.jsonl --model.lambd 0.5 --model.step_size 0.1",
+                "metrics.jsonl: expected a file that",
+            ),
+            ("--init {run} --out {run}", "init: expected another run than the one in out"),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, start, trained, tmp_path, capsys, options, says):
+        assert start(*options.format(run=trained).split()) == 2
+        assert says.format(run=trained) in capsys.readouterr().err
+        assert not (tmp_path / "second").exists()
+
+
+class TestReconstruct:
+    @pytest.mark.parametrize("norm_pix_loss", ["false", "true"])
+    def test_shows_images_with_their_errors(self, run, out, photographs, tmp_path, capsys, monkeypatch, norm_pix_loss):
+        """The mean over the images, each as often masked, is what pre-training reports."""
+        assert run("--schedule.mask_ratio", "0.6", "--model.norm_pix_loss", norm_pix_loss) == 0
+        capsys.readouterr()
+        monkeypatch.chdir(tmp_path)
+        images = sorted(photographs.rglob("*.png"))
+        assert main(["reconstruct", str(out), *map(str, images), "--seed", "5"]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+        assert [row[2] for row in rows] == [str(image) for image in images]
+        model, normalization = crate_mae.load_model(out), read_normalization(out)
+        for index, row in enumerate(rows):
+            pixels = [image_to_tensor(centre_crop(Image.open(images[index]), (32, 32)))]
+            validation = Validation(pixels, normalization, patches=16, mask_ratio=0.6, batch_size=1, seed=5 + index)
+            assert row[:2] == [f"{error:.4f}" for error in validation(model)[:2]]
+        assert Image.open("reconstructed.png").height > 8 * 128
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            ("{run}/nowhere {image}", "nowhere/config.json: no such file"),
+            ("{run} {run}/nowhere.jpg", "cannot read the image {run}/nowhere.jpg"),
+            ("{run} {run}", "Is a directory"),
+            ("{run} {run}/metrics.jsonl", "cannot read the image"),
+            ("{run}", "images"),
+            ("{run} {image} --out {image}", "--out: {image} is one of the images"),
+            ("{run} {image} --out picture.foo", "--out: expected a name"),
+            ("{run} {image} --out {run}/nowhere/a.png", "--out {run}/nowhere/a.png: there is no folder"),
+            ("{run} {image} --mask_ratio 0.95", "--mask_ratio: expected above 0, and to leave one patch of 16 visible"),
+            ("{run} {image} --seed -1", "--seed: expected 0 or more"),
+            ("{run} {image} --device meta", "--device: expected auto or one of cpu"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, out, photographs, capsys, monkeypatch, tmp_path, arguments, says):
+        monkeypatch.chdir(tmp_path)
+        crate_mae.save_model(CrateMAE(SMALLEST), out, mean=[0.5] * 3, std=[0.5] * 3)
+        (out / "metrics.jsonl").write_text("{}")
+        names = dict(run=out, image=photographs / "class0" / "0.png")
+        assert main(["reconstruct", *arguments.format(**names).split()]) == 2
+        error = capsys.readouterr().err
+        assert says.format(**names) in error and error.count("\n") == 1
+        assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"crate-mae {crate_mae.__version__}\n"
 
 
 def test_divergence_is_reported(run, capsys):
@@ -218,6 +459,9 @@ def test_divergence_is_reported(run, capsys):
         ("pretrain --out {out} --model.img_size 30", "model.img_size: expected height and width divisible"),
         ("pretrain --out {out} --architecture crate_mae_vast", "crate_mae_vast"),
         ("pretrain --out {out} --images.mean [0.5]", "images.mean: expected 3"),
+        ("pretrain --out {out} --images.mean 0.5 x 0.5", "--images.mean: expected a number for each channel"),
+        ("pretrain --out {out} --optimizer.betas 0.9", "--optimizer.betas: expected two numbers, got 0.9"),
+        ("pretrain --out {out} --model.img_size big", "--model.img_size: expected a whole number of pixels, or two"),
         ("pretrain --out {out} --resume", "nothing to resume"),
         ("demo --out {out} --schedule.batch_size 5000", "lower --schedule.batch_size"),
     ],

@@ -1,0 +1,60 @@
+"""The `crate-mae` command: what the commands share. Each has a module."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from crate_mae import __version__
+from crate_mae.cli import pretraining, reconstruct
+from crate_mae.training import NonFiniteLoss, RunStopped
+
+BROKE_DOWN, USER_ERROR, STOPPED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status is 0, 1 (training broke down), 2 (a user's mistake) or 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        report = _run(arguments)
+    except (ArgumentError, ValueError, OSError) as error:
+        return _fail(error, USER_ERROR)
+    except NonFiniteLoss as error:
+        return _fail(error, BROKE_DOWN)
+    except RunStopped as error:
+        goes_on = "the same command" if arguments[0] == "demo" else "--resume"
+        return _fail(f"{error}; {goes_on} goes on", STOPPED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was saved before is kept", STOPPED)
+    print(report)
+    return 0
+
+
+def _run(arguments: list[str]) -> str:
+    if not arguments:
+        raise ValueError("expected a command: pretrain, demo or reconstruct; --help explains them")
+    defaults: dict[str, object] = {}
+    if arguments[:1] in (["pretrain"], ["demo"]):
+        arguments, defaults = pretraining.read_ahead(arguments)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="crate-mae",
+        description="CRATE-MAE, a white-box masked auto-encoder.",
+        version=__version__,
+        exit_on_error=False,
+        allow_abbrev=False,  # what is read ahead has whole names only, and so both read the same
+    )
+    commands = parser.add_subcommands()
+    pretraining.add_commands(commands, defaults)
+    reconstruct.add_command(commands)
+    chosen = parser.parse_args(arguments)
+    command = reconstruct.run if chosen.subcommand == "reconstruct" else pretraining.run
+    return command(parser, chosen)
+
+
+def _fail(error: Exception | str, status: int) -> int:
+    print(f"crate-mae: {' '.join(str(error).split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,221 @@
+"""`crate-mae pretrain` and `crate-mae demo`.
+
+Some options decide what others start from: they are read ahead of all others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader
+
+from crate_mae.checkpoints import CONFIG_FILE, read_config
+from crate_mae.cli.lists import with_lists_joined
+from crate_mae.config import ModelConfig
+from crate_mae.registry import MODELS
+from crate_mae.training import PretrainConfig, PretrainResult, demo_config, pretrain
+from crate_mae.training.config import of_section
+from crate_mae.training.run_folder import STATE, stopped_early
+
+PUBLISHED = ("embed_dim", "depth", "num_heads", "decoder_depth", "decoder_num_heads")
+"""What sets the published sizes apart."""
+
+SECTIONS = {f.name for f in dataclasses.fields(PretrainConfig) if f.default_factory is not dataclasses.MISSING}
+
+DEMO_FOLDER = Path("runs/demo")
+
+
+def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments in full, and the defaults of this command's options.
+
+    Raises:
+        ValueError: options or configs contradict each other.
+    """
+    command, *options = with_lists_joined(arguments)
+    early, _ = _early_parser().parse_known_args(options)
+    is_demo = command == "demo"
+    if is_demo and early.out is None:
+        early.out = DEMO_FOLDER
+        options.append(f"--out={DEMO_FOLDER}")  # over what the config of a run there says, which may have been moved
+    if is_demo and not (early.resume or early.overwrite or {"-h", "--help"} & set(options)):
+        way = _way_to_go_on(early.out)
+        early.resume = way == ["--resume"]
+        options += way
+    if early.resume and early.out is not None and (early.out / CONFIG_FILE).exists():
+        # First among the options, so that everything else given goes over what the run was started with.
+        config = str(early.out / CONFIG_FILE)
+        options = [f"--config={config}", *options]
+        early.config = [config, *early.config]
+        try:
+            _settings_in(config)
+        except ValueError as error:
+            raise ValueError(f"{error}; --resume needs it: mend it, or start anew with --overwrite") from None
+    configs = {config: _settings_in(config) for config in early.config}
+    defaults = dataclasses.asdict(demo_config(DEMO_FOLDER)) if is_demo else {}
+    init = None if early.resume else _init(early.init, configs)
+    explicit = {option.split("=")[0].removeprefix("--model.") for option in options if option.startswith("--model.")}
+    published = _published_model(early.architecture, configs, explicit)
+    if published:
+        defaults["model"] = dataclasses.asdict(published)
+    if init is not None and init.is_dir():
+        defaults |= _defaults_of(init, published)
+    elif init is not None and init.exists():  # the run refuses what there is not
+        _refuse_without_meaning(init, configs, explicit)
+    return [command, *options], defaults
+
+
+def add_commands(commands: ArgumentParser, defaults: dict[str, Any]) -> None:
+    """Add `pretrain` and `demo` to the commands."""
+    parser = _pretrain_parser(defaults)
+    parser.add_argument(
+        "--architecture",
+        choices=sorted(MODELS),
+        help="Published size to start from; --model.* go over it, and a --config of another size is refused.",
+    )
+    commands.add_subcommand("pretrain", parser, help="Learn to reconstruct masked images from a folder of them.")
+    commands.add_subcommand(
+        "demo",
+        _pretrain_parser(defaults),
+        help="Pre-train a small CRATE-MAE on the photographs shipped with the package; minutes on two CPU cores.",
+    )
+
+
+def run(parser: ArgumentParser, chosen: Namespace) -> str:
+    """Pre-train; returns what to print. Errors as of `crate_mae.training.pretrain`."""
+    with of_section("model", img_size="images"):  # of the sections, the one whose own messages lack its name
+        ModelConfig(**chosen[chosen.subcommand].model.as_dict())
+    settings = parser.instantiate(chosen)[chosen.subcommand]
+    config = PretrainConfig(**{field.name: settings[field.name] for field in dataclasses.fields(PretrainConfig)})
+    return _report(pretrain(config, resume=settings.resume, overwrite=settings.overwrite))
+
+
+def _way_to_go_on(out: Path) -> list[str]:
+    """The option with which a demo run in `out` before goes on; none for what is no demo, which no demo shall touch."""
+    try:
+        if not (out / CONFIG_FILE).exists() or read_config(out) != demo_config(out).model:
+            return []
+    except ValueError:
+        return []
+    if (out / STATE).exists():
+        print(
+            f"{out} holds the demo: going on from where it ended; --overwrite starts anew (make demo ARGS=--overwrite)"
+        )
+        return ["--resume"]
+    return ["--overwrite"] if stopped_early(out) else []
+
+
+def _early_parser() -> argparse.ArgumentParser:
+    """The options that decide the defaults of the others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--architecture")
+    parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("--init", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def _settings_in(config: str) -> dict[str, Any]:
+    """What --config names: a file, or settings written out in its place.
+
+    Raises:
+        ValueError: a section is no section; the parser would let other options hide it, or fail without a message.
+    """
+    try:
+        settings = get_loader("yaml")(Path(config).read_text(encoding="utf-8") if os.path.isfile(config) else config)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} holds neither JSON nor YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config} is no file of settings, such as the config.json of a run")
+    for section in SECTIONS & settings.keys():
+        if not isinstance(settings[section], dict):
+            raise ValueError(f"{config}: {section}: expected a section of settings, got {settings[section]!r}")
+    return settings
+
+
+def _init(init: Path | None, configs: dict[str, dict[str, Any]]) -> Path | None:
+    """What --init names, on the command line or else in a config."""
+    named = [Path(settings["init"]) for settings in configs.values() if settings.get("init")]
+    return init or (named[-1] if named else None)
+
+
+def _defaults_of(init: Path, published: ModelConfig | None) -> dict[str, Any]:
+    """What the model in a folder is, and how its images were standardised, if the folder says that."""
+    try:
+        model = read_config(init)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--init: {error}") from error
+    for name in PUBLISHED if published else ():
+        asked, has = getattr(published, name), getattr(model, name)
+        if asked != has:
+            raise ValueError(
+                f"architecture: its {name} is {asked}, but the model in --init {init} has {has}; leave one of them out"
+            )
+    images = _settings_in(str(init / CONFIG_FILE)).get("images", {})
+    return {"model": dataclasses.asdict(model)} | {
+        f"images.{name}": images[name] for name in {"mean", "std"} & images.keys()
+    }
+
+
+def _refuse_without_meaning(weights: Path, configs: dict[str, dict[str, Any]], explicit: set[str]) -> None:
+    said = explicit.union(*(settings.get("model", {}) for settings in configs.values()))
+    if lacking := [f"--model.{name}" for name in ("lambd", "step_size") if name not in said]:
+        raise ValueError(
+            f"--init {weights}: weights alone mean nothing without {' and '.join(lacking)}; give them (official: step_size 0.1, "
+            f"lambd 5.0 or, later, 0.5), or the folder of a run, whose {CONFIG_FILE} says them"
+        )
+
+
+def _published_model(
+    architecture: str | None, configs: dict[str, dict[str, Any]], explicit: set[str]
+) -> ModelConfig | None:
+    """The published size named on the command line or else in a config; None where none is.
+
+    Raises:
+        ValueError: the size would have no effect, because a config beside it has another and no option overrides that.
+    """
+    named = {config: settings["architecture"] for config, settings in configs.items() if settings.get("architecture")}
+    source = None
+    if architecture is None and named:
+        source, architecture = list(named.items())[-1]
+    if not isinstance(architecture, str) or architecture not in MODELS:
+        return None  # and the parser refuses a name that there is not
+    model = MODELS[architecture]
+    for config, settings in configs.items():
+        for name, value in settings.get("model", {}).items():
+            # A config may change the size that it names itself, as options do.
+            if config != source and name in PUBLISHED and name not in explicit and value != getattr(model, name):
+                raise ValueError(
+                    f"architecture: {architecture} has model.{name} {getattr(model, name)}, but {config} has {value}, "
+                    f"which goes over it; leave out the architecture, or give --model.{name} as well"
+                )
+    return model
+
+
+def _pretrain_parser(defaults: dict[str, object]) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="File of settings, such as the config.json of another run.")
+    parser.add_argument("--resume", action="store_true", help="Go on with the run in --out, from its last saved state.")
+    parser.add_argument("--overwrite", action="store_true", help="Delete the run in --out and start anew.")
+    parser.add_class_arguments(PretrainConfig)
+    parser.set_defaults(defaults)
+    return parser
+
+
+def _report(result: PretrainResult) -> str:
+    lines = [f"Results of {result.steps} steps are in {result.out}; look at {result.out / 'reconstructions.png'}."]
+    if result.errors is not None:
+        error, fill = result.errors
+        lines += [
+            "Mean squared error on the removed patches of validation images, in normalised pixels:",
+            f"  reconstruction                    {error:.4f}",
+            f"  mean of the visible patches       {fill:.4f}",
+            f"  ratio                             {error / fill:.3f} ({error / fill - 1:+.0%})",
+        ]
+    return "\n".join(lines)

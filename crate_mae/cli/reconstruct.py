@@ -1,0 +1,109 @@
+"""`crate-mae reconstruct`: what a run's model makes of one's own images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from PIL import Image
+
+from crate_mae.checkpoints import CONFIG_FILE, load_model, read_normalization
+from crate_mae.config import grid_of
+from crate_mae.data import UnreadableImage, centre_crop, image_to_tensor, read_image
+from crate_mae.model import CrateMAE
+from crate_mae.pictures import reconstruction_sheet
+from crate_mae.training import Validation
+from crate_mae.training.files import replaced
+from crate_mae.training.precision import choose_device
+
+
+def add_command(commands: ArgumentParser) -> None:
+    """Add `reconstruct` to the commands."""
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run, such as runs/demo.")
+    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="Image files; their centre is taken.")
+    parser.add_argument("--out", type=Path, default=Path("reconstructed.png"), help="File for the picture.")
+    parser.add_argument("--mask_ratio", type=float, help="Fraction of the patches removed; by default, the run's own.")
+    parser.add_argument("--seed", type=int, default=0, help="Fixes which patches are removed.")
+    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
+    commands.add_subcommand("reconstruct", parser, help="Show what a run's model makes of images of your own.")
+
+
+def run(parser: ArgumentParser, chosen: Namespace) -> str:
+    """Write the picture; returns what to print.
+
+    Raises:
+        OSError: there is no such run, or the picture cannot be written.
+        ValueError: an argument cannot be used, or an image not be read; the message names it.
+    """
+    settings = chosen.reconstruct
+    _refuse_output(settings.out, settings.images)
+    if settings.seed < 0:
+        raise ValueError(f"--seed: expected 0 or more, got {settings.seed}")
+    device = choose_device(settings.device, "--device")
+    normalization = read_normalization(settings.run)
+    model = _model(settings.run).to(device)
+    rows, columns = grid_of(model.config.image_shape, model.config.patch_size)
+    mask_ratio = _trained_ratio(settings.run) if settings.mask_ratio is None else settings.mask_ratio
+    if not 0 < mask_ratio < 1 or int(rows * columns * (1 - mask_ratio)) == 0:
+        raise ValueError(
+            f"--mask_ratio: expected above 0, and to leave one patch of {rows * columns} visible, got {mask_ratio}"
+        )
+
+    images = [_read(path, model.config.in_chans) for path in settings.images]
+    pixels = [image_to_tensor(centre_crop(image, model.config.image_shape)) for image in images]
+    # One measure an image, so that each has an error of its own, in the unit of pre-training's.
+    measures = [
+        Validation(
+            [image],
+            normalization,
+            patches=rows * columns,
+            mask_ratio=mask_ratio,
+            batch_size=1,
+            seed=settings.seed + index,
+        )
+        for index, image in enumerate(pixels)
+    ]
+    noise = torch.cat([measure.noise for measure in measures])
+    sheet = reconstruction_sheet(model, torch.stack(pixels), normalization, mask_ratio=mask_ratio, noise=noise)
+    with replaced(settings.out) as temporary:
+        sheet.save(temporary, format=Image.registered_extensions()[settings.out.suffix.lower()])
+    lines = [
+        "Mean squared error on the removed patches, in normalised pixels, beside that of the mean of the visible ones:"
+    ]
+    for path, measure in zip(settings.images, measures, strict=True):
+        errors = measure(model)
+        lines.append(f"  {errors.val_loss:.4f}  {errors.mean_fill_loss:.4f}  {path}")
+    return "\n".join([*lines, f"The picture is {settings.out}, a row for each image in this order."])
+
+
+def _refuse_output(out: Path, images: list[Path]) -> None:
+    Image.init()
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out: expected a name that ends as an image file's does, such as .png, got {out}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    if out.resolve() in [image.resolve() for image in images]:
+        raise ValueError(f"--out: {out} is one of the images, and would be overwritten")
+
+
+def _read(path: Path, channels: int) -> Image.Image:
+    try:
+        return read_image(path, channels)
+    except UnreadableImage as error:
+        raise UnreadableImage(path, error.reason, "IMAGE: expected files of photographs") from error
+
+
+def _model(run: Path) -> CrateMAE:
+    try:
+        return load_model(run)
+    except RuntimeError as error:  # weights that are not its config's
+        raise ValueError(str(error)) from error
+
+
+def _trained_ratio(run: Path) -> float:
+    """The share of patches removed in training; of a model alone, what is usual."""
+    schedule = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8")).get("schedule", {})
+    return schedule.get("mask_ratio", 0.75)
