@@ -2,7 +2,8 @@
 
 ``implementation`` is an argument, so that a traced graph says which one runs and the backward takes the forward's. ``kept`` is
 what the backward needs besides x and y. From ``composed``: the matrix that the tokens, or their residual, were multiplied with,
-and x in ``dtype`` where that is not its own (the backward takes it for x). From ``triton``, in the one-product form: G unless it
+and without a LayerNorm, x in ``dtype`` where that is not its own (the backward takes it for x); with one, its backward computes
+it again. From ``triton``, in the one-product form: G unless it
 came as ``combined``, the operand of eta * G and, with a LayerNorm, column sums, offset, and mean and rstd of each token; in
 the two-product form nothing.
 """
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from crate_kernels import dispatch
 from crate_kernels.ista.form import one_product
 from crate_kernels.precision import undisturbed
+from crate_kernels.products.operand import Norm
 from crate_kernels.schemas import empty_gradient, or_empty
 
 
@@ -34,6 +36,10 @@ class Arguments(NamedTuple):
     soft: bool
     dtype: torch.dtype
     implementation: str
+
+    @property
+    def norm(self) -> Norm | None:
+        return None if self.norm_weight is None else Norm(self.norm_weight, self.norm_bias, self.norm_eps)
 
     def one_product(self, tokens: int) -> bool:
         return self.combined is not None or one_product(tokens, self.weight.shape[0])
@@ -53,11 +59,6 @@ torch.library.define(
 )
 
 
-def _step_and_norm(given: Arguments, kernels: Any) -> tuple[Any, Any]:
-    norm = None if given.norm_weight is None else kernels.Norm(given.norm_weight, given.norm_bias, given.norm_eps)
-    return kernels.Step(given.step_size, given.lambd, given.soft), norm
-
-
 @torch.library.impl("crate_kernels::ista_forward", "CompositeExplicitAutograd")
 @undisturbed
 def _forward(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -65,8 +66,8 @@ def _forward(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor
     path = dispatch.load("ista", given.implementation)
     if given.implementation == "composed":
         numbers = float(given.step_size), float(given.lambd), given.soft
-        return path.forward(x, given.weight, given.combined, *numbers, given.dtype)
-    step, norm = _step_and_norm(given, path)
+        return path.forward(x, given.norm, out_dtype, given.weight, given.combined, *numbers, given.dtype)
+    step, norm = path.Step(given.step_size, given.lambd, given.soft), given.norm
     if not given.one_product(x.shape[0]):
         return path.forward_two_products(x, given.weight, step, given.dtype, out_dtype), []
     combined, operand = path.prepared(given.weight, given.combined, step, norm, given.dtype)
@@ -84,11 +85,12 @@ def _backward(
     path = dispatch.load("ista", given.implementation)
     grads_of_norm = [None, None]
     if given.implementation == "composed":
-        grad_x, grad_weight = path.backward(
-            grad_y, x, given.weight, given.combined, y, kept[0], float(given.step_size), need_x, need_weight
+        matrix, step_size = kept[0], float(given.step_size)
+        grad_x, grad_weight, *grads_of_norm = path.backward(
+            grad_y, x, given.norm, given.weight, given.combined, y, matrix, step_size, need_x, need_weight
         )
     else:
-        step, norm = _step_and_norm(given, path)
+        step, norm = path.Step(given.step_size, given.lambd, given.soft), given.norm
         if given.one_product(x.shape[0]):
             combined = given.combined
             if combined is None:
@@ -112,8 +114,13 @@ def _backward(
             grad_x, grad_weight = path.backward_two_products(
                 grad_y, x, y, given.weight, step, given.dtype, need_x, need_weight
             )
-    likes = x if given.implementation == "triton" else y, given.weight, given.norm_weight, given.norm_bias
+    likes = _tokens(x, y, given), given.weight, given.norm_weight, given.norm_bias
     return tuple(map(or_empty, (grad_x, grad_weight, *grads_of_norm), likes))
+
+
+def _tokens(x: Tensor, y: Tensor, given: Arguments) -> Tensor:
+    """The tokens as the forward took them, or what has their dtype: what ``composed`` keeps without a LayerNorm may be a cast."""
+    return y if given.implementation == "composed" and given.norm is None else x
 
 
 @torch.library.register_fake("crate_kernels::ista_forward")
@@ -122,8 +129,9 @@ def _forward_fake(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[T
     shape = given.weight.shape
     matrix = given.weight.new_empty(shape, dtype=given.dtype)
     if given.implementation == "composed":
-        kept = [matrix] if x.dtype == given.dtype else [matrix, x.new_empty(x.shape, dtype=given.dtype)]
-        return x.new_empty(x.shape), kept
+        as_it_came = given.norm is not None or x.dtype == given.dtype
+        kept = [matrix] if as_it_came else [matrix, x.new_empty(x.shape, dtype=given.dtype)]
+        return x.new_empty(x.shape, dtype=out_dtype), kept
     kept = []
     if given.one_product(x.shape[0]):
         float32 = dict(dtype=torch.float32)
@@ -139,7 +147,7 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     given = Arguments(*arguments)
     return (
-        empty_gradient(x if given.implementation == "triton" else y, need_x),
+        empty_gradient(_tokens(x, y, given), need_x),
         empty_gradient(given.weight, need_weight),
         empty_gradient(given.norm_weight, need_weight),
         empty_gradient(given.norm_bias, need_weight),
