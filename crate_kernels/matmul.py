@@ -48,7 +48,9 @@ def plus_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha:
 
 
 def _by_onednn(a: Tensor) -> bool:
-    return ONEDNN_IS_FASTER and _is_plain(a) and a.device.type == "cpu" and a.dtype == torch.float32 and a.is_contiguous()
+    return (
+        ONEDNN_IS_FASTER and _is_plain(a) and a.device.type == "cpu" and a.dtype == torch.float32 and a.is_contiguous()
+    )
 
 
 def _is_plain(a: Tensor) -> bool:
@@ -86,7 +88,7 @@ def _linear_flops(rows_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_
 
 
 class _Linear(torch.autograd.Function):
-    """rows weight^T + bias, computed in ``dtype`` and returned in ``out_dtype``; its gradients, of any order, are such layers too.
+    """rows weight^T + bias, computed in ``dtype``, returned in ``out_dtype``; its gradients, of any order, are such layers too.
 
     Rows and weight are kept as they came: casting them again takes less time than the product, and half the memory.
     """

@@ -76,7 +76,7 @@ def ista(
         out_dtype = layer_norm_dtype(x, before=dtype if implementation == "composed" else None)
     norm = norm_weight, norm_bias, float(norm_eps)
     arguments = weight, combined, *norm, *numbers, soft, dtype, implementation
-    return _ISTA.apply(x.reshape(-1, width), out_dtype, *arguments).view(x.shape)
+    return _ISTA.apply(x, out_dtype, *arguments)
 
 
 def combine(weight: Tensor) -> Tensor:

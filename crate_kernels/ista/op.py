@@ -10,6 +10,7 @@ the two-product form nothing.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,13 @@ torch.library.define(
 @undisturbed
 def _forward(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
     given = Arguments(*arguments)
+    y, kept = _forward_of_rows(_rows(x), out_dtype, given)
+    if given.implementation == "composed":
+        kept[1:] = (operand.view(x.shape) for operand in kept[1:])
+    return y.view(x.shape), kept
+
+
+def _forward_of_rows(x: Tensor, out_dtype: torch.dtype, given: Arguments) -> tuple[Tensor, list[Tensor]]:
     path = dispatch.load("ista", given.implementation)
     if given.implementation == "composed":
         numbers = float(given.step_size), float(given.lambd), given.soft
@@ -81,7 +89,8 @@ def _forward(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor
 def _backward(
     grad_y: Tensor, x: Tensor, y: Tensor, kept: list[Tensor], need_x: bool, need_weight: bool, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    given = Arguments(*arguments)
+    given, shape = Arguments(*arguments), y.shape
+    grad_y, x, y = map(_rows, (grad_y, x, y))
     path = dispatch.load("ista", given.implementation)
     grads_of_norm = [None, None]
     if given.implementation == "composed":
@@ -115,7 +124,13 @@ def _backward(
                 grad_y, x, y, given.weight, step, given.dtype, need_x, need_weight
             )
     likes = _tokens(x, y, given), given.weight, given.norm_weight, given.norm_bias
-    return tuple(map(or_empty, (grad_x, grad_weight, *grads_of_norm), likes))
+    grad_x, *grads = map(or_empty, (grad_x, grad_weight, *grads_of_norm), likes)
+    return grad_x.view(shape) if need_x else grad_x, *grads
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Tokens [..., width] as [tokens, width]. Here and not around the operator: autograd adds no gradient to a view in place."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _tokens(x: Tensor, y: Tensor, given: Arguments) -> Tensor:
@@ -133,11 +148,12 @@ def _forward_fake(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[T
         kept = [matrix] if as_it_came else [matrix, x.new_empty(x.shape, dtype=given.dtype)]
         return x.new_empty(x.shape, dtype=out_dtype), kept
     kept = []
-    if given.one_product(x.shape[0]):
+    tokens = x.shape[:-1].numel()
+    if given.one_product(tokens):
         float32 = dict(dtype=torch.float32)
         kept = [matrix] if given.combined is not None else [given.weight.new_empty(shape, **float32), matrix]
         if given.norm_weight is not None:
-            kept += [x.new_empty(size, **float32) for size in (shape[1:], shape[1:], (2, x.shape[0]))]
+            kept += [x.new_empty(size, **float32) for size in (shape[1:], shape[1:], (2, tokens))]
     return x.new_empty(x.shape, dtype=out_dtype), kept
 
 
@@ -156,7 +172,7 @@ def _backward_fake(
 
 @register_flop_formula(torch.ops.crate_kernels.ista_forward)
 def _forward_flops(x_shape: tuple[int, ...], out_dtype: Any, *arguments: Any, **_: Any) -> int:
-    tokens, width = x_shape
+    tokens, width = math.prod(x_shape[:-1]), x_shape[-1]
     large, small = 2 * tokens * width**2, 2 * width**3
     if Arguments(*arguments).combined is not None:
         return large
@@ -167,7 +183,7 @@ def _forward_flops(x_shape: tuple[int, ...], out_dtype: Any, *arguments: Any, **
 def _backward_flops(
     grad_shape: tuple[int, ...], x: Any, y: Any, kept: Any, need_x: bool, need_weight: bool, *arguments: Any, **_: Any
 ) -> int:
-    tokens, width = grad_shape
+    tokens, width = math.prod(grad_shape[:-1]), grad_shape[-1]
     large, small = 2 * tokens * width**2, 2 * width**3
     if Arguments(*arguments).combined is not None or one_product(tokens, width):
         return large * need_x + (large + small) * need_weight
