@@ -61,10 +61,16 @@ class EncoderBlock(nn.Module):
         width, heads = config.embed_dim, config.num_heads
         attention = PreNorm(width, MSSA(width, heads, width // heads))
         sparsify = PreNorm(width, ISTA(width, config.step_size, config.lambd))
+        self.step_size = config.step_size  # what CrateMAE prepares the weights of all layers for
         self.layers = nn.ModuleList([nn.ModuleList([attention, sparsify])])
 
     def forward(self, x: Tensor, *, recompute: bool = False, prepared: list[Tensor] | None = None) -> Tensor:
         sparsify = self.layers[0][1].fn
+        if prepared is not None and sparsify.step_size != self.step_size:
+            raise ValueError(
+                f"step_size: expected {self.step_size}, which the model was built with, got {sparsify.step_size} of a layer; "
+                f"the Triton path takes one for all layers: create_model(..., step_size={sparsify.step_size})"
+            )
         heads, numbers = _heads(self.layers[0][0].fn), dict(step_size=sparsify.step_size, lambd=sparsify.lambd)
         return encoder_layer(x, *self.weights(), **heads, **numbers, recompute=recompute, prepared=prepared)
 
