@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: test demo lint gpu-check gpu-bench gpu-bench-full clean
+.PHONY: test demo lint gpu-check gpu-bench gpu-bench-full needs-torch clean
 
 # Versions pinned in .ci/constraints.txt. The stamp is newer than what it was made from, or it is made again.
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
@@ -15,6 +15,7 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	touch $@
 
 test: $(VENV)/.installed lint
+	@echo "The tests take about 7 minutes on two idle cores, and as much longer as other work makes them wait."
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.installed
@@ -25,16 +26,23 @@ lint: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/crate-mae demo --out $(OUT) $(ARGS)
 
-# On a machine with a CUDA device, with the Python that is there; installs nothing. Tests, memory checker and times, in 8 minutes.
-gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+# On a machine with a CUDA device, with the Python that PYTHON names; else with .venv's, where `make test` or `make demo` has made
+# one; else with the one at hand. Nothing is installed.
+AT_HAND = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 
-# On a machine with a CUDA device, with the Python that is there: what the table of targets needs, in 9 minutes; or every sweep, in hours.
-gpu-bench:
-	$(PYTHON) -m benchmarks.gpu_bench $(ARGS)
+# Tests, memory checker and times, in 8 minutes.
+gpu-check: needs-torch
+	$(AT_HAND) -m benchmarks.gpu_check $(ARGS)
 
-gpu-bench-full:
-	$(PYTHON) -m benchmarks.gpu_bench --full $(ARGS)
+# What the table of targets needs, in 9 minutes; or every sweep, in hours.
+gpu-bench: needs-torch
+	$(AT_HAND) -m benchmarks.gpu_bench $(ARGS)
+
+gpu-bench-full: needs-torch
+	$(AT_HAND) -m benchmarks.gpu_bench --full $(ARGS)
+
+needs-torch:
+	@$(AT_HAND) -c 'import torch' 2>/dev/null || { echo "$(AT_HAND) cannot import torch: install it there, name another with PYTHON=..., or run make test, which makes .venv" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

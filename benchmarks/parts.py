@@ -68,7 +68,7 @@ class Runner:
         attempts: list[Attempt] = []
         left = list(part.tests)
         while not attempts or left:
-            if time.time() >= self.deadline or self.stop.is_set():
+            if self._over():
                 break
             attempt = self.attempt(part, left)
             attempts.append(attempt)
@@ -94,7 +94,7 @@ class Runner:
                     process = self._start(part, command, file)
                 except OSError as problem:  # a program that is there and cannot be started
                     return Attempt("failed", None, 0.0, [], str(problem))
-                exit_status = self._wait(process, results, begin, part.quiet_seconds)
+                exit_status = wait_for(process, results, quiet_seconds=part.quiet_seconds, over=self._over)
             text = output.read_text(errors="replace")
             return Attempt(ending(exit_status), exit_status, time.time() - begin, read_lines(results), text)
 
@@ -110,21 +110,8 @@ class Runner:
             start_new_session=True,
         )
 
-    def _wait(self, process: subprocess.Popen[bytes], results: Path, begin: float, quiet_seconds: float) -> int | None:
-        """The exit status; None where the process had to be ended."""
-        try:
-            while process.poll() is None:
-                now, last_news = time.time(), max(begin, results.stat().st_mtime)
-                if now >= self.deadline or now - last_news > quiet_seconds or self.stop.is_set():
-                    return None
-                time.sleep(0.05)
-            return process.returncode
-        finally:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                with suppress(subprocess.TimeoutExpired):  # one that hangs inside the driver outlives even this
-                    process.wait(timeout=10)
+    def _over(self) -> bool:
+        return time.time() >= self.deadline or self.stop.is_set()
 
     def record(self, part: Part, status: str, attempts: Sequence[Attempt]) -> dict[str, Any]:
         """What is kept of a part: ``tests`` with their outcomes where it has any, else ``figures``, its JSON lines."""
@@ -142,6 +129,53 @@ class Runner:
             record["figures"] = [line for attempt in attempts for line in attempt.lines]
         record["output"] = "\n".join(attempt.output[-4000:] for attempt in attempts)
         return record
+
+
+def run_while_it_tells(
+    command: Sequence[str], *, quiet_seconds: float = 300, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run`` with its output captured as text, however long it takes as long as it tells something.
+
+    Args:
+        command, options: as for ``subprocess.Popen``.
+        quiet_seconds: it is ended, and what it has started too, after so long without a word on stdout or stderr.
+
+    Raises:
+        TimeoutError: it had to be ended; the message has the end of what it told.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder, "stdout"), Path(folder, "stderr")
+        with told[0].open("wb") as out, told[1].open("wb") as err:
+            process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True, **options)
+            exit_status = wait_for(process, *told, quiet_seconds=quiet_seconds)
+        texts = [path.read_text(errors="replace") for path in told]
+    if exit_status is None:
+        ends = "\n".join(text[-2000:] for text in texts)
+        raise TimeoutError(
+            f"{' '.join(command)[:200]}: ended after {quiet_seconds} s without a word; its last ones:\n{ends}"
+        )
+    return subprocess.CompletedProcess(command, exit_status, *texts)
+
+
+def wait_for(
+    process: subprocess.Popen[Any], *told: Path, quiet_seconds: float, over: Callable[[], bool] = lambda: False
+) -> int | None:
+    """The exit status of a process that leads a session of its own; None where it had to be ended with all that it started:
+    ``over`` said so, or nothing was written to the files ``told`` for so long. How long it takes in all is no sign of a hang."""
+    begin = time.time()
+    try:
+        while process.poll() is None:
+            last_news = max(begin, *(path.stat().st_mtime for path in told))
+            if over() or time.time() - last_news > quiet_seconds:
+                return None
+            time.sleep(0.05)
+        return process.returncode
+    finally:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # one that hangs inside the driver outlives even this
+                process.wait(timeout=10)
 
 
 def environment_variables() -> dict[str, str]:

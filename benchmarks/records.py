@@ -149,6 +149,12 @@ def slug(device_name: str) -> str:
 
 
 def _cpu_name() -> str:
+    """Of this CPU; with what oneDNN was limited to, where it was: results then stand for another CPU."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return _model_name() + (f", as {limit}" if limit else "")
+
+
+def _model_name() -> str:
     if os.path.exists("/proc/cpuinfo"):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ from benchmarks import ROOT, harness, peers
 from benchmarks.command_line import device_named, positive
 from benchmarks.harness import Ceilings
 from benchmarks.models import add_model_arguments, bytes_of, check_model, least_flops
+from benchmarks.parts import run_while_it_tells
 from benchmarks.peers import STEPS, Absent, Step
 from benchmarks.records import Record, in_one_line
 from crate_mae.config import ModelConfig, grid_of
@@ -301,7 +301,7 @@ def first_step(
         variables = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME")
         environment = os.environ | {variable: os.path.join(folder, variable) for variable in variables}
         begin = time.time()
-        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        process = run_while_it_tells(command, cwd=ROOT, env=environment, quiet_seconds=600)
         if process.returncode:
             last = (process.stderr.strip().splitlines() or ["no output"])[-1]
             record.add(**row, unavailable=last)

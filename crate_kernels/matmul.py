@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
@@ -20,16 +21,16 @@ ONEDNN_IS_FASTER = CPU.vendor == "AuthenticAMD" and "avx512f" in CPU.flags and t
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias`` in x's dtype, with the weights cast to it, computed where it is fastest. Differentiable."""
+    """``x weight^T + bias`` in x's dtype, computed in the dtype and by the library that is fastest. Differentiable.
+
+    Where 16-bit tokens are multiplied in float32 they are kept for the backward as they came, and widened there again.
+    """
     dtype = arithmetic_dtype(x)
+    if _by_onednn(x) or (dtype != x.dtype and _is_plain(x)):
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        return _Linear.apply(rows, weight, bias, dtype, x.dtype).view(*x.shape[:-1], weight.shape[0])
     bias = None if bias is None else bias.to(dtype)
-    rows, weight = x.to(dtype), weight.to(dtype)
-    if _by_onednn(rows):
-        rows = rows.view(x.shape[:-1].numel(), x.shape[-1])
-        result = _Linear.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
-    else:
-        result = F.linear(rows, weight, bias)
-    return result.to(x.dtype)
+    return F.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -56,8 +57,14 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_onednn(a: Tensor) -> bool:
-    plain = type(a) in (Tensor, Parameter)  # what a subclass does, it knows of PyTorch's own operators
-    return ONEDNN_IS_FASTER and plain and a.device.type == "cpu" and a.dtype == torch.float32 and a.is_contiguous()
+    return (
+        ONEDNN_IS_FASTER and _is_plain(a) and a.device.type == "cpu" and a.dtype == torch.float32 and a.is_contiguous()
+    )
+
+
+def _is_plain(a: Tensor) -> bool:
+    """No subclass, which would know of PyTorch's own operators only; fake tensors do as those do that they stand for."""
+    return type(a) in (Tensor, Parameter, FakeTensor)
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,21 +97,30 @@ def _linear_flops(rows_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_
 
 
 class _Linear(torch.autograd.Function):
-    """rows weight^T + bias; its gradients, of any order, are such layers too."""
+    """rows weight^T + bias, computed in ``dtype``, returned in ``out_dtype``; its gradients, of any order, are such layers too.
+
+    Rows and weight are kept as they came: casting them again takes less time than the product, and half the memory.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.crate_kernels.linear(rows, weight, bias)
+    def forward(
+        rows: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype
+    ) -> Tensor:
+        bias = None if bias is None else bias.to(dtype)
+        return torch.ops.crate_kernels.linear(rows.to(dtype), weight.to(dtype), bias).to(out_dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+        rows, weight, bias, ctx.dtype, _ = inputs
+        ctx.save_for_backward(rows, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rows, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
-        grad_rows = _Linear.apply(grad, weight.t(), None) if needs[0] else None
-        grad_weight = _Linear.apply(grad.t(), rows.t(), None) if needs[1] else None
-        return grad_rows, grad_weight, grad.sum(0) if needs[2] else None
+        grad = grad.to(ctx.dtype)
+        grad_rows = _Linear.apply(grad, weight.t(), None, ctx.dtype, rows.dtype) if needs[0] else None
+        grad_weight = _Linear.apply(grad.t(), rows.t(), None, ctx.dtype, weight.dtype) if needs[1] else None
+        return grad_rows, grad_weight, grad.sum(0).to(ctx.bias_dtype) if needs[2] else None, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, ParamSpec, TypeVar
@@ -15,8 +16,30 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+# What oneDNN's variable ONEDNN_MAX_CPU_ISA may say, in its order, and the instructions that come with it, as Linux names them.
+_INSTRUCTIONS = {
+    "SSE41": "",
+    "AVX": "",
+    "AVX2": "",
+    "AVX2_VNNI": "",
+    "AVX2_VNNI_2": "",
+    "AVX512_CORE": "avx512f",
+    "AVX512_CORE_VNNI": "",
+    "AVX512_CORE_BF16": "avx512_bf16",
+    "AVX512_CORE_FP16": "avx512_fp16",
+    "AVX512_CORE_AMX": "amx_bf16",
+    "AVX512_CORE_AMX_FP16": "amx_fp16",
+}
+
+
+def _withheld() -> set[str]:
+    """Instructions that oneDNN was told not to use: products in 16 bits are emulated then, as on a CPU without them."""
+    most, names = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), list(_INSTRUCTIONS)
+    return {_INSTRUCTIONS[name] for name in names[names.index(most) + 1 :]} if most in names else set()
+
+
 class _CPU(NamedTuple):
-    """What /proc/cpuinfo says of an x86 CPU; elsewhere nothing is known, and nothing claimed."""
+    """What /proc/cpuinfo says of an x86 CPU, less what oneDNN may not use; elsewhere nothing is known, and nothing claimed."""
 
     vendor: str
     flags: frozenset[str]
@@ -33,7 +56,7 @@ class _CPU(NamedTuple):
                     said[name.strip()] = value.strip()
         except OSError:
             pass
-        return cls(said.get("vendor_id", ""), frozenset(said.get("flags", "").split()))
+        return cls(said.get("vendor_id", ""), frozenset(said.get("flags", "").split()) - _withheld())
 
 
 def _dtypes_the_cpu_multiplies() -> tuple[torch.dtype, ...]:
@@ -78,14 +101,26 @@ def layer_norm(
     """
     if weight is None:
         return x
-    if not is_autocast(x):
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     with no_autocast(x):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if before == x.dtype and x.device.type == "cpu":
-            return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-        return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps)
+        operands = norm_operands(x, weight, bias, layer_norm_dtype(x, before))
+        return F.layer_norm(operands[0], x.shape[-1:], *operands[1:], eps)
+
+
+def layer_norm_dtype(x: Tensor, before: torch.dtype | None = None) -> torch.dtype:
+    """The dtype that ``layer_norm`` computes x in, and returns."""
+    if not is_autocast(x) or (before == x.dtype and x.device.type == "cpu"):
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def norm_operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What PyTorch's LayerNorm takes for a result in ``dtype``: x in it, and weight and bias too or in at least float32."""
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        wide = torch.promote_types(dtype, torch.float32)
+        weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+    return x.to(dtype), weight, bias
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:

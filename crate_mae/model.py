@@ -19,10 +19,11 @@ from crate_kernels import (
     Norm,
     decoder_layer,
     encoder_layer,
+    matmul,
     prepare_layers,
 )
 from crate_kernels.dispatch import choose
-from crate_kernels.precision import compute_dtype, is_autocast
+from crate_kernels.precision import compute_dtype, is_autocast, no_autocast
 from crate_mae.config import ModelConfig, grid_of
 from crate_mae.patches import kept_patches, patchify, removed_patches, unpatchify
 from crate_mae.positions import sine_cosine
@@ -60,10 +61,16 @@ class EncoderBlock(nn.Module):
         width, heads = config.embed_dim, config.num_heads
         attention = PreNorm(width, MSSA(width, heads, width // heads))
         sparsify = PreNorm(width, ISTA(width, config.step_size, config.lambd))
+        self.step_size = config.step_size  # what CrateMAE prepares the weights of all layers for
         self.layers = nn.ModuleList([nn.ModuleList([attention, sparsify])])
 
     def forward(self, x: Tensor, *, recompute: bool = False, prepared: list[Tensor] | None = None) -> Tensor:
         sparsify = self.layers[0][1].fn
+        if prepared is not None and sparsify.step_size != self.step_size:
+            raise ValueError(
+                f"step_size: expected {self.step_size}, which the model was built with, got {sparsify.step_size} of a layer; "
+                f"the Triton path takes one for all layers: create_model(..., step_size={sparsify.step_size})"
+            )
         heads, numbers = _heads(self.layers[0][0].fn), dict(step_size=sparsify.step_size, lambd=sparsify.lambd)
         return encoder_layer(x, *self.weights(), **heads, **numbers, recompute=recompute, prepared=prepared)
 
@@ -94,6 +101,15 @@ class DecoderBlock(nn.Module):
         return DecoderWeights(_norm(densify.norm), densify.fn.weight, _norm(attention.norm), _attention(attention.fn))
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``F.linear``; on the composed path by its own products, which no CPU has to emulate."""
+    dtype = compute_dtype(x)
+    if choose(x, dtype) != "composed":
+        return F.linear(x, weight, bias)
+    with no_autocast(x):
+        return matmul.linear(x.to(dtype), weight, bias)
+
+
 def _norm(module: nn.LayerNorm) -> Norm:
     return Norm(module.weight, module.bias, module.eps)
 
@@ -121,7 +137,7 @@ class PatchEmbed(nn.Module):
         """Tokens of patches [batch, any number, patch_size**2 * channels] as ``patchify`` has them."""
         channels, size = self.proj.in_channels, self.proj.kernel_size[0]
         as_weights = rearrange(patches, "b n (p q c) -> b n (c p q)", c=channels, p=size)
-        return F.linear(as_weights, self.proj.weight.flatten(1), self.proj.bias)
+        return _linear(as_weights, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class CrateMAE(nn.Module):
@@ -286,7 +302,7 @@ class CrateMAE(nn.Module):
 
     def _decode(self, x: Tensor) -> Tensor:
         x = self._through(self.decoder_blocks, x, num_heads=self.config.decoder_num_heads)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        return _linear(self.decoder_norm(x), self.decoder_pred.weight, self.decoder_pred.bias)[:, 1:]
 
     def _through(self, blocks: nn.ModuleList, x: Tensor, **settings: Any) -> Tensor:
         if self.stream == "16bit":

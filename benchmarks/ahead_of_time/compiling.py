@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import pkgutil
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -112,8 +113,10 @@ def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[F
     # Spawned, not forked: torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         pending = [pool.submit(_figures_or_failure, one, list(launches[one]), *label) for one, label in labels.items()]
-        for task in pending:
+        for done, task in enumerate(pending, 1):
             result = task.result()
+            # Whoever waits can tell work from a hang.
+            print(f"{done} of {len(pending)} compiled", file=sys.stderr, flush=True)
             (failures if isinstance(result, str) else figures).append(result)
     return sorted(figures, key=lambda f: (f.kernel, f.arch, f.dtype, f.shape)), failures
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from crate_kernels import checks, dispatch
 from crate_kernels.ista import op, reference
 from crate_kernels.ista.form import combination, one_product
-from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, no_autocast
+from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, layer_norm_dtype, no_autocast
 from crate_kernels.schemas import number_as_tensor
 
 
@@ -49,7 +49,8 @@ def ista(
         the reference and the composed path leave tokens that come in the autocast dtype in it, as PyTorch's own LayerNorm does.
 
     Where tokens outnumber the width the step is one large product forward and two backward, otherwise two and five. The
-    output itself is the backward's mask. It is deterministic, and cannot be differentiated again.
+    output itself is the backward's mask. With a LayerNorm, x is kept for the backward as it came, and normalised again there.
+    It is deterministic, and cannot be differentiated again.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or a number, or dtypes are mixed without autocast.
@@ -62,17 +63,20 @@ def ista(
     dtype, soft = compute_dtype(x), threshold == "soft"
     implementation = dispatch.choose(x, dtype)
     tokens, width = x.numel() // x.shape[-1], x.shape[-1]
-    # The kernels fold a LayerNorm into the one product; everywhere else it comes first.
-    if implementation != "triton" or not (combined is not None or one_product(tokens, width)):
+    # The kernels fold a LayerNorm into the one product; before two, and before the reference, it comes by itself.
+    folds = combined is not None or one_product(tokens, width)
+    if implementation == "reference" or (implementation == "triton" and not folds):
         x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
         norm_weight = norm_bias = None
     if implementation == "reference":
         return reference.ista(x, weight, step_size, lambd, soft)
     numbers = number_as_tensor(step_size), number_as_tensor(lambd)
-    out_dtype = torch.promote_types(x.dtype, torch.float32) if norm_weight is not None and is_autocast(x) else x.dtype
+    out_dtype = x.dtype
+    if norm_weight is not None:
+        out_dtype = layer_norm_dtype(x, before=dtype if implementation == "composed" else None)
     norm = norm_weight, norm_bias, float(norm_eps)
     arguments = weight, combined, *norm, *numbers, soft, dtype, implementation
-    return _ISTA.apply(x.reshape(-1, width), out_dtype, *arguments).view(x.shape)
+    return _ISTA.apply(x, out_dtype, *arguments)
 
 
 def combine(weight: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ class _ISTA(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
         y, kept = torch.ops.crate_kernels.ista_forward(x, out_dtype, *arguments)
         given = op.Arguments(*arguments)
-        if given.implementation == "composed" and x.dtype != given.dtype:
+        if given.implementation == "composed" and given.norm is None and x.dtype != given.dtype:
             *kept, x = kept
         ctx.save_for_backward(x, y, *arguments[:4], given.step_size, given.lambd, *kept)
         ctx.settings = given.norm_eps, given.soft, given.dtype, given.implementation

@@ -11,13 +11,24 @@ from torch import Tensor
 
 from crate_kernels import matmul
 from crate_kernels.ista.form import combination, one_product, through_combination
-from crate_kernels.precision import arithmetic_dtype
+from crate_kernels.precision import arithmetic_dtype, norm_operands
+from crate_kernels.products.operand import Norm
 
 
 def forward(
-    x: Tensor, weight: Tensor, combined: Tensor | None, step_size: float, lambd: float, soft: bool, dtype: torch.dtype
+    x: Tensor,
+    norm: Norm | None,
+    out_dtype: torch.dtype,
+    weight: Tensor,
+    combined: Tensor | None,
+    step_size: float,
+    lambd: float,
+    soft: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y = T(x + eta (x W - x W^T W)), and what is kept. Shapes as in ``op``."""
+    """y = T(x + eta (x W - x W^T W)) of x or its LayerNorm, and what is kept. Shapes as in ``op``."""
+    if norm is not None:
+        x = _normalised(norm, x, out_dtype)[0]
     operand = x.to(dtype)
     one = combined is not None or one_product(*x.shape)
     factor = operand if one else _residual(operand, weight)
@@ -33,12 +44,13 @@ def forward(
         code = F.softshrink(torch.add(_at_least_float32(x), update, alpha=step_size), step_size * lambd)
     else:  # lambda off the small summand: in 16 bits only the last sum then rounds as coarsely as the code itself
         code = torch.add(x, update.sub_(lambd), alpha=step_size, out=update).relu_()
-    return code.to(x.dtype), [matrix] if operand is x else [matrix, operand]
+    return code.to(x.dtype), [matrix] if operand is x or norm is not None else [matrix, operand]
 
 
 def backward(
     grad_y: Tensor,
-    operand: Tensor,
+    x: Tensor,
+    norm: Norm | None,
     weight: Tensor,
     combined: Tensor | None,
     y: Tensor,
@@ -46,14 +58,19 @@ def backward(
     step_size: float,
     need_x: bool,
     need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients asked for, in x (y's dtype) and W (W's dtype); None for the others."""
+) -> tuple[Tensor | None, ...]:
+    """The gradients asked for: of x, of W and, with that of W, of the LayerNorm's weight and bias; None for the others."""
+    operand = x.to(matrix.dtype)
+    if norm is not None:
+        normalised, *stats = _normalised(norm, x, y.dtype)
+        operand = normalised.to(matrix.dtype)
+    need_operand = need_x or (norm is not None and need_weight)
     # hardshrink's backward keeps the gradient where its input is not zero: the mask of both thresholds, in one pass.
     grad = torch.ops.aten.hardshrink_backward(grad_y, y, 0.0)
     grad_operand = grad.to(operand.dtype)
     grad_x = grad_weight = None
     if combined is not None or one_product(*operand.shape):
-        if need_x:
+        if need_operand:
             grad_x = _plus_product(grad, grad_operand, matrix.t(), step_size)
         if need_weight:
             grad_combination = _product(operand.t(), grad_operand)
@@ -66,12 +83,24 @@ def backward(
             through_residual = _product(-grad_residual.t(), operand)
             # What is scaled is added in the same pass: both are as large as the weight, which is more than few tokens are.
             grad_weight = _at_least_float32(through_residual).add_(through_last, alpha=step_size)
-        if need_x:
+        if need_operand:
             grad_x = _plus_product(residual_sum + grad, grad_residual, matrix, -1)
-    return (
-        None if grad_x is None else grad_x.to(y.dtype),
-        None if grad_weight is None else grad_weight.to(weight.dtype),
+    grad_x = None if grad_x is None else grad_x.to(y.dtype)
+    grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+    if norm is None or grad_x is None:
+        return grad_x, grad_weight, None, None
+    tokens, gamma, beta = norm_operands(x, norm.weight, norm.bias, y.dtype)
+    needs = [need_x, need_weight, need_weight and beta is not None]
+    grad_x, *grads_of_norm = torch.ops.aten.native_layer_norm_backward(
+        grad_x, tokens, x.shape[-1:], *stats, gamma, beta, needs
     )
+    return grad_x, grad_weight, *grads_of_norm
+
+
+def _normalised(norm: Norm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """LN(x) in ``dtype``, and mean and rstd of each token."""
+    x, weight, bias = norm_operands(x, norm.weight, norm.bias, dtype)
+    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
 
 
 def _residual(operand: Tensor, weight: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 ``implementation`` is an argument, so that a traced graph says which one runs and the backward takes the forward's. ``kept`` is
 what the backward needs besides x and y. From ``composed``: the matrix that the tokens, or their residual, were multiplied with,
-and x in ``dtype`` where that is not its own (the backward takes it for x). From ``triton``, in the one-product form: G unless it
+and without a LayerNorm, x in ``dtype`` where that is not its own (the backward takes it for x); with one, its backward computes
+it again. From ``triton``, in the one-product form: G unless it
 came as ``combined``, the operand of eta * G and, with a LayerNorm, column sums, offset, and mean and rstd of each token; in
 the two-product form nothing.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from crate_kernels import dispatch
 from crate_kernels.ista.form import one_product
 from crate_kernels.precision import undisturbed
+from crate_kernels.products.operand import Norm
 from crate_kernels.schemas import empty_gradient, or_empty
 
 
@@ -34,6 +37,10 @@ class Arguments(NamedTuple):
     soft: bool
     dtype: torch.dtype
     implementation: str
+
+    @property
+    def norm(self) -> Norm | None:
+        return None if self.norm_weight is None else Norm(self.norm_weight, self.norm_bias, self.norm_eps)
 
     def one_product(self, tokens: int) -> bool:
         return self.combined is not None or one_product(tokens, self.weight.shape[0])
@@ -53,20 +60,22 @@ torch.library.define(
 )
 
 
-def _step_and_norm(given: Arguments, kernels: Any) -> tuple[Any, Any]:
-    norm = None if given.norm_weight is None else kernels.Norm(given.norm_weight, given.norm_bias, given.norm_eps)
-    return kernels.Step(given.step_size, given.lambd, given.soft), norm
-
-
 @torch.library.impl("crate_kernels::ista_forward", "CompositeExplicitAutograd")
 @undisturbed
 def _forward(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
     given = Arguments(*arguments)
+    y, kept = _forward_of_rows(_rows(x), out_dtype, given)
+    if given.implementation == "composed":
+        kept[1:] = (operand.view(x.shape) for operand in kept[1:])
+    return y.view(x.shape), kept
+
+
+def _forward_of_rows(x: Tensor, out_dtype: torch.dtype, given: Arguments) -> tuple[Tensor, list[Tensor]]:
     path = dispatch.load("ista", given.implementation)
     if given.implementation == "composed":
         numbers = float(given.step_size), float(given.lambd), given.soft
-        return path.forward(x, given.weight, given.combined, *numbers, given.dtype)
-    step, norm = _step_and_norm(given, path)
+        return path.forward(x, given.norm, out_dtype, given.weight, given.combined, *numbers, given.dtype)
+    step, norm = path.Step(given.step_size, given.lambd, given.soft), given.norm
     if not given.one_product(x.shape[0]):
         return path.forward_two_products(x, given.weight, step, given.dtype, out_dtype), []
     combined, operand = path.prepared(given.weight, given.combined, step, norm, given.dtype)
@@ -80,15 +89,17 @@ def _forward(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor
 def _backward(
     grad_y: Tensor, x: Tensor, y: Tensor, kept: list[Tensor], need_x: bool, need_weight: bool, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    given = Arguments(*arguments)
+    given, shape = Arguments(*arguments), y.shape
+    grad_y, x, y = map(_rows, (grad_y, x, y))
     path = dispatch.load("ista", given.implementation)
     grads_of_norm = [None, None]
     if given.implementation == "composed":
-        grad_x, grad_weight = path.backward(
-            grad_y, x, given.weight, given.combined, y, kept[0], float(given.step_size), need_x, need_weight
+        matrix, step_size = kept[0], float(given.step_size)
+        grad_x, grad_weight, *grads_of_norm = path.backward(
+            grad_y, x, given.norm, given.weight, given.combined, y, matrix, step_size, need_x, need_weight
         )
     else:
-        step, norm = _step_and_norm(given, path)
+        step, norm = path.Step(given.step_size, given.lambd, given.soft), given.norm
         if given.one_product(x.shape[0]):
             combined = given.combined
             if combined is None:
@@ -112,8 +123,19 @@ def _backward(
             grad_x, grad_weight = path.backward_two_products(
                 grad_y, x, y, given.weight, step, given.dtype, need_x, need_weight
             )
-    likes = x if given.implementation == "triton" else y, given.weight, given.norm_weight, given.norm_bias
-    return tuple(map(or_empty, (grad_x, grad_weight, *grads_of_norm), likes))
+    likes = _tokens(x, y, given), given.weight, given.norm_weight, given.norm_bias
+    grad_x, *grads = map(or_empty, (grad_x, grad_weight, *grads_of_norm), likes)
+    return grad_x.view(shape) if need_x else grad_x, *grads
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Tokens [..., width] as [tokens, width]. Here and not around the operator: autograd adds no gradient to a view in place."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _tokens(x: Tensor, y: Tensor, given: Arguments) -> Tensor:
+    """The tokens as the forward took them, or what has their dtype: what ``composed`` keeps without a LayerNorm may be a cast."""
+    return y if given.implementation == "composed" and given.norm is None else x
 
 
 @torch.library.register_fake("crate_kernels::ista_forward")
@@ -122,14 +144,16 @@ def _forward_fake(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[T
     shape = given.weight.shape
     matrix = given.weight.new_empty(shape, dtype=given.dtype)
     if given.implementation == "composed":
-        kept = [matrix] if x.dtype == given.dtype else [matrix, x.new_empty(x.shape, dtype=given.dtype)]
-        return x.new_empty(x.shape), kept
+        as_it_came = given.norm is not None or x.dtype == given.dtype
+        kept = [matrix] if as_it_came else [matrix, x.new_empty(x.shape, dtype=given.dtype)]
+        return x.new_empty(x.shape, dtype=out_dtype), kept
     kept = []
-    if given.one_product(x.shape[0]):
+    tokens = x.shape[:-1].numel()
+    if given.one_product(tokens):
         float32 = dict(dtype=torch.float32)
         kept = [matrix] if given.combined is not None else [given.weight.new_empty(shape, **float32), matrix]
         if given.norm_weight is not None:
-            kept += [x.new_empty(size, **float32) for size in (shape[1:], shape[1:], (2, x.shape[0]))]
+            kept += [x.new_empty(size, **float32) for size in (shape[1:], shape[1:], (2, tokens))]
     return x.new_empty(x.shape, dtype=out_dtype), kept
 
 
@@ -139,7 +163,7 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     given = Arguments(*arguments)
     return (
-        empty_gradient(x if given.implementation == "triton" else y, need_x),
+        empty_gradient(_tokens(x, y, given), need_x),
         empty_gradient(given.weight, need_weight),
         empty_gradient(given.norm_weight, need_weight),
         empty_gradient(given.norm_bias, need_weight),
@@ -148,7 +172,7 @@ def _backward_fake(
 
 @register_flop_formula(torch.ops.crate_kernels.ista_forward)
 def _forward_flops(x_shape: tuple[int, ...], out_dtype: Any, *arguments: Any, **_: Any) -> int:
-    tokens, width = x_shape
+    tokens, width = math.prod(x_shape[:-1]), x_shape[-1]
     large, small = 2 * tokens * width**2, 2 * width**3
     if Arguments(*arguments).combined is not None:
         return large
@@ -159,7 +183,7 @@ def _forward_flops(x_shape: tuple[int, ...], out_dtype: Any, *arguments: Any, **
 def _backward_flops(
     grad_shape: tuple[int, ...], x: Any, y: Any, kept: Any, need_x: bool, need_weight: bool, *arguments: Any, **_: Any
 ) -> int:
-    tokens, width = grad_shape
+    tokens, width = math.prod(grad_shape[:-1]), grad_shape[-1]
     large, small = 2 * tokens * width**2, 2 * width**3
     if Arguments(*arguments).combined is not None or one_product(tokens, width):
         return large * need_x + (large + small) * need_weight

@@ -53,7 +53,7 @@ def forward(
     if keeps == "log-sum-exp":
         kept = w.new_empty(w.shape[:3], dtype=torch.promote_types(w.dtype, torch.float32))
     elif keeps == "probabilities" and keep:
-        kept = w.new_empty(*w.shape[:3], tokens, dtype=arithmetic_dtype(w))
+        kept = w.new_empty(*w.shape[:3], tokens)
     generator = _generator(w, dropout, seed)
     for heads, out_heads, kept_heads, padded in part.heads_of(_without(padding, w), out, kept, _of_heads(padding, w)):
         keys = _stacked(heads, key_room)
@@ -62,14 +62,16 @@ def forward(
             probabilities = scores = _scores(queries, keys, rows, scale, is_causal, padded, score_room)
             if keeps == "log-sum-exp":
                 kept_heads[..., rows] = scores.to(kept.dtype).logsumexp(-1).view(*heads.shape[:2], -1)
-            elif kept is not None:
+            elif kept is not None and kept.dtype == scores.dtype:
                 probabilities = kept_heads.flatten(0, 1)[:, rows]
             torch.softmax(scores, -1, out=probabilities)
+            if keeps == "probabilities" and kept is not None and kept.dtype != scores.dtype:
+                kept_heads.flatten(0, 1)[:, rows].copy_(probabilities)
             if dropout:
                 probabilities = probabilities * _factors(probabilities, dropout, generator)
             result = torch.bmm(probabilities, keys, out=_corner(result_room, queries))
             out_heads[..., rows, :] = result.view(*heads.shape[:2], *queries.shape[1:])
-    kept = w.new_empty(0, dtype=arithmetic_dtype(w)) if kept is None else kept
+    kept = w.new_empty(0) if kept is None else kept
     if padding is not None:
         out.masked_fill_(padding[..., None], 0.0)
         if keeps == "log-sum-exp":
@@ -114,6 +116,8 @@ def backward(
             queries, grad_rows = keys[:, rows], grads[:, rows]
             if kept_heads is not None:
                 probabilities = kept_heads.flatten(0, 1)[:, rows]
+                if probabilities.dtype != keys.dtype:
+                    probabilities = _corner(second_room, queries).copy_(probabilities)
             else:
                 scores = _scores(queries, keys, rows, scale, is_causal, padded, second_room)
                 probabilities = torch.softmax(scores, -1, out=scores)

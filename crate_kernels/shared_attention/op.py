@@ -53,8 +53,8 @@ def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False) ->
     """What ``composed`` keeps of w [batch, heads, tokens, head_dim] for its backward.
 
     "log-sum-exp": [batch, heads, tokens] in float32, or float64 for float64, from flash attention and wherever it is asked for.
-    "probabilities": [batch, heads, tokens, tokens], before dropout, of short sequences elsewhere on a CPU: they save one of
-    six products and a softmax, and take tokens / head_dim times the memory of w.
+    "probabilities": [batch, heads, tokens, tokens], before dropout and in w's dtype, of short sequences elsewhere on a CPU:
+    they save one of six products and a softmax, and take tokens / head_dim times the memory of w.
     """
     if return_lse or takes_flash_attention(w, dropout):
         return "log-sum-exp"
@@ -115,7 +115,7 @@ def _forward_fake(
         kept = w.new_empty(batch, heads, tokens, dtype=dtype)
     else:
         shape = (batch, heads, tokens, tokens) if keeps == "probabilities" and keep else (0,)
-        kept = w.new_empty(shape, dtype=arithmetic_dtype(w))
+        kept = w.new_empty(shape)
     return empty_token_major(w), kept
 
 

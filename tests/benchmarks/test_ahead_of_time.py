@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.ahead_of_time.targets import TARGETS, Usage
+from benchmarks.parts import run_while_it_tells
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,9 +26,7 @@ MOST_COMPILATIONS = 250
 
 
 def run(*arguments: str, environment: dict[str, str] = COMPILING) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
-    )
+    return run_while_it_tells([sys.executable, *arguments], cwd=ROOT, env=environment)
 
 
 def breaches(result: subprocess.CompletedProcess[str]) -> list[str]:

@@ -36,11 +36,10 @@ def _compare(
         assert error(found, exact) <= error(plain, exact) * (1 + 1e-9), name
 
 
-@pytest.fixture(params=[False, True], ids=["this CPU", "CPU with 16-bit products"], autouse=True)
+@pytest.fixture(params=[(), (torch.float16, torch.bfloat16)], ids=["products in float32", "in 16 bits"], autouse=True)
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Composed products in the arithmetic chosen here, and in the operands' own as on CPUs with instructions for it."""
-    if request.param:
-        monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", (torch.float16, torch.bfloat16))
+    """Composed products in float32, and in the operands' own dtype as on CPUs with instructions for it."""
+    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", request.param)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0], ids=["weights as initialised", "weights twice as large"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from crate_kernels import matmul
+from crate_kernels import matmul, precision
 from crate_kernels.precision import _CPU
 
 LINEAR = torch.ops.crate_kernels.linear
@@ -117,6 +117,22 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert error(out, F.linear(x.double(), weight.double(), bias.double())) <= a_few_roundings(dtype)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["of float32", "of bfloat16"])
+def test_tokens_of_16_bits_multiplied_in_float32(weights: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are kept as they came; results are rounded once, and gradients of float32 weights not at all."""
+    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", ())
+    tensors = [torch.randn(2, 5, 24).bfloat16(), *(value.to(weights) for value in parameters())]
+    upstream = torch.randn(2, 5, 40).bfloat16()
+    truth = gradients(F.linear, [value.double() for value in tensors], upstream.double())
+    found = gradients(matmul.linear, tensors, upstream)
+    for one, exact, dtype in zip(found, truth, (torch.bfloat16, *(t.dtype for t in tensors)), strict=True):
+        agree([one], [exact], dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        matmul.linear(*(value.requires_grad_() for value in tensors))
+    assert kept == [torch.bfloat16, weights]
+
+
 def test_gradient_of_the_gradient() -> None:
     def twice(function: object, tensors: list[Tensor]) -> list[Tensor]:
         leaves = [value.clone().requires_grad_() for value in tensors]
@@ -184,7 +200,25 @@ def test_autocast_does_not_reach_the_product() -> None:
         assert torch.equal(LINEAR(x, weight, bias), plain)
 
 
-def test_what_the_cpu_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("most", "left"),
+    [
+        ("avx2", "fpu"),
+        ("AVX512_CORE", "fpu avx512f"),
+        ("AVX512_CORE_BF16", "fpu avx512f avx512_bf16"),
+        ("AVX512_CORE_AMX", "fpu avx512f avx512_bf16 avx512_fp16 amx_bf16"),
+        ("ALL", "fpu avx512f avx512_bf16 avx512_fp16 amx_bf16 amx_fp16"),
+    ],
+)
+def test_what_onednn_may_not_use(most: str, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    said = tmp_path / "cpuinfo"
+    said.write_text("flags\t\t: fpu avx512f avx512_bf16 avx512_fp16 amx_bf16 amx_fp16\n")
+    assert _CPU.this(str(said)).flags == set(left.split())
+
+
+def test_what_the_cpu_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     said = tmp_path / "cpuinfo"
     said.write_text(
         "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512f avx512_bf16\n\nprocessor\t: 1\nflags\t: fpu\n"

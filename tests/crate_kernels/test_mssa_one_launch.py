@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +16,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import crate_kernels
+from benchmarks import ROOT
+from benchmarks.parts import run_while_it_tells
 from crate_kernels import mssa
 from crate_kernels.mssa import one_launch as together
 from crate_kernels.mssa import triton as kernels
@@ -224,10 +224,7 @@ with collecting.as_if_on("sm_90"):
 def test_a_barrier_lies_between_writing_w_and_reading_it() -> None:
     """The interpreter cannot tell; a device's threads read what others wrote only behind one that orders global memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ended = subprocess.run(
-        [sys.executable, "-c", INTERMEDIATE_CODE],
-        cwd=Path(__file__).resolve().parents[2], env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    ended = run_while_it_tells([sys.executable, "-c", INTERMEDIATE_CODE], cwd=ROOT, env=environment)
     before, *after = re.split(r"^ *(?:ttg\.barrier all|gpu\.barrier).*$", ended.stdout, flags=re.MULTILINE)
     assert len(after) == 1, ended.stderr
     assert "tt.store" in before and "tt.load" in after[0]

@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.parts import run_while_it_tells
 from crate_kernels import tiles, tune
 from crate_kernels.products.preparation import prepare
 from crate_kernels.products.triton import project
@@ -467,22 +469,16 @@ def test_every_rank_is_told_where_tiles_differ(file: Path) -> None:
     """Two processes: first with the same cache, then the second without."""
     save(file)
     arguments = [str(file.with_name("rendezvous")), str(file.with_name("none"))]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, arguments[0], str(rank), arguments[1]],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    ended = [rank.communicate(timeout=60) for rank in ranks]
+    commands = [[sys.executable, "-c", RANK, arguments[0], str(rank), arguments[1]] for rank in range(2)]
+    with ThreadPoolExecutor() as threads:
+        ranks = list(threads.map(run_while_it_tells, commands))
     tuned = tiles.fingerprint(CPU)
     with tiles.trial({}):
         shipped = tiles.fingerprint(CPU)
-    for rank, (out, err) in zip(ranks, ended, strict=True):
-        assert out.strip() == tuned, err
-        assert rank.returncode != 0 and f"different tiles in force: {tuned} on ranks 0; {shipped} on ranks 1" in err, (
-            err
-        )
+    for rank in ranks:
+        assert rank.stdout.strip() == tuned, rank.stderr
+        assert rank.returncode != 0
+        assert f"different tiles in force: {tuned} on ranks 0; {shipped} on ranks 1" in rank.stderr, rank.stderr
 
 
 @pytest.mark.gpu

@@ -175,3 +175,14 @@ def test_compiles_whole() -> None:
 def test_bad_input_says_what_was_expected(call: object, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         call(small_model())
+
+
+def test_a_step_size_changed_after_building_is_refused_where_weights_are_prepared(device: str) -> None:
+    pytest.importorskip("triton")
+    model = small_model().to(device)
+    images = torch.randn(1, 3, 16, 16, device=device)
+    model.blocks[0].layers[0][1].fn.step_size = 0.2
+    with crate_kernels.use("composed"):  # which takes each layer's own
+        model(images)
+    with crate_kernels.use("triton"), pytest.raises(ValueError, match=r"step_size: expected 0\.1.*got 0\.2"):
+        model(images)
