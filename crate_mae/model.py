@@ -110,6 +110,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return matmul.linear(x.to(dtype), weight, bias)
 
 
+class Linear(nn.Linear):
+    """``nn.Linear``, by the products of ``_linear``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _linear(x, self.weight, self.bias)
+
+
 def _norm(module: nn.LayerNorm) -> Norm:
     return Norm(module.weight, module.bias, module.eps)
 
@@ -169,7 +176,7 @@ class CrateMAE(nn.Module):
         self.norm = nn.LayerNorm(width, eps=FINAL_NORM_EPS)
         self.decoder_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps=FINAL_NORM_EPS)
-        self.decoder_pred = nn.Linear(width, config.patch_size**2 * config.in_chans)
+        self.decoder_pred = Linear(width, config.patch_size**2 * config.in_chans)
         self._initialise()
         self.register_load_state_dict_pre_hook(_drop_unused_official_entries)
 
@@ -302,7 +309,7 @@ class CrateMAE(nn.Module):
 
     def _decode(self, x: Tensor) -> Tensor:
         x = self._through(self.decoder_blocks, x, num_heads=self.config.decoder_num_heads)
-        return _linear(self.decoder_norm(x), self.decoder_pred.weight, self.decoder_pred.bias)[:, 1:]
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def _through(self, blocks: nn.ModuleList, x: Tensor, **settings: Any) -> Tensor:
         if self.stream == "16bit":
