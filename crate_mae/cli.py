@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, get_loader, set_parsing_settings
 
 from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.config import ModelConfig
+from crate_mae.demo import summarise
 from crate_mae.registry import MODELS
 from crate_mae.training import NonFiniteLoss, PretrainConfig, PretrainResult, RunStopped, demo_config, pretrain
 from crate_mae.training.config import of_section
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 0, 1 (training broke down), 2 (a user's mistake) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        result = _pretrain(arguments)
+        report = _pretrain(arguments)
     except (ArgumentError, ValueError, OSError) as error:
         return _fail(error, USER_ERROR)
     except NonFiniteLoss as error:
@@ -41,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, STOPPED)
     except KeyboardInterrupt:
         return _fail("interrupted; what was saved before is kept", STOPPED)
-    print(_report(result))
+    print(report)
     return 0
 
 
-def _pretrain(arguments: list[str]) -> PretrainResult:
+def _pretrain(arguments: list[str]) -> str:
     early, _ = _early_parser().parse_known_args(arguments)
     if early.resume and early.out is not None and (early.out / CONFIG_FILE).exists():
         # First among the options, so that everything else given goes over what the run was started with.
@@ -64,7 +65,9 @@ def _pretrain(arguments: list[str]) -> PretrainResult:
         ModelConfig(**chosen[chosen.subcommand].model.as_dict())
     settings = parser.instantiate(chosen)[chosen.subcommand]
     config = PretrainConfig(**{field.name: settings[field.name] for field in dataclasses.fields(PretrainConfig)})
-    return pretrain(config, resume=settings.resume, overwrite=settings.overwrite)
+    result = pretrain(config, resume=settings.resume, overwrite=settings.overwrite)
+    more = summarise(result, config) if chosen.subcommand == "demo" else []
+    return "\n".join([_report(result), *more])
 
 
 def _early_parser() -> argparse.ArgumentParser:
@@ -163,11 +166,11 @@ def _fail(error: Exception | str, status: int) -> int:
 def _report(result: PretrainResult) -> str:
     lines = [f"Results of {result.steps} steps are in {result.out}; look at {result.out / 'reconstructions.png'}."]
     if result.errors is not None:
-        error, fill = result.errors
+        error, fill, blur, sigma = result.errors
         lines += [
             "Mean squared error on the removed patches of validation images, in normalised pixels:",
-            f"  reconstruction                    {error:.4f}",
             f"  mean of the visible patches       {fill:.4f}",
-            f"  ratio                             {error / fill:.3f} ({error / fill - 1:+.0%})",
+            f"  best Gaussian blur of the visible {blur:.4f}   (sigma {sigma:g} pixels)",
+            f"  reconstruction                    {error:.4f}   ({error / fill - 1:+.0%} and {error / blur - 1:+.0%})",
         ]
     return "\n".join(lines)

@@ -116,7 +116,7 @@ class _Run:
         images, schedule = config.images, config.schedule
         with of_section("images"):
             self.normalization = Normalization(images.mean, images.std, config.model.in_chans)
-        self.train_folder, self.val_folder = _image_folders(config)
+        self.train_folder, self.val_folder = image_folders(config)
         if schedule.batch_size > len(self.train_folder):
             raise ValueError(
                 f"schedule.batch_size: expected 1 to {len(self.train_folder)}, the number of training images, "
@@ -288,7 +288,7 @@ class _Run:
         self.metrics.append(step=self.step, epoch=epoch, **self.errors._asdict())
         _say(
             f"epoch {epoch}/{self.config.schedule.epochs}: validation error {self.errors.val_loss:.4f}, "
-            f"mean fill {self.errors.mean_fill_loss:.4f}"
+            f"mean fill {self.errors.mean_fill_loss:.4f}, best blur {self.errors.blur_loss:.4f}"
         )
 
     def _save(self) -> None:
@@ -343,7 +343,8 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _image_folders(config: PretrainConfig) -> tuple[ImageFolder, ImageFolder | None]:
+def image_folders(config: PretrainConfig) -> tuple[ImageFolder, ImageFolder | None]:
+    """The images to train on, and those to validate on, if any."""
     channels = config.model.in_chans
     if channels not in COLOUR_MODES:
         raise ValueError(f"model.in_chans: image files give {sorted(COLOUR_MODES)} channels, got {channels}")
