@@ -8,11 +8,12 @@ from statistics import fmean, stdev
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset
 
 from crate_mae.checkpoints import load_model
 from crate_mae.config import grid_of
 from crate_mae.data import ImageFolder, Normalization
-from crate_mae.evaluation import class_accuracies, zeros_by_layer
+from crate_mae.evaluation import class_accuracies, pooled_features, zeros_by_layer
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import Classes, Curves, Sparsity, summary_picture
 from crate_mae.registry import count_parameters
@@ -26,6 +27,9 @@ from crate_mae.training.validation import CentreCropped, mask_noise
 RANDOM_SEEDS = range(5)
 """Of the encoders with random weights that the trained one stands beside."""
 
+FOLDS = 5
+"""Of the cross-validation by which classes are found."""
+
 ROWS = 6
 """Photographs on the page."""
 
@@ -33,8 +37,8 @@ ROWS = 6
 def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
     """Draw summary.png into the run's folder, and say in lines what the encoder tells apart.
 
-    Without validation images there is nothing to show, and no line; where they have no classes of the training images, or only
-    one, the page does without those.
+    Classes are found among all images, by labels of others; pre-training saw those to train on too, and no label. Without
+    validation images nothing is drawn; without classes, or with too few images of one, the page does without them.
     """
     train, val = image_folders(config)
     if result.errors is None or val is None:
@@ -65,7 +69,7 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
         )
     with replaced(config.out / SUMMARY) as temporary:
         page.save(temporary, format="PNG")
-    return [] if classes is None else _lines(classes, len(val))
+    return [] if classes is None else _lines(classes)
 
 
 def _random_model(like: CrateMAE, seed: int) -> CrateMAE:
@@ -77,11 +81,14 @@ def _random_model(like: CrateMAE, seed: int) -> CrateMAE:
 def _classes(
     model: CrateMAE, random: list[CrateMAE], train: ImageFolder, val: ImageFolder, normalization: Normalization
 ) -> Classes | None:
-    if train.classes != val.classes or len(train.classes) < 2:
+    labels = torch.tensor(train.labels + val.labels)
+    if train.classes != val.classes or len(train.classes) < 2 or labels.bincount().min() < FOLDS:
         return None
-    parts = [(CentreCropped(folder, model.config.image_shape), folder.labels) for folder in (train, val)]
-    trained, *others = (class_accuracies(each, *parts, normalization) for each in (model, *random))
-    return Classes(train.classes, trained, others)
+    images = ConcatDataset([CentreCropped(folder, model.config.image_shape) for folder in (train, val)])
+    trained, *others = (
+        class_accuracies(pooled_features(each, images, normalization), labels, folds=FOLDS) for each in (model, *random)
+    )
+    return Classes(train.classes, len(labels), trained, others)
 
 
 def _curves(config: PretrainConfig, result: PretrainResult) -> Curves:
@@ -91,9 +98,9 @@ def _curves(config: PretrainConfig, result: PretrainResult) -> Curves:
     return Curves(training, validation, *result.errors[1:])
 
 
-def _lines(classes: Classes, images: int) -> list[str]:
+def _lines(classes: Classes) -> list[str]:
     said = [
-        f"Of {images} validation photographs in {len(classes.names)} classes, frozen features of the encoder find:",
+        f"Of {classes.images} photographs in {len(classes.names)} classes, found by the encoder's mean token, {FOLDS}-fold:",
         f"                                    this model   random weights ({len(classes.random)} seeds)",
     ]
     names = ("k nearest neighbours", "linear probe")

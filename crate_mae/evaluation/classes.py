@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
-
-from crate_mae.data import Normalization
-from crate_mae.evaluation.features import pooled_features
-from crate_mae.model import CrateMAE
 
 RIDGE_PENALTIES = tuple(10.0**exponent for exponent in range(-3, 5))
 """Tried by the linear probe, on features of unit variance."""
@@ -25,21 +19,32 @@ class ClassAccuracies(NamedTuple):
     linear_probe: float
 
 
-def class_accuracies(
-    model: CrateMAE,
-    train: tuple[Dataset[Tensor], Sequence[int]],
-    test: tuple[Dataset[Tensor], Sequence[int]],
-    normalization: Normalization,
-) -> ClassAccuracies:
-    """Classify the test images by the mean of their patch tokens after the encoder.
+def class_accuracies(features: Tensor, labels: Tensor, *, folds: int = 5, seed: int = 0) -> ClassAccuracies:
+    """Cross-validated accuracies: every image is classified once, by the labels of those in the other folds.
 
     Args:
-        train, test: images, as ``pooled_features`` takes them, and their labels, which count from 0.
+        features: [images, width], such as ``pooled_features``.
+        labels: [images], int64, counting from 0.
+        folds: parts, each with its share of every class; at most the images of the smallest class, and at least 2.
+        seed: of the assignment to folds.
+
+    Raises:
+        ValueError: folds is out of range.
     """
-    parts = []
-    for images, labels in (train, test):
-        parts += [pooled_features(model, images, normalization), torch.tensor(labels)]
-    return ClassAccuracies(knn_accuracy(*parts), linear_probe_accuracy(*parts))
+    smallest = int(labels.bincount().min())
+    if not 2 <= folds <= smallest:
+        raise ValueError(f"folds: expected 2 to {smallest}, the images of the smallest class, got {folds}")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    fold = torch.empty_like(labels)
+    for label in range(int(labels.max()) + 1):
+        of_class = order[labels[order] == label]
+        fold[of_class] = torch.arange(len(of_class)) % folds
+    found = [0.0, 0.0]
+    for held_out in (fold == number for number in range(folds)):
+        parts = features[~held_out], labels[~held_out], features[held_out], labels[held_out]
+        for place, accuracy in enumerate((knn_accuracy, linear_probe_accuracy)):
+            found[place] += accuracy(*parts) * int(held_out.sum())
+    return ClassAccuracies(*(count / len(labels) for count in found))
 
 
 def knn_accuracy(
@@ -47,15 +52,14 @@ def knn_accuracy(
 ) -> float:
     """The fraction of test images in whose class most of the nearest training images are.
 
-    Near means a large cosine of features less the training mean, by which votes are weighed.
+    Near means a large cosine, by which votes are weighed.
 
     Args:
         features, test_features: [images, width], floating point.
         labels, test_labels: [images], int64, counting from 0.
         neighbours: how many training images vote; all, where there are fewer.
     """
-    mean = features.mean(0)
-    cosines = F.normalize(test_features - mean, dim=-1) @ F.normalize(features - mean, dim=-1).T
+    cosines = F.normalize(test_features, dim=-1) @ F.normalize(features, dim=-1).T
     nearest = cosines.topk(min(neighbours, len(features)), dim=-1)
     ballots = F.one_hot(labels[nearest.indices], int(labels.max()) + 1).to(features.dtype)
     votes = (ballots * nearest.values.unsqueeze(-1)).sum(1)

@@ -24,6 +24,7 @@ class Classes(NamedTuple):
     """Accuracies of the encoder and, for each of some seeds, of one with random weights."""
 
     names: Sequence[str]
+    images: int
     trained: ClassAccuracies
     random: Sequence[ClassAccuracies]
 
@@ -134,8 +135,8 @@ def _draw_classes(canvas: Canvas, box: Box, classes: Classes) -> None:
     _draw_title(
         canvas,
         box,
-        "Classes found in validation photographs",
-        f"{', '.join(classes.names)}; grey: {len(classes.random)} random encoders",
+        f"Classes found in {classes.images} photographs",
+        f"{', '.join(classes.names)}; grey: {len(classes.random)} with random weights",
     )
     groups = []
     for name, after, before in zip(
