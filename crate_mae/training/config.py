@@ -199,9 +199,9 @@ def demo_config(out: Path) -> PretrainConfig:
         ),
         # In so few steps a model learns each photograph's larger part better than many small ones. A process of its own cuts
         # them: it takes a tenth of the time off the one that computes.
-        images=ImagesConfig(crop_scale=(0.5, 1.0), num_workers=1),
+        images=ImagesConfig(crop_scale=(0.5, 1.0), crop_ratio=(1.0, 1.0), num_workers=1),
         # Models this small profit from a far higher rate, and from many small steps, than the published recipes use.
-        optimizer=OptimizerConfig(base_lr=0.024),
+        optimizer=OptimizerConfig(base_lr=0.032, weight_decay=0.2),
         schedule=ScheduleConfig(epochs=105, warmup_epochs=10, batch_size=16),
         # On a CPU, casting costs narrow layers more than bfloat16 saves them, and a second thread gains them little; if
         # something else wants its core, the two wait for each other and are many times slower than one.
