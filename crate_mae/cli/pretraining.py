@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader
 from crate_mae.checkpoints import CONFIG_FILE, read_config
 from crate_mae.cli.lists import with_lists_joined
 from crate_mae.config import ModelConfig
+from crate_mae.demo import summarise
 from crate_mae.registry import MODELS
 from crate_mae.training import PretrainConfig, PretrainResult, demo_config, pretrain
 from crate_mae.training.config import of_section
@@ -91,7 +92,9 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         ModelConfig(**chosen[chosen.subcommand].model.as_dict())
     settings = parser.instantiate(chosen)[chosen.subcommand]
     config = PretrainConfig(**{field.name: settings[field.name] for field in dataclasses.fields(PretrainConfig)})
-    return _report(pretrain(config, resume=settings.resume, overwrite=settings.overwrite))
+    result = pretrain(config, resume=settings.resume, overwrite=settings.overwrite)
+    more = summarise(result, config) if chosen.subcommand == "demo" else []
+    return "\n".join([_report(result), *more])
 
 
 def _way_to_go_on(out: Path) -> list[str]:
@@ -211,11 +214,11 @@ def _pretrain_parser(defaults: dict[str, object]) -> ArgumentParser:
 def _report(result: PretrainResult) -> str:
     lines = [f"Results of {result.steps} steps are in {result.out}; look at {result.out / 'reconstructions.png'}."]
     if result.errors is not None:
-        error, fill = result.errors
+        error, fill, blur, sigma = result.errors
         lines += [
             "Mean squared error on the removed patches of validation images, in normalised pixels:",
-            f"  reconstruction                    {error:.4f}",
             f"  mean of the visible patches       {fill:.4f}",
-            f"  ratio                             {error / fill:.3f} ({error / fill - 1:+.0%})",
+            f"  best Gaussian blur of the visible {blur:.4f}   (sigma {sigma:g} pixels)",
+            f"  reconstruction                    {error:.4f}   ({error / fill - 1:+.0%} and {error / blur - 1:+.0%})",
         ]
     return "\n".join(lines)

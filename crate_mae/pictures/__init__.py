@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
-from crate_mae.pictures.reconstructions import predicted_patches, reconstruction_sheet
+from crate_mae.pictures.reconstructions import (
+    Reconstructions,
+    predicted_patches,
+    reconstruct,
+    reconstruction_sheet,
+)
+from crate_mae.pictures.summary import Classes, Curves, Sparsity, summary_picture
 
-__all__ = ["predicted_patches", "reconstruction_sheet"]
+__all__ = [
+    "Classes",
+    "Curves",
+    "Reconstructions",
+    "Sparsity",
+    "predicted_patches",
+    "reconstruct",
+    "reconstruction_sheet",
+    "summary_picture",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -31,16 +32,29 @@ def predicted_patches(model: CrateMAE, images: torch.Tensor, pred: torch.Tensor)
     return pred * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
 
 
+class Reconstructions(NamedTuple):
+    """uint8 [batch, channels, height, width]: images, what of them is visible, the prediction, and it around what is visible.
+
+    `removed` [batch, channels, height, width] is True for the pixels of removed patches. All are on the CPU.
+    """
+
+    original: torch.Tensor
+    masked: torch.Tensor
+    prediction: torch.Tensor
+    pasted: torch.Tensor
+    removed: torch.Tensor
+
+
 @torch.no_grad()
-def reconstruction_sheet(
+def reconstruct(
     model: CrateMAE,
     pixels: torch.Tensor,
     normalization: Normalization,
     *,
     mask_ratio: float = 0.75,
     noise: torch.Tensor | None = None,
-) -> Image.Image:
-    """A titled picture with a row for each image and the columns of `COLUMNS`.
+) -> Reconstructions:
+    """What the model makes of images.
 
     Args:
         pixels: uint8 [batch, channels, height, width], on any device.
@@ -62,12 +76,24 @@ def reconstruction_sheet(
     target = model.patchify(images)
     prediction = predicted_patches(model, images, output.pred)
     removed = output.mask.unsqueeze(-1).bool()
-    predicted = to_pixels(prediction)
     pasted = to_pixels(torch.where(removed, prediction, target))
     removed_pixels = model.unpatchify(removed.expand_as(target).to(target.dtype), grid=grid).bool().cpu()
     original = pixels.cpu()
     masked = original.masked_fill(removed_pixels, _REMOVED)
-    return _sheet([original, masked, predicted, pasted], COLUMNS)
+    return Reconstructions(original, masked, to_pixels(prediction), pasted, removed_pixels)
+
+
+def reconstruction_sheet(
+    model: CrateMAE,
+    pixels: torch.Tensor,
+    normalization: Normalization,
+    *,
+    mask_ratio: float = 0.75,
+    noise: torch.Tensor | None = None,
+) -> Image.Image:
+    """A titled picture with a row for each image and the columns of `COLUMNS`; arguments as of `reconstruct`."""
+    shown = reconstruct(model, pixels, normalization, mask_ratio=mask_ratio, noise=noise)
+    return _sheet([shown.original, shown.masked, shown.prediction, shown.pasted], COLUMNS)
 
 
 def _sheet(columns: Sequence[torch.Tensor], titles: Sequence[str]) -> Image.Image:
@@ -88,12 +114,12 @@ def _sheet(columns: Sequence[torch.Tensor], titles: Sequence[str]) -> Image.Imag
         draw.text((left + cell_width / 2, _TITLE_HEIGHT / 2), title, fill="black", font=font, anchor="mm")
         for row, image in enumerate(images):
             # Nearest: a patch edge or a grey patch shall look as sharp as it is.
-            cell = _to_image(image).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+            cell = to_image(image).resize((cell_width, cell_height), Image.Resampling.NEAREST)
             sheet.paste(cell, (left, _TITLE_HEIGHT + row * (cell_height + _GAP)))
     return sheet
 
 
-def _to_image(pixels: torch.Tensor) -> Image.Image:
+def to_image(pixels: torch.Tensor) -> Image.Image:
     """An RGB image of uint8 [channels, height, width]; channels other than three are shown grey, as their mean."""
     if pixels.shape[0] != 3:
         pixels = pixels.float().mean(0, keepdim=True).round().to(torch.uint8).expand(3, -1, -1)

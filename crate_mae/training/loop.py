@@ -294,7 +294,7 @@ class _Run:
         self.metrics.append(step=self.step, epoch=epoch, **self.errors._asdict())
         _say(
             f"epoch {epoch}/{self.config.schedule.epochs}: validation error {self.errors.val_loss:.4f}, "
-            f"mean fill {self.errors.mean_fill_loss:.4f}"
+            f"mean fill {self.errors.mean_fill_loss:.4f}, best blur {self.errors.blur_loss:.4f}"
         )
 
     def _save(self) -> None:

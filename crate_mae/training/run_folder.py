@@ -11,6 +11,8 @@ from crate_mae.training.config import PretrainConfig
 
 METRICS, STATE, PICTURE = "metrics.jsonl", "state.pt", "reconstructions.png"
 RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, STATE, PICTURE)
+SUMMARY = "summary.png"
+"""Written by the demo alone."""
 
 
 def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -40,7 +42,7 @@ def make_run_folder(out: Path) -> None:
 
 def clear_run_folder(out: Path) -> None:
     """Delete the files of a run, and nothing else."""
-    for name in RUN_FILES:
+    for name in (*RUN_FILES, SUMMARY):
         (out / name).unlink(missing_ok=True)
 
 

@@ -1,7 +1,8 @@
-"""The reconstruction error on images held out, and the error of a guess that any model must beat."""
+"""The reconstruction error on images held out, and the errors of guesses that any model must beat."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -9,23 +10,28 @@ from torch.utils.data import Dataset
 
 from crate_mae.data import ImageFolder, ImageLoader, Normalization, centre_crop, image_to_tensor
 from crate_mae.data.transforms import Size
-from crate_mae.model import CrateMAE
+from crate_mae.evaluation import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
+from crate_mae.model import CrateMAE, MAEOutput
 from crate_mae.pictures import predicted_patches
 from crate_mae.training.precision import autocast
 
 
 class ValidationErrors(NamedTuple):
-    """Mean squared errors on removed patches, in normalised pixels.
+    """Mean squared errors on removed patches, in normalised pixels; all on the same images and masks.
 
     Attributes:
         val_loss: of the model. With `norm_pix_loss` its prediction is first brought back to pixels with the mean and
-            deviation of the true patch, so that the number can be held against `mean_fill_loss`.
+            deviation of the true patch, so that the number can be held against the other errors.
         mean_fill_loss: of filling the removed patches of an image with the mean of its visible ones; the better of the
             mean patch (pixel by pixel) and the mean colour.
+        blur_loss: of the best Gaussian blur of the visible pixels, `evaluation.blurred_visible`.
+        blur_sigma: the standard deviation of that blur, in pixels: of those tried, the one with the least error.
     """
 
     val_loss: float
     mean_fill_loss: float
+    blur_loss: float
+    blur_sigma: float
 
 
 class CentreCropped(Dataset[torch.Tensor]):
@@ -60,43 +66,54 @@ class Validation:
         self.normalization = normalization
         self.mask_ratio = mask_ratio
         self.precision = precision
-        self.noise = torch.rand(len(images), patches, generator=torch.Generator().manual_seed(seed))
+        self.noise = mask_noise(len(images), patches, seed)
         self._loader = ImageLoader(
             images, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator().manual_seed(seed)
         )
+        self._fill_errors: Counter[str | float] = Counter()
 
     @torch.no_grad()
     def __call__(self, model: CrateMAE) -> ValidationErrors:
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
+        first = not self._fill_errors  # which no model changes: they are measured once
+        sums: Counter[str | float] = Counter()
         removed = 0.0
         for pixels, noise in zip(self._loader, self.noise.split(self._loader.batch_size), strict=True):
             images = self.normalization(pixels.to(device))
             with autocast(self.precision, device):
                 output = model(images, mask_ratio=self.mask_ratio, noise=noise.to(device))
             target = model.patchify(images)
-            guesses = (
-                predicted_patches(model, images, output.pred),
-                mean_visible_patch(target, output.mask),
-                mean_visible_colour(target, output.mask, channels=images.shape[1]),
-            )
-            errors = [(((guess - target) ** 2).mean(-1) * output.mask).sum() for guess in guesses]
-            sums += torch.stack(errors).double().cpu()
-            removed += output.mask.sum().item()
+            guesses = {"model": predicted_patches(model, images, output.pred)}
+            if first:
+                guesses |= _fills(model, images, output)
+            for name, guess in guesses.items():
+                sums[name] += float((((guess - target) ** 2).mean(-1) * output.mask).sum())
+            removed += float(output.mask.sum())
         model.train(was_training)
-        val_loss, patch_fill_loss, colour_fill_loss = (sums / removed).tolist()
-        return ValidationErrors(val_loss, min(patch_fill_loss, colour_fill_loss))
+        errors = {name: total / removed for name, total in sums.items()}
+        val_loss = errors.pop("model")
+        self._fill_errors.update(errors)
+        fills = self._fill_errors
+        sigma = min((name for name in fills if isinstance(name, float)), key=fills.__getitem__)
+        return ValidationErrors(val_loss, min(fills["patch"], fills["colour"]), fills[sigma], sigma)
 
 
-def mean_visible_patch(target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[batch, 1, values]: the mean of each image's visible patches, value by value; mask is 1 where removed."""
-    visible = (1 - mask).unsqueeze(-1)
-    return (target * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)
+def mask_noise(images: int, patches: int, seed: int) -> torch.Tensor:
+    """[images, patches]: what fixes the masks of validation images, as in `model(images, mask_ratio, noise)`."""
+    return torch.rand(images, patches, generator=torch.Generator().manual_seed(seed))
 
 
-def mean_visible_colour(target: torch.Tensor, mask: torch.Tensor, *, channels: int) -> torch.Tensor:
-    """[batch, 1, values]: the mean colour of each image's visible patches, at every pixel of a patch."""
-    patch = mean_visible_patch(target, mask).unflatten(-1, (-1, channels))
-    return patch.mean(-2, keepdim=True).expand_as(patch).flatten(-2)
+def _fills(model: CrateMAE, images: torch.Tensor, output: MAEOutput) -> dict[str | float, torch.Tensor]:
+    """Guesses at all patches, [batch, patches or 1, patch values], by name, or of blurs by sigma in pixels."""
+    target, side = model.patchify(images), model.config.patch_size
+    grid = (images.shape[-2] // side, images.shape[-1] // side)
+    visible = model.unpatchify((1 - output.mask).unsqueeze(-1).expand_as(target), grid=grid)
+    return {
+        "patch": mean_visible_patch(target, output.mask),
+        "colour": mean_visible_colour(target, output.mask, channels=images.shape[1]),
+    } | {
+        sigma: model.patchify(blurred_visible(images, visible, sigma))
+        for sigma in (side * relative for relative in BLUR_SIGMAS)
+    }

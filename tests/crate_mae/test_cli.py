@@ -77,7 +77,25 @@ def test_pretrains_and_says_where_and_how_well(run, out, capsys):
     assert str(out / "reconstructions.png") in printed
     assert f"{last['val_loss']:.4f}" in printed
     assert f"{last['mean_fill_loss']:.4f}" in printed
-    assert f"{last['val_loss'] / last['mean_fill_loss']:.3f}" in printed
+    assert f"{last['blur_loss']:.4f}   (sigma {last['blur_sigma']:g} pixels)" in printed
+    assert f"{last['val_loss'] / last['blur_loss'] - 1:+.0%}" in printed
+    assert not (out / "summary.png").exists()
+
+
+@pytest.mark.parametrize("classes", [True, False], ids=["classes", "no classes"])
+def test_the_demo_ends_with_what_was_learnt(photographs, out, capsys, classes):
+    train = photographs if classes else photographs / "class0"
+    assert main(["demo", "--data", str(train), "--val", str(photographs), "--out", str(out), *TINY]) == 0
+    printed = capsys.readouterr().out
+    assert ("photographs in 2 classes" in printed) == ("linear probe" in printed) == classes
+    page = Image.open(out / "summary.png")
+    assert page.width == 1600
+    # The charts are on the right, the first original from (40, 132).
+    shown = np.asarray(page)[140:280, 50:190].astype(float)
+    original = np.asarray(Image.open(photographs / "class0" / "0.png").crop((2, 0, 38, 36)).resize((164, 164)))
+    assert abs(shown.mean() - original.mean()) < 20 and shown.std() > 20
+    assert len({tuple(pixel) for pixel in np.asarray(page)[200:400, 900:1500].reshape(-1, 3)}) > 3
+    assert main(["demo", "--out", str(out), "--data", str(train), "--val", str(photographs), *TINY, "--overwrite"]) == 0
 
 
 def test_a_runs_config_repeats_it_and_options_go_over_it(run, out, tmp_path):
@@ -96,6 +114,7 @@ def chosen(monkeypatch) -> list[PretrainConfig]:
     configs = []
     monkeypatch.setattr("crate_mae.cli.pretraining.pretrain", lambda config, **_: configs.append(config))
     monkeypatch.setattr("crate_mae.cli.pretraining._report", lambda result: "")
+    monkeypatch.setattr("crate_mae.cli.pretraining.summarise", lambda result, config: [])
     return configs
 
 

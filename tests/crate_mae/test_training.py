@@ -29,6 +29,7 @@ from crate_mae.data import (
     UnreadableImage,
     epoch_order,
 )
+from crate_mae.evaluation import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
 from crate_mae.model import CrateMAE
 from crate_mae.training import (
     ImagesConfig,
@@ -48,7 +49,7 @@ from crate_mae.training.files import replaced
 from crate_mae.training.metrics import ProgressLines, StepMeter
 from crate_mae.training.precision import choose_device, choose_precision
 from crate_mae.training.run_folder import RUN_FILES
-from crate_mae.training.validation import CentreCropped, mean_visible_colour, mean_visible_patch
+from crate_mae.training.validation import CentreCropped
 
 TINY = ModelConfig(
     img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_num_heads=2, lambd=0.1
@@ -227,6 +228,26 @@ class TestValidation:
             colour_errors.append(((removed - visible.mean((0, 1))) ** 2).mean())
         expected = min(torch.stack(patch_errors).mean().item(), torch.stack(colour_errors).mean().item())
         assert validation(model).mean_fill_loss == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("shape", [(32, 32), (16, 40)], ids=["square", "wide"])
+    def test_the_blur_is_the_best_of_those_tried_on_the_removed_pixels(self, photographs, shape):
+        model, rows, columns = CrateMAE(TINY), shape[0] // 8, shape[1] // 8
+        validation = Validation(
+            CentreCropped(ImageFolder(photographs), shape),
+            Normalization(IMAGENET_MEAN, IMAGENET_STD, 3),
+            **{"patches": rows * columns, "mask_ratio": 0.75, "batch_size": 5, "seed": 0},
+        )
+        images = validation.normalization(torch.stack([validation.images[index] for index in range(12)]))
+        removed = model(images, noise=validation.noise).mask.view(12, 1, rows, columns)
+        removed = removed.repeat_interleave(8, 2).repeat_interleave(8, 3)
+        errors = {}
+        for sigma in (8 * width for width in BLUR_SIGMAS):
+            wrong = (blurred_visible(images, 1 - removed, sigma) - images).square() * removed
+            errors[sigma] = (wrong.sum() / (3 * removed.sum())).item()
+        found = validation(model)
+        assert found.blur_loss == pytest.approx(min(errors.values()), rel=1e-5)
+        assert found.blur_sigma == min(errors, key=errors.__getitem__)
+        assert found[1:] == validation(CrateMAE(TINY))[1:]  # whatever the model
 
     def test_means_of_visible_patches(self):
         target = torch.tensor([[[1.0, 10, 3, 30], [5, 50, 7, 70], [9, 90, 9, 90]]])

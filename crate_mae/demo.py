@@ -1,0 +1,109 @@
+"""What a finished run has learnt, in a few lines and on one page: the end of ``crate-mae demo``."""
+
+from __future__ import annotations
+
+import json
+import math
+from statistics import fmean, stdev
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset
+
+from crate_mae.checkpoints import load_model
+from crate_mae.config import grid_of
+from crate_mae.data import ImageFolder, Normalization
+from crate_mae.evaluation import class_accuracies, pooled_features, zeros_by_layer
+from crate_mae.model import CrateMAE
+from crate_mae.pictures import Classes, Curves, Sparsity, summary_picture
+from crate_mae.registry import count_parameters
+from crate_mae.training import PretrainConfig, PretrainResult
+from crate_mae.training.files import replaced
+from crate_mae.training.image_sets import image_sets
+from crate_mae.training.precision import choose_device, cpu_threads
+from crate_mae.training.run_folder import METRICS, SUMMARY
+from crate_mae.training.validation import CentreCropped, mask_noise
+
+RANDOM_SEEDS = range(5)
+"""Of the encoders with random weights that the trained one stands beside."""
+
+FOLDS = 5
+"""Of the cross-validation by which classes are found."""
+
+ROWS = 6
+"""Photographs on the page."""
+
+
+def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
+    """Draw summary.png into the run's folder, and say in lines what the encoder tells apart.
+
+    Classes are found among all images, by labels of others; pre-training saw those to train on too, and no label. Without
+    validation images nothing is drawn; without classes, or with too few images of one, the page does without them.
+    """
+    train, val, _ = image_sets(config)
+    if result.errors is None or val is None:
+        return []
+    with cpu_threads(config.run.threads):
+        device = choose_device(config.run.device)
+        model = load_model(config.out).to(device).eval()
+        random = [_random_model(model, seed).to(device) for seed in RANDOM_SEEDS]
+        normalization = Normalization(config.images.mean, config.images.std, config.model.in_chans)
+        shown = CentreCropped(val, config.model.image_shape)
+        sparsity = Sparsity(*(zeros_by_layer(each, shown, normalization) for each in (model, random[0])))
+        classes = _classes(model, random, train, val, normalization)
+        chosen = np.linspace(0, len(shown) - 1, min(ROWS, len(shown))).round().astype(int).tolist()
+        patches = math.prod(grid_of(config.model.image_shape, config.model.patch_size))
+        page = summary_picture(
+            model,
+            torch.stack([shown[index] for index in chosen]),
+            normalization,
+            mask_ratio=config.schedule.mask_ratio,
+            noise=mask_noise(len(shown), patches, config.run.seed)[chosen],
+            curves=_curves(config, result),
+            sparsity=sparsity,
+            classes=classes,
+            caption=(
+                f"{config.model.depth} + {config.model.decoder_depth} layers, {count_parameters(model)[0]:,} parameters, "
+                f"{config.schedule.epochs} epochs of {len(train)} photographs; those shown here were held out"
+            ),
+        )
+    with replaced(config.out / SUMMARY) as temporary:
+        page.save(temporary, format="PNG")
+    return [] if classes is None else _lines(classes)
+
+
+def _random_model(like: CrateMAE, seed: int) -> CrateMAE:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CrateMAE(like.config).eval()
+
+
+def _classes(
+    model: CrateMAE, random: list[CrateMAE], train: ImageFolder, val: ImageFolder, normalization: Normalization
+) -> Classes | None:
+    labels = torch.tensor(train.labels + val.labels)
+    if train.classes != val.classes or len(train.classes) < 2 or labels.bincount().min() < FOLDS:
+        return None
+    images = ConcatDataset([CentreCropped(folder, model.config.image_shape) for folder in (train, val)])
+    trained, *others = (
+        class_accuracies(pooled_features(each, images, normalization), labels, folds=FOLDS) for each in (model, *random)
+    )
+    return Classes(train.classes, len(labels), trained, others)
+
+
+def _curves(config: PretrainConfig, result: PretrainResult) -> Curves:
+    lines = [json.loads(line) for line in (config.out / METRICS).read_text(encoding="utf-8").splitlines()]
+    training = [(line["epoch"], line["loss"]) for line in lines if "loss" in line]
+    validation = [(line["epoch"], line["val_loss"]) for line in lines if "val_loss" in line]
+    return Curves(training, validation, *result.errors[1:])
+
+
+def _lines(classes: Classes) -> list[str]:
+    said = [
+        f"Of {classes.images} photographs in {len(classes.names)} classes, found by the encoder's mean token, {FOLDS}-fold:",
+        f"                                    this model   random weights ({len(classes.random)} seeds)",
+    ]
+    names = ("k nearest neighbours", "linear probe")
+    for name, trained, random in zip(names, classes.trained, zip(*classes.random, strict=True), strict=True):
+        said.append(f"  {name:<34}{trained:>10.1%}   {fmean(random):.1%} +- {stdev(random):.1%}")
+    return said

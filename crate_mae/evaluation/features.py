@@ -1,0 +1,57 @@
+"""What the encoder makes of whole images: one vector an image, and how sparse each layer leaves its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from crate_mae.data import ImageLoader, Normalization
+from crate_mae.model import CrateMAE
+
+
+@torch.no_grad()
+def pooled_features(
+    model: CrateMAE, images: Dataset[Tensor], normalization: Normalization, *, batch_size: int = 50
+) -> Tensor:
+    """The mean of an image's patch tokens after the encoder, no patch removed: float32 [images, width], on the CPU.
+
+    Args:
+        images: items uint8 [channels, height, width], as ``CentreCropped`` has them.
+    """
+    batches = _batches(model, images, normalization, batch_size)
+    return torch.cat([model.encode(batch)[:, 1:].mean(1).float().cpu() for batch in batches])
+
+
+@torch.no_grad()
+def zeros_by_layer(
+    model: CrateMAE, images: Dataset[Tensor], normalization: Normalization, *, batch_size: int = 50
+) -> list[float]:
+    """The fraction of zeros in the ISTA output of each encoder layer, over all tokens of whole images."""
+    zeros, values = [0] * len(model.blocks), 0
+
+    def count(layer: int, output: Tensor) -> None:
+        zeros[layer] += int((output == 0).sum())
+
+    def hook(layer: int):
+        return lambda block, inputs, output: count(layer, output)
+
+    hooks = [block.register_forward_hook(hook(layer)) for layer, block in enumerate(model.blocks)]
+    try:
+        for batch in _batches(model, images, normalization, batch_size):
+            values += model.encode(batch).numel()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return [count / values for count in zeros]
+
+
+def _batches(
+    model: nn.Module, images: Dataset[Tensor], normalization: Normalization, batch_size: int
+) -> Iterator[Tensor]:
+    device = next(model.parameters()).device
+    # A generator of its own, as drawing from the global one would change what comes after.
+    for pixels in ImageLoader(images, batch_size=batch_size, generator=torch.Generator()):
+        yield normalization(pixels.to(device))
