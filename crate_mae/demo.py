@@ -69,7 +69,7 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
         )
     with replaced(config.out / SUMMARY) as temporary:
         page.save(temporary, format="PNG")
-    return [] if classes is None else _lines(classes)
+    return [f"On one page: {config.out / SUMMARY}", *([] if classes is None else _lines(classes))]
 
 
 def _random_model(like: CrateMAE, seed: int) -> CrateMAE:

@@ -3,9 +3,8 @@
 ``implementation`` is an argument, so that a traced graph says which one runs and the backward takes the forward's. ``kept`` is
 what the backward needs besides x and y. From ``composed``: the matrix that the tokens, or their residual, were multiplied with,
 and without a LayerNorm, x in ``dtype`` where that is not its own (the backward takes it for x); with one, its backward computes
-it again. From ``triton``, in the one-product form: G unless it
-came as ``combined``, the operand of eta * G and, with a LayerNorm, column sums, offset, and mean and rstd of each token; in
-the two-product form nothing.
+it again. From ``triton``, in the one-product form: G unless it came as ``combined``, the operand of eta * G and, with a
+LayerNorm, column sums, offset, and mean and rstd of each token; in the two-product form nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +66,8 @@ def _forward(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor
     y, kept = _forward_of_rows(_rows(x), out_dtype, given)
     if given.implementation == "composed":
         kept[1:] = (operand.view(x.shape) for operand in kept[1:])
-    return y.view(x.shape), kept
+    # Not a view, which autograd would not let a caller change in place.
+    return torch.ops.aten._unsafe_view(y, x.shape), kept
 
 
 def _forward_of_rows(x: Tensor, out_dtype: torch.dtype, given: Arguments) -> tuple[Tensor, list[Tensor]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from crate_kernels.ista.form import through_combination
+from crate_kernels.matmul import float32_product
 from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
 from crate_kernels.products.preparation import combine, prepare
 from crate_kernels.products.triton import gradient_rows, input_gradient, project, weight_gradient
@@ -123,6 +124,7 @@ def backward_two_products(
     scaled = prepare(weight, None, None, dtype, scale=step.step_size)
     # Kept in float32 up to the last product: there are few tokens here, and one rounding less.
     masked = dict(y=y, threshold=step.threshold, soft=step.soft)
+    masked["rows"] = gradient_rows(grad_y, None, dtype, **masked, need_weight=False)
     total = input_gradient(grad_y, scaled, torch.float32, **masked, skip=True)
     grad_residual = input_gradient(grad_y, scaled, dtype, **masked)
     grad_x = grad_weight = None
@@ -130,7 +132,7 @@ def backward_two_products(
         grad_x, _ = project(grad_residual, _plain(weight, dtype), x.dtype, skip=total, negate=True)
     if need_weight:
         residual = project(x, _plain(weight.t(), dtype), dtype, skip=x, negate=True)[0]
-        grad_weight = weight_gradient(residual, grad_y, dtype, y=y, need_column=False)[0] * step.step_size
+        grad_weight = float32_product(residual.t(), masked["rows"].g) * step.step_size
         grad_weight -= weight_gradient(grad_residual, x, dtype, need_column=False)[0]
     return grad_x, grad_weight
 

@@ -1,7 +1,7 @@
 """Encoder and decoder layers as kernels: MSSA and the sparse step one after the other, on what was prepared of their weights.
 
-    encoder    z = x + MSSA(LN x)        y = ISTA(LN z)               four launches
-    decoder    g = LN(x) W^T             y = g - MSSA(LN g)           four launches
+    encoder    z = x + MSSA(LN x)        y = ISTA(LN z)               six launches
+    decoder    g = LN(x) W^T             y = g - MSSA(LN g)           six launches
 
 Of [tokens, width] tensors the encoder keeps x, w, attention's output and z, the decoder x, g, w and attention's output; y is the
 next layer's x. With ``recompute`` they keep x and z, or x and g, and do projection and attention again in the backward.

@@ -1,4 +1,4 @@
-"""MSSA as kernels: three launches forward, for small batches two, LayerNorm, bias and residual included.
+"""MSSA as kernels: three launches forward, one more for a LayerNorm's moments; for small batches two in all.
 
     w = LN(x) U^T      out = softmax(scale * w w^T) w, head by head      z = residual +- (out W_out^T + b)
 

@@ -22,7 +22,7 @@ def norm_linear(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
 ) -> Tensor:
-    """``LN(x) W^T + b``: a linear map with the LayerNorm before it, in one launch on the Triton path.
+    """``LN(x) W^T + b``: a linear map with the LayerNorm before it, in two launches on the Triton path.
 
     Args:
         x: [..., width]; float32, float16 or bfloat16 (float64 off the Triton path), any strides.

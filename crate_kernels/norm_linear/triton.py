@@ -1,4 +1,4 @@
-"""The linear step as kernels: one launch forward, LayerNorm and bias included, and two large products backward.
+"""The linear step as kernels: one product forward, behind a pass for a LayerNorm's moments, and two products backward.
 
 Kept for the backward are x and, with a LayerNorm, the result y and two numbers a token (mean and rstd).
 """
@@ -48,7 +48,17 @@ def backward(
     """
     grad_x = grads = None
     operand, of_product = weights.operand(dtype) if need_x else None, dict(y=y, norm=weights.norm, stats=stats)
-    rows = gradient_rows(grad, x, dtype, operand=operand, **of_product, need_input=need_x, need_weight=need_weights)
+    need_column = weights.bias is not None or weights.norm is not None
+    rows = gradient_rows(
+        grad,
+        x,
+        dtype,
+        operand=operand,
+        **of_product,
+        need_input=need_x,
+        need_weight=need_weights,
+        need_column=need_column,
+    )
     if need_x:
         grad_x = input_gradient(grad, operand, x.dtype, **of_product, x=x, rows=rows)
     if need_weights:

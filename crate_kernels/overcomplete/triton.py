@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crate_kernels.products.operand import Operand
 from crate_kernels.products.preparation import prepare
-from crate_kernels.products.triton import input_gradient, project, weight_gradient
+from crate_kernels.products.triton import gradient_rows, input_gradient, project, weight_gradient
 
 
 class Weights(NamedTuple):
@@ -101,18 +101,19 @@ def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Weights, 
         grad_r = input_gradient(g2, descent, dtype)
         # Not yet masked: what reads it does that.
         grad_z1, _ = project(grad_r, weights.analysis(dtype), dtype, skip=g2, negate=True)
+        first = dict(y=z1, threshold=threshold)
+        g1 = gradient_rows(grad_z1, x, dtype, **first, need_weight=needs.dictionary, need_column=False)
         if needs.x:
-            grad_x = input_gradient(grad_z1, descent, x.dtype, y=z1, threshold=threshold, extra=grad_r)
+            grad_x = input_gradient(grad_z1, descent, x.dtype, **first, extra=grad_r, rows=g1)
         if needs.dictionary:
-            through_first, _ = weight_gradient(x, grad_z1, dtype, y=z1, need_column=False)
+            through_first, _ = weight_gradient(x, grad_z1, dtype, rows=g1)
             through_second, _ = weight_gradient(_unexplained(x, z1, weights), g2, dtype, need_column=False)
             grad_dictionary = (through_first + through_second) * eta
             grad_dictionary -= weight_gradient(grad_r, z1, dtype, need_column=False)[0]
         if needs.numbers:
-            g1 = torch.where(z1 != 0, grad_z1, 0).float()
             gained = z2.float() - z1
-            grad_step_size = ((g1 * z1).sum() + (g2 * gained).sum()) / eta
-            grad_lambd = -eta * (g1.sum() + g2.float().sum())
+            grad_step_size = ((g1.g.float() * z1).sum() + (g2 * gained).sum()) / eta
+            grad_lambd = -eta * (g1.g.float().sum() + g2.float().sum())
     if coupled and needs.dictionary:
         grad_dictionary, grad_out = grad_dictionary + grad_out, None
     return Gradients(grad_x, grad_dictionary, grad_out, grad_step_size, grad_lambd)

@@ -48,13 +48,13 @@ class MatrixGradient(NamedTuple):
 
 
 def gradient(
-    product_gradient: Tensor, column_gradient: Tensor, matrix: Tensor, bias: Tensor | None, norm: Norm | None
+    product_gradient: Tensor, column_gradient: Tensor | None, matrix: Tensor, bias: Tensor | None, norm: Norm | None
 ) -> MatrixGradient:
     """Gradients of B, bias, gamma and beta, from those of the product.
 
     Args:
         product_gradient: H = xhat^T g [inner, width] float32, with xhat the tokens normalised (or as they are).
-        column_gradient: sums over tokens of g, [width] float32.
+        column_gradient: sums over tokens of g, [width] float32; None where there is neither bias nor LayerNorm.
         matrix, bias, norm: what ``preparation.prepare`` took.
 
     dB = gamma * H + beta (x) colsum(g), dgamma = rowsum(B * H), dbeta = B colsum(g).

@@ -16,8 +16,8 @@ z = xhat . B' + offset the product that was,
     c2 = sum_k dxhat_k xhat_k = sum_n g_n (z_n - offset_n)
     dx = rstd * (dxhat - c1 / width - xhat * c2 / width)
 
-What the products keep for their backward is x, y and two float32 numbers a token. Sums over tokens are split in a fixed way and
-added in a fixed order: no atomics, the same bits every run.
+What the products keep for their backward is x, y and two float32 numbers a token. Column sums are split in a fixed way and added
+in a fixed order; the weight gradient is as repeatable as ``torch.mm`` of the device.
 """
 
 from __future__ import annotations
@@ -464,7 +464,7 @@ def gradient_rows(
     programs = triton.cdiv(tokens, _ROWS["BLOCK_M"])
     need_column = need_column and need_weight
     columns = grad.new_empty((programs, width), dtype=torch.float32) if need_column else None
-    if not (make_g or make_sums or make_xhat or need_column) or not grad.numel():
+    if not (make_g or make_sums or make_xhat or need_column) or not tokens:
         return GradientRows(g, sums, xhat, None if columns is None else columns.sum(0))
     product_sum = product_offset = None
     if make_sums:

@@ -57,12 +57,12 @@ def family(device: torch.device) -> str:
         return "default"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return _family_of_cuda(device)
+    return _family_of_cuda(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
-def _family_of_cuda(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
+def _family_of_cuda(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
     return f"sm_{major}{minor}"
 
 

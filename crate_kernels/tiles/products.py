@@ -1,8 +1,7 @@
 """Tiles of the large products, keyed (kernel, bytes an element of the operands, bytes an element of the stream).
 
-The stream is x, y and their gradients; under autocast it may stay float32 while the operands are 16-bit, and a kernel
-that masks the gradient as it loads it then keeps twice the bytes in shared memory. The ``default`` entries fit the 99 KB
-a block may use on consumer devices.
+The stream is x, y and their gradients; under autocast it may stay float32 while the operands are 16-bit: loops read operands,
+epilogues the stream. The ``default`` entries fit the 99 KB a block may use on consumer devices.
 """
 
 from __future__ import annotations

@@ -197,8 +197,8 @@ def demo_config(out: Path) -> PretrainConfig:
         model=ModelConfig(
             img_size=64,
             patch_size=8,
-            embed_dim=160,
-            depth=2,
+            embed_dim=128,
+            depth=3,
             num_heads=4,
             decoder_depth=1,
             decoder_num_heads=4,
@@ -208,8 +208,8 @@ def demo_config(out: Path) -> PretrainConfig:
         # them: it takes a tenth of the time off the one that computes.
         images=ImagesConfig(crop_scale=(0.5, 1.0), crop_ratio=(1.0, 1.0), num_workers=1),
         # Models this small profit from a far higher rate, and from many small steps, than the published recipes use.
-        optimizer=OptimizerConfig(base_lr=0.032, weight_decay=0.2),
-        schedule=ScheduleConfig(epochs=105, warmup_epochs=10, batch_size=16),
+        optimizer=OptimizerConfig(base_lr=0.024, weight_decay=0.2),
+        schedule=ScheduleConfig(epochs=110, warmup_epochs=11, batch_size=16),
         # On a CPU, casting costs narrow layers more than bfloat16 saves them, and a second thread gains them little; if
         # something else wants its core, the two wait for each other and are many times slower than one.
         run=RunConfig(precision="bfloat16" if torch.cuda.is_available() else "float32", threads=1),

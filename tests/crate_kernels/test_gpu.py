@@ -99,13 +99,17 @@ def ista_upstream(x: Tensor, weight: Tensor, threshold: str) -> Tensor:
     return torch.randn_like(x) * (distance > 0.05)
 
 
-# exp(score - lse) is as far off, relatively, as its float32 argument is absolutely: half a unit of a number of up to 16, which
-# sqrt(head_dim), the score of a random token with itself, does not pass. The official order subtracts the maximum instead.
+# exp(score - lse) is as far off, relatively, as its float32 argument is absolutely: half a unit (4 eps) each of two numbers of
+# up to 16, which sqrt(head_dim), the score of a random token with itself, does not pass. The official order subtracts the
+# maximum instead.
 LOG_SUM_EXP_ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
 def agrees(operator: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, margin: float = 0.0) -> None:
-    """Triton's error against float64, output and every gradient, is at most the reference's in the same dtype."""
+    """Triton's error against float64, output and every gradient, is at most the reference's in the same dtype.
+
+    ``margin`` is what gradients may have besides.
+    """
     dtype = inputs[0].dtype
     with crate_kernels.use("reference"):
         truth = gradients(operator, [value.double() for value in inputs], upstream.double())
@@ -113,9 +117,9 @@ def agrees(operator: Callable[..., Tensor], inputs: list[Tensor], upstream: Tens
     with crate_kernels.use("triton"):
         found = gradients(operator, inputs, upstream)
         again = gradients(operator, inputs, upstream)
-    for ours, repeated, plain, exact in zip(found, again, official, truth, strict=True):
+    for place, (ours, repeated, plain, exact) in enumerate(zip(found, again, official, truth, strict=True)):
         assert torch.equal(ours, repeated), "two runs differ in their bits"
-        assert error(ours, exact) <= 1.25 * error(plain, exact) + a_few_roundings(dtype) + margin
+        assert error(ours, exact) <= 1.25 * error(plain, exact) + a_few_roundings(dtype) + margin * (place > 0)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
