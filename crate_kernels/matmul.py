@@ -99,7 +99,8 @@ def _linear_flops(rows_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_
 class _Linear(torch.autograd.Function):
     """rows weight^T + bias, computed in ``dtype``, returned in ``out_dtype``; its gradients, of any order, are such layers too.
 
-    Rows and weight are kept as they came: casting them again takes less time than the product, and half the memory.
+    Rows and weight are kept as they came: casting them again takes less time than the product, and half the memory. There is no
+    forward mode: torch.compile refuses functions that have it.
     """
 
     generate_vmap_rule = True
@@ -113,11 +114,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        rows, weight, bias, ctx.dtype, ctx.out_dtype = inputs
+        rows, weight, bias, ctx.dtype, _ = inputs
         ctx.dtypes = rows.dtype, weight.dtype, None if bias is None else bias.dtype
         needs = ctx.needs_input_grad
         ctx.save_for_backward(rows if needs[1] else None, weight if needs[0] else None)
-        ctx.save_for_forward(rows, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,15 +126,3 @@ class _Linear(torch.autograd.Function):
         grad_rows = _Linear.apply(grad, weight.t(), None, ctx.dtype, of_rows) if needs[0] else None
         grad_weight = _Linear.apply(grad.t(), rows.t(), None, ctx.dtype, of_weight) if needs[1] else None
         return grad_rows, grad_weight, grad.sum(0).to(of_bias) if needs[2] else None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, rows: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: None) -> Tensor:
-        at_rows, at_weight = ctx.saved_tensors
-        parts = []
-        if rows is not None:
-            parts.append(_Linear.apply(rows, at_weight, bias, ctx.dtype, ctx.out_dtype))
-        if weight is not None:
-            parts.append(_Linear.apply(at_rows, weight, bias if rows is None else None, ctx.dtype, ctx.out_dtype))
-        if not parts:
-            parts.append(bias.to(ctx.out_dtype).expand(len(at_rows), -1))
-        return sum(parts[1:], parts[0])

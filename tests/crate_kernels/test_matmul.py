@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -192,30 +191,6 @@ def test_function_transforms() -> None:
     agree([torch.func.vmap(lambda sample: matmul.linear(sample, weight, bias))(x)], [whole])
     grad = torch.func.grad(lambda weight: matmul.linear(x, weight, bias).sum())(weight)
     agree([grad], [x.double().sum((0, 1)).expand(40, 24)])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("moved", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
-def test_forward_mode(moved: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Directional derivatives, in what follows from bfloat16 tokens too, which a CPU may multiply in float32."""
-    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", ())
-    values = [value.to(dtype) for value in (torch.randn(7, 24), *parameters())]
-    tangents = [
-        torch.randn_like(value) if index in moved else torch.zeros_like(value) for index, value in enumerate(values)
-    ]
-
-    def along(function: Callable[..., Tensor], to: torch.dtype) -> Tensor:
-        primals = [value.to(to) for value in values]
-
-        def of_moved(*given: Tensor) -> Tensor:
-            return function(*(given[moved.index(index)] if index in moved else primals[index] for index in range(3)))
-
-        directions = tuple(tangents[index].to(to) for index in moved)
-        return torch.func.jvp(of_moved, tuple(primals[index] for index in moved), directions)[1]
-
-    found, plain, truth = along(matmul.linear, dtype), along(F.linear, dtype), along(F.linear, torch.float64)
-    assert found.dtype == dtype
-    assert error(found, truth) <= error(plain, truth) + a_few_roundings(dtype)
 
 
 def test_only_what_gradients_need_is_kept(chosen: bool) -> None:
