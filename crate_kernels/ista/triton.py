@@ -73,15 +73,9 @@ def backward(
     dtype = operand.matrix.dtype
     form = dict(y=y, threshold=step.threshold, soft=step.soft, norm=norm, stats=stats, skip=True)
     rows = gradient_rows(
-        grad_y,
-        x,
-        dtype,
-        operand=operand,
-        **form,
-        need_input=need_x,
-        need_weight=need_weight,
-        need_column=norm is not None,
-    )
+        grad_y, x, dtype, operand=operand, **form,
+        need_input=need_x, need_weight=need_weight, need_column=norm is not None,
+    )  # fmt: skip
     if need_x:
         grad_x = input_gradient(grad_y, operand, x.dtype, **form, x=x, rows=rows)
     if need_weight:

@@ -347,17 +347,9 @@ def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tup
     xhat = None if xhat_dtype is None else torch.empty((tokens, width), dtype=xhat_dtype, device=x.device)
     if x.numel():
         moments_kernel[(triton.cdiv(tokens, _ROWS["BLOCK_M"]),)](
-            x,
-            stats,
-            xhat,
-            eps,
-            tokens,
-            width,
-            *x.stride(),
-            WHOLE=width % _ROWS["BLOCK_N"] == 0,
-            enable_fp_fusion=True,
-            **_ROWS,
-        )
+            x, stats, xhat, eps, tokens, width, *x.stride(),
+            WHOLE=width % _ROWS["BLOCK_N"] == 0, enable_fp_fusion=True, **_ROWS,
+        )  # fmt: skip
     return stats, xhat
 
 
