@@ -101,8 +101,9 @@ def layer_norm(
     """
     if weight is None:
         return x
+    dtype = layer_norm_dtype(x, before)
     with no_autocast(x):
-        operands = norm_operands(x, weight, bias, layer_norm_dtype(x, before))
+        operands = norm_operands(x, weight, bias, dtype)
         return F.layer_norm(operands[0], x.shape[-1:], *operands[1:], eps)
 
 

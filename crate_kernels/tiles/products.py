@@ -20,7 +20,7 @@ def _tile(block_m: int, block_n: int, block_k: int, group: int, num_warps: int, 
 
 TABLE = {
     "sm_90": {
-        ("project", 2, 2): _tile(128, 128, 64, 8, 4, 3),
+        ("project", 2, 2): _tile(128, 128, 64, 8, 8, 3),
         ("project", 2, 4): _tile(128, 128, 64, 8, 8, 3),
         ("project", 4, 4): _tile(64, 64, 32, 8, 4, 3),
         ("input_gradient", 2, 2): _tile(64, 128, 64, 8, 4, 4),

@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NonFiniteLoss as error:
         return _fail(error, BROKE_DOWN)
     except RunStopped as error:
-        goes_on = "the same command" if arguments[0] == "demo" else "--resume"
+        own_model = any(argument.startswith("--model.") for argument in arguments)
+        goes_on = "the same command" if arguments[0] == "demo" and not own_model else "--resume"
         return _fail(f"{error}; {goes_on} goes on", STOPPED)
     except KeyboardInterrupt:
         return _fail("interrupted; what was saved before is kept", STOPPED)

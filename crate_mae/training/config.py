@@ -154,6 +154,12 @@ class PretrainConfig:
             raise ValueError(
                 f"init: expected another run than the one in out, got {self.init}; --resume goes on with that"
             )
+        for name in ("data", "val"):
+            folder = getattr(self, name)
+            if folder is not None and os.path.realpath(folder) == os.path.realpath(self.out):
+                raise ValueError(
+                    f"out: expected another folder than {name}, got {self.out}; a run's pictures are no photographs"
+                )
         epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
         if warmup >= epochs:
             raise ValueError(

@@ -459,6 +459,7 @@ def test_divergence_is_reported(run, capsys):
         ("pretrain", "out"),
         ("pretrain --out {out} --data {out}/nowhere", "--data: no such folder"),
         ("pretrain --out {out} --val {out}/nowhere", "--val: no such folder"),
+        ("pretrain --out {out} --data {out}/../{out.name}", "out: expected another folder than data"),
         ("pretrain --out {out} --arch crate_mae_tiny", "--arch"),
         ("pretrain --out {out} --schedule.epoch 3", "--schedule.epoch"),
         ("pretrain --out {out} --resu", "--resu"),
