@@ -12,6 +12,12 @@ from crate_mae import CrateMAE, create_model
 SMALL = dict(embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_num_heads=2, patch_size=4, img_size=16)
 
 
+# Of gradients that attention passes on: exp(score - lse) is as far off, relatively, as its float32 argument is absolutely: half
+# a unit (4 eps) each of two numbers of up to 16, which sqrt(head_dim), the score of a random token with itself, does not pass.
+# The official order subtracts the maximum instead.
+LOG_SUM_EXP_ROUNDING = 8 * torch.finfo(torch.float32).eps
+
+
 def error(found: Tensor, truth: Tensor) -> float:
     """Norm-relative error; NaN never passes a comparison with it."""
     found, truth = found.detach().cpu().double(), truth.detach().cpu().double()

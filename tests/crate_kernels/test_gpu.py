@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import a_few_roundings, error, gradients
+from support import LOG_SUM_EXP_ROUNDING, a_few_roundings, error, gradients
 from torch import Tensor, nn
 
 import crate_kernels
@@ -97,12 +97,6 @@ def ista_upstream(x: Tensor, weight: Tensor, threshold: str) -> Tensor:
     code = x + 0.1 * (x @ weight - x @ weight.T @ weight)
     distance = ((code if threshold == "relu" else code.abs()) - 0.05).abs()
     return torch.randn_like(x) * (distance > 0.05)
-
-
-# exp(score - lse) is as far off, relatively, as its float32 argument is absolutely: half a unit (4 eps) each of two numbers of
-# up to 16, which sqrt(head_dim), the score of a random token with itself, does not pass. The official order subtracts the
-# maximum instead.
-LOG_SUM_EXP_ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
 def agrees(operator: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, margin: float = 0.0) -> None:

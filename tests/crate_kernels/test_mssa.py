@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import a_few_roundings, error, gradients
+from support import LOG_SUM_EXP_ROUNDING, a_few_roundings, error, gradients
 from torch import Tensor
 
 import crate_kernels
@@ -73,11 +73,12 @@ def test_triton(dtype: torch.dtype, norm: bool, subtract: bool, is_causal: bool,
         official = gradients(operator, inputs, upstream)
     with crate_kernels.use("triton"):
         found = gradients(operator, inputs, upstream)
-    for ours, plain, exact in zip(found, official, truth, strict=True):
+    for place, (ours, plain, exact) in enumerate(zip(found, official, truth, strict=True)):
         assert (ours is None) == (exact is None)
         if exact is not None:
             assert ours.dtype == dtype
-            assert error(ours, exact) <= 1.25 * error(plain, exact) + a_few_roundings(dtype)
+            margin = a_few_roundings(dtype) + LOG_SUM_EXP_ROUNDING * (place > 0)
+            assert error(ours, exact) <= 1.25 * error(plain, exact) + margin
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["x", "weights"])
