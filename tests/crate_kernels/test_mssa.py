@@ -73,11 +73,12 @@ def test_triton(dtype: torch.dtype, norm: bool, subtract: bool, is_causal: bool,
         official = gradients(operator, inputs, upstream)
     with crate_kernels.use("triton"):
         found = gradients(operator, inputs, upstream)
+    through_attention = (1, 2, 5, 6)  # of x, of the projection before it, and of the LayerNorm
     for place, (ours, plain, exact) in enumerate(zip(found, official, truth, strict=True)):
         assert (ours is None) == (exact is None)
         if exact is not None:
             assert ours.dtype == dtype
-            margin = a_few_roundings(dtype) + LOG_SUM_EXP_ROUNDING * (place > 0)
+            margin = a_few_roundings(dtype) + LOG_SUM_EXP_ROUNDING * (place in through_attention)
             assert error(ours, exact) <= 1.25 * error(plain, exact) + margin
 
 
