@@ -5,14 +5,14 @@ from crate_kernels.accelerate import accelerate
 from crate_kernels.dispatch import use
 from crate_kernels.ista.api import combine, ista
 from crate_kernels.layers.api import (
-    AttentionWeights,
     DecoderWeights,
     EncoderWeights,
+    PreparedLayer,
     decoder_layer,
     encoder_layer,
     prepare_layers,
 )
-from crate_kernels.mssa.api import mssa
+from crate_kernels.mssa.api import AttentionWeights, mssa
 from crate_kernels.nn import ISTA, MSSA, DecoderStep, OvercompleteISTA
 from crate_kernels.norm_linear.api import norm_linear
 from crate_kernels.overcomplete.api import overcomplete_ista
@@ -28,6 +28,7 @@ __all__ = [
     "EncoderWeights",
     "Norm",
     "OvercompleteISTA",
+    "PreparedLayer",
     "__version__",
     "accelerate",
     "combine",

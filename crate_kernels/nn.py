@@ -49,11 +49,11 @@ class MSSA(nn.Module):
         return_key: bool = False,
         *,
         norm: nn.LayerNorm | None = None,
-        residual: Tensor | None = None,
+        skip: Tensor | None = None,
         subtract: bool = False,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """MSSA of x [batch, tokens, dim], after ``norm`` and added to (or taken from) ``residual`` where these are given.
+        """MSSA of x [batch, tokens, dim], after ``norm`` and added to (or taken from) ``skip`` where these are given.
         With ``lengths`` [batch], tokens from there on are padding.
 
         ``return_attention`` gives the attention weights [batch, heads, tokens, tokens] instead, ``return_key`` the
@@ -72,7 +72,7 @@ class MSSA(nn.Module):
             None if out is None else out.bias,
             num_heads=self.heads,
             scale=self.scale,
-            residual=residual,
+            skip=skip,
             subtract=subtract,
             lengths=lengths,
             dropout=dropout,
@@ -203,15 +203,15 @@ class OvercompleteISTA(nn.Module):
             nn.init.kaiming_uniform_(parameter)
             self.register_parameter(name, parameter)
 
-    def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None, residual: Tensor | None = None) -> Tensor:
-        """The step of x [..., dim], after ``norm`` and added to ``residual`` where these are given."""
+    def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None, skip: Tensor | None = None) -> Tensor:
+        """The step of x [..., dim], after ``norm`` and added to ``skip`` where these are given."""
         return overcomplete_ista(
             x,
             self.D,
             getattr(self, "D1", None),
             step_size=self.eta,
             lambd=self.lmbda,
-            residual=residual,
+            skip=skip,
             **_norm_arguments(norm),
         )
 

@@ -17,6 +17,7 @@ from crate_kernels import (
     DecoderWeights,
     EncoderWeights,
     Norm,
+    PreparedLayer,
     decoder_layer,
     encoder_layer,
     matmul,
@@ -61,18 +62,17 @@ class EncoderBlock(nn.Module):
         width, heads = config.embed_dim, config.num_heads
         attention = PreNorm(width, MSSA(width, heads, width // heads))
         sparsify = PreNorm(width, ISTA(width, config.step_size, config.lambd))
-        self.step_size = config.step_size  # what CrateMAE prepares the weights of all layers for
         self.layers = nn.ModuleList([nn.ModuleList([attention, sparsify])])
 
-    def forward(self, x: Tensor, *, recompute: bool = False, prepared: list[Tensor] | None = None) -> Tensor:
-        sparsify = self.layers[0][1].fn
-        if prepared is not None and sparsify.step_size != self.step_size:
-            raise ValueError(
-                f"step_size: expected {self.step_size}, which the model was built with, got {sparsify.step_size} of a layer; "
-                f"the Triton path takes one for all layers: create_model(..., step_size={sparsify.step_size})"
-            )
-        heads, numbers = _heads(self.layers[0][0].fn), dict(step_size=sparsify.step_size, lambd=sparsify.lambd)
+    def forward(self, x: Tensor, *, recompute: bool = False, prepared: PreparedLayer | None = None) -> Tensor:
+        numbers = dict(step_size=self.step_size, lambd=self.layers[0][1].fn.lambd)
+        heads = _heads(self.layers[0][0].fn)
         return encoder_layer(x, *self.weights(), **heads, **numbers, recompute=recompute, prepared=prepared)
+
+    @property
+    def step_size(self) -> float:
+        """Of the sparse step, as it stands there now."""
+        return self.layers[0][1].fn.step_size
 
     def weights(self) -> EncoderWeights:
         attention, sparsify = self.layers[0]
@@ -92,7 +92,7 @@ class DecoderBlock(nn.Module):
         attention = PreNorm(width, MSSA(width, heads, width // heads))
         self.layers = nn.ModuleList([nn.ModuleList([PreNorm(width, DecoderStep(width)), attention])])
 
-    def forward(self, x: Tensor, *, recompute: bool = False, prepared: list[Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, recompute: bool = False, prepared: PreparedLayer | None = None) -> Tensor:
         heads = _heads(self.layers[0][1].fn)
         return decoder_layer(x, *self.weights(), **heads, recompute=recompute, prepared=prepared)
 
@@ -304,17 +304,22 @@ class CrateMAE(nn.Module):
         return sine_cosine(grid, self.config.embed_dim).to(self.decoder_pos_embed)
 
     def _encode(self, x: Tensor) -> Tensor:
-        settings = dict(num_heads=self.config.num_heads, step_size=self.config.step_size)
-        return self.norm(self._through(self.blocks, x, **settings))
+        sizes = [block.step_size for block in self.blocks] or [self.config.step_size]
+        # Layers whose steps someone has made different prepare themselves, one by one.
+        together = all(size == sizes[0] for size in sizes)
+        settings = dict(num_heads=self.config.num_heads, step_size=sizes[0])
+        return self.norm(self._through(self.blocks, x, together, **settings))
 
     def _decode(self, x: Tensor) -> Tensor:
-        x = self._through(self.decoder_blocks, x, num_heads=self.config.decoder_num_heads)
+        x = self._through(self.decoder_blocks, x, True, num_heads=self.config.decoder_num_heads)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
-    def _through(self, blocks: nn.ModuleList, x: Tensor, **settings: Any) -> Tensor:
+    def _through(self, blocks: nn.ModuleList, x: Tensor, together: bool, **settings: Any) -> Tensor:
         if self.stream == "16bit":
             x = x.to(compute_dtype(x))
-        prepared = prepare_layers(x, [block.weights() for block in blocks], **settings)
+        prepared = [None] * len(blocks)
+        if together:
+            prepared = prepare_layers(x, [block.weights() for block in blocks], **settings)
         for block, ready in zip(blocks, prepared, strict=True):
             x = block(x, recompute=self.recompute, prepared=ready)
         return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from crate_kernels import checks, dispatch
 from crate_kernels.ista import op, reference
 from crate_kernels.ista.form import combination, one_product
 from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, layer_norm_dtype, no_autocast
+from crate_kernels.products.op import combinations, operands
+from crate_kernels.products.operand import Norm, Operand
+from crate_kernels.products.prepared import Prepared, as_prepared, check_prepared
 from crate_kernels.schemas import number_as_tensor
 
 
 def ista(
     x: Tensor,
-    weight: Tensor,
+    dictionary: Tensor,
     *,
     step_size: float | Tensor = 0.1,
     lambd: float | Tensor = 0.1,
@@ -26,6 +30,8 @@ def ista(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     combined: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    prepared: Prepared | None = None,
 ) -> Tensor:
     """One ISTA step towards a sparse code of x in the dictionary W, with an optional LayerNorm before it.
 
@@ -34,15 +40,19 @@ def ista(
 
     Args:
         x: [..., width]; float32, float16 or bfloat16 (float64 off the Triton path), any strides.
-        weight: [width, width], the dictionary W (tokens are rows). Under autocast it stays in its own dtype, float32
+        dictionary: W, [width, width] (tokens are rows). Under autocast it stays in its own dtype, float32
             as a rule, and only the products' operands are cast; otherwise its dtype is x's.
         step_size: eta, above zero. A number, or a tensor of one element, which may ask for a gradient; the value of a tensor
             on a GPU is not checked, since that would wait for the device.
         lambd: the sparsity weight, at least zero; number or tensor, likewise.
         threshold: "relu" or "soft".
         norm_weight, norm_bias, norm_eps: LayerNorm over the width before the step; none where norm_weight is None.
-        combined: ``combine(weight)``, made before, for inference: the weight is then a constant, and the step always one
-            product. It must be made again when the weight changes.
+        combined: ``combine(dictionary)``, made before, for inference: the dictionary is then a constant, and the step always one
+            product. It must be made again when the dictionary changes.
+        out_dtype: of the result, where another is wanted than below.
+        prepared: this operator's part of what ``prepare_layers`` gave, checked against dictionary, LayerNorm and step_size;
+            made here if None. Not looked at off the Triton path, nor with ``combined``. It makes the step one product, however
+            few the tokens are.
 
     Returns:
         [..., width] in the dtype of x, or of its LayerNorm where there is one: float32 under autocast, except that on a CPU
@@ -59,42 +69,82 @@ def ista(
 
     Source: CRATE (arXiv 2306.01129), section 2.4; CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    check(x, weight, step_size, lambd, threshold, norm_weight, norm_bias, norm_eps, combined)
+    check(x, dictionary, step_size, lambd, threshold, norm_weight, norm_bias, norm_eps, combined)
     dtype, soft = compute_dtype(x), threshold == "soft"
     implementation = dispatch.choose(x, dtype)
     tokens, width = x.numel() // x.shape[-1], x.shape[-1]
     # The kernels fold a LayerNorm into the one product; before two, and before the reference, it comes by itself.
-    folds = combined is not None or one_product(tokens, width)
-    if implementation == "reference" or (implementation == "triton" and not folds):
+    one = combined is not None or one_product(tokens, width) or (implementation == "triton" and prepared is not None)
+    if implementation == "reference" or (implementation == "triton" and not one):
         x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
         norm_weight = norm_bias = None
     if implementation == "reference":
-        return reference.ista(x, weight, step_size, lambd, soft)
+        y = reference.ista(x, dictionary, step_size, lambd, soft)
+        return y if out_dtype is None else y.to(out_dtype)
+    if out_dtype is None:
+        out_dtype = x.dtype
+        if norm_weight is not None:
+            out_dtype = layer_norm_dtype(x, before=dtype if implementation == "composed" else None)
+    norm = None if norm_weight is None else Norm(norm_weight, norm_bias, float(norm_eps))
+    operand, is_constant = Operand(None, None, None), combined is not None
+    if implementation == "triton" and one:
+        if is_constant:
+            (operand,) = operands([combined], [None], [norm], dtype, number_as_tensor(step_size))
+        else:
+            if prepared is None:
+                (prepared,) = prepare_ista([(dictionary, norm)], step_size, dtype)
+            else:
+                check_prepared(prepared, dtype, _made_of(dictionary, norm, step_size))
+            (operand,), combined = prepared.operands, prepared.combined
     numbers = number_as_tensor(step_size), number_as_tensor(lambd)
-    out_dtype = x.dtype
-    if norm_weight is not None:
-        out_dtype = layer_norm_dtype(x, before=dtype if implementation == "composed" else None)
-    norm = norm_weight, norm_bias, float(norm_eps)
-    arguments = weight, combined, *norm, *numbers, soft, dtype, implementation
-    return _ISTA.apply(x, out_dtype, *arguments)
+    arguments = (
+        dictionary,
+        combined,
+        norm_weight,
+        norm_bias,
+        *operand,
+        float(norm_eps),
+        *numbers,
+        soft,
+        dtype,
+        implementation,
+    )
+    return _ISTA.apply(x, out_dtype, is_constant, *arguments)
 
 
-def combine(weight: Tensor) -> Tensor:
-    """G = W - W^T W [width, width], what ``ista`` multiplies the tokens with; float32, or float64 of a float64 weight.
+def prepare_ista(
+    layers: Sequence[tuple[Tensor, Norm | None]], step_size: float | Tensor, dtype: torch.dtype
+) -> list[Prepared]:
+    """What products in ``dtype`` take of (dictionary, norm) of steps of one size and step size, in one launch."""
+    dictionaries, norms = zip(*layers, strict=True)
+    made = combinations(dictionaries, norms, number_as_tensor(step_size), dtype)
+    return [
+        as_prepared((operand,), _made_of(*layer, step_size), combined)
+        for (combined, operand), layer in zip(made, layers, strict=True)
+    ]
+
+
+def _made_of(dictionary: Tensor, norm: Norm | None, step_size: float | Tensor) -> tuple[Tensor | float | None, ...]:
+    step_size = step_size if isinstance(step_size, Tensor) else float(step_size)
+    return dictionary, *((None, None) if norm is None else norm[:2]), step_size
+
+
+def combine(dictionary: Tensor) -> Tensor:
+    """G = W - W^T W [width, width], what ``ista`` multiplies the tokens with; float32, or float64 of a float64 dictionary.
 
     Raises:
-        TypeError: weight is not a floating-point tensor.
-        ValueError: weight is not square.
+        TypeError: dictionary is not a floating-point tensor.
+        ValueError: dictionary is not square.
     """
-    checks.tensor("weight", weight, "width width")
-    checks.shape("weight", weight, (weight.shape[1],) * 2, "a square dictionary")
-    with no_autocast(weight), torch.no_grad():
-        return combination(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    checks.tensor("dictionary", dictionary, "width width")
+    checks.shape("dictionary", dictionary, (dictionary.shape[1],) * 2, "square")
+    with no_autocast(dictionary), torch.no_grad():
+        return combination(dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)))
 
 
 def check(
     x: Tensor,
-    weight: Tensor,
+    dictionary: Tensor,
     step_size: float | Tensor,
     lambd: float | Tensor,
     threshold: str,
@@ -104,51 +154,56 @@ def check(
     combined: Tensor | None,
 ) -> None:
     checks.tensor("x", x, "... width")
-    checks.tensor("weight", weight, "width width")
+    checks.tensor("dictionary", dictionary, "width width")
     width = x.shape[-1]
-    checks.shape("weight", weight, (width, width), "a square dictionary as wide as x")
+    checks.shape("dictionary", dictionary, (width, width), "a square matrix as wide as x")
     checks.layer_norm(width, norm_weight, norm_bias, norm_eps)
-    checks.same_device_and_dtype(is_autocast(x), x=x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias)
+    checks.same_device_and_dtype(
+        is_autocast(x), x=x, dictionary=dictionary, norm_weight=norm_weight, norm_bias=norm_bias
+    )
     checks.number_or_tensor("step_size", step_size, positive=True)
     checks.number_or_tensor("lambd", lambd)
     if combined is not None:
         checks.tensor("combined", combined, "width width")
-        checks.shape("combined", combined, (width, width), "what combine(weight) gives")
+        checks.shape("combined", combined, (width, width), "what combine(dictionary) gives")
         checks.same_device_and_dtype(True, x=x, combined=combined)
     if threshold not in ("relu", "soft"):
         raise ValueError(f'threshold: expected "relu" or "soft", got {threshold!r}')
 
 
 class _ISTA(torch.autograd.Function):
+    """Arguments: x, the result's dtype, whether the dictionary is a constant, and ``op.ISTAArguments``."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, out_dtype: torch.dtype, is_constant: bool, *arguments: Any) -> Tensor:
         y, kept = torch.ops.crate_kernels.ista_forward(x, out_dtype, *arguments)
-        given = op.Arguments(*arguments)
+        given = op.ISTAArguments(*arguments)
         if given.implementation == "composed" and given.norm is None and x.dtype != given.dtype:
             *kept, x = kept
-        ctx.save_for_backward(x, y, *arguments[:4], given.step_size, given.lambd, *kept)
+        ctx.save_for_backward(x, y, *arguments[:7], given.step_size, given.lambd, *kept)
         ctx.settings = given.norm_eps, given.soft, given.dtype, given.implementation
+        ctx.is_constant = is_constant
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, weight, combined, norm_weight, norm_bias, step_size, lambd, *kept = ctx.saved_tensors
+        x, y, *tensors = ctx.saved_tensors
+        tensors, numbers, kept = tensors[:7], tensors[7:9], tensors[9:]
         norm_eps, *settings = ctx.settings
-        given = op.Arguments(weight, combined, norm_weight, norm_bias, norm_eps, step_size, lambd, *settings)
-        want_x, _, *want = ctx.needs_input_grad
-        found = [None] * 4
-        needs = want_x, (want[0] and combined is None) or want[2] or want[3]
+        given = op.ISTAArguments(*tensors, norm_eps, *numbers, *settings)
+        want_x, _, _, want_dictionary, _, *want_norm = ctx.needs_input_grad[:7]
+        wanted = want_x, want_dictionary and not ctx.is_constant, *want_norm
+        needs, found = (want_x, any(wanted[1:])), [None] * 4
         if any(needs):
             found = torch.ops.crate_kernels.ista_backward(grad_y, x, y, kept, *needs, *given)
-        wanted = want_x, want[0] and combined is None, want[2], want[3]
-        grad_x, grad_weight, *grads_of_norm = [g if w else None for g, w in zip(found, wanted, strict=True)]
-        grads_of_numbers = _gradients_of_numbers(grad_y, x, y, given, *want[5:7])
-        return grad_x, None, grad_weight, None, *grads_of_norm, None, *grads_of_numbers, None, None, None
+        grad_x, grad_dictionary, *grads_of_norm = [g if w else None for g, w in zip(found, wanted, strict=True)]
+        grads_of_numbers = _gradients_of_numbers(grad_y, x, y, given, *ctx.needs_input_grad[11:13])
+        return grad_x, None, None, grad_dictionary, None, *grads_of_norm, *[None] * 4, *grads_of_numbers, *[None] * 3
 
 
 def _gradients_of_numbers(
-    grad_y: Tensor, x: Tensor, y: Tensor, given: op.Arguments, need_step_size: bool, need_lambd: bool
+    grad_y: Tensor, x: Tensor, y: Tensor, given: op.ISTAArguments, need_step_size: bool, need_lambd: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of eta and lambda. With s = sign(y), which is zero where the threshold let nothing pass,
 
@@ -157,15 +212,15 @@ def _gradients_of_numbers(
     if not (need_step_size or need_lambd):
         return None, None
     dtype = torch.promote_types(y.dtype, torch.float32)
-    tensors = x, y, grad_y, given.weight, given.norm_weight, given.norm_bias
-    x, y, grad, weight, norm_weight, norm_bias = (None if t is None else t.to(dtype) for t in tensors)
+    tensors = x, y, grad_y, given.dictionary, given.norm_weight, given.norm_bias
+    x, y, grad, dictionary, norm_weight, norm_bias = (None if t is None else t.to(dtype) for t in tensors)
     sign = y.sign()
     through_threshold = -(grad * sign).sum()
     grad_step_size = grad_lambd = None
     if need_step_size:
         with no_autocast(x):
             x = layer_norm(x, norm_weight, norm_bias, given.norm_eps)
-            product = (x - x @ weight.t()) @ weight
+            product = (x - x @ dictionary.t()) @ dictionary
         through_product = (grad * sign.abs() * product).sum()
         grad_step_size = (through_product + through_threshold * given.lambd).to(given.step_size)
     if need_lambd:

@@ -1,36 +1,22 @@
-"""The public functions, and the autograd boundary around the operators of the Triton path."""
+"""The public functions: a layer is what it says it is, and the weights of all layers are prepared at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
-from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import checks, dispatch
-from crate_kernels.ista.api import check as check_ista
-from crate_kernels.ista.api import ista
-from crate_kernels.layers import op
-from crate_kernels.mssa.api import check as check_mssa
-from crate_kernels.mssa.api import mssa
-from crate_kernels.norm_linear.api import check as check_norm_linear
-from crate_kernels.norm_linear.api import norm_linear
+from crate_kernels.ista.api import ista, prepare_ista
+from crate_kernels.mssa.api import AttentionWeights, mssa, prepare_mssa
+from crate_kernels.norm_linear.api import norm_linear, prepare_norm_linear
 from crate_kernels.precision import compute_dtype
 from crate_kernels.products.operand import Norm
-from crate_kernels.schemas import number_as_tensor
+from crate_kernels.products.prepared import Prepared
 from crate_kernels.shared_attention.api import obstacle_to_triton
-
-
-class AttentionWeights(NamedTuple):
-    """MSSA's: qkv [num_heads * head_dim, width], out [width, num_heads * head_dim], out_bias [width] or None."""
-
-    qkv: Tensor
-    out: Tensor | None
-    out_bias: Tensor | None
 
 
 class EncoderWeights(NamedTuple):
@@ -51,6 +37,13 @@ class DecoderWeights(NamedTuple):
     attention: AttentionWeights
 
 
+class PreparedLayer(NamedTuple):
+    """What ``prepare_layers`` made of one layer's weights: for its MSSA, and for its other step."""
+
+    attention: Prepared | None = None
+    step: Prepared | None = None
+
+
 def encoder_layer(
     x: Tensor,
     attention_norm: Norm,
@@ -64,7 +57,7 @@ def encoder_layer(
     lambd: float = 0.1,
     threshold: str = "relu",
     recompute: bool = False,
-    prepared: list[Tensor] | None = None,
+    prepared: PreparedLayer | None = None,
 ) -> Tensor:
     """One CRATE layer: ``z = x + MSSA(LN x)``, ``y = ISTA(LN z)``.
 
@@ -72,39 +65,35 @@ def encoder_layer(
         x: [batch, tokens, width]. Its dtype is the dtype of the stream between layers: float32 or, for half the memory and
             traffic, 16-bit; products take the autocast dtype where autocast is on.
         attention_norm, attention: LayerNorm and weights of MSSA (``crate_kernels.mssa``).
-        sparse_norm, dictionary: LayerNorm and weight of the sparse step (``crate_kernels.ista``), with its step_size, lambd
+        sparse_norm, dictionary: LayerNorm and dictionary of the sparse step (``crate_kernels.ista``), with its step_size, lambd
             and threshold.
         num_heads, scale: of attention; scale is head_dim**-0.5 if None.
         recompute: do projection and attention again in the backward rather than keep what they gave.
-        prepared: this layer's part of ``prepare_layers``; made here if None. Not looked at off the Triton path.
+        prepared: this layer's part of ``prepare_layers``, checked against what it was made of; made here if None. Not looked at
+            off the Triton path.
 
     Returns:
         [batch, tokens, width] in x's dtype.
 
-    On the Triton path one operator forward and one backward. Of [tokens, width] tensors it keeps four for the backward: x, w,
-    attention's output and z (y is the next layer's x); with ``recompute`` two, x and z. w and attention's output are in the
-    dtype of the products, x and z in the stream's. Deterministic; cannot be differentiated again.
+    On the Triton path, of [tokens, width] tensors it keeps four for the backward: x, w, attention's output and z (y is the next
+    layer's x); with ``recompute`` two, x and z. w and attention's output are in the dtype of the products, x and z in the
+    stream's. Deterministic; cannot be differentiated again.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``mssa`` and ``ista`` do.
 
     Source: CRATE (arXiv 2306.01129), section 2; CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    _check_kinds(attention_norm=attention_norm, attention=attention, sparse_norm=sparse_norm)
-    dtype, implementation = _choose(x, attention, num_heads)
-    if implementation != "triton" or attention.out is None:
-
-        def layer(x: Tensor) -> Tensor:
-            z = mssa(x, *attention, num_heads=num_heads, scale=scale, residual=x, **_options(attention_norm))
-            sparse = _options(sparse_norm)
-            y = ista(z, dictionary, step_size=step_size, lambd=lambd, threshold=threshold, **sparse)
-            return y.to(x.dtype)
-
-        return _checkpointed(layer, x, implementation) if recompute else layer(x)
-    check_mssa(x, *attention, num_heads, *attention_norm, x, False)
-    check_ista(x, dictionary, step_size, lambd, threshold, *sparse_norm, None)
-    step = dictionary, sparse_norm, number_as_tensor(step_size), number_as_tensor(lambd), threshold == "soft"
-    return _apply(x, attention, attention_norm, *step, num_heads, scale, recompute, dtype, prepared)
+    _check_kinds(attention_norm=attention_norm, attention=attention, sparse_norm=sparse_norm, prepared=prepared)
+    prepared = prepared or PreparedLayer()
+    z = mssa(
+        x, *attention, num_heads=num_heads, scale=scale, skip=x, out_dtype=x.dtype, recompute=recompute,
+        prepared=prepared.attention, **_options(attention_norm),
+    )  # fmt: skip
+    return ista(
+        z, dictionary, step_size=step_size, lambd=lambd, threshold=threshold, out_dtype=x.dtype, prepared=prepared.step,
+        **_options(sparse_norm),
+    )  # fmt: skip
 
 
 def decoder_layer(
@@ -117,7 +106,7 @@ def decoder_layer(
     num_heads: int,
     scale: float | None = None,
     recompute: bool = False,
-    prepared: list[Tensor] | None = None,
+    prepared: PreparedLayer | None = None,
 ) -> Tensor:
     """One CRATE-MAE decoder layer: ``g = LN(x) W^T``, ``y = g - MSSA(LN g)``.
 
@@ -130,30 +119,24 @@ def decoder_layer(
     Returns:
         [batch, tokens, width] in the dtype of the products: the autocast dtype where autocast is on, as the official model.
 
-    On the Triton path one operator forward and one backward. Of [tokens, width] tensors it keeps four for the backward: x, g, w
-    and attention's output; with ``recompute`` two, x and g. Deterministic; cannot be differentiated again.
+    On the Triton path, of [tokens, width] tensors it keeps four for the backward: x, g, w and attention's output; with
+    ``recompute`` two, x and g. Deterministic; cannot be differentiated again.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``mssa`` and ``norm_linear`` do.
 
     Source: CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    _check_kinds(step_norm=step_norm, attention_norm=attention_norm, attention=attention)
-    dtype, implementation = _choose(x, attention, num_heads)
+    _check_kinds(step_norm=step_norm, attention_norm=attention_norm, attention=attention, prepared=prepared)
+    checks.tensor("x", x, "batch tokens width")
     checks.tensor("weight", weight, "width width")
     checks.shape("weight", weight, (x.shape[-1],) * 2, "a square matrix as wide as x")
-    if implementation != "triton" or attention.out is None:
-
-        def layer(x: Tensor) -> Tensor:
-            g = norm_linear(x, weight, **_options(step_norm))
-            arguments = dict(num_heads=num_heads, scale=scale, **_options(attention_norm))
-            return mssa(g, *attention, residual=g, subtract=True, **arguments)
-
-        return _checkpointed(layer, x, implementation) if recompute else layer(x)
-    check_mssa(x, *attention, num_heads, *attention_norm, x, True)
-    check_norm_linear(x, weight, None, *step_norm)
-    step = weight, step_norm, None, None, False
-    return _apply(x, attention, attention_norm, *step, num_heads, scale, recompute, dtype, prepared)
+    prepared = prepared or PreparedLayer()
+    g = norm_linear(x, weight, prepared=prepared.step, **_options(step_norm))
+    return mssa(
+        g, *attention, num_heads=num_heads, scale=scale, skip=g, subtract=True, recompute=recompute,
+        prepared=prepared.attention, **_options(attention_norm),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -162,14 +145,14 @@ def prepare_layers(
     layers: Sequence[EncoderWeights] | Sequence[DecoderWeights],
     *,
     num_heads: int,
-    step_size: float = 0.1,
-) -> list[list[Tensor]] | list[None]:
+    step_size: float | Tensor = 0.1,
+) -> list[PreparedLayer | None]:
     """What layers of one kind and size make of their weights before a product, for all of them at once.
 
     LayerNorm's weight and bias are folded into the matrix that follows them, G = W - W^T W is formed, and all is cast to the
-    dtype of the products: two launches for all encoder layers, one for all decoder layers, whose kernels find the weights where
-    they lie (``products.preparation``). The weights get their gradients all the same, from the layers' own backward. Prepare
-    again after each change of the weights.
+    dtype of the products: two launches for all layers of a kind, whose kernels find the weights where they lie
+    (``products.preparation``). The weights get their gradients all the same, from the layers' own backward. Prepare again after
+    each change of the weights: layers refuse what is no longer true of them.
 
     Args:
         x: the tokens, for their device and dtype.
@@ -181,110 +164,36 @@ def prepare_layers(
     """
     if not layers:
         return []
-    is_encoder = isinstance(layers[0], EncoderWeights)
-    dtype, implementation = _choose(x, layers[0].attention, num_heads)
-    # Parameters that are sharded, say, are made whole a layer at a time only; and one launch takes layers of one make only.
-    plain = type(layers[0].attention.qkv) in (Tensor, Parameter)
-    alike = len({tuple(None if t is None else (t.shape, t.device) for t in _flat(layer)) for layer in layers}) == 1
-    if implementation != "triton" or layers[0].attention.out is None or not plain or not alike:
-        return [None] * len(layers)
-    columns = zip(*(_flat(layer) for layer in layers), strict=True)
-    lists = [[] if column[0] is None else list(column) for column in columns]
-    step = number_as_tensor(step_size) if is_encoder else None
-    tensors = torch.ops.crate_kernels.prepare_layers(*lists, step, dtype)
-    return op.split_prepared(tensors, len(layers), is_encoder, has_bias=layers[0].attention.out_bias is not None)
-
-
-def _flat(layer: EncoderWeights | DecoderWeights) -> tuple[Tensor | None, ...]:
-    """A layer's weights in the order of ``op.Arguments``."""
-    matrix, norm = (
-        (layer.dictionary, layer.sparse_norm) if isinstance(layer, EncoderWeights) else (layer.weight, layer.step_norm)
-    )
-    return *layer.attention, *layer.attention_norm[:2], matrix, *norm[:2]
-
-
-def _choose(x: Tensor, attention: AttentionWeights, num_heads: int) -> tuple[torch.dtype, str]:
     checks.tensor("x", x, "batch tokens width")
-    dtype = compute_dtype(x)
-    return dtype, dispatch.choose(x, dtype, obstacle_to_triton(_head_dim(attention, num_heads)))
+    first, dtype = layers[0].attention, compute_dtype(x)
+    head_dim = first.qkv.shape[0] // max(num_heads, 1)
+    implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
+    # Parameters that are sharded, say, are made whole a layer at a time only; and one launch takes layers of one make only.
+    plain = type(first.qkv) in (Tensor, Parameter)
+    makes = [[None if t is None else (t.shape, t.device) for t in _tensors(layer)] for layer in layers]
+    if implementation != "triton" or first.out is None or not plain or any(make != makes[0] for make in makes):
+        return [None] * len(layers)
+    attention = prepare_mssa([(layer.attention, layer.attention_norm) for layer in layers], dtype)
+    if isinstance(layers[0], EncoderWeights):
+        steps = prepare_ista([(layer.dictionary, layer.sparse_norm) for layer in layers], step_size, dtype)
+    else:
+        steps = prepare_norm_linear([(layer.weight, None, layer.step_norm) for layer in layers], dtype)
+    return [PreparedLayer(*pair) for pair in zip(attention, steps, strict=True)]
 
 
-def _check_kinds(**given: Norm | AttentionWeights) -> None:
+def _tensors(layer: EncoderWeights | DecoderWeights) -> list[Tensor | None]:
+    parts = (part if isinstance(part, tuple) else (part,) for part in layer)
+    return [value for part in parts for value in part if value is None or isinstance(value, Tensor)]
+
+
+def _check_kinds(prepared: PreparedLayer | None, **given: Norm | AttentionWeights) -> None:
     for name, value in given.items():
         kind = AttentionWeights if name == "attention" else Norm
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected crate_kernels.{kind.__name__}, got {checks.describe(value)}")
-
-
-def _head_dim(attention: AttentionWeights, num_heads: int) -> int:
-    if not isinstance(num_heads, int):
-        raise TypeError(f"num_heads: expected an int, got {checks.describe(num_heads)}")
-    return attention.qkv.shape[0] // max(num_heads, 1)
+    if prepared is not None and not isinstance(prepared, PreparedLayer):
+        raise TypeError(f"prepared: expected what prepare_layers gives a layer, got {checks.describe(prepared)}")
 
 
 def _options(norm: Norm) -> dict[str, Any]:
     return dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
-
-
-def _checkpointed(layer: Callable[[Tensor], Tensor], x: Tensor, implementation: str) -> Tensor:
-    # Wherever the backward happens it repeats what ran; only the reference would not be chosen again by itself.
-    layer = dispatch.use(implementation)(layer) if implementation == "reference" else layer
-    return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
-
-
-def _apply(
-    x: Tensor,
-    attention: AttentionWeights,
-    attention_norm: Norm,
-    matrix: Tensor,
-    norm: Norm,
-    step_size: Tensor | None,
-    lambd: Tensor | None,
-    soft: bool,
-    num_heads: int,
-    scale: float | None,
-    recompute: bool,
-    dtype: torch.dtype,
-    prepared: list[Tensor] | None,
-) -> Tensor:
-    """The Triton path, of an encoder layer where there is a ``step_size``, else of a decoder layer."""
-    if scale is None:
-        scale = _head_dim(attention, num_heads) ** -0.5
-    checks.number("scale", scale, positive=True)
-    if prepared and prepared[0].dtype != dtype:
-        raise ValueError(f"prepared: made for products in {prepared[0].dtype}, and these are in {dtype}; prepare again")
-    tensors = *attention, *attention_norm[:2], matrix, *norm[:2], step_size, lambd
-    settings = float(attention_norm.eps), float(norm.eps), soft, num_heads, float(scale), recompute, dtype
-    return _Layer.apply(x, *tensors, *settings, *(prepared or ()))
-
-
-class _Layer(torch.autograd.Function):
-    """Arguments: x, what ``op.Arguments`` lists up to the numbers, its settings, and the prepared tensors one by one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
-        tensors, settings = arguments[: op.TENSORS], arguments[op.TENSORS : op.TENSORS + op.SETTINGS]
-        prepared = list(arguments[op.TENSORS + op.SETTINGS :])
-        y, kept = torch.ops.crate_kernels.layer_forward(x, *tensors, prepared, *settings)
-        # A decoder's backward does without y.
-        is_encoder = op.Arguments(*tensors, prepared, *settings).is_encoder
-        ctx.save_for_backward(x, y if is_encoder else None, *tensors, *kept, *prepared)
-        ctx.kept, ctx.settings, ctx.arguments = len(kept), settings, len(arguments)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, *rest = ctx.saved_tensors
-        tensors, rest = rest[: op.TENSORS], rest[op.TENSORS :]
-        kept, prepared = rest[: ctx.kept], rest[ctx.kept :]
-        wanted = ctx.needs_input_grad[: 1 + op.WEIGHTS]
-        if any(ctx.needs_input_grad[1 + op.WEIGHTS :]):
-            raise RuntimeError(
-                "step_size, lambd: expected no gradient to be asked for in a whole layer; use mssa and ista"
-            )
-        found = torch.ops.crate_kernels.layer_backward(
-            grad, x, grad if y is None else y, kept, wanted[0], any(wanted[1:]), *tensors, prepared, *ctx.settings
-        )
-        grads = [g if want else None for g, want in zip(found, wanted, strict=True)]
-        return *grads, *[None] * (ctx.arguments - op.WEIGHTS)

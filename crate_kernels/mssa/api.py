@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import checks, dispatch
 from crate_kernels.mssa import composed, op, reference  # noqa: F401  (op registers the operators)
 from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, no_autocast
+from crate_kernels.products.op import operands
+from crate_kernels.products.operand import Norm
+from crate_kernels.products.prepared import Prepared, as_prepared, check_prepared
 from crate_kernels.shared_attention.api import check_padding_and_dropout, obstacle_to_triton
+
+
+class AttentionWeights(NamedTuple):
+    """MSSA's: qkv [num_heads * head_dim, width], out [width, num_heads * head_dim], out_bias [width] or None."""
+
+    qkv: Tensor
+    out: Tensor | None
+    out_bias: Tensor | None
 
 
 def mssa(
@@ -26,15 +39,18 @@ def mssa(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
-    residual: Tensor | None = None,
+    skip: Tensor | None = None,
     subtract: bool = False,
     lengths: Tensor | None = None,
     dropout: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    recompute: bool = False,
+    prepared: Prepared | None = None,
 ) -> Tensor:
     """Multi-head subspace self-attention: ``softmax(scale * w w^T) w W_out^T + b`` with ``w = x U^T`` split into heads.
 
-    With a LayerNorm, x is normalised first. With a residual the result is ``residual + MSSA(x)``, or, with ``subtract``
-    (the CRATE-MAE decoder), ``residual - MSSA(x)``.
+    With a LayerNorm, x is normalised first. With a skip the result is ``skip + MSSA(x)``, or, with ``subtract``
+    (the CRATE-MAE decoder), ``skip - MSSA(x)``.
 
     Args:
         x: [batch, tokens, width]; float32, float16 or bfloat16 (float64 off the Triton path), any strides.
@@ -46,28 +62,33 @@ def mssa(
         scale: factor on the scores; head_dim**-0.5 if None.
         is_causal: token i attends to tokens 0..i only.
         norm_weight, norm_bias, norm_eps: LayerNorm over the width before the projection; none where norm_weight is None.
-        residual: [batch, tokens, out_width], in any dtype.
-        subtract: take the result from the residual instead of adding it.
+        skip: [batch, tokens, out_width], in any dtype: what is added behind the product (the residual connection).
+        subtract: take the result from the skip instead of adding it.
         lengths: [batch], int32 or int64: of sample b, tokens from ``lengths[b]`` on are padding. Attention passes them by, in
-            both directions; they still get the bias and their own residual.
+            both directions; they still get the bias and their own skip.
         dropout: probability, on the attention weights and after the output projection, as in the official module. Pass 0
             for evaluation. The random numbers are PyTorch's: ``torch.manual_seed`` reproduces them.
 
-    On the Triton path three launches forward, or two for small batches (``one_launch.is_chosen``). With lengths or dropout the
-    projections are the library's.
+        out_dtype: of the result, where another is wanted than below.
+        recompute: do projection and attention again in the backward rather than keep what they gave.
+        prepared: this operator's part of what ``prepare_layers`` gave, checked against the weights; made here if None. Not
+            looked at off the Triton path.
+
+    On the Triton path three launches forward, or two for small batches (``one_launch.is_chosen``), and one more for a LayerNorm's
+    moments. With lengths or dropout the projections are the library's.
 
     Returns:
-        [batch, tokens, out_width]: without residual in x's dtype (the autocast dtype under autocast); with one, in the
+        [batch, tokens, out_width]: without skip in x's dtype (the autocast dtype under autocast); with one, in the
         wider of the two dtypes.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or a number, or dtypes are mixed without autocast.
-        ValueError: shapes do not fit, the projected width is not divisible by the heads, or ``subtract`` has no residual.
+        ValueError: shapes do not fit, the projected width is not divisible by the heads, or ``subtract`` has no skip.
         RuntimeError: a forced implementation cannot run on x.
 
     Source: CRATE (arXiv 2306.01129), section 2.3; CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    check(x, qkv_weight, out_weight, out_bias, num_heads, norm_weight, norm_bias, norm_eps, residual, subtract)
+    check(x, qkv_weight, out_weight, out_bias, num_heads, norm_weight, norm_bias, norm_eps, skip, subtract)
     head_dim = qkv_weight.shape[0] // num_heads
     if scale is None:
         scale = head_dim**-0.5
@@ -76,47 +97,80 @@ def mssa(
 
     dtype = compute_dtype(x)
     implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
-    fits = residual is None or residual.dtype in dispatch.TRITON_DTYPES
+    if out_dtype is None:
+        out_dtype = dtype if skip is None else torch.promote_types(dtype, skip.dtype)
+    fits = skip is None or skip.dtype in dispatch.TRITON_DTYPES
     if implementation == "triton" and out_weight is not None and lengths is None and dropout == 0 and fits:
-        out_dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-        weights = qkv_weight, out_weight, out_bias, norm_weight, norm_bias
-        settings = float(norm_eps), residual is x, subtract, num_heads, float(scale), is_causal, dtype
-        return _MSSA.apply(x, None if residual is x else residual, out_dtype, *weights, *settings)
+        norm = None if norm_weight is None else Norm(norm_weight, norm_bias, float(norm_eps))
+        weights = AttentionWeights(qkv_weight, out_weight, out_bias)
+        if prepared is None:
+            (prepared,) = prepare_mssa([(weights, norm)], dtype)
+        else:
+            check_prepared(prepared, dtype, _made_of(weights, norm))
+        qkv, out = prepared.operands
+        arguments = *weights, norm_weight, norm_bias, *qkv, out.matrix, out.offset
+        settings = float(norm_eps), skip is x, subtract, num_heads, float(scale), is_causal, recompute
+        return _MSSA.apply(x, None if skip is x else skip, out_dtype, *arguments, *settings)
 
-    x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
-    if implementation == "reference":
-        out = reference.mssa(x, qkv_weight, out_weight, out_bias, num_heads, scale, is_causal, lengths, dropout)
+    def composition(x: Tensor, skip: Tensor | None) -> Tensor:
+        normalised = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
+        weights = qkv_weight, out_weight, out_bias, num_heads, scale, is_causal
+        if implementation == "reference":
+            out = reference.mssa(normalised, *weights, lengths, dropout)
+        else:
+            with no_autocast(x):
+                out = composed.mssa(normalised.to(dtype), *weights, implementation, lengths, dropout)
+        if skip is not None:
+            out = skip - out if subtract else skip + out
+        return out.to(out_dtype)
+
+    if recompute:
+        return checkpoint(composition, x, skip, use_reentrant=False, preserve_rng_state=dropout > 0)
+    return composition(x, skip)
+
+
+def prepare_mssa(layers: Sequence[tuple[AttentionWeights, Norm | None]], dtype: torch.dtype) -> list[Prepared]:
+    """What products in ``dtype`` take of the weights of operators of one shape: in one launch where both projections have it."""
+    sides = (
+        [(weights.qkv.mT, None, norm) for weights, norm in layers],
+        [(w.out.mT, w.out_bias, None) for w, _ in layers],
+    )
+    if layers[0][0].qkv.shape == layers[0][0].out.shape:
+        made = operands(*zip(*sides[0], *sides[1], strict=True), dtype)
+        qkv, out = made[: len(layers)], made[len(layers) :]
     else:
-        with no_autocast(x):
-            weights = qkv_weight, out_weight, out_bias
-            out = composed.mssa(x.to(dtype), *weights, num_heads, scale, is_causal, implementation, lengths, dropout)
-    if residual is None:
-        return out
-    return residual - out if subtract else residual + out
+        qkv, out = (operands(*zip(*side, strict=True), dtype) for side in sides)
+    return [as_prepared(pair, _made_of(*layer)) for pair, layer in zip(zip(qkv, out, strict=True), layers, strict=True)]
+
+
+def _made_of(weights: AttentionWeights, norm: Norm | None) -> tuple[Tensor | None, ...]:
+    return *weights, *((None, None) if norm is None else norm[:2])
 
 
 class _MSSA(torch.autograd.Function):
+    """Arguments: x, skip, the result's dtype, and ``op.MSSAArguments``."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
-        out, kept = torch.ops.crate_kernels.mssa_forward(x, residual, out_dtype, *arguments)
-        ctx.save_for_backward(x, *arguments[:5], *kept)
-        ctx.settings = arguments[5:]
-        ctx.residual_dtype = None if residual is None else residual.dtype
+    def forward(ctx: Any, x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
+        out, kept = torch.ops.crate_kernels.mssa_forward(x, skip, out_dtype, *arguments)
+        ctx.save_for_backward(x, *arguments[:10], *kept)
+        ctx.settings = arguments[10:]
+        ctx.skip_dtype = None if skip is None else skip.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
-        weights, kept = rest[:5], rest[5:]
+        tensors, kept = rest[:10], rest[10:]
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[3] or wanted[6] or wanted[7], wanted[4] or wanted[5]]
         found = [None] * 6
         if any(needs):
-            found = torch.ops.crate_kernels.mssa_backward(grad, x, kept, needs, *weights, *ctx.settings)
+            found = torch.ops.crate_kernels.mssa_backward(grad, x, kept, needs, *tensors, *ctx.settings)
         grad_x, *grad_weights = [g if want else None for g, want in zip(found, (wanted[0], *wanted[3:8]), strict=True)]
-        grad_residual = grad.to(ctx.residual_dtype) if wanted[1] else None
-        return grad_x, grad_residual, None, *grad_weights, *[None] * len(ctx.settings)
+        grad_skip = grad.to(ctx.skip_dtype) if wanted[1] else None
+        return grad_x, grad_skip, None, *grad_weights, *[None] * (5 + len(ctx.settings))
 
 
 def check(
@@ -128,7 +182,7 @@ def check(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
-    residual: Tensor | None,
+    skip: Tensor | None,
     subtract: bool,
 ) -> None:
     checks.tensor("x", x, "batch tokens width")
@@ -156,9 +210,9 @@ def check(
     checks.layer_norm(width, norm_weight, norm_bias, norm_eps)
     parameters = dict(qkv_weight=qkv_weight, out_weight=out_weight, out_bias=out_bias)
     checks.same_device_and_dtype(is_autocast(x), x=x, **parameters, norm_weight=norm_weight, norm_bias=norm_bias)
-    if residual is not None:
-        checks.tensor("residual", residual, "batch tokens out_width")
-        checks.shape("residual", residual, (*x.shape[:-1], out_width), "[batch, tokens, out_width]")
-        checks.same_device_and_dtype(True, x=x, residual=residual)
+    if skip is not None:
+        checks.tensor("skip", skip, "batch tokens out_width")
+        checks.shape("skip", skip, (*x.shape[:-1], out_width), "[batch, tokens, out_width]")
+        checks.same_device_and_dtype(True, x=x, skip=skip)
     elif subtract:
-        raise ValueError("subtract: given without a residual to subtract from")
+        raise ValueError("subtract: given without a skip to subtract from")

@@ -1,4 +1,4 @@
-"""MSSA's projection and attention in one launch: one program a head of a sample.
+"""MSSA's projection and attention in one launch, behind the one for a LayerNorm's moments: one program a head of a sample.
 
     w = LN(x) U^T      out = softmax(scale * w w^T) w, head by head
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crate_kernels.precision import dot_precision
 from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.products.triton import add_moments, inverse_deviation, load_row, load_tile, norm_mode
+from crate_kernels.products.triton import before_product, folds, load_moments, load_row, load_tile
 from crate_kernels.shared_attention.triton import (
     LN_2,
     add_weighted_rows,
@@ -54,72 +54,44 @@ def is_chosen(batch: int, heads: int, tokens: int) -> bool:
 
 @triton.jit
 def behind_norm(
-    product, mean, rstd, column_sum, offset, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr
+    product,
+    stats,
+    rows,
+    all_tokens,
+    column_sum,
+    offset,
+    FIRST: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
-    """What follows a product with a head's features from FIRST on: the moments, where they enter behind it, and the offset."""
+    """What follows a product with a head's features from FIRST on: the moments of raw tokens, and the offset."""
     features = FIRST + tl.arange(0, product.shape[1])
-    if NORM == "fold":
-        product = rstd[:, None] * (product - mean[:, None] * load_row(column_sum, features, HEAD_DIM))
+    if FOLD:
+        mean, rstd = load_moments(stats, rows, all_tokens)
+        product = rstd * (product - mean * load_row(column_sum, features, HEAD_DIM))
     if offset is not None:
         product += load_row(offset, features, HEAD_DIM)
     return product
 
 
-@triton.jit
-def project_rows(
-    x, matrix, rows, tokens, width, eps, x_token, x_feature, matrix_row, matrix_column,
-    NORM: tl.constexpr, WHOLE_K: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Rows of x times a head's columns of the matrix, as parts, and the rows' mean and rstd.
-
-    NORM: "none"; "fold", raw tokens are multiplied and the moments enter behind the product; "first", a loop finds the moments
-    before the product, which then multiplies normalised tokens.
-    """
-    # Rows beyond the last read the last again and are not stored: no mask along them.
-    rows = tl.minimum(rows, tokens - 1)
-    mean = tl.zeros([rows.shape[0]], tl.float32)
-    rstd = tl.zeros([rows.shape[0]], tl.float32)
-    squares = tl.zeros([rows.shape[0]], tl.float32)
-    if NORM == "first":
-        for start in range(0, width, BLOCK_K):
-            inner = start + tl.arange(0, BLOCK_K)
-            x_tile = load_tile(x, rows, inner, x_token, x_feature, tokens, width, True, WHOLE_K)
-            mean, squares = add_moments(mean, squares, x_tile, start, inner, width, WHOLE_K)
-        rstd = inverse_deviation(squares, width, eps)
-
-    product = zero_parts(rows.shape[0], DIM_A, DIM_B)
-    for start in range(0, width, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        x_tile = load_tile(x, rows, inner, x_token, x_feature, tokens, width, True, WHOLE_K)
-        columns = load_parts(matrix, inner, width, matrix_row, matrix_column, HEAD_DIM, DIM_A, DIM_B, not WHOLE_K)
-        if NORM == "fold":
-            mean, squares = add_moments(mean, squares, x_tile, start, inner, width, WHOLE_K)
-        elif NORM == "first":
-            x_tile = (x_tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
-        product = add_weighted_rows(product, x_tile, columns, DIM_B, PRECISION)
-    if NORM == "fold":
-        rstd = inverse_deviation(squares, width, eps)
-    return product, mean, rstd
-
-
-@triton.jit(do_not_specialize=["eps", "heads", "tokens"])
+@triton.jit(do_not_specialize=["heads", "tokens"])
 def attend_kernel(
-    x, matrix, column_sum, offset, w, out, lse, stats, eps, scale, heads, tokens, width,
-    x_sample, x_token, x_feature, matrix_row, matrix_column,
-    NORM: tl.constexpr, IS_CAUSAL: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    x, matrix, column_sum, offset, stats, w, out, lse, scale, heads, tokens, width,
+    x_token, x_feature, matrix_row, matrix_column,
+    FOLD: tl.constexpr, IS_CAUSAL: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program: w, out and lse of one head of one sample; of its first head the sample's moments too.
+    """One program: w, out and lse of one head of one sample.
 
-    x [batch, tokens, width]; matrix [width, heads * HEAD_DIM]; column_sum, offset [heads * HEAD_DIM]; w, out [batch, tokens,
-    heads * HEAD_DIM]; lse [batch, heads, tokens]; stats [2, batch * tokens]: mean and rstd.
+    x [batch * tokens, width], as ``products.triton.before_product`` gives it, and stats; matrix [width, heads * HEAD_DIM];
+    column_sum, offset [heads * HEAD_DIM]; w, out [batch, tokens, heads * HEAD_DIM]; lse [batch, heads, tokens].
     """
     program = tl.program_id(0).to(tl.int64)
     sample, head = program // heads, program % heads
+    all_tokens = tl.num_programs(0).to(tl.int64) // heads * tokens
     token_stride = heads * HEAD_DIM
-    x += sample * x_sample
+    x += sample * tokens * x_token
     matrix += head * HEAD_DIM * matrix_column
     w += sample * tokens * token_stride + head * HEAD_DIM
     out += sample * tokens * token_stride + head * HEAD_DIM
@@ -131,19 +103,19 @@ def attend_kernel(
 
     for start in range(0, tokens, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
-        product, mean, rstd = project_rows(
-            x, matrix, rows, tokens, width, eps, x_token, x_feature, matrix_row, matrix_column,
-            NORM, WHOLE_K, HEAD_DIM, DIM_A, DIM_B, PRECISION, BLOCK_K,
-        )  # fmt: skip
-        if NORM != "none":  # noqa: SIM102  (decided while compiling; the other while running)
-            if head == 0:
-                moments = stats + sample * tokens + rows
-                tl.store(moments, mean, mask=rows < tokens)
-                tl.store(moments + tl.num_programs(0).to(tl.int64) // heads * tokens, rstd, mask=rows < tokens)
-        part = behind_norm(product[0], mean, rstd, column_sum, offset, 0, HEAD_DIM, NORM)
+        # Rows beyond the last read the last again and are not stored: no mask along them.
+        clamped = tl.minimum(rows, tokens - 1)
+        product = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
+        for first in range(0, width, BLOCK_K):
+            inner = first + tl.arange(0, BLOCK_K)
+            x_tile = load_tile(x, clamped, inner, x_token, x_feature, tokens, width, True, WHOLE_K)
+            columns = load_parts(matrix, inner, width, matrix_row, matrix_column, HEAD_DIM, DIM_A, DIM_B, not WHOLE_K)
+            product = add_weighted_rows(product, x_tile, columns, DIM_B, PRECISION)
+        token = sample * tokens + clamped
+        part = behind_norm(product[0], stats, token, all_tokens, column_sum, offset, 0, HEAD_DIM, FOLD)
         store_part(w, part, rows, tokens, token_stride, 1, 0, HEAD_DIM)
         if DIM_B > 0:
-            part = behind_norm(product[1], mean, rstd, column_sum, offset, DIM_A, HEAD_DIM, NORM)
+            part = behind_norm(product[1], stats, token, all_tokens, column_sum, offset, DIM_A, HEAD_DIM, FOLD)
             store_part(w, part, rows, tokens, token_stride, 1, DIM_A, HEAD_DIM)
 
     # Each thread reads below what others of its program wrote above; the barrier orders global memory too.
@@ -169,25 +141,26 @@ def attend(
     """w, out, lse and stats as ``Kept`` has them, in one launch.
 
     Args:
-        x: [batch, tokens, width], any floating dtype and strides; rounded to the operand's dtype in the kernel.
+        x: [batch, tokens, width], any floating dtype and strides; rounded to the operand's dtype.
         norm: the LayerNorm before the projection.
-        qkv: of U^T [width, heads * head_dim], by ``prepare`` with the same norm; head_dim up to 128.
+        qkv: of U^T [width, heads * head_dim], by ``op.operands`` with the same norm; head_dim up to 128.
         heads, scale, is_causal: of the attention.
     """
     (batch, tokens, width), matrix = x.shape, qkv.matrix
     inner = matrix.shape[1]
+    multiplied, stats = before_product(x.flatten(0, 1), qkv, norm)
     w, out = (x.new_empty(batch * tokens, inner, dtype=matrix.dtype) for _ in range(2))
     lse = x.new_empty(batch, heads, tokens, dtype=torch.float32)
-    stats = None if norm is None else x.new_empty(2, batch * tokens, dtype=torch.float32)
     if w.numel():
         head_dim, precision = inner // heads, dot_precision(matrix)
         dim_a, dim_b = split_features(head_dim)
         most_features = next(most for most in WIDTHS if dim_a + dim_b <= most)
         tiles = select(TABLE, x.device, "attend_kernel", matrix.itemsize, most_features)
+        fold = norm is not None and folds(x, matrix.dtype)
         attend_kernel[(batch * heads,)](
-            x, matrix, qkv.column_sum, qkv.offset, w, out, lse, stats, 0.0 if norm is None else norm.eps, scale,
-            heads, tokens, width, *x.stride(), *matrix.stride(),
-            NORM=norm_mode(x, qkv, norm), IS_CAUSAL=is_causal, WHOLE_K=width % tiles["BLOCK_K"] == 0, PRECISION=precision,
+            multiplied, matrix, qkv.column_sum if fold else None, qkv.offset, stats if fold else None, w, out, lse, scale,
+            heads, tokens, width, *multiplied.stride(), *matrix.stride(),
+            FOLD=fold, IS_CAUSAL=is_causal, WHOLE_K=width % tiles["BLOCK_K"] == 0, PRECISION=precision,
             HEAD_DIM=head_dim, DIM_A=dim_a, DIM_B=dim_b,
             TAIL=tail(tiles["BLOCK_COLUMNS"], tokens, is_causal, False, precision), enable_fp_fusion=True, **tiles,
         )  # fmt: skip

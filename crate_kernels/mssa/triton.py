@@ -1,6 +1,6 @@
-"""MSSA as kernels: three launches forward, one more for a LayerNorm's moments; for small batches two in all.
+"""MSSA as kernels: three launches forward, one more for a LayerNorm's moments; for small batches one less.
 
-    w = LN(x) U^T      out = softmax(scale * w w^T) w, head by head      z = residual +- (out W_out^T + b)
+    w = LN(x) U^T      out = softmax(scale * w w^T) w, head by head      z = skip +- (out W_out^T + b)
 
 Kept for the backward are x, w, out, one number a score row (the log-sum-exp) and two a token (mean and rstd).
 """
@@ -13,24 +13,9 @@ import torch
 from torch import Tensor
 
 from crate_kernels.mssa import one_launch as together
-from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
-from crate_kernels.products.preparation import prepare
-from crate_kernels.products.triton import gradient_rows, input_gradient, project, weight_gradient
+from crate_kernels.products import triton as products
+from crate_kernels.products.operand import Norm, Operand
 from crate_kernels.shared_attention import triton as attention
-
-
-class Weights(NamedTuple):
-    """qkv [inner, width], out [out_width, inner], out_bias [out_width] or None, and the LayerNorm before them or None."""
-
-    qkv: Tensor
-    out: Tensor
-    out_bias: Tensor | None
-    norm: Norm | None
-
-    def operands(self, dtype: torch.dtype) -> tuple[Operand, Operand]:
-        """Of both projections, for products in ``dtype``."""
-        qkv, out = self.qkv.contiguous().mT, self.out.contiguous().mT
-        return prepare(qkv, None, self.norm, dtype), prepare(out, self.out_bias, None, dtype)
 
 
 class Form(NamedTuple):
@@ -51,26 +36,12 @@ class Kept(NamedTuple):
     stats: Tensor | None
 
 
-class Gradients(NamedTuple):
-    """dx [batch * tokens, width], and those of ``Weights`` in float32; None where not asked for."""
-
-    x: Tensor | None
-    qkv: MatrixGradient | None
-    out: MatrixGradient | None
-
-
 def forward(
-    x: Tensor,
-    weights: Weights,
-    operands: tuple[Operand, Operand],
-    form: Form,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
+    x: Tensor, norm: Norm | None, qkv: Operand, out: Operand, form: Form, skip: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Kept]:
-    """z [batch * tokens, out_width] in ``out_dtype``, for x [batch, tokens, width], residual [batch * tokens, out_width]."""
-    kept = attend(x, weights.norm, operands[0], form)
-    z, _ = project(kept.out, operands[1], out_dtype, skip=residual, negate=form.subtract)
-    return z, kept
+    """z [batch * tokens, out_width] in ``out_dtype``, for x [batch, tokens, width], skip [batch * tokens, out_width]."""
+    kept = attend(x, norm, qkv, form)
+    return products.project(kept.out, out, out_dtype, skip=skip, negate=form.subtract)[0], kept
 
 
 def attend(x: Tensor, norm: Norm | None, qkv: Operand, form: Form, one_launch: bool | None = None) -> Kept:
@@ -79,7 +50,7 @@ def attend(x: Tensor, norm: Norm | None, qkv: Operand, form: Form, one_launch: b
         one_launch = together.is_chosen(x.shape[0], form.num_heads, x.shape[1])
     if one_launch:
         return Kept(*together.attend(x, norm, qkv, form.num_heads, form.scale, form.is_causal))
-    w, stats = project(x.flatten(0, 1), qkv, qkv.matrix.dtype, norm=norm)
+    w, stats = products.project(x.flatten(0, 1), qkv, qkv.matrix.dtype, norm=norm)
     out, lse = attention.forward(_heads(w, x, form), form.scale, form.is_causal)
     return Kept(w, _tokens(out), lse, stats)
 
@@ -87,43 +58,47 @@ def attend(x: Tensor, norm: Norm | None, qkv: Operand, form: Form, one_launch: b
 def backward(
     grad: Tensor,
     x: Tensor,
-    weights: Weights,
-    operands: tuple[Operand, Operand],
+    norm: Norm | None,
+    qkv: Operand,
+    out: Operand,
     form: Form,
     kept: Kept,
     needs: tuple[bool, bool, bool],
     past: Tensor | None = None,
-) -> Gradients:
-    """The gradients asked for (x, qkv and its norm, out), from grad [batch * tokens, out_width] of the result.
+) -> tuple[products.Gradients | None, products.Gradients]:
+    """The gradients of both projections, as far as x's, qkv's (and its norm's) and out's are asked for.
 
-    ``past`` [batch * tokens, width] is added to dx: the gradient that reaches x past MSSA, where x is its own residual.
+    Args:
+        grad: [batch * tokens, out_width], of z.
+        past: [batch * tokens, width], added to dx: the gradient that reaches x past MSSA, where x is its own skip.
     """
     need_x, need_qkv, need_out = needs
-    dtype, (qkv, out) = kept.w.dtype, operands
-    grad_out_projection = grad_qkv = dx = None
-    has_bias = weights.out_bias is not None
-    rows = gradient_rows(grad, kept.out, dtype, need_weight=need_out, need_column=has_bias)
-    if need_out:
-        product, column = weight_gradient(kept.out, grad, dtype, rows=rows)
-        if form.subtract:
-            product, column = -product, -column if has_bias else None
-        grad_out_projection = gradient(product, column, weights.out.t(), weights.out_bias, None)
-    if need_x or need_qkv:
-        grad_attended = input_gradient(grad, out, dtype, negate=form.subtract, rows=rows)
-        heads = [_heads(t, x, form) for t in (grad_attended, kept.w, kept.out)]
-        grad_w = _tokens(attention.backward(*heads, kept.lse, form.scale, form.is_causal))
-        tokens = x.flatten(0, 1)
-        product_form = dict(y=kept.w, norm=weights.norm, stats=kept.stats)
-        rows = gradient_rows(
-            grad_w, tokens, dtype, operand=qkv, **product_form, need_input=need_x, need_weight=need_qkv,
-            need_column=weights.norm is not None,
-        )  # fmt: skip
-        if need_qkv:
-            sums = weight_gradient(tokens, grad_w, dtype, rows=rows)
-            grad_qkv = gradient(*sums, weights.qkv.t(), None, weights.norm)
-        if need_x:
-            dx = input_gradient(grad_w, qkv, x.dtype, **product_form, x=tokens, extra=past, rows=rows)
-    return Gradients(dx, grad_qkv, grad_out_projection)
+    batch, dtype = x.shape[0], kept.w.dtype
+    of_out = products.gradients(
+        grad, kept.out, out, dtype, negate=form.subtract, heads=(batch, form.num_heads),
+        need_x=need_x or need_qkv, need_matrix=need_out, need_column=need_out and out.offset is not None,
+    )  # fmt: skip
+    if not (need_x or need_qkv):
+        return None, of_out
+    grad_attended, w, attended = (_heads(t, x, form) for t in (of_out.x, kept.w, kept.out))
+    delta = attention.rows_of_delta(grad_attended, attended) if of_out.delta is None else of_out.delta
+    tokens = x.flatten(0, 1)
+    if norm is None:
+        rows = products.GradientRows(
+            _tokens(attention.backward_from_delta(grad_attended, w, kept.lse, delta, form.scale, form.is_causal))
+        )
+    else:
+        stats = kept.stats if products.folds(x, dtype) else None
+        of_sums = products.gradient_sums(qkv, norm)
+        dw, sums, column_sums = attention.backward_to_projection(
+            grad_attended, w, kept.lse, delta, form.scale, form.is_causal, stats, of_sums
+        )
+        rows = products.GradientRows(_tokens(dw), sums, column_sums)
+    of_qkv = products.gradients(
+        None, tokens, qkv, x.dtype, norm=norm, stats=kept.stats, extra=past, rows=rows,
+        need_x=need_x, need_matrix=need_qkv, need_column=need_qkv and norm is not None,
+    )  # fmt: skip
+    return of_qkv, of_out
 
 
 def _heads(tokens: Tensor, x: Tensor, form: Form) -> Tensor:

@@ -15,27 +15,35 @@ from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
 from crate_kernels.precision import undisturbed
+from crate_kernels.products.operand import Norm, Operand, gradient
 from crate_kernels.schemas import empty_gradient, or_empty
 
 
-class Arguments(NamedTuple):
-    """What both operators take, in the order of their schemas."""
+class NormLinearArguments(NamedTuple):
+    """What both operators take, in the order of their schemas: weights, their operand, a setting."""
 
     weight: Tensor
     bias: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
+    matrix: Tensor
+    column_sum: Tensor | None
+    offset: Tensor | None
     norm_eps: float
-    dtype: torch.dtype
 
-    def load(self) -> tuple[ModuleType, Any]:
-        """The kernels' module, and its ``Weights``."""
-        kernels = dispatch.load("norm_linear", "triton")
-        norm = None if self.norm_weight is None else kernels.Norm(self.norm_weight, self.norm_bias, self.norm_eps)
-        return kernels, kernels.Weights(self.weight, self.bias, norm)
+    @property
+    def norm(self) -> Norm | None:
+        return None if self.norm_weight is None else Norm(self.norm_weight, self.norm_bias, self.norm_eps)
+
+    def load(self) -> tuple[ModuleType, Operand]:
+        """The kernels' module, and the operand."""
+        return dispatch.load("norm_linear", "triton"), Operand(self.matrix, self.column_sum, self.offset)
 
 
-_ARGUMENTS = "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, ScalarType dtype"
+_ARGUMENTS = (
+    "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor matrix, Tensor? column_sum, Tensor? offset, "
+    "float norm_eps"
+)
 torch.library.define("crate_kernels::norm_linear_forward", f"(Tensor x, {_ARGUMENTS}) -> (Tensor y, Tensor[] kept)")
 torch.library.define(
     "crate_kernels::norm_linear_backward",
@@ -47,9 +55,9 @@ torch.library.define(
 @torch.library.impl("crate_kernels::norm_linear_forward", "CompositeExplicitAutograd")
 @undisturbed
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    given = Arguments(*arguments)
-    kernels, weights = given.load()
-    y, stats = kernels.forward(x, weights, given.dtype)
+    given = NormLinearArguments(*arguments)
+    kernels, operand = given.load()
+    y, stats = kernels.forward(x, operand, given.norm)
     return y, [] if stats is None else [stats]
 
 
@@ -58,20 +66,21 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
 def _backward(
     grad: Tensor, x: Tensor, kept: list[Tensor], need_x: bool, need_weights: bool, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    given = Arguments(*arguments)
-    kernels, weights = given.load()
-    y, stats = kept or (None, None)
-    grad_x, found = kernels.backward(grad, x, y, stats, weights, given.dtype, need_x, need_weights)
-    matrix, *others = found or [None] * 4
-    grads = grad_x, None if matrix is None else matrix.t(), *others
-    return tuple(map(or_empty, grads, (x, *given[:4])))
+    given = NormLinearArguments(*arguments)
+    kernels, operand = given.load()
+    found = kernels.backward(grad, x, *(kept or (None, None)), operand, given.norm, need_x, need_weights)
+    grads: list[Tensor | None] = [None] * 4
+    if need_weights:
+        matrix, *grads[1:] = gradient(found.matrix, found.column, given.weight.t(), given.bias, given.norm)
+        grads[0] = matrix.t()
+    return tuple(map(or_empty, (found.x, *grads), (x, *given[:4])))
 
 
 @torch.library.register_fake("crate_kernels::norm_linear_forward")
 def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    given = Arguments(*arguments)
+    given = NormLinearArguments(*arguments)
     stats = x.new_empty(2, x.shape[0], dtype=torch.float32)
-    y = x.new_empty(x.shape[0], given.weight.shape[0], dtype=given.dtype)
+    y = x.new_empty(x.shape[0], given.weight.shape[0], dtype=given.matrix.dtype)
     return y, [] if given.norm_weight is None else [stats]
 
 
@@ -79,7 +88,7 @@ def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
 def _backward_fake(
     grad: Tensor, x: Tensor, kept: list[Tensor], need_x: bool, need_weights: bool, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    given = Arguments(*arguments)
+    given = NormLinearArguments(*arguments)
     return empty_gradient(x, need_x), *(empty_gradient(like, need_weights) for like in given[:4])
 
 

@@ -18,7 +18,7 @@ from crate_kernels.precision import undisturbed
 from crate_kernels.schemas import empty_gradient, or_empty
 
 
-class Arguments(NamedTuple):
+class OvercompleteArguments(NamedTuple):
     """What both operators take, in the order of their schemas."""
 
     dictionary: Tensor
@@ -28,15 +28,15 @@ class Arguments(NamedTuple):
     dtype: torch.dtype
 
     def load(self) -> tuple[ModuleType, Any]:
-        """The kernels' module, and its ``Weights``."""
+        """The kernels' module, and its ``Step``."""
         kernels = dispatch.load("overcomplete", "triton")
-        return kernels, kernels.Weights(*self[:4])
+        return kernels, kernels.Step(*self[:4])
 
 
 _ARGUMENTS = "Tensor dictionary, Tensor? out_dictionary, Tensor step_size, Tensor lambd, ScalarType dtype"
 torch.library.define(
     "crate_kernels::overcomplete_forward",
-    f"(Tensor x, Tensor? residual, ScalarType out_dtype, {_ARGUMENTS}) -> (Tensor out, Tensor z1, Tensor z2)",
+    f"(Tensor x, Tensor? skip, ScalarType out_dtype, {_ARGUMENTS}) -> (Tensor out, Tensor z1, Tensor z2)",
 )
 # needs: of x, the dictionary, the out_dictionary, and the two numbers.
 torch.library.define(
@@ -48,12 +48,10 @@ torch.library.define(
 
 @torch.library.impl("crate_kernels::overcomplete_forward", "CompositeExplicitAutograd")
 @undisturbed
-def _forward(
-    x: Tensor, residual: Tensor | None, out_dtype: torch.dtype, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    given = Arguments(*arguments)
+def _forward(x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = OvercompleteArguments(*arguments)
     kernels, weights = given.load()
-    return kernels.forward(x, weights, residual, given.dtype, out_dtype)
+    return kernels.forward(x, weights, skip, given.dtype, out_dtype)
 
 
 @torch.library.impl("crate_kernels::overcomplete_backward", "CompositeExplicitAutograd")
@@ -61,7 +59,7 @@ def _forward(
 def _backward(
     grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, needs: list[bool], *arguments: Any
 ) -> tuple[Tensor, ...]:
-    given = Arguments(*arguments)
+    given = OvercompleteArguments(*arguments)
     kernels, weights = given.load()
     found = kernels.backward(grad, x, z1, z2, weights, kernels.Needs(*needs))
     return tuple(map(or_empty, found, (x, *given[:4])))
@@ -69,9 +67,9 @@ def _backward(
 
 @torch.library.register_fake("crate_kernels::overcomplete_forward")
 def _forward_fake(
-    x: Tensor, residual: Tensor | None, out_dtype: torch.dtype, *arguments: Any
+    x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    given = Arguments(*arguments)
+    given = OvercompleteArguments(*arguments)
     z1, z2 = (x.new_empty(x.shape[0], given.dictionary.shape[1], dtype=given.dtype) for _ in range(2))
     return x.new_empty(x.shape, dtype=out_dtype), z1, z2
 
@@ -86,7 +84,7 @@ def _backward_fake(
 
 @register_flop_formula(torch.ops.crate_kernels.overcomplete_forward)
 def _forward_flops(
-    x_shape: tuple[int, ...], residual: Any, out_dtype: Any, dictionary_shape: tuple[int, ...], *_: Any, **__: Any
+    x_shape: tuple[int, ...], skip: Any, out_dtype: Any, dictionary_shape: tuple[int, ...], *_: Any, **__: Any
 ) -> int:
     return 4 * _product_flops(x_shape, dictionary_shape)
 

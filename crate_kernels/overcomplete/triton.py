@@ -1,7 +1,7 @@
 """The overcomplete step as kernels: one launch for each of its four products, with all that surrounds them.
 
     z1 = relu(x (eta D) - eta*lambda)        r = x - z1 D^T
-    z2 = relu(z1 + r (eta D) - eta*lambda)   out = residual + z2 D1^T
+    z2 = relu(z1 + r (eta D) - eta*lambda)   out = skip + z2 D1^T
 
 That is the least number of products: D^T D [codes, codes] would make of the two in the middle one of codes / width times their
 size. Kept for the backward are x, z1 and z2, whose zeros are the masks; r is computed again.
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from crate_kernels.products.operand import Operand
-from crate_kernels.products.preparation import prepare
-from crate_kernels.products.triton import gradient_rows, input_gradient, project, weight_gradient
+from crate_kernels.products.triton import GradientRows, gradients, project, weight_gradient
 
 
-class Weights(NamedTuple):
+class Step(NamedTuple):
     """dictionary D and out_dictionary D1 [width, codes] (D itself if None); eta and lambda, 0-dim, on the host or the device."""
 
     dictionary: Tensor
@@ -34,20 +33,12 @@ class Weights(NamedTuple):
 
     def descent(self, dtype: torch.dtype) -> Operand:
         """Of eta D, for a product in ``dtype``."""
-        return prepare(self.dictionary, None, None, dtype, scale=self.step_size)
-
-    def analysis(self, dtype: torch.dtype) -> Operand:
-        """Of D."""
-        return prepare(self.dictionary, None, None, dtype)
-
-    def synthesis(self, dtype: torch.dtype) -> Operand:
-        """Of D^T."""
-        return prepare(self.dictionary.t(), None, None, dtype)
+        return _operand(self.dictionary.float() * self.step_size, dtype)
 
     def output(self, dtype: torch.dtype) -> Operand:
         """Of D1^T."""
         matrix = self.dictionary if self.out_dictionary is None else self.out_dictionary
-        return prepare(matrix.t(), None, None, dtype)
+        return _operand(matrix.t(), dtype)
 
 
 class Needs(NamedTuple):
@@ -59,7 +50,7 @@ class Needs(NamedTuple):
     numbers: bool
 
 
-class Gradients(NamedTuple):
+class Found(NamedTuple):
     """dx [tokens, width] in x's dtype, the others in float32; None where not asked for."""
 
     x: Tensor | None = None
@@ -70,17 +61,17 @@ class Gradients(NamedTuple):
 
 
 def forward(
-    x: Tensor, weights: Weights, residual: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype
+    x: Tensor, weights: Step, skip: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [tokens, width] in ``out_dtype``, and z1 and z2 [tokens, codes] in ``dtype``."""
     descent, threshold = weights.descent(dtype), weights.threshold
     z1, _ = project(x, descent, dtype, threshold=threshold)
     z2, _ = project(_unexplained(x, z1, weights), descent, dtype, skip=z1, threshold=threshold)
-    out, _ = project(z2, weights.output(dtype), out_dtype, skip=residual)
+    out, _ = project(z2, weights.output(dtype), out_dtype, skip=skip)
     return out, z1, z2
 
 
-def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Weights, needs: Needs) -> Gradients:
+def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Step, needs: Needs) -> Found:
     """The gradients asked for, from grad [tokens, width]. With g1 and g2 those of what the two thresholds were applied to,
 
         g2 = (grad D1) where z2      dr = g2 (eta D)^T      g1 = (g2 - dr D) where z1      dx = dr + g1 (eta D)^T
@@ -89,36 +80,38 @@ def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Weights, 
 
     The last because x D - lambda is z1 / eta, and r D - lambda is (z2 - z1) / eta, where they count.
     """
-    dtype, threshold, eta = z1.dtype, weights.threshold, weights.step_size
+    dtype, eta = z1.dtype, weights.step_size
     coupled = weights.out_dictionary is None
     grad_x = grad_dictionary = grad_out = grad_step_size = grad_lambd = None
     if needs.out_dictionary or (coupled and needs.dictionary):
-        grad_out, _ = weight_gradient(grad, z2, dtype, need_column=False)
+        grad_out = weight_gradient(grad, GradientRows(z2))
     if needs.x or needs.dictionary or needs.numbers:
-        descent = weights.descent(dtype)
+        descent, alone = weights.descent(dtype), dict(need_matrix=False, need_column=False)
         # hardshrink's backward keeps the gradient where its input is not zero: the mask, in one pass.
-        g2 = torch.ops.aten.hardshrink_backward(input_gradient(grad, weights.output(dtype), dtype), z2, 0.0)
-        grad_r = input_gradient(g2, descent, dtype)
-        # Not yet masked: what reads it does that.
-        grad_z1, _ = project(grad_r, weights.analysis(dtype), dtype, skip=g2, negate=True)
-        first = dict(y=z1, threshold=threshold)
-        g1 = gradient_rows(grad_z1, x, dtype, **first, need_weight=needs.dictionary, need_column=False)
+        g2 = gradients(grad, None, weights.output(dtype), dtype, **alone).x
+        g2 = torch.ops.aten.hardshrink_backward(g2, z2, 0.0)
+        grad_r = gradients(g2, None, descent, dtype, **alone).x
+        grad_z1, _ = project(grad_r, _operand(weights.dictionary, dtype), dtype, skip=g2, negate=True)
+        g1 = GradientRows(torch.ops.aten.hardshrink_backward(grad_z1, z1, 0.0))
         if needs.x:
-            grad_x = input_gradient(grad_z1, descent, x.dtype, **first, extra=grad_r, rows=g1)
+            grad_x = gradients(None, None, descent, x.dtype, extra=grad_r, rows=g1, **alone).x
         if needs.dictionary:
-            through_first, _ = weight_gradient(x, grad_z1, dtype, rows=g1)
-            through_second, _ = weight_gradient(_unexplained(x, z1, weights), g2, dtype, need_column=False)
-            grad_dictionary = (through_first + through_second) * eta
-            grad_dictionary -= weight_gradient(grad_r, z1, dtype, need_column=False)[0]
+            through_second = weight_gradient(_unexplained(x, z1, weights), GradientRows(g2))
+            grad_dictionary = (weight_gradient(x, g1) + through_second) * eta
+            grad_dictionary -= weight_gradient(grad_r, GradientRows(z1))
         if needs.numbers:
             gained = z2.float() - z1
             grad_step_size = ((g1.g.float() * z1).sum() + (g2 * gained).sum()) / eta
             grad_lambd = -eta * (g1.g.float().sum() + g2.float().sum())
     if coupled and needs.dictionary:
         grad_dictionary, grad_out = grad_dictionary + grad_out, None
-    return Gradients(grad_x, grad_dictionary, grad_out, grad_step_size, grad_lambd)
+    return Found(grad_x, grad_dictionary, grad_out, grad_step_size, grad_lambd)
 
 
-def _unexplained(x: Tensor, z1: Tensor, weights: Weights) -> Tensor:
+def _operand(matrix: Tensor, dtype: torch.dtype) -> Operand:
+    return Operand(matrix.to(dtype), None, None)
+
+
+def _unexplained(x: Tensor, z1: Tensor, weights: Step) -> Tensor:
     """r = x - z1 D^T: what the first code leaves over, in the dtype of the products."""
-    return project(z1, weights.synthesis(z1.dtype), z1.dtype, skip=x, negate=True)[0]
+    return project(z1, _operand(weights.dictionary.t(), z1.dtype), z1.dtype, skip=x, negate=True)[0]

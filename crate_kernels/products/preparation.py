@@ -18,9 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from crate_kernels.precision import dot_precision
+from crate_kernels.products.op import empty_operands
 from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.products.triton import TRITON_DTYPES, load_tile, number, scalar
+from crate_kernels.products.triton import load_tile, number, scalar
 
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # One for every device: these are small beside the products with the tokens, and no step waits for their last percent.
 _PREPARE = {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
 _COMBINE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
@@ -140,20 +142,6 @@ def combine_kernel(
     tl.store(offsets + index * width + columns, offset, mask=inside)
 
 
-def prepare(
-    matrix: Tensor, bias: Tensor | None, norm: Norm | None, dtype: torch.dtype, scale: Tensor | None = None
-) -> Operand:
-    """The operand of ``LN(x) (scale * matrix) + bias``: matrix B [inner, width] of any strides, bias [width].
-
-    Without a LayerNorm a copy in ``dtype``; float32 in between.
-    """
-    if norm is None:
-        matrix = matrix if scale is None else matrix.float() * scale
-        # Copies where nothing has to be cast: operators must not return their arguments.
-        return Operand(matrix.to(dtype, copy=True), None, None if bias is None else bias.to(torch.float32, copy=True))
-    return Operand(*(t[0] for t in prepare_all([matrix], [bias], [norm], dtype, scale)))
-
-
 def prepare_all(
     matrices: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -161,37 +149,29 @@ def prepare_all(
     dtype: torch.dtype,
     scale: Tensor | None = None,
 ) -> Operand:
-    """The operands of matrices of one shape, in one launch, stacked: matrix [count, inner, width], the others [count, width].
+    """The operands of ``LN(x) (scale * B) + bias``, B [inner, width] of one shape and any strides, in one launch, stacked:
+    matrix [count, inner, width], the others [count, width].
 
-    Each as ``prepare`` makes it; where there is no LayerNorm column_sum is there all the same, and has no meaning. ``scale`` is
-    0-dim, on the host or beside the matrices.
+    Where there is no LayerNorm column_sum is there all the same, and has no meaning. ``scale`` is 0-dim, on the host or beside
+    the matrices. A single matrix without LayerNorm is PyTorch's to copy.
     """
+    operand, column_sum, offset = empty_operands(matrices, dtype)
+    if len(matrices) == 1 and norms[0] is None:
+        operand[0].copy_(matrices[0] if scale is None else matrices[0].float() * scale)
+        return Operand(operand, column_sum, offset if biases[0] is None else offset.copy_(biases[0]))
     matrices, vectors = _uniform(
         matrices, [(*(norm or (None, None))[:2], bias) for norm, bias in zip(norms, biases, strict=True)]
     )
-    first = matrices[0]
-    (inner_width, width), count = first.shape, len(matrices)
-    # Memory in the order of the source, so that reading and writing run along the same axis.
-    flipped = first.stride(0) == 1 and first.stride(1) != 1
-    operand = first.new_empty((count, width, inner_width) if flipped else (count, inner_width, width), dtype=dtype)
-    operand = operand.mT if flipped else operand
-    column_sum, offset = (first.new_empty(count, width, dtype=torch.float32) for _ in range(2))
+    (inner_width, width), count = matrices[0].shape, len(matrices)
     if operand.numel():
         scale, in_memory = number(scale)
         prepare_kernel[(triton.cdiv(width, _PREPARE["BLOCK_N"]), count)](
             _table(matrices, vectors), operand, column_sum, offset, scale, inner_width, width,
-            *first.stride(), *operand.stride()[1:],
+            *matrices[0].stride(), *operand.stride()[1:],
             SCALE_IN_MEMORY=in_memory, WHOLE_N=width % _PREPARE["BLOCK_N"] == 0, WHOLE_K=inner_width % _PREPARE["BLOCK_K"] == 0,
             **_kinds(matrices, vectors), enable_fp_fusion=True, **_PREPARE,
         )  # fmt: skip
     return Operand(operand, column_sum, offset)
-
-
-def combine(weight: Tensor, norm: Norm | None, step_size: Tensor, dtype: torch.dtype) -> tuple[Tensor, Operand]:
-    """G = W - W^T W [width, width] float32, and the operand of ``LN(x) (eta G)``."""
-    combined, operand = combine_all([weight], [norm], step_size, dtype)
-    kept = operand if norm else Operand(operand.matrix, None, None)
-    return combined[0], Operand(*(None if t is None else t[0] for t in kept))
 
 
 def combine_all(
@@ -241,8 +221,8 @@ def _kinds(matrices: Sequence[Tensor], vectors: Vectors) -> dict[str, object]:
     vector = next((v for row in vectors for v in row if v is not None), None)
     aligned = all(matrix.data_ptr() % 16 == 0 for matrix in matrices)
     return {
-        "MATRIX": TRITON_DTYPES[matrices[0].dtype],
-        "VECTOR": TRITON_DTYPES[torch.float32 if vector is None else vector.dtype],
+        "MATRIX": _TRITON_DTYPES[matrices[0].dtype],
+        "VECTOR": _TRITON_DTYPES[torch.float32 if vector is None else vector.dtype],
         "ALIGNMENT": 16 if aligned else matrices[0].element_size(),
     }
 

@@ -1,23 +1,26 @@
-"""The large products' Triton kernels: tokens times a matrix, and what the gradients of both need.
+"""The large products' Triton kernels: tokens times a matrix, and the gradients of both.
 
-    moments            mean and rstd of each token, and the tokens normalised
+    moments            mean and rstd of each token, and the tokens normalised where they are multiplied so
     project            out = T(skip +- (LN(x) B + bias))
-    gradient_rows      g = the gradient where T let it pass, xhat, their sums: one pass over the tokens
+    gradient_rows      the gradient as both products of the backward read it, and its sums: one pass over the tokens
     input_gradient     dx = extra + LN'(+-(g B^T) + g)
-    weight_gradient    H = xhat^T g and the column sums of g: a product of the library's
+    weight_gradient    H = xhat^T g: a product of the library's
 
 A product runs at the rate of the tensor cores only where its loop does nothing but load two tiles and multiply them. (One that
 summed a LayerNorm's moments as it went also gave other results each run, as Triton 3.6 compiled it for Hopper: NOTES.md, GPU.) So
-what a LayerNorm or a gradient needs besides is made before, row by row. The backward's two sums over features come from rows
-of g: with
-z = xhat . B' + offset the product that was,
+what a LayerNorm or a gradient needs besides comes from whoever writes the tensor, row by row.
 
-    c1 = sum_k dxhat_k        = sum_n g_n u_n,                u = column sums of B'
-    c2 = sum_k dxhat_k xhat_k = sum_n g_n (z_n - offset_n)
-    dx = rstd * (dxhat - c1 / width - xhat * c2 / width)
+There are two ways to multiply tokens behind a LayerNorm, and ``folds`` says which. Folded, raw tokens are multiplied, and their
+moments enter behind the product. The backward then stores the gradient times rstd, g^ = rstd * g, and multiplies raw tokens
+again: with z = xhat . B' + offset the product that was, u the column sums of B', and sums over features for each token,
+
+    c1 = sum_n g^_n u_n       c2 = sum_n g^_n (z_n - offset_n)
+    dx = g^ B'^T - (c1 + xhat * c2) / width       H = x^T g^ - 1 (sum over tokens of mean * g^)
+
+Not folded, tokens are normalised before they are multiplied, g stays as it is, dx takes rstd last, and H is xhat^T g.
 
 What the products keep for their backward is x, y and two float32 numbers a token. Column sums are split in a fixed way and added
-in a fixed order; the weight gradient is as repeatable as ``torch.mm`` of the device.
+in a fixed order; a product of the library's is as repeatable as ``torch.mm`` of the device.
 """
 
 from __future__ import annotations
@@ -130,30 +133,9 @@ def tile_position(row_tiles, column_tiles, GROUP: tl.constexpr):
     return tl.swizzle2d(program // column_tiles, program % column_tiles, row_tiles, column_tiles, GROUP)
 
 
-@triton.jit
-def store_normalised(
-    xhat_out,
-    x,
-    mean,
-    rstd,
-    rows,
-    tokens,
-    width,
-    x_row_stride,
-    x_column_stride,
-    WHOLE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Writes whole rows of (x - mean) * rstd; mean and rstd are columns [rows, 1]."""
-    for start in range(0, width, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        x_tile = load_tile(x, rows, columns, x_row_stride, x_column_stride, tokens, width, False, WHOLE)
-        store_tile(xhat_out, (x_tile.to(tl.float32) - mean) * rstd, rows, columns, tokens, width)
-
-
 @triton.jit(do_not_specialize=["tokens", "eps"])
 def moments_kernel(
-    x, stats, xhat_out, eps, tokens, width, x_row_stride, x_column_stride,
+    x, stats, xhat, eps, tokens, width, x_row_stride, x_column_stride,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mean and rstd of BLOCK_M tokens of x [tokens, width] into stats [2, tokens], and the tokens normalised where asked for."""
@@ -167,20 +149,41 @@ def moments_kernel(
     rstd = inverse_deviation(squares, width, eps)
     tl.store(stats + rows, mean, mask=rows < tokens)
     tl.store(stats + tokens.to(tl.int64) + rows, rstd, mask=rows < tokens)
-    if xhat_out is not None:
-        store_normalised(
-            xhat_out,
-            x,
-            mean[:, None],
-            rstd[:, None],
-            rows,
-            tokens,
-            width,
-            x_row_stride,
-            x_column_stride,
-            WHOLE,
-            BLOCK_N,
-        )
+    if xhat is not None:
+        for start in range(0, width, BLOCK_N):
+            columns = start + tl.arange(0, BLOCK_N)
+            x_tile = load_tile(x, rows, columns, x_row_stride, x_column_stride, tokens, width, False, WHOLE)
+            store_tile(xhat, (x_tile.to(tl.float32) - mean[:, None]) * rstd[:, None], rows, columns, tokens, width)
+
+
+@triton.jit
+def multiply(
+    x, matrix, clamped_rows, columns, tokens, inner_width, width,
+    x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
+    LIBRARY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of x times the matrix, in float32: of x [tokens, inner_width] and the matrix [inner_width, width], or, from a
+    library, of the product itself, which x then is."""
+    if LIBRARY:
+        return load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
+    else:
+        product = tl.zeros((clamped_rows.shape[0], columns.shape[0]), tl.float32)
+        for start in range(0, inner_width, BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K)
+            x_tile = load_tile(
+                x, clamped_rows, inner, x_row_stride, x_column_stride, tokens, inner_width, True, WHOLE_K
+            )
+            matrix_tile = load_tile(
+                matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
+            )
+            product = tl.dot(x_tile, matrix_tile, product, input_precision=PRECISION)
+        return product
+
+
+@triton.jit
+def load_moments(stats, clamped_rows, tokens):
+    """Mean and rstd of rows as columns [rows, 1], of stats [2, tokens]."""
+    return tl.load(stats + clamped_rows)[:, None], tl.load(stats + tokens.to(tl.int64) + clamped_rows)[:, None]
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -189,7 +192,7 @@ def project_kernel(
     x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
     FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
     THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, LIBRARY: tl.constexpr,
 ):  # fmt: skip
     """out = T(skip +- (LN(x) B + bias)).
 
@@ -201,19 +204,13 @@ def project_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows beyond the last read the last again and are not stored: no mask along them.
     clamped_rows = tl.minimum(rows, tokens - 1)
-
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, inner_width, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        x_tile = load_tile(x, clamped_rows, inner, x_row_stride, x_column_stride, tokens, inner_width, True, WHOLE_K)
-        matrix_tile = load_tile(
-            matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
-        )
-        product = tl.dot(x_tile, matrix_tile, product, input_precision=PRECISION)
+    product = multiply(
+        x, matrix, clamped_rows, columns, tokens, inner_width, width,
+        x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_K,
+    )  # fmt: skip
 
     if FOLD or SKIP_NORM:
-        mean = tl.load(stats + clamped_rows)[:, None]
-        rstd = tl.load(stats + tokens.to(tl.int64) + clamped_rows)[:, None]
+        mean, rstd = load_moments(stats, clamped_rows, tokens)
     if FOLD:
         product = rstd * (product - mean * load_row(column_sum, columns, width))
     if offset is not None:
@@ -238,77 +235,78 @@ def project_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def gradient_rows_kernel(
-    grad, y, x, stats, product_sum, product_offset, g_out, xhat_out, sums, column_sums, threshold, tokens, inner_width, width,
-    grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
-    ACTIVATION: tl.constexpr, THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr,
+    grad, y, stats, product_sum, product_offset, g_out, sums, column_sums, threshold, tokens, width,
+    grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
+    SCALED: tl.constexpr, ACTIVATION: tl.constexpr, THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_M tokens: g, grad where y is not zero, c1 and c2, xhat, and the column sums of g; each where it has a place.
+    """Of BLOCK_M tokens: g, grad where y is not zero (SCALED: times rstd), c1 and c2, and column sums; each where it has a place.
 
-    grad, y, g_out [tokens, width]; x, xhat_out [tokens, inner_width]; stats, sums [2, tokens]; column_sums [programs, width];
-    product_sum, product_offset [width]: u and offset of c1 and c2, skip included.
+    grad, y, g_out [tokens, width]; stats, sums [2, tokens]; product_sum, product_offset [width]: u and offset of c1 and c2, skip
+    included; column_sums [1 or 2, programs, width]: of g without rstd, and SCALED, of mean * g.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     c2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SCALED:
+        mean, rstd = load_moments(stats, tl.minimum(rows, tokens - 1), tokens)
     for start in range(0, width, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        g = load_tile(grad, rows, columns, grad_row_stride, grad_column_stride, tokens, width, False, WHOLE_N)
+        g = load_tile(grad, rows, columns, grad_row_stride, grad_column_stride, tokens, width, False, WHOLE)
         g = g.to(tl.float32)
         if y is not None:
-            y_tile = load_tile(y, rows, columns, y_row_stride, y_column_stride, tokens, width, False, WHOLE_N)
+            y_tile = load_tile(y, rows, columns, y_row_stride, y_column_stride, tokens, width, False, WHOLE)
             y_tile = y_tile.to(tl.float32)
             if ACTIVATION != "none":
                 g = masked_gradient(g, y_tile)
+        if column_sums is not None:
+            sums_here = column_sums + tl.program_id(0).to(tl.int64) * width + columns
+            tl.store(sums_here, tl.sum(g, 0), mask=columns < width)
+        if g_out is not None:
+            # Sums are of what products will read: rounded.
+            g = (g * rstd if SCALED else g).to(g_out.dtype.element_ty)
+            store_tile(g_out, g, rows, columns, tokens, width)
+            g = g.to(tl.float32)
+        if SCALED:  # noqa: SIM102  (decided while compiling, as is the other)
+            if column_sums is not None:
+                second = tl.num_programs(0).to(tl.int64) * width
+                tl.store(sums_here + second, tl.sum(mean * g, 0), mask=columns < width)
         if sums is not None:
             z = y_tile
             if ACTIVATION != "none":
                 z = before_threshold(y_tile, scalar(threshold, THRESHOLD_IN_MEMORY), ACTIVATION)
             c1 += g * load_row(product_sum, columns, width)
             c2 += g * (z - load_row(product_offset, columns, width))
-        if g_out is not None:
-            store_tile(g_out, g, rows, columns, tokens, width)
-        if column_sums is not None:
-            place = column_sums + tl.program_id(0).to(tl.int64) * width + columns
-            tl.store(place, tl.sum(g, 0), mask=columns < width)
     if sums is not None:
         tl.store(sums + rows, tl.sum(c1, 1), mask=rows < tokens)
         tl.store(sums + tokens.to(tl.int64) + rows, tl.sum(c2, 1), mask=rows < tokens)
-    if xhat_out is not None:
-        mean = tl.load(stats + rows, mask=rows < tokens, other=0.0)[:, None]
-        rstd = tl.load(stats + tokens.to(tl.int64) + rows, mask=rows < tokens, other=0.0)[:, None]
-        store_normalised(
-            xhat_out, x, mean, rstd, rows, tokens, inner_width, x_row_stride, x_column_stride, WHOLE_K, BLOCK_N
-        )
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def input_gradient_kernel(
-    g, grad, y, matrix, out, x, stats, sums, norm_weight, extra, tokens, inner_width, width,
+    g, grad, y, matrix, out, x, stats, sums, norm_weight, extra, delta, attended, tokens, inner_width, width,
+    parts, sample_tokens,
     g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
     matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
-    NORM: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr,
+    NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
     WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, LIBRARY: tl.constexpr,
 ):  # fmt: skip
     """out = extra + LN'(+-(g B^T) + grad), what is added of grad only where y is not zero.
 
-    g, grad, y [tokens, inner_width], g in the dtype of the product, grad and y as they came; matrix B^T [inner_width, width];
-    out, x, extra [tokens, width]; stats, sums [2, tokens]: mean and rstd, c1 and c2; norm_weight [width].
+    g, grad, y [tokens, inner_width], g in the dtype of the product (SCALED: it contains rstd), grad as it came, or g itself;
+    matrix B^T [inner_width, width]; out, x, extra [tokens, width]; stats [2, tokens]: mean and rstd; sums [2, parts, tokens]:
+    parts of c1 and c2; norm_weight [width]; attended [tokens, width], contiguous, and delta [samples, heads, sample_tokens]: of
+    each head of HEAD_DIM features the sums of out * attended.
     """
     tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     clamped_rows = tl.minimum(rows, tokens - 1)
-
-    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, inner_width, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        g_tile = load_tile(g, clamped_rows, inner, g_row_stride, g_column_stride, tokens, inner_width, True, WHOLE_K)
-        matrix_tile = load_tile(
-            matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
-        )
-        product = tl.dot(g_tile, matrix_tile, product, input_precision=PRECISION)
+    product = multiply(
+        g, matrix, clamped_rows, columns, tokens, inner_width, width,
+        g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride, LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_K,
+    )  # fmt: skip
 
     if NEGATE:
         product = -product
@@ -323,18 +321,32 @@ def input_gradient_kernel(
             skipped *= load_row(norm_weight, columns, width)
         product += skipped
     if NORM:
-        mean = tl.load(stats + clamped_rows)[:, None]
-        rstd = tl.load(stats + tokens.to(tl.int64) + clamped_rows)[:, None]
-        c1 = tl.load(sums + clamped_rows)[:, None]
-        c2 = tl.load(sums + tokens.to(tl.int64) + clamped_rows)[:, None]
+        mean, rstd = load_moments(stats, clamped_rows, tokens)
+        c1 = tl.zeros((BLOCK_M,), tl.float32)
+        c2 = tl.zeros((BLOCK_M,), tl.float32)
+        for part in range(0, parts):
+            place = sums + part * tokens.to(tl.int64) + clamped_rows
+            c1 += tl.load(place)
+            c2 += tl.load(place + parts * tokens.to(tl.int64))
         x_tile = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
         normalised = (x_tile.to(tl.float32) - mean) * rstd
-        product = rstd * (product - (c1 + normalised * c2) / width)
+        product -= (c1[:, None] + normalised * c2[:, None]) / width
+        if not SCALED:
+            product *= rstd
     if extra is not None:
         product += load_tile(
             extra, clamped_rows, columns, extra_row_stride, extra_column_stride, tokens, width, True, WHOLE_N
         ).to(tl.float32)
     store_tile(out, product, rows, columns, tokens, width)
+    if delta is not None:
+        out_tile = product.to(out.dtype.element_ty).to(tl.float32)
+        attended_tile = load_tile(attended, clamped_rows, columns, width, 1, tokens, width, True, WHOLE_N)
+        terms = tl.reshape(out_tile * attended_tile.to(tl.float32), (BLOCK_M, BLOCK_N // HEAD_DIM, HEAD_DIM))
+        heads = tile_n * (BLOCK_N // HEAD_DIM) + tl.arange(0, BLOCK_N // HEAD_DIM)
+        head_count = width // HEAD_DIM
+        first = (rows // sample_tokens).to(tl.int64)[:, None] * head_count + heads[None, :]
+        inside = (rows < tokens)[:, None] & (heads < head_count)[None, :]
+        tl.store(delta + first * sample_tokens + (rows % sample_tokens)[:, None], tl.sum(terms, 2), mask=inside)
 
 
 def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
@@ -353,6 +365,24 @@ def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tup
     return stats, xhat
 
 
+def folds(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products in ``dtype`` take raw tokens, and the mean's share off what comes out.
+
+    So the product must not round them, or a token far from zero would lose what its mean hides; and float32 results, more exact
+    than that difference, come without it.
+    """
+    return x.itemsize == 2 and x.dtype == dtype
+
+
+def before_product(x: Tensor, operand: Operand, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+    """x [tokens, width] as products multiply it, and with a LayerNorm, mean and rstd of each token, [2, tokens] float32."""
+    dtype = operand.matrix.dtype
+    if norm is None:
+        return x.to(dtype), None
+    stats, xhat = moments(x, norm.eps, None if folds(x, dtype) else dtype)
+    return x if xhat is None else xhat, stats
+
+
 def project(
     x: Tensor,
     operand: Operand,
@@ -369,7 +399,7 @@ def project(
 
     Args:
         x: [tokens, inner], any floating dtype and strides; rounded to the operand's dtype.
-        operand: of B [inner, width], by ``preparation.prepare`` with the same norm.
+        operand: of B [inner, width], by ``op.operands`` with the same norm.
         out_dtype: of the result.
         norm: the LayerNorm before the product.
         skip: [tokens, width], any dtype and strides, added in float32; with ``skip_norm`` it is x, and LN(x) is added.
@@ -381,107 +411,70 @@ def project(
         [tokens, width], contiguous, and [2, tokens] float32 or None.
     """
     (tokens, inner_width), width = x.shape, operand.matrix.shape[1]
+    fold = norm is not None and folds(x, operand.matrix.dtype)
+    multiplied, stats = before_product(x, operand, norm)
     out = torch.empty((tokens, width), dtype=out_dtype, device=x.device)
-    fold = norm_mode(x, operand, norm) == "fold"
-    stats, xhat = (None, x) if norm is None else moments(x, norm.eps, None if fold else operand.matrix.dtype)
-    if out.numel():
-        tiles = _tiles("project", x.device, operand.matrix, x)
-        threshold, in_memory = number(threshold)
-        # Cast before the product, whose loop then copies tiles as they are.
-        multiplied = (x if fold else xhat).to(operand.matrix.dtype)
-        project_kernel[_grid(tokens, width, tiles)](
-            multiplied, operand.matrix, out, stats if fold or skip_norm else None, operand.column_sum if fold else None,
-            operand.offset, skip, _vector(norm.weight) if skip_norm else None, _vector(norm.bias) if skip_norm else None,
-            threshold, tokens, inner_width, width,
-            *multiplied.stride(), *operand.matrix.stride(), *_strides(skip),
-            FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate,
-            ACTIVATION="none" if threshold is None else "soft" if soft else "relu", THRESHOLD_IN_MEMORY=in_memory,
-            WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=inner_width % tiles["BLOCK_K"] == 0,
-            **_options(operand.matrix), **tiles,
-        )  # fmt: skip
+    if not out.numel():
+        return out, stats
+    use = "masked" if threshold is not None else "plain" if norm is None else "norm"
+    tiles = _tiles("project", use, operand.matrix, x if skip is None else skip)
+    threshold, in_memory = number(threshold)
+    behind = dict(
+        FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, THRESHOLD_IN_MEMORY=in_memory,
+        ACTIVATION="none" if threshold is None else "soft" if soft else "relu",
+    )  # fmt: skip
+    left, matrix = _by(tiles, multiplied, operand.matrix)
+    project_kernel[_grid(tokens, width, tiles)](
+        left, matrix, out, stats if fold or skip_norm else None, operand.column_sum if fold else None,
+        operand.offset, skip, _vector(norm.weight) if skip_norm else None, _vector(norm.bias) if skip_norm else None,
+        threshold, tokens, inner_width, width, *left.stride(), *_strides(matrix), *_strides(skip),
+        **behind, **_options(operand.matrix, inner_width, width, tiles),
+    )  # fmt: skip
     return out, stats
 
 
 class GradientRows(NamedTuple):
-    """What both gradients of ``project`` read; None where a part is not asked for or has no use.
+    """The gradient behind the threshold, as both products of the backward read it, and its sums; None where not asked for.
 
-    g: [tokens, width], the gradient behind the threshold, in the dtype of the products.
-    sums: [2, tokens] float32, c1 and c2, with a LayerNorm.
-    xhat: [tokens, inner], the tokens as they were multiplied, normalised or not, in the dtype of the products.
-    column: [width] float32, the sums of g over tokens.
+    g: [tokens, width] in the dtype of the products; times rstd where the tokens were folded.
+    sums: [2, parts, tokens] float32, parts of c1 and c2, with a LayerNorm.
+    column_sums: [1, width] float32, over tokens of the gradient without rstd; folded, [2, width], and of mean * g.
     """
 
     g: Tensor
     sums: Tensor | None = None
-    xhat: Tensor | None = None
-    column: Tensor | None = None
+    column_sums: Tensor | None = None
 
 
-def gradient_rows(
-    grad: Tensor,
-    x: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    operand: Operand | None = None,
-    y: Tensor | None = None,
-    threshold: Tensor | None = None,
-    soft: bool = False,
-    norm: Norm | None = None,
-    stats: Tensor | None = None,
-    skip: bool = False,
-    negate: bool = False,
-    need_input: bool = True,
-    need_weight: bool = True,
-    need_column: bool = True,
-) -> GradientRows:
-    """One pass over grad, y and x, for the gradients of ``project`` that are asked for; none where they can be read as they are.
+class Gradients(NamedTuple):
+    """Of ``project``; None where not asked for.
 
-    Args:
-        grad, x: as ``input_gradient`` and ``weight_gradient`` take them; x is needed for the weight, or with a LayerNorm.
-        dtype: of the products.
-        operand: what ``project`` took; needed for the input's gradient with a LayerNorm.
-        threshold: what ``project`` took, on the host or the device; None where there was none, and y is then no mask.
-        y, soft, norm, stats, skip, negate: see ``input_gradient``.
-        need_input, need_weight, need_column: whose gradients are asked for: x's, the matrix's, the offset's.
+    x: [tokens, inner].
+    matrix: [inner, width] float32, H = xhat^T g with xhat the tokens normalised, or as they are: for ``operand.gradient``.
+    column: [width] float32, sums over tokens of g: the gradient of the offset.
+    delta: [samples, heads, tokens of a sample] float32, where ``heads`` were given and could be.
     """
-    tokens, width = grad.shape
-    normalised, masked = norm is not None or stats is not None, threshold is not None
-    make_g = masked or grad.dtype != dtype
-    make_sums, make_xhat = need_input and norm is not None, need_weight and normalised
-    g = torch.empty((tokens, width), dtype=dtype, device=grad.device) if make_g else grad
-    sums = grad.new_empty((2, tokens), dtype=torch.float32) if make_sums else None
-    xhat = x.to(dtype) if need_weight and not normalised else None
-    if make_xhat:
-        xhat = torch.empty(x.shape, dtype=dtype, device=x.device)
-    programs = triton.cdiv(tokens, _ROWS["BLOCK_M"])
-    need_column = need_column and need_weight
-    columns = grad.new_empty((programs, width), dtype=torch.float32) if need_column else None
-    if not (make_g or make_sums or make_xhat or need_column) or not tokens:
-        return GradientRows(g, sums, xhat, None if columns is None else columns.sum(0))
-    product_sum = product_offset = None
-    if make_sums:
-        product_sum, product_offset = operand.column_sum, operand.offset
-        if negate:
-            product_sum, product_offset = -product_sum, -product_offset
-        if skip:
-            product_sum = product_sum + norm.weight
-            product_offset = product_offset if norm.bias is None else product_offset + norm.bias
-    inner_width = 0 if x is None else x.shape[1]
-    threshold, in_memory = number(threshold)
-    read_y = y if masked or make_sums else None
-    gradient_rows_kernel[(programs,)](
-        grad, read_y, x if make_xhat else None, stats, product_sum, product_offset,
-        g if make_g else None, xhat if make_xhat else None, sums, columns, threshold, tokens, inner_width, width,
-        *grad.stride(), *_strides(read_y), *_strides(x if make_xhat else None),
-        ACTIVATION="none" if not masked else "soft" if soft else "relu", THRESHOLD_IN_MEMORY=in_memory,
-        WHOLE_N=width % _ROWS["BLOCK_N"] == 0, WHOLE_K=inner_width % _ROWS["BLOCK_N"] == 0,
-        enable_fp_fusion=True, **_ROWS,
-    )  # fmt: skip
-    return GradientRows(g, sums, xhat, None if columns is None else columns.sum(0))
+
+    x: Tensor | None
+    matrix: Tensor | None
+    column: Tensor | None
+    delta: Tensor | None = None
 
 
-def input_gradient(
-    grad: Tensor,
+def gradient_sums(operand: Operand, norm: Norm, skip: bool = False, negate: bool = False) -> tuple[Tensor, Tensor]:
+    """u and offset [width] of c1 = sum g u and c2 = sum g (z - offset), z the product with all that was added to it."""
+    column_sum, offset = operand.column_sum, operand.offset
+    if negate:
+        column_sum, offset = -column_sum, -offset
+    if skip:
+        column_sum = column_sum + norm.weight
+        offset = offset if norm.bias is None else offset + norm.bias
+    return column_sum, offset
+
+
+def gradients(
+    grad: Tensor | None,
+    x: Tensor | None,
     operand: Operand,
     out_dtype: torch.dtype,
     *,
@@ -489,98 +482,143 @@ def input_gradient(
     threshold: Tensor | None = None,
     soft: bool = False,
     norm: Norm | None = None,
-    x: Tensor | None = None,
     stats: Tensor | None = None,
     skip: bool = False,
     negate: bool = False,
     extra: Tensor | None = None,
     rows: GradientRows | None = None,
-) -> Tensor:
-    """The gradient of ``project`` in x: ``extra + LN'(+-(g B^T) + g)``, g being grad where y is not zero.
+    heads: tuple[int, int] | None = None,
+    need_x: bool = True,
+    need_matrix: bool = True,
+    need_column: bool = True,
+) -> Gradients:
+    """The gradients of ``project`` that are asked for: ``dx = extra + LN'(+-(g B^T) + g)``, g being grad where y is not zero.
 
     Args:
-        grad: [tokens, width of the product], any dtype and strides; only read.
-        operand, norm, soft, negate: what ``project`` took.
-        out_dtype: of the result.
-        y: what ``project`` gave; needed with a threshold or a LayerNorm, which then allows no skip but x itself.
-        threshold: what ``project`` took; None where there was none.
-        x, stats: what ``project`` took and gave; needed with a LayerNorm.
+        grad: [tokens, width of the product], any dtype and strides; only read. None where there are ``rows``.
+        x: [tokens, inner], what ``project`` took; needed with a LayerNorm, for the matrix or for heads.
+        operand, threshold, soft, norm, negate: what ``project`` took.
+        out_dtype: of dx.
+        y: what ``project`` gave; needed with a threshold, and with a LayerNorm unless there are ``rows``.
+        stats: what ``project`` gave with a LayerNorm.
         skip: x itself (normalised, with a LayerNorm) was added to the product.
-        extra: [tokens, inner], added to the result: the gradient that comes past the product.
-        rows: ``gradient_rows`` of all this, where it was made before.
-
-    Returns:
-        [tokens, inner], contiguous.
+        extra: [tokens, inner], added to dx: the gradient that comes past the product.
+        rows: what ``gradient_rows`` would make of all this, made before by whoever wrote the gradient.
+        heads: x is what attention gave, [samples * tokens, heads * head_dim], of so many samples and heads: ask for delta, each
+            head's sums over features of dx * x, where its width divides a tile.
+        need_x, need_matrix, need_column: whose gradients are asked for: x's, the matrix's, the offset's.
     """
     dtype = operand.matrix.dtype
-    (tokens, inner_width), width = grad.shape, operand.matrix.shape[0]
-    out = torch.empty((tokens, width), dtype=out_dtype, device=grad.device)
-    if not out.numel():
-        return out
     if rows is None:
         rows = gradient_rows(
-            grad, x, dtype, operand=operand, y=y, threshold=threshold, soft=soft, norm=norm, stats=stats, skip=skip,
-            negate=negate, need_weight=False,
+            grad, x, operand, y=y, threshold=threshold, soft=soft, norm=norm, stats=stats, skip=skip, negate=negate,
+            need_x=need_x, need_column=need_column or (need_matrix and norm is not None and folds(x, dtype)),
         )  # fmt: skip
-    # What is added past the product is not rounded to its dtype; where nothing had to be, it is g, masked already.
-    skipped = rows.g if grad.dtype == dtype else grad
-    mask = y if skip and threshold is not None and grad.dtype != dtype else None
-    tiles = _tiles("input_gradient", grad.device, operand.matrix, skipped)
-    matrix = operand.matrix.t()
-    input_gradient_kernel[_grid(tokens, width, tiles)](
-        rows.g, skipped if skip else None, mask, matrix, out, x, stats, rows.sums,
-        None if norm is None else _vector(norm.weight), extra, tokens, inner_width, width,
-        *rows.g.stride(), *_strides(skipped if skip else None), *_strides(mask), *matrix.stride(), *_strides(x),
-        *_strides(extra),
-        NORM=norm is not None, SKIP=skip, NEGATE=negate,
-        WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=inner_width % tiles["BLOCK_K"] == 0,
-        **_options(operand.matrix), **tiles,
-    )  # fmt: skip
-    return out
+    dx = product = delta = None
+    if need_x:
+        masked = y if threshold is not None else None
+        dx, delta = _input_gradient(
+            rows, grad if skip else None, operand, out_dtype, masked, x, norm, stats, negate, extra, heads
+        )
+    if need_matrix:
+        product = weight_gradient(x, rows, norm, stats)
+        product = product.neg_() if negate else product
+    column = rows.column_sums[0] if need_column else None
+    return Gradients(dx, product, -column if negate and need_column else column, delta)
 
 
-def weight_gradient(
-    x: Tensor,
+def gradient_rows(
     grad: Tensor,
-    operand_dtype: torch.dtype,
+    x: Tensor | None,
+    operand: Operand,
     *,
     y: Tensor | None = None,
+    threshold: Tensor | None = None,
+    soft: bool = False,
+    norm: Norm | None = None,
     stats: Tensor | None = None,
+    skip: bool = False,
+    negate: bool = False,
+    need_x: bool = True,
     need_column: bool = True,
-    rows: GradientRows | None = None,
+) -> GradientRows:
+    """One pass over grad and y; none where grad can be read as it is. Arguments as ``gradients`` has them."""
+    (tokens, width), dtype = grad.shape, operand.matrix.dtype
+    masked, scaled, make_sums = threshold is not None, norm is not None and folds(x, dtype), need_x and norm is not None
+    make_g = masked or scaled or grad.dtype != dtype
+    g = torch.empty((tokens, width), dtype=dtype, device=grad.device) if make_g else grad
+    sums = grad.new_empty((2, 1, tokens), dtype=torch.float32) if make_sums else None
+    programs = triton.cdiv(tokens, _ROWS["BLOCK_M"])
+    columns = grad.new_empty((1 + scaled, programs, width), dtype=torch.float32) if need_column else None
+    if tokens and (make_g or make_sums or need_column):
+        of_sums = gradient_sums(operand, norm, skip, negate) if make_sums else (None, None)
+        threshold, in_memory = number(threshold)
+        read_y = y if masked or make_sums else None
+        gradient_rows_kernel[(programs,)](
+            grad, read_y, stats if scaled else None, *of_sums, g if make_g else None, sums, columns, threshold, tokens, width,
+            *grad.stride(), *_strides(read_y),
+            SCALED=scaled, ACTIVATION="none" if not masked else "soft" if soft else "relu", THRESHOLD_IN_MEMORY=in_memory,
+            WHOLE=width % _ROWS["BLOCK_N"] == 0, enable_fp_fusion=True, **_ROWS,
+        )  # fmt: skip
+    return GradientRows(g, sums, None if columns is None else columns.sum(1))
+
+
+def _input_gradient(
+    rows: GradientRows,
+    grad: Tensor | None,
+    operand: Operand,
+    out_dtype: torch.dtype,
+    masked: Tensor | None,
+    x: Tensor | None,
+    norm: Norm | None,
+    stats: Tensor | None,
+    negate: bool,
+    extra: Tensor | None,
+    heads: tuple[int, int] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of ``project`` in the operand's matrix and in its offset, float32: ``xhat^T g`` and the column sums of g.
-
-    Args:
-        x: [tokens, inner], as ``project`` took it; normalised where ``stats`` [2, tokens] are given.
-        grad: [tokens, width], any dtype and strides; only read.
-        operand_dtype: the dtype of the product.
-        y: [tokens, width], where there was a threshold: grad counts where y is not zero.
-        need_column: whether the column sums are asked for; else None.
-        rows: ``gradient_rows`` of all this, where it was made before.
-    """
-    if rows is None:
-        mask = None if y is None else torch.zeros(())  # y is the mask of any threshold
-        rows = gradient_rows(
-            grad, x, operand_dtype, y=y, threshold=mask, stats=stats, need_input=False, need_column=need_column
-        )
-    return float32_product(rows.xhat.t(), rows.g), rows.column
-
-
-TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def norm_mode(x: Tensor, operand: Operand, norm: Norm | None) -> str:
-    """Folding multiplies raw tokens and takes the mean's share off the product. So the product must not round them, or a token
-    far from zero would lose what its mean hides; and float32 results, more exact than the difference, come without it: there
-    ("first") tokens are normalised before they are multiplied."""
-    if norm is None:
-        return "none"
-    return "fold" if x.itemsize == 2 and x.dtype == operand.matrix.dtype else "first"
+    """dx [tokens, inner], contiguous, and delta. ``grad`` is there where it is added to the product, ``masked`` (y) its mask."""
+    (tokens, inner_width), (width, _), dtype = rows.g.shape, operand.matrix.shape, operand.matrix.dtype
+    out = torch.empty((tokens, width), dtype=out_dtype, device=rows.g.device)
+    use = "masked" if grad is not None else "plain" if norm is None else "norm"
+    tiles = _tiles("input_gradient", use, operand.matrix, out)
+    delta, head_dim, sample_tokens = None, 1, 1
+    if heads is not None and tiles["BLOCK_N"] % (width // heads[1]) == 0:
+        head_dim, sample_tokens = width // heads[1], tokens // max(heads[0], 1)
+        delta = out.new_empty((*heads, sample_tokens), dtype=torch.float32)
+    if not out.numel():
+        return out, delta
+    scaled = norm is not None and folds(x, dtype)
+    # What is added past the product is not rounded to its dtype, unless g had to be; where g did not, it is masked already.
+    skipped = None if grad is None else rows.g if scaled or grad.dtype == dtype else grad
+    mask = masked if skipped is grad else None
+    left, matrix = _by(tiles, rows.g, operand.matrix.t())
+    input_gradient_kernel[_grid(tokens, width, tiles)](
+        left, skipped, mask, matrix, out, x if norm else None, stats, rows.sums,
+        _vector(norm.weight) if norm and grad is not None else None, extra, delta, None if delta is None else x.contiguous(),
+        tokens, inner_width, width, 0 if rows.sums is None else rows.sums.shape[1], sample_tokens,
+        *left.stride(), *_strides(skipped), *_strides(mask), *_strides(matrix), *_strides(x if norm else None), *_strides(extra),
+        NORM=norm is not None, SCALED=scaled, SKIP=grad is not None, NEGATE=negate, HEAD_DIM=head_dim,
+        **_options(operand.matrix, inner_width, width, tiles),
+    )  # fmt: skip
+    return out, delta
 
 
-def _tiles(kernel: str, device: torch.device, operand: Tensor, stream: Tensor) -> dict[str, int]:
-    return select(TABLE, device, kernel, operand.itemsize, stream.itemsize)
+def weight_gradient(x: Tensor, rows: GradientRows, norm: Norm | None = None, stats: Tensor | None = None) -> Tensor:
+    """H = xhat^T g [inner, width] float32, of the tokens x [tokens, inner] normalised where there is a LayerNorm."""
+    dtype = rows.g.dtype
+    if norm is None or not folds(x, dtype):
+        return float32_product((x.to(dtype) if norm is None else moments(x, norm.eps, dtype)[1]).t(), rows.g)
+    # g holds rstd, and the mean's share comes off: exactly what centred tokens would give, which are not stored.
+    return float32_product(x.t(), rows.g).sub_(rows.column_sums[1])
+
+
+def _tiles(kernel: str, use: str, operand: Tensor, stream: Tensor) -> dict[str, int]:
+    return select(TABLE, operand.device, kernel, use, operand.itemsize, stream.itemsize)
+
+
+def _by(tiles: dict[str, int], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the kernel takes for its two factors: themselves, or the library's product of them and nothing."""
+    return (float32_product(left, right), None) if tiles["LIBRARY"] else (left, right)
 
 
 def number(value: Tensor | None) -> tuple[Tensor | float | None, bool]:
@@ -603,6 +641,8 @@ def _grid(rows: int, columns: int, tiles: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(rows, tiles["BLOCK_M"]) * triton.cdiv(columns, tiles["BLOCK_N"]),)
 
 
-def _options(operand: Tensor) -> dict[str, object]:
-    """How products round: float32 operands as torch is told to, and multiply-adds fused whatever Triton's default."""
-    return {"PRECISION": dot_precision(operand), "enable_fp_fusion": True}
+def _options(operand: Tensor, inner_width: int, width: int, tiles: dict[str, int]) -> dict[str, object]:
+    """The tiles, which axes they divide, and how products round: float32 operands as torch is told to; multiply-adds fused
+    whatever Triton's default."""
+    whole = dict(WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=inner_width % tiles["BLOCK_K"] == 0)
+    return {**whole, "PRECISION": dot_precision(operand), "enable_fp_fusion": True, **tiles}

@@ -1,18 +1,27 @@
-"""Tiles of the large products, keyed (kernel, bytes an element of the operands, bytes an element of the stream).
+"""Tiles of the large products, keyed (kernel, use, bytes an element of the operands, bytes an element of the stream).
 
 The stream is x, y and their gradients; under autocast it may stay float32 while the operands are 16-bit: loops read operands,
-epilogues the stream. The ``default`` entries fit the 99 KB a block may use on consumer devices.
+epilogues the stream. The use says how much an epilogue holds in registers: "plain", a product and what is added to it; "norm",
+one behind a LayerNorm; "masked", ISTA's, with threshold and skip. The ``default`` entries fit the 99 KB a block may use on
+consumer devices.
+
+LIBRARY = 1 has PyTorch multiply, in float32 out, and the kernel do what follows, tile by tile. It never is: on an H100
+``torch.mm`` takes 91 us for 50,432 x 768 x 768, and what follows has to read 155 MB more than if it had the product in
+registers. (Weight gradients, which nothing follows, are ``torch.mm`` on every device.)
 """
 
 from __future__ import annotations
 
+USES = ("plain", "norm", "masked")
 
-def _tile(block_m: int, block_n: int, block_k: int, group: int, num_warps: int, num_stages: int) -> dict[str, int]:
+
+def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> dict[str, int]:
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "GROUP": group,
+        "GROUP": 8,
+        "LIBRARY": 0,
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
@@ -20,19 +29,17 @@ def _tile(block_m: int, block_n: int, block_k: int, group: int, num_warps: int, 
 
 TABLE = {
     "sm_90": {
-        ("project", 2, 2): _tile(128, 128, 64, 8, 8, 3),
-        ("project", 2, 4): _tile(128, 128, 64, 8, 8, 3),
-        ("project", 4, 4): _tile(64, 64, 32, 8, 4, 3),
-        ("input_gradient", 2, 2): _tile(64, 128, 64, 8, 4, 4),
-        ("input_gradient", 2, 4): _tile(64, 128, 64, 8, 4, 4),
-        ("input_gradient", 4, 4): _tile(64, 64, 32, 8, 4, 3),
+        **{("project", use, 2, 2): _tile(128, 128, 64, 8, 3) for use in USES},
+        **{("project", use, 2, 4): _tile(128, 128, 64, 8, 3) for use in USES},
+        **{("project", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in USES},
+        **{("input_gradient", use, 2, stream): _tile(64, 128, 64, 4, 4) for use in USES for stream in (2, 4)},
+        **{("input_gradient", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in USES},
     },
     "default": {
-        ("project", 2, 2): _tile(128, 128, 32, 8, 8, 4),
-        ("project", 2, 4): _tile(128, 128, 32, 8, 8, 4),
-        ("project", 4, 4): _tile(64, 64, 32, 8, 4, 3),
-        ("input_gradient", 2, 2): _tile(128, 128, 32, 8, 8, 3),
-        ("input_gradient", 2, 4): _tile(64, 128, 32, 8, 8, 3),
-        ("input_gradient", 4, 4): _tile(64, 64, 32, 8, 4, 2),
+        **{("project", use, 2, stream): _tile(128, 128, 32, 8, 4) for use in USES for stream in (2, 4)},
+        **{("project", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in USES},
+        **{("input_gradient", use, 2, 2): _tile(128, 128, 32, 8, 3) for use in USES},
+        **{("input_gradient", use, 2, 4): _tile(64, 128, 32, 8, 3) for use in USES},
+        **{("input_gradient", use, 4, 4): _tile(64, 64, 32, 4, 2) for use in USES},
     },
 }

@@ -11,8 +11,8 @@ from support import a_few_roundings, error
 from torch import Tensor
 
 from crate_kernels.products import triton as products
+from crate_kernels.products.op import operands
 from crate_kernels.products.operand import Norm, gradient
-from crate_kernels.products.preparation import prepare
 
 THRESHOLD = 0.05
 
@@ -35,7 +35,7 @@ def run(x, b, bias, gamma, beta, residual, extra, upstream, operand_dtype, case)
     """The same and all its gradients by the kernels: y, dx, dB, and what there is of dbias, dgamma, dbeta."""
     norm = Norm(gamma, beta, 1e-5) if case["norm"] else None
     bias = bias if case["bias"] else None
-    operand = prepare(b, bias, norm, operand_dtype)
+    (operand,) = operands([b], [bias], [norm], operand_dtype)
     threshold = None if case["activation"] == "none" else torch.tensor(THRESHOLD)
     soft, negate, itself = case["activation"] == "soft", case["negate"], case["skip"] == "self"
     skip = {"none": None, "self": x, "residual": residual}[case["skip"]]
@@ -43,15 +43,13 @@ def run(x, b, bias, gamma, beta, residual, extra, upstream, operand_dtype, case)
         x, operand, x.dtype, norm=norm, skip=skip, skip_norm=itself and case["norm"], negate=negate,
         threshold=threshold, soft=soft,
     )  # fmt: skip
-    dx = products.input_gradient(
-        upstream, operand, x.dtype, y=y, threshold=threshold, soft=soft, norm=norm, x=x, stats=stats, skip=itself,
+    dx, h, s, _ = products.gradients(
+        upstream, x, operand, x.dtype, y=y, threshold=threshold, soft=soft, norm=norm, stats=stats, skip=itself,
         negate=negate, extra=extra,
     )  # fmt: skip
-    mask = None if threshold is None else y
-    h, s = products.weight_gradient(x, upstream, operand_dtype, y=mask, stats=stats)
-    db, dbias, dgamma, dbeta = gradient(*((-h, -s) if negate else (h, s)), b, bias, norm)
+    db, dbias, dgamma, dbeta = gradient(h, s, b, bias, norm)
     if norm and itself:
-        dgamma, dbeta = dgamma + h.diagonal(), dbeta + s
+        dgamma, dbeta = dgamma + (-h if negate else h).diagonal(), dbeta + (-s if negate else s)
     return {"y": y, "dx": dx, "dB": db, "dbias": dbias, "dgamma": dgamma, "dbeta": dbeta}
 
 
@@ -92,10 +90,10 @@ FLAGS = [
 @pytest.mark.parametrize("mode", ["fold", "first"])
 @pytest.mark.parametrize("case", FLAGS, ids=lambda case: "-".join(str(v) for v in case.values()))
 def test_every_combination(case: dict, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 both ways of the LayerNorm are right, though only "first" is taken there."""
+    """In float32 both ways of the LayerNorm are right, though tokens are only normalised first there."""
     if mode == "fold" and not case["norm"]:
         pytest.skip("there is no LayerNorm to fold")
-    monkeypatch.setattr(products, "norm_mode", lambda x, operand, norm: "none" if norm is None else mode)
+    monkeypatch.setattr(products, "folds", lambda x, dtype: mode == "fold")
     check(37, 24, 24, case)
 
 

@@ -1,0 +1,117 @@
+"""PyTorch operators that make operands of weights, of many in one launch: schemas, shapes, FLOP counts. Imports torch only.
+
+    prepare    operands of matrices of one shape
+    combine    G = W - W^T W of dictionaries of one shape, and the operands of eta * G
+
+Results are stacked, one row a matrix; ``operands`` and ``combinations`` take them apart. Where a matrix has no LayerNorm its
+column sums have no meaning, nor its offset where there is no bias either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from crate_kernels import dispatch
+from crate_kernels.precision import no_autocast
+from crate_kernels.products.operand import Norm, Operand
+
+torch.library.define(
+    "crate_kernels::prepare",
+    "(Tensor[] matrices, Tensor?[] biases, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor? scale, ScalarType dtype) -> "
+    "(Tensor matrix, Tensor column_sum, Tensor offset)",
+)
+torch.library.define(
+    "crate_kernels::combine",
+    "(Tensor[] dictionaries, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor step_size, ScalarType dtype) -> "
+    "(Tensor combined, Tensor matrix, Tensor column_sum, Tensor offset)",
+)
+
+
+@torch.no_grad()
+def operands(
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norms: Sequence[Norm | None],
+    dtype: torch.dtype,
+    scale: Tensor | None = None,
+) -> list[Operand]:
+    """The operands of ``LN(x) (scale * B) + bias``, matrices B [inner, width] of one shape and any strides, in one launch."""
+    columns = [None if n is None else n.weight for n in norms], [None if n is None else n.bias for n in norms]
+    stacks = torch.ops.crate_kernels.prepare(matrices, biases, *columns, scale, dtype)
+    rows = zip(biases, norms, *(stack.unbind(0) for stack in stacks), strict=True)
+    return [
+        Operand(matrix, None if norm is None else column_sum, None if norm is None and bias is None else offset)
+        for bias, norm, matrix, column_sum, offset in rows
+    ]
+
+
+@torch.no_grad()
+def combinations(
+    dictionaries: Sequence[Tensor], norms: Sequence[Norm | None], step_size: Tensor, dtype: torch.dtype
+) -> list[tuple[Tensor, Operand]]:
+    """G = W - W^T W [width, width] float32 of dictionaries of one shape, and the operands of ``LN(x) (eta G)``, in one launch."""
+    columns = [None if n is None else n.weight for n in norms], [None if n is None else n.bias for n in norms]
+    stacks = torch.ops.crate_kernels.combine(dictionaries, *columns, step_size, dtype)
+    rows = zip(norms, *(stack.unbind(0) for stack in stacks), strict=True)
+    return [
+        (combined, Operand(matrix, None, None) if norm is None else Operand(matrix, *vectors))
+        for norm, combined, matrix, *vectors in rows
+    ]
+
+
+@torch.library.impl("crate_kernels::prepare", "CompositeExplicitAutograd")
+def _prepare(matrices: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    biases, norm_weights, norm_biases, scale, dtype = arguments
+    norms = [
+        None if weight is None else Norm(weight, bias) for weight, bias in zip(norm_weights, norm_biases, strict=True)
+    ]
+    with no_autocast(matrices[0]), torch.cuda.device_of(matrices[0]):
+        return tuple(dispatch.load("products", "preparation").prepare_all(matrices, biases, norms, dtype, scale))
+
+
+@torch.library.impl("crate_kernels::combine", "CompositeExplicitAutograd")
+def _combine(dictionaries: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    norm_weights, norm_biases, step_size, dtype = arguments
+    norms = [
+        None if weight is None else Norm(weight, bias) for weight, bias in zip(norm_weights, norm_biases, strict=True)
+    ]
+    with no_autocast(dictionaries[0]), torch.cuda.device_of(dictionaries[0]):
+        combined, operand = dispatch.load("products", "preparation").combine_all(dictionaries, norms, step_size, dtype)
+    return combined, *operand
+
+
+def empty_operands(matrices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for operands, in the order of the source's memory, so that reading and writing run along the same axis."""
+    (rows, columns), count = matrices[0].shape, len(matrices)
+    flipped = all(matrix.stride(0) == 1 and matrix.stride(1) != 1 for matrix in matrices)
+    matrix = matrices[0].new_empty((count, columns, rows) if flipped else (count, rows, columns), dtype=dtype)
+    vectors = (matrix.new_empty((count, columns), dtype=torch.float32) for _ in range(2))
+    return matrix.mT if flipped else matrix, *vectors
+
+
+@torch.library.register_fake("crate_kernels::prepare")
+def _prepare_fake(matrices: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    return empty_operands(matrices, arguments[-1])
+
+
+@torch.library.register_fake("crate_kernels::combine")
+def _combine_fake(dictionaries: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    shape = len(dictionaries), *dictionaries[0].shape
+    matrix = dictionaries[0].new_empty(shape, dtype=arguments[-1])
+    combined, *vectors = (matrix.new_empty(size, dtype=torch.float32) for size in (shape, shape[:2], shape[:2]))
+    return combined, matrix, *vectors
+
+
+@register_flop_formula(torch.ops.crate_kernels.prepare)
+def _prepare_flops(*_: Any, **__: Any) -> int:
+    return 0
+
+
+@register_flop_formula(torch.ops.crate_kernels.combine)
+def _combine_flops(dictionary_shapes: list[tuple[int, ...]], *_: Any, **__: Any) -> int:
+    return len(dictionary_shapes) * 2 * dictionary_shapes[0][0] ** 3

@@ -1,0 +1,76 @@
+"""What operators make of their weights before a product, and how they know that it is still true of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crate_kernels import checks
+from crate_kernels.products.operand import Operand
+
+
+class Prepared(NamedTuple):
+    """What one operator's products take of its weights, by ``prepare_layers``; checked whenever it is used.
+
+    operands: the matrices it multiplies with, in its order.
+    combined: ISTA's G = W - W^T W, else None.
+    made_of: the weights, and with ISTA the step size, in the order of ``versions``.
+    versions: where each lay and how often it had been written to; None where it is compiled, and nothing can come between.
+    """
+
+    operands: tuple[Operand, ...]
+    combined: Tensor | None
+    made_of: tuple[Tensor | float | None, ...]
+    versions: tuple[tuple[int, int] | None, ...] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return self.operands[0].matrix.dtype
+
+
+def as_prepared(
+    operands: tuple[Operand, ...], made_of: tuple[Tensor | float | None, ...], combined: Tensor | None = None
+) -> Prepared:
+    """Of operands that were made just now."""
+    return Prepared(operands, combined, made_of, _versions(made_of))
+
+
+def check_prepared(given: Prepared, dtype: torch.dtype, made_of: tuple[Tensor | float | None, ...]) -> None:
+    """``given`` is what would be made now, of these weights, for products in ``dtype``.
+
+    Inside ``torch.compile`` versions are not looked at: what a graph prepares it uses in the same run. A write through
+    ``Tensor.data`` goes unseen, as everywhere in PyTorch.
+
+    Raises:
+        TypeError: it was not made by ``prepare_layers``.
+        ValueError: it was made for another dtype, of other weights or another step size, or weights have changed since.
+    """
+    if not isinstance(given, Prepared):
+        raise TypeError(f"prepared: expected what prepare_layers gives, got {checks.describe(given)}")
+    if given.dtype != dtype:
+        raise ValueError(f"prepared: made for products in {given.dtype}, and these are in {dtype}; prepare again")
+    if len(given.made_of) != len(made_of):
+        raise ValueError("prepared: made for another operator")
+    for then, now in zip(given.made_of, made_of, strict=True):
+        if isinstance(then, float) or isinstance(now, float):
+            if then != now:
+                raise ValueError(f"prepared: made with step_size {then}, and this step has {now}; prepare again")
+        elif then is not now:
+            raise ValueError("prepared: made of other weights than it is used with; prepare again")
+    if given.versions is not None and given.versions != _versions(made_of):
+        raise ValueError("prepared: weights have changed since; prepare again")
+
+
+def _versions(tensors: tuple[Tensor | float | None, ...]) -> tuple[tuple[int, int] | None, ...] | None:
+    if torch.compiler.is_compiling():
+        return None
+    return tuple(_version(t) if isinstance(t, Tensor) else None for t in tensors)
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    # Tensors of inference mode count no writes, fake ones lie nowhere.
+    fake = isinstance(tensor, torch._subclasses.FakeTensor)
+    return 0 if fake else tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
