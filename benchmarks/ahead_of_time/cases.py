@@ -99,7 +99,7 @@ def mssa(dtype: str, subtract: bool = False, norm: bool = True, bias: bool = Tru
         x = empty(dtype, images, TOKENS, 768)
         arguments = {"norm_weight": empty(dtype, 768), "norm_bias": empty(dtype, 768)} if norm else {}
         weights = empty(dtype, 768, 768), empty(dtype, 768, 768), empty(dtype, 768) if bias else None
-        z = crate_kernels.mssa(x, *weights, num_heads=12, residual=x, subtract=subtract, **arguments)
+        z = crate_kernels.mssa(x, *weights, num_heads=12, skip=x, subtract=subtract, **arguments)
         z.backward(torch.empty_like(z))
 
     flags = " LN" * norm + " bias" * bias + " subtract" * subtract
@@ -168,7 +168,7 @@ def overcomplete(dtype: str, images: int = 64) -> Case:
     def call() -> None:
         x, dictionary, out = empty(dtype, images * TOKENS, 768), empty(dtype, 768, 3072), empty(dtype, 768, 3072)
         norm = {"norm_weight": empty(dtype, 768), "norm_bias": empty(dtype, 768)}
-        y = crate_kernels.overcomplete_ista(x, dictionary, out, residual=x, **norm)
+        y = crate_kernels.overcomplete_ista(x, dictionary, out, skip=x, **norm)
         y.backward(torch.empty_like(y))
 
     return Case("overcomplete", dtype, f"D=768 codes=3072 M={images * TOKENS} LN", call)

@@ -505,10 +505,10 @@ def test_dropout_is_the_official_one_in_expectation_and_none_in_evaluation() -> 
     plain = MSSA(12, heads=3, dim_head=4)
     plain.load_state_dict(module.state_dict())
     with torch.no_grad():
-        expected = plain(x, norm=norm, residual=x, subtract=True)
-        assert torch.equal(module.eval()(x, norm=norm, residual=x, subtract=True), expected)
+        expected = plain(x, norm=norm, skip=x, subtract=True)
+        assert torch.equal(module.eval()(x, norm=norm, skip=x, subtract=True), expected)
         module.train()
-        draws = torch.cat([module(x, norm=norm, residual=x, subtract=True) for _ in range(1000)])
+        draws = torch.cat([module(x, norm=norm, skip=x, subtract=True) for _ in range(1000)])
         standard_error = draws.std(0) / 1000**0.5
         assert ((draws.mean(0) - expected[0]).abs() < 5 * standard_error).all()
         # Weights and outputs are dropped: more than the outputs alone would vary, by this.
@@ -530,7 +530,7 @@ def test_modules_take_their_norm_and_residual() -> None:
     official = Overcomplete(12, 2, lmbda=0.3)
     official.eta = 0.2
     official.load_state_dict(sparsify.state_dict())
-    assert error(sparsify(x, norm=norm, residual=x), x + official(norm(x))) < 1e-6
+    assert error(sparsify(x, norm=norm, skip=x), x + official(norm(x))) < 1e-6
 
 
 def frozen() -> tuple[ISTA, Tensor]:

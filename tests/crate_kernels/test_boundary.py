@@ -111,7 +111,7 @@ def test_gradcheck() -> None:
             assert torch.autograd.gradcheck(sparse, (double(tokens, 6), double(6, 6), double(6), double(6)))
 
     def compress(x: Tensor, qkv: Tensor, out: Tensor, bias: Tensor, gamma: Tensor) -> Tensor:
-        return mssa(x, qkv, out, bias, num_heads=2, norm_weight=gamma, residual=x, subtract=True)
+        return mssa(x, qkv, out, bias, num_heads=2, norm_weight=gamma, skip=x, subtract=True)
 
     assert torch.autograd.gradcheck(compress, (double(2, 4, 6), double(6, 6), double(6, 6), double(6), double(6)))
 
@@ -123,7 +123,7 @@ class Layer(torch.nn.Module):
         self.attention, self.sparsify = MSSA(32, heads=2, dim_head=16), ISTA(32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.sparsify(self.attention(x, norm=self.norms[0], residual=x), norm=self.norms[1])
+        return self.sparsify(self.attention(x, norm=self.norms[0], skip=x), norm=self.norms[1])
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])

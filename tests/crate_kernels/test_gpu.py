@@ -88,7 +88,7 @@ def sparse_step(threshold: str) -> Callable[..., Tensor]:
 
 
 def decoder_attention(heads: int) -> Callable[..., Tensor]:
-    return lambda *inputs: mssa(*inputs, num_heads=heads, residual=inputs[0], subtract=True)
+    return lambda *inputs: mssa(*inputs, num_heads=heads, skip=inputs[0], subtract=True)
 
 
 def ista_upstream(x: Tensor, weight: Tensor, threshold: str) -> Tensor:

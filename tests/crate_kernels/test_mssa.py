@@ -66,7 +66,7 @@ def test_triton(dtype: torch.dtype, norm: bool, subtract: bool, is_causal: bool,
     def operator(x, qkv, out, bias, gamma, beta, other):
         arguments = dict(norm_weight=gamma, norm_bias=beta) if norm else {}
         past = {"none": None, "x": x, "another": other}[residual]
-        return mssa(x, qkv, out, bias, num_heads=2, is_causal=is_causal, residual=past, subtract=subtract, **arguments)
+        return mssa(x, qkv, out, bias, num_heads=2, is_causal=is_causal, skip=past, subtract=subtract, **arguments)
 
     with crate_kernels.use("reference"):
         truth = gradients(operator, [value.double() for value in inputs], upstream.double())
@@ -89,7 +89,7 @@ def test_triton_computes_only_the_gradients_asked_for(wanted: tuple[bool, bool],
     for parameter in p.values():
         parameter.requires_grad_(wanted[1])
     with crate_kernels.use("triton"):
-        mssa(x, *p.values(), num_heads=2, residual=x).sum().backward()
+        mssa(x, *p.values(), num_heads=2, skip=x).sum().backward()
     assert (x.grad is not None, *(v.grad is not None for v in p.values())) == (wanted[0], *[wanted[1]] * 3)
     for value in (x, *p.values()):
         value.requires_grad_()
@@ -109,7 +109,7 @@ def test_layer_norm_before_and_residual_after(implementation: str, subtract: boo
 
     def ours(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         norm = dict(norm_weight=gamma, norm_bias=beta, norm_eps=1e-3)
-        return mssa(x, *p.values(), num_heads=3, **norm, residual=x, subtract=subtract)
+        return mssa(x, *p.values(), num_heads=3, **norm, skip=x, subtract=subtract)
 
     def plain(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -171,7 +171,7 @@ def test_autocast_gives_the_autocast_dtype_and_keeps_a_float32_residual() -> Non
     p, x = parameters(), torch.randn(2, 5, 12)
     with torch.autocast("cpu", torch.bfloat16):
         assert mssa(x, *p.values(), num_heads=3).dtype == torch.bfloat16
-        assert mssa(x, *p.values(), num_heads=3, residual=x).dtype == torch.float32
+        assert mssa(x, *p.values(), num_heads=3, skip=x).dtype == torch.float32
 
 
 def test_layer_norm_of_16_bit_tokens_before_a_product_is_the_official_one() -> None:
@@ -202,8 +202,8 @@ def test_layer_norm_of_16_bit_tokens_before_a_product_is_the_official_one() -> N
         (dict(out_weight=torch.randn(12, 11)), ValueError, r"out_weight: expected"),
         (dict(out_bias=torch.randn(11)), ValueError, r"out_bias: expected \[out_width\] \(12,\), got shape \(11,\)"),
         (dict(out_weight=None), ValueError, "out_bias: given without out_weight"),
-        (dict(residual=torch.randn(2, 5, 11)), ValueError, "residual: expected"),
-        (dict(subtract=True), ValueError, "subtract: given without a residual"),
+        (dict(skip=torch.randn(2, 5, 11)), ValueError, "skip: expected"),
+        (dict(subtract=True), ValueError, "subtract: given without a skip"),
         (dict(qkv_weight=torch.randn(12, 12).half()), TypeError, "qkv_weight: expected torch.float32 like x"),
     ],
 )
@@ -218,6 +218,6 @@ def test_triton_takes_an_empty_batch_and_a_float64_residual(device: str) -> None
     with crate_kernels.use("triton"):
         assert mssa(x[:0], *p.values(), num_heads=2).shape == (0, 7, 32)
         past = torch.randn(2, 7, 32, dtype=torch.float64, device=device)
-        found = gradients(lambda x, past: mssa(x, *p.values(), num_heads=2, residual=past), [x, past], past)
+        found = gradients(lambda x, past: mssa(x, *p.values(), num_heads=2, skip=past), [x, past], past)
     assert found[0].dtype == found[2].dtype == torch.float64
     assert error(found[2], past) == 0

@@ -170,7 +170,7 @@ def test_gradients(
 
     def operator(x, qkv, out, bias, gamma, beta):
         before = dict(norm_weight=gamma, norm_bias=beta) if norm else {}
-        return mssa(x, qkv, out, bias, num_heads=2, is_causal=is_causal, residual=x, **before)
+        return mssa(x, qkv, out, bias, num_heads=2, is_causal=is_causal, skip=x, **before)
 
     with crate_kernels.use("reference"):
         truth = gradients(operator, [value.double() for value in inputs], upstream.double())

@@ -70,7 +70,7 @@ def test_layer_norm_before_and_residual_after(implementation: str) -> None:
     matrices, upstream = dictionaries(dtype=torch.float64), torch.randn_like(x)
 
     def ours(x: Tensor, gamma: Tensor, beta: Tensor, past: Tensor) -> Tensor:
-        return step(x, *matrices, norm_weight=gamma, norm_bias=beta, norm_eps=1e-3, residual=past)
+        return step(x, *matrices, norm_weight=gamma, norm_bias=beta, norm_eps=1e-3, skip=past)
 
     def exact(x: Tensor, gamma: Tensor, beta: Tensor, past: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -119,7 +119,7 @@ def test_triton(
     assert all(0.1 < mask.double().mean() < 0.9 for mask in masks)
 
     def kernels(x: Tensor, D: Tensor, *rest: Tensor) -> Tensor:
-        return step(x, D, None if coupled else rest[0], residual=rest[-1] if residual else None)
+        return step(x, D, None if coupled else rest[0], skip=rest[-1] if residual else None)
 
     def official(x: Tensor, D: Tensor, *rest: Tensor) -> Tensor:
         return masked(x, D, D if coupled else rest[0], STEP_SIZE, LAMBD, rest[-1] if residual else None, masks)
@@ -172,7 +172,7 @@ def test_layer_norm_and_x_itself_as_residual_under_autocast(implementation: str,
     upstream = torch.randn(2, 9, 24).to(device)
 
     def block(x: Tensor, D: Tensor, D1: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        return step(x, D, D1, norm_weight=gamma, norm_bias=beta, residual=x)
+        return step(x, D, D1, norm_weight=gamma, norm_bias=beta, skip=x)
 
     with crate_kernels.use("reference"):
         exact = gradients(block, [value.double() for value in inputs], upstream.double())
@@ -191,7 +191,7 @@ def test_a_float64_residual_of_float32_tokens(implementation: str, device: str) 
     upstream = torch.randn(9, 8, dtype=torch.float64).to(device)
 
     def block(x: Tensor, past: Tensor, *matrices: Tensor) -> Tensor:
-        return step(x, *matrices, residual=past)
+        return step(x, *matrices, skip=past)
 
     with crate_kernels.use(implementation):
         found = gradients(block, inputs, upstream)
@@ -221,11 +221,11 @@ def test_strided_tokens_and_dictionaries(implementation: str, device: str) -> No
     for x in (torch.randn(8, 30).t(), torch.randn(30, 16)[:, ::2], torch.randn(3, 8, 10).mT, torch.randn(8)):
         x = x.to(device)
         with crate_kernels.use(implementation):
-            found = step(x, D.t(), D1.t(), residual=x)
+            found = step(x, D.t(), D1.t(), skip=x)
         assert error(found, x.double() + truth(x.double(), D.t().double(), D1.t().double())) < 1e-6
 
 
-NAMES = ["x", "dictionary", "out_dictionary", "residual", "step_size", "lambd"]
+NAMES = ["x", "dictionary", "out_dictionary", "skip", "step_size", "lambd"]
 
 
 @FORMS
@@ -247,14 +247,14 @@ def test_only_the_gradients_asked_for(wanted: str, coupled: bool, device: str, m
         overcomplete_ista(**{"out_dictionary": None, **inputs}).sum().backward()
     number = wanted in ("step_size", "lambd")
     needs = wanted == "x", wanted == "dictionary", wanted == "out_dictionary", number
-    assert asked == ([] if wanted == "residual" else [needs])
+    assert asked == ([] if wanted == "skip" else [needs])
     assert [name for name, value in inputs.items() if value.grad is not None] == [wanted]
 
     exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
     out = truth(
         exact["x"], exact["dictionary"], exact.get("out_dictionary"), exact["step_size"], exact["lambd"].squeeze()
     )
-    (out + exact["residual"]).sum().backward()
+    (out + exact["skip"]).sum().backward()
     assert error(inputs[wanted].grad, exact[wanted].grad) < 1e-5
 
 
@@ -290,7 +290,7 @@ def test_compiles_whole_at_any_batch_and_step_size(implementation: str, device: 
     torch.compiler.reset()
 
     def block(x: Tensor, D: Tensor, D1: Tensor, step_size: float) -> Tensor:
-        return overcomplete_ista(x, D, D1, step_size=step_size, residual=x)
+        return overcomplete_ista(x, D, D1, step_size=step_size, skip=x)
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
     matrices = [value.to(device) for value in dictionaries(16, 64)]
@@ -344,9 +344,9 @@ def test_meta_tensors_give_shapes() -> None:
         (dict(lambd="0.1"), TypeError, "lambd: expected a number, got str"),
         (dict(norm_bias=torch.randn(8)), ValueError, "norm_bias: given without norm_weight"),
         (
-            dict(residual=torch.randn(1, 8)),
+            dict(skip=torch.randn(1, 8)),
             ValueError,
-            r"residual: expected the shape of x \(3, 8\), got shape \(1, 8\)",
+            r"skip: expected the shape of x \(3, 8\), got shape \(1, 8\)",
         ),
     ],
 )
