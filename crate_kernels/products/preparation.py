@@ -158,7 +158,7 @@ def prepare_all(
     operand, column_sum, offset = empty_operands(matrices, dtype)
     if len(matrices) == 1 and norms[0] is None:
         operand[0].copy_(matrices[0] if scale is None else matrices[0].float() * scale)
-        return Operand(operand, column_sum, offset if biases[0] is None else offset.copy_(biases[0]))
+        return Operand(operand, column_sum.zero_(), offset.zero_() if biases[0] is None else offset.copy_(biases[0]))
     matrices, vectors = _uniform(
         matrices, [(*(norm or (None, None))[:2], bias) for norm, bias in zip(norms, biases, strict=True)]
     )

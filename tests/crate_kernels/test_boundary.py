@@ -10,7 +10,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import crate_kernels
-from crate_kernels import ISTA, MSSA, ista, mssa, shared_qkv_attention
+from crate_kernels import ISTA, MSSA, Norm, ista, mssa, shared_qkv_attention
+from crate_kernels.products.op import combinations, operands
 
 OPS = torch.ops.crate_kernels
 IMPLEMENTATIONS = ["composed", "triton"]
@@ -67,24 +68,42 @@ def test_opcheck_ista(implementation: str, tokens: int, dtype: torch.dtype, norm
         pytest.skip("the kernels fold a LayerNorm into the one product only")
     x, weight = torch.randn(1, tokens, 16, device=device), torch.randn(16, 16, device=device) / 4
     gamma, beta = (torch.randn(16, device=device), torch.randn(16, device=device)) if norm else (None, None)
-    numbers = torch.tensor(0.1), torch.tensor(0.5)
+    numbers, layer_norm = (torch.tensor(0.1), torch.tensor(0.5)), Norm(gamma, beta) if norm else None
     for w, combined in ((weight, None), (weight.t(), None), (weight, weight - weight.T @ weight)):
-        arguments = w, combined, gamma, beta, 1e-5, *numbers, False, dtype, implementation
+        operand, constant = (None, None, None), combined is not None
+        if implementation == "triton" and (constant or tokens == 20):
+            ((combined, operand),) = combinations([w], [layer_norm], numbers[0], dtype)
+        arguments = w, combined, gamma, beta, *operand, 1e-5, *numbers, False, dtype, implementation
         opcheck(OPS.ista_forward.default, (x, x.dtype, *arguments))
         y, kept = OPS.ista_forward(x, x.dtype, *arguments)
         source = kept.pop() if implementation == "composed" and dtype != x.dtype and not norm else x
-        for needs in ((True, True), (True, False), (False, True)) if combined is None else ((True, False),):
+        for needs in ((True, False),) if constant else ((True, True), (True, False), (False, True)):
             opcheck(OPS.ista_backward.default, (torch.randn_like(y), source, y, kept, *needs, *arguments))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("flipped", [False, True], ids=["rows", "columns"])
+def test_opcheck_preparation(flipped: bool, dtype: torch.dtype, device: str) -> None:
+    matrices = [torch.randn(16, 16, device=device) for _ in range(2)]
+    matrices = [matrix.mT if flipped else matrix for matrix in matrices]
+    gamma, beta, bias = torch.randn(3, 16, device=device)
+    for given in (matrices[:1], matrices, [matrices[0][:, ::2], matrices[1][:, 1::2]]):
+        biases, weights = [bias[: given[0].shape[1]], None][: len(given)], [None, gamma][: len(given)]
+        opcheck(OPS.prepare.default, (given, biases, weights, [None, beta][: len(given)], torch.tensor(0.3), dtype))
+    opcheck(OPS.combine.default, (matrices, [gamma, None], [beta, None], torch.tensor(0.3), dtype))
+
+
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
-@pytest.mark.parametrize("residual", ["none", "x", "another"])
-def test_opcheck_mssa(residual: str, norm: bool, device: str) -> None:
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
+@pytest.mark.parametrize("skip", ["none", "x", "another"])
+def test_opcheck_mssa(skip: str, recompute: bool, norm: bool, device: str) -> None:
     x, other = torch.randn(2, 7, 32, device=device), torch.randn(2, 7, 32, device=device)
     weights = [torch.randn(*shape, device=device) / 5 for shape in ((32, 32), (32, 32), (32,))]
     weights += [torch.randn(32, device=device), torch.randn(32, device=device)] if norm else [None, None]
-    arguments = *weights, 1e-5, residual == "x", residual == "x", 2, 0.25, False, torch.float16
-    forward = x, other if residual == "another" else None, x.dtype, *arguments
+    layer_norm = Norm(*weights[3:]) if norm else None
+    qkv, out = operands([w.mT for w in weights[:2]], [None, weights[2]], [layer_norm, None], torch.float16)
+    arguments = *weights, *qkv, out.matrix, out.offset, 1e-5, skip == "x", skip == "x", 2, 0.25, False, recompute
+    forward = x, other if skip == "another" else None, x.dtype, *arguments
     opcheck(OPS.mssa_forward.default, forward)
     out, kept = OPS.mssa_forward(*forward)
     for needs in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 import crate_kernels
 from crate_kernels import ista
 from crate_kernels.ista.form import one_product
+from crate_kernels.products.op import combinations
 
 OPS = torch.ops.crate_kernels
 
@@ -53,13 +54,16 @@ def prepared(tokens: int, width: int, device: str, stream: torch.dtype = torch.f
     return x, weight
 
 
-def arguments(weight: Tensor, dtype: torch.dtype, soft: bool) -> tuple:
+def arguments(tokens: int, weight: Tensor, dtype: torch.dtype, soft: bool) -> tuple:
     numbers = torch.tensor(STEP_SIZE), torch.tensor(LAMBD)
-    return weight, None, None, None, 1e-5, *numbers, soft, dtype, "triton"
+    combined = matrix = None
+    if one_product(tokens, weight.shape[0]):
+        ((combined, (matrix, *_)),) = combinations([weight], [None], numbers[0], dtype)
+    return weight, combined, None, None, matrix, None, None, 1e-5, *numbers, soft, dtype, "triton"
 
 
 def forward(x: Tensor, weight: Tensor, dtype: torch.dtype, soft: bool = False) -> tuple[Tensor, list[Tensor]]:
-    return OPS.ista_forward(x, x.dtype, *arguments(weight, dtype, soft))
+    return OPS.ista_forward(x, x.dtype, *arguments(x.shape[0], weight, dtype, soft))
 
 
 def backward(
@@ -73,7 +77,7 @@ def backward(
     need_weight: bool = True,
     soft: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    found = OPS.ista_backward(grad_y, x, y, kept, need_x, need_weight, *arguments(weight, dtype, soft))
+    found = OPS.ista_backward(grad_y, x, y, kept, need_x, need_weight, *arguments(x.shape[0], weight, dtype, soft))
     return found[0] if need_x else None, found[1] if need_weight else None
 
 

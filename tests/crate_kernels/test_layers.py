@@ -1,4 +1,4 @@
-"""Whole layers: one operator a layer and direction against the steps one by one, what is kept, and the boundary."""
+"""Whole layers against their formula, what they are given prepared, and the boundary."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import torch
 import torch.nn.functional as F
 from support import a_few_roundings, awkward_gradients, error, gradients
 from torch import Tensor
-from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import crate_kernels
 from crate_kernels.layers.api import (
-    AttentionWeights,
     DecoderWeights,
     EncoderWeights,
     decoder_layer,
     encoder_layer,
     prepare_layers,
 )
+from crate_kernels.mssa.api import AttentionWeights
 from crate_kernels.products.operand import Norm
 
 WIDTH, HEADS, HEAD_DIM = 40, 2, 24
@@ -126,51 +125,69 @@ def test_only_the_gradients_asked_for(layer, formula, device: str) -> None:
     assert torch.equal(x.grad, every[1]) and torch.equal(matrix.grad, every[-1])
 
 
+def weights_of(layer, inputs: list[Tensor]) -> EncoderWeights | DecoderWeights:
+    _, gamma1, beta1, qkv, out, bias, gamma2, beta2, matrix = inputs
+    norms, attention = (Norm(gamma1, beta1, 1e-5), Norm(gamma2, beta2, 1e-5)), AttentionWeights(qkv, out, bias)
+    if layer is encoder:
+        return EncoderWeights(norms[0], attention, norms[1], matrix)
+    return DecoderWeights(norms[1], matrix, norms[0], attention)
+
+
 @LAYERS
 def test_prepared_for_all_layers_at_once(layer, formula, device: str) -> None:
     """As prepared alone, for a first and a second layer with weights of their own."""
     x = torch.randn(2, 37, WIDTH, device=device)
     both = [tensors(device, torch.float32) for _ in range(2)]
-    kinds = []
-    for _, gamma1, beta1, qkv, out, bias, gamma2, beta2, matrix in both:
-        norms, attention = (Norm(gamma1, beta1, 1e-5), Norm(gamma2, beta2, 1e-5)), AttentionWeights(qkv, out, bias)
-        kinds.append(
-            EncoderWeights(norms[0], attention, norms[1], matrix)
-            if layer is encoder
-            else DecoderWeights(norms[1], matrix, norms[0], attention)
-        )
+    kinds = [weights_of(layer, inputs) for inputs in both]
     upstream = torch.randn_like(x)
     with crate_kernels.use("triton"):
         prepared = prepare_layers(x, kinds, num_heads=HEADS, step_size=0.3)
         for inputs, ready in zip(both, prepared, strict=True):
-            alone = gradients(layer, [x, *inputs[1:]], upstream)
-            together = gradients(lambda *a, ready=ready: layer(*a, prepared=ready), [x, *inputs[1:]], upstream)
-            for name, a, b in zip(("y", *NAMES), together, alone, strict=True):
+            leaves = [x.clone(), *inputs[1:]]
+            alone = gradients(layer, leaves, upstream)
+            with_grad = [value.requires_grad_() for value in leaves]  # in place: checks go by identity
+            y = layer(*with_grad, prepared=ready)
+            y.backward(upstream)
+            for name, a, b in zip(("y", *NAMES), (y, *(leaf.grad for leaf in leaves)), alone, strict=True):
                 assert error(a, b) < 1e-6, name
     with crate_kernels.use("composed"):
         assert prepare_layers(x, kinds, num_heads=HEADS) == [None, None]
     bare = [kinds[0], kinds[1]._replace(attention_norm=Norm(kinds[1].attention_norm.weight))]
     with crate_kernels.use("triton"):
-        assert prepare_layers(x, bare, num_heads=HEADS) == [None, None], (
-            "layers of different make are prepared one by one"
-        )
-        with pytest.raises(ValueError, match=r"prepared: made for products in torch\.float16"):
-            layer(*both[0], prepared=[tensor.half() for tensor in prepared[0]])
+        assert prepare_layers(x, bare, num_heads=HEADS) == [None, None], "layers of different make prepare themselves"
 
 
 @LAYERS
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
-def test_opcheck(layer, formula, recompute: bool, with_bias: bool, device: str) -> None:
-    x, gamma1, beta1, qkv, out, bias, gamma2, beta2, matrix = tensors(device, torch.float32, tokens=5)
-    numbers = (torch.tensor(0.3), torch.tensor(0.2)) if layer is encoder else (None, None)
-    weights = qkv, out, bias if with_bias else None, gamma1, beta1, matrix, gamma2, beta2
-    arguments = *weights, *numbers, [], 1e-5, 1e-5, False, HEADS, 0.2, recompute, torch.float16
-    ops = torch.ops.crate_kernels
-    opcheck(ops.layer_forward.default, (x, *arguments))
-    y, kept = ops.layer_forward(x, *arguments)
-    for needs in ((True, True), (True, False), (False, True)):
-        opcheck(ops.layer_backward.default, (torch.randn_like(y), x, y, kept, *needs, *arguments))
+def test_what_was_prepared_is_checked(layer, formula, device: str) -> None:
+    """Refused: another dtype, another layer's, a weight changed since, another step size; and what no one prepared."""
+    inputs, others = tensors(device, torch.float32), tensors(device, torch.float32)
+    x = inputs[0]
+
+    def prepare(step_size: float = 0.3) -> object:
+        return prepare_layers(x, [weights_of(layer, inputs)], num_heads=HEADS, step_size=step_size)[0]
+
+    def refused(message: str, kind: type[Exception] = ValueError, given=None, **options) -> None:
+        with pytest.raises(kind, match=message):
+            layer(*(given or inputs), **options)
+
+    with crate_kernels.use("triton"):
+        ready = prepare()
+        layer(*inputs, prepared=ready)
+        refused("prepared: made of other weights", given=[x, *others[1:]], prepared=ready)
+        for index in range(1, len(inputs)):
+            swapped = [*inputs[:index], inputs[index].clone(), *inputs[index + 1 :]]
+            refused("prepared: made of other weights", given=swapped, prepared=ready)
+            inputs[index].mul_(1.5)
+            refused("prepared: weights have changed since", prepared=ready)
+            ready = prepare()
+        with torch.autocast(device, torch.float16):
+            refused(r"prepared: made for products in torch\.float32, and these are in torch\.float16", prepared=ready)
+        refused("prepared: expected what prepare_layers gives a layer, got list", TypeError, prepared=[x])
+        refused("prepared: made for another operator", prepared=ready._replace(attention=ready.step))
+        if layer is encoder:
+            refused(r"prepared: made with step_size 0\.2, and this step has 0\.3", prepared=prepare(0.2))
+    with crate_kernels.use("composed"):
+        layer(*inputs, prepared=ready)
 
 
 @LAYERS

@@ -11,7 +11,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import crate_kernels
-from crate_kernels import matmul, norm_linear
+from crate_kernels import Norm, matmul, norm_linear
+from crate_kernels.products.op import operands
 
 OPS = torch.ops.crate_kernels
 IMPLEMENTATIONS = ["reference", "composed", "triton"]
@@ -136,11 +137,13 @@ def test_autocast_gives_the_autocast_dtype(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
-@pytest.mark.parametrize("operands", [torch.float32, torch.float16], ids=str)
-def test_opcheck(operands: torch.dtype, norm: bool, device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck(dtype: torch.dtype, norm: bool, device: str) -> None:
     x, (weight, bias, *norms) = torch.randn(7, 16, device=device), parameters(16, 24, device=device)
     for first, second in ((weight, bias), (weight.t().contiguous().t(), None)):
-        arguments = first, second, *(norms if norm else (None, None)), 1e-5, operands
+        layer_norm = Norm(*norms) if norm else None
+        (operand,) = operands([first.mT], [second], [layer_norm], dtype)
+        arguments = first, second, *(norms if norm else (None, None)), *operand, 1e-5
         opcheck(OPS.norm_linear_forward.default, (x, *arguments))
         y, kept = OPS.norm_linear_forward(x, *arguments)
         kept = [y, *kept] if norm else []

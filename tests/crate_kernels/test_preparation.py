@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import crate_kernels
 from crate_kernels.layers.api import prepare_layers
 from crate_kernels.products import preparation
+from crate_kernels.products.op import operands
 from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.products.preparation import combine_all, prepare, prepare_all
+from crate_kernels.products.preparation import combine_all, prepare_all
 from crate_mae import create_model
 
 STEP_SIZE = torch.tensor(0.3)
@@ -90,7 +91,7 @@ def test_takes_weights_that_do_not_fit_one_launch_as_they_are(device: str) -> No
 
 def test_prepare_copies_where_there_is_nothing_to_do(device: str) -> None:
     matrix, bias = torch.randn(8, 6, device=device), torch.randn(6, device=device)
-    found = prepare(matrix, bias, None, torch.float32)
+    (found,) = operands([matrix], [bias], [None], torch.float32)
     assert torch.equal(found.matrix, matrix) and found.matrix.data_ptr() != matrix.data_ptr()
     assert torch.equal(found.offset, bias) and found.offset.data_ptr() != bias.data_ptr() and found.column_sum is None
 
@@ -174,7 +175,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "float16"])
-def test_a_whole_model_takes_three_launches(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_model_takes_four_launches(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     size = dict(embed_dim=32, num_heads=2, decoder_num_heads=2, depth=3, decoder_depth=3, img_size=32, patch_size=16)
     model = create_model("crate_mae_tiny", **size)
     x = torch.randn(2, 5, 32)
@@ -187,14 +188,11 @@ def test_a_whole_model_takes_three_launches(autocast: bool, monkeypatch: pytest.
             for blocks in (model.blocks, model.decoder_blocks):
                 prepared = prepare_layers(x, [block.weights() for block in blocks], num_heads=2)
                 assert len(prepared) == 3 and all(prepared)
-    assert launches.found == ["combine_kernel", "prepare_kernel", "prepare_kernel"]
+    assert launches.found == ["prepare_kernel", "combine_kernel", "prepare_kernel", "prepare_kernel"]
 
 
 def test_every_layer_gets_its_own(device: str) -> None:
-    """Square and not square attention, with and without bias: each layer's list is what it would prepare alone."""
-    from crate_kernels.layers import triton as kernels
-    from crate_kernels.layers.api import AttentionWeights, DecoderWeights, EncoderWeights
-
+    """Square and not square attention, with and without bias: what each layer gets is what it would prepare alone."""
     for width, inner, bias, is_encoder in product((16,), (16, 24), (False, True), (False, True)):
         layers = []
         for _ in range(3):
@@ -202,19 +200,23 @@ def test_every_layer_gets_its_own(device: str) -> None:
             out_bias = torch.randn(width, device=device) if bias else None
             weights = torch.randn(inner, width, device=device), torch.randn(width, inner, device=device), out_bias
             matrix = torch.randn(width, width, device=device)
-            attention = AttentionWeights(*weights)
+            attention = crate_kernels.AttentionWeights(*weights)
             layers.append(
-                EncoderWeights(norms[0], attention, norms[1], matrix)
+                crate_kernels.EncoderWeights(norms[0], attention, norms[1], matrix)
                 if is_encoder
-                else DecoderWeights(norms[1], matrix, norms[0], attention)
+                else crate_kernels.DecoderWeights(norms[1], matrix, norms[0], attention)
             )
+        options, x = dict(num_heads=2, step_size=0.3), torch.randn(1, 3, width, device=device)
         with crate_kernels.use("triton"):
-            found = prepare_layers(torch.randn(1, 3, width, device=device), layers, num_heads=2, step_size=0.3)
-        for layer, ready in zip(layers, found, strict=True):
-            norm, matrix = (layer.sparse_norm, layer.dictionary) if is_encoder else (layer.step_norm, layer.weight)
-            weights = kernels.Weights(kernels.attention.Weights(*layer.attention, layer.attention_norm), norm, matrix)
-            step = kernels.sparse.Step(STEP_SIZE, STEP_SIZE, False) if is_encoder else None
-            alone = kernels.prepare_layer(weights, step, torch.float32).flat()
-            assert len(ready) == len(alone)
-            for one, other in zip(ready, alone, strict=True):
-                assert error(one, other) <= 1e-6
+            found = prepare_layers(x, layers, **options)
+            alone = [prepare_layers(x, [layer], **options)[0] for layer in layers]
+        for ready, expected in zip(found, alone, strict=True):
+            for part, wanted in zip(ready, expected, strict=True):
+                assert all(one is other for one, other in zip(part.made_of[:3], wanted.made_of[:3], strict=True))
+                pairs = [(part.combined, wanted.combined)] + [
+                    pair
+                    for pairs in zip(part.operands, wanted.operands, strict=True)
+                    for pair in zip(*pairs, strict=True)
+                ]
+                for one, other in pairs:
+                    assert (one is None) == (other is None) and (one is None or error(one, other) <= 1e-6)
