@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crate_kernels.precision import dot_precision
 from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.products.triton import before_product, folds, load_moments, load_row, load_tile
+from crate_kernels.products.triton import before_product, folds, load_pairs, load_row, load_tile
 from crate_kernels.shared_attention.triton import (
     LN_2,
     add_weighted_rows,
@@ -67,7 +67,7 @@ def behind_norm(
     """What follows a product with a head's features from FIRST on: the moments of raw tokens, and the offset."""
     features = FIRST + tl.arange(0, product.shape[1])
     if FOLD:
-        mean, rstd = load_moments(stats, rows, all_tokens)
+        mean, rstd = load_pairs(stats, rows, all_tokens)
         product = rstd * (product - mean * load_row(column_sum, features, HEAD_DIM))
     if offset is not None:
         product += load_row(offset, features, HEAD_DIM)

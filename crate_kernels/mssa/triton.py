@@ -82,20 +82,9 @@ def backward(
         return None, of_out
     grad_attended, w, attended = (_heads(t, x, form) for t in (of_out.x, kept.w, kept.out))
     delta = attention.rows_of_delta(grad_attended, attended) if of_out.delta is None else of_out.delta
-    tokens = x.flatten(0, 1)
-    if norm is None:
-        rows = products.GradientRows(
-            _tokens(attention.backward_from_delta(grad_attended, w, kept.lse, delta, form.scale, form.is_causal))
-        )
-    else:
-        stats = kept.stats if products.folds(x, dtype) else None
-        of_sums = products.gradient_sums(qkv, norm)
-        dw, sums, column_sums = attention.backward_to_projection(
-            grad_attended, w, kept.lse, delta, form.scale, form.is_causal, stats, of_sums
-        )
-        rows = products.GradientRows(_tokens(dw), sums, column_sums)
+    grad_w = attention.backward_from_delta(grad_attended, w, kept.lse, delta, form.scale, form.is_causal)
     of_qkv = products.gradients(
-        None, tokens, qkv, x.dtype, norm=norm, stats=kept.stats, extra=past, rows=rows,
+        _tokens(grad_w), x.flatten(0, 1), qkv, x.dtype, y=kept.w, norm=norm, stats=kept.stats, extra=past,
         need_x=need_x, need_matrix=need_qkv, need_column=need_qkv and norm is not None,
     )  # fmt: skip
     return of_qkv, of_out

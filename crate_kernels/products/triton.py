@@ -181,9 +181,9 @@ def multiply(
 
 
 @triton.jit
-def load_moments(stats, clamped_rows, tokens):
-    """Mean and rstd of rows as columns [rows, 1], of stats [2, tokens]."""
-    return tl.load(stats + clamped_rows)[:, None], tl.load(stats + tokens.to(tl.int64) + clamped_rows)[:, None]
+def load_pairs(pairs, clamped_rows, tokens):
+    """Two numbers a token, of pairs [2, tokens], as columns [rows, 1]: mean and rstd, or c1 and c2."""
+    return tl.load(pairs + clamped_rows)[:, None], tl.load(pairs + tokens.to(tl.int64) + clamped_rows)[:, None]
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -210,7 +210,7 @@ def project_kernel(
     )  # fmt: skip
 
     if FOLD or SKIP_NORM:
-        mean, rstd = load_moments(stats, clamped_rows, tokens)
+        mean, rstd = load_pairs(stats, clamped_rows, tokens)
     if FOLD:
         product = rstd * (product - mean * load_row(column_sum, columns, width))
     if offset is not None:
@@ -249,7 +249,7 @@ def gradient_rows_kernel(
     c1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     c2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if SCALED:
-        mean, rstd = load_moments(stats, tl.minimum(rows, tokens - 1), tokens)
+        mean, rstd = load_pairs(stats, tl.minimum(rows, tokens - 1), tokens)
     for start in range(0, width, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         g = load_tile(grad, rows, columns, grad_row_stride, grad_column_stride, tokens, width, False, WHOLE)
@@ -284,8 +284,7 @@ def gradient_rows_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def input_gradient_kernel(
-    g, grad, y, matrix, out, x, stats, sums, norm_weight, extra, delta, attended, tokens, inner_width, width,
-    parts, sample_tokens,
+    g, grad, y, matrix, out, x, stats, sums, norm_weight, extra, delta, attended, tokens, inner_width, width, sample_tokens,
     g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
     matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
     NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -321,16 +320,11 @@ def input_gradient_kernel(
             skipped *= load_row(norm_weight, columns, width)
         product += skipped
     if NORM:
-        mean, rstd = load_moments(stats, clamped_rows, tokens)
-        c1 = tl.zeros((BLOCK_M,), tl.float32)
-        c2 = tl.zeros((BLOCK_M,), tl.float32)
-        for part in range(0, parts):
-            place = sums + part * tokens.to(tl.int64) + clamped_rows
-            c1 += tl.load(place)
-            c2 += tl.load(place + parts * tokens.to(tl.int64))
+        mean, rstd = load_pairs(stats, clamped_rows, tokens)
+        c1, c2 = load_pairs(sums, clamped_rows, tokens)
         x_tile = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
         normalised = (x_tile.to(tl.float32) - mean) * rstd
-        product -= (c1[:, None] + normalised * c2[:, None]) / width
+        product -= (c1 + normalised * c2) / width
         if not SCALED:
             product *= rstd
     if extra is not None:
@@ -437,7 +431,7 @@ class GradientRows(NamedTuple):
     """The gradient behind the threshold, as both products of the backward read it, and its sums; None where not asked for.
 
     g: [tokens, width] in the dtype of the products; times rstd where the tokens were folded.
-    sums: [2, parts, tokens] float32, parts of c1 and c2, with a LayerNorm.
+    sums: [2, tokens] float32, c1 and c2, with a LayerNorm.
     column_sums: [1, width] float32, over tokens of the gradient without rstd; folded, [2, width], and of mean * g.
     """
 
@@ -547,7 +541,7 @@ def gradient_rows(
     masked, scaled, make_sums = threshold is not None, norm is not None and folds(x, dtype), need_x and norm is not None
     make_g = masked or scaled or grad.dtype != dtype
     g = torch.empty((tokens, width), dtype=dtype, device=grad.device) if make_g else grad
-    sums = grad.new_empty((2, 1, tokens), dtype=torch.float32) if make_sums else None
+    sums = grad.new_empty((2, tokens), dtype=torch.float32) if make_sums else None
     programs = triton.cdiv(tokens, _ROWS["BLOCK_M"])
     columns = grad.new_empty((1 + scaled, programs, width), dtype=torch.float32) if need_column else None
     if tokens and (make_g or make_sums or need_column):
@@ -595,7 +589,7 @@ def _input_gradient(
     input_gradient_kernel[_grid(tokens, width, tiles)](
         left, skipped, mask, matrix, out, x if norm else None, stats, rows.sums,
         _vector(norm.weight) if norm and grad is not None else None, extra, delta, None if delta is None else x.contiguous(),
-        tokens, inner_width, width, 0 if rows.sums is None else rows.sums.shape[1], sample_tokens,
+        tokens, inner_width, width, sample_tokens,
         *left.stride(), *_strides(skipped), *_strides(mask), *_strides(matrix), *_strides(x if norm else None), *_strides(extra),
         NORM=norm is not None, SCALED=scaled, SKIP=grad is not None, NEGATE=negate, HEAD_DIM=head_dim,
         **_options(operand.matrix, inner_width, width, tiles),

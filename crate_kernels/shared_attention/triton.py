@@ -346,31 +346,9 @@ def add_tile_gradient(
     return add_weighted_rows(dw_j, scale * grad_scores, w_i, DIM_B, PRECISION)
 
 
-@triton.jit
-def store_part_for_projection(
-    dw_head_ptr, dw, w, mean, rstd, rows, tokens, dw_token, dw_feature, sum_ptr, offset_ptr, columns_ptr, second,
-    FIRST: tl.constexpr, HEAD_DIM: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    """Store one part of dw, SCALED times rstd, and its column sums; its shares of c1 and c2 [rows] (``products.triton``)."""
-    features = FIRST + tl.arange(0, dw.shape[1])
-    is_feature = features < HEAD_DIM
-    dw = tl.where((rows < tokens)[:, None], dw, 0.0)
-    tl.store(columns_ptr + features, tl.sum(dw, 0), mask=is_feature)
-    # Sums are of what the products will read: rounded.
-    g = (dw * rstd[:, None] if SCALED else dw).to(dw_head_ptr.dtype.element_ty)
-    store_part(dw_head_ptr, g, rows, tokens, dw_token, dw_feature, FIRST, HEAD_DIM)
-    g = g.to(tl.float32)
-    if SCALED:
-        tl.store(columns_ptr + second + features, tl.sum(mean[:, None] * g, 0), mask=is_feature)
-    u = tl.load(sum_ptr + features, mask=is_feature, other=0.0)[None, :]
-    offset = tl.load(offset_ptr + features, mask=is_feature, other=0.0)[None, :]
-    return tl.sum(g * u, 1), tl.sum(g * (w.to(tl.float32) - offset), 1)
-
-
 @triton.jit(do_not_specialize=["heads", "tokens", "seed"])
 def backward_kernel(
-    grad_out_ptr, w_ptr, lse_ptr, delta_ptr, dw_ptr, stats_ptr, sum_ptr, offset_ptr, sums_ptr, columns_ptr,
-    lengths_ptr, scale, dropout, seed: tl.int64, heads, tokens,
+    grad_out_ptr, w_ptr, lse_ptr, delta_ptr, dw_ptr, lengths_ptr, scale, dropout, seed: tl.int64, heads, tokens,
     grad_out_batch, grad_out_head, grad_out_token, grad_out_feature,
     w_batch, w_head, w_token, w_feature,
     dw_batch, dw_head, dw_token, dw_feature,
@@ -378,12 +356,7 @@ def backward_kernel(
     IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_ROWS rows of one head's dw, summed over all tiles of BLOCK_COLUMNS tokens.
-
-    Where a projection with a LayerNorm made w, its gradients' sums too: stats [2, batch * tokens], its moments, where tokens were
-    folded; sum, offset [heads * HEAD_DIM], its u and offset; sums [2, heads, batch * tokens], each head's shares of c1 and c2;
-    columns [1 or 2, batch * tiles, heads * HEAD_DIM], sums over rows of dw, and of mean * rstd * dw.
-    """
+    """One program: BLOCK_ROWS rows of one head's dw, summed over all tiles of BLOCK_COLUMNS tokens."""
     tiles = tl.cdiv(tokens, BLOCK_ROWS)
     head = tl.program_id(0) // tiles
     start_j = tl.program_id(0) % tiles * BLOCK_ROWS
@@ -455,33 +428,7 @@ def backward_kernel(
 
     dw_head_ptr = dw_ptr + head_offset(head, heads, dw_batch, dw_head)
     one = tl.full([BLOCK_ROWS], 1.0, tl.float32)
-    if sums_ptr is None:
-        store_parts(dw_head_ptr, dw_j, one, rows_j, end, tokens, dw_token, dw_feature, HEAD_DIM, DIM_A, DIM_B)
-    else:
-        SCALED: tl.constexpr = stats_ptr is not None
-        programs = tl.num_programs(0).to(tl.int64)
-        all_tokens = programs // tiles // heads * tokens
-        row = (head // heads).to(tl.int64) * tokens + rows_j
-        mean, rstd = one, one
-        if SCALED:
-            mean = load_numbers(stats_ptr, row, all_tokens)
-            rstd = load_numbers(stats_ptr + all_tokens, row, all_tokens)
-        first_feature = (head % heads) * HEAD_DIM
-        row_tile = (head // heads).to(tl.int64) * tiles + tl.program_id(0) % tiles
-        columns_ptr += row_tile * heads * HEAD_DIM + first_feature
-        c1, c2 = store_part_for_projection(
-            dw_head_ptr, dw_j[0], w_j[0], mean, rstd, rows_j, tokens, dw_token, dw_feature,
-            sum_ptr + first_feature, offset_ptr + first_feature, columns_ptr, programs * HEAD_DIM, 0, HEAD_DIM, SCALED,
-        )  # fmt: skip
-        if DIM_B > 0:
-            c1_b, c2_b = store_part_for_projection(
-                dw_head_ptr, dw_j[1], w_j[1], mean, rstd, rows_j, tokens, dw_token, dw_feature,
-                sum_ptr + first_feature, offset_ptr + first_feature, columns_ptr, programs * HEAD_DIM, DIM_A, HEAD_DIM, SCALED,
-            )  # fmt: skip
-            c1, c2 = c1 + c1_b, c2 + c2_b
-        sums_ptr += (head % heads) * all_tokens
-        tl.store(sums_ptr + row, c1, mask=rows_j < tokens)
-        tl.store(sums_ptr + heads * all_tokens + row, c2, mask=rows_j < tokens)
+    store_parts(dw_head_ptr, dw_j, one, rows_j, end, tokens, dw_token, dw_feature, HEAD_DIM, DIM_A, DIM_B)
 
 
 def forward(
@@ -536,37 +483,8 @@ def backward(
     Returns:
         dw [batch, heads, tokens, head_dim] in w.dtype, laid out like ``out`` of :func:`forward`; 0 in rows of padding.
     """
-    return backward_from_delta(grad_out, w, lse, rows_of_delta(grad_out, out), scale, is_causal, lengths, dropout, seed)
-
-
-def backward_to_projection(
-    grad_out: Tensor,
-    w: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    scale: float,
-    is_causal: bool,
-    stats: Tensor | None,
-    of_sums: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`backward` for a w that a projection with a LayerNorm made, and what that one's gradients need besides.
-
-    Args:
-        delta: rowsum(grad_out * out), [batch, heads, tokens], float32, contiguous.
-        stats: the projection's mean and rstd, [2, batch * tokens] float32, where it took raw tokens; dw is then times rstd.
-        of_sums: ``products.triton.gradient_sums`` of the projection.
-
-    Returns:
-        dw as :func:`backward` gives it; parts of c1 and c2, [2, heads, batch * tokens] float32, one for each head; and column
-        sums, [1 or 2, heads * head_dim] float32: of dw without rstd and, with ``stats``, of mean * rstd * dw.
-    """
-    batch, heads, tokens, head_dim = w.shape
-    tiles = triton.cdiv(tokens, _options(backward_kernel, w)["BLOCK_ROWS"])
-    sums = lse.new_empty(2, heads, batch * tokens)
-    columns = lse.new_empty(1 if stats is None else 2, batch * tiles, heads * head_dim)
-    of_projection = stats, *of_sums, sums, columns
-    dw = backward_from_delta(grad_out, w, lse, delta, scale, is_causal, of_projection=of_projection)
-    return dw, sums, columns.sum(1)
+    delta = rows_of_delta(grad_out, out)
+    return backward_from_delta(grad_out, w, lse, delta, scale, is_causal, lengths, dropout, seed)
 
 
 def rows_of_delta(grad_out: Tensor, out: Tensor) -> Tensor:
@@ -586,11 +504,10 @@ def backward_from_delta(
     lengths: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    of_projection: tuple[Tensor | None, ...] = (None,) * 5,
 ) -> Tensor:
     """:func:`backward` for whoever has delta = rowsum(grad_out * out) already, [batch, heads, tokens], float32, contiguous."""
     dw = empty_token_major(w)
-    tensors, strided = (grad_out, w, lse, delta, dw, *of_projection), (grad_out, w, dw)
+    tensors, strided = (grad_out, w, lse, delta, dw), (grad_out, w, dw)
     _launch_walk(backward_kernel, w, tensors, strided, scale, is_causal, lengths, dropout, seed)
     return dw
 
