@@ -181,34 +181,38 @@ def multiply(
 
 
 @triton.jit
+def column_parts(tile, PARTS: tl.constexpr):
+    """A tile as 1, 2 or 4 tiles side by side: registers are shared out so already, and what follows takes fewer at a time."""
+    if PARTS == 1:
+        return (tile,)
+    else:
+        halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+        low, high = tl.split(tl.permute(halves, (0, 2, 1)))
+        if PARTS == 2:
+            return low, high
+        else:
+            halves = tl.reshape(low, (low.shape[0], 2, low.shape[1] // 2))
+            first, second = tl.split(tl.permute(halves, (0, 2, 1)))
+            halves = tl.reshape(high, (high.shape[0], 2, high.shape[1] // 2))
+            third, fourth = tl.split(tl.permute(halves, (0, 2, 1)))
+            return first, second, third, fourth
+
+
+@triton.jit
 def load_pairs(pairs, clamped_rows, tokens):
     """Two numbers a token, of pairs [2, tokens], as columns [rows, 1]: mean and rstd, or c1 and c2."""
     return tl.load(pairs + clamped_rows)[:, None], tl.load(pairs + tokens.to(tl.int64) + clamped_rows)[:, None]
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def project_kernel(
-    x, matrix, out, stats, column_sum, offset, skip, norm_weight, norm_bias, threshold, tokens, inner_width, width,
-    x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
+@triton.jit
+def behind_projection(
+    product, out, stats, column_sum, offset, skip, norm_weight, norm_bias, threshold, rows, clamped_rows, first, tokens, width,
+    skip_row_stride, skip_column_stride,
     FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
-    THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, LIBRARY: tl.constexpr,
+    THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr,
 ):  # fmt: skip
-    """out = T(skip +- (LN(x) B + bias)).
-
-    x [tokens, inner_width], in the matrix's dtype; matrix [inner_width, width]; skip, out [tokens, width]; stats [2, tokens]:
-    mean and rstd. FOLD: x are raw tokens, and their moments enter behind the product. SKIP_NORM: so are those of skip.
-    """
-    tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows beyond the last read the last again and are not stored: no mask along them.
-    clamped_rows = tl.minimum(rows, tokens - 1)
-    product = multiply(
-        x, matrix, clamped_rows, columns, tokens, inner_width, width,
-        x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_K,
-    )  # fmt: skip
-
+    """What follows the product of ``project_kernel``, for its columns from ``first`` on, up to the store."""
+    columns = first + tl.arange(0, product.shape[1])
     if FOLD or SKIP_NORM:
         mean, rstd = load_pairs(stats, clamped_rows, tokens)
     if FOLD:
@@ -231,6 +235,38 @@ def project_kernel(
     elif ACTIVATION == "soft":
         product = soft_threshold(product, scalar(threshold, THRESHOLD_IN_MEMORY))
     store_tile(out, product, rows, columns, tokens, width)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def project_kernel(
+    x, matrix, out, stats, column_sum, offset, skip, norm_weight, norm_bias, threshold, tokens, inner_width, width,
+    x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
+    FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
+    THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    LIBRARY: tl.constexpr,
+):  # fmt: skip
+    """out = T(skip +- (LN(x) B + bias)).
+
+    x [tokens, inner_width], in the matrix's dtype; matrix [inner_width, width]; skip, out [tokens, width]; stats [2, tokens]:
+    mean and rstd. FOLD: x are raw tokens, and their moments enter behind the product. SKIP_NORM: so are those of skip.
+    """
+    tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Rows beyond the last read the last again and are not stored: no mask along them.
+    clamped_rows = tl.minimum(rows, tokens - 1)
+    product = multiply(
+        x, matrix, clamped_rows, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tokens, inner_width, width,
+        x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    parts = column_parts(product, PARTS)
+    for part in tl.static_range(PARTS):
+        first = tile_n * BLOCK_N + part * (BLOCK_N // PARTS)
+        behind_projection(
+            parts[part], out, stats, column_sum, offset, skip, norm_weight, norm_bias, threshold,
+            rows, clamped_rows, first, tokens, width, skip_row_stride, skip_column_stride,
+            FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, WHOLE_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -282,31 +318,17 @@ def gradient_rows_kernel(
         tl.store(sums + tokens.to(tl.int64) + rows, tl.sum(c2, 1), mask=rows < tokens)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def input_gradient_kernel(
-    g, grad, y, matrix, out, x, stats, sums, norm_weight, extra, delta, attended, tokens, inner_width, width, sample_tokens,
-    g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
-    matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
+@triton.jit
+def behind_input_gradient(
+    product, grad, y, out, x, stats, sums, norm_weight, extra, delta, attended, rows, clamped_rows, first, tokens, width,
+    sample_tokens,
+    grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
+    extra_row_stride, extra_column_stride,
     NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, LIBRARY: tl.constexpr,
+    WHOLE_N: tl.constexpr,
 ):  # fmt: skip
-    """out = extra + LN'(+-(g B^T) + grad), what is added of grad only where y is not zero.
-
-    g, grad, y [tokens, inner_width], g in the dtype of the product (SCALED: it contains rstd), grad as it came, or g itself;
-    matrix B^T [inner_width, width]; out, x, extra [tokens, width]; stats [2, tokens]: mean and rstd; sums [2, parts, tokens]:
-    parts of c1 and c2; norm_weight [width]; attended [tokens, width], contiguous, and delta [samples, heads, sample_tokens]: of
-    each head of HEAD_DIM features the sums of out * attended.
-    """
-    tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    clamped_rows = tl.minimum(rows, tokens - 1)
-    product = multiply(
-        g, matrix, clamped_rows, columns, tokens, inner_width, width,
-        g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride, LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_K,
-    )  # fmt: skip
-
+    """What follows the product of ``input_gradient_kernel``, for its columns from ``first`` on, up to the store."""
+    columns = first + tl.arange(0, product.shape[1])
     if NEGATE:
         product = -product
     if SKIP:
@@ -323,8 +345,7 @@ def input_gradient_kernel(
         mean, rstd = load_pairs(stats, clamped_rows, tokens)
         c1, c2 = load_pairs(sums, clamped_rows, tokens)
         x_tile = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
-        normalised = (x_tile.to(tl.float32) - mean) * rstd
-        product -= (c1 + normalised * c2) / width
+        product -= c1 / width + (x_tile.to(tl.float32) - mean) * (rstd * c2 / width)
         if not SCALED:
             product *= rstd
     if extra is not None:
@@ -333,14 +354,51 @@ def input_gradient_kernel(
         ).to(tl.float32)
     store_tile(out, product, rows, columns, tokens, width)
     if delta is not None:
-        out_tile = product.to(out.dtype.element_ty).to(tl.float32)
         attended_tile = load_tile(attended, clamped_rows, columns, width, 1, tokens, width, True, WHOLE_N)
-        terms = tl.reshape(out_tile * attended_tile.to(tl.float32), (BLOCK_M, BLOCK_N // HEAD_DIM, HEAD_DIM))
-        heads = tile_n * (BLOCK_N // HEAD_DIM) + tl.arange(0, BLOCK_N // HEAD_DIM)
+        # Sums are of what attention's backward will read: rounded.
+        terms = product.to(out.dtype.element_ty).to(tl.float32) * attended_tile.to(tl.float32)
+        HEADS: tl.constexpr = product.shape[1] // HEAD_DIM
+        terms = tl.sum(tl.reshape(terms, (rows.shape[0], HEADS, HEAD_DIM)), 2)
+        heads = first // HEAD_DIM + tl.arange(0, HEADS)
         head_count = width // HEAD_DIM
-        first = (rows // sample_tokens).to(tl.int64)[:, None] * head_count + heads[None, :]
+        place = ((rows // sample_tokens).to(tl.int64)[:, None] * head_count + heads[None, :]) * sample_tokens
         inside = (rows < tokens)[:, None] & (heads < head_count)[None, :]
-        tl.store(delta + first * sample_tokens + (rows % sample_tokens)[:, None], tl.sum(terms, 2), mask=inside)
+        tl.store(delta + place + (rows % sample_tokens)[:, None], terms, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def input_gradient_kernel(
+    g, grad, y, matrix, out, x, stats, sums, norm_weight, extra, delta, attended, tokens, inner_width, width, sample_tokens,
+    g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
+    matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
+    NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    LIBRARY: tl.constexpr,
+):  # fmt: skip
+    """out = extra + LN'(+-(g B^T) + grad), what is added of grad only where y is not zero.
+
+    g, grad, y [tokens, inner_width], g in the dtype of the product (SCALED: it contains rstd), grad as it came, or g itself;
+    matrix B^T [inner_width, width]; out, x, extra [tokens, width]; stats [2, tokens]: mean and rstd; sums [2, tokens]: c1 and
+    c2; norm_weight [width]; attended [tokens, width], contiguous, and delta [samples, heads, sample_tokens]: of each head of
+    HEAD_DIM features the sums of out * attended.
+    """
+    tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    clamped_rows = tl.minimum(rows, tokens - 1)
+    product = multiply(
+        g, matrix, clamped_rows, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tokens, inner_width, width,
+        g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride, LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    parts = column_parts(product, PARTS)
+    for part in tl.static_range(PARTS):
+        first = tile_n * BLOCK_N + part * (BLOCK_N // PARTS)
+        behind_input_gradient(
+            parts[part], grad, y, out, x, stats, sums, norm_weight, extra, delta, attended,
+            rows, clamped_rows, first, tokens, width, sample_tokens,
+            grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
+            extra_row_stride, extra_column_stride, NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N,
+        )  # fmt: skip
 
 
 def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
@@ -576,7 +634,7 @@ def _input_gradient(
     use = "masked" if grad is not None else "plain" if norm is None else "norm"
     tiles = _tiles("input_gradient", use, operand.matrix, out)
     delta, head_dim, sample_tokens = None, 1, 1
-    if heads is not None and tiles["BLOCK_N"] % (width // heads[1]) == 0:
+    if heads is not None and tiles["BLOCK_N"] // tiles["PARTS"] % (width // heads[1]) == 0:
         head_dim, sample_tokens = width // heads[1], tokens // max(heads[0], 1)
         delta = out.new_empty((*heads, sample_tokens), dtype=torch.float32)
     if not out.numel():

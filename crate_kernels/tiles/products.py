@@ -2,8 +2,8 @@
 
 The stream is x, y and their gradients; under autocast it may stay float32 while the operands are 16-bit: loops read operands,
 epilogues the stream. The use says how much an epilogue holds in registers: "plain", a product and what is added to it; "norm",
-one behind a LayerNorm; "masked", ISTA's, with threshold and skip. The ``default`` entries fit the 99 KB a block may use on
-consumer devices.
+one behind a LayerNorm; "masked", ISTA's, with threshold and skip. An epilogue takes a tile in PARTS of its columns, one after
+the other. The ``default`` entries fit the 99 KB a block may use on consumer devices.
 
 LIBRARY = 1 has PyTorch multiply, in float32 out, and the kernel do what follows, tile by tile. It never is: on an H100
 ``torch.mm`` takes 91 us for 50,432 x 768 x 768, and what follows has to read 155 MB more than if it had the product in
@@ -15,25 +15,27 @@ from __future__ import annotations
 USES = ("plain", "norm", "masked")
 
 
-def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "GROUP": 8,
-        "LIBRARY": 0,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
+def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, **more: int) -> dict[str, int]:
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": 8, "PARTS": 1, "LIBRARY": 0}
+    return {**sizes, "num_warps": num_warps, "num_stages": num_stages, **more}
 
 
+# On sm_90 two blocks of 128 registers a thread fit a multiprocessor: one's epilogue runs under the other's loop.
 TABLE = {
     "sm_90": {
-        **{("project", use, 2, 2): _tile(128, 128, 64, 8, 3) for use in USES},
-        **{("project", use, 2, 4): _tile(128, 128, 64, 8, 3) for use in USES},
-        **{("project", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in USES},
-        **{("input_gradient", use, 2, stream): _tile(64, 128, 64, 4, 4) for use in USES for stream in (2, 4)},
-        **{("input_gradient", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in USES},
+        ("project", "plain", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=2),
+        ("project", "plain", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
+        ("project", "norm", 2, 2): _tile(128, 128, 64, 8, 3),
+        ("project", "norm", 2, 4): _tile(128, 128, 64, 8, 3),
+        ("project", "masked", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=4, maxnreg=128),
+        ("project", "masked", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
+        ("input_gradient", "plain", 2, 2): _tile(128, 128, 64, 8, 3),
+        ("input_gradient", "plain", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
+        ("input_gradient", "norm", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=4),
+        ("input_gradient", "norm", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4, maxnreg=128),
+        ("input_gradient", "masked", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=4),
+        ("input_gradient", "masked", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=2),
+        **{(kernel, use, 4, 4): _tile(64, 64, 32, 4, 3) for kernel in ("project", "input_gradient") for use in USES},
     },
     "default": {
         **{("project", use, 2, stream): _tile(128, 128, 32, 8, 4) for use in USES for stream in (2, 4)},
