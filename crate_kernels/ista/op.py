@@ -108,10 +108,9 @@ def _backward(
         )
     elif given.one_product(x.shape[0]):
         operand, stats = Operand(given.matrix, given.column_sum, given.offset), kept[0] if kept else None
-        grad_x, found = path.backward(
+        grad_x, grad_weight, *grads_of_norm = path.backward(
             grad_y, x, y, given.dictionary, given.combined, operand, stats, *given.settings(path), *needs
         )
-        grad_weight, _, *grads_of_norm = found or [None] * 4
     else:
         step = given.settings(path)[1]
         grad_x, grad_weight = path.backward_two_products(grad_y, x, y, given.dictionary, step, given.dtype, *needs)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from crate_kernels.ista.form import through_combination
 from crate_kernels.matmul import float32_product
-from crate_kernels.products.operand import MatrixGradient, Norm, Operand, gradient
-from crate_kernels.products.triton import GradientRows, gradient_rows, gradients, project, weight_gradient
+from crate_kernels.products.operand import Norm, Operand
+from crate_kernels.products.preparation import matrix_gradient
+from crate_kernels.products.triton import gradient_rows, gradients, project, weight_gradient
 
 
 class Step(NamedTuple):
@@ -52,8 +53,9 @@ def backward(
     step: Step,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor | None, MatrixGradient | None]:
-    """dx [tokens, width] in x's dtype, and the gradients of W and the LayerNorm, float32. With g = grad_y where y is not zero,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx [tokens, width] in x's dtype, and the gradients of W and of the LayerNorm's weight and bias. With g = grad_y where y
+    is not zero,
 
     dx = LN'(g + g (eta G)^T)      dW = dG - W (dG + dG^T), dG = eta * dB of B = eta * G
 
@@ -64,15 +66,12 @@ def backward(
         need_x=need_x, need_matrix=need_weights, need_column=need_weights and norm is not None,
     )  # fmt: skip
     if not need_weights:
-        return found.x, None
-    multiplied = combined if norm is None else combined * step.step_size
-    matrix, _, norm_weight, norm_bias = gradient(found.matrix, found.column, multiplied, None, norm)
-    if norm is not None:
-        # LN(x) was added to the product as well: its weight and bias meet the gradient there, too.
-        norm_weight = norm_weight + found.matrix.diagonal()
-        norm_bias = None if norm_bias is None else norm_bias + found.column
-    matrix = through_combination(matrix * step.step_size, dictionary.float())
-    return found.x, MatrixGradient(matrix, None, norm_weight, norm_bias)
+        return found.x, None, None, None
+    weight = dictionary.float()
+    if norm is None:
+        return found.x, through_combination(found.matrix * step.step_size, weight), None, None
+    grad_combined, *of_norm = matrix_gradient(found, combined, norm, combined, step.step_size, skip=True)
+    return found.x, through_combination(grad_combined, weight), *of_norm
 
 
 def forward_two_products(
@@ -111,7 +110,7 @@ def backward_two_products(
         grad_x, _ = project(grad_residual, _operand(dictionary, dtype), x.dtype, skip=total, negate=True)
     if need_weight:
         grad_weight = float32_product(_residual(x, dictionary, dtype).t(), rows.g) * step.step_size
-        grad_weight -= weight_gradient(grad_residual, GradientRows(x.to(dtype)))
+        grad_weight -= weight_gradient(grad_residual, x.to(dtype))
     return grad_x, grad_weight
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
 from crate_kernels.precision import undisturbed
-from crate_kernels.products.operand import Norm, Operand, gradient
+from crate_kernels.products.operand import Norm, Operand
 from crate_kernels.schemas import empty_gradient, or_empty
 
 
@@ -93,16 +93,9 @@ def _backward(grad: Tensor, x: Tensor, kept: list[Tensor], needs: list[bool], *a
         else kernels.Kept(*kept, *[None] * (4 - len(kept)))
     )
     past = grad if given.skip_is_x else None
-    of_qkv, of_out = kernels.backward(grad, x, *settings, attended, tuple(needs), past)
-    found: list[Tensor | None] = [None] * 6
-    if of_qkv is not None and of_qkv.x is not None:
-        found[0] = of_qkv.x.view(x.shape)
-    if of_qkv is not None and of_qkv.matrix is not None:
-        found[1], _, *found[4:] = gradient(of_qkv.matrix, of_qkv.column, given.qkv_weight.t(), None, given.norm)
-    if of_out.matrix is not None:
-        found[2:4] = gradient(of_out.matrix, of_out.column, given.out_weight.t(), given.out_bias, None)[:2]
-    found[1:3] = (None if matrix is None else matrix.t() for matrix in found[1:3])
-    return tuple(map(or_empty, found, (x, *given[:5])))
+    grad_x, *found = kernels.backward(grad, x, *settings, given.qkv_weight, attended, tuple(needs), past)
+    grad_x = None if grad_x is None else grad_x.view(x.shape)
+    return tuple(map(or_empty, (grad_x, *found), (x, *given[:5])))
 
 
 @torch.library.register_fake("crate_kernels::mssa_forward")

@@ -15,6 +15,7 @@ from torch import Tensor
 from crate_kernels.mssa import one_launch as together
 from crate_kernels.products import triton as products
 from crate_kernels.products.operand import Norm, Operand
+from crate_kernels.products.preparation import matrix_gradient
 from crate_kernels.shared_attention import triton as attention
 
 
@@ -62,13 +63,15 @@ def backward(
     qkv: Operand,
     out: Operand,
     form: Form,
+    qkv_weight: Tensor,
     kept: Kept,
     needs: tuple[bool, bool, bool],
     past: Tensor | None = None,
-) -> tuple[products.Gradients | None, products.Gradients]:
-    """The gradients of both projections, as far as x's, qkv's (and its norm's) and out's are asked for.
+) -> tuple[Tensor | None, ...]:
+    """dx [batch * tokens, width], and the gradients of qkv, out, out's bias, and the LayerNorm's weight and bias.
 
     Args:
+        needs: which are asked for: x's, qkv's with the LayerNorm's, out's with its bias's.
         grad: [batch * tokens, out_width], of z.
         past: [batch * tokens, width], added to dx: the gradient that reaches x past MSSA, where x is its own skip.
     """
@@ -78,8 +81,9 @@ def backward(
         grad, kept.out, out, dtype, negate=form.subtract, heads=(batch, form.num_heads),
         need_x=need_x or need_qkv, need_matrix=need_out, need_column=need_out and out.offset is not None,
     )  # fmt: skip
+    of_projection = [None if of_out.matrix is None else of_out.matrix.t(), of_out.column]
     if not (need_x or need_qkv):
-        return None, of_out
+        return None, None, *of_projection, None, None
     grad_attended, w, attended = (_heads(t, x, form) for t in (of_out.x, kept.w, kept.out))
     delta = attention.rows_of_delta(grad_attended, attended) if of_out.delta is None else of_out.delta
     grad_w = attention.backward_from_delta(grad_attended, w, kept.lse, delta, form.scale, form.is_causal)
@@ -87,7 +91,10 @@ def backward(
         _tokens(grad_w), x.flatten(0, 1), qkv, x.dtype, y=kept.w, norm=norm, stats=kept.stats, extra=past,
         need_x=need_x, need_matrix=need_qkv, need_column=need_qkv and norm is not None,
     )  # fmt: skip
-    return of_qkv, of_out
+    grad_qkv, of_norm = of_qkv.matrix, (None, None)
+    if need_qkv and norm is not None:
+        grad_qkv, *of_norm = matrix_gradient(of_qkv, qkv_weight.t(), norm, qkv_weight.t())
+    return of_qkv.x, None if grad_qkv is None else grad_qkv.t(), *of_projection, *of_norm
 
 
 def _heads(tokens: Tensor, x: Tensor, form: Form) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
 from crate_kernels.precision import undisturbed
-from crate_kernels.products.operand import Norm, Operand, gradient
+from crate_kernels.products.operand import Norm, Operand
 from crate_kernels.schemas import empty_gradient, or_empty
 
 
@@ -68,12 +68,9 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     given = NormLinearArguments(*arguments)
     kernels, operand = given.load()
-    found = kernels.backward(grad, x, *(kept or (None, None)), operand, given.norm, need_x, need_weights)
-    grads: list[Tensor | None] = [None] * 4
-    if need_weights:
-        matrix, *grads[1:] = gradient(found.matrix, found.column, given.weight.t(), given.bias, given.norm)
-        grads[0] = matrix.t()
-    return tuple(map(or_empty, (found.x, *grads), (x, *given[:4])))
+    of_forward = kept or (None, None)
+    found = kernels.backward(grad, x, *of_forward, given.weight, operand, given.norm, need_x, need_weights)
+    return tuple(map(or_empty, found, (x, *given[:4])))
 
 
 @torch.library.register_fake("crate_kernels::norm_linear_forward")

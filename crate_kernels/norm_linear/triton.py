@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.products.triton import Gradients, gradients, project
+from crate_kernels.products.preparation import matrix_gradient
+from crate_kernels.products.triton import gradients, project
 
 
 def forward(x: Tensor, operand: Operand, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
@@ -21,16 +22,23 @@ def backward(
     x: Tensor,
     y: Tensor | None,
     stats: Tensor | None,
+    weight: Tensor,
     operand: Operand,
     norm: Norm | None,
     need_x: bool,
     need_weights: bool,
-) -> Gradients:
-    """dx [tokens, width] in x's dtype, and what the weights' gradients are made of.
+) -> tuple[Tensor | None, ...]:
+    """dx [tokens, width] in x's dtype, and the gradients of weight, bias, and the LayerNorm's weight and bias.
 
     y and stats are what the forward gave; with a LayerNorm both are needed.
     """
-    return gradients(
+    found = gradients(
         grad, x, operand, x.dtype, y=y, norm=norm, stats=stats,
         need_x=need_x, need_matrix=need_weights, need_column=need_weights and operand.offset is not None,
     )  # fmt: skip
+    if not need_weights:
+        return found.x, None, None, None, None
+    if norm is None:
+        return found.x, found.matrix.t(), found.column, None, None
+    matrix, *of_norm = matrix_gradient(found, weight.t(), norm, weight.t())
+    return found.x, matrix.t(), found.column, *of_norm

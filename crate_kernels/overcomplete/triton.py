@@ -84,7 +84,7 @@ def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Step, nee
     coupled = weights.out_dictionary is None
     grad_x = grad_dictionary = grad_out = grad_step_size = grad_lambd = None
     if needs.out_dictionary or (coupled and needs.dictionary):
-        grad_out = weight_gradient(grad, GradientRows(z2))
+        grad_out = weight_gradient(grad, z2)
     if needs.x or needs.dictionary or needs.numbers:
         descent, alone = weights.descent(dtype), dict(need_matrix=False, need_column=False)
         # hardshrink's backward keeps the gradient where its input is not zero: the mask, in one pass.
@@ -96,9 +96,9 @@ def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Step, nee
         if needs.x:
             grad_x = gradients(None, None, descent, x.dtype, extra=grad_r, rows=g1, **alone).x
         if needs.dictionary:
-            through_second = weight_gradient(_unexplained(x, z1, weights), GradientRows(g2))
-            grad_dictionary = (weight_gradient(x, g1) + through_second) * eta
-            grad_dictionary -= weight_gradient(grad_r, GradientRows(z1))
+            through_second = weight_gradient(_unexplained(x, z1, weights), g2)
+            grad_dictionary = (weight_gradient(x, g1.g) + through_second) * eta
+            grad_dictionary -= weight_gradient(grad_r, z1)
         if needs.numbers:
             gained = z2.float() - z1
             grad_step_size = ((g1.g.float() * z1).sum() + (g2 * gained).sum()) / eta

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -36,36 +35,3 @@ class Operand(NamedTuple):
     matrix: Tensor
     column_sum: Tensor | None
     offset: Tensor | None
-
-
-class MatrixGradient(NamedTuple):
-    """Gradients of what ``preparation.prepare`` took, float32; None where it took nothing."""
-
-    matrix: Tensor
-    bias: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-
-
-def gradient(
-    product_gradient: Tensor, column_gradient: Tensor | None, matrix: Tensor, bias: Tensor | None, norm: Norm | None
-) -> MatrixGradient:
-    """Gradients of B, bias, gamma and beta, from those of the product.
-
-    Args:
-        product_gradient: H = xhat^T g [inner, width] float32, with xhat the tokens normalised (or as they are).
-        column_gradient: sums over tokens of g, [width] float32; None where there is neither bias nor LayerNorm.
-        matrix, bias, norm: what ``preparation.prepare`` took.
-
-    dB = gamma * H + beta (x) colsum(g), dgamma = rowsum(B * H), dbeta = B colsum(g).
-    """
-    grad_bias = None if bias is None else column_gradient
-    if norm is None:
-        return MatrixGradient(product_gradient, grad_bias, None, None)
-    grad_norm_weight = (matrix * product_gradient).sum(1)
-    grad_matrix = product_gradient * norm.weight.float()[:, None]
-    grad_norm_bias = None
-    if norm.bias is not None:
-        grad_norm_bias = torch.mv(matrix.float(), column_gradient)
-        grad_matrix = torch.addr(grad_matrix, norm.bias.float(), column_gradient)
-    return MatrixGradient(grad_matrix, grad_bias, grad_norm_weight, grad_norm_bias)

@@ -1,7 +1,8 @@
-"""Two Triton kernels that make operands of weights, of all layers in one launch each.
+"""Triton kernels between weights and products: two make operands, of all layers in one launch each, one takes gradients back.
 
     prepare_kernel     B' = diag(gamma) B in the dtype of the product, its column sums, and beta B + bias
     combine_kernel     G = W - W^T W, and the same of B = eta * G
+    gradient_kernel    the gradients of B, gamma and beta, from those of the product
 
 The weights of many layers are tensors of their own: kernels find them through a table of addresses, which is made once for the
 same tensors and stays on the device. A gamma, beta or bias that is not there has address zero.
@@ -20,11 +21,12 @@ from torch import Tensor
 from crate_kernels.precision import dot_precision
 from crate_kernels.products.op import empty_operands
 from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.products.triton import load_tile, number, scalar
+from crate_kernels.products.triton import Gradients, load_row, load_tile, number, scalar
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # One for every device: these are small beside the products with the tokens, and no step waits for their last percent.
 _PREPARE = {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+_GRADIENT = {"BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
 _COMBINE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 
 # Tables of addresses kept, each of a few KB: some models, and weights that are not where they were the step before. By the
@@ -140,6 +142,87 @@ def combine_kernel(
     inside = columns < width
     tl.store(column_sums + index * width + columns, column_sum, mask=inside)
     tl.store(offsets + index * width + columns, offset, mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    product, matrix, column, mean_column, gamma, beta, grad_matrix, grad_gamma, grad_beta, scale, inner_width, width,
+    product_row_stride, product_column_stride, matrix_row_stride, matrix_column_stride, grad_row_stride, grad_column_stride,
+    SCALE_IN_MEMORY: tl.constexpr, SKIP: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK_K rows of B = scale * matrix [inner_width, width], with H = product - 1 (x) mean_column:
+
+        d matrix = scale * (gamma * H + beta (x) column)      dgamma = scale * rowsum(matrix * H)      dbeta = scale * matrix
+        column
+
+    SKIP: LN(x) was added to the product as well, and its weight and bias meet the gradient there, too.
+    """
+    rows = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = rows < inner_width
+    factor = 1.0
+    if scale is not None:
+        factor = scalar(scale, SCALE_IN_MEMORY)
+    weight = tl.load(gamma + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+    through_weight = tl.zeros((BLOCK_K,), tl.float32)
+    through_bias = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, width, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        h = load_tile(
+            product, rows, columns, product_row_stride, product_column_stride, inner_width, width, WHOLE_K, WHOLE_N
+        )
+        if mean_column is not None:
+            h -= load_row(mean_column, columns, width)
+        tile = load_tile(
+            matrix, rows, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
+        )
+        tile = tile.to(tl.float32)
+        through_weight += factor * tl.sum(tile * h, 1)
+        if SKIP:
+            through_weight += tl.sum(tl.where(rows[:, None] == columns[None, :], h, 0.0), 1)
+        grad = weight * h
+        if beta is not None:
+            sums = load_row(column, columns, width)
+            through_bias += tl.sum(tile * sums, 1)
+            grad += tl.load(beta + rows, mask=inside, other=0.0).to(tl.float32)[:, None] * sums
+        place = rows.to(tl.int64)[:, None] * grad_row_stride + columns.to(tl.int64)[None, :] * grad_column_stride
+        mask = inside[:, None] & (columns < width)[None, :]
+        tl.store(grad_matrix + place, (factor * grad).to(grad_matrix.dtype.element_ty), mask=mask)
+    tl.store(grad_gamma + rows, through_weight.to(grad_gamma.dtype.element_ty), mask=inside)
+    if beta is not None:
+        through_bias *= factor
+        if SKIP:
+            through_bias += tl.load(column + rows, mask=inside, other=0.0)
+        tl.store(grad_beta + rows, through_bias.to(grad_beta.dtype.element_ty), mask=inside)
+
+
+def matrix_gradient(
+    found: Gradients, matrix: Tensor, norm: Norm, like: Tensor, scale: Tensor | None = None, skip: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of B, gamma and beta of ``LN(x) (scale * B)``, from those of the product, in one launch.
+
+    Args:
+        found: by ``products.triton.gradients``, matrix and column included.
+        matrix: B [inner, width], any dtype and strides.
+        norm: the LayerNorm before the product.
+        like: the gradient of B has its dtype and memory; of B's shape, any strides.
+        scale: 0-dim, on the host or beside the matrix; 1 if None.
+        skip: LN(x) was added to the product.
+    """
+    inner_width, width = matrix.shape
+    grad_matrix = torch.empty_like(like)
+    grad_gamma = torch.empty_like(norm.weight, memory_format=torch.contiguous_format)
+    grad_beta = None if norm.bias is None else torch.empty_like(norm.bias, memory_format=torch.contiguous_format)
+    beta = None if norm.bias is None else norm.bias.contiguous()
+    scale, in_memory = number(scale)
+    gradient_kernel[(triton.cdiv(inner_width, _GRADIENT["BLOCK_K"]),)](
+        found.matrix, matrix, found.column, found.mean_column, norm.weight.contiguous(), beta, grad_matrix, grad_gamma, grad_beta,
+        scale, inner_width, width, *found.matrix.stride(), *matrix.stride(), *grad_matrix.stride(),
+        SCALE_IN_MEMORY=in_memory, SKIP=skip,
+        WHOLE_N=width % _GRADIENT["BLOCK_N"] == 0, WHOLE_K=inner_width % _GRADIENT["BLOCK_K"] == 0,
+        enable_fp_fusion=True, **_GRADIENT,
+    )  # fmt: skip
+    return grad_matrix, grad_gamma, grad_beta
 
 
 def prepare_all(

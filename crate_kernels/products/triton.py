@@ -469,7 +469,7 @@ def project(
     if not out.numel():
         return out, stats
     use = "masked" if threshold is not None else "plain" if norm is None else "norm"
-    tiles = _tiles("project", use, operand.matrix, x if skip is None else skip)
+    tiles = _tiles("project", use, operand.matrix, x if skip is None else skip, width)
     threshold, in_memory = number(threshold)
     behind = dict(
         FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, THRESHOLD_IN_MEMORY=in_memory,
@@ -502,15 +502,18 @@ class Gradients(NamedTuple):
     """Of ``project``; None where not asked for.
 
     x: [tokens, inner].
-    matrix: [inner, width] float32, H = xhat^T g with xhat the tokens normalised, or as they are: for ``operand.gradient``.
+    matrix: [inner, width] float32, any strides: xhat^T g, with xhat the tokens normalised, or as they are; folded, x^T g^, which
+        mean_column has yet to be taken off. With a LayerNorm ``preparation.matrix_gradient`` goes on from there.
     column: [width] float32, sums over tokens of g: the gradient of the offset.
+    mean_column: [width] float32, sums over tokens of mean * g^; None where the tokens were not folded.
     delta: [samples, heads, tokens of a sample] float32, where ``heads`` were given and could be.
     """
 
     x: Tensor | None
     matrix: Tensor | None
     column: Tensor | None
-    delta: Tensor | None = None
+    mean_column: Tensor | None
+    delta: Tensor | None
 
 
 def gradient_sums(operand: Operand, norm: Norm, skip: bool = False, negate: bool = False) -> tuple[Tensor, Tensor]:
@@ -573,10 +576,12 @@ def gradients(
             rows, grad if skip else None, operand, out_dtype, masked, x, norm, stats, negate, extra, heads
         )
     if need_matrix:
-        product = weight_gradient(x, rows, norm, stats)
+        product = weight_gradient(x, rows.g, operand.matrix, norm)
         product = product.neg_() if negate else product
-    column = rows.column_sums[0] if need_column else None
-    return Gradients(dx, product, -column if negate and need_column else column, delta)
+    sums = rows.column_sums
+    sums = -sums if negate and sums is not None else sums
+    folded = need_matrix and norm is not None and folds(x, dtype)
+    return Gradients(dx, product, sums[0] if need_column else None, sums[1] if folded else None, delta)
 
 
 def gradient_rows(
@@ -632,7 +637,7 @@ def _input_gradient(
     (tokens, inner_width), (width, _), dtype = rows.g.shape, operand.matrix.shape, operand.matrix.dtype
     out = torch.empty((tokens, width), dtype=out_dtype, device=rows.g.device)
     use = "masked" if grad is not None else "plain" if norm is None else "norm"
-    tiles = _tiles("input_gradient", use, operand.matrix, out)
+    tiles = _tiles("input_gradient", use, operand.matrix, out, width)
     delta, head_dim, sample_tokens = None, 1, 1
     if heads is not None and tiles["BLOCK_N"] // tiles["PARTS"] % (width // heads[1]) == 0:
         head_dim, sample_tokens = width // heads[1], tokens // max(heads[0], 1)
@@ -655,17 +660,21 @@ def _input_gradient(
     return out, delta
 
 
-def weight_gradient(x: Tensor, rows: GradientRows, norm: Norm | None = None, stats: Tensor | None = None) -> Tensor:
-    """H = xhat^T g [inner, width] float32, of the tokens x [tokens, inner] normalised where there is a LayerNorm."""
-    dtype = rows.g.dtype
-    if norm is None or not folds(x, dtype):
-        return float32_product((x.to(dtype) if norm is None else moments(x, norm.eps, dtype)[1]).t(), rows.g)
-    # g holds rstd, and the mean's share comes off: exactly what centred tokens would give, which are not stored.
-    return float32_product(x.t(), rows.g).sub_(rows.column_sums[1])
+def weight_gradient(x: Tensor, g: Tensor, like: Tensor | None = None, norm: Norm | None = None) -> Tensor:
+    """x^T g [inner, width] float32, in the order of memory that ``like`` has; of x normalised, where it was not folded."""
+    if norm is not None and not folds(x, g.dtype):
+        x = moments(x, norm.eps, g.dtype)[1]
+    x = x.to(g.dtype)
+    if like is not None and like.stride(0) == 1:
+        return float32_product(g.t(), x).t()
+    return float32_product(x.t(), g)
 
 
-def _tiles(kernel: str, use: str, operand: Tensor, stream: Tensor) -> dict[str, int]:
-    return select(TABLE, operand.device, kernel, use, operand.itemsize, stream.itemsize)
+def _tiles(kernel: str, use: str, operand: Tensor, stream: Tensor, width: int) -> dict[str, int]:
+    tiles = select(TABLE, operand.device, kernel, use, operand.itemsize, stream.itemsize)
+    if tiles["BLOCK_N"] > 128 and width % tiles["BLOCK_N"]:
+        tiles["BLOCK_N"] //= 2  # wide tiles only where they divide the width: the last one would be half empty
+    return tiles
 
 
 def _by(tiles: dict[str, int], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -25,8 +25,8 @@ TABLE = {
     "sm_90": {
         ("project", "plain", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=2),
         ("project", "plain", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
-        ("project", "norm", 2, 2): _tile(128, 128, 64, 8, 3),
-        ("project", "norm", 2, 4): _tile(128, 128, 64, 8, 3),
+        ("project", "norm", 2, 2): _tile(128, 256, 64, 8, 3),
+        ("project", "norm", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=2),
         ("project", "masked", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=4, maxnreg=128),
         ("project", "masked", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
         ("input_gradient", "plain", 2, 2): _tile(128, 128, 64, 8, 3),
