@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ COLUMNS = (
     "kernel", "target", "dtype", "shape", "tile", "warps", "stages", "registers", "spill B", "shared KB",
     "matrix instructions", "occupancy %",
 )  # fmt: skip
+LOOP_COLUMNS = (
+    "kernel", "dtype", "shape", "tile", "warps", "cycles a step of each pipe", "binds", "wgmma in flight", "instructions a warp",
+)  # fmt: skip
+LOOPS = "Main loops, 16-bit products on sm_90"
 
 
 def line(figures: Figures) -> list[Any]:
@@ -43,6 +47,21 @@ def line(figures: Figures) -> list[Any]:
         ", ".join(f"{count} {kind}" for kind, count in figures.matrix.items()),
         round(100 * figures.occupancy),
     ]
+
+
+def loop_lines(figures: Iterable[Figures]) -> list[list[Any]]:
+    """The main loops of kernels that multiply by wgmma, as they are printed."""
+    lines = []
+    for one in figures:
+        if one.wgmma and one.wgmma.loops:
+            main = one.wgmma.loops[0]
+            names = [one.kernel, one.dtype, one.shape, one.tile, one.warps]
+            lines.append([*names, _counts(main.cycles), main.binds, main.in_flight, _counts(main.instructions)])
+    return lines
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]) if count)
 
 
 def markdown(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -73,15 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = ", ".join(f"{name} {version}" for name, version in versions.items())
     print(title)
     print(records.table(COLUMNS, map(line, figures)))
+    print(f"\n{LOOPS}\n{records.table(LOOP_COLUMNS, loop_lines(figures))}")
     if arguments.json:
         rows = [json.dumps(versions | asdict(one)) + "\n" for one in figures]
         _write(arguments.json, "".join(rows))
     if arguments.table:
-        _write(arguments.table, markdown(f"Kernels compiled ahead of time: {title}", COLUMNS, map(line, figures)))
+        kernels = markdown(f"Kernels compiled ahead of time: {title}", COLUMNS, map(line, figures))
+        _write(arguments.table, f"{kernels}\n{markdown(LOOPS, LOOP_COLUMNS, loop_lines(figures))}")
 
     broken += [breach for one in figures for breach in compiling.breaches(one)]
     if wanted == available and set(cases.GATE_TARGETS) <= set(arguments.arch):
         broken += compiling.missing(figures, unused)
+    for one in figures:
+        if one.slow and (found := compiling.slowness(one)):
+            print(*(f"MAY BE SLOW {line}" for line in found), f"    for {one.slow}", sep="\n")
     for breach in broken:
         print(f"BREACH {breach}")
     kernels, shapes = (

@@ -43,31 +43,32 @@ class Range(NamedTuple):
 
 @dataclass
 class Operation:
-    """One operation of the printed code; ``text`` is what follows its name, without the location."""
+    """One operation of the printed code; ``text`` is what follows its name, ``end`` what its regions end with; no location."""
 
     results: list[str]
     name: str
     text: str
     location: str
     regions: list[list[Operation]] = field(default_factory=list)
+    end: str = ""
 
     @property
     def operands(self) -> list[str]:
-        return re.findall(_NAME, self.text)
+        return re.findall(NAME, self.text)
 
 
 def check(ttir: str, launch: Launch) -> Report:
     """Walk the kernel in ``ttir`` as launched by ``launch``."""
     walk = _Walk(_source_lines(ttir), launch)
-    walk.region(_parse(ttir))
+    walk.region(parse(ttir))
     return Report(sorted(set(walk.breaches)), walk.reach)
 
 
-_NAME = r"%[\w$.-]+(?:#\d+)?"
+NAME = r"%[\w$.-]+(?:#\d+)?"
 _OPERATION = re.compile(r'(?:(%[^=]*?) = )?"?((?:\w+\.)?\w+)"?(.*)')
 
 
-def _parse(ttir: str) -> list[Operation]:
+def parse(ttir: str) -> list[Operation]:
     """The operations as a tree, from the printed code: one operation a line, regions between braces at the ends of lines."""
     top: list[Operation] = []
     # Innermost last: the operation whose region is open, and that region.
@@ -78,6 +79,8 @@ def _parse(ttir: str) -> list[Operation]:
             continue
         if line.startswith("}"):
             operation, _ = open_regions.pop()
+            if operation:
+                operation.end = line
         else:
             results, name, text = _OPERATION.match(line).groups()
             operation = Operation(_result_names(results), name, text + location * (name == "tt.func"), location)
@@ -292,7 +295,7 @@ class _Walk:
 
         head = operation.text.partition("iter_args(")[2]
         carried, types = head.partition(") -> (")[::2]
-        pairs = re.findall(rf"({_NAME}) = ({_NAME})", carried)
+        pairs = re.findall(rf"({NAME}) = ({NAME})", carried)
         widths = [_integer_type(kind) for kind in re.findall(r"!?[\w.]+(?:<[^<>]*(?:<[^<>]*>)?[^<>]*>)?", types)]
         body = operation.regions[0]
         definitions = {name: inner for inner in body for name in inner.results}

@@ -26,6 +26,9 @@ DTYPES = {
     "autocast": torch.float32,
 }
 
+# Why kernels that read such tensors may be slow.
+SCATTERED = "the features of a token do not lie side by side: no copy into shared memory runs beside the products"
+
 # What the gate compiles for unless told otherwise.
 GATE_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -63,7 +66,8 @@ def attention(
         out.backward(torch.empty_like(out))
 
     shape = f"d={head_dim} N={tokens}" + " causal" * is_causal + " padded" * padded + " dropout" * (dropout > 0)
-    return Case("attention", dtype, shape if batch == 8 else f"{shape} B={batch} {memory}", call)
+    shape += f" B={batch} {memory}" * (batch != 8)
+    return Case("attention", dtype, shape, call, slow="" if names[-1] == "feature" else SCATTERED)
 
 
 def ista(
@@ -89,7 +93,9 @@ def ista(
 
     form = "one-product" if images * TOKENS > width else "two-product"
     flags = " LN" * norm + " soft" * soft + " learned" * learned + " feature-major" * feature_major
-    return Case("ista", dtype, f"D={width} M={images * TOKENS} {form}{flags}", call)
+    return Case(
+        "ista", dtype, f"D={width} M={images * TOKENS} {form}{flags}", call, slow=SCATTERED if feature_major else ""
+    )
 
 
 def mssa(dtype: str, subtract: bool = False, norm: bool = True, bias: bool = True, images: int = 64) -> Case:

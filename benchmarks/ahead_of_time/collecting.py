@@ -19,12 +19,16 @@ from crate_kernels import dispatch, tiles
 
 @dataclass(frozen=True)
 class Case:
-    """One use of an operator: ``call`` calls it, and its backward, on meta tensors."""
+    """One use of an operator: ``call`` calls it, and its backward, on meta tensors.
+
+    slow: why its kernels need not reach the tensor cores' rate, where they need not.
+    """
 
     operator: str
     dtype: str
     shape: str
     call: Callable[[], object]
+    slow: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from typing import Any
 import triton
 
 import crate_kernels
-from benchmarks.ahead_of_time import addresses
+from benchmarks.ahead_of_time import addresses, wgmma
 from benchmarks.ahead_of_time.addresses import Launch
 from benchmarks.ahead_of_time.collecting import Case, Request, as_if_on, requests
 from benchmarks.ahead_of_time.targets import TARGETS
+from benchmarks.ahead_of_time.wgmma import Wgmma
 from crate_kernels import tiles
 
 
@@ -30,6 +31,7 @@ class Figures:
 
     products: 16-bit products in the kernel's code; matrix: matrix instructions in its assembly, by kind.
     reach: the largest offset, in elements, that an address has at any launch of it.
+    wgmma: how it multiplies, where it has 16-bit products and multiplies by wgmma; slow: why that need not be fast, if so.
     """
 
     kernel: str
@@ -51,9 +53,11 @@ class Figures:
     products_without_wgmma: list[str]
     reach: int
     address_breaches: list[str]
+    wgmma: Wgmma | None
+    slow: str
 
 
-def compile_request(request: Request, launches: Sequence[Launch], dtype: str, shape: str) -> Figures:
+def compile_request(request: Request, launches: Sequence[Launch], dtype: str, shape: str, slow: str) -> Figures:
     """Compile one kernel (or find it in Triton's disk cache), read its assembly, and check its addresses at ``launches``.
 
     Runs in a process other than the one that collects requests: there, Triton would try to launch what it has compiled.
@@ -67,6 +71,7 @@ def compile_request(request: Request, launches: Sequence[Launch], dtype: str, sh
     blocks = [value for (index, *_), value in constants.items() if kernel.arg_names[index].startswith("BLOCK")]
     # A product that Triton leaves to the older mma instructions is still a tt.dot after lowering; wgmma's is warp_group_dot.
     older = _products(compiled.asm["ttgir"]) if request.arch == "sm_90" else []
+    products = len(_products(compiled.asm["ttir"]))
     reports = [addresses.check(compiled.asm["ttir"], launch) for launch in launches]
     return Figures(
         kernel=request.kernel,
@@ -84,10 +89,12 @@ def compile_request(request: Request, launches: Sequence[Launch], dtype: str, sh
         tensor_memory=usage.tensor_memory,
         occupancy=target.occupancy(usage),
         matrix=usage.matrix,
-        products=len(_products(compiled.asm["ttir"])),
+        products=products,
         products_without_wgmma=older,
         reach=max(report.reach for report in reports),
         address_breaches=sorted({breach for report in reports for breach in report.breaches}),
+        wgmma=wgmma.read(compiled) if products and "wgmma" in usage.matrix else None,
+        slow=slow,
     )
 
 
@@ -100,6 +107,7 @@ def _products(code: str) -> list[str]:
 def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[Figures], list[str]]:
     """Figures of every kernel that the cases of each architecture launch, identical compilations once; and what failed."""
     labels: dict[Request, tuple[str, str]] = {}
+    slow: dict[Request, str] = {}
     launches: dict[Request, dict[Launch, None]] = {}
     figures, failures = [], []
     for arch, cases in wanted.items():
@@ -108,11 +116,16 @@ def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[F
                 for request, launch in requests(case, arch):
                     labels.setdefault(request, (case.dtype, case.shape))
                     launches.setdefault(request, {})[launch] = None
+                    # Every case that launches it must be one that may be slow.
+                    slow[request] = case.slow and slow.get(request, case.slow)
             except Exception as error:  # whatever a launcher or Triton raises: the rest is still worth compiling
                 failures.append(f"{case.operator} {arch} {case.dtype} {case.shape}: not launched, {_brief(error)}")
     # Spawned, not forked: torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = [pool.submit(_figures_or_failure, one, list(launches[one]), *label) for one, label in labels.items()]
+        pending = [
+            pool.submit(_figures_or_failure, one, list(launches[one]), *label, slow[one])
+            for one, label in labels.items()
+        ]
         for done, task in enumerate(pending, 1):
             result = task.result()
             # Whoever waits can tell work from a hang.
@@ -121,10 +134,12 @@ def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[F
     return sorted(figures, key=lambda f: (f.kernel, f.arch, f.dtype, f.shape)), failures
 
 
-def _figures_or_failure(request: Request, launches: Sequence[Launch], dtype: str, shape: str) -> Figures | str:
+def _figures_or_failure(
+    request: Request, launches: Sequence[Launch], dtype: str, shape: str, slow: str
+) -> Figures | str:
     """What ``compile_request`` gives or, in words, raises: an exception would lose its cause on the way between processes."""
     try:
-        return compile_request(request, launches, dtype, shape)
+        return compile_request(request, launches, dtype, shape, slow)
     except Exception as error:
         return f"{request.kernel} {request.arch} {dtype} {shape}: not compiled, {_brief(error)}"
 
@@ -136,9 +151,13 @@ def _brief(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {getattr(error, 'error_message', None) or error}".split())[:300]
 
 
+# A thread of sm_90 has 255. A kernel that takes them all may have wanted more, and spills by another version of ptxas.
+MOST_REGISTERS = 254
+
+
 def breaches(figures: Figures) -> list[str]:
     """The bounds that ``figures`` break, one line each."""
-    name = f"{figures.kernel} {figures.arch} {figures.dtype} {figures.shape}, tile {figures.tile}"
+    name = _name(figures)
     found = []
     if figures.spill_bytes or figures.spilled_registers:
         registers = f" ({figures.spilled_registers} registers)" * bool(figures.spilled_registers)
@@ -149,7 +168,23 @@ def breaches(figures: Figures) -> list[str]:
     tall = [product for product in figures.products_without_wgmma if int(product.split("x")[0]) >= 64]
     if tall:
         found.append(f"{name}: 16-bit products not on wgmma: {', '.join(tall)} (rows x inner x columns)")
+    if not figures.slow:
+        found += slowness(figures)
     return found + [f"{name}: {breach}" for breach in figures.address_breaches]
+
+
+def slowness(figures: Figures) -> list[str]:
+    """What keeps a kernel from the tensor cores' rate, one line each: breaches, unless it need not be fast."""
+    if figures.wgmma is None:
+        return []
+    found = figures.wgmma.breaches()
+    if figures.registers > MOST_REGISTERS:
+        found.append(f"{figures.registers} registers a thread, at most {MOST_REGISTERS} are asked for")
+    return [f"{_name(figures)}: {breach}" for breach in found]
+
+
+def _name(figures: Figures) -> str:
+    return f"{figures.kernel} {figures.arch} {figures.dtype} {figures.shape}, tile {figures.tile}"
 
 
 def missing(figures: Sequence[Figures], unused_tiles: Sequence[str]) -> list[str]:

@@ -77,7 +77,7 @@ def prepare_kernel(
     index = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     given = addresses + 4 * index
-    matrix = tl.multiple_of(tl.load(given), ALIGNMENT).to(tl.pointer_type(MATRIX))
+    matrix = tl.multiple_of(tl.load(given).to(tl.pointer_type(MATRIX)), ALIGNMENT)
     operand = matrices + index * inner_width * width
 
     column_sum = tl.zeros((BLOCK_N,), tl.float32)
@@ -115,7 +115,7 @@ def combine_kernel(
     index = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     given = addresses + 4 * index
-    weight = tl.multiple_of(tl.load(given), ALIGNMENT).to(tl.pointer_type(MATRIX))
+    weight = tl.multiple_of(tl.load(given).to(tl.pointer_type(MATRIX)), ALIGNMENT)
     combined += index * width * width
     operand = matrices + index * width * width
 

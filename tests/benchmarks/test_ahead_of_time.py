@@ -42,7 +42,11 @@ def test_every_kernel_compiles_within_bounds(tmp_path, capsys):
 
     figures = [json.loads(line) for line in figures_file.read_text().splitlines()]
     assert len(figures) <= MOST_COMPILATIONS
-    assert len(table.read_text().splitlines()) == len(figures) + 4, "a title, a blank line, two lines of heading"
+    loops = [one["wgmma"]["loops"] for one in figures if one["wgmma"]]
+    lines = table.read_text().splitlines()
+    assert len(lines) == len(figures) + 4 + 1 + len(loops) + 4, "twice a title, a blank line, two lines of heading"
+    assert len(loops) > 20 and all(loops), "16-bit products on sm_90, each in a loop"
+    assert all(one["instructions"]["HGMMA"] and max(one["cycles"].values()) > 0 for of_one in loops for one in of_one)
     listing = run("-c", "from benchmarks.ahead_of_time import compiling; print(*compiling.entry_kernels())")
     kernels = set(listing.stdout.split())
     assert kernels, listing.stderr
@@ -134,6 +138,64 @@ def test_addresses_in_32_bits_are_reported():
     assert all("addressing.py:" in line and "32 bits" in line for lines in large.values() for line in lines), large
     # rows - 1 times the width: the last row's first element.
     assert found["wide of 4194304"][0] == (2**22 - 1) * 768
+
+
+MULTIPLYING = """
+import sys
+import multiplying, torch
+from benchmarks.ahead_of_time import cases, collecting
+from benchmarks.ahead_of_time.__main__ import main
+
+def case(name, doubled=False, twice=False, loop_stages=None, columns=128, num_warps=8, num_stages=3, slow=""):
+    def call():
+        shapes = (1024, 768), (768, columns), (1024, columns)
+        tensors = [torch.empty(shape, dtype=torch.float16, device="meta") for shape in shapes]
+        multiplying.multiply[(8,)](
+            *tensors, 768, DOUBLED=doubled, TWICE=twice, STAGES=loop_stages, BLOCK_M=128, BLOCK_N=columns, BLOCK_K=64,
+            num_warps=num_warps, num_stages=num_stages,
+        )
+    return collecting.Case("multiply", "float16", name, call, slow)
+
+some = [
+    case("plain"), case("twice", twice=True), case("doubled", doubled=True), case("one stage", num_stages=1),
+    case("tail alone", loop_stages=1), case("wide", columns=256, num_warps=4),
+    case("with a reason", doubled=True, num_stages=2, slow="a reason"),
+]
+cases.gate = lambda target: some
+sys.exit(main(["--arch", "sm_90", "--json", sys.argv[1]]))
+"""
+
+
+def test_what_keeps_products_from_the_tensor_cores_rate_is_reported(tmp_path):
+    result = run("-c", MULTIPLYING, str(tmp_path / "figures.jsonl"))
+    assert result.returncode == 1, result.stdout + result.stderr
+    reasons = {
+        "doubled": {"products whose left factor goes through registers"},
+        "one stage": {"1 of 1 loops wait for every wgmma in each step"},
+        "tail alone": {"1 of 1 loops wait for every wgmma in each step"},
+        "wide": {"wgmma.mma_async instructions are serialized", "255 registers", "loops wait", "spills"},
+    }
+    found = breaches(result)
+    for name, words in reasons.items():
+        lines = [line for line in found if f"float16 {name}," in line]
+        assert len(lines) == len(words) and all(any(word in line for line in lines) for word in words), (name, lines)
+    assert {line.partition(" float16 ")[2].partition(",")[0] for line in found} == set(reasons), found
+    assert "MAY BE SLOW multiply sm_90 float16 with a reason" in result.stdout
+    assert "    for a reason" in result.stdout.splitlines()
+
+    figures = map(json.loads, (tmp_path / "figures.jsonl").read_text().splitlines())
+    (loop,) = next(one["wgmma"]["loops"] for one in figures if one["shape"] == "plain")
+    assert loop["in_flight"] == 1
+    # Of a step's 128 x 128 x 64 products a warp issues 64 x 128 x 16 at a time, and copies 32 KB / 8 warps, 512 bytes at a time.
+    assert {kind: loop["instructions"].get(kind) for kind in ("HGMMA", "LDGSTS", "BAR", "SHFL", "MUFU")} == {
+        "HGMMA": 4, "LDGSTS": 8, "BAR": 2, "SHFL": None, "MUFU": None,
+    }  # fmt: skip
+    cycles = loop["cycles"]
+    assert cycles["tensor"] == 2 * 128 * 128 * 64 / 4096 and cycles["MUFU"] == 0
+    assert cycles["L2"] == -(-32768 * 132 // 5120)
+    # wgmma reads 64 rows of x and all of the matrix for each half of the rows; copies write both once.
+    assert 640 <= cycles["shared"] < 740
+    assert cycles["issue"] == 2 * sum(loop["instructions"].values())
 
 
 @pytest.mark.parametrize(
