@@ -59,9 +59,9 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
             many of the images as do.
     """
     from crate_kernels.mssa import one_launch
+    from crate_kernels.products.op import operands
     from crate_kernels.products.operand import Norm
-    from crate_kernels.products.preparation import prepare
-    from crate_kernels.products.triton import input_gradient, project
+    from crate_kernels.products.triton import gradients, project
     from crate_kernels.shared_attention import triton as attention
 
     (width, heads), (operand, stream), rows = MODELS[model], DTYPES[dtype], batch * tokens
@@ -81,10 +81,8 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
         return matrix.view(batch, tokens, heads, width // heads).transpose(1, 2)
 
     norm = Norm(1 + 0.1 * random(width), 0.1 * random(width), 1e-5)
-    qkv, out, step = (
-        prepare(random(width, width) * width**-0.5, bias, norm, operand)
-        for bias, norm in ((None, norm), (random(width), None), (None, norm))
-    )
+    matrices = [random(width, width) * width**-0.5 for _ in range(3)]
+    qkv, out, step = operands(matrices, [None, random(width), None], [norm, None, norm], operand)
     x, grad, (attended, grad_w) = (
         random(rows, width, dtype=stream),
         random(rows, width, dtype=stream),
@@ -97,11 +95,13 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
     yield problem("projection with LayerNorm", project, x, qkv, operand, norm=norm)
     yield problem("output projection", project, attended, out, stream, skip=x)
     yield problem("ISTA", project, x, step, stream, **forward)
-    yield problem(
-        "projection's gradient", input_gradient, grad_w, qkv, stream, y=w, norm=norm, x=x, stats=w_stats, extra=grad
-    )
-    yield problem("output projection's gradient", input_gradient, grad, out, operand)
-    yield problem("ISTA's gradient", input_gradient, grad, step, stream, y=y, x=x, stats=y_stats, skip=True, **sparse)
+    of_input = dict(need_matrix=False, need_column=False)
+    of_sparse = dict(y=y, stats=y_stats, skip=True, **sparse, **of_input)
+    of_qkv = dict(y=w, norm=norm, stats=w_stats, extra=grad, **of_input)
+    of_heads_delta = dict(heads=(batch, heads), **of_input)
+    yield problem("projection's gradient", gradients, grad_w, x, qkv, stream, **of_qkv)
+    yield problem("output projection's gradient", gradients, grad, attended, out, operand, **of_heads_delta)
+    yield problem("ISTA's gradient", gradients, grad, x, step, stream, **of_sparse)
     scale = (width // heads) ** -0.5
     heads_out, lse = attention.forward(of_heads(w), scale, False)
     yield problem("attention", attention.forward, of_heads(w), scale, False)

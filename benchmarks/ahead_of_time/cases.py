@@ -119,12 +119,15 @@ def one_launch(
 
     def call() -> None:
         from crate_kernels.mssa import triton as mssa_kernels
+        from crate_kernels.products.op import operands
         from crate_kernels.products.operand import Norm
-        from crate_kernels.products.preparation import prepare
 
         inner, operand = 12 * head_dim, torch.bfloat16 if dtype == "autocast" else DTYPES[dtype]
         layer_norm = Norm(empty(dtype, inner), empty(dtype, inner), 1e-5) if norm else None
-        x, qkv = empty(dtype, images, tokens, inner), prepare(empty(dtype, inner, inner).mT, None, layer_norm, operand)
+        x, (qkv,) = (
+            empty(dtype, images, tokens, inner),
+            operands([empty(dtype, inner, inner).mT], [None], [layer_norm], operand),
+        )
         form = mssa_kernels.Form(12, head_dim**-0.5, is_causal, subtract=False)
         mssa_kernels.attend(x, layer_norm, qkv, form, one_launch=True)
 
@@ -212,7 +215,12 @@ def far() -> list[Case]:
     cases += [attention("bfloat16", batch=2**19, memory="feature batch head token")]
     cases += [ista("bfloat16", 2**15, norm=True), ista("bfloat16", 2**15, feature_major=True)]
     cases += [use("bfloat16", images=2**15) for use in (mssa, one_launch, norm_linear, overcomplete)]
-    return [*cases, ista("bfloat16", 2**8, width=2**16), preparation("bfloat16", layers=40, width=2**13)]
+    return [
+        *cases,
+        ista("bfloat16", 2**8, width=2**16),
+        ista("bfloat16", 2**9, width=2**16, norm=True),
+        preparation("bfloat16", layers=40, width=2**13),
+    ]
 
 
 def gate(target: str) -> list[Case]:
@@ -220,7 +228,8 @@ def gate(target: str) -> list[Case]:
     if target == "sm_90":
         return tiles("bfloat16", "autocast", "float32") + flags() + far()
     if target == "sm_80":
-        return [*tiles("bfloat16"), ista("autocast", norm=True), mssa("float32")]
+        wide = [use for dtype in ("autocast", "float32") for use in (ista(dtype, norm=True), mssa(dtype))]
+        return [*tiles("bfloat16"), *wide, overcomplete("autocast")]
     return tiles("bfloat16", head_dims=(48, 64, 128))
 
 

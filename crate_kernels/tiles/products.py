@@ -27,7 +27,7 @@ TABLE = {
         ("project", "plain", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
         ("project", "norm", 2, 2): _tile(128, 256, 64, 8, 3),
         ("project", "norm", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=2),
-        ("project", "masked", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=4, maxnreg=128),
+        ("project", "masked", 2, 2): _tile(128, 128, 32, 4, 4, PARTS=4),
         ("project", "masked", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
         ("input_gradient", "plain", 2, 2): _tile(128, 128, 64, 8, 3),
         ("input_gradient", "plain", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
