@@ -32,7 +32,7 @@ TABLE = {
         ("attend_kernel", 2, 64): _tile(64, 32, 32, 4, 2),
         ("attend_kernel", 2, 96): _tile(32, 32, 32, 4, 2),
         ("attend_kernel", 2, 128): _tile(64, 32, 32, 4, 2),
-        ("attend_kernel", 4, 64): _tile(32, 16, 16, 4, 2),
+        ("attend_kernel", 4, 64): _tile(32, 16, 16, 8, 1),
         ("attend_kernel", 4, 96): _tile(32, 16, 32, 4, 2),
         ("attend_kernel", 4, 128): _tile(32, 16, 16, 8, 1),
     },
