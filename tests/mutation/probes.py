@@ -7,7 +7,6 @@ watched, and each kernel takes exact inputs, so that one mistake shows in one pl
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ from support import a_few_roundings, error
 from torch import Tensor
 
 from crate_kernels.products.operand import Norm, Operand
+from crate_kernels.products.triton import GradientRows
+from crate_kernels.tiles.products import USES
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -61,13 +62,16 @@ def float32_products(precision: str):
 
 # --- Products ---------------------------------------------------------------------------------------------------------
 
+_TILE = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, LIBRARY=0, num_warps=4, num_stages=1)
 PRODUCT_TILES = {
     "default": {
-        (kernel, operand, 4): dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, num_warps=4, num_stages=1)
+        (kernel, use, operand, 4): _TILE
         for kernel in ("project", "input_gradient")
+        for use in USES
         for operand in (2, 4)
     }
 }
+_LIBRARY_TILES = {"default": dict.fromkeys(PRODUCT_TILES["default"], {**_TILE, "LIBRARY": 1})}
 ROWS = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
 THRESHOLD = 0.25
 LAYER_NORM_EPS = 0.125  # large enough to count in float32
@@ -113,29 +117,80 @@ class _Product:
         kind: str = "none",
         mean: float = 0.5,
         nan: bool = False,
+        dtype: torch.dtype = torch.float32,
+        fold: bool = False,
+        in_memory: bool = False,
+        library: bool = False,
     ) -> None:
+        """``dtype`` is the operand's, ``fold`` has raw tokens multiplied; the threshold may lie ``in_memory``."""
         torch.manual_seed(tokens * inner + width)
-        self.kind, self.negate, self.skip = kind, negate, skip
+        self.kind, self.negate, self.skip, self.fold, self.in_memory, self.library = (
+            kind, negate, skip, fold, in_memory, library,
+        )  # fmt: skip
         x = torch.randn(tokens, inner) * (1 + torch.rand(tokens, 1)) + mean * torch.randn(tokens, 1)
         if nan:
             x[tokens // 2, 3] = math.nan
-        self.x, self.b = amid_nan(x), amid_nan(torch.randn(inner, width) * inner**-0.5)
+        b = (torch.randn(inner, width) * inner**-0.5).to(dtype)
+        self.x, self.b = amid_nan(x), b.double()
         gamma, beta = 1 + 0.3 * torch.randn(inner), 0.3 * torch.randn(inner) if norm_bias else None
         self.norm = Norm(gamma, beta, LAYER_NORM_EPS) if norm else None
         self.bias = torch.randn(width) if bias else None
         self.residual = amid_nan(torch.randn(tokens, width))
-        self.operand = _operand(self.b, self.bias, self.norm)
+        self.operand = _operand(b, self.bias, self.norm)
         self.threshold = None if kind == "none" else torch.tensor(THRESHOLD)
         self.exact = self.x.double().requires_grad_()
-        normalised = self.exact
+        self.stats, self.xhat, normalised, weight = None, self.x.double(), self.exact, 1
         if norm:
             center, rstd = _moments(self.exact)
-            self.stats = torch.stack((center, rstd)).detach()
-            normalised = (self.exact - center[:, None]) * rstd[:, None]
-            normalised = normalised * gamma.double() + (0 if beta is None else beta.double())
-        product = normalised @ self.b.double() + (0 if self.bias is None else self.bias.double())
+            xhat = (self.exact - center[:, None]) * rstd[:, None]
+            normalised, weight = xhat * gamma.double() + (0 if beta is None else beta.double()), gamma.double()
+            self.stats, self.xhat = torch.stack((center, rstd)).detach(), xhat.detach()
+        product = normalised @ self.b + (0 if self.bias is None else self.bias.double())
         added = {"none": 0, "self": normalised, "residual": self.residual.double()}[skip]
         self.truth = _activation(added - product if negate else added + product, kind)
+        # What xhat is multiplied with in all: the product's matrix and what is added to it.
+        self.matrix = (weight * (-self.b if negate else self.b).mT).mT
+        if skip == "self":
+            self.matrix = self.matrix + torch.eye(inner) * weight
+
+    def gradient(self) -> None:
+        """A gradient of the result, and what it is behind the threshold, in float64; its sums; x's own gradient."""
+        self.upstream = amid_nan(torch.randn(self.truth.shape))
+        self.truth.backward(self.upstream.double())
+        self.y = amid_nan(self.truth.detach().float())
+        self.g = self.upstream.double() * ((self.truth.detach() != 0) if self.kind != "none" else 1)
+        self.stored, self.columns = self.g, self.g.sum(0)[None]
+        if self.fold:
+            mean, rstd = self.stats[..., None]
+            self.stored = self.g * rstd
+            self.columns = torch.stack((self.g.sum(0), (mean * self.stored).sum(0)))
+        self.sums = None
+        if self.norm:
+            self.sums = torch.stack((self.stored @ self.matrix.sum(0), (self.stored * (self.xhat @ self.matrix)).sum(1)))
+
+    def options(self) -> dict[str, object]:
+        """What the launchers of the product and of its gradients take alike."""
+        return dict(norm=self.norm, negate=self.negate, threshold=self.threshold, soft=self.kind == "soft")
+
+    def gradient_options(self) -> dict[str, object]:
+        stats = None if self.stats is None else self.stats.float()
+        return dict(**self.options(), y=self.y, stats=stats, skip=self.skip == "self")
+
+    @contextmanager
+    def patched(self, module: ModuleType):
+        """The module with the choices of this case; what other kernels would compute is exact, and amid NaN."""
+        before = (self.x if self.fold else amid_nan(self.xhat.float())), (
+            None if self.stats is None else self.stats.float()
+        )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patch.object(module, "folds", lambda *_: self.fold))
+            stack.enter_context(patch.object(module, "before_product", lambda *_: before))
+            if self.library:
+                stack.enter_context(patch.object(module, "TABLE", _LIBRARY_TILES))
+                exactly = lambda a, b: amid_nan((a.double() @ b.double()).float())  # noqa: E731
+                stack.enter_context(patch.object(module, "float32_product", exactly))
+            stack.enter_context(_numbers_in_memory(module, self.in_memory))
+            yield
 
 
 @contextmanager
@@ -148,110 +203,123 @@ def _numbers_in_memory(module: ModuleType, in_memory: bool):
         yield
 
 
-def _project(name: str, *shape: int, mode: str = "fold", in_memory: bool = False, **case) -> Probe:
+def _probe(
+    name: str, kernel: str, run: Callable[[ModuleType], dict[str, Tensor]], expected: dict[str, Tensor]
+) -> Probe:
+    return Probe(name, kernel, run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+
+
+def _moments_of(name: str, *shape: int, normalise: bool, mean: float = 0.5) -> Probe:
+    product = _Product(*shape, mean=mean)
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        stats, xhat = module.moments(product.x, LAYER_NORM_EPS, torch.float32 if normalise else None)
+        return {"mean": stats[0], "rstd": stats[1], "xhat": xhat}
+
+    expected = {"mean": product.stats[0], "rstd": product.stats[1]}
+    return _probe(name, "moments_kernel", run, expected | ({"xhat": product.xhat} if normalise else {}))
+
+
+def _project(name: str, *shape: int, **case) -> Probe:
     product = _Product(*shape, **case)
     skip = {"none": None, "self": product.x, "residual": product.residual}[product.skip]
 
-    def norm_mode(x: Tensor, operand: Operand, norm: Norm | None) -> str:
-        return "none" if norm is None else mode  # in float32 both are right, one more exactly
-
     def run(module: ModuleType) -> dict[str, Tensor]:
-        with patch.object(module, "norm_mode", norm_mode), _numbers_in_memory(module, in_memory):
-            y, stats = module.project(
-                product.x, product.operand, torch.float32, norm=product.norm, skip=skip,
-                skip_norm=product.skip == "self" and product.norm is not None, negate=product.negate,
-                threshold=product.threshold, soft=product.kind == "soft",
+        with product.patched(module):
+            y, _ = module.project(
+                product.x, product.operand, torch.float32, skip=skip,
+                skip_norm=product.skip == "self" and product.norm is not None, **product.options(),
             )  # fmt: skip
-        return {"y": y} if stats is None else {"y": y, "mean": stats[0], "rstd": stats[1]}
+        return {"y": y}
 
-    expected = {"y": product.truth.detach()}
-    if product.norm is not None and not case.get("nan"):
-        expected |= {"mean": product.stats[0], "rstd": product.stats[1]}
-    return Probe(name, "project_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+    return _probe(name, "project_kernel", run, {"y": product.truth.detach()})
 
 
-def _input_gradient(
-    name: str, *shape: int, extra: bool = True, in_memory: bool = False, dtype: torch.dtype = torch.float32, **case
-) -> Probe:
-    """``dtype`` is the operand's: in float16 the gradient is rounded for the product, and what passes it is not."""
+def _gradient_rows(name: str, *shape: int, **case) -> Probe:
     product = _Product(*shape, **case)
-    operand = product.operand._replace(matrix=amid_nan(product.operand.matrix.to(dtype)))
-    tokens, inner, width = shape
-    upstream = amid_nan(torch.randn(tokens, width))
-    passed = amid_nan(torch.randn(tokens, inner)) if extra else None
-    product.truth.backward(upstream.double())
-    y = amid_nan(product.truth.detach().float())
-    stats = None if product.norm is None else product.stats.float()
+    product.gradient()
 
     def run(module: ModuleType) -> dict[str, Tensor]:
-        with _numbers_in_memory(module, in_memory):
-            dx = module.input_gradient(
-                upstream, operand, torch.float32, y=y, norm=product.norm, x=product.x, stats=stats,
-                skip=product.skip == "self", negate=product.negate, extra=passed, threshold=product.threshold,
-                soft=product.kind == "soft",
-            )  # fmt: skip
-        return {"dx": dx}
+        with product.patched(module):
+            rows = module.gradient_rows(product.upstream, product.x, product.operand, **product.gradient_options())
+        return {"g": rows.g, "c1": rows.sums[0, 0], "c2": rows.sums[1, 0], "column sums": rows.column_sums}
 
-    expected = {"dx": product.exact.grad + (passed.double() if extra else 0)}
-    margin = PRODUCT_MARGIN if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-    return Probe(name, "input_gradient_kernel", run, expected, {"dx": margin})
-
-
-def _of(kernel: str, probe: Probe) -> Probe:
-    """The same probe, asked about another kernel that it runs on its way."""
-    return dataclasses.replace(probe, kernel=kernel)
+    expected = {"g": product.stored, "c1": product.sums[0], "c2": product.sums[1], "column sums": product.columns}
+    return _probe(name, "gradient_rows_kernel", run, expected)
 
 
 def _weight_gradient(name: str, *shape: int, **case) -> Probe:
+    """H and the offset's gradient, which need no sums over features."""
     product = _Product(*shape, **case)
-    tokens, _, width = shape
-    upstream = amid_nan(torch.randn(tokens, width))
-    y = amid_nan(product.truth.detach().float()) if product.kind != "none" else None
-    stats = None if product.norm is None else product.stats.float()
+    product.gradient()
 
     def run(module: ModuleType) -> dict[str, Tensor]:
-        h, sums = module.weight_gradient(product.x, upstream, torch.float32, y=y, stats=stats)
-        return {"xhat^T g": h, "sums of g": sums}
+        with product.patched(module):
+            found = module.gradients(
+                product.upstream, product.x, product.operand, torch.float32, **product.gradient_options(), need_x=False
+            )
+        return {"xhat^T g": found.matrix, "sums of g": found.column}
 
-    g = upstream.double() if y is None else upstream.double() * (product.truth.detach() != 0)
-    xhat = product.x.double()
-    if stats is not None:
-        xhat = (xhat - product.stats[0][:, None]) * product.stats[1][:, None]
-    expected = {"xhat^T g": xhat.mT @ g, "sums of g": g.sum(0)}
-    return Probe(name, "gradient_rows_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+    sign = -1 if product.negate else 1
+    expected = {"xhat^T g": sign * product.xhat.mT @ product.g, "sums of g": sign * product.g.sum(0)}
+    return _probe(name, "gradient_rows_kernel", run, expected)
+
+
+def _input_gradient(
+    name: str, *shape: int, extra: bool = True, heads: tuple[int, int] | None = None, parts: int = 2, **case
+) -> Probe:
+    """c1 and c2 come in parts. An operand in float16 has the gradient rounded for the product, and what passes it not."""
+    product = _Product(*shape, **case)
+    product.gradient()
+    tokens, inner, _ = shape
+    passed = amid_nan(torch.randn(tokens, inner)) if extra else None
+    g = amid_nan(product.stored.to(product.operand.matrix.dtype))
+    sums = None
+    if product.norm:
+        share = torch.randn(2, parts, tokens, dtype=torch.float64)
+        sums = (share + (product.sums - share.sum(1))[:, None] / parts).float()
+    dx = product.exact.grad + (passed.double() if extra else 0)
+    if g.dtype != torch.float32:
+        dx = dx + (g.double() - product.g) @ product.b.mT * (-1 if product.negate else 1)
+    expected = {"dx": dx}
+    if heads:
+        expected["delta"] = (dx * product.x).view(heads[0], -1, heads[1], inner // heads[1]).sum(-1).transpose(1, 2)
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        with product.patched(module):
+            found = module.gradients(
+                product.upstream, product.x, product.operand, torch.float32, **product.gradient_options(), extra=passed,
+                rows=GradientRows(g, sums), heads=heads, need_matrix=False, need_column=False,
+            )  # fmt: skip
+        return {"dx": found.x, "delta": found.delta}
+
+    return _probe(name, "input_gradient_kernel", run, expected)
 
 
 def product_probes() -> list[Probe]:
     """The first of each kernel is small and meets most mistakes."""
     odd, square = (37, 24, 20), (20, 20, 20)
     return [
-        _of("moments_kernel", _project("fold", 20, 24, 10)),
-        _of("moments_kernel", _project("first", 20, 24, 10, mode="first")),
-        _of("moments_kernel", _project("far from zero", 37, 24, 20, mean=30.0)),
-        _project("fold, skip itself, relu", 5, 20, 20, skip="self", kind="relu"),
-        _project("first, skip itself, soft", *square, mode="first", skip="self", kind="soft", negate=True),
-        _project("fold, far from zero", *odd, mean=30.0, bias=False),
+        _moments_of("with the tokens normalised", 20, 24, 1, normalise=True),
+        _moments_of("far from zero", 37, 24, 1, normalise=False, mean=30.0),
+        _project("fold, skip itself, relu", 5, 20, 20, skip="self", kind="relu", fold=True),
+        _project("skip itself, soft, negated", *square, skip="self", kind="soft", negate=True),
+        _project("fold, no bias", *odd, bias=False, fold=True),
         _project("no norm, residual, soft", *odd, norm=False, skip="residual", kind="soft", in_memory=True),
         _project("no norm, no bias, negated", *square, norm=False, bias=False, negate=True),
-        _project("one column tile", 20, 24, 10),
-        _project("norm without bias, skip itself", *square, norm_bias=False, skip="self", negate=True),
-        _project("first, one column tile", 20, 24, 10, mode="first"),
+        _project("a library's, fold, norm without bias", *odd[:2], 24, norm_bias=False, skip="self", fold=True, library=True),
         _project("NaN, relu", 5, 10, 12, kind="relu", nan=True),
         _project("NaN, soft", 5, 10, 12, kind="soft", nan=True),
-        _input_gradient("norm, skip, relu, extra", 5, 20, 20, skip="self", kind="relu"),
-        _input_gradient("norm, soft, negated", *odd, kind="soft", negate=True, in_memory=True),
-        _input_gradient("norm, no threshold", 20, 24, 20, extra=False),
-        _input_gradient("no norm, skip, negated", *square, norm=False, skip="self", negate=True, extra=False),
-        _input_gradient("no norm, skip, soft", *square, norm=False, skip="self", kind="soft"),
-        _input_gradient(
-            "a rounded product, skip, relu", *square, norm=False, skip="self", kind="relu", dtype=torch.float16
-        ),
-        _of("gradient_rows_kernel", _input_gradient("norm, skip, relu", 20, 24, 24, skip="self", kind="relu")),
-        _of("gradient_rows_kernel", _input_gradient("norm, soft", *odd, kind="soft", negate=True, in_memory=True)),
-        _of("gradient_rows_kernel", _input_gradient("norm, no threshold", 20, 24, 20, extra=False)),
-        _weight_gradient("norm, relu", 57, 20, 24, kind="relu"),
+        _gradient_rows("fold, skip, relu", 20, 24, 24, skip="self", kind="relu", fold=True),
+        _gradient_rows("soft, negated", *odd, kind="soft", negate=True, in_memory=True),
+        _gradient_rows("no threshold", 20, 24, 20),
+        _weight_gradient("fold, relu, negated", 37, 20, 24, kind="relu", fold=True, negate=True),
         _weight_gradient("no norm, no threshold", 37, 24, 20, norm=False),
-        _weight_gradient("few tokens, one tile", 5, 10, 12),
+        _input_gradient("fold, skip, relu", 20, 20, 20, skip="self", kind="relu", fold=True),
+        _input_gradient("negated", *odd, negate=True, parts=3),
+        _input_gradient("no norm, delta", 21, 20, 24, norm=False, extra=False, heads=(3, 5)),
+        _input_gradient("a rounded product, skip, relu", *square, norm=False, skip="self", kind="relu", dtype=torch.float16),
+        _input_gradient("a library's", *odd, library=True),
     ]
 
 
@@ -372,6 +440,27 @@ class _Attention:
 
         return self.probe(name, "backward_kernel", ("dw",), run)
 
+    def to_projection(self, name: str, raw: bool) -> Probe:
+        """For a projection that took raw tokens, or tokens normalised."""
+        batch, heads, tokens, width = self.w.shape
+        stats = torch.randn(2, batch * tokens) if raw else None
+        of_sums = _vector(heads * width), _vector(heads * width)
+        mean, rstd = (1, 1) if stats is None else stats.double().view(2, batch, 1, tokens, 1)
+        u, offset = (vector.double().view(heads, 1, width) for vector in of_sums)
+        g = self.exact["dw"] * rstd
+        sums = torch.stack(((g * u).sum(-1), (g * (self.w.double() - offset)).sum(-1)))
+        columns = torch.stack((self.exact["dw"], mean * g)[: 1 + raw]).sum((1, 3))
+        expected = {"dw": g, "sums": sums.transpose(1, 2).flatten(2), "column sums": columns.flatten(1)}
+
+        def run(module: ModuleType) -> dict[str, Tensor]:
+            with float32_products(self.precision):
+                found = module.backward_to_projection(
+                    self.grad_out, self.w, self.lse, self.delta, self.scale, self.is_causal, stats, of_sums
+                )
+            return dict(zip(expected, found, strict=True))
+
+        return _probe(name, "backward_kernel", run, expected)
+
     def row_sums(self, name: str) -> Probe:
         def run(module: ModuleType) -> tuple:
             with patch.object(module, "backward_from_delta", lambda grad_out, w, lse, delta, *rest: delta):
@@ -390,6 +479,7 @@ def attention_probes() -> list[Probe]:
     dropped = _Attention(1, 2, 20, 8, dropout=True)
     steep = _Attention(1, 1, 37, 8, scale=30.0)
     sums = _Attention(2, 2, 37, 40)
+    ends, halves = _Attention(2, 1, 33, 8), _Attention(2, 2, 5, 40)
     return [
         parts.forward("two parts, a tail tile"),
         small.forward("four heads"),
@@ -399,8 +489,9 @@ def attention_probes() -> list[Probe]:
         padded.forward("lengths"),
         small.row_sums("four heads"),
         sums.row_sums("two parts"),
+        ends.to_projection("a tail tile, to tokens normalised", raw=False),
+        halves.to_projection("four heads of two parts, to raw tokens", raw=True),
         small.backward("four heads"),
-        parts.backward("two parts, a tail tile"),
         exact.backward("exact products"),
         causal.backward("causal"),
         dropped.backward("dropout"),
@@ -422,48 +513,37 @@ def _one_launch(
     name: str,
     *shape: int,
     heads: int = 1,
-    mode: str = "fold",
+    norm: bool = True,
+    fold: bool = False,
     bias: bool = False,
     is_causal: bool = False,
-    mean: float = 0.5,
 ) -> Probe:
     """softmax(scale * w w^T) w of w = LN(x) U^T + bias, x [batch, tokens, width]; ``shape`` ends with the head's width."""
-    torch.manual_seed(sum(shape))
     (batch, tokens, width, head_dim), scale = shape, 0.3
-    x = amid_nan(torch.randn(batch, tokens, width) + mean * torch.randn(batch, tokens, 1))
-    b = torch.randn(width, heads * head_dim) * width**-0.5
-    offset = torch.randn(heads * head_dim) if bias else None
-    norm = None if mode == "none" else Norm(1 + 0.3 * torch.randn(width), 0.3 * torch.randn(width), LAYER_NORM_EPS)
-    operand = _operand(b, offset, norm)
-
-    normalised, expected = x.double(), {}
-    if norm is not None:
-        center, rstd = _moments(normalised)
-        expected = {"mean": center.flatten(), "rstd": rstd.flatten()}
-        normalised = (normalised - center[..., None]) * rstd[..., None] * norm.weight.double() + norm.bias.double()
-    w = normalised @ b.double() + (0 if offset is None else offset.double())
-    by_head = w.unflatten(-1, (heads, head_dim)).transpose(1, 2)
+    product = _Product(batch * tokens, width, heads * head_dim, norm=norm, bias=bias, fold=fold)
+    w = product.truth.detach()
+    by_head = w.view(batch, tokens, heads, head_dim).transpose(1, 2)
     scores = scale * by_head @ by_head.mT
     if is_causal:
         scores = scores.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf)
-    out = (scores.softmax(-1) @ by_head).transpose(1, 2)
-    expected |= {"w": w.flatten(0, 1), "out": out.flatten(2).flatten(0, 1), "lse": scores.logsumexp(-1)}
+    out = (scores.softmax(-1) @ by_head).transpose(1, 2).flatten(2).flatten(0, 1)
 
     def run(module: ModuleType) -> dict[str, Tensor]:
-        with patch.object(module, "norm_mode", lambda *_: mode), float32_products("high"):
-            w, out, lse, stats = module.attend(x, norm, operand, heads, scale, is_causal)
-        found = {"w": w, "out": out, "lse": lse}
-        return found if stats is None else found | {"mean": stats[0], "rstd": stats[1]}
+        x = torch.empty(batch, tokens, width)  # read before the product only
+        with product.patched(module), float32_products("high"):
+            found = module.attend(x, product.norm, product.operand, heads, scale, is_causal)
+        return dict(zip(expected, found[:3], strict=True))
 
-    return Probe(name, "attend_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+    expected = {"w": w, "out": out, "lse": scores.logsumexp(-1)}
+    return _probe(name, "attend_kernel", run, expected)
 
 
 def one_launch_probes() -> list[Probe]:
     return [
-        _one_launch("fold, two parts", 1, 5, 24, 40, bias=True),
-        _one_launch("fold, samples and heads", 2, 5, 24, 8, heads=2),
-        _one_launch("first, a tail tile", 1, 37, 20, 8, mode="first"),
-        _one_launch("no norm, causal", 1, 37, 16, 8, mode="none", is_causal=True),
+        _one_launch("fold, two parts", 1, 5, 24, 40, bias=True, fold=True),
+        _one_launch("fold, samples and heads", 2, 5, 24, 8, heads=2, fold=True),
+        _one_launch("normalised first, a tail tile", 1, 37, 20, 8),
+        _one_launch("no norm, causal", 1, 37, 16, 8, norm=False, is_causal=True),
     ]
 
 

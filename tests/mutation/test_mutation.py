@@ -34,53 +34,63 @@ pytestmark = [
 
 PRODUCT_MISTAKES = [
     # The wrong operand.
+    Mistake("multiply", "x_row_stride, x_column_stride, tokens, width", "x_column_stride, x_row_stride, tokens, width"),
+    Mistake("multiply", "x_row_stride, x_column_stride, tokens, inner", "x_column_stride, x_row_stride, tokens, inner"),
+    Mistake(
+        "multiply",
+        "matrix_row_stride, matrix_column_stride, inner_width",
+        "matrix_column_stride, matrix_row_stride, inner_width",
+    ),
+    *(
+        Mistake(
+            kernel,
+            "matrix_row_stride, matrix_column_stride, LIBRARY",
+            "matrix_column_stride, matrix_row_stride, LIBRARY",
+        )
+        for kernel in ("project_kernel", "input_gradient_kernel")
+    ),
+    Mistake("project_kernel", "        x_row_stride, x_column_stride", "        x_column_stride, x_row_stride"),
+    Mistake("input_gradient_kernel", "        g_row_stride, g_column_stride", "        g_column_stride, g_row_stride"),
+    *(
+        Mistake(kernel, "mean, rstd = load_moments", "rstd, mean = load_moments")
+        for kernel in ("project_kernel", "gradient_rows_kernel", "input_gradient_kernel")
+    ),
     Mistake("project_kernel", "mean * load_row(column_sum,", "mean * load_row(offset,"),
     Mistake("project_kernel", "product += load_row(offset,", "product += load_row(column_sum,"),
     Mistake("project_kernel", "* load_row(norm_weight,", "* load_row(norm_bias,"),
     Mistake("project_kernel", "skip_tile += load_row(norm_bias,", "skip_tile += load_row(norm_weight,"),
-    Mistake("project_kernel", "rstd * (product - mean", "mean * (product - rstd"),
     Mistake("project_kernel", "product = rectify(product,", "product = soft_threshold(product,"),
     Mistake("project_kernel", "product = soft_threshold(product,", "product = rectify(product,"),
     Mistake(
-        "project_kernel",
-        "matrix_row_stride, matrix_column_stride, inner_width",
-        "matrix_column_stride, matrix_row_stride, inner_width",
-    ),
-    Mistake(
         "project_kernel", "skip_row_stride, skip_column_stride, tokens", "skip_column_stride, skip_row_stride, tokens"
-    ),
-    Mistake("input_gradient_kernel", "c1 + normalised * c2", "c2 + normalised * c1"),
-    Mistake("input_gradient_kernel", "c2) / width", "c2) / inner_width"),
-    Mistake(
-        "input_gradient_kernel",
-        "matrix_row_stride, matrix_column_stride, inner_width",
-        "matrix_column_stride, matrix_row_stride, inner_width",
-    ),
-    Mistake("input_gradient_kernel", "x_row_stride, x_column_stride, tokens", "x_column_stride, x_row_stride, tokens"),
-    Mistake(
-        "input_gradient_kernel",
-        "extra_row_stride, extra_column_stride, tokens",
-        "extra_column_stride, extra_row_stride, tokens",
-    ),
-    Mistake(
-        "input_gradient_kernel",
-        "grad_row_stride, grad_column_stride, tokens",
-        "grad_column_stride, grad_row_stride, tokens",
     ),
     Mistake("gradient_rows_kernel", "load_row(product_sum,", "load_row(product_offset,"),
     Mistake("gradient_rows_kernel", "load_row(product_offset,", "load_row(product_sum,"),
     Mistake("gradient_rows_kernel", "tl.sum(c1, 1)", "tl.sum(c2, 1)"),
     Mistake("gradient_rows_kernel", "tl.sum(c2, 1)", "tl.sum(c1, 1)"),
+    Mistake("gradient_rows_kernel", "tl.sum(g, 0)", "tl.sum(g * rstd, 0)"),
+    Mistake("gradient_rows_kernel", "tl.sum(mean * g, 0)", "tl.sum(rstd * g, 0)"),
     Mistake(
         "gradient_rows_kernel",
         "grad_row_stride, grad_column_stride, tokens",
         "grad_column_stride, grad_row_stride, tokens",
     ),
     Mistake("gradient_rows_kernel", "y_row_stride, y_column_stride, tokens", "y_column_stride, y_row_stride, tokens"),
-    Mistake("store_normalised", "float32) - mean) * rstd", "float32) - rstd) * mean"),
-    Mistake("store_normalised", "x_row_stride, x_column_stride, tokens", "x_column_stride, x_row_stride, tokens"),
+    Mistake("input_gradient_kernel", "c1[:, None] + normalised * c2[:, None]", "c2[:, None] + normalised * c1[:, None]"),
+    Mistake("input_gradient_kernel", "c2[:, None]) / width", "c2[:, None]) / inner_width"),
+    Mistake("input_gradient_kernel", "            grad, clamped_rows", "            g, clamped_rows"),
+    *(
+        Mistake(
+            "input_gradient_kernel",
+            f"{name}_row_stride, {name}_column_stride, tokens",
+            f"{name}_column_stride, {name}_row_stride, tokens",
+        )
+        for name in ("grad", "y", "x", "extra")
+    ),
+    Mistake("input_gradient_kernel", "columns, width, 1, tokens", "columns, 1, width, tokens"),
     Mistake("moments_kernel", "tl.store(stats + rows, mean,", "tl.store(stats + rows, rstd,"),
     Mistake("moments_kernel", "+ rows, rstd, mask", "+ rows, mean, mask"),
+    Mistake("moments_kernel", "float32) - mean[:, None]) * rstd[:, None]", "float32) - rstd[:, None]) * mean[:, None]"),
     Mistake("add_moments", "step * step * (start * share)", "0.0"),
     Mistake("add_moments", "tl.minimum(width - start, columns.shape[0])", "(columns.shape[0] + 0 * start)"),
     # A mask or a factor dropped, in a form that still runs.
@@ -97,15 +107,16 @@ PRODUCT_MISTAKES = [
     ),
     Mistake("masked_gradient", "y != 0.0", "y > 0.0"),
     # A tile forgotten.
-    Mistake("moments_kernel", "in range(0,", "in range(BLOCK_N,"),
-    Mistake("store_normalised", "in range(0,", "in range(BLOCK_N,"),
+    Mistake("multiply", "in range(0,", "in range(BLOCK_K,"),
     Mistake("gradient_rows_kernel", "in range(0,", "in range(BLOCK_N,"),
-    Mistake(
-        "project_kernel",
-        "product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)\n    for start in range(0,",
-        "product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)\n    for start in range(BLOCK_K,",
+    Mistake("input_gradient_kernel", "in range(0, parts)", "in range(1, parts)"),
+    *(
+        Mistake("moments_kernel", before, before.replace("range(0,", "range(BLOCK_N,"))
+        for before in (
+            "squares = tl.zeros((BLOCK_M,), tl.float32)\n    for start in range(0,",
+            "is not None:\n        for start in range(0,",
+        )
     ),
-    Mistake("input_gradient_kernel", "in range(0,", "in range(BLOCK_K,"),
 ]
 
 ATTENTION_MISTAKES = [
@@ -127,6 +138,17 @@ ATTENTION_MISTAKES = [
     Mistake("dropout_factors", "tl.where(row <= column, first, second)", "tl.where(row <= column, second, first)"),
     Mistake("dropout_factors", "tl.where(column <= row, first, second)", "tl.where(column <= row, second, first)"),
     Mistake("dropout_factors", "head, 0)", "0, head)"),
+    Mistake("store_part_for_projection", "tl.load(sum_ptr +", "tl.load(offset_ptr +"),
+    Mistake("store_part_for_projection", "tl.load(offset_ptr +", "tl.load(sum_ptr +"),
+    Mistake("store_part_for_projection", "tl.sum(dw, 0)", "tl.sum(dw * rstd[:, None], 0)"),
+    Mistake("store_part_for_projection", "tl.sum(mean[:, None] * g, 0)", "tl.sum(mean[:, None] * dw, 0)"),
+    Mistake("store_part_for_projection", "tl.sum(g * u, 1)", "tl.sum(dw * u, 1)"),
+    Mistake("store_part_for_projection", "tl.sum(g * (w", "tl.sum(dw * (w"),
+    Mistake("backward_kernel", "dw_j[0], w_j[0], mean, rstd", "dw_j[0], w_j[0], rstd, mean"),
+    Mistake("backward_kernel", "dw_j[1], w_j[1], mean, rstd", "dw_j[1], w_j[1], rstd, mean"),
+    Mistake("backward_kernel", "HEAD_DIM, DIM_A, HEAD_DIM, SCALED", "HEAD_DIM, 0, HEAD_DIM, SCALED"),
+    Mistake("backward_kernel", "+ row, c1,", "+ row, c2,"),
+    Mistake("backward_kernel", "+ row, c2,", "+ row, c1,"),
     # The wrong direction of time.
     Mistake("attend_to_tile", "rows_j[None, :] <= rows_i[:, None]", "rows_j[None, :] >= rows_i[:, None]"),
     Mistake(
@@ -174,6 +196,7 @@ PRODUCT_EQUIVALENTS = {
         "load_tile: (columns < column_count) | WHOLE_COLUMNS -> (columns < column_count)",
     ),
     "rows are clamped, so a mask along them is true everywhere": (
+        "multiply: load_tile, argument 7: True -> False (every place)",
         "project_kernel: load_tile, argument 7: True -> False (every place)",
         "input_gradient_kernel: load_tile, argument 7: True -> False (every place)",
     ),
@@ -191,13 +214,6 @@ PRODUCT_EQUIVALENTS = {
     ),
     "a relu's output is never negative, so the signed form says the same": (
         "before_threshold: if ACTIVATION == 'relu' -> False",
-    ),
-    "rows beyond the last are not stored, so their moments need only be readable": (
-        "gradient_rows_kernel: tl.load(stats + rows, mask=rows < tokens, other=0.0)"
-        " -> tl.load(stats + rows, mask=rows < tokens, other=1.0)",
-        "gradient_rows_kernel: rows < tokens -> rows <= tokens (place 3)",
-        "gradient_rows_kernel: tl.load(stats + tokens.to(tl.int64) + rows, mask=rows < tokens, other=0.0)"
-        " -> tl.load(stats + tokens.to(tl.int64) + rows, mask=rows < tokens, other=1.0)",
     ),
 }
 
@@ -245,6 +261,15 @@ ATTENTION_EQUIVALENTS = {
         "forward_kernel: tl.where(rows_i < end, row_sum, 1.0) -> row_sum",
         "forward_kernel: rows_i < end -> rows_i <= end",
     ),
+    "features that do not exist have no gradient, so what it is multiplied with need only be finite": (
+        "store_part_for_projection: tl.load(sum_ptr + features, mask=is_feature, other=0.0)"
+        " -> tl.load(sum_ptr + features, mask=is_feature, other=1.0)",
+        "store_part_for_projection: tl.load(offset_ptr + features, mask=is_feature, other=0.0)"
+        " -> tl.load(offset_ptr + features, mask=is_feature, other=1.0)",
+    ),
+    "where tokens were normalised, rstd comes as one": (
+        "store_part_for_projection: dw * rstd[:, None] if SCALED else dw -> dw * rstd[:, None]",
+    ),
     "the first term is added to zero": (
         "add_tile_gradient: grad_scores += p_ij * (grad_p_ij - delta_i[None, :])"
         " -> grad_scores = p_ij * (grad_p_ij - delta_i[None, :])",
@@ -257,57 +282,33 @@ ATTENTION_EQUIVALENTS = {
 
 ONE_LAUNCH_MISTAKES = [
     # The wrong operand.
-    Mistake("behind_norm", "mean[:, None] * load_row(column_sum,", "mean[:, None] * load_row(offset,"),
+    Mistake("behind_norm", "mean, rstd = load_moments", "rstd, mean = load_moments"),
+    Mistake("behind_norm", "mean * load_row(column_sum,", "mean * load_row(offset,"),
     Mistake("behind_norm", "product += load_row(offset,", "product += load_row(column_sum,"),
-    Mistake("behind_norm", "rstd[:, None] * (product - mean[:, None]", "mean[:, None] * (product - rstd[:, None]"),
-    Mistake("project_rows", "return product, mean, rstd", "return product, rstd, mean"),
-    Mistake(
-        "project_rows",
-        "x_token, x_feature, tokens, width, True, WHOLE_K)\n            mean",
-        "x_feature, x_token, tokens, width, True, WHOLE_K)\n            mean",
-    ),
-    Mistake(
-        "project_rows",
-        "x_token, x_feature, tokens, width, True, WHOLE_K)\n        columns",
-        "x_feature, x_token, tokens, width, True, WHOLE_K)\n        columns",
-    ),
-    Mistake("project_rows", "width, matrix_row, matrix_column", "width, matrix_column, matrix_row"),
-    Mistake("attend_kernel", "tl.store(moments, mean,", "tl.store(moments, rstd,"),
-    Mistake("attend_kernel", "tokens, rstd, mask", "tokens, mean, mask"),
-    Mistake("attend_kernel", "offset, DIM_A, HEAD_DIM, NORM", "offset, 0, HEAD_DIM, NORM"),
+    Mistake("attend_kernel", "x_token, x_feature, tokens", "x_feature, x_token, tokens"),
+    Mistake("attend_kernel", "width, matrix_row, matrix_column, HEAD_DIM", "width, matrix_column, matrix_row, HEAD_DIM"),
+    Mistake("attend_kernel", "offset, DIM_A, HEAD_DIM, FOLD", "offset, 0, HEAD_DIM, FOLD"),
     Mistake("attend_kernel", "token_stride, 1, DIM_A, HEAD_DIM", "token_stride, 1, 0, HEAD_DIM"),
     Mistake("attend_kernel", "rows, end, tokens, w, token_stride", "rows, end, tokens, out, token_stride"),
     Mistake("attend_kernel", "w_i = load_parts(w,", "w_i = load_parts(out,"),
     Mistake("attend_kernel", "store_parts(out,", "store_parts(w,"),
     # A mask dropped, and a division.
-    Mistake("project_rows", "DIM_A, DIM_B, not WHOLE_K)", "DIM_A, DIM_B, False)"),
+    Mistake("attend_kernel", "DIM_A, DIM_B, not WHOLE_K)", "DIM_A, DIM_B, False)"),
     Mistake("attend_kernel", "1.0 / row_sum", "row_sum"),
     # A tile forgotten.
-    Mistake(
-        "project_rows",
-        'if NORM == "first":\n        for start in range(0,',
-        'if NORM == "first":\n        for start in range(BLOCK_K,',
-    ),
-    Mistake(
-        "project_rows",
-        "zero_parts(rows.shape[0], DIM_A, DIM_B)\n    for start in range(0,",
-        "zero_parts(rows.shape[0], DIM_A, DIM_B)\n    for start in range(BLOCK_K,",
-    ),
-    Mistake(
-        "attend_kernel",
-        "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        product",
-        "range(BLOCK_ROWS, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        product",
-    ),
-    Mistake(
-        "attend_kernel",
-        "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        w_i",
-        "range(BLOCK_ROWS, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        w_i",
+    Mistake("attend_kernel", "for first in range(0,", "for first in range(BLOCK_K,"),
+    *(
+        Mistake("attend_kernel", before, before.replace("range(0,", "range(BLOCK_ROWS,"))
+        for before in (
+            "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        # Rows",
+            "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        w_i",
+        )
     ),
 ]
 
 ONE_LAUNCH_EQUIVALENTS = {
     "rows are clamped, so a mask along them is true everywhere": (
-        "project_rows: load_tile, argument 7: True -> False (every place)",
+        "attend_kernel: load_tile, argument 7: True -> False (every place)",
     ),
     "the interpreter runs a program's lines one after the other; test_mssa_one_launch.py finds the barrier in compiled code": (
         "attend_kernel: tl.debug_barrier() -> pass",
