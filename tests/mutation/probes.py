@@ -71,7 +71,7 @@ PRODUCT_TILES = {
         for operand in (2, 4)
     }
 }
-_LIBRARY_TILES = {"default": dict.fromkeys(PRODUCT_TILES["default"], {**_TILE, "LIBRARY": 1})}
+_LIBRARY_TILES = {"default": {key: {**_TILE, "LIBRARY": 1} for key in PRODUCT_TILES["default"]}}
 ROWS = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
 THRESHOLD = 0.25
 LAYER_NORM_EPS = 0.125  # large enough to count in float32
@@ -104,29 +104,15 @@ class _Product:
     """Inputs of one case of T(skip +- (LN(x) B + bias)), float32 amid NaN, and its formula in float64."""
 
     def __init__(
-        self,
-        tokens: int,
-        inner: int,
-        width: int,
-        *,
-        norm: bool = True,
-        norm_bias: bool = True,
-        bias: bool = True,
-        skip: str = "none",
-        negate: bool = False,
-        kind: str = "none",
-        mean: float = 0.5,
-        nan: bool = False,
-        dtype: torch.dtype = torch.float32,
-        fold: bool = False,
-        in_memory: bool = False,
-        library: bool = False,
-    ) -> None:
-        """``dtype`` is the operand's, ``fold`` has raw tokens multiplied; the threshold may lie ``in_memory``."""
+        self, tokens: int, inner: int, width: int, *, norm: bool = True, norm_bias: bool = True, bias: bool = True,
+        skip: str = "none", negate: bool = False, kind: str = "none", mean: float = 0.5, nan: bool = False,
+        dtype: torch.dtype = torch.float32, fold: bool = False, library: bool = False, in_memory: bool = False,
+    ) -> None:  # fmt: skip
+        """``dtype`` is the operand's; ``fold`` has raw tokens multiplied, ``library`` PyTorch multiply; the threshold may lie
+        ``in_memory``."""
         torch.manual_seed(tokens * inner + width)
-        self.kind, self.negate, self.skip, self.fold, self.in_memory, self.library = (
-            kind, negate, skip, fold, in_memory, library,
-        )  # fmt: skip
+        self.skip, self.negate, self.kind = skip, negate, kind
+        self.fold, self.library, self.in_memory = fold, library, in_memory
         x = torch.randn(tokens, inner) * (1 + torch.rand(tokens, 1)) + mean * torch.randn(tokens, 1)
         if nan:
             x[tokens // 2, 3] = math.nan
@@ -154,41 +140,36 @@ class _Product:
             self.matrix = self.matrix + torch.eye(inner) * weight
 
     def gradient(self) -> None:
-        """A gradient of the result, and what it is behind the threshold, in float64; its sums; x's own gradient."""
+        """A gradient of the result; behind the threshold, as it is and as products read it, with its sums; and that of x."""
         self.upstream = amid_nan(torch.randn(self.truth.shape))
         self.truth.backward(self.upstream.double())
         self.y = amid_nan(self.truth.detach().float())
         self.g = self.upstream.double() * ((self.truth.detach() != 0) if self.kind != "none" else 1)
-        self.stored, self.columns = self.g, self.g.sum(0)[None]
-        if self.fold:
-            mean, rstd = self.stats[..., None]
-            self.stored = self.g * rstd
-            self.columns = torch.stack((self.g.sum(0), (mean * self.stored).sum(0)))
-        self.sums = None
-        if self.norm:
-            self.sums = torch.stack((self.stored @ self.matrix.sum(0), (self.stored * (self.xhat @ self.matrix)).sum(1)))
+        mean, rstd = self.stats[..., None] if self.fold else (1, 1)
+        self.read = self.g * rstd
+        self.columns = torch.stack((self.g, mean * self.read)[: 1 + self.fold]).sum(1)
+        self.sums = torch.stack((self.read @ self.matrix.sum(0), (self.read * (self.xhat @ self.matrix)).sum(1)))
 
     def options(self) -> dict[str, object]:
         """What the launchers of the product and of its gradients take alike."""
         return dict(norm=self.norm, negate=self.negate, threshold=self.threshold, soft=self.kind == "soft")
 
     def gradient_options(self) -> dict[str, object]:
-        stats = None if self.stats is None else self.stats.float()
-        return dict(**self.options(), y=self.y, stats=stats, skip=self.skip == "self")
+        return dict(**self.options(), y=self.y, stats=self.float32_stats(), skip=self.skip == "self")
+
+    def float32_stats(self) -> Tensor | None:
+        return None if self.stats is None else self.stats.float()
 
     @contextmanager
     def patched(self, module: ModuleType):
-        """The module with the choices of this case; what other kernels would compute is exact, and amid NaN."""
-        before = (self.x if self.fold else amid_nan(self.xhat.float())), (
-            None if self.stats is None else self.stats.float()
-        )
+        """The module with the choices of this case; what comes before its product is exact, and amid NaN."""
+        before = self.x if self.fold else amid_nan(self.xhat.float()), self.float32_stats()
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch.object(module, "folds", lambda *_: self.fold))
             stack.enter_context(patch.object(module, "before_product", lambda *_: before))
             if self.library:
                 stack.enter_context(patch.object(module, "TABLE", _LIBRARY_TILES))
-                exactly = lambda a, b: amid_nan((a.double() @ b.double()).float())  # noqa: E731
-                stack.enter_context(patch.object(module, "float32_product", exactly))
+                stack.enter_context(patch.object(module, "float32_product", lambda a, b: amid_nan((a @ b).float())))
             stack.enter_context(_numbers_in_memory(module, self.in_memory))
             yield
 
@@ -244,7 +225,7 @@ def _gradient_rows(name: str, *shape: int, **case) -> Probe:
             rows = module.gradient_rows(product.upstream, product.x, product.operand, **product.gradient_options())
         return {"g": rows.g, "c1": rows.sums[0, 0], "c2": rows.sums[1, 0], "column sums": rows.column_sums}
 
-    expected = {"g": product.stored, "c1": product.sums[0], "c2": product.sums[1], "column sums": product.columns}
+    expected = {"g": product.read, "c1": product.sums[0], "c2": product.sums[1], "column sums": product.columns}
     return _probe(name, "gradient_rows_kernel", run, expected)
 
 
@@ -273,11 +254,10 @@ def _input_gradient(
     product.gradient()
     tokens, inner, _ = shape
     passed = amid_nan(torch.randn(tokens, inner)) if extra else None
-    g = amid_nan(product.stored.to(product.operand.matrix.dtype))
-    sums = None
-    if product.norm:
-        share = torch.randn(2, parts, tokens, dtype=torch.float64)
-        sums = (share + (product.sums - share.sum(1))[:, None] / parts).float()
+    g = amid_nan(product.read.to(product.operand.matrix.dtype))
+    shares = torch.randn(2, parts, tokens, dtype=torch.float64)
+    shares += (product.sums - shares.sum(1))[:, None] / parts
+    rows = GradientRows(g, shares.float() if product.norm else None)
     dx = product.exact.grad + (passed.double() if extra else 0)
     if g.dtype != torch.float32:
         dx = dx + (g.double() - product.g) @ product.b.mT * (-1 if product.negate else 1)
@@ -289,7 +269,7 @@ def _input_gradient(
         with product.patched(module):
             found = module.gradients(
                 product.upstream, product.x, product.operand, torch.float32, **product.gradient_options(), extra=passed,
-                rows=GradientRows(g, sums), heads=heads, need_matrix=False, need_column=False,
+                rows=rows, heads=heads, need_matrix=False, need_column=False,
             )  # fmt: skip
         return {"dx": found.x, "delta": found.delta}
 
@@ -306,8 +286,9 @@ def product_probes() -> list[Probe]:
         _project("skip itself, soft, negated", *square, skip="self", kind="soft", negate=True),
         _project("fold, no bias", *odd, bias=False, fold=True),
         _project("no norm, residual, soft", *odd, norm=False, skip="residual", kind="soft", in_memory=True),
-        _project("no norm, no bias, negated", *square, norm=False, bias=False, negate=True),
-        _project("a library's, fold, norm without bias", *odd[:2], 24, norm_bias=False, skip="self", fold=True, library=True),
+        _project(
+            "a library's, fold, norm without bias", *odd[:2], 24, norm_bias=False, skip="self", fold=True, library=True
+        ),
         _project("NaN, relu", 5, 10, 12, kind="relu", nan=True),
         _project("NaN, soft", 5, 10, 12, kind="soft", nan=True),
         _gradient_rows("fold, skip, relu", 20, 24, 24, skip="self", kind="relu", fold=True),
@@ -318,7 +299,9 @@ def product_probes() -> list[Probe]:
         _input_gradient("fold, skip, relu", 20, 20, 20, skip="self", kind="relu", fold=True),
         _input_gradient("negated", *odd, negate=True, parts=3),
         _input_gradient("no norm, delta", 21, 20, 24, norm=False, extra=False, heads=(3, 5)),
-        _input_gradient("a rounded product, skip, relu", *square, norm=False, skip="self", kind="relu", dtype=torch.float16),
+        _input_gradient(
+            "a rounded product, skip, relu", *square, norm=False, skip="self", kind="relu", dtype=torch.float16
+        ),
         _input_gradient("a library's", *odd, library=True),
     ]
 
@@ -493,7 +476,7 @@ def attention_probes() -> list[Probe]:
         halves.to_projection("four heads of two parts, to raw tokens", raw=True),
         small.backward("four heads"),
         exact.backward("exact products"),
-        causal.backward("causal"),
+        causal.to_projection("causal", raw=True),
         dropped.backward("dropout"),
         padded.backward("lengths"),
     ]

@@ -76,7 +76,9 @@ PRODUCT_MISTAKES = [
         "grad_column_stride, grad_row_stride, tokens",
     ),
     Mistake("gradient_rows_kernel", "y_row_stride, y_column_stride, tokens", "y_column_stride, y_row_stride, tokens"),
-    Mistake("input_gradient_kernel", "c1[:, None] + normalised * c2[:, None]", "c2[:, None] + normalised * c1[:, None]"),
+    Mistake(
+        "input_gradient_kernel", "c1[:, None] + normalised * c2[:, None]", "c2[:, None] + normalised * c1[:, None]"
+    ),
     Mistake("input_gradient_kernel", "c2[:, None]) / width", "c2[:, None]) / inner_width"),
     Mistake("input_gradient_kernel", "            grad, clamped_rows", "            g, clamped_rows"),
     *(
@@ -286,7 +288,9 @@ ONE_LAUNCH_MISTAKES = [
     Mistake("behind_norm", "mean * load_row(column_sum,", "mean * load_row(offset,"),
     Mistake("behind_norm", "product += load_row(offset,", "product += load_row(column_sum,"),
     Mistake("attend_kernel", "x_token, x_feature, tokens", "x_feature, x_token, tokens"),
-    Mistake("attend_kernel", "width, matrix_row, matrix_column, HEAD_DIM", "width, matrix_column, matrix_row, HEAD_DIM"),
+    Mistake(
+        "attend_kernel", "width, matrix_row, matrix_column, HEAD_DIM", "width, matrix_column, matrix_row, HEAD_DIM"
+    ),
     Mistake("attend_kernel", "offset, DIM_A, HEAD_DIM, FOLD", "offset, 0, HEAD_DIM, FOLD"),
     Mistake("attend_kernel", "token_stride, 1, DIM_A, HEAD_DIM", "token_stride, 1, 0, HEAD_DIM"),
     Mistake("attend_kernel", "rows, end, tokens, w, token_stride", "rows, end, tokens, out, token_stride"),
