@@ -223,7 +223,7 @@ def _gradient_rows(name: str, *shape: int, **case) -> Probe:
     def run(module: ModuleType) -> dict[str, Tensor]:
         with product.patched(module):
             rows = module.gradient_rows(product.upstream, product.x, product.operand, **product.gradient_options())
-        return {"g": rows.g, "c1": rows.sums[0, 0], "c2": rows.sums[1, 0], "column sums": rows.column_sums}
+        return {"g": rows.g, "c1": rows.sums[0], "c2": rows.sums[1], "column sums": rows.column_sums}
 
     expected = {"g": product.read, "c1": product.sums[0], "c2": product.sums[1], "column sums": product.columns}
     return _probe(name, "gradient_rows_kernel", run, expected)
@@ -246,18 +246,14 @@ def _weight_gradient(name: str, *shape: int, **case) -> Probe:
     return _probe(name, "gradient_rows_kernel", run, expected)
 
 
-def _input_gradient(
-    name: str, *shape: int, extra: bool = True, heads: tuple[int, int] | None = None, parts: int = 2, **case
-) -> Probe:
-    """c1 and c2 come in parts. An operand in float16 has the gradient rounded for the product, and what passes it not."""
+def _input_gradient(name: str, *shape: int, extra: bool = True, heads: tuple[int, int] | None = None, **case) -> Probe:
+    """An operand in float16 has the gradient rounded for the product, and what passes it not."""
     product = _Product(*shape, **case)
     product.gradient()
     tokens, inner, _ = shape
     passed = amid_nan(torch.randn(tokens, inner)) if extra else None
     g = amid_nan(product.read.to(product.operand.matrix.dtype))
-    shares = torch.randn(2, parts, tokens, dtype=torch.float64)
-    shares += (product.sums - shares.sum(1))[:, None] / parts
-    rows = GradientRows(g, shares.float() if product.norm else None)
+    rows = GradientRows(g, product.sums.float() if product.norm else None)
     dx = product.exact.grad + (passed.double() if extra else 0)
     if g.dtype != torch.float32:
         dx = dx + (g.double() - product.g) @ product.b.mT * (-1 if product.negate else 1)
@@ -297,7 +293,7 @@ def product_probes() -> list[Probe]:
         _weight_gradient("fold, relu, negated", 37, 20, 24, kind="relu", fold=True, negate=True),
         _weight_gradient("no norm, no threshold", 37, 24, 20, norm=False),
         _input_gradient("fold, skip, relu", 20, 20, 20, skip="self", kind="relu", fold=True),
-        _input_gradient("negated", *odd, negate=True, parts=3),
+        _input_gradient("negated", *odd, negate=True),
         _input_gradient("no norm, delta", 21, 20, 24, norm=False, extra=False, heads=(3, 5)),
         _input_gradient(
             "a rounded product, skip, relu", *square, norm=False, skip="self", kind="relu", dtype=torch.float16
@@ -423,27 +419,6 @@ class _Attention:
 
         return self.probe(name, "backward_kernel", ("dw",), run)
 
-    def to_projection(self, name: str, raw: bool) -> Probe:
-        """For a projection that took raw tokens, or tokens normalised."""
-        batch, heads, tokens, width = self.w.shape
-        stats = torch.randn(2, batch * tokens) if raw else None
-        of_sums = _vector(heads * width), _vector(heads * width)
-        mean, rstd = (1, 1) if stats is None else stats.double().view(2, batch, 1, tokens, 1)
-        u, offset = (vector.double().view(heads, 1, width) for vector in of_sums)
-        g = self.exact["dw"] * rstd
-        sums = torch.stack(((g * u).sum(-1), (g * (self.w.double() - offset)).sum(-1)))
-        columns = torch.stack((self.exact["dw"], mean * g)[: 1 + raw]).sum((1, 3))
-        expected = {"dw": g, "sums": sums.transpose(1, 2).flatten(2), "column sums": columns.flatten(1)}
-
-        def run(module: ModuleType) -> dict[str, Tensor]:
-            with float32_products(self.precision):
-                found = module.backward_to_projection(
-                    self.grad_out, self.w, self.lse, self.delta, self.scale, self.is_causal, stats, of_sums
-                )
-            return dict(zip(expected, found, strict=True))
-
-        return _probe(name, "backward_kernel", run, expected)
-
     def row_sums(self, name: str) -> Probe:
         def run(module: ModuleType) -> tuple:
             with patch.object(module, "backward_from_delta", lambda grad_out, w, lse, delta, *rest: delta):
@@ -462,7 +437,6 @@ def attention_probes() -> list[Probe]:
     dropped = _Attention(1, 2, 20, 8, dropout=True)
     steep = _Attention(1, 1, 37, 8, scale=30.0)
     sums = _Attention(2, 2, 37, 40)
-    ends, halves = _Attention(2, 1, 33, 8), _Attention(2, 2, 5, 40)
     return [
         parts.forward("two parts, a tail tile"),
         small.forward("four heads"),
@@ -472,11 +446,10 @@ def attention_probes() -> list[Probe]:
         padded.forward("lengths"),
         small.row_sums("four heads"),
         sums.row_sums("two parts"),
-        ends.to_projection("a tail tile, to tokens normalised", raw=False),
-        halves.to_projection("four heads of two parts, to raw tokens", raw=True),
         small.backward("four heads"),
+        parts.backward("two parts, a tail tile"),
         exact.backward("exact products"),
-        causal.to_projection("causal", raw=True),
+        causal.backward("causal"),
         dropped.backward("dropout"),
         padded.backward("lengths"),
     ]

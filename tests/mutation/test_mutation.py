@@ -52,7 +52,7 @@ PRODUCT_MISTAKES = [
     Mistake("project_kernel", "        x_row_stride, x_column_stride", "        x_column_stride, x_row_stride"),
     Mistake("input_gradient_kernel", "        g_row_stride, g_column_stride", "        g_column_stride, g_row_stride"),
     *(
-        Mistake(kernel, "mean, rstd = load_moments", "rstd, mean = load_moments")
+        Mistake(kernel, "mean, rstd = load_pairs", "rstd, mean = load_pairs")
         for kernel in ("project_kernel", "gradient_rows_kernel", "input_gradient_kernel")
     ),
     Mistake("project_kernel", "mean * load_row(column_sum,", "mean * load_row(offset,"),
@@ -76,10 +76,8 @@ PRODUCT_MISTAKES = [
         "grad_column_stride, grad_row_stride, tokens",
     ),
     Mistake("gradient_rows_kernel", "y_row_stride, y_column_stride, tokens", "y_column_stride, y_row_stride, tokens"),
-    Mistake(
-        "input_gradient_kernel", "c1[:, None] + normalised * c2[:, None]", "c2[:, None] + normalised * c1[:, None]"
-    ),
-    Mistake("input_gradient_kernel", "c2[:, None]) / width", "c2[:, None]) / inner_width"),
+    Mistake("input_gradient_kernel", "c1, c2 = load_pairs", "c2, c1 = load_pairs"),
+    Mistake("input_gradient_kernel", "normalised * c2) / width", "normalised * c2) / inner_width"),
     Mistake("input_gradient_kernel", "            grad, clamped_rows", "            g, clamped_rows"),
     *(
         Mistake(
@@ -111,7 +109,6 @@ PRODUCT_MISTAKES = [
     # A tile forgotten.
     Mistake("multiply", "in range(0,", "in range(BLOCK_K,"),
     Mistake("gradient_rows_kernel", "in range(0,", "in range(BLOCK_N,"),
-    Mistake("input_gradient_kernel", "in range(0, parts)", "in range(1, parts)"),
     *(
         Mistake("moments_kernel", before, before.replace("range(0,", "range(BLOCK_N,"))
         for before in (
@@ -140,17 +137,6 @@ ATTENTION_MISTAKES = [
     Mistake("dropout_factors", "tl.where(row <= column, first, second)", "tl.where(row <= column, second, first)"),
     Mistake("dropout_factors", "tl.where(column <= row, first, second)", "tl.where(column <= row, second, first)"),
     Mistake("dropout_factors", "head, 0)", "0, head)"),
-    Mistake("store_part_for_projection", "tl.load(sum_ptr +", "tl.load(offset_ptr +"),
-    Mistake("store_part_for_projection", "tl.load(offset_ptr +", "tl.load(sum_ptr +"),
-    Mistake("store_part_for_projection", "tl.sum(dw, 0)", "tl.sum(dw * rstd[:, None], 0)"),
-    Mistake("store_part_for_projection", "tl.sum(mean[:, None] * g, 0)", "tl.sum(mean[:, None] * dw, 0)"),
-    Mistake("store_part_for_projection", "tl.sum(g * u, 1)", "tl.sum(dw * u, 1)"),
-    Mistake("store_part_for_projection", "tl.sum(g * (w", "tl.sum(dw * (w"),
-    Mistake("backward_kernel", "dw_j[0], w_j[0], mean, rstd", "dw_j[0], w_j[0], rstd, mean"),
-    Mistake("backward_kernel", "dw_j[1], w_j[1], mean, rstd", "dw_j[1], w_j[1], rstd, mean"),
-    Mistake("backward_kernel", "HEAD_DIM, DIM_A, HEAD_DIM, SCALED", "HEAD_DIM, 0, HEAD_DIM, SCALED"),
-    Mistake("backward_kernel", "+ row, c1,", "+ row, c2,"),
-    Mistake("backward_kernel", "+ row, c2,", "+ row, c1,"),
     # The wrong direction of time.
     Mistake("attend_to_tile", "rows_j[None, :] <= rows_i[:, None]", "rows_j[None, :] >= rows_i[:, None]"),
     Mistake(
@@ -263,15 +249,6 @@ ATTENTION_EQUIVALENTS = {
         "forward_kernel: tl.where(rows_i < end, row_sum, 1.0) -> row_sum",
         "forward_kernel: rows_i < end -> rows_i <= end",
     ),
-    "features that do not exist have no gradient, so what it is multiplied with need only be finite": (
-        "store_part_for_projection: tl.load(sum_ptr + features, mask=is_feature, other=0.0)"
-        " -> tl.load(sum_ptr + features, mask=is_feature, other=1.0)",
-        "store_part_for_projection: tl.load(offset_ptr + features, mask=is_feature, other=0.0)"
-        " -> tl.load(offset_ptr + features, mask=is_feature, other=1.0)",
-    ),
-    "where tokens were normalised, rstd comes as one": (
-        "store_part_for_projection: dw * rstd[:, None] if SCALED else dw -> dw * rstd[:, None]",
-    ),
     "the first term is added to zero": (
         "add_tile_gradient: grad_scores += p_ij * (grad_p_ij - delta_i[None, :])"
         " -> grad_scores = p_ij * (grad_p_ij - delta_i[None, :])",
@@ -284,7 +261,7 @@ ATTENTION_EQUIVALENTS = {
 
 ONE_LAUNCH_MISTAKES = [
     # The wrong operand.
-    Mistake("behind_norm", "mean, rstd = load_moments", "rstd, mean = load_moments"),
+    Mistake("behind_norm", "mean, rstd = load_pairs", "rstd, mean = load_pairs"),
     Mistake("behind_norm", "mean * load_row(column_sum,", "mean * load_row(offset,"),
     Mistake("behind_norm", "product += load_row(offset,", "product += load_row(column_sum,"),
     Mistake("attend_kernel", "x_token, x_feature, tokens", "x_feature, x_token, tokens"),
