@@ -93,10 +93,14 @@ PRODUCT_MISTAKES = [
     Mistake("moments_kernel", "float32) - mean[:, None]) * rstd[:, None]", "float32) - rstd[:, None]) * mean[:, None]"),
     Mistake("add_moments", "step * step * (start * share)", "0.0"),
     Mistake("add_moments", "tl.minimum(width - start, columns.shape[0])", "(columns.shape[0] + 0 * start)"),
-    # A mask or a factor dropped, in a form that still runs.
+    # A mask, a factor or a rounding dropped, in a form that still runs.
     Mistake("load_tile", "(rows < row_count) | WHOLE_ROWS", "(rows < row_count) | True"),
     Mistake("load_tile", "(columns < column_count) | WHOLE_COLUMNS", "(columns < column_count) | True"),
     Mistake("inverse_deviation", "1.0 / tl.sqrt(squares / width + eps)", "tl.sqrt(squares / width + eps)"),
+    Mistake(
+        "gradient_rows_kernel", "(g * rstd if SCALED else g).to(g_out.dtype.element_ty)", "g * rstd if SCALED else g"
+    ),
+    Mistake("input_gradient_kernel", "product.to(out.dtype.element_ty).to(tl.float32)", "product"),
     Mistake("inverse_deviation", "(squares / width + eps)", "(0.0 * squares / width + eps)"),
     # NaN taken for a value that the threshold stops, or a mask that fits the other threshold.
     Mistake("rectify", "u <= threshold, 0.0, u - threshold", "u > threshold, u - threshold, 0.0"),
