@@ -22,7 +22,6 @@ from torch import Tensor
 
 from crate_kernels.products.operand import Norm, Operand
 from crate_kernels.products.triton import GradientRows
-from crate_kernels.tiles.products import USES
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -65,13 +64,13 @@ def float32_products(precision: str):
 _TILE = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, LIBRARY=0, num_warps=4, num_stages=1)
 PRODUCT_TILES = {
     "default": {
-        (kernel, use, operand, stream): _TILE
+        (kernel, use, operand, stream): {**_TILE, **own}
         for kernel in ("project", "input_gradient")
-        for use in USES
+        for use, own in {"plain": dict(PARTS=2), "norm": dict(PARTS=4, BLOCK_M=32), "masked": dict(PARTS=1)}.items()
         for operand, stream in ((2, 2), (2, 4), (4, 4))
     }
 }
-_LIBRARY_TILES = {"default": {key: {**_TILE, "LIBRARY": 1} for key in PRODUCT_TILES["default"]}}
+_LIBRARY_TILES = {"default": {key: {**tile, "LIBRARY": 1} for key, tile in PRODUCT_TILES["default"].items()}}
 ROWS = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
 THRESHOLD = 0.25
 LAYER_NORM_EPS = 0.125  # large enough to count in float32

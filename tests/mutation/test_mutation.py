@@ -53,16 +53,18 @@ PRODUCT_MISTAKES = [
     Mistake("input_gradient_kernel", "        g_row_stride, g_column_stride", "        g_column_stride, g_row_stride"),
     *(
         Mistake(kernel, "mean, rstd = load_pairs", "rstd, mean = load_pairs")
-        for kernel in ("project_kernel", "gradient_rows_kernel", "input_gradient_kernel")
+        for kernel in ("behind_projection", "gradient_rows_kernel", "behind_input_gradient")
     ),
-    Mistake("project_kernel", "mean * load_row(column_sum,", "mean * load_row(offset,"),
-    Mistake("project_kernel", "product += load_row(offset,", "product += load_row(column_sum,"),
-    Mistake("project_kernel", "* load_row(norm_weight,", "* load_row(norm_bias,"),
-    Mistake("project_kernel", "skip_tile += load_row(norm_bias,", "skip_tile += load_row(norm_weight,"),
-    Mistake("project_kernel", "product = rectify(product,", "product = soft_threshold(product,"),
-    Mistake("project_kernel", "product = soft_threshold(product,", "product = rectify(product,"),
+    Mistake("behind_projection", "mean * load_row(column_sum,", "mean * load_row(offset,"),
+    Mistake("behind_projection", "product += load_row(offset,", "product += load_row(column_sum,"),
+    Mistake("behind_projection", "* load_row(norm_weight,", "* load_row(norm_bias,"),
+    Mistake("behind_projection", "skip_tile += load_row(norm_bias,", "skip_tile += load_row(norm_weight,"),
+    Mistake("behind_projection", "product = rectify(product,", "product = soft_threshold(product,"),
+    Mistake("behind_projection", "product = soft_threshold(product,", "product = rectify(product,"),
     Mistake(
-        "project_kernel", "skip_row_stride, skip_column_stride, tokens", "skip_column_stride, skip_row_stride, tokens"
+        "behind_projection",
+        "skip_row_stride, skip_column_stride, tokens",
+        "skip_column_stride, skip_row_stride, tokens",
     ),
     Mistake("gradient_rows_kernel", "load_row(product_sum,", "load_row(product_offset,"),
     Mistake("gradient_rows_kernel", "load_row(product_offset,", "load_row(product_sum,"),
@@ -76,18 +78,18 @@ PRODUCT_MISTAKES = [
         "grad_column_stride, grad_row_stride, tokens",
     ),
     Mistake("gradient_rows_kernel", "y_row_stride, y_column_stride, tokens", "y_column_stride, y_row_stride, tokens"),
-    Mistake("input_gradient_kernel", "c1, c2 = load_pairs", "c2, c1 = load_pairs"),
-    Mistake("input_gradient_kernel", "normalised * c2) / width", "normalised * c2) / inner_width"),
-    Mistake("input_gradient_kernel", "            grad, clamped_rows", "            g, clamped_rows"),
+    Mistake("behind_input_gradient", "c1, c2 = load_pairs", "c2, c1 = load_pairs"),
+    Mistake("behind_input_gradient", "* rstd * c2) / width", "* rstd * c2) / rows.shape[0]"),
+    Mistake("behind_input_gradient", "            grad, clamped_rows", "            g, clamped_rows"),
     *(
         Mistake(
-            "input_gradient_kernel",
+            "behind_input_gradient",
             f"{name}_row_stride, {name}_column_stride, tokens",
             f"{name}_column_stride, {name}_row_stride, tokens",
         )
         for name in ("grad", "y", "x", "extra")
     ),
-    Mistake("input_gradient_kernel", "columns, width, 1, tokens", "columns, 1, width, tokens"),
+    Mistake("behind_input_gradient", "columns, width, 1, tokens", "columns, 1, width, tokens"),
     Mistake("moments_kernel", "tl.store(stats + rows, mean,", "tl.store(stats + rows, rstd,"),
     Mistake("moments_kernel", "+ rows, rstd, mask", "+ rows, mean, mask"),
     Mistake("moments_kernel", "float32) - mean[:, None]) * rstd[:, None]", "float32) - rstd[:, None]) * mean[:, None]"),
@@ -100,7 +102,7 @@ PRODUCT_MISTAKES = [
     Mistake(
         "gradient_rows_kernel", "(g * rstd if SCALED else g).to(g_out.dtype.element_ty)", "g * rstd if SCALED else g"
     ),
-    Mistake("input_gradient_kernel", "product.to(out.dtype.element_ty).to(tl.float32)", "product"),
+    Mistake("behind_input_gradient", "product.to(out.dtype.element_ty).to(tl.float32)", "product"),
     Mistake("inverse_deviation", "(squares / width + eps)", "(0.0 * squares / width + eps)"),
     # NaN taken for a value that the threshold stops, or a mask that fits the other threshold.
     Mistake("rectify", "u <= threshold, 0.0, u - threshold", "u > threshold, u - threshold, 0.0"),
@@ -189,8 +191,8 @@ PRODUCT_EQUIVALENTS = {
     ),
     "rows are clamped, so a mask along them is true everywhere": (
         "multiply: load_tile, argument 7: True -> False (every place)",
-        "project_kernel: load_tile, argument 7: True -> False (every place)",
-        "input_gradient_kernel: load_tile, argument 7: True -> False (every place)",
+        "behind_projection: load_tile, argument 7: True -> False (every place)",
+        "behind_input_gradient: load_tile, argument 7: True -> False (every place)",
     ),
     "numbers beyond the end meet a gradient of zero, or a column that is not stored; they need only be finite": (
         "load_row: tl.load(vector + columns, mask=columns < column_count, other=0.0)"
