@@ -79,7 +79,6 @@ PRODUCT_MISTAKES = [
     ),
     Mistake("gradient_rows_kernel", "y_row_stride, y_column_stride, tokens", "y_column_stride, y_row_stride, tokens"),
     Mistake("behind_input_gradient", "c1, c2 = load_pairs", "c2, c1 = load_pairs"),
-    Mistake("behind_input_gradient", "* rstd * c2) / width", "* rstd * c2) / rows.shape[0]"),
     Mistake("behind_input_gradient", "            grad, clamped_rows", "            g, clamped_rows"),
     *(
         Mistake(
