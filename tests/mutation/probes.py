@@ -21,7 +21,7 @@ from support import a_few_roundings, error
 from torch import Tensor
 
 from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.products.triton import GradientRows
+from crate_kernels.products.triton import GradientRows, Gradients
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -243,7 +243,8 @@ def _weight_gradient(name: str, *shape: int, **case) -> Probe:
             found = module.gradients(
                 product.upstream, product.x, product.operand, torch.float32, **product.gradient_options(), need_x=False
             )
-        return {"xhat^T g": found.matrix, "sums of g": found.column}
+        mean_column = found.mean_column if product.fold else 0
+        return {"xhat^T g": found.matrix - mean_column, "sums of g": found.column}
 
     sign = -1 if product.negate else 1
     expected = {"xhat^T g": sign * product.xhat.mT @ product.g, "sums of g": sign * product.g.sum(0)}
@@ -514,7 +515,11 @@ def one_launch_probes() -> list[Probe]:
 
 # --- Preparation of weights --------------------------------------------------------------------------------------------
 
-_SMALL_TILES = {"_PREPARE": dict(BLOCK_N=16, BLOCK_K=16), "_COMBINE": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)}
+_SMALL_TILES = {
+    "_PREPARE": dict(BLOCK_N=16, BLOCK_K=16),
+    "_COMBINE": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16),
+    "_GRADIENT": dict(BLOCK_N=16, BLOCK_K=16),
+}
 _SCALE = torch.tensor(0.3)
 
 
@@ -582,6 +587,32 @@ def _combine(name: str, width: int, *, in_memory: bool = False) -> Probe:
     return Probe(name, "combine_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
 
 
+def _matrix_gradient(
+    name: str, inner: int, width: int, *, beta: bool = True, fold: bool = True, skip: bool = False,
+    scaled: bool = True, in_memory: bool = False,
+) -> Probe:  # fmt: skip
+    torch.manual_seed(inner * width)
+    product, matrix = (amid_nan(torch.randn(inner, width)) for _ in range(2))
+    like = torch.empty(width, inner).mT if skip else torch.empty(inner, width)
+    column, mean_column = _vector(width), _vector(width) if fold else None
+    norm = Norm(_vector(inner), _vector(inner) if beta else None)
+    scale = _SCALE.double() if scaled else 1
+    h = product.double() - (mean_column.double() if fold else 0)
+    grad_matrix, expected = norm.weight.double()[:, None] * h, {}
+    if beta:
+        grad_matrix = grad_matrix + norm.bias.double()[:, None] * column
+        expected["beta"] = scale * matrix.double() @ column.double() + (column if skip else 0)
+    expected |= {"matrix": scale * grad_matrix, "gamma": scale * (matrix * h).sum(1) + (h.diagonal() if skip else 0)}
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        with _preparing(module, in_memory):
+            found = Gradients(None, product, column, mean_column, None)
+            grads = module.matrix_gradient(found, matrix, norm, like, _SCALE if scaled else None, skip)
+        return dict(zip(("matrix", "gamma", "beta"), grads, strict=True))
+
+    return _probe(name, "gradient_kernel", run, expected)
+
+
 def preparation_probes() -> list[Probe]:
     return [
         _prepare("tails", 21, 35, scaled=True),
@@ -589,4 +620,7 @@ def preparation_probes() -> list[Probe]:
         _prepare("scale in memory", 16, 5, scaled=True, in_memory=True),
         _combine("tails", 21),
         _combine("whole tiles, scale in memory", 32, in_memory=True),
+        _matrix_gradient("tails, skip", 21, 21, skip=True),
+        _matrix_gradient("scale in memory", 5, 35, in_memory=True, fold=False),
+        _matrix_gradient("whole tiles, no beta, no scale", 32, 16, beta=False, scaled=False),
     ]

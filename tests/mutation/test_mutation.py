@@ -324,11 +324,31 @@ PREPARATION_MISTAKES = [
         "left = load_tile(weight, inner, rows, row_stride, column_stride",
         "left = load_tile(weight, inner, rows, column_stride, row_stride",
     ),
+    Mistake("gradient_kernel", "load_row(mean_column,", "load_row(column,"),
+    Mistake("gradient_kernel", "load_row(column,", "load_row(mean_column,"),
+    Mistake("gradient_kernel", "tl.load(column + rows,", "tl.load(mean_column + rows,"),
+    Mistake("gradient_kernel", "tl.load(beta + rows,", "tl.load(gamma + rows,"),
+    Mistake("gradient_kernel", "tl.sum(tile * h, 1)", "tl.sum(weight * h, 1)"),
+    Mistake("gradient_kernel", "tl.sum(tile * sums, 1)", "tl.sum(h * sums, 1)"),
+    *(
+        Mistake(
+            "gradient_kernel",
+            f"{name}_row_stride, {name}_column_stride, inner",
+            f"{name}_column_stride, {name}_row_stride, inner",
+        )
+        for name in ("product", "matrix")
+    ),
+    Mistake(
+        "gradient_kernel",
+        "grad_row_stride + columns.to(tl.int64)[None, :] * grad_column_stride",
+        "grad_column_stride + columns.to(tl.int64)[None, :] * grad_row_stride",
+    ),
     Mistake("scale_tile", "tl.sum(beta[:, None] * tile, 0)", "tl.sum(beta[:, None] * scaled, 0)"),
     Mistake("scale_tile", "inner_width, 1.0, VECTOR", "inner_width, 0.0, VECTOR"),
     Mistake("scale_tile", "inner_width, 0.0, VECTOR", "inner_width, 1.0, VECTOR"),
     # A tile forgotten.
     Mistake("prepare_kernel", "range(0, inner_width,", "range(BLOCK_K, inner_width,"),
+    Mistake("gradient_kernel", "range(0, width,", "range(BLOCK_N, width,"),
     Mistake("combine_kernel", "start in range(0, width, BLOCK_M", "start in range(BLOCK_M, width, BLOCK_M"),
     Mistake("combine_kernel", "inner_start in range(0, width", "inner_start in range(BLOCK_K, width"),
 ]
@@ -337,6 +357,11 @@ PREPARATION_EQUIVALENTS = {
     "beyond the end gamma and beta meet rows of zeros, and a bias columns that are not stored": (
         "load_optional: tl.load(vector + entries, mask=entries < count, other=0.0)"
         " -> tl.load(vector + entries, mask=entries < count, other=1.0)",
+    ),
+    "beyond the end there are rows that are not stored: what they are multiplied with need only be finite": tuple(
+        f"gradient_kernel: tl.load({vector} + rows, mask=inside, other=0.0)"
+        f" -> tl.load({vector} + rows, mask=inside, other=1.0)"
+        for vector in ("gamma", "beta", "column")
     ),
 }
 
@@ -372,7 +397,7 @@ KERNELS = [
     ),
     *(("shared_attention", kernel) for kernel in ("forward_kernel", "delta_kernel", "backward_kernel")),
     ("one_launch", "attend_kernel"),
-    *(("preparation", kernel) for kernel in ("prepare_kernel", "combine_kernel")),
+    *(("preparation", kernel) for kernel in ("prepare_kernel", "combine_kernel", "gradient_kernel")),
 ]
 
 
