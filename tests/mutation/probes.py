@@ -7,7 +7,6 @@ watched, and each kernel takes exact inputs, so that one mistake shows in one pl
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from support import a_few_roundings, error
 from torch import Tensor
 
 from crate_kernels.products.operand import Norm, Operand
+from crate_kernels.products.triton import GradientRows, Gradients
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -61,13 +61,16 @@ def float32_products(precision: str):
 
 # --- Products ---------------------------------------------------------------------------------------------------------
 
+_TILE = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, LIBRARY=0, num_warps=4, num_stages=1)
 PRODUCT_TILES = {
     "default": {
-        (kernel, operand, 4): dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, num_warps=4, num_stages=1)
+        (kernel, use, operand, stream): {**_TILE, **own}
         for kernel in ("project", "input_gradient")
-        for operand in (2, 4)
+        for use, own in {"plain": dict(PARTS=2), "norm": dict(PARTS=4, BLOCK_M=32), "masked": dict(PARTS=1)}.items()
+        for operand, stream in ((2, 2), (2, 4), (4, 4))
     }
 }
+_LIBRARY_TILES = {"default": {key: {**tile, "LIBRARY": 1} for key, tile in PRODUCT_TILES["default"].items()}}
 ROWS = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
 THRESHOLD = 0.25
 LAYER_NORM_EPS = 0.125  # large enough to count in float32
@@ -91,51 +94,84 @@ def _operand(b: Tensor, bias: Tensor | None, norm: Norm | None) -> Operand:
         return Operand(amid_nan(b), None, bias)
     matrix = norm.weight[:, None] * b
     offset = sum(
-        (t for t in (bias, None if norm.bias is None else norm.bias @ b) if t is not None), torch.zeros(b.shape[1])
+        (t for t in (bias, None if norm.bias is None else norm.bias @ b.float()) if t is not None),
+        torch.zeros(b.shape[1]),
     )
-    return Operand(amid_nan(matrix), matrix.sum(0), offset)
+    return Operand(amid_nan(matrix.to(b.dtype)), matrix.sum(0), offset)
 
 
 class _Product:
     """Inputs of one case of T(skip +- (LN(x) B + bias)), float32 amid NaN, and its formula in float64."""
 
     def __init__(
-        self,
-        tokens: int,
-        inner: int,
-        width: int,
-        *,
-        norm: bool = True,
-        norm_bias: bool = True,
-        bias: bool = True,
-        skip: str = "none",
-        negate: bool = False,
-        kind: str = "none",
-        mean: float = 0.5,
-        nan: bool = False,
-    ) -> None:
+        self, tokens: int, inner: int, width: int, *, norm: bool = True, norm_bias: bool = True, bias: bool = True,
+        skip: str = "none", negate: bool = False, kind: str = "none", mean: float = 0.5, nan: bool = False,
+        dtype: torch.dtype = torch.float32, fold: bool = False, library: bool = False, in_memory: bool = False,
+    ) -> None:  # fmt: skip
+        """``dtype`` is the operand's; ``fold`` has raw tokens multiplied, ``library`` PyTorch multiply; the threshold may lie
+        ``in_memory``."""
         torch.manual_seed(tokens * inner + width)
-        self.kind, self.negate, self.skip = kind, negate, skip
+        self.skip, self.negate, self.kind = skip, negate, kind
+        self.fold, self.library, self.in_memory = fold, library, in_memory
         x = torch.randn(tokens, inner) * (1 + torch.rand(tokens, 1)) + mean * torch.randn(tokens, 1)
         if nan:
             x[tokens // 2, 3] = math.nan
-        self.x, self.b = amid_nan(x), amid_nan(torch.randn(inner, width) * inner**-0.5)
+        b = (torch.randn(inner, width) * inner**-0.5).to(dtype)
+        self.x, self.b = amid_nan(x), b.double()
         gamma, beta = 1 + 0.3 * torch.randn(inner), 0.3 * torch.randn(inner) if norm_bias else None
         self.norm = Norm(gamma, beta, LAYER_NORM_EPS) if norm else None
         self.bias = torch.randn(width) if bias else None
         self.residual = amid_nan(torch.randn(tokens, width))
-        self.operand = _operand(self.b, self.bias, self.norm)
+        self.operand = _operand(b, self.bias, self.norm)
         self.threshold = None if kind == "none" else torch.tensor(THRESHOLD)
         self.exact = self.x.double().requires_grad_()
-        normalised = self.exact
+        self.stats, self.xhat, normalised, weight = None, self.x.double(), self.exact, 1
         if norm:
             center, rstd = _moments(self.exact)
-            self.stats = torch.stack((center, rstd)).detach()
-            normalised = (self.exact - center[:, None]) * rstd[:, None]
-            normalised = normalised * gamma.double() + (0 if beta is None else beta.double())
-        product = normalised @ self.b.double() + (0 if self.bias is None else self.bias.double())
+            xhat = (self.exact - center[:, None]) * rstd[:, None]
+            normalised, weight = xhat * gamma.double() + (0 if beta is None else beta.double()), gamma.double()
+            self.stats, self.xhat = torch.stack((center, rstd)).detach(), xhat.detach()
+        product = normalised @ self.b + (0 if self.bias is None else self.bias.double())
         added = {"none": 0, "self": normalised, "residual": self.residual.double()}[skip]
         self.truth = _activation(added - product if negate else added + product, kind)
+        # What xhat is multiplied with in all: the product's matrix and what is added to it.
+        self.matrix = (weight * (-self.b if negate else self.b).mT).mT
+        if skip == "self":
+            self.matrix = self.matrix + torch.eye(inner) * weight
+
+    def gradient(self) -> None:
+        """A gradient of the result; behind the threshold, as it is and as products read it, with its sums; and that of x."""
+        self.upstream = amid_nan(torch.randn(self.truth.shape))
+        self.truth.backward(self.upstream.double())
+        self.y = amid_nan(self.truth.detach().float())
+        self.g = self.upstream.double() * ((self.truth.detach() != 0) if self.kind != "none" else 1)
+        mean, rstd = self.float32_stats()[..., None] if self.fold else (1, 1)
+        self.read = (self.g.float() * rstd).to(self.operand.matrix.dtype).double()  # sums are of what products read
+        self.columns = torch.stack((self.g, mean * self.read)[: 1 + self.fold]).sum(1)
+        self.sums = torch.stack((self.read @ self.matrix.sum(0), (self.read * (self.xhat @ self.matrix)).sum(1)))
+
+    def options(self) -> dict[str, object]:
+        """What the launchers of the product and of its gradients take alike."""
+        return dict(norm=self.norm, negate=self.negate, threshold=self.threshold, soft=self.kind == "soft")
+
+    def gradient_options(self) -> dict[str, object]:
+        return dict(**self.options(), y=self.y, stats=self.float32_stats(), skip=self.skip == "self")
+
+    def float32_stats(self) -> Tensor | None:
+        return None if self.stats is None else self.stats.float()
+
+    @contextmanager
+    def patched(self, module: ModuleType):
+        """The module with the choices of this case; what comes before its product is exact, and amid NaN."""
+        before = self.x if self.fold else amid_nan(self.xhat.float()), self.float32_stats()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patch.object(module, "folds", lambda *_: self.fold))
+            stack.enter_context(patch.object(module, "before_product", lambda *_: before))
+            if self.library:
+                stack.enter_context(patch.object(module, "TABLE", _LIBRARY_TILES))
+                stack.enter_context(patch.object(module, "float32_product", lambda a, b: amid_nan((a @ b).float())))
+            stack.enter_context(_numbers_in_memory(module, self.in_memory))
+            yield
 
 
 @contextmanager
@@ -148,110 +184,131 @@ def _numbers_in_memory(module: ModuleType, in_memory: bool):
         yield
 
 
-def _project(name: str, *shape: int, mode: str = "fold", in_memory: bool = False, **case) -> Probe:
+def _probe(
+    name: str,
+    kernel: str,
+    run: Callable[[ModuleType], dict[str, Tensor]],
+    expected: dict[str, Tensor],
+    margin: float = PRODUCT_MARGIN,
+) -> Probe:
+    return Probe(name, kernel, run, expected, dict.fromkeys(expected, margin))
+
+
+def _moments_of(name: str, *shape: int, normalise: bool, mean: float = 0.5) -> Probe:
+    product = _Product(*shape, mean=mean)
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        stats, xhat = module.moments(product.x, LAYER_NORM_EPS, torch.float32 if normalise else None)
+        return {"mean": stats[0], "rstd": stats[1], "xhat": xhat}
+
+    expected = {"mean": product.stats[0], "rstd": product.stats[1]}
+    return _probe(name, "moments_kernel", run, expected | ({"xhat": product.xhat} if normalise else {}))
+
+
+def _project(name: str, *shape: int, **case) -> Probe:
     product = _Product(*shape, **case)
     skip = {"none": None, "self": product.x, "residual": product.residual}[product.skip]
 
-    def norm_mode(x: Tensor, operand: Operand, norm: Norm | None) -> str:
-        return "none" if norm is None else mode  # in float32 both are right, one more exactly
-
     def run(module: ModuleType) -> dict[str, Tensor]:
-        with patch.object(module, "norm_mode", norm_mode), _numbers_in_memory(module, in_memory):
-            y, stats = module.project(
-                product.x, product.operand, torch.float32, norm=product.norm, skip=skip,
-                skip_norm=product.skip == "self" and product.norm is not None, negate=product.negate,
-                threshold=product.threshold, soft=product.kind == "soft",
+        with product.patched(module):
+            y, _ = module.project(
+                product.x, product.operand, torch.float32, skip=skip,
+                skip_norm=product.skip == "self" and product.norm is not None, **product.options(),
             )  # fmt: skip
-        return {"y": y} if stats is None else {"y": y, "mean": stats[0], "rstd": stats[1]}
+        return {"y": y}
 
-    expected = {"y": product.truth.detach()}
-    if product.norm is not None and not case.get("nan"):
-        expected |= {"mean": product.stats[0], "rstd": product.stats[1]}
-    return Probe(name, "project_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+    return _probe(name, "project_kernel", run, {"y": product.truth.detach()})
 
 
-def _input_gradient(
-    name: str, *shape: int, extra: bool = True, in_memory: bool = False, dtype: torch.dtype = torch.float32, **case
-) -> Probe:
-    """``dtype`` is the operand's: in float16 the gradient is rounded for the product, and what passes it is not."""
+def _gradient_rows(name: str, *shape: int, **case) -> Probe:
     product = _Product(*shape, **case)
-    operand = product.operand._replace(matrix=amid_nan(product.operand.matrix.to(dtype)))
-    tokens, inner, width = shape
-    upstream = amid_nan(torch.randn(tokens, width))
-    passed = amid_nan(torch.randn(tokens, inner)) if extra else None
-    product.truth.backward(upstream.double())
-    y = amid_nan(product.truth.detach().float())
-    stats = None if product.norm is None else product.stats.float()
+    product.gradient()
 
     def run(module: ModuleType) -> dict[str, Tensor]:
-        with _numbers_in_memory(module, in_memory):
-            dx = module.input_gradient(
-                upstream, operand, torch.float32, y=y, norm=product.norm, x=product.x, stats=stats,
-                skip=product.skip == "self", negate=product.negate, extra=passed, threshold=product.threshold,
-                soft=product.kind == "soft",
-            )  # fmt: skip
-        return {"dx": dx}
+        with product.patched(module):
+            rows = module.gradient_rows(product.upstream, product.x, product.operand, **product.gradient_options())
+        return {"g": rows.g, "c1": rows.sums[0], "c2": rows.sums[1], "column sums": rows.column_sums}
 
-    expected = {"dx": product.exact.grad + (passed.double() if extra else 0)}
-    margin = PRODUCT_MARGIN if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-    return Probe(name, "input_gradient_kernel", run, expected, {"dx": margin})
-
-
-def _of(kernel: str, probe: Probe) -> Probe:
-    """The same probe, asked about another kernel that it runs on its way."""
-    return dataclasses.replace(probe, kernel=kernel)
+    expected = {"g": product.read, "c1": product.sums[0], "c2": product.sums[1], "column sums": product.columns}
+    return _probe(name, "gradient_rows_kernel", run, expected)
 
 
 def _weight_gradient(name: str, *shape: int, **case) -> Probe:
+    """H and the offset's gradient, which need no sums over features."""
     product = _Product(*shape, **case)
-    tokens, _, width = shape
-    upstream = amid_nan(torch.randn(tokens, width))
-    y = amid_nan(product.truth.detach().float()) if product.kind != "none" else None
-    stats = None if product.norm is None else product.stats.float()
+    product.gradient()
 
     def run(module: ModuleType) -> dict[str, Tensor]:
-        h, sums = module.weight_gradient(product.x, upstream, torch.float32, y=y, stats=stats)
-        return {"xhat^T g": h, "sums of g": sums}
+        with product.patched(module):
+            found = module.gradients(
+                product.upstream, product.x, product.operand, torch.float32, **product.gradient_options(), need_x=False
+            )
+        mean_column = found.mean_column if product.fold else 0
+        return {"xhat^T g": found.matrix - mean_column, "sums of g": found.column}
 
-    g = upstream.double() if y is None else upstream.double() * (product.truth.detach() != 0)
-    xhat = product.x.double()
-    if stats is not None:
-        xhat = (xhat - product.stats[0][:, None]) * product.stats[1][:, None]
-    expected = {"xhat^T g": xhat.mT @ g, "sums of g": g.sum(0)}
-    return Probe(name, "gradient_rows_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+    sign = -1 if product.negate else 1
+    expected = {"xhat^T g": sign * product.xhat.mT @ product.g, "sums of g": sign * product.g.sum(0)}
+    return _probe(name, "gradient_rows_kernel", run, expected)
+
+
+def _input_gradient(name: str, *shape: int, extra: bool = True, heads: tuple[int, int] | None = None, **case) -> Probe:
+    """With an operand in float16 the gradient is rounded for the product, what passes it is not, and dx only where attention's
+    heads read it."""
+    product = _Product(*shape, **case)
+    product.gradient()
+    tokens, inner, _ = shape
+    passed = amid_nan(torch.randn(tokens, inner)) if extra else None
+    dtype = product.operand.matrix.dtype
+    g, out_dtype = amid_nan(product.read.to(dtype)), dtype if heads else torch.float32
+    rows = GradientRows(g, product.sums.float() if product.norm else None)
+    dx = product.exact.grad + (passed.double() if extra else 0)
+    if dtype != torch.float32:
+        dx = dx + (product.read - product.g) @ product.b.mT * (-1 if product.negate else 1)
+    expected = {"dx": dx.to(out_dtype).double()}
+    if heads:
+        expected["delta"] = (
+            (expected["dx"] * product.x).view(heads[0], -1, heads[1], inner // heads[1]).sum(-1).transpose(1, 2)
+        )
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        with product.patched(module):
+            found = module.gradients(
+                product.upstream, product.x, product.operand, out_dtype, **product.gradient_options(), extra=passed,
+                rows=rows, heads=heads, need_matrix=False, need_column=False,
+            )  # fmt: skip
+        return {"dx": found.x, "delta": found.delta}
+
+    # In 16 bits a number here and there may be rounded the other way; all of them unrounded are 2e-4.
+    return _probe(name, "input_gradient_kernel", run, expected, PRODUCT_MARGIN if out_dtype == torch.float32 else 1e-4)
 
 
 def product_probes() -> list[Probe]:
     """The first of each kernel is small and meets most mistakes."""
     odd, square = (37, 24, 20), (20, 20, 20)
     return [
-        _of("moments_kernel", _project("fold", 20, 24, 10)),
-        _of("moments_kernel", _project("first", 20, 24, 10, mode="first")),
-        _of("moments_kernel", _project("far from zero", 37, 24, 20, mean=30.0)),
-        _project("fold, skip itself, relu", 5, 20, 20, skip="self", kind="relu"),
-        _project("first, skip itself, soft", *square, mode="first", skip="self", kind="soft", negate=True),
-        _project("fold, far from zero", *odd, mean=30.0, bias=False),
+        _moments_of("with the tokens normalised", 20, 24, 1, normalise=True),
+        _moments_of("far from zero", 37, 24, 1, normalise=False, mean=30.0),
+        _project("fold, skip itself, relu", 5, 20, 20, skip="self", kind="relu", fold=True),
+        _project("skip itself, soft, negated", *square, skip="self", kind="soft", negate=True),
+        _project("fold, no bias", *odd, bias=False, fold=True),
         _project("no norm, residual, soft", *odd, norm=False, skip="residual", kind="soft", in_memory=True),
-        _project("no norm, no bias, negated", *square, norm=False, bias=False, negate=True),
-        _project("one column tile", 20, 24, 10),
-        _project("norm without bias, skip itself", *square, norm_bias=False, skip="self", negate=True),
-        _project("first, one column tile", 20, 24, 10, mode="first"),
+        _project(
+            "a library's, fold, norm without bias", *odd[:2], 24, norm_bias=False, skip="self", fold=True, library=True
+        ),
         _project("NaN, relu", 5, 10, 12, kind="relu", nan=True),
         _project("NaN, soft", 5, 10, 12, kind="soft", nan=True),
-        _input_gradient("norm, skip, relu, extra", 5, 20, 20, skip="self", kind="relu"),
-        _input_gradient("norm, soft, negated", *odd, kind="soft", negate=True, in_memory=True),
-        _input_gradient("norm, no threshold", 20, 24, 20, extra=False),
-        _input_gradient("no norm, skip, negated", *square, norm=False, skip="self", negate=True, extra=False),
-        _input_gradient("no norm, skip, soft", *square, norm=False, skip="self", kind="soft"),
+        _gradient_rows("fold, skip, relu", 20, 24, 24, skip="self", kind="relu", fold=True, dtype=torch.float16),
+        _gradient_rows("soft, negated", *odd, kind="soft", negate=True, in_memory=True),
+        _gradient_rows("no threshold", 20, 24, 20),
+        _weight_gradient("fold, relu, negated", 37, 20, 24, kind="relu", fold=True, negate=True),
+        _weight_gradient("no norm, no threshold", 37, 24, 20, norm=False),
+        _input_gradient("fold, skip, relu", 20, 20, 20, skip="self", kind="relu", fold=True),
+        _input_gradient("negated", *odd, negate=True),
+        _input_gradient("no norm, delta", 21, 20, 24, norm=False, extra=False, heads=(3, 5), dtype=torch.float16),
         _input_gradient(
             "a rounded product, skip, relu", *square, norm=False, skip="self", kind="relu", dtype=torch.float16
         ),
-        _of("gradient_rows_kernel", _input_gradient("norm, skip, relu", 20, 24, 24, skip="self", kind="relu")),
-        _of("gradient_rows_kernel", _input_gradient("norm, soft", *odd, kind="soft", negate=True, in_memory=True)),
-        _of("gradient_rows_kernel", _input_gradient("norm, no threshold", 20, 24, 20, extra=False)),
-        _weight_gradient("norm, relu", 57, 20, 24, kind="relu"),
-        _weight_gradient("no norm, no threshold", 37, 24, 20, norm=False),
-        _weight_gradient("few tokens, one tile", 5, 10, 12),
+        _input_gradient("a library's", *odd, library=True),
     ]
 
 
@@ -422,54 +479,47 @@ def _one_launch(
     name: str,
     *shape: int,
     heads: int = 1,
-    mode: str = "fold",
+    norm: bool = True,
+    fold: bool = False,
     bias: bool = False,
     is_causal: bool = False,
-    mean: float = 0.5,
 ) -> Probe:
     """softmax(scale * w w^T) w of w = LN(x) U^T + bias, x [batch, tokens, width]; ``shape`` ends with the head's width."""
-    torch.manual_seed(sum(shape))
     (batch, tokens, width, head_dim), scale = shape, 0.3
-    x = amid_nan(torch.randn(batch, tokens, width) + mean * torch.randn(batch, tokens, 1))
-    b = torch.randn(width, heads * head_dim) * width**-0.5
-    offset = torch.randn(heads * head_dim) if bias else None
-    norm = None if mode == "none" else Norm(1 + 0.3 * torch.randn(width), 0.3 * torch.randn(width), LAYER_NORM_EPS)
-    operand = _operand(b, offset, norm)
-
-    normalised, expected = x.double(), {}
-    if norm is not None:
-        center, rstd = _moments(normalised)
-        expected = {"mean": center.flatten(), "rstd": rstd.flatten()}
-        normalised = (normalised - center[..., None]) * rstd[..., None] * norm.weight.double() + norm.bias.double()
-    w = normalised @ b.double() + (0 if offset is None else offset.double())
-    by_head = w.unflatten(-1, (heads, head_dim)).transpose(1, 2)
+    product = _Product(batch * tokens, width, heads * head_dim, norm=norm, bias=bias, fold=fold)
+    w = product.truth.detach()
+    by_head = w.view(batch, tokens, heads, head_dim).transpose(1, 2)
     scores = scale * by_head @ by_head.mT
     if is_causal:
         scores = scores.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf)
-    out = (scores.softmax(-1) @ by_head).transpose(1, 2)
-    expected |= {"w": w.flatten(0, 1), "out": out.flatten(2).flatten(0, 1), "lse": scores.logsumexp(-1)}
+    out = (scores.softmax(-1) @ by_head).transpose(1, 2).flatten(2).flatten(0, 1)
 
     def run(module: ModuleType) -> dict[str, Tensor]:
-        with patch.object(module, "norm_mode", lambda *_: mode), float32_products("high"):
-            w, out, lse, stats = module.attend(x, norm, operand, heads, scale, is_causal)
-        found = {"w": w, "out": out, "lse": lse}
-        return found if stats is None else found | {"mean": stats[0], "rstd": stats[1]}
+        x = torch.empty(batch, tokens, width)  # read before the product only
+        with product.patched(module), float32_products("high"):
+            found = module.attend(x, product.norm, product.operand, heads, scale, is_causal)
+        return dict(zip(expected, found[:3], strict=True))
 
-    return Probe(name, "attend_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
+    expected = {"w": w, "out": out, "lse": scores.logsumexp(-1)}
+    return _probe(name, "attend_kernel", run, expected)
 
 
 def one_launch_probes() -> list[Probe]:
     return [
-        _one_launch("fold, two parts", 1, 5, 24, 40, bias=True),
-        _one_launch("fold, samples and heads", 2, 5, 24, 8, heads=2),
-        _one_launch("first, a tail tile", 1, 37, 20, 8, mode="first"),
-        _one_launch("no norm, causal", 1, 37, 16, 8, mode="none", is_causal=True),
+        _one_launch("fold, two parts", 1, 5, 24, 40, bias=True, fold=True),
+        _one_launch("fold, samples and heads", 2, 5, 24, 8, heads=2, fold=True),
+        _one_launch("normalised first, a tail tile", 1, 37, 20, 8),
+        _one_launch("no norm, causal", 1, 37, 16, 8, norm=False, is_causal=True),
     ]
 
 
 # --- Preparation of weights --------------------------------------------------------------------------------------------
 
-_SMALL_TILES = {"_PREPARE": dict(BLOCK_N=16, BLOCK_K=16), "_COMBINE": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)}
+_SMALL_TILES = {
+    "_PREPARE": dict(BLOCK_N=16, BLOCK_K=16),
+    "_COMBINE": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16),
+    "_GRADIENT": dict(BLOCK_N=16, BLOCK_K=16),
+}
 _SCALE = torch.tensor(0.3)
 
 
@@ -537,6 +587,32 @@ def _combine(name: str, width: int, *, in_memory: bool = False) -> Probe:
     return Probe(name, "combine_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
 
 
+def _matrix_gradient(
+    name: str, inner: int, width: int, *, beta: bool = True, fold: bool = True, skip: bool = False,
+    scaled: bool = True, in_memory: bool = False,
+) -> Probe:  # fmt: skip
+    torch.manual_seed(inner * width)
+    product, matrix = (amid_nan(torch.randn(inner, width)) for _ in range(2))
+    like = torch.empty(width, inner).mT if skip else torch.empty(inner, width)
+    column, mean_column = _vector(width), _vector(width) if fold else None
+    norm = Norm(_vector(inner), _vector(inner) if beta else None)
+    scale = _SCALE.double() if scaled else 1
+    h = product.double() - (mean_column.double() if fold else 0)
+    grad_matrix, expected = norm.weight.double()[:, None] * h, {}
+    if beta:
+        grad_matrix = grad_matrix + norm.bias.double()[:, None] * column
+        expected["beta"] = scale * matrix.double() @ column.double() + (column if skip else 0)
+    expected |= {"matrix": scale * grad_matrix, "gamma": scale * (matrix * h).sum(1) + (h.diagonal() if skip else 0)}
+
+    def run(module: ModuleType) -> dict[str, Tensor]:
+        with _preparing(module, in_memory):
+            found = Gradients(None, product, column, mean_column, None)
+            grads = module.matrix_gradient(found, matrix, norm, like, _SCALE if scaled else None, skip)
+        return dict(zip(("matrix", "gamma", "beta"), grads, strict=True))
+
+    return _probe(name, "gradient_kernel", run, expected)
+
+
 def preparation_probes() -> list[Probe]:
     return [
         _prepare("tails", 21, 35, scaled=True),
@@ -544,4 +620,7 @@ def preparation_probes() -> list[Probe]:
         _prepare("scale in memory", 16, 5, scaled=True, in_memory=True),
         _combine("tails", 21),
         _combine("whole tiles, scale in memory", 32, in_memory=True),
+        _matrix_gradient("tails, skip", 21, 21, skip=True),
+        _matrix_gradient("scale in memory", 5, 35, in_memory=True, fold=False),
+        _matrix_gradient("whole tiles, no beta, no scale", 32, 16, beta=False, scaled=False),
     ]

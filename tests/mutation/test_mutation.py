@@ -34,59 +34,74 @@ pytestmark = [
 
 PRODUCT_MISTAKES = [
     # The wrong operand.
-    Mistake("project_kernel", "mean * load_row(column_sum,", "mean * load_row(offset,"),
-    Mistake("project_kernel", "product += load_row(offset,", "product += load_row(column_sum,"),
-    Mistake("project_kernel", "* load_row(norm_weight,", "* load_row(norm_bias,"),
-    Mistake("project_kernel", "skip_tile += load_row(norm_bias,", "skip_tile += load_row(norm_weight,"),
-    Mistake("project_kernel", "rstd * (product - mean", "mean * (product - rstd"),
-    Mistake("project_kernel", "product = rectify(product,", "product = soft_threshold(product,"),
-    Mistake("project_kernel", "product = soft_threshold(product,", "product = rectify(product,"),
+    Mistake("multiply", "x_row_stride, x_column_stride, tokens, width", "x_column_stride, x_row_stride, tokens, width"),
+    Mistake("multiply", "x_row_stride, x_column_stride, tokens, inner", "x_column_stride, x_row_stride, tokens, inner"),
     Mistake(
-        "project_kernel",
+        "multiply",
         "matrix_row_stride, matrix_column_stride, inner_width",
         "matrix_column_stride, matrix_row_stride, inner_width",
     ),
-    Mistake(
-        "project_kernel", "skip_row_stride, skip_column_stride, tokens", "skip_column_stride, skip_row_stride, tokens"
+    *(
+        Mistake(
+            kernel,
+            "matrix_row_stride, matrix_column_stride, LIBRARY",
+            "matrix_column_stride, matrix_row_stride, LIBRARY",
+        )
+        for kernel in ("project_kernel", "input_gradient_kernel")
     ),
-    Mistake("input_gradient_kernel", "c1 + normalised * c2", "c2 + normalised * c1"),
-    Mistake("input_gradient_kernel", "c2) / width", "c2) / inner_width"),
-    Mistake(
-        "input_gradient_kernel",
-        "matrix_row_stride, matrix_column_stride, inner_width",
-        "matrix_column_stride, matrix_row_stride, inner_width",
+    Mistake("project_kernel", "        x_row_stride, x_column_stride", "        x_column_stride, x_row_stride"),
+    Mistake("input_gradient_kernel", "        g_row_stride, g_column_stride", "        g_column_stride, g_row_stride"),
+    *(
+        Mistake(kernel, "mean, rstd = load_pairs", "rstd, mean = load_pairs")
+        for kernel in ("behind_projection", "gradient_rows_kernel", "behind_input_gradient")
     ),
-    Mistake("input_gradient_kernel", "x_row_stride, x_column_stride, tokens", "x_column_stride, x_row_stride, tokens"),
+    Mistake("behind_projection", "mean * load_row(column_sum,", "mean * load_row(offset,"),
+    Mistake("behind_projection", "product += load_row(offset,", "product += load_row(column_sum,"),
+    Mistake("behind_projection", "* load_row(norm_weight,", "* load_row(norm_bias,"),
+    Mistake("behind_projection", "skip_tile += load_row(norm_bias,", "skip_tile += load_row(norm_weight,"),
+    Mistake("behind_projection", "product = rectify(product,", "product = soft_threshold(product,"),
+    Mistake("behind_projection", "product = soft_threshold(product,", "product = rectify(product,"),
     Mistake(
-        "input_gradient_kernel",
-        "extra_row_stride, extra_column_stride, tokens",
-        "extra_column_stride, extra_row_stride, tokens",
-    ),
-    Mistake(
-        "input_gradient_kernel",
-        "grad_row_stride, grad_column_stride, tokens",
-        "grad_column_stride, grad_row_stride, tokens",
+        "behind_projection",
+        "skip_row_stride, skip_column_stride, tokens",
+        "skip_column_stride, skip_row_stride, tokens",
     ),
     Mistake("gradient_rows_kernel", "load_row(product_sum,", "load_row(product_offset,"),
     Mistake("gradient_rows_kernel", "load_row(product_offset,", "load_row(product_sum,"),
     Mistake("gradient_rows_kernel", "tl.sum(c1, 1)", "tl.sum(c2, 1)"),
     Mistake("gradient_rows_kernel", "tl.sum(c2, 1)", "tl.sum(c1, 1)"),
+    Mistake("gradient_rows_kernel", "tl.sum(g, 0)", "tl.sum(g * rstd, 0)"),
+    Mistake("gradient_rows_kernel", "tl.sum(mean * g, 0)", "tl.sum(rstd * g, 0)"),
     Mistake(
         "gradient_rows_kernel",
         "grad_row_stride, grad_column_stride, tokens",
         "grad_column_stride, grad_row_stride, tokens",
     ),
     Mistake("gradient_rows_kernel", "y_row_stride, y_column_stride, tokens", "y_column_stride, y_row_stride, tokens"),
-    Mistake("store_normalised", "float32) - mean) * rstd", "float32) - rstd) * mean"),
-    Mistake("store_normalised", "x_row_stride, x_column_stride, tokens", "x_column_stride, x_row_stride, tokens"),
+    Mistake("behind_input_gradient", "c1, c2 = load_pairs", "c2, c1 = load_pairs"),
+    Mistake("behind_input_gradient", "            grad, clamped_rows", "            g, clamped_rows"),
+    *(
+        Mistake(
+            "behind_input_gradient",
+            f"{name}_row_stride, {name}_column_stride, tokens",
+            f"{name}_column_stride, {name}_row_stride, tokens",
+        )
+        for name in ("grad", "y", "x", "extra")
+    ),
+    Mistake("behind_input_gradient", "columns, width, 1, tokens", "columns, 1, width, tokens"),
     Mistake("moments_kernel", "tl.store(stats + rows, mean,", "tl.store(stats + rows, rstd,"),
     Mistake("moments_kernel", "+ rows, rstd, mask", "+ rows, mean, mask"),
+    Mistake("moments_kernel", "float32) - mean[:, None]) * rstd[:, None]", "float32) - rstd[:, None]) * mean[:, None]"),
     Mistake("add_moments", "step * step * (start * share)", "0.0"),
     Mistake("add_moments", "tl.minimum(width - start, columns.shape[0])", "(columns.shape[0] + 0 * start)"),
-    # A mask or a factor dropped, in a form that still runs.
+    # A mask, a factor or a rounding dropped, in a form that still runs.
     Mistake("load_tile", "(rows < row_count) | WHOLE_ROWS", "(rows < row_count) | True"),
     Mistake("load_tile", "(columns < column_count) | WHOLE_COLUMNS", "(columns < column_count) | True"),
     Mistake("inverse_deviation", "1.0 / tl.sqrt(squares / width + eps)", "tl.sqrt(squares / width + eps)"),
+    Mistake(
+        "gradient_rows_kernel", "(g * rstd if SCALED else g).to(g_out.dtype.element_ty)", "g * rstd if SCALED else g"
+    ),
+    Mistake("behind_input_gradient", "product.to(out.dtype.element_ty).to(tl.float32)", "product"),
     Mistake("inverse_deviation", "(squares / width + eps)", "(0.0 * squares / width + eps)"),
     # NaN taken for a value that the threshold stops, or a mask that fits the other threshold.
     Mistake("rectify", "u <= threshold, 0.0, u - threshold", "u > threshold, u - threshold, 0.0"),
@@ -97,15 +112,15 @@ PRODUCT_MISTAKES = [
     ),
     Mistake("masked_gradient", "y != 0.0", "y > 0.0"),
     # A tile forgotten.
-    Mistake("moments_kernel", "in range(0,", "in range(BLOCK_N,"),
-    Mistake("store_normalised", "in range(0,", "in range(BLOCK_N,"),
+    Mistake("multiply", "in range(0,", "in range(BLOCK_K,"),
     Mistake("gradient_rows_kernel", "in range(0,", "in range(BLOCK_N,"),
-    Mistake(
-        "project_kernel",
-        "product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)\n    for start in range(0,",
-        "product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)\n    for start in range(BLOCK_K,",
+    *(
+        Mistake("moments_kernel", before, before.replace("range(0,", "range(BLOCK_N,"))
+        for before in (
+            "squares = tl.zeros((BLOCK_M,), tl.float32)\n    for start in range(0,",
+            "is not None:\n        for start in range(0,",
+        )
     ),
-    Mistake("input_gradient_kernel", "in range(0,", "in range(BLOCK_K,"),
 ]
 
 ATTENTION_MISTAKES = [
@@ -174,8 +189,9 @@ PRODUCT_EQUIVALENTS = {
         "load_tile: (columns < column_count) | WHOLE_COLUMNS -> (columns < column_count)",
     ),
     "rows are clamped, so a mask along them is true everywhere": (
-        "project_kernel: load_tile, argument 7: True -> False (every place)",
-        "input_gradient_kernel: load_tile, argument 7: True -> False (every place)",
+        "multiply: load_tile, argument 7: True -> False (every place)",
+        "behind_projection: load_tile, argument 7: True -> False (every place)",
+        "behind_input_gradient: load_tile, argument 7: True -> False (every place)",
     ),
     "numbers beyond the end meet a gradient of zero, or a column that is not stored; they need only be finite": (
         "load_row: tl.load(vector + columns, mask=columns < column_count, other=0.0)"
@@ -191,13 +207,6 @@ PRODUCT_EQUIVALENTS = {
     ),
     "a relu's output is never negative, so the signed form says the same": (
         "before_threshold: if ACTIVATION == 'relu' -> False",
-    ),
-    "rows beyond the last are not stored, so their moments need only be readable": (
-        "gradient_rows_kernel: tl.load(stats + rows, mask=rows < tokens, other=0.0)"
-        " -> tl.load(stats + rows, mask=rows < tokens, other=1.0)",
-        "gradient_rows_kernel: rows < tokens -> rows <= tokens (place 3)",
-        "gradient_rows_kernel: tl.load(stats + tokens.to(tl.int64) + rows, mask=rows < tokens, other=0.0)"
-        " -> tl.load(stats + tokens.to(tl.int64) + rows, mask=rows < tokens, other=1.0)",
     ),
 }
 
@@ -257,57 +266,35 @@ ATTENTION_EQUIVALENTS = {
 
 ONE_LAUNCH_MISTAKES = [
     # The wrong operand.
-    Mistake("behind_norm", "mean[:, None] * load_row(column_sum,", "mean[:, None] * load_row(offset,"),
+    Mistake("behind_norm", "mean, rstd = load_pairs", "rstd, mean = load_pairs"),
+    Mistake("behind_norm", "mean * load_row(column_sum,", "mean * load_row(offset,"),
     Mistake("behind_norm", "product += load_row(offset,", "product += load_row(column_sum,"),
-    Mistake("behind_norm", "rstd[:, None] * (product - mean[:, None]", "mean[:, None] * (product - rstd[:, None]"),
-    Mistake("project_rows", "return product, mean, rstd", "return product, rstd, mean"),
+    Mistake("attend_kernel", "x_token, x_feature, tokens", "x_feature, x_token, tokens"),
     Mistake(
-        "project_rows",
-        "x_token, x_feature, tokens, width, True, WHOLE_K)\n            mean",
-        "x_feature, x_token, tokens, width, True, WHOLE_K)\n            mean",
+        "attend_kernel", "width, matrix_row, matrix_column, HEAD_DIM", "width, matrix_column, matrix_row, HEAD_DIM"
     ),
-    Mistake(
-        "project_rows",
-        "x_token, x_feature, tokens, width, True, WHOLE_K)\n        columns",
-        "x_feature, x_token, tokens, width, True, WHOLE_K)\n        columns",
-    ),
-    Mistake("project_rows", "width, matrix_row, matrix_column", "width, matrix_column, matrix_row"),
-    Mistake("attend_kernel", "tl.store(moments, mean,", "tl.store(moments, rstd,"),
-    Mistake("attend_kernel", "tokens, rstd, mask", "tokens, mean, mask"),
-    Mistake("attend_kernel", "offset, DIM_A, HEAD_DIM, NORM", "offset, 0, HEAD_DIM, NORM"),
+    Mistake("attend_kernel", "offset, DIM_A, HEAD_DIM, FOLD", "offset, 0, HEAD_DIM, FOLD"),
     Mistake("attend_kernel", "token_stride, 1, DIM_A, HEAD_DIM", "token_stride, 1, 0, HEAD_DIM"),
     Mistake("attend_kernel", "rows, end, tokens, w, token_stride", "rows, end, tokens, out, token_stride"),
     Mistake("attend_kernel", "w_i = load_parts(w,", "w_i = load_parts(out,"),
     Mistake("attend_kernel", "store_parts(out,", "store_parts(w,"),
     # A mask dropped, and a division.
-    Mistake("project_rows", "DIM_A, DIM_B, not WHOLE_K)", "DIM_A, DIM_B, False)"),
+    Mistake("attend_kernel", "DIM_A, DIM_B, not WHOLE_K)", "DIM_A, DIM_B, False)"),
     Mistake("attend_kernel", "1.0 / row_sum", "row_sum"),
     # A tile forgotten.
-    Mistake(
-        "project_rows",
-        'if NORM == "first":\n        for start in range(0,',
-        'if NORM == "first":\n        for start in range(BLOCK_K,',
-    ),
-    Mistake(
-        "project_rows",
-        "zero_parts(rows.shape[0], DIM_A, DIM_B)\n    for start in range(0,",
-        "zero_parts(rows.shape[0], DIM_A, DIM_B)\n    for start in range(BLOCK_K,",
-    ),
-    Mistake(
-        "attend_kernel",
-        "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        product",
-        "range(BLOCK_ROWS, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        product",
-    ),
-    Mistake(
-        "attend_kernel",
-        "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        w_i",
-        "range(BLOCK_ROWS, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        w_i",
+    Mistake("attend_kernel", "for first in range(0,", "for first in range(BLOCK_K,"),
+    *(
+        Mistake("attend_kernel", before, before.replace("range(0,", "range(BLOCK_ROWS,"))
+        for before in (
+            "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        # Rows",
+            "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        w_i",
+        )
     ),
 ]
 
 ONE_LAUNCH_EQUIVALENTS = {
     "rows are clamped, so a mask along them is true everywhere": (
-        "project_rows: load_tile, argument 7: True -> False (every place)",
+        "attend_kernel: load_tile, argument 7: True -> False (every place)",
     ),
     "the interpreter runs a program's lines one after the other; test_mssa_one_launch.py finds the barrier in compiled code": (
         "attend_kernel: tl.debug_barrier() -> pass",
@@ -337,11 +324,31 @@ PREPARATION_MISTAKES = [
         "left = load_tile(weight, inner, rows, row_stride, column_stride",
         "left = load_tile(weight, inner, rows, column_stride, row_stride",
     ),
+    Mistake("gradient_kernel", "load_row(mean_column,", "load_row(column,"),
+    Mistake("gradient_kernel", "load_row(column,", "load_row(mean_column,"),
+    Mistake("gradient_kernel", "tl.load(column + rows,", "tl.load(mean_column + rows,"),
+    Mistake("gradient_kernel", "tl.load(beta + rows,", "tl.load(gamma + rows,"),
+    Mistake("gradient_kernel", "tl.sum(tile * h, 1)", "tl.sum(weight * h, 1)"),
+    Mistake("gradient_kernel", "tl.sum(tile * sums, 1)", "tl.sum(h * sums, 1)"),
+    *(
+        Mistake(
+            "gradient_kernel",
+            f"{name}_row_stride, {name}_column_stride, inner",
+            f"{name}_column_stride, {name}_row_stride, inner",
+        )
+        for name in ("product", "matrix")
+    ),
+    Mistake(
+        "gradient_kernel",
+        "grad_row_stride + columns.to(tl.int64)[None, :] * grad_column_stride",
+        "grad_column_stride + columns.to(tl.int64)[None, :] * grad_row_stride",
+    ),
     Mistake("scale_tile", "tl.sum(beta[:, None] * tile, 0)", "tl.sum(beta[:, None] * scaled, 0)"),
     Mistake("scale_tile", "inner_width, 1.0, VECTOR", "inner_width, 0.0, VECTOR"),
     Mistake("scale_tile", "inner_width, 0.0, VECTOR", "inner_width, 1.0, VECTOR"),
     # A tile forgotten.
     Mistake("prepare_kernel", "range(0, inner_width,", "range(BLOCK_K, inner_width,"),
+    Mistake("gradient_kernel", "range(0, width,", "range(BLOCK_N, width,"),
     Mistake("combine_kernel", "start in range(0, width, BLOCK_M", "start in range(BLOCK_M, width, BLOCK_M"),
     Mistake("combine_kernel", "inner_start in range(0, width", "inner_start in range(BLOCK_K, width"),
 ]
@@ -350,6 +357,11 @@ PREPARATION_EQUIVALENTS = {
     "beyond the end gamma and beta meet rows of zeros, and a bias columns that are not stored": (
         "load_optional: tl.load(vector + entries, mask=entries < count, other=0.0)"
         " -> tl.load(vector + entries, mask=entries < count, other=1.0)",
+    ),
+    "beyond the end there are rows that are not stored: what they are multiplied with need only be finite": tuple(
+        f"gradient_kernel: tl.load({vector} + rows, mask=inside, other=0.0)"
+        f" -> tl.load({vector} + rows, mask=inside, other=1.0)"
+        for vector in ("gamma", "beta", "column")
     ),
 }
 
@@ -385,7 +397,7 @@ KERNELS = [
     ),
     *(("shared_attention", kernel) for kernel in ("forward_kernel", "delta_kernel", "backward_kernel")),
     ("one_launch", "attend_kernel"),
-    *(("preparation", kernel) for kernel in ("prepare_kernel", "combine_kernel")),
+    *(("preparation", kernel) for kernel in ("prepare_kernel", "combine_kernel", "gradient_kernel")),
 ]
 
 
