@@ -26,7 +26,7 @@ from crate_kernels.products.triton import Gradients, load_row, load_tile, number
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # One for every device: these are small beside the products with the tokens, and no step waits for their last percent.
 _PREPARE = {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
-_GRADIENT = {"BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+_GRADIENT = {"BLOCK_N": 128, "BLOCK_K": 8, "num_warps": 4, "num_stages": 2}
 _COMBINE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 
 # Tables of addresses kept, each of a few KB: some models, and weights that are not where they were the step before. By the
@@ -153,8 +153,9 @@ def gradient_kernel(
 ):  # fmt: skip
     """Of BLOCK_K rows of B = scale * matrix [inner_width, width], with H = product - 1 (x) mean_column:
 
-        d matrix = scale * (gamma * H + beta (x) column)      dgamma = scale * rowsum(matrix * H)      dbeta = scale * matrix
-        column
+        d matrix = scale * (gamma * H + beta (x) column)
+        dgamma = scale * rowsum(matrix * H)
+        dbeta = scale * matrix column
 
     SKIP: LN(x) was added to the product as well, and its weight and bias meet the gradient there, too.
     """
@@ -214,14 +215,15 @@ def matrix_gradient(
     grad_gamma = torch.empty_like(norm.weight, memory_format=torch.contiguous_format)
     grad_beta = None if norm.bias is None else torch.empty_like(norm.bias, memory_format=torch.contiguous_format)
     beta = None if norm.bias is None else norm.bias.contiguous()
-    scale, in_memory = number(scale)
-    gradient_kernel[(triton.cdiv(inner_width, _GRADIENT["BLOCK_K"]),)](
-        found.matrix, matrix, found.column, found.mean_column, norm.weight.contiguous(), beta, grad_matrix, grad_gamma, grad_beta,
-        scale, inner_width, width, *found.matrix.stride(), *matrix.stride(), *grad_matrix.stride(),
-        SCALE_IN_MEMORY=in_memory, SKIP=skip,
-        WHOLE_N=width % _GRADIENT["BLOCK_N"] == 0, WHOLE_K=inner_width % _GRADIENT["BLOCK_K"] == 0,
-        enable_fp_fusion=True, **_GRADIENT,
-    )  # fmt: skip
+    if matrix.numel():
+        scale, in_memory = number(scale)
+        gradient_kernel[(triton.cdiv(inner_width, _GRADIENT["BLOCK_K"]),)](
+            found.matrix, matrix, found.column, found.mean_column, norm.weight.contiguous(), beta, grad_matrix, grad_gamma,
+            grad_beta, scale, inner_width, width, *found.matrix.stride(), *matrix.stride(), *grad_matrix.stride(),
+            SCALE_IN_MEMORY=in_memory, SKIP=skip,
+            WHOLE_N=width % _GRADIENT["BLOCK_N"] == 0, WHOLE_K=inner_width % _GRADIENT["BLOCK_K"] == 0,
+            enable_fp_fusion=True, **_GRADIENT,
+        )  # fmt: skip
     return grad_matrix, grad_gamma, grad_beta
 
 

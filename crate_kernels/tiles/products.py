@@ -32,7 +32,7 @@ TABLE = {
         ("input_gradient", "plain", 2, 2): _tile(128, 128, 64, 8, 3),
         ("input_gradient", "plain", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
         ("input_gradient", "norm", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=4),
-        ("input_gradient", "norm", 2, 4): _tile(128, 128, 64, 4, 3, PARTS=4),
+        ("input_gradient", "norm", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
         ("input_gradient", "masked", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=4),
         ("input_gradient", "masked", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=2),
         **{(kernel, use, 4, 4): _tile(64, 64, 32, 4, 3) for kernel in ("project", "input_gradient") for use in USES},
