@@ -55,10 +55,8 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
 
     Args:
         model, dtype: names in ``MODELS`` and ``DTYPES``.
-        batch, tokens: images, and tokens of each. Projection and attention in one launch, which larger batches never take, get as
-            many of the images as do.
+        batch, tokens: images, and tokens of each.
     """
-    from crate_kernels.mssa import one_launch
     from crate_kernels.products.op import operands
     from crate_kernels.products.operand import Norm
     from crate_kernels.products.triton import gradients, project
@@ -108,12 +106,6 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
     yield problem(
         "attention's gradient", attention.backward, of_heads(grad_w), of_heads(w), heads_out, lse, scale, False
     )
-    few = next((images for images in range(batch, 0, -1) if one_launch.is_chosen(images, heads, tokens)), 0)
-    if few:
-        images = x[: few * tokens].view(few, tokens, width)
-        yield problem(
-            "projection and attention in one launch", one_launch.attend, images, norm, qkv, heads, scale, False
-        )
 
 
 def cuda_timer(device: torch.device, rounds: int = 25) -> Timer:

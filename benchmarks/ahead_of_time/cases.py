@@ -112,29 +112,6 @@ def mssa(dtype: str, subtract: bool = False, norm: bool = True, bias: bool = Tru
     return Case("mssa", dtype, f"D=768 M={images * TOKENS}{flags}", call)
 
 
-def one_launch(
-    dtype: str, head_dim: int = 64, is_causal: bool = False, norm: bool = True, tokens: int = TOKENS, images: int = 2
-) -> Case:
-    """MSSA's projection and attention, 12 heads, in the one launch that small batches take; it has no backward of its own."""
-
-    def call() -> None:
-        from crate_kernels.mssa import triton as mssa_kernels
-        from crate_kernels.products.op import operands
-        from crate_kernels.products.operand import Norm
-
-        inner, operand = 12 * head_dim, torch.bfloat16 if dtype == "autocast" else DTYPES[dtype]
-        layer_norm = Norm(empty(dtype, inner), empty(dtype, inner), 1e-5) if norm else None
-        x, (qkv,) = (
-            empty(dtype, images, tokens, inner),
-            operands([empty(dtype, inner, inner).mT], [None], [layer_norm], operand),
-        )
-        form = mssa_kernels.Form(12, head_dim**-0.5, is_causal, subtract=False)
-        mssa_kernels.attend(x, layer_norm, qkv, form, one_launch=True)
-
-    shape = f"one launch d={head_dim} M={images * tokens}" + " LN" * norm + " causal" * is_causal
-    return Case("mssa", dtype, shape, call)
-
-
 def preparation(dtype: str, is_encoder: bool = True, layers: int = 12, width: int = 768) -> Case:
     """What the weights of many layers become before their products."""
 
@@ -186,7 +163,6 @@ def overcomplete(dtype: str, images: int = 64) -> Case:
 def tiles(*dtypes: str, head_dims: Sequence[int] = HEAD_DIMS) -> list[Case]:
     """Every tile that ships for the dtypes, each once, and the layers of a CRATE-MAE encoder."""
     cases = [attention(dtype, head_dim) for dtype in dtypes if dtype != "autocast" for head_dim in head_dims]
-    cases += [one_launch(dtype, head_dim) for dtype in dtypes for head_dim in (64, 80, 128)]
     return cases + [use for dtype in dtypes for use in (ista(dtype, norm=True), mssa(dtype), preparation(dtype))]
 
 
@@ -200,7 +176,6 @@ def flags() -> list[Case]:
     cases += [ista("bfloat16", images) for images in (1, 64)]
     cases += [ista("bfloat16", soft=True), ista("bfloat16", norm=True, learned=True)]
     cases += [norm_linear("autocast"), overcomplete("autocast")]
-    cases += [one_launch("bfloat16", 48), one_launch("bfloat16", is_causal=True), one_launch("bfloat16", norm=False)]
     return [*cases, mssa("bfloat16", subtract=True)]
 
 
@@ -214,7 +189,7 @@ def far() -> list[Case]:
     cases += [attention("bfloat16", batch=2**19, memory="token batch head feature")]
     cases += [attention("bfloat16", batch=2**19, memory="feature batch head token")]
     cases += [ista("bfloat16", 2**15, norm=True), ista("bfloat16", 2**15, feature_major=True)]
-    cases += [use("bfloat16", images=2**15) for use in (mssa, one_launch, norm_linear, overcomplete)]
+    cases += [use("bfloat16", images=2**15) for use in (mssa, norm_linear, overcomplete)]
     return [
         *cases,
         ista("bfloat16", 2**8, width=2**16),
@@ -241,6 +216,5 @@ def everything(target: str) -> list[Case]:
     ]
     cases += [ista(*variant) for variant in product(DTYPES, (1, 64), (576, 768), FLAGS, FLAGS, FLAGS)]
     cases += [mssa(*variant) for variant in product(DTYPES, FLAGS, FLAGS, FLAGS)]
-    cases += [one_launch(*variant) for variant in product(DTYPES, HEAD_DIMS, FLAGS, FLAGS)]
     cases += [norm_linear(*variant) for variant in product(DTYPES, FLAGS)]
     return cases + [overcomplete(dtype) for dtype in DTYPES]

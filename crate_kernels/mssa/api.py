@@ -74,8 +74,8 @@ def mssa(
         prepared: this operator's part of what ``prepare_layers`` gave, checked against the weights; made here if None. Not
             looked at off the Triton path.
 
-    On the Triton path three launches forward, or two for small batches (``one_launch.is_chosen``), and one more for a LayerNorm's
-    moments. With lengths or dropout the projections are the library's.
+    On the Triton path three launches forward, and one more for a LayerNorm's moments. With lengths or dropout the projections are
+    the library's.
 
     Returns:
         [batch, tokens, out_width]: without skip in x's dtype (the autocast dtype under autocast); with one, in the

@@ -1,4 +1,4 @@
-"""MSSA as kernels: three launches forward, one more for a LayerNorm's moments; for small batches one less.
+"""MSSA as kernels: three launches forward, and one more for a LayerNorm's moments.
 
     w = LN(x) U^T      out = softmax(scale * w w^T) w, head by head      z = skip +- (out W_out^T + b)
 
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crate_kernels.mssa import one_launch as together
 from crate_kernels.products import triton as products
 from crate_kernels.products.operand import Norm, Operand
 from crate_kernels.products.preparation import matrix_gradient
@@ -45,12 +44,8 @@ def forward(
     return products.project(kept.out, out, out_dtype, skip=skip, negate=form.subtract)[0], kept
 
 
-def attend(x: Tensor, norm: Norm | None, qkv: Operand, form: Form, one_launch: bool | None = None) -> Kept:
-    """The first two steps, projection and attention: in one launch or in two, as ``one_launch`` says or else the shape."""
-    if one_launch is None:
-        one_launch = together.is_chosen(x.shape[0], form.num_heads, x.shape[1])
-    if one_launch:
-        return Kept(*together.attend(x, norm, qkv, form.num_heads, form.scale, form.is_causal))
+def attend(x: Tensor, norm: Norm | None, qkv: Operand, form: Form) -> Kept:
+    """The first two steps, projection and attention."""
     w, stats = products.project(x.flatten(0, 1), qkv, qkv.matrix.dtype, norm=norm)
     out, lse = attention.forward(_heads(w, x, form), form.scale, form.is_causal)
     return Kept(w, _tokens(out), lse, stats)

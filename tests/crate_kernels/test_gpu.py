@@ -178,7 +178,6 @@ REPEATED = [
     *(pytest.param(operator, 64, torch.bfloat16, id=operator) for operator in ("attention", "ista", "mssa")),
     *(
         pytest.param(kind, batch, stream, id=f"{kind}-{batch}-{stream}")
-        # Few samples take projection and attention in one launch.
         for kind, batch in (("encoder", 64), ("encoder", 8), ("decoder", 64), ("decoder", 8))
         for stream in (torch.float32, torch.bfloat16)
     ),

@@ -410,18 +410,6 @@ def test_without_a_device_every_cache_of_the_user_is_shown_and_cleared(
     assert tune.main(["--clear"]) == 0 and not any(one.exists() for one in files)
 
 
-def test_the_one_launch_kernel_is_tuned_at_a_batch_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest of up to 5 images; none where not even one image does."""
-    from crate_kernels.mssa import one_launch
-
-    monkeypatch.setitem(tune.MODELS, "crate_mae_base", (32, 2))
-    monkeypatch.setattr(one_launch, "attend", lambda x, *rest: x)
-    for most, expected in ((2, [(2, 3, 32)]), (9, [(5, 3, 32)]), (0, [])):
-        monkeypatch.setattr(one_launch, "is_chosen", lambda images, heads, tokens, most=most: images <= most)
-        posed = [p for p in tune.problems("crate_mae_base", "float32", 5, CPU, tokens=3) if "one launch" in p.name]
-        assert [problem.run()[0].shape for problem in posed] == expected
-
-
 def test_a_rank_never_tunes(pretended_device: None, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="one process alone"):

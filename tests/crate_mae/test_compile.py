@@ -30,12 +30,11 @@ class Nothing:
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from crate_kernels.mssa import one_launch
     from crate_kernels.products import preparation
     from crate_kernels.products import triton as products
     from crate_kernels.shared_attention import triton as attention
 
-    for module in (preparation, products, attention, one_launch):
+    for module in (preparation, products, attention):
         for name in vars(module).copy():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Nothing(name))

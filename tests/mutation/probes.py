@@ -465,54 +465,6 @@ def attention_probes() -> list[Probe]:
     ]
 
 
-# --- MSSA in one launch -----------------------------------------------------------------------------------------------
-
-ONE_LAUNCH_TILES = {
-    "default": {
-        ("attend_kernel", 4, width): dict(BLOCK_ROWS=16, BLOCK_COLUMNS=32, BLOCK_K=16, num_warps=4, num_stages=1)
-        for width in (64, 96, 128)
-    }
-}
-
-
-def _one_launch(
-    name: str,
-    *shape: int,
-    heads: int = 1,
-    norm: bool = True,
-    fold: bool = False,
-    bias: bool = False,
-    is_causal: bool = False,
-) -> Probe:
-    """softmax(scale * w w^T) w of w = LN(x) U^T + bias, x [batch, tokens, width]; ``shape`` ends with the head's width."""
-    (batch, tokens, width, head_dim), scale = shape, 0.3
-    product = _Product(batch * tokens, width, heads * head_dim, norm=norm, bias=bias, fold=fold)
-    w = product.truth.detach()
-    by_head = w.view(batch, tokens, heads, head_dim).transpose(1, 2)
-    scores = scale * by_head @ by_head.mT
-    if is_causal:
-        scores = scores.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -math.inf)
-    out = (scores.softmax(-1) @ by_head).transpose(1, 2).flatten(2).flatten(0, 1)
-
-    def run(module: ModuleType) -> dict[str, Tensor]:
-        x = torch.empty(batch, tokens, width)  # read before the product only
-        with product.patched(module), float32_products("high"):
-            found = module.attend(x, product.norm, product.operand, heads, scale, is_causal)
-        return dict(zip(expected, found[:3], strict=True))
-
-    expected = {"w": w, "out": out, "lse": scores.logsumexp(-1)}
-    return _probe(name, "attend_kernel", run, expected)
-
-
-def one_launch_probes() -> list[Probe]:
-    return [
-        _one_launch("fold, two parts", 1, 5, 24, 40, bias=True, fold=True),
-        _one_launch("fold, samples and heads", 2, 5, 24, 8, heads=2, fold=True),
-        _one_launch("normalised first, a tail tile", 1, 37, 20, 8),
-        _one_launch("no norm, causal", 1, 37, 16, 8, norm=False, is_causal=True),
-    ]
-
-
 # --- Preparation of weights --------------------------------------------------------------------------------------------
 
 _SMALL_TILES = {

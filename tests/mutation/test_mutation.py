@@ -22,7 +22,6 @@ from mutation import probes
 from mutation.memory import OutOfBounds, Watch
 from mutation.mutants import Mistake, Mutant, callers, copy_of, grafted, mutants
 
-from crate_kernels.mssa import one_launch
 from crate_kernels.products import preparation
 from crate_kernels.products import triton as products
 from crate_kernels.shared_attention import triton as shared_attention
@@ -264,49 +263,6 @@ ATTENTION_EQUIVALENTS = {
     ),
 }
 
-ONE_LAUNCH_MISTAKES = [
-    # The wrong operand.
-    Mistake("behind_norm", "mean, rstd = load_pairs", "rstd, mean = load_pairs"),
-    Mistake("behind_norm", "mean * load_row(column_sum,", "mean * load_row(offset,"),
-    Mistake("behind_norm", "product += load_row(offset,", "product += load_row(column_sum,"),
-    Mistake("attend_kernel", "x_token, x_feature, tokens", "x_feature, x_token, tokens"),
-    Mistake(
-        "attend_kernel", "width, matrix_row, matrix_column, HEAD_DIM", "width, matrix_column, matrix_row, HEAD_DIM"
-    ),
-    Mistake("attend_kernel", "offset, DIM_A, HEAD_DIM, FOLD", "offset, 0, HEAD_DIM, FOLD"),
-    Mistake("attend_kernel", "token_stride, 1, DIM_A, HEAD_DIM", "token_stride, 1, 0, HEAD_DIM"),
-    Mistake("attend_kernel", "rows, end, tokens, w, token_stride", "rows, end, tokens, out, token_stride"),
-    Mistake("attend_kernel", "w_i = load_parts(w,", "w_i = load_parts(out,"),
-    Mistake("attend_kernel", "store_parts(out,", "store_parts(w,"),
-    # A mask dropped, and a division.
-    Mistake("attend_kernel", "DIM_A, DIM_B, not WHOLE_K)", "DIM_A, DIM_B, False)"),
-    Mistake("attend_kernel", "1.0 / row_sum", "row_sum"),
-    # A tile forgotten.
-    Mistake("attend_kernel", "for first in range(0,", "for first in range(BLOCK_K,"),
-    *(
-        Mistake("attend_kernel", before, before.replace("range(0,", "range(BLOCK_ROWS,"))
-        for before in (
-            "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        # Rows",
-            "range(0, tokens, BLOCK_ROWS):\n        rows = start + tl.arange(0, BLOCK_ROWS)\n        w_i",
-        )
-    ),
-]
-
-ONE_LAUNCH_EQUIVALENTS = {
-    "rows are clamped, so a mask along them is true everywhere": (
-        "attend_kernel: load_tile, argument 7: True -> False (every place)",
-    ),
-    "the interpreter runs a program's lines one after the other; test_mssa_one_launch.py finds the barrier in compiled code": (
-        "attend_kernel: tl.debug_barrier() -> pass",
-    ),
-    "tiles above the diagonal or past the end are masked: leaving them out saves work only": (
-        "attend_kernel: if IS_CAUSAL -> False",
-        "attend_kernel: tl.minimum(tokens, start + BLOCK_ROWS) -> tokens",
-        "attend_kernel: tl.minimum(tokens, start + BLOCK_ROWS) -> start + BLOCK_ROWS",
-    ),
-    "dropout with probability zero keeps everything": ("attend_kernel: attend_to_tokens, argument 12: False -> True",),
-}
-
 PREPARATION_MISTAKES = [
     # The wrong operand.
     Mistake("prepare_kernel", "tl.load(given + 1), tl.load(given + 2)", "tl.load(given + 2), tl.load(given + 1)"),
@@ -385,9 +341,6 @@ CASES = {
         ATTENTION_MISTAKES,
         ATTENTION_EQUIVALENTS,
     ),
-    "one_launch": Case(
-        one_launch, probes.ONE_LAUNCH_TILES, probes.one_launch_probes, ONE_LAUNCH_MISTAKES, ONE_LAUNCH_EQUIVALENTS
-    ),
     "preparation": Case(preparation, {}, probes.preparation_probes, PREPARATION_MISTAKES, PREPARATION_EQUIVALENTS),
 }
 KERNELS = [
@@ -396,7 +349,6 @@ KERNELS = [
         for kernel in ("moments_kernel", "project_kernel", "gradient_rows_kernel", "input_gradient_kernel")
     ),
     *(("shared_attention", kernel) for kernel in ("forward_kernel", "delta_kernel", "backward_kernel")),
-    ("one_launch", "attend_kernel"),
     *(("preparation", kernel) for kernel in ("prepare_kernel", "combine_kernel", "gradient_kernel")),
 ]
 
