@@ -114,6 +114,52 @@ def test_triton(dtype: torch.dtype, recompute: bool, layer, formula, device: str
 
 
 @LAYERS
+@pytest.mark.parametrize("mean", [0.0, 2.0, 20.0])
+@pytest.mark.parametrize("stream", ["16-bit stream", "float32 stream"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        pytest.param("triton", torch.float16, id="triton-float16"),
+        pytest.param("triton", torch.bfloat16, id="triton-bfloat16", marks=pytest.mark.gpu),
+        pytest.param("composed", torch.bfloat16, id="composed-bfloat16"),
+    ],
+)
+def test_error_under_autocast(
+    implementation: str, dtype: torch.dtype, stream: str, mean: float, layer, formula, device: str
+) -> None:
+    """No further from float64 than the official order with the same stored dtypes, however far from zero tokens lie.
+
+    Errors are pooled over six draws: those of a vector of 40 numbers depend on luck, most of all.
+    """
+    is_encoder, ours, official = layer is encoder, [0.0] * 10, [0.0] * 10
+    for _ in range(6):
+        inputs = tensors(device, torch.float32)
+        tokens = inputs[0] + mean * torch.randn(2, 37, 1, device=device).sign()
+        inputs[0] = tokens.to(dtype if stream == "16-bit stream" else torch.float32)
+        exact = [value.double() for value in inputs]
+        upstream = torch.randn(2, 37, WIDTH, device=device)
+        if is_encoder:  # no gradient from where rounding decides on which side of the threshold an element falls
+            n = F.layer_norm(exact[0] + attention_formula(*exact[:6]), (WIDTH,), *exact[6:8])
+            upstream *= (n + 0.3 * (n @ exact[8] - n @ exact[8].T @ exact[8]) - 0.3 * 0.2).abs() > 0.05
+        upstream = upstream.to(inputs[0].dtype if is_encoder else dtype)
+
+        def under_autocast(*values: Tensor) -> Tensor:
+            with torch.autocast(device, dtype):
+                return layer(*values)
+
+        truth, found = gradients(formula, exact, upstream.double()), {}
+        for one in ("reference", implementation):
+            with crate_kernels.use(one):
+                found[one] = gradients(under_autocast, inputs, upstream)
+        for index, wanted in enumerate(truth):
+            ours[index] += error(found[implementation][index], wanted) ** 2
+            official[index] += error(found["reference"][index], wanted) ** 2
+    for name, mine, plain in zip(("y", *NAMES), ours, official, strict=True):
+        luck = 1.2 if name[:-1] in ("gamma", "beta") or name == "bias" else 1.05
+        assert mine**0.5 <= luck * plain**0.5 + 1e-6, f"{name}: {mine**0.5:.2e}, official order {plain**0.5:.2e}"
+
+
+@LAYERS
 def test_only_the_gradients_asked_for(layer, formula, device: str) -> None:
     inputs = tensors(device, torch.float32, tokens=5)
     with crate_kernels.use("triton"):
