@@ -22,6 +22,7 @@ from crate_kernels.precision import dot_precision
 from crate_kernels.products.op import empty_operands
 from crate_kernels.products.operand import Norm, Operand
 from crate_kernels.products.triton import Gradients, load_row, load_tile, number, scalar
+from crate_kernels.tiles import cdiv
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # One for every device: these are small beside the products with the tokens, and no step waits for their last percent.
@@ -217,7 +218,7 @@ def matrix_gradient(
     beta = None if norm.bias is None else norm.bias.contiguous()
     if matrix.numel():
         scale, in_memory = number(scale)
-        gradient_kernel[(triton.cdiv(inner_width, _GRADIENT["BLOCK_K"]),)](
+        gradient_kernel[(cdiv(inner_width, _GRADIENT["BLOCK_K"]),)](
             found.matrix, matrix, found.column, found.mean_column, norm.weight.contiguous(), beta, grad_matrix, grad_gamma,
             grad_beta, scale, inner_width, width, *found.matrix.stride(), *matrix.stride(), *grad_matrix.stride(),
             SCALE_IN_MEMORY=in_memory, SKIP=skip,
@@ -250,7 +251,7 @@ def prepare_all(
     (inner_width, width), count = matrices[0].shape, len(matrices)
     if operand.numel():
         scale, in_memory = number(scale)
-        prepare_kernel[(triton.cdiv(width, _PREPARE["BLOCK_N"]), count)](
+        prepare_kernel[(cdiv(width, _PREPARE["BLOCK_N"]), count)](
             _table(matrices, vectors), operand, column_sum, offset, scale, inner_width, width,
             *matrices[0].stride(), *operand.stride()[1:],
             SCALE_IN_MEMORY=in_memory, WHOLE_N=width % _PREPARE["BLOCK_N"] == 0, WHOLE_K=inner_width % _PREPARE["BLOCK_K"] == 0,
@@ -275,7 +276,7 @@ def combine_all(
     if combined.numel():
         scale, in_memory = number(step_size)
         precision = dot_precision(operand if dtype == torch.bfloat16 else combined)
-        combine_kernel[(triton.cdiv(width, _COMBINE["BLOCK_N"]), count)](
+        combine_kernel[(cdiv(width, _COMBINE["BLOCK_N"]), count)](
             _table(weights, vectors), combined, operand, column_sum, offset, scale, width, *first.stride(),
             SCALE_IN_MEMORY=in_memory, WHOLE=width % _COMBINE["BLOCK_N"] == 0,
             PRECISION=precision, **_kinds(weights, vectors), enable_fp_fusion=True, **_COMBINE,

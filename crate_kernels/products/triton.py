@@ -35,7 +35,7 @@ from torch import Tensor
 from crate_kernels.matmul import float32_product
 from crate_kernels.precision import dot_precision
 from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.tiles import select
+from crate_kernels.tiles import cdiv, select
 from crate_kernels.tiles.products import TABLE
 
 # The pass over rows is bound by memory: tiles that load 16 bytes a thread, several at a time.
@@ -410,7 +410,7 @@ def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tup
     stats = x.new_empty((2, tokens), dtype=torch.float32)
     xhat = None if xhat_dtype is None else torch.empty((tokens, width), dtype=xhat_dtype, device=x.device)
     if x.numel():
-        moments_kernel[(triton.cdiv(tokens, _ROWS["BLOCK_M"]),)](
+        moments_kernel[(cdiv(tokens, _ROWS["BLOCK_M"]),)](
             x, stats, xhat, eps, tokens, width, *x.stride(),
             WHOLE=width % _ROWS["BLOCK_N"] == 0, enable_fp_fusion=True, **_ROWS,
         )  # fmt: skip
@@ -605,7 +605,7 @@ def gradient_rows(
     make_g = masked or scaled or grad.dtype != dtype
     g = torch.empty((tokens, width), dtype=dtype, device=grad.device) if make_g else grad
     sums = grad.new_empty((2, tokens), dtype=torch.float32) if make_sums else None
-    programs = triton.cdiv(tokens, _ROWS["BLOCK_M"])
+    programs = cdiv(tokens, _ROWS["BLOCK_M"])
     columns = grad.new_empty((1 + scaled, programs, width), dtype=torch.float32) if need_column else None
     if tokens and (make_g or make_sums or need_column):
         of_sums = gradient_sums(operand, norm, skip, negate) if make_sums else (None, None)
@@ -699,7 +699,7 @@ def _strides(matrix: Tensor | None) -> tuple[int, ...]:
 
 
 def _grid(rows: int, columns: int, tiles: dict[str, int]) -> tuple[int]:
-    return (triton.cdiv(rows, tiles["BLOCK_M"]) * triton.cdiv(columns, tiles["BLOCK_N"]),)
+    return (cdiv(rows, tiles["BLOCK_M"]) * cdiv(columns, tiles["BLOCK_N"]),)
 
 
 def _options(operand: Tensor, inner_width: int, width: int, tiles: dict[str, int]) -> dict[str, object]:

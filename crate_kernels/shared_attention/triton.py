@@ -24,6 +24,8 @@ copy of all loops in every kernel.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from crate_kernels.precision import dot_precision
 from crate_kernels.shared_attention.op import empty_token_major
-from crate_kernels.tiles import select
+from crate_kernels.tiles import cdiv, select
 from crate_kernels.tiles.shared_attention import TABLE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -512,6 +514,7 @@ def backward_from_delta(
     return dw
 
 
+@functools.cache
 def split_features(head_dim: int) -> tuple[int, int]:
     """The widths, powers of two of at least 16, of the parts that hold a head's features; the second is 0 where one part does.
 
@@ -522,6 +525,7 @@ def split_features(head_dim: int) -> tuple[int, int]:
     return (first, second) if first >= 16 and first + second < one else (one, 0)
 
 
+@functools.cache
 def tail(block: int, tokens: int, is_causal: bool, has_lengths: bool, precision: str) -> int:
     """Side of the masked tiles at the end of a walk over ``tokens`` in tiles of ``block``; ``block`` if all tiles are masked.
 
@@ -572,6 +576,6 @@ def _launch(kernel, w: Tensor, arguments: tuple, strided: tuple[Tensor, ...], op
     if w.numel() == 0:
         return
     batch, heads, tokens, head_dim = w.shape
-    programs = batch * heads * triton.cdiv(tokens, options["BLOCK_ROWS"])
+    programs = batch * heads * cdiv(tokens, options["BLOCK_ROWS"])
     strides = [stride for tensor in strided for stride in tensor.stride()]
     kernel[(programs,)](*arguments, heads, tokens, *strides, HEAD_DIM=head_dim, enable_fp_fusion=True, **options)

@@ -66,6 +66,11 @@ def _family_of_cuda(index: int) -> str:
     return f"sm_{major}{minor}"
 
 
+def cdiv(a: int, b: int) -> int:
+    """How many of b cover a. Triton's own is made for kernels, and takes the host as long as a check of all arguments."""
+    return -(-a // b)
+
+
 def select(table: Table, device: torch.device, *key: Any) -> dict[str, int]:
     """The launch options for ``key`` on ``device``: the machine's cache, else its family's entry, else the default's.
 
