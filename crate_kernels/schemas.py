@@ -13,7 +13,7 @@ def number_as_tensor(value: float | Tensor) -> Tensor:
 
 def or_empty(grad: Tensor | None, like: Tensor | None) -> Tensor:
     """A schema cannot return an optional tensor: a gradient nobody asked for is an empty one."""
-    if grad is None:
+    if grad is None or like is None:
         return torch.empty(0) if like is None else like.new_empty(0)
     return grad.to(like).contiguous()
 

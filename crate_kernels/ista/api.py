@@ -74,7 +74,8 @@ def ista(
     implementation = dispatch.choose(x, dtype)
     tokens, width = x.numel() // x.shape[-1], x.shape[-1]
     # The kernels fold a LayerNorm into the one product; before two, and before the reference, it comes by itself.
-    one = combined is not None or one_product(tokens, width) or (implementation == "triton" and prepared is not None)
+    prepares = implementation == "triton" and prepared is not None
+    one = combined is not None or prepares or one_product(tokens, width)
     if implementation == "reference" or (implementation == "triton" and not one):
         x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
         norm_weight = norm_bias = None

@@ -137,8 +137,9 @@ def _forward_fake(x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> tuple[T
         as_it_came = given.norm is not None or x.dtype == given.dtype
         kept = [matrix] if as_it_came else [matrix, x.new_empty(x.shape, dtype=given.dtype)]
         return x.new_empty(x.shape, dtype=out_dtype), kept
-    keeps = given.norm is not None and given.one_product(x.shape[:-1].numel())
-    kept = [x.new_empty((2, x.shape[:-1].numel()), dtype=torch.float32)] if keeps else []
+    tokens = x.numel() // x.shape[-1]  # torch.Size.numel would tie a compiled graph to one batch
+    keeps = given.norm is not None and given.one_product(tokens)
+    kept = [x.new_empty((2, tokens), dtype=torch.float32)] if keeps else []
     return x.new_empty(x.shape, dtype=out_dtype), kept
 
 

@@ -102,11 +102,15 @@ def test_opcheck_of_a_layer_of_every_size(name: str, kind: str) -> None:
         with Record():
             crate_kernels.prepare_layers(x, weights, num_heads=heads)
             layers[0](x).sum().backward()
-    assert [str(function) for function, _ in calls] == [
-        "crate_kernels.prepare_layers.default",
-        "crate_kernels.layer_forward.default",
-        "crate_kernels.layer_backward.default",
-    ]
+    names = [str(function).removeprefix("crate_kernels.").removesuffix(".default") for function, _ in calls]
+    if kind == "blocks":
+        operators = ["prepare", "combine", "mssa_forward", "ista_forward", "ista_backward", "mssa_backward"]
+    else:
+        forward = ["norm_linear_forward", "mssa_forward"]
+        operators = ["prepare", "prepare", *forward, "mssa_backward", "norm_linear_backward"]
+    # The layer was given nothing prepared, and so prepares for itself.
+    assert [name for name in names[2:] if name not in ("prepare", "combine")] == operators[2:]
+    assert names[:2] == operators[:2]
     for function, args in calls:
         # Derivatives are the autograd.Function's around the operators.
         args = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
