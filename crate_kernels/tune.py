@@ -5,32 +5,29 @@
     python -m crate_kernels.tune --show                             # what is in force, and where it comes from
     python -m crate_kernels.tune --clear                            # back to the shipped tiles
 
-The file lies in the user's cache folder, one a device name, or where the environment variable CRATE_KERNELS_CACHE says; on a
-machine without a GPU, --show and --clear take all that lie in that folder. It counts only with the device, Triton, package and
-shipped tables that it was made with. Other tiles add in another order, so results differ in their last bits: copy one file to
-all machines of a job. Processes of a job (torchrun's) never tune.
+The file lies in the user's cache folder, one a device name, or where the environment variable CRATE_KERNELS_CACHE says. It
+counts only with the device, Triton, package and shipped tables that it was made with. Other tiles add in another order, so
+results differ in their last bits: copy one file to all machines of a job. Processes of a job (torchrun's) never tune.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from crate_kernels import tiles
 from crate_kernels.tiles import cache
-from crate_kernels.tiles.search import Finding, Problem, Timer, keys_of, search
 
 # Width and heads; this package knows no models, only their shapes.
 MODELS = {
@@ -49,8 +46,45 @@ DTYPES = {
     "float32": (torch.float32, torch.float32),
 }
 
+LEAST_GAIN = 0.03
 
-def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: int = TOKENS) -> Iterator[Problem]:
+# How much two tiles' results may differ, a unit: the last place of what they round to, and for float32 that of sums of some
+# ten thousand terms in two orders.
+_UNIT = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-17}
+
+_SIDES = (16, 256)
+_BOUNDS = {"GROUP": (4, 16), "PARTS": (1, 4), "LIBRARY": (0, 1), "num_warps": (2, 8), "num_stages": (1, 5)}
+# Float32 accumulators a thread, of 255 registers.
+_MOST_ACCUMULATORS = 128
+
+
+class Problem(NamedTuple):
+    """A launch to be made faster: what it is, the dtype of its operands, and a call that does it and returns its results, a
+    tensor or a tuple with None for those it has not got."""
+
+    name: str
+    dtype: torch.dtype
+    run: Callable[[], Any]
+
+
+# Milliseconds of each call, timed in turns.
+Timer = Callable[[Sequence[Callable[[], object]]], list[float]]
+
+
+class Finding(NamedTuple):
+    """What came of one key: the winner, where there is one its time beside the shipped tile's, and why others were rejected."""
+
+    key: tuple
+    shipped: tiles.Tile
+    tile: tiles.Tile
+    shipped_ms: float | None
+    ms: float | None
+    tried: int
+    rejected: list[tuple[tiles.Tile, str]]
+    out_of_time: bool
+
+
+def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: int = TOKENS) -> list[Problem]:
     """The launches of one encoder layer, forward and backward, on random numbers.
 
     Args:
@@ -62,50 +96,43 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
     from crate_kernels.products.triton import gradients, project
     from crate_kernels.shared_attention import triton as attention
 
-    (width, heads), (operand, stream), rows = MODELS[model], DTYPES[dtype], batch * tokens
+    (width, heads), (operand, stream) = MODELS[model], DTYPES[dtype]
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    def problem(name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Problem:
-        def run() -> tuple[Tensor, ...]:
-            results = call(*args, **kwargs)
-            return tuple(t for t in (results if isinstance(results, tuple) else (results,)) if t is not None)
-
-        return Problem(f"{name} of {model}, {dtype}", operand, run)
-
     def of_heads(matrix: Tensor) -> Tensor:
         return matrix.view(batch, tokens, heads, width // heads).transpose(1, 2)
 
-    norm = Norm(1 + 0.1 * random(width), 0.1 * random(width), 1e-5)
+    norm, scale = Norm(1 + 0.1 * random(width), 0.1 * random(width)), (width // heads) ** -0.5
     matrices = [random(width, width) * width**-0.5 for _ in range(3)]
     qkv, out, step = operands(matrices, [None, random(width), None], [norm, None, norm], operand)
-    x, grad, (attended, grad_w) = (
-        random(rows, width, dtype=stream),
-        random(rows, width, dtype=stream),
-        (random(rows, width, dtype=operand) for _ in range(2)),
-    )
+    x, grad = (random(batch * tokens, width, dtype=stream) for _ in range(2))
+    attended, grad_w = (random(batch * tokens, width, dtype=operand) for _ in range(2))
     sparse = dict(norm=norm, threshold=torch.tensor(0.05))
-    forward = dict(skip=x, skip_norm=True, **sparse)
     w, w_stats = project(x, qkv, operand, norm=norm)
-    y, y_stats = project(x, step, stream, **forward)
-    yield problem("projection with LayerNorm", project, x, qkv, operand, norm=norm)
-    yield problem("output projection", project, attended, out, stream, skip=x)
-    yield problem("ISTA", project, x, step, stream, **forward)
-    of_input = dict(need_matrix=False, need_column=False)
-    of_sparse = dict(y=y, stats=y_stats, skip=True, **sparse, **of_input)
-    of_qkv = dict(y=w, norm=norm, stats=w_stats, extra=grad, **of_input)
-    of_heads_delta = dict(heads=(batch, heads), **of_input)
-    yield problem("projection's gradient", gradients, grad_w, x, qkv, stream, **of_qkv)
-    yield problem("output projection's gradient", gradients, grad, attended, out, operand, **of_heads_delta)
-    yield problem("ISTA's gradient", gradients, grad, x, step, stream, **of_sparse)
-    scale = (width // heads) ** -0.5
+    y, y_stats = project(x, step, stream, skip=x, skip_norm=True, **sparse)
     heads_out, lse = attention.forward(of_heads(w), scale, False)
-    yield problem("attention", attention.forward, of_heads(w), scale, False)
-    yield problem(
-        "attention's gradient", attention.backward, of_heads(grad_w), of_heads(w), heads_out, lse, scale, False
-    )
+    of_x = dict(need_matrix=False, need_column=False)
+    of_qkv = dict(y=w, norm=norm, stats=w_stats, extra=grad)
+
+    def gradient_of_output() -> tuple[Tensor, Tensor]:
+        found = gradients(grad, attended, out, operand, heads=(batch, heads), **of_x)
+        delta = attention.rows_of_delta(of_heads(found.x), of_heads(attended)) if found.delta is None else found.delta
+        return found.x, delta
+
+    launches: dict[str, Callable[[], Any]] = {
+        "projection": lambda: project(x, qkv, operand, norm=norm),
+        "attention": lambda: attention.forward(of_heads(w), scale, False),
+        "output projection": lambda: project(attended, out, stream, skip=x),
+        "ISTA": lambda: project(x, step, stream, skip=x, skip_norm=True, **sparse),
+        "ISTA's gradient": lambda: gradients(grad, x, step, stream, y=y, stats=y_stats, skip=True, **sparse, **of_x),
+        "output projection's gradient": gradient_of_output,
+        "attention's gradient": lambda: attention.backward(of_heads(grad_w), of_heads(w), heads_out, lse, scale, False),
+        "projection's gradient": lambda: gradients(grad_w, x, qkv, stream, **of_qkv, **of_x),
+    }
+    return [Problem(f"{name} of {model}, {dtype}", operand, launch) for name, launch in launches.items()]
 
 
 def cuda_timer(device: torch.device, rounds: int = 25) -> Timer:
@@ -129,100 +156,130 @@ def cuda_timer(device: torch.device, rounds: int = 25) -> Timer:
     return timer
 
 
-def tune(posed: Sequence[Problem], timer: Timer, seconds: float) -> list[Finding]:
-    """Searches a tile for every key that the problems' launches select by, within about ``seconds``, saying how it goes.
+def neighbours(tile: tiles.Tile) -> list[dict[str, int]]:
+    """Tiles one step away: a stage more or less, the library's product or the kernel's own, another number halved or doubled,
+    a side also together with the warps. All within bounds, and the largest product's accumulators within the registers."""
+    moves, warps = [], tile["num_warps"]
+    for name, value in tile.items():
+        less, more = (value - 1, value + 1) if name in ("num_stages", "LIBRARY") else (value // 2, value * 2)
+        moves += [{name: less}, {name: more}]
+        if name.startswith("BLOCK_"):
+            moves += [{name: less, "num_warps": warps // 2}, {name: more, "num_warps": warps * 2}]
+    return [other for move in moves if _possible(other := {**tile, **move})]
+
+
+def _possible(tile: tiles.Tile) -> bool:
+    bounds = [(value, *_BOUNDS.get(name, _SIDES)) for name, value in tile.items()]
+    sides = sorted(value for name, value in tile.items() if name.startswith("BLOCK_"))[-2:]
+    fits = len(sides) < 2 or sides[0] * sides[1] <= _MOST_ACCUMULATORS * 32 * tile["num_warps"]
+    return fits and all(least <= value <= most for value, least, most in bounds)
+
+
+def search(key: tuple, shipped: tiles.Tile, problems: Sequence[Problem], timer: Timer, seconds: float) -> Finding:
+    """The tile for ``key`` that ``problems`` together take least time with, by steps that each gain 3%.
+
+    The winner of many may be a lucky one: it has to win by 3% again, against the shipped tile alone.
+
+    Args:
+        seconds: no candidate is begun later than this.
 
     Raises:
-        RuntimeError: in a process of a distributed job: ranks that tune for themselves pick different tiles.
+        RuntimeError: a result of the shipped tile is not finite.
     """
-    if _is_rank():
-        raise RuntimeError(f"tuning {_ALONE}")
-    asked = [(problem, keys_of(problem)) for problem in posed]
-    shipped = {key: tile for _, selected in asked for key, tile in selected.items()}
+    deadline = time.monotonic() + seconds
+    expected = [_results(problem, key, shipped) for problem in problems]
+    for problem, results in zip(problems, expected, strict=True):
+        if not all(result.isfinite().all() for result in results):
+            raise RuntimeError(f"{problem.name}: a result of the shipped tile is not finite")
+
+    def race(*pair: tiles.Tile) -> list[float]:
+        times = [timer([tiles.trial({key: tile})(problem.run) for tile in pair]) for problem in problems]
+        return [sum(each) for each in zip(*times, strict=True)]
+
+    best, seen, rejected, untried = shipped, [shipped], [], neighbours(shipped)
+    while untried and time.monotonic() < deadline:
+        tile = untried.pop(0)
+        seen.append(tile)
+        if objection := _objection(key, tile, problems, expected):
+            rejected.append((tile, objection))
+        elif _gains(*race(best, tile)):
+            best, untried = tile, [other for other in neighbours(tile) if other not in seen]
+    times = None, None
+    if best != shipped and not _gains(*(times := race(shipped, best))):
+        best = shipped
+    return Finding(key, shipped, best, *times, len(seen) - 1, rejected, out_of_time=bool(untried))
+
+
+def _gains(before: float, after: float) -> bool:
+    return after <= (1 - LEAST_GAIN) * before
+
+
+def _objection(
+    key: tuple, tile: tiles.Tile, problems: Sequence[Problem], expected: Sequence[list[Tensor]]
+) -> str | None:
+    """Why the tile cannot be taken: it does not compile or launch, or a result is not the shipped tile's."""
+    for problem, truth in zip(problems, expected, strict=True):
+        try:
+            for result, true in zip(_results(problem, key, tile), truth, strict=True):
+                # Two roundings of the result, and eight of a typical element within its sum; NaN is never close.
+                unit, typical = _UNIT[problem.dtype], true.float().square().mean().sqrt().item()
+                torch.testing.assert_close(result.float(), true.float(), rtol=2 * unit, atol=8 * unit * typical)
+        except Exception as error:  # compilers, ptxas and drivers each have their own
+            return f"{problem.name}: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return None
+
+
+def _results(problem: Problem, key: tuple, tile: tiles.Tile) -> list[Tensor]:
+    """With NaN in every ``torch.empty``: memory that the previous tile filled would make one that writes nothing look right."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        results = tiles.trial({key: tile})(problem.run)()
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+    return [result for result in (results if isinstance(results, tuple) else (results,)) if result is not None]
+
+
+def tune(posed: Iterable[Problem], timer: Timer, seconds: float) -> list[Finding]:
+    """Searches a tile for every key that the problems' launches select by, within about ``seconds``, and prints what it finds."""
+    asked: dict[tuple, list[Problem]] = defaultdict(list)
+    shipped: dict[tuple, tiles.Tile] = {}
+    for problem in posed:
+        with tiles.trial({}) as selected:
+            problem.run()
+        shipped |= selected
+        for key in selected:
+            asked[key].append(problem)
     findings, end = [], time.monotonic() + seconds
-    with tqdm(shipped.items(), unit="key") as bar:
-        for key, tile in bar:
-
-            def tell(candidate: tiles.Tile, objection: str | None, key: tuple = key) -> None:
-                bar.set_postfix_str(f"{_text(key)}: {_text(candidate)}")
-                if objection:
-                    bar.write(f"rejected: {_text(key)}: {_text(candidate)}: {objection}", file=sys.stderr)
-
-            share = (end - time.monotonic()) / (len(shipped) - len(findings))
-            using = [problem for problem, selected in asked if key in selected]
-            findings.append(search(key, tile, using, timer, share, tell))
+    for key, tile in shipped.items():
+        share = (end - time.monotonic()) / (len(shipped) - len(findings))
+        found = search(key, tile, asked[key], timer, share)
+        for other, objection in found.rejected:
+            print(f"rejected: {_text(key)}: {_text(other)}: {objection}", file=sys.stderr)
+        gain = f"stays {_text(tile)}"
+        if found.tile != tile:
+            times = f"{found.shipped_ms:.4f} ms -> {found.ms:.4f} ms, {found.shipped_ms / found.ms - 1:.0%} faster"
+            gain = f"{_text(tile)} -> {_text(found.tile)}, {times}"
+        counts = f"{found.tried} tried, {len(found.rejected)} rejected" + ", out of time" * found.out_of_time
+        print(f"{_text(key)}: {gain} ({counts})", flush=True)
+        findings.append(found)
     return findings
 
 
-def report(findings: Sequence[Finding]) -> str:
-    """A line a key: what won, and what it gained."""
-    lines = []
-    for found in findings:
-        counts = f"{found.tried} tried, {len(found.rejected)} rejected" + ", out of time" * found.out_of_time
-        if found.ms is None or found.tile == found.shipped:
-            lines.append(f"{_text(found.key)}: stays {_text(found.shipped)} ({counts})")
-        else:
-            gain = f"{found.shipped_ms:.4f} ms -> {found.ms:.4f} ms, {found.shipped_ms / found.ms - 1:.0%} faster"
-            lines.append(f"{_text(found.key)}: {_text(found.shipped)} -> {_text(found.tile)}, {gain} ({counts})")
-    return "\n".join(lines)
-
-
-def save(
-    file: Path, findings: Sequence[Finding], kept: Sequence[dict[str, Any]], device: torch.device, **about: Any
-) -> None:
-    """Writes what changed, what it was measured with, and of the entries ``kept`` those whose keys were not tuned this time."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    tuned = [list(found.key) for found in findings]
-    measured = {"date": now, "driver": _driver(), "torch": torch.__version__, **about}
-    entries = [entry for entry in kept if entry["key"] not in tuned]
-    for found in findings:
-        if found.tile != found.shipped:
-            times = {"ms": found.ms, "shipped_ms": found.shipped_ms}
-            entries.append(
-                {"key": found.key, "tile": found.tile, "shipped": found.shipped, **times, "measured": measured}
-            )
-    cache.write(file, {"for": cache.identity(device), "tiles": entries})
-
-
-def show(file: Path | None, device: torch.device | None) -> None:
-    """Prints for which device a cache was made and what it holds, or, of the device's own cache, the tiles then in force.
-
-    Args:
-        file: the cache; None for that of ``device``, or without a device for every one in the user's cache folder.
+def show(file: Path, device: torch.device, whole: bool) -> None:
+    """Prints for which device a cache was made; and the ``whole`` of what it holds, or else the tiles in force on ``device``.
 
     Raises:
-        cache.CacheError: a file is no cache.
+        cache.CacheError: the file is no cache.
     """
-    for one in _files(file, device):
-        if not one.exists():
-            print(f"{one}: there is none")
-            continue
-        content = cache.read(one)
-        made_for = ", ".join(f"{name} {value}" for name, value in content["for"].items())
-        print(f"{one}: {len(content['tiles'])} tiles for {made_for}")
-        if file or device is None:
-            for entry in content["tiles"]:
-                print(f"{'cache':8} {_text(tuple(entry['key']))}: {_text(entry['tile'])}")
-    if file is None and device is not None:
-        for key, (source, tile) in tiles.in_force(device).items():
-            print(f"{source:8} {_text(key)}: {_text(tile)}")
+    made_for, held = cache.read(file) if file.exists() else ({}, {})
+    said = f"{len(held)} tiles for {', '.join(f'{name} {value}' for name, value in made_for.items())}"
+    print(f"{file}: {said if made_for else 'there is none'}")
+    shown = {key: ("cache", tile) for key, tile in held.items()} if whole else tiles.in_force(device)
+    for key, (source, tile) in shown.items():
+        print(f"{source:8} {_text(key)}: {_text(tile)}")
+    if not whole:
         print(f"fingerprint {tiles.fingerprint(device)}")
-
-
-def clear(file: Path | None, device: torch.device | None) -> None:
-    """Deletes what ``show`` shows, readable or not, and says so."""
-    for one in _files(file, device):
-        print(f"{one}: {'deleted' if one.exists() else 'there is none'}")
-        one.unlink(missing_ok=True)
-
-
-def _files(file: Path | None, device: torch.device | None) -> list[Path]:
-    if file or device:
-        return [file or cache.location(device)]
-    files = cache.locations()
-    if not files:
-        print("no CUDA device, and no cache of any in the user's cache folder")
-    return files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,11 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=int, default=64, help="images (64)")
     parser.add_argument("--seconds", type=float, default=1200.0, help="no candidate is begun later (1200)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help=f"the cache to write, show or clear; else {cache.VARIABLE} or the user's cache folder",
-    )
+    parser.add_argument("--output", type=Path, help=f"the cache; else {cache.VARIABLE} or the user's cache folder")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--show", action="store_true", help="print the tiles in force, and tune nothing")
     instead.add_argument("--clear", action="store_true", help="delete the cache, and tune nothing")
@@ -247,55 +300,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, name) <= 0:
             parser.error(f"argument --{name}: expected above 0, got {getattr(options, name)}")
 
-    device = _device()
+    device = tiles.this_device()
+    file = options.output or cache.location(device)
+    if options.clear:
+        print(f"{file}: {'deleted' if file.exists() else 'there is none'}")
+        file.unlink(missing_ok=True)
+        return 0
     try:
-        if options.clear:
-            clear(options.output, device)
-            return 0
         if options.show:
-            show(options.output, device)
+            show(file, device, whole=options.output is not None)
             return 0
-        if device is None:
-            parser.error("needs a CUDA device, and PyTorch sees none")
-        if _is_rank():
-            parser.error(_ALONE)
-        file = options.output or cache.location(device)
-        kept = cache.entries(file, device)
+        kept = cache.load(file, device)
     except cache.CacheError as error:
         parser.error(str(error))
-    with tiles.trial({}):  # what an earlier tuning found does not count
-        posed = [
-            p
-            for model in options.models
-            for dtype in options.dtypes
-            for p in problems(model, dtype, options.batch, device)
-        ]
+    if refusal := _refusal(device):
+        parser.error(refusal)
+    pairs = itertools.product(options.models, options.dtypes)
+    posed = [problem for pair in pairs for problem in problems(*pair, options.batch, device)]
     findings = tune(posed, cuda_timer(device), options.seconds)
-    print(report(findings))
-    save(file, findings, kept, device, models=options.models, dtypes=options.dtypes, batch=options.batch)
+    cache.write(file, kept | {found.key: found.tile for found in findings}, device)
     print(f"wrote {file}")
     return 0
 
 
-_ALONE = "runs in one process alone: the ranks of a distributed job would pick different tiles"
-
-
-def _is_rank() -> bool:
-    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return initialized or int(os.environ.get("WORLD_SIZE") or 1) > 1
-
-
-def _device() -> torch.device | None:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
-
-
-def _driver() -> str | None:
-    """As nvidia-smi says; None where it is missing."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
+def _refusal(device: torch.device) -> str | None:
+    """Why this process must not tune, if it must not."""
+    in_a_job = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if in_a_job or int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return "runs in one process alone: the ranks of a distributed job would pick different tiles"
+    return None if device.type == "cuda" else "needs a CUDA device, and PyTorch sees none"
 
 
 def _text(value: tuple | tiles.Tile) -> str:

@@ -10,7 +10,8 @@ tokens. Outputs and gradients are compared with float64 before anything is timed
 that are together larger than the L2 cache and take turns. On a GPU they are captured in one CUDA graph, so that no host time
 counts; where capturing fails, the row says so and has events instead.
 
-Providers: "reference" is the official order, eager, and the baseline; "official compiled", "official max-autotune" and "best
+Providers: "triton library" is "triton" where PyTorch multiplies (LIBRARY = 1 in every tile) and the kernels do what follows;
+"reference" is the official order, eager, and the baseline; "official compiled", "official max-autotune" and "best
 composed" are under torch.compile; "products" are the least library products, a mark and not the result, and "products with
 epilogue" have bias and ReLU in them. Attention's peers with " summed" add up their three gradients in the backward; without,
 they leave them apart.

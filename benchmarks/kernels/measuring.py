@@ -18,6 +18,7 @@ from benchmarks.harness import Ceilings
 from benchmarks.kernels.operators import OPERATORS, Comparison, Products, Random, Shape
 from benchmarks.peers import GROUPS, Function, Peer, forced
 from benchmarks.records import Record, in_one_line
+from crate_kernels import tiles
 
 BASELINE = "reference"
 MODES = ("forward", "backward", "forward+backward")
@@ -25,6 +26,9 @@ MODES = ("forward", "backward", "forward+backward")
 # After the name of a peer that takes query, key and value: its backward with the three gradients added up, as one tensor's
 # must be. Without it, three gradients are what comes.
 SUMMED = " summed"
+
+# The kernels, forward and backward, where PyTorch multiplies for them and they do what follows.
+WITH_LIBRARY = "triton library"
 
 # Activations that rounding may move across an inner threshold beyond those that the official order's own error shows: matters
 # at tiny shapes alone, where few are near a threshold and chance decides which.
@@ -37,6 +41,14 @@ LOG_SUM_EXP_ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 def ours(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "composed"
+
+
+def launching(provider: str, device: torch.device) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for whatever launches kernels of the provider: with the tiles in force, or with LIBRARY = 1 in all of them."""
+    if provider != WITH_LIBRARY:
+        return lambda function: function
+    in_force = {key: tile for key, (_, tile) in tiles.in_force(device).items()}
+    return tiles.trial({key: {**tile, "LIBRARY": 1} if "LIBRARY" in tile else tile for key, tile in in_force.items()})
 
 
 def autocasting(function: Function, device: torch.device, dtype: torch.dtype) -> Function:
@@ -104,7 +116,7 @@ def checked(
         crossings = (MORE_CROSSINGS / upstream.numel()) ** 0.5
         tolerances = {name: value + crossings * (name != "out") for name, value in tolerances.items()}
 
-    everyone = {name: Peer(comparison.operator, implementation=name) for name in implementations}
+    everyone = {name: Peer(comparison.operator, implementation=name.split()[0]) for name in implementations}
     everyone |= {name: peer for name, peer in comparison.everyone().items() if peer.group in groups}
     functions: dict[str, Function] = {}
     errors: dict[str, dict[str, float]] = {}
@@ -112,7 +124,8 @@ def checked(
     for name, peer in everyone.items():
         try:
             function = autocasting(peer.ready(device), device, dtype)
-            outputs = forward_backward(asking_thrice(function) if peer.separate else function, inputs, upstream)
+            run = launching(name, device)(forward_backward)
+            outputs = run(asking_thrice(function) if peer.separate else function, inputs, upstream)
             found = harness.check_agreement({name: outputs}, truth, tolerances)[name]
         except Exception as problem:  # not built, not for this device or shape, out of memory, or wrong there
             if name in implementations and not isinstance(problem, torch.OutOfMemoryError):
@@ -193,6 +206,8 @@ def measure(
     # A backward is timed again and again on one graph, whose buffers compiled code must then not take for its own.
     with torch._functorch.config.patch(donated_buffer=False):
         implementations = tuple(dict.fromkeys((ours(device), "composed", BASELINE)))
+        if ours(device) == "triton" and name != "attention":  # which has no products of tokens with a matrix
+            implementations = (*implementations, WITH_LIBRARY)
         functions, errors, absent = checked(comparison, implementations, groups, inputs[0], upstreams[0], dtype)
         for mode in modes:
             common = {"operator": name, "shape": asdict(shape), "dtype": dtype_name, "mode": mode}
@@ -244,8 +259,9 @@ def works_of(
     """For each provider that has this mode, what makes its works, one an input set."""
     sets = list(zip(inputs, upstreams, strict=True))
 
-    def of_function(function: Function, times: int) -> list[harness.Provider]:
-        return [work_of(mode, function, one * times, upstream) for one, upstream in sets]
+    def of_function(provider: str, function: Function, times: int) -> list[harness.Provider]:
+        launches = launching(provider, upstreams[0].device)
+        return [launches(launches(work_of)(mode, function, one * times, upstream)) for one, upstream in sets]
 
     def of_products(products: Products) -> list[harness.Provider]:
         return [products(*one) for one in sets]
@@ -254,7 +270,7 @@ def works_of(
     for provider, function in functions.items():
         separate = provider in comparison.peers and comparison.peers[provider].separate
         if mode != "forward" or not provider.endswith(SUMMED):
-            found[provider] = partial(of_function, function, 3 if separate else 1)
+            found[provider] = partial(of_function, provider, function, 3 if separate else 1)
     for provider, products in comparison.products.items():
         if mode in products:
             found[provider] = partial(of_products, products[mode])

@@ -51,6 +51,7 @@ NAMES = {
             " graph": ", 16-bit stream, CUDA graph",
         }.items()
     },
+    "triton library": "triton, PyTorch's products",
 }
 OPERATORS = {
     "training_step": "Training step",

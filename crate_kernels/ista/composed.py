@@ -32,12 +32,10 @@ def forward(
     operand = x.to(dtype)
     one = combined is not None or one_product(*x.shape)
     factor = operand if one else _residual(operand, weight)
-    if combined is not None:
-        matrix = combined.to(dtype, copy=True)
-    elif one:
+    if one and combined is None:
         matrix = combination(weight.to(arithmetic_dtype(operand))).to(dtype)
-    else:
-        matrix = weight.to(dtype, copy=True).contiguous()
+    else:  # a copy: what an operator returns is none of its arguments
+        matrix = (combined if one else weight).to(dtype, copy=True).contiguous()
     update = _product(factor, matrix)
     update = update.to(torch.promote_types(x.dtype, update.dtype))
     if soft:

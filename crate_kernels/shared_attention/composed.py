@@ -54,8 +54,8 @@ def forward(
         kept = w.new_empty(w.shape[:3], dtype=torch.promote_types(w.dtype, torch.float32))
     elif keeps == "probabilities" and keep:
         kept = w.new_empty(*w.shape[:3], tokens)
-    generator = _generator(w, dropout, seed)
-    for heads, out_heads, kept_heads, padded in part.heads_of(_without(padding, w), out, kept, _of_heads(padding, w)):
+    generator = torch.Generator(w.device).manual_seed(int(seed)) if dropout else None
+    for heads, out_heads, kept_heads, padded in part.heads_of(_without(padding, w), out, kept, padding):
         keys = _stacked(heads, key_room)
         for rows in part.rows_of(keys):
             queries = keys[:, rows]
@@ -104,9 +104,9 @@ def backward(
     part, (tokens, features) = _Part.of(w), w.shape[2:]
     key_room, grad_room, result_room = (part.room(w, tokens, features) for _ in range(3))
     score_room, second_room = (part.room(w, part.rows, tokens) for _ in range(2))
-    grad_w, generator = empty_token_major(w), _generator(w, dropout, seed)
-    probabilities_kept = kept if kept.ndim == 4 else None
-    tensors = _without(padding, w), _without(padding, grad_out), grad_w, probabilities_kept, _of_heads(padding, w)
+    generator = torch.Generator(w.device).manual_seed(int(seed)) if dropout else None
+    grad_w, kept = empty_token_major(w), kept if kept.ndim == 4 else None
+    tensors = _without(padding, w), _without(padding, grad_out), grad_w, kept, padding
     for heads, grad_heads, grad_w_heads, kept_heads, padded in part.heads_of(*tensors):
         keys, grads = _stacked(heads, key_room), _stacked(grad_heads, grad_room)
         grad_keys = _corner(result_room, keys)
@@ -142,8 +142,10 @@ def backward(
 
 
 def _padding(w: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """True [batch, 1, tokens] for tokens that are padding; None where no sample has a length of its own."""
-    return None if lengths is None else (torch.arange(w.shape[2], device=w.device) >= lengths[:, None])[:, None]
+    """True [batch, heads, tokens] for tokens that are padding; None where no sample has a length of its own."""
+    if lengths is None:
+        return None
+    return (torch.arange(w.shape[2], device=w.device) >= lengths[:, None])[:, None].expand(w.shape[:3])
 
 
 def _without(padding: Tensor | None, rows: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ def _without(padding: Tensor | None, rows: Tensor) -> Tensor:
 
 def _penalty(padding: Tensor | None, heads: Tensor) -> Tensor | None:
     """What to add to scores, [batch, 1, 1, tokens]: -inf for keys that are padding."""
-    return None if padding is None else heads.new_zeros(padding.shape).masked_fill_(padding, float("-inf"))[:, :, None]
+    return None if padding is None else torch.where(padding[:, :1, None], float("-inf"), heads.new_zeros(()))
 
 
 def _features_in_a_row(w: Tensor) -> Tensor:
@@ -192,13 +194,11 @@ class _Part(NamedTuple):
 
     def heads_of(self, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
         """Part by part, those samples and heads of tensors [batch, heads, ...]; None stays None."""
-        return zip(*(repeat(None) if tensor is None else self._heads_of(tensor) for tensor in tensors), strict=False)
 
-    def _heads_of(self, tensor: Tensor) -> list[Tensor]:
-        of_samples = tensor.split(self.samples)
-        if self.heads == tensor.shape[1]:
-            return of_samples
-        return [part for some in of_samples for part in some.split(self.heads, 1)]
+        def split(tensor: Tensor) -> list[Tensor]:
+            return [part for some in tensor.split(self.samples) for part in some.split(self.heads, 1)]
+
+        return zip(*(repeat(None) if tensor is None else split(tensor) for tensor in tensors), strict=False)
 
     def rows_of(self, keys: Tensor) -> Iterator[slice]:
         return (slice(first, first + self.rows) for first in range(0, keys.shape[1], self.rows))
@@ -222,11 +222,6 @@ def _stacked(heads: Tensor, room: Tensor) -> Tensor:
     return stacked
 
 
-def _of_heads(padding: Tensor | None, w: Tensor) -> Tensor | None:
-    """Which tokens are padding, for every head: [batch, heads, tokens]."""
-    return None if padding is None else padding.expand(w.shape[:3])
-
-
 def _scores(
     queries: Tensor, keys: Tensor, rows: slice, scale: float, is_causal: bool, padding: Tensor | None, room: Tensor
 ) -> Tensor:
@@ -238,10 +233,6 @@ def _scores(
     if padding is not None:
         scores.masked_fill_(padding.reshape(-1, 1, keys.shape[1]), float("-inf"))
     return scores
-
-
-def _generator(w: Tensor, dropout: float, seed: Tensor | None) -> torch.Generator | None:
-    return torch.Generator(w.device).manual_seed(int(seed)) if dropout else None
 
 
 def _factors(probabilities: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:

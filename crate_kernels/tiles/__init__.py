@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -51,19 +50,16 @@ def trial(tiles: Mapping[tuple, Tile]) -> Iterator[dict[tuple, Tile]]:
 
 def family(device: torch.device) -> str:
     """The device family tiles are chosen for: "sm_90" on an H100 or H200, "default" where there is no CUDA device."""
-    if _pretended is not None:
-        return _pretended
+    return _pretended or _family(device)
+
+
+@functools.cache
+def _family(device: torch.device) -> str:
     if device.type != "cuda":
         return "default"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return _family_of_cuda(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@functools.cache
-def _family_of_cuda(index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -97,16 +93,20 @@ def in_force(device: torch.device) -> dict[tuple, tuple[str, Tile]]:
     """Of every key of every table: "cache", the family or "default", and the tile that launches take from there."""
     return {
         key: _look_up(table, device, key)
-        for table in cache.tables().values()
+        for table in cache.TABLES
         for key in dict.fromkeys([*table.get(family(device), {}), *table["default"]])
     }
 
 
+def this_device() -> torch.device:
+    """The current CUDA device, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def fingerprint(device: torch.device | None = None) -> str:
-    """A hash of the tiles in force on ``device`` (the current CUDA device, else the CPU): equal where all tiles are."""
-    if device is None:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    tiles = sorted(repr((key, sorted(tile.items()))) for key, (_, tile) in in_force(device).items())
+    """A hash of the tiles in force on ``device`` (``this_device`` if None): equal where all tiles are."""
+    found = in_force(device or this_device())
+    tiles = sorted(repr((key, sorted(tile.items()))) for key, (_, tile) in found.items())
     return hashlib.sha256("\n".join(tiles).encode()).hexdigest()[:16]
 
 
@@ -123,13 +123,10 @@ def check_same_on_all_ranks(device: torch.device | None = None) -> str:
         return own
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, own)
-    ranks = defaultdict(list)
-    for rank, tiles in enumerate(found):
-        ranks[tiles].append(rank)
-    if len(ranks) > 1:
-        listed = "; ".join(f"{tiles} on ranks {', '.join(map(str, of))}" for tiles, of in ranks.items())
+    if len(set(found)) > 1:
+        ranks = {one: [rank for rank, other in enumerate(found) if other == one] for one in found}
         raise RuntimeError(
-            f"ranks have different tiles in force: {listed}. Give every machine the same cache ({cache.VARIABLE} names "
-            "its file), or none: python -m crate_kernels.tune --clear"
+            f"ranks have different tiles in force: {'; '.join(f'{one} on ranks {of}' for one, of in ranks.items())}. Give "
+            f"every machine the same cache ({cache.VARIABLE} names its file), or none: python -m crate_kernels.tune --clear"
         )
     return own

@@ -13,6 +13,8 @@ from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import measuring
 from benchmarks.kernels.operators import OPERATORS, Shape
 from benchmarks.peers import Peer
+from crate_kernels import tiles
+from crate_kernels.products import triton as triton_products
 
 TINY = ["--device", "cpu", "--batch", "2", "--tokens", "9", "--width", "16", "--heads", "2", "--rounds", "2"]
 SHAPE = Shape(batch=2, tokens=9, width=16, heads=2)
@@ -121,6 +123,31 @@ def test_best_composed_computes_the_operator(name):
     inputs = [value.double() for value in comparison.inputs()]
     expected = peers.forced("reference", comparison.operator)(*inputs)
     torch.testing.assert_close(comparison.best(*inputs), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter stands in for the device")
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "attention"])
+def test_the_library_multiplies_for_the_kernels(name, monkeypatch):
+    selected = set()
+
+    def select(table, device, kernel, *key):
+        tile = tiles.select(table, device, kernel, *key)
+        selected.add((kernel, tile["LIBRARY"]))
+        return tile
+
+    monkeypatch.setattr(triton_products, "select", select)
+    comparison = OPERATORS[name](SHAPE, measuring.normal(CPU, torch.float32))
+    inputs = comparison.inputs()
+    upstream = comparison.upstream(inputs)
+    providers = (measuring.WITH_LIBRARY,)
+    functions, errors, _ = measuring.checked(comparison, providers, (), inputs, upstream, torch.float32)
+    assert errors.keys() == set(providers)  # no further from float64 than it may be
+    assert selected == {("project", 1), ("input_gradient", 1)}
+    for mode in measuring.MODES:
+        (work,) = measuring.works_of(mode, comparison, functions, [inputs], [upstream])[measuring.WITH_LIBRARY]()
+        selected.clear()
+        work()
+        assert {library for _, library in selected} == {1}
 
 
 def of_attention(dtype: torch.dtype, added: dict[str, Peer]) -> tuple[dict, dict, dict]:
