@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from crate_kernels import tiles
 from crate_kernels.tiles import cache
@@ -251,17 +252,17 @@ def tune(posed: Iterable[Problem], timer: Timer, seconds: float) -> list[Finding
         for key in selected:
             asked[key].append(problem)
     findings, end = [], time.monotonic() + seconds
-    for key, tile in shipped.items():
+    for key, tile in tqdm(shipped.items(), unit="key", disable=None):  # shown on a terminal only
         share = (end - time.monotonic()) / (len(shipped) - len(findings))
         found = search(key, tile, asked[key], timer, share)
         for other, objection in found.rejected:
-            print(f"rejected: {_text(key)}: {_text(other)}: {objection}", file=sys.stderr)
+            tqdm.write(f"rejected: {_text(key)}: {_text(other)}: {objection}", file=sys.stderr)
         gain = f"stays {_text(tile)}"
         if found.tile != tile:
             times = f"{found.shipped_ms:.4f} ms -> {found.ms:.4f} ms, {found.shipped_ms / found.ms - 1:.0%} faster"
             gain = f"{_text(tile)} -> {_text(found.tile)}, {times}"
         counts = f"{found.tried} tried, {len(found.rejected)} rejected" + ", out of time" * found.out_of_time
-        print(f"{_text(key)}: {gain} ({counts})", flush=True)
+        tqdm.write(f"{_text(key)}: {gain} ({counts})")
         findings.append(found)
     return findings
 
