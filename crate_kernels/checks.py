@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from crate_kernels.precision import is_autocast
 
 
 def describe(value: object) -> str:
@@ -16,40 +19,49 @@ def describe(value: object) -> str:
     return f"shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
-def tensor(name: str, value: object, dims: str) -> None:
-    """``value`` is a floating-point tensor with one dimension for each name in ``dims`` ("batch tokens width").
+def tensors(*, any_dtype: str = "", **given: tuple[Tensor | None, str]) -> None:
+    """Tensors, or None, that fit together: each with the names of its dimensions, where one name is one size in all of them.
 
-    A leading "..." stands for any number of dimensions, none included.
+    All live on the first one's device and bear its dtype, unless autocast will cast them; that named ``any_dtype`` bears any.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor [{', '.join(dims.split())}], got {describe(value)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {describe(value)}")
-    names = dims.split()
-    least = len(names) - (names[0] == "...")
-    if value.ndim and value.shape[-1] == 0:
-        raise ValueError(f"{name}: expected at least one element in its last dimension, got {describe(value)}")
-    if value.ndim < least or (names[0] != "..." and value.ndim > least):
-        raise ValueError(f"{name}: expected [{', '.join(names)}], got {describe(value)}")
-
-
-def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    """``value`` has exactly the ``expected`` shape; ``meaning`` says in words what that shape is."""
-    if tuple(value.shape) != expected:
-        raise ValueError(f"{name}: expected {meaning} {expected}, got {describe(value)}")
-
-
-def same_device_and_dtype(mixed_dtypes: bool, **tensors: Tensor | None) -> None:
-    """All tensors live on one device and bear one dtype, unless ``mixed_dtypes`` are fine (autocast will cast them)."""
-    present = {name: value for name, value in tensors.items() if value is not None}
-    first_name, first = next(iter(present.items()))
-    for name, value in present.items():
+    sizes: dict[str, Any] = {}
+    first_name, (first, _) = next(iter(given.items()))
+    for name, (value, dims) in given.items():
+        if value is None:
+            continue
+        tensor(name, value, dims, sizes)
         if value.device != first.device:
             raise ValueError(f"{name}: expected it on {first.device} like {first_name}, got {describe(value)}")
-        if value.dtype != first.dtype and not mixed_dtypes:
+        if value.dtype != first.dtype and name != any_dtype and not is_autocast(first):
             raise TypeError(
                 f"{name}: expected {first.dtype} like {first_name}, got {describe(value)} (mixed dtypes need torch.autocast)"
             )
+
+
+def tensor(name: str, value: object, dims: str, sizes: dict[str, Any] | None = None) -> None:
+    """``value`` is a floating-point tensor with one dimension for each name in ``dims`` ("batch tokens width").
+
+    A leading "..." stands for any number of dimensions, none included. ``sizes`` are what is known of sizes by name: it agrees
+    with them, and the others come from it.
+    """
+    names = dims.split()
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor [{', '.join(names)}], got {describe(value)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {describe(value)}")
+    if value.ndim and value.shape[-1] == 0:
+        raise ValueError(f"{name}: expected at least one element in its last dimension, got {describe(value)}")
+    found: tuple[Any, ...] = tuple(value.shape)
+    if names[0] == "...":
+        leading = value.ndim - len(names) + 1
+        found = (found[:leading], *found[leading:])
+    if len(found) != len(names):
+        raise ValueError(f"{name}: expected [{', '.join(names)}], got {describe(value)}")
+    sizes = {} if sizes is None else sizes
+    expected = tuple([sizes.setdefault(dim, size) for dim, size in zip(names, found, strict=True)])
+    if found != expected:
+        shape = (*expected[0], *expected[1:]) if names[0] == "..." else expected
+        raise ValueError(f"{name}: expected [{', '.join(names)}] {shape}, got {describe(value)}")
 
 
 def number(name: str, value: float, *, positive: bool = False) -> None:
@@ -71,15 +83,9 @@ def number_or_tensor(name: str, value: float | Tensor, *, positive: bool = False
     return None
 
 
-def layer_norm(width: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """The parameters of an optional LayerNorm over ``width`` features."""
-    if weight is None:
-        if bias is not None:
-            raise ValueError("norm_bias: given without norm_weight; pass both, or neither for no LayerNorm")
-        return
-    tensor("norm_weight", weight, "width")
-    shape("norm_weight", weight, (width,), "[width]")
-    if bias is not None:
-        tensor("norm_bias", bias, "width")
-        shape("norm_bias", bias, (width,), "[width]")
-    number("norm_eps", eps)
+def norm(weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    """What is no matter of shape about the parameters of an optional LayerNorm."""
+    if weight is None and bias is not None:
+        raise ValueError("norm_bias: given without norm_weight; pass both, or neither for no LayerNorm")
+    if weight is not None:
+        number("norm_eps", eps)

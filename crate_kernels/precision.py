@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
 
 # What oneDNN's variable ONEDNN_MAX_CPU_ISA may say, in its order, and the instructions that come with it, as Linux names them.
 _INSTRUCTIONS = {
@@ -146,17 +140,3 @@ def dot_precision(x: Tensor) -> str:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     except RuntimeError:  # set through the newer attribute, which the older function refuses to read
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def undisturbed(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """``function`` with its first tensor's device current, and autocast off: operands come in the dtype to multiply in.
-
-    Needed in backwards too: ``loss.backward()`` may be called inside an autocast block.
-    """
-
-    @functools.wraps(function)
-    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with no_autocast(args[0]), torch.cuda.device_of(args[0]):
-            return function(*args, **kwargs)
-
-    return run

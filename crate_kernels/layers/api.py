@@ -128,9 +128,7 @@ def decoder_layer(
     Source: CRATE-MAE (arXiv 2404.02446), section 3.
     """
     _check_kinds(step_norm=step_norm, attention_norm=attention_norm, attention=attention, prepared=prepared)
-    checks.tensor("x", x, "batch tokens width")
-    checks.tensor("weight", weight, "width width")
-    checks.shape("weight", weight, (x.shape[-1],) * 2, "a square matrix as wide as x")
+    checks.tensors(x=(x, "batch tokens width"), weight=(weight, "width width"))
     prepared = prepared or PreparedLayer()
     g = norm_linear(x, weight, prepared=prepared.step, **_options(step_norm))
     return mssa(
@@ -173,11 +171,11 @@ def prepare_layers(
     makes = [[None if t is None else (t.shape, t.device) for t in _tensors(layer)] for layer in layers]
     if implementation != "triton" or first.out is None or not plain or any(make != makes[0] for make in makes):
         return [None] * len(layers)
-    attention = prepare_mssa([(layer.attention, layer.attention_norm) for layer in layers], dtype)
+    attention = prepare_mssa([(*layer.attention, *layer.attention_norm[:2]) for layer in layers], dtype)
     if isinstance(layers[0], EncoderWeights):
-        steps = prepare_ista([(layer.dictionary, layer.sparse_norm) for layer in layers], step_size, dtype)
+        steps = prepare_ista([(layer.dictionary, *layer.sparse_norm[:2]) for layer in layers], step_size, dtype)
     else:
-        steps = prepare_norm_linear([(layer.weight, None, layer.step_norm) for layer in layers], dtype)
+        steps = prepare_norm_linear([(layer.weight, None, *layer.step_norm[:2]) for layer in layers], dtype)
     return [PreparedLayer(*pair) for pair in zip(attention, steps, strict=True)]
 
 

@@ -24,6 +24,11 @@ class Norm(NamedTuple):
     eps: float = 1e-5
 
 
+def as_norm(weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Norm | None:
+    """No LayerNorm where there is no weight."""
+    return None if weight is None else Norm(weight, bias, eps)
+
+
 class Operand(NamedTuple):
     """A matrix ready to be multiplied with.
 

@@ -55,7 +55,7 @@ def check_prepared(given: Prepared, dtype: torch.dtype, made_of: tuple[Tensor | 
     if len(given.made_of) != len(made_of):
         raise ValueError("prepared: made for another operator")
     for then, now in zip(given.made_of, made_of, strict=True):
-        if isinstance(then, float) or isinstance(now, float):
+        if isinstance(then, (int, float)) or isinstance(now, (int, float)):
             if then != now:
                 raise ValueError(f"prepared: made with step_size {then}, and this step has {now}; prepare again")
         elif then is not now:
