@@ -64,7 +64,7 @@ def number_as_tensor(value: float | Tensor) -> Tensor:
 def or_empty(grads: Sequence[Tensor | None], likes: Sequence[Tensor | None]) -> list[Tensor]:
     """A schema cannot return an optional tensor: a gradient nobody asked for is an empty one. Others are like their inputs."""
     pairs = zip(grads, likes, strict=True)
-    return [_empty(like) if grad is None else grad.to(like).contiguous() for grad, like in pairs]
+    return [_empty(like) if grad is None or like is None else grad.to(like).contiguous() for grad, like in pairs]
 
 
 def empty_gradients(likes: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:

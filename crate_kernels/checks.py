@@ -19,15 +19,27 @@ def describe(value: object) -> str:
     return f"shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
-def tensors(*, any_dtype: str = "", **given: tuple[Tensor | None, str]) -> None:
+def tensors(
+    *,
+    norm: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0),
+    any_dtype: str = "",
+    **given: tuple[Tensor | None, str],
+) -> None:
     """Tensors, or None, that fit together: each with the names of its dimensions, where one name is one size in all of them.
 
     All live on the first one's device and bear its dtype, unless autocast will cast them; that named ``any_dtype`` bears any.
+    ``norm``: weight and bias [width] of an optional LayerNorm, and its epsilon.
     """
+    weight, bias, eps = norm
+    if weight is not None:
+        number("norm_eps", eps)
+    elif bias is not None:
+        raise ValueError("norm_bias: given without norm_weight; pass both, or neither for no LayerNorm")
+    given.update(norm_weight=(weight, "width"), norm_bias=(bias, "width"))
     sizes: dict[str, Any] = {}
     first_name, (first, _) = next(iter(given.items()))
     for name, (value, dims) in given.items():
-        if value is None:
+        if value is None and name != first_name:
             continue
         tensor(name, value, dims, sizes)
         if value.device != first.device:
@@ -81,11 +93,3 @@ def number_or_tensor(name: str, value: float | Tensor, *, positive: bool = False
     if type(value) in (Tensor, Parameter) and value.device.type == "cpu" and not torch.compiler.is_compiling():
         number(name, float(value.detach()), positive=positive)
     return None
-
-
-def norm(weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """What is no matter of shape about the parameters of an optional LayerNorm."""
-    if weight is None and bias is not None:
-        raise ValueError("norm_bias: given without norm_weight; pass both, or neither for no LayerNorm")
-    if weight is not None:
-        number("norm_eps", eps)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -41,26 +42,17 @@ class _CPU(NamedTuple):
     @classmethod
     def this(cls, said_in: str = "/proc/cpuinfo") -> _CPU:
         said: dict[str, str] = {}
-        try:
-            with open(said_in, errors="replace") as cpuinfo:
-                for line in cpuinfo:
-                    if not line.strip():
-                        break  # the other processors, hundreds on a server, say the same
-                    name, _, value = line.partition(":")
-                    said[name.strip()] = value.strip()
-        except OSError:
-            pass
+        with suppress(OSError), open(said_in, errors="replace") as cpuinfo:
+            # Up to an empty line: the other processors, hundreds on a server, say the same.
+            for name, _, value in (line.partition(":") for line in takewhile(str.strip, cpuinfo)):
+                said[name.strip()] = value.strip()
         return cls(said.get("vendor_id", ""), frozenset(said.get("flags", "").split()) - _withheld())
 
 
-def _dtypes_the_cpu_multiplies() -> tuple[torch.dtype, ...]:
-    """16-bit dtypes this CPU has matrix instructions for."""
-    instructions = {torch.bfloat16: {"amx_bf16", "avx512_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
-    return tuple(dtype for dtype, names in instructions.items() if CPU.flags & names)
-
-
 CPU = _CPU.this()
-CPU_PRODUCT_DTYPES = _dtypes_the_cpu_multiplies()
+# 16-bit dtypes this CPU has matrix instructions for.
+_OF_DTYPES = {torch.bfloat16: {"amx_bf16", "avx512_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
+CPU_PRODUCT_DTYPES = tuple(dtype for dtype, names in _OF_DTYPES.items() if CPU.flags & names)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ from crate_kernels.ista.form import combination, one_product
 from crate_kernels.precision import compute_dtype, layer_norm, layer_norm_dtype, no_autocast
 from crate_kernels.products.op import combinations, operands
 from crate_kernels.products.operand import Operand, as_norm
-from crate_kernels.products.prepared import Prepared, as_prepared, check_prepared
+from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
 
 
 def ista(
@@ -70,14 +70,12 @@ def ista(
     Source: CRATE (arXiv 2306.01129), section 2.4; CRATE-MAE (arXiv 2404.02446), section 3.
     """
     checks.tensors(
+        norm=(norm_weight, norm_bias, norm_eps),
         any_dtype="combined",
         x=(x, "... width"),
         dictionary=(dictionary, "width width"),
-        norm_weight=(norm_weight, "width"),
-        norm_bias=(norm_bias, "width"),
         combined=(combined, "width width"),
     )
-    checks.norm(norm_weight, norm_bias, norm_eps)
     checks.number_or_tensor("step_size", step_size, positive=True)
     checks.number_or_tensor("lambd", lambd)
     if threshold not in ("relu", "soft"):
@@ -104,25 +102,20 @@ def ista(
             norm = as_norm(norm_weight, norm_bias)
             (operand,) = operands([combined], [None], [norm], dtype, numbers[0])
     elif implementation == "triton" and one:
-        if prepared is None:
-            (prepared,) = prepare_ista([(dictionary, norm_weight, norm_bias)], step_size, dtype)
-        else:
-            check_prepared(prepared, dtype, (dictionary, norm_weight, norm_bias, step_size))
+        prepared = checked_or_made(prepared, (dictionary, norm_weight, norm_bias, step_size), dtype, prepare_ista)
         (operand,), combined = prepared.operands, prepared.combined
     settings = float(norm_eps), *numbers, soft, dtype, implementation
     return _ISTA.apply(x, out_dtype, dictionary, combined, norm_weight, norm_bias, *operand, *settings)
 
 
-def prepare_ista(
-    layers: Sequence[tuple[Tensor | None, ...]], step_size: float | Tensor, dtype: torch.dtype
-) -> list[Prepared]:
-    """What products in ``dtype`` take of dictionary, norm_weight and norm_bias of steps of one size, in one launch."""
-    dictionaries, norms = zip(*[(dictionary, as_norm(*norm)) for dictionary, *norm in layers], strict=True)
-    made = combinations(dictionaries, norms, number_as_tensor(step_size), dtype)
-    return [
-        as_prepared((operand,), (*layer, step_size), combined)
-        for (combined, operand), layer in zip(made, layers, strict=True)
-    ]
+def prepare_ista(layers: Sequence[Sources], dtype: torch.dtype) -> list[Prepared]:
+    """What products in ``dtype`` take of dictionary, norm_weight, norm_bias and the one step_size of steps of one shape.
+
+    In one launch.
+    """
+    dictionaries, norms, step_sizes = zip(*[(w, as_norm(*norm), eta) for w, *norm, eta in layers], strict=True)
+    made = combinations(dictionaries, norms, number_as_tensor(step_sizes[0]), dtype)
+    return [as_prepared((one,), layer, combined) for (combined, one), layer in zip(made, layers, strict=True)]
 
 
 def combine(dictionary: Tensor) -> Tensor:
@@ -155,36 +148,28 @@ class _ISTA(torch.autograd.Function):
         given, (x, y, *kept) = saved(ctx)
         need_x, _, *want_fields = ctx.needs_input_grad
         want = op.ISTAArguments(*want_fields)
-        needs, found = (need_x, want.dictionary or want.norm_weight or want.norm_bias), [None] * 4
+        needs = need_x, want.dictionary or want.norm_weight or want.norm_bias
+        found, numbers = [None] * 4, ()
         if any(needs):
             found = torch.ops.crate_kernels.ista_backward(grad_y, x, y, kept, *needs, *given)
+        if want.step_size or want.lambd:
+            numbers = _gradients_of_numbers(grad_y, x, y, given)
         grad_x, grad_dictionary, *grads_of_norm = found
-        grads_of_numbers = _gradients_of_numbers(grad_y, x, y, given, want.step_size, want.lambd)
-        grads = grad_x, None, grad_dictionary, None, *grads_of_norm, *[None] * 4, *grads_of_numbers
+        grads = grad_x, None, grad_dictionary, None, *grads_of_norm, *[None] * 4, *numbers
         return asked(grads, ctx.needs_input_grad)
 
 
-def _gradients_of_numbers(
-    grad_y: Tensor, x: Tensor, y: Tensor, given: op.ISTAArguments, need_step_size: bool, need_lambd: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _gradients_of_numbers(grad_y: Tensor, x: Tensor, y: Tensor, given: op.ISTAArguments) -> tuple[Tensor, Tensor]:
     """Of eta and lambda. With s = sign(y), which is zero where the threshold let nothing pass,
 
     deta = sum (g s^2) * (x W - x W^T W) - lambda * sum g s      dlambda = -eta * sum g s
     """
-    if not (need_step_size or need_lambd):
-        return None, None
     dtype = torch.promote_types(y.dtype, torch.float32)
     tensors = x, y, grad_y, given.dictionary, given.norm_weight, given.norm_bias
-    x, y, grad, dictionary, norm_weight, norm_bias = (None if t is None else t.to(dtype) for t in tensors)
-    sign = y.sign()
-    through_threshold = -(grad * sign).sum()
-    grad_step_size = grad_lambd = None
-    if need_step_size:
-        with no_autocast(x):
-            x = layer_norm(x, norm_weight, norm_bias, given.norm_eps)
-            product = (x - x @ dictionary.t()) @ dictionary
-        through_product = (grad * sign.abs() * product).sum()
-        grad_step_size = (through_product + through_threshold * given.lambd).to(given.step_size)
-    if need_lambd:
-        grad_lambd = (through_threshold * given.step_size).to(given.lambd)
-    return grad_step_size, grad_lambd
+    x, y, grad, dictionary, *norm = (None if t is None else t.to(dtype) for t in tensors)
+    with no_autocast(x):
+        x = layer_norm(x, *norm, given.norm_eps)
+        product = (x - x @ dictionary.t()) @ dictionary
+    through_threshold = -(grad * y.sign()).sum()
+    grad_step_size = (grad * y.sign().abs() * product).sum() + through_threshold * given.lambd
+    return grad_step_size.to(given.step_size), (through_threshold * given.step_size).to(given.lambd)

@@ -16,7 +16,7 @@ from crate_kernels.mssa import composed, op, reference
 from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
 from crate_kernels.products.op import operands
 from crate_kernels.products.operand import as_norm
-from crate_kernels.products.prepared import Prepared, as_prepared, check_prepared
+from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
 from crate_kernels.shared_attention.api import check_padding_and_dropout, obstacle_to_triton
 
 
@@ -91,16 +91,14 @@ def mssa(
     """
     out_width = "inner_width" if out_weight is None else "out_width"
     checks.tensors(
+        norm=(norm_weight, norm_bias, norm_eps),
         any_dtype="skip",
         x=(x, "batch tokens width"),
         qkv_weight=(qkv_weight, "inner_width width"),
         out_weight=(out_weight, "out_width inner_width"),
         out_bias=(out_bias, "out_width"),
-        norm_weight=(norm_weight, "width"),
-        norm_bias=(norm_bias, "width"),
         skip=(skip, f"batch tokens {out_width}"),
     )
-    checks.norm(norm_weight, norm_bias, norm_eps)
     if x.shape[1] == 0:
         raise ValueError(f"x: expected at least one token, got {checks.describe(x)}")
     if not isinstance(num_heads, int):
@@ -127,11 +125,7 @@ def mssa(
     fits = skip is None or skip.dtype in dispatch.TRITON_DTYPES
     if implementation == "triton" and out_weight is not None and lengths is None and dropout == 0 and fits:
         made_of = qkv_weight, out_weight, out_bias, norm_weight, norm_bias
-        if prepared is None:
-            (prepared,) = prepare_mssa([made_of], dtype)
-        else:
-            check_prepared(prepared, dtype, made_of)
-        qkv, out = prepared.operands
+        qkv, out = checked_or_made(prepared, made_of, dtype, prepare_mssa).operands
         settings = float(norm_eps), skip is x, subtract, num_heads, float(scale), is_causal, recompute
         given = op.MSSAArguments(*made_of, *qkv, out.matrix, out.offset, *settings)
         return _MSSA.apply(x, None if skip is x else skip, out_dtype, *given)
@@ -153,7 +147,7 @@ def mssa(
     return composition(x, skip)
 
 
-def prepare_mssa(layers: Sequence[tuple[Tensor | None, ...]], dtype: torch.dtype) -> list[Prepared]:
+def prepare_mssa(layers: Sequence[Sources], dtype: torch.dtype) -> list[Prepared]:
     """What products in ``dtype`` take of qkv_weight, out_weight, out_bias, norm_weight and norm_bias of operators of one shape.
 
     In one launch where both projections have that shape.

@@ -15,7 +15,7 @@ from crate_kernels.norm_linear import composed, op, reference
 from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
 from crate_kernels.products.op import operands
 from crate_kernels.products.operand import as_norm
-from crate_kernels.products.prepared import Prepared, as_prepared, check_prepared
+from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
 
 
 def norm_linear(
@@ -52,24 +52,19 @@ def norm_linear(
     Source: the decoder's step of CRATE-MAE (arXiv 2404.02446), section 3.
     """
     checks.tensors(
+        norm=(norm_weight, norm_bias, norm_eps),
         x=(x, "... width"),
         weight=(weight, "out_width width"),
         bias=(bias, "out_width"),
-        norm_weight=(norm_weight, "width"),
-        norm_bias=(norm_bias, "width"),
     )
-    checks.norm(norm_weight, norm_bias, norm_eps)
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one row, got {checks.describe(weight)}")
     dtype = compute_dtype(x)
     implementation = dispatch.choose(x, dtype)
     if implementation == "triton":
         made_of = weight, bias, norm_weight, norm_bias
-        if prepared is None:
-            (prepared,) = prepare_norm_linear([made_of], dtype)
-        else:
-            check_prepared(prepared, dtype, made_of)
-        y = _NormLinear.apply(x.reshape(-1, x.shape[-1]), *made_of, *prepared.operands[0], float(norm_eps))
+        (operand,) = checked_or_made(prepared, made_of, dtype, prepare_norm_linear).operands
+        y = _NormLinear.apply(x.reshape(-1, x.shape[-1]), *made_of, *operand, float(norm_eps))
         return y.view(*x.shape[:-1], weight.shape[0])
     x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
     if implementation == "reference":
@@ -78,7 +73,7 @@ def norm_linear(
         return composed.norm_linear(x, weight, bias, dtype)
 
 
-def prepare_norm_linear(layers: Sequence[tuple[Tensor | None, ...]], dtype: torch.dtype) -> list[Prepared]:
+def prepare_norm_linear(layers: Sequence[Sources], dtype: torch.dtype) -> list[Prepared]:
     """What products in ``dtype`` take of weight, bias, norm_weight and norm_bias of operators of one shape, in one launch."""
     matrices = [(weight.mT, bias, as_norm(*norm)) for weight, bias, *norm in layers]
     made = operands(*zip(*matrices, strict=True), dtype)

@@ -59,15 +59,13 @@ def overcomplete_ista(
     Source: CRATE-alpha (arXiv 2405.20299), section 3.
     """
     checks.tensors(
+        norm=(norm_weight, norm_bias, norm_eps),
         any_dtype="skip",
         x=(x, "... width"),
         dictionary=(dictionary, "width codes"),
         out_dictionary=(out_dictionary, "width codes"),
-        norm_weight=(norm_weight, "width"),
-        norm_bias=(norm_bias, "width"),
         skip=(skip, "... width"),
     )
-    checks.norm(norm_weight, norm_bias, norm_eps)
     checks.number_or_tensor("step_size", step_size, positive=True)
     checks.number_or_tensor("lambd", lambd)
     dtype = compute_dtype(x)

@@ -85,30 +85,24 @@ def check_padding_and_dropout(
 ) -> None:
     """``lengths``, ``dropout`` and ``seed`` fit ``x``, whose tokens lie along ``tokens_dim``."""
     if lengths is not None:
-        _check_lengths(lengths, x, x.shape[tokens_dim])
+        if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"lengths: expected an int32 or int64 tensor [batch], got {checks.describe(lengths)}")
+        if lengths.shape != x.shape[:1]:
+            raise ValueError(f"lengths: expected [batch] {tuple(x.shape[:1])}, got {checks.describe(lengths)}")
+        if lengths.device != x.device:
+            raise ValueError(f"lengths: expected it on {x.device} like its tokens, got {checks.describe(lengths)}")
+        # Elsewhere a look at the values would wait for the device, and inside torch.compile break the graph.
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = lengths[(lengths < 1) | (lengths > x.shape[tokens_dim])]
+            if len(outside):
+                raise ValueError(f"lengths: expected 1 to {x.shape[tokens_dim]} tokens, got {outside[0].item()}")
     checks.number("dropout", dropout)
     if dropout >= 1:
         raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
-    if seed is None:
-        return
-    if not isinstance(seed, int):
+    if seed is not None and not isinstance(seed, int):
         raise TypeError(f"seed: expected an int, got {checks.describe(seed)}")
-    if not 0 <= seed < 2**63:
+    if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected at least 0 and less than 2**63, got {seed}")
-
-
-def _check_lengths(lengths: Tensor, x: Tensor, tokens: int) -> None:
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"lengths: expected an int32 or int64 tensor [batch], got {checks.describe(lengths)}")
-    if lengths.shape != x.shape[:1]:
-        raise ValueError(f"lengths: expected [batch] {tuple(x.shape[:1])}, got {checks.describe(lengths)}")
-    if lengths.device != x.device:
-        raise ValueError(f"lengths: expected it on {x.device} like its tokens, got {checks.describe(lengths)}")
-    # Elsewhere a look at the values would wait for the device, and inside torch.compile break the graph.
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = lengths[(lengths < 1) | (lengths > tokens)]
-        if len(outside):
-            raise ValueError(f"lengths: expected 1 to {tokens} tokens, got {outside[0].item()}")
 
 
 def obstacle_to_triton(head_dim: int) -> str | None:
