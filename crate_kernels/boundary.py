@@ -79,8 +79,9 @@ def _empty(like: Tensor | None) -> Tensor:
 
 def save(ctx: Any, given: Any, *tensors: Tensor) -> None:
     """Keep ``given``, an operator's named tuple of arguments, and tensors for ``saved``, under autograd's watch."""
-    ctx.given = type(given)(*[None if isinstance(value, Tensor) else value for value in given])
-    ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in given], *tensors)
+    of_given = [value if isinstance(value, Tensor) else None for value in given]
+    ctx.given = type(given)(*[None if one is not None else value for one, value in zip(of_given, given, strict=True)])
+    ctx.save_for_backward(*of_given, *tensors)
 
 
 def saved(ctx: Any) -> tuple[Any, Sequence[Tensor]]:
@@ -92,5 +93,5 @@ def saved(ctx: Any) -> tuple[Any, Sequence[Tensor]]:
 
 def asked(grads: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """A gradient or None for every input: ``grads`` are those of the first, and empty or left over where nobody asked."""
-    padded = (*grads, *[None] * (len(wanted) - len(grads)))
-    return tuple([grad if want else None for grad, want in zip(padded, wanted, strict=True)])
+    found = [grad if want else None for grad, want in zip(grads, wanted, strict=False)]
+    return (*found, *[None] * (len(wanted) - len(found)))

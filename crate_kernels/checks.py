@@ -63,17 +63,18 @@ def tensor(name: str, value: object, dims: str, sizes: dict[str, Any] | None = N
         raise TypeError(f"{name}: expected a floating-point dtype, got {describe(value)}")
     if value.ndim and value.shape[-1] == 0:
         raise ValueError(f"{name}: expected at least one element in its last dimension, got {describe(value)}")
-    found: tuple[Any, ...] = tuple(value.shape)
+    found: tuple[Any, ...] = value.shape
     if names[0] == "...":
         leading = value.ndim - len(names) + 1
         found = (found[:leading], *found[leading:])
     if len(found) != len(names):
         raise ValueError(f"{name}: expected [{', '.join(names)}], got {describe(value)}")
     sizes = {} if sizes is None else sizes
-    expected = tuple([sizes.setdefault(dim, size) for dim, size in zip(names, found, strict=True)])
-    if found != expected:
-        shape = (*expected[0], *expected[1:]) if names[0] == "..." else expected
-        raise ValueError(f"{name}: expected [{', '.join(names)}] {shape}, got {describe(value)}")
+    for dim, size in zip(names, found, strict=True):
+        if sizes.setdefault(dim, size) != size:
+            known = [sizes.get(*pair) for pair in zip(names, found, strict=True)]
+            expected = (*known[0], *known[1:]) if names[0] == "..." else tuple(known)
+            raise ValueError(f"{name}: expected [{', '.join(names)}] {expected}, got {describe(value)}")
 
 
 def number(name: str, value: float, *, positive: bool = False) -> None:
