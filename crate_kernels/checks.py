@@ -87,10 +87,12 @@ def number(name: str, value: float, *, positive: bool = False) -> None:
 
 def number_or_tensor(name: str, value: float | Tensor, *, positive: bool = False) -> None:
     """``value`` is such a number, or a floating-point tensor of one element, whose value is looked at on the CPU only."""
-    if not isinstance(value, Tensor):
-        return number(name, value, positive=positive)
-    if value.numel() != 1 or not value.is_floating_point():
-        raise ValueError(f"{name}: expected a number or a floating-point tensor of one element, got {describe(value)}")
-    if type(value) in (Tensor, Parameter) and value.device.type == "cpu" and not torch.compiler.is_compiling():
-        number(name, float(value.detach()), positive=positive)
-    return None
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{name}: expected a number or a floating-point tensor of one element, got {describe(value)}"
+            )
+        if type(value) not in (Tensor, Parameter) or value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = float(value.detach())
+    number(name, value, positive=positive)

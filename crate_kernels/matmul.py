@@ -81,15 +81,12 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _onednn(rows, weight, bias) if _by_onednn(rows) else F.linear(rows, weight, bias)
 
 
-def _linear_fake(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[0])
-
-
-def _linear_flops(rows_shape: tuple[int, ...], weight_shape: tuple[int, ...], _: Any) -> int:
-    return 2 * rows_shape[0] * rows_shape[1] * weight_shape[0]
-
-
-register("linear", _linear, _linear_fake, _linear_flops)
+register(
+    "linear",
+    _linear,
+    fake=lambda rows, weight, bias: rows.new_empty(rows.shape[0], weight.shape[0]),
+    flops=lambda rows, weight, bias: 2 * rows[0] * rows[1] * weight[0],
+)
 
 
 class _Linear(torch.autograd.Function):

@@ -137,5 +137,5 @@ def _backward_flops(
     return large * (need_x or need_weight) + large * need_x + 3 * large * need_weight
 
 
-register("ista_forward", _forward, _forward_fake, _forward_flops)
-register("ista_backward", _backward, _backward_fake, _backward_flops)
+register("ista_forward", _forward, fake=_forward_fake, flops=_forward_flops)
+register("ista_backward", _backward, fake=_backward_fake, flops=_backward_flops)

@@ -166,22 +166,20 @@ def prepare_layers(
     first, dtype = layers[0].attention, compute_dtype(x)
     head_dim = first.qkv.shape[0] // max(num_heads, 1)
     implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
+    attention = [(*layer.attention, *layer.attention_norm[:2]) for layer in layers]
+    if isinstance(layers[0], EncoderWeights):
+        prepare_step = prepare_ista
+        steps = [(layer.dictionary, *layer.sparse_norm[:2], step_size) for layer in layers]
+    else:
+        prepare_step = prepare_norm_linear
+        steps = [(layer.weight, None, *layer.step_norm[:2]) for layer in layers]
     # Parameters that are sharded, say, are made whole a layer at a time only; and one launch takes layers of one make only.
     plain = type(first.qkv) in (Tensor, Parameter)
-    makes = [[None if t is None else (t.shape, t.device) for t in _tensors(layer)] for layer in layers]
+    sources = ((*ours, *others) for ours, others in zip(attention, steps, strict=True))
+    makes = [[(t.shape, t.device) if isinstance(t, Tensor) else None for t in of_layer] for of_layer in sources]
     if implementation != "triton" or first.out is None or not plain or any(make != makes[0] for make in makes):
         return [None] * len(layers)
-    attention = prepare_mssa([(*layer.attention, *layer.attention_norm[:2]) for layer in layers], dtype)
-    if isinstance(layers[0], EncoderWeights):
-        steps = prepare_ista([(layer.dictionary, *layer.sparse_norm[:2], step_size) for layer in layers], dtype)
-    else:
-        steps = prepare_norm_linear([(layer.weight, None, *layer.step_norm[:2]) for layer in layers], dtype)
-    return [PreparedLayer(*pair) for pair in zip(attention, steps, strict=True)]
-
-
-def _tensors(layer: EncoderWeights | DecoderWeights) -> list[Tensor | None]:
-    parts = (part if isinstance(part, tuple) else (part,) for part in layer)
-    return [value for part in parts for value in part if value is None or isinstance(value, Tensor)]
+    return list(map(PreparedLayer, prepare_mssa(attention, dtype), prepare_step(steps, dtype)))
 
 
 def _check_kinds(prepared: PreparedLayer | None, **given: Norm | AttentionWeights) -> None:

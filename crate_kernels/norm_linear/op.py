@@ -7,7 +7,7 @@ them, for the backward, y. Without one it is empty. The composed path has no ope
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,22 +58,17 @@ def _forward_fake(x: Tensor, given: NormLinearArguments) -> tuple[Tensor, list[T
     return y, [] if given.norm_weight is None else [x.new_empty(2, x.shape[0], dtype=torch.float32)]
 
 
-def _backward_fake(
-    grad: Tensor, x: Tensor, kept: Any, need_x: bool, need_weights: bool, given: NormLinearArguments
-) -> list[Tensor]:
-    return empty_gradients((x, *given[:4]), (need_x, *[need_weights] * 4))
+def _product(x_shape: tuple[int, ...], given: NormLinearArguments) -> int:
+    """FLOPs of one product; tensors among the arguments are given by their shapes."""
+    return 2 * x_shape[0] * given.weight[0] * given.weight[1]
 
 
-def _forward_flops(x_shape: tuple[int, ...], given: NormLinearArguments) -> int:
-    out_width, width = given.weight
-    return 2 * x_shape[0] * out_width * width
-
-
-def _backward_flops(
-    grad: Any, x_shape: tuple[int, ...], kept: Any, need_x: bool, need_weights: bool, given: NormLinearArguments
-) -> int:
-    return _forward_flops(x_shape, given) * (need_x + need_weights)
-
-
-register("norm_linear_forward", _forward, _forward_fake, _forward_flops)
-register("norm_linear_backward", _backward, _backward_fake, _backward_flops)
+register("norm_linear_forward", _forward, fake=_forward_fake, flops=_product)
+register(
+    "norm_linear_backward",
+    _backward,
+    fake=lambda grad, x, kept, need_x, need_weights, given: empty_gradients(
+        (x, *given[:4]), (need_x, *[need_weights] * 4)
+    ),
+    flops=lambda grad, x, kept, need_x, need_weights, given: _product(x, given) * (need_x + need_weights),
+)

@@ -53,20 +53,10 @@ def _forward_fake(
     return x.new_empty(x.shape, dtype=out_dtype), z1, z2
 
 
-def _backward_fake(
-    grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, needs: list[bool], given: OvercompleteArguments
-) -> list[Tensor]:
-    return empty_gradients((x, *given[:4]), (*needs, needs[3]))
-
-
 def _product(x_shape: tuple[int, ...], given: OvercompleteArguments) -> int:
     """FLOPs of a product of tokens, width and codes, as all are here."""
     width, codes = given.dictionary
     return 2 * x_shape[0] * width * codes
-
-
-def _forward_flops(x_shape: tuple[int, ...], skip: Any, out_dtype: Any, given: OvercompleteArguments) -> int:
-    return 4 * _product(x_shape, given)
 
 
 def _backward_flops(
@@ -79,5 +69,15 @@ def _backward_flops(
     return (down_to_codes + need_x + of_dictionaries) * _product(x_shape, given)
 
 
-register("overcomplete_forward", _forward, _forward_fake, _forward_flops)
-register("overcomplete_backward", _backward, _backward_fake, _backward_flops)
+register(
+    "overcomplete_forward",
+    _forward,
+    fake=_forward_fake,
+    flops=lambda x, skip, out_dtype, given: 4 * _product(x, given),
+)
+register(
+    "overcomplete_backward",
+    _backward,
+    fake=lambda grad, x, z1, z2, needs, given: empty_gradients((x, *given[:4]), (*needs, needs[3])),
+    flops=_backward_flops,
+)

@@ -85,10 +85,6 @@ def empty_operands(matrices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, 
     return matrix.mT if flipped else matrix, *vectors
 
 
-def _prepare_fake(matrices: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
-    return empty_operands(matrices, arguments[-1])
-
-
 def _combine_fake(dictionaries: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
     shape = len(dictionaries), *dictionaries[0].shape
     matrix = dictionaries[0].new_empty(shape, dtype=arguments[-1])
@@ -96,9 +92,10 @@ def _combine_fake(dictionaries: list[Tensor], *arguments: Any) -> tuple[Tensor, 
     return combined, matrix, *vectors
 
 
-def _combine_flops(dictionary_shapes: list[tuple[int, ...]], *_: Any) -> int:
-    return len(dictionary_shapes) * 2 * dictionary_shapes[0][0] ** 3
-
-
-register("prepare", _prepare, _prepare_fake)
-register("combine", _combine, _combine_fake, _combine_flops)
+register("prepare", _prepare, fake=lambda matrices, *rest: empty_operands(matrices, rest[-1]))
+register(
+    "combine",
+    _combine,
+    fake=_combine_fake,
+    flops=lambda dictionaries, *_: len(dictionaries) * 2 * dictionaries[0][0] ** 3,
+)

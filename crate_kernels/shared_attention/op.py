@@ -9,7 +9,7 @@ inside graphs too, where a number would be frozen.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,25 +96,21 @@ def _forward_fake(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]
     return empty_token_major(w), kept
 
 
-def _backward_fake(grad_out: Tensor, w: Tensor, *_: Any) -> Tensor:
-    return empty_token_major(w)
-
-
 def _product(w_shape: tuple[int, ...], is_causal: bool) -> int:
     """FLOPs of one tokens x tokens x head_dim product for every head."""
     batch, heads, tokens, head_dim = w_shape
     return 2 * batch * heads * tokens * tokens * head_dim // (2 if is_causal else 1)
 
 
-def _forward_flops(w_shape: tuple[int, ...], given: AttentionArguments) -> int:
-    return 2 * _product(w_shape, given.is_causal)
-
-
-def _backward_flops(
-    grad: Any, w_shape: tuple[int, ...], out: Any, kept: Any, scale: float, is_causal: bool, *_: Any
-) -> int:
-    return 5 * _product(w_shape, is_causal)
-
-
-register("shared_attention_forward", _forward, _forward_fake, _forward_flops)
-register("shared_attention_backward", _backward, _backward_fake, _backward_flops)
+register(
+    "shared_attention_forward",
+    _forward,
+    fake=_forward_fake,
+    flops=lambda w, given: 2 * _product(w, given.is_causal),
+)
+register(
+    "shared_attention_backward",
+    _backward,
+    fake=lambda grad, w, *_: empty_token_major(w),
+    flops=lambda grad, w, out, kept, scale, is_causal, *_: 5 * _product(w, is_causal),
+)
