@@ -45,6 +45,9 @@ KINDS = {
 }
 
 
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
 @dataclass
 class Acceleration:
     """What ``accelerate`` did: printed, it says so in words.
@@ -105,16 +108,12 @@ def accelerate(model: nn.Module) -> Acceleration:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     done, decided = Acceleration(), []
     for name, module in model.named_modules():
-        reasons = []
-        for target in _candidates(module):
-            reason = _obstacle(module, target)
-            if reason is None:
-                decided.append((name, module, target))
-                break
-            reasons.append(reason)
-        else:
-            if reasons:
-                done.left_alone[name] = "; ".join(dict.fromkeys(reasons))
+        obstacles = {target: _obstacle(module, target) for target in _candidates(module)}
+        fitting = [target for target, obstacle in obstacles.items() if obstacle is None]
+        if fitting:
+            decided.append((name, module, fitting[0]))
+        elif obstacles:
+            done.left_alone[name] = "; ".join(dict.fromkeys(obstacles.values()))
     for name, module, target in decided:
         done._originals.append((module, type(module)))
         module.__class__ = target
@@ -150,8 +149,7 @@ def _change(module: nn.Module, target: type[nn.Module]) -> str | None:
     if theirs[1:] != ours[1 : len(theirs)]:
         return f"its forward takes {', '.join(theirs)}, which {target.__name__} does not"
     for name, child in list(module.named_modules())[1:]:
-        hooks = child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks
-        if any(hooks) or "forward" in vars(child):
+        if any(vars(child)[hooks] for hooks in _HOOKS) or "forward" in vars(child):
             return f"{name} has hooks or a replaced forward, which one fused call would pass by"
         if isinstance(child, nn.Dropout) and child.p > 0:
             return f"{name}: its dropout is above 0, and what is random cannot be compared"
@@ -207,31 +205,19 @@ def _difference(module: nn.Module, target: type[nn.Module]) -> str | None:
     return None
 
 
-class _Bare(nn.Module):
-    """The forward of a module without the hooks on it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> object:
-        return type(self.module).forward(self.module, x)
-
-
 def _run(
     module: nn.Module, kind: type[nn.Module], values: dict[str, Tensor], x: Tensor, training: bool
 ) -> tuple[object, list[str]]:
     """What ``module`` as a ``kind`` makes of x with these parameters, and the attributes that it sets while it does."""
     twin = object.__new__(type(module))  # a shallow copy: what it does to its attributes does not reach the module
-    vars(twin).update(vars(module), training=training)
+    vars(twin).update(vars(module), training=training, **{hooks: {} for hooks in _HOOKS})
     twin.__class__ = kind
     before = dict(vars(twin))
     modes = [(child, child.training) for child in module.modules() if child is not module]
     try:
         for child, _ in modes:
             child.training = training
-        parameters = {f"module.{name}": value for name, value in values.items()}
-        out = functional_call(_Bare(twin), parameters, (x.clone(),), tie_weights=False)
+        out = functional_call(twin, values, (x.clone(),), tie_weights=False)
     finally:
         for child, mode in modes:
             child.training = mode

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from crate_kernels.precision import is_autocast
 
 
 def describe(value: object) -> str:
@@ -16,40 +19,62 @@ def describe(value: object) -> str:
     return f"shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
-def tensor(name: str, value: object, dims: str) -> None:
-    """``value`` is a floating-point tensor with one dimension for each name in ``dims`` ("batch tokens width").
+def tensors(
+    *,
+    norm: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0),
+    any_dtype: str = "",
+    **given: tuple[Tensor | None, str],
+) -> None:
+    """Tensors, or None, that fit together: each with the names of its dimensions, where one name is one size in all of them.
 
-    A leading "..." stands for any number of dimensions, none included.
+    All live on the first one's device and bear its dtype, unless autocast will cast them; that named ``any_dtype`` bears any.
+    ``norm``: weight and bias [width] of an optional LayerNorm, and its epsilon.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor [{', '.join(dims.split())}], got {describe(value)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {describe(value)}")
-    names = dims.split()
-    least = len(names) - (names[0] == "...")
-    if value.ndim and value.shape[-1] == 0:
-        raise ValueError(f"{name}: expected at least one element in its last dimension, got {describe(value)}")
-    if value.ndim < least or (names[0] != "..." and value.ndim > least):
-        raise ValueError(f"{name}: expected [{', '.join(names)}], got {describe(value)}")
-
-
-def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    """``value`` has exactly the ``expected`` shape; ``meaning`` says in words what that shape is."""
-    if tuple(value.shape) != expected:
-        raise ValueError(f"{name}: expected {meaning} {expected}, got {describe(value)}")
-
-
-def same_device_and_dtype(mixed_dtypes: bool, **tensors: Tensor | None) -> None:
-    """All tensors live on one device and bear one dtype, unless ``mixed_dtypes`` are fine (autocast will cast them)."""
-    present = {name: value for name, value in tensors.items() if value is not None}
-    first_name, first = next(iter(present.items()))
-    for name, value in present.items():
+    weight, bias, eps = norm
+    if weight is not None:
+        number("norm_eps", eps)
+    elif bias is not None:
+        raise ValueError("norm_bias: given without norm_weight; pass both, or neither for no LayerNorm")
+    given.update(norm_weight=(weight, "width"), norm_bias=(bias, "width"))
+    sizes: dict[str, Any] = {}
+    first_name, (first, _) = next(iter(given.items()))
+    for name, (value, dims) in given.items():
+        if value is None and name != first_name:
+            continue
+        tensor(name, value, dims, sizes)
         if value.device != first.device:
             raise ValueError(f"{name}: expected it on {first.device} like {first_name}, got {describe(value)}")
-        if value.dtype != first.dtype and not mixed_dtypes:
+        if value.dtype != first.dtype and name != any_dtype and not is_autocast(first):
             raise TypeError(
                 f"{name}: expected {first.dtype} like {first_name}, got {describe(value)} (mixed dtypes need torch.autocast)"
             )
+
+
+def tensor(name: str, value: object, dims: str, sizes: dict[str, Any] | None = None) -> None:
+    """``value`` is a floating-point tensor with one dimension for each name in ``dims`` ("batch tokens width").
+
+    A leading "..." stands for any number of dimensions, none included. ``sizes`` are what is known of sizes by name: it agrees
+    with them, and the others come from it.
+    """
+    names = dims.split()
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor [{', '.join(names)}], got {describe(value)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {describe(value)}")
+    if value.ndim and value.shape[-1] == 0:
+        raise ValueError(f"{name}: expected at least one element in its last dimension, got {describe(value)}")
+    found: tuple[Any, ...] = value.shape
+    if names[0] == "...":
+        leading = value.ndim - len(names) + 1
+        found = (found[:leading], *found[leading:])
+    if len(found) != len(names):
+        raise ValueError(f"{name}: expected [{', '.join(names)}], got {describe(value)}")
+    sizes = {} if sizes is None else sizes
+    for dim, size in zip(names, found, strict=True):
+        if sizes.setdefault(dim, size) != size:
+            known = [sizes.get(*pair) for pair in zip(names, found, strict=True)]
+            expected = (*known[0], *known[1:]) if names[0] == "..." else tuple(known)
+            raise ValueError(f"{name}: expected [{', '.join(names)}] {expected}, got {describe(value)}")
 
 
 def number(name: str, value: float, *, positive: bool = False) -> None:
@@ -62,24 +87,12 @@ def number(name: str, value: float, *, positive: bool = False) -> None:
 
 def number_or_tensor(name: str, value: float | Tensor, *, positive: bool = False) -> None:
     """``value`` is such a number, or a floating-point tensor of one element, whose value is looked at on the CPU only."""
-    if not isinstance(value, Tensor):
-        return number(name, value, positive=positive)
-    if value.numel() != 1 or not value.is_floating_point():
-        raise ValueError(f"{name}: expected a number or a floating-point tensor of one element, got {describe(value)}")
-    if type(value) in (Tensor, Parameter) and value.device.type == "cpu" and not torch.compiler.is_compiling():
-        number(name, float(value.detach()), positive=positive)
-    return None
-
-
-def layer_norm(width: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """The parameters of an optional LayerNorm over ``width`` features."""
-    if weight is None:
-        if bias is not None:
-            raise ValueError("norm_bias: given without norm_weight; pass both, or neither for no LayerNorm")
-        return
-    tensor("norm_weight", weight, "width")
-    shape("norm_weight", weight, (width,), "[width]")
-    if bias is not None:
-        tensor("norm_bias", bias, "width")
-        shape("norm_bias", bias, (width,), "[width]")
-    number("norm_eps", eps)
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{name}: expected a number or a floating-point tensor of one element, got {describe(value)}"
+            )
+        if type(value) not in (Tensor, Parameter) or value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = float(value.detach())
+    number(name, value, positive=positive)

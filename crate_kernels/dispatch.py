@@ -70,24 +70,18 @@ def choose(tensor: Tensor, dtype: torch.dtype, obstacle: str | None = None) -> s
         RuntimeError: the forced implementation cannot run here; there is no silent fallback.
     """
     device = tensor.device.type
-    obstacle = obstacle or _obstacle_to_triton(device, dtype)
+    if obstacle is None and dtype not in TRITON_DTYPES:
+        obstacle = f"its kernels take float32, float16 and bfloat16, not {dtype}"
+    elif obstacle is None and device != "cuda" and not (device == "cpu" and _INTERPRETING):
+        obstacle = f"its kernels need CUDA tensors (or TRITON_INTERPRET=1 on the CPU), got a tensor on {device}"
+    elif obstacle is None and not _TRITON_INSTALLED:
+        obstacle = "the triton package is not installed"
     if _forced == "triton" and obstacle:
         raise RuntimeError(f"the triton implementation was forced, but {obstacle}")
     if _forced is not None:
         return _forced
     # Triton's interpreter proves kernels on a CPU; it is never what a CPU should run.
     return "triton" if device == "cuda" and obstacle is None else "composed"
-
-
-def _obstacle_to_triton(device_type: str, dtype: torch.dtype) -> str | None:
-    """What keeps the Triton kernels from running, in words; None where nothing does."""
-    if dtype not in TRITON_DTYPES:
-        return f"its kernels take float32, float16 and bfloat16, not {dtype}"
-    if device_type != "cuda" and not (device_type == "cpu" and _INTERPRETING):
-        return f"its kernels need CUDA tensors (or TRITON_INTERPRET=1 on the CPU), got a tensor on {device_type}"
-    if not _TRITON_INSTALLED:
-        return "the triton package is not installed"
-    return None
 
 
 def load(operator: str, implementation: str) -> ModuleType:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
-from torch.utils.flop_counter import register_flop_formula
 
-from crate_kernels.precision import CPU, arithmetic_dtype, undisturbed
+from crate_kernels.boundary import register
+from crate_kernels.precision import CPU, arithmetic_dtype
 
 ONEDNN_IS_FASTER = CPU.vendor == "AuthenticAMD" and "avx512f" in CPU.flags and torch.backends.mkldnn.is_available()
 
@@ -77,23 +77,16 @@ def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-torch.library.define("crate_kernels::linear", "(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
-
-
-@torch.library.impl("crate_kernels::linear", "CPU")
-@undisturbed
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _onednn(rows, weight, bias) if _by_onednn(rows) else F.linear(rows, weight, bias)
 
 
-@torch.library.register_fake("crate_kernels::linear")
-def _linear_fake(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[0])
-
-
-@register_flop_formula(torch.ops.crate_kernels.linear)
-def _linear_flops(rows_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return 2 * rows_shape[0] * rows_shape[1] * weight_shape[0]
+register(
+    "linear",
+    _linear,
+    fake=lambda rows, weight, bias: rows.new_empty(rows.shape[0], weight.shape[0]),
+    flops=lambda rows, weight, bias: 2 * rows[0] * rows[1] * weight[0],
+)
 
 
 class _Linear(torch.autograd.Function):

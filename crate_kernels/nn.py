@@ -11,6 +11,7 @@ from crate_kernels.ista.api import combine, ista
 from crate_kernels.mssa.api import mssa
 from crate_kernels.norm_linear.api import norm_linear
 from crate_kernels.overcomplete.api import overcomplete_ista
+from crate_kernels.products.operand import norm_options
 
 
 class MSSA(nn.Module):
@@ -65,19 +66,9 @@ class MSSA(nn.Module):
         # Not every module that ``accelerate`` turned into this class has a dropout.
         dropout = self.dropout.p if self.training and hasattr(self, "dropout") else 0.0
         out = self.to_out[0] if isinstance(self.to_out, nn.Sequential) else None
-        return mssa(
-            x,
-            self.qkv.weight,
-            None if out is None else out.weight,
-            None if out is None else out.bias,
-            num_heads=self.heads,
-            scale=self.scale,
-            skip=skip,
-            subtract=subtract,
-            lengths=lengths,
-            dropout=dropout,
-            **_norm_arguments(norm),
-        )
+        projections = self.qkv.weight, None if out is None else out.weight, None if out is None else out.bias
+        options = dict(skip=skip, subtract=subtract, lengths=lengths, dropout=dropout, **norm_options(norm))
+        return mssa(x, *projections, num_heads=self.heads, scale=self.scale, **options)
 
     def _attention(self, w: Tensor) -> Tensor:
         w = w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -121,15 +112,8 @@ class ISTA(nn.Module):
             raise RuntimeError(
                 "weight: it asks for a gradient, which a frozen ISTA cannot give; call unfreeze(), or run under torch.no_grad()"
             )
-        return ista(
-            x,
-            self.weight,
-            step_size=self.step_size,
-            lambd=self.lambd,
-            threshold=self.threshold,
-            combined=combined,
-            **_norm_arguments(norm),
-        )
+        numbers = dict(step_size=self.step_size, lambd=self.lambd, threshold=self.threshold)
+        return ista(x, self.weight, combined=combined, **numbers, **norm_options(norm))
 
     def freeze(self) -> None:
         """Take the weight for a constant: keep ``combine(weight)`` and multiply with that from now on.
@@ -173,7 +157,7 @@ class DecoderStep(nn.Module):
 
     def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None) -> Tensor:
         """x W^T of x [..., dim], after ``norm`` where it is given."""
-        return norm_linear(x, self.weight, **_norm_arguments(norm))
+        return norm_linear(x, self.weight, **norm_options(norm))
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[0]}"
@@ -205,20 +189,9 @@ class OvercompleteISTA(nn.Module):
 
     def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None, skip: Tensor | None = None) -> Tensor:
         """The step of x [..., dim], after ``norm`` and added to ``skip`` where these are given."""
-        return overcomplete_ista(
-            x,
-            self.D,
-            getattr(self, "D1", None),
-            step_size=self.eta,
-            lambd=self.lmbda,
-            skip=skip,
-            **_norm_arguments(norm),
-        )
+        numbers = dict(step_size=self.eta, lambd=self.lmbda)
+        return overcomplete_ista(x, self.D, getattr(self, "D1", None), skip=skip, **numbers, **norm_options(norm))
 
     def extra_repr(self) -> str:
         dim, codes = self.D.shape
         return f"dim={dim}, codes={codes}, eta={self.eta}, lmbda={self.lmbda}, decouple={hasattr(self, 'D1')}"
-
-
-def _norm_arguments(norm: nn.LayerNorm | None) -> dict[str, Tensor | float | None]:
-    return {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)

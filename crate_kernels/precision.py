@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, ParamSpec, TypeVar
+from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
 
 # What oneDNN's variable ONEDNN_MAX_CPU_ISA may say, in its order, and the instructions that come with it, as Linux names them.
 _INSTRUCTIONS = {
@@ -47,26 +42,17 @@ class _CPU(NamedTuple):
     @classmethod
     def this(cls, said_in: str = "/proc/cpuinfo") -> _CPU:
         said: dict[str, str] = {}
-        try:
-            with open(said_in, errors="replace") as cpuinfo:
-                for line in cpuinfo:
-                    if not line.strip():
-                        break  # the other processors, hundreds on a server, say the same
-                    name, _, value = line.partition(":")
-                    said[name.strip()] = value.strip()
-        except OSError:
-            pass
+        with suppress(OSError), open(said_in, errors="replace") as cpuinfo:
+            # Up to an empty line: the other processors, hundreds on a server, say the same.
+            for name, _, value in (line.partition(":") for line in takewhile(str.strip, cpuinfo)):
+                said[name.strip()] = value.strip()
         return cls(said.get("vendor_id", ""), frozenset(said.get("flags", "").split()) - _withheld())
 
 
-def _dtypes_the_cpu_multiplies() -> tuple[torch.dtype, ...]:
-    """16-bit dtypes this CPU has matrix instructions for."""
-    instructions = {torch.bfloat16: {"amx_bf16", "avx512_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
-    return tuple(dtype for dtype, names in instructions.items() if CPU.flags & names)
-
-
 CPU = _CPU.this()
-CPU_PRODUCT_DTYPES = _dtypes_the_cpu_multiplies()
+# 16-bit dtypes this CPU has matrix instructions for.
+_OF_DTYPES = {torch.bfloat16: {"amx_bf16", "avx512_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
+CPU_PRODUCT_DTYPES = tuple(dtype for dtype, names in _OF_DTYPES.items() if CPU.flags & names)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -146,17 +132,3 @@ def dot_precision(x: Tensor) -> str:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     except RuntimeError:  # set through the newer attribute, which the older function refuses to read
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def undisturbed(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """``function`` with its first tensor's device current, and autocast off: operands come in the dtype to multiply in.
-
-    Needed in backwards too: ``loss.backward()`` may be called inside an autocast block.
-    """
-
-    @functools.wraps(function)
-    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with no_autocast(args[0]), torch.cuda.device_of(args[0]):
-            return function(*args, **kwargs)
-
-    return run

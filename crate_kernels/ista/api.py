@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
+from crate_kernels.boundary import asked, number_as_tensor, save, saved
 from crate_kernels.ista import op, reference
 from crate_kernels.ista.form import combination, one_product
-from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, layer_norm_dtype, no_autocast
+from crate_kernels.precision import compute_dtype, layer_norm, layer_norm_dtype, no_autocast
 from crate_kernels.products.op import combinations, operands
-from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.products.prepared import Prepared, as_prepared, check_prepared
-from crate_kernels.schemas import number_as_tensor
+from crate_kernels.products.operand import Operand, as_norm
+from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
 
 
 def ista(
@@ -69,7 +69,17 @@ def ista(
 
     Source: CRATE (arXiv 2306.01129), section 2.4; CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    check(x, dictionary, step_size, lambd, threshold, norm_weight, norm_bias, norm_eps, combined)
+    checks.tensors(
+        norm=(norm_weight, norm_bias, norm_eps),
+        any_dtype="combined",
+        x=(x, "... width"),
+        dictionary=(dictionary, "width width"),
+        combined=(combined, "width width"),
+    )
+    checks.number_or_tensor("step_size", step_size, positive=True)
+    checks.number_or_tensor("lambd", lambd)
+    if threshold not in ("relu", "soft"):
+        raise ValueError(f'threshold: expected "relu" or "soft", got {threshold!r}')
     dtype, soft = compute_dtype(x), threshold == "soft"
     implementation = dispatch.choose(x, dtype)
     tokens, width = x.numel() // x.shape[-1], x.shape[-1]
@@ -86,48 +96,27 @@ def ista(
         out_dtype = x.dtype
         if norm_weight is not None:
             out_dtype = layer_norm_dtype(x, before=dtype if implementation == "composed" else None)
-    norm = None if norm_weight is None else Norm(norm_weight, norm_bias, float(norm_eps))
-    operand, is_constant = Operand(None, None, None), combined is not None
-    if implementation == "triton" and one:
-        if is_constant:
-            (operand,) = operands([combined], [None], [norm], dtype, number_as_tensor(step_size))
-        else:
-            if prepared is None:
-                (prepared,) = prepare_ista([(dictionary, norm)], step_size, dtype)
-            else:
-                check_prepared(prepared, dtype, _made_of(dictionary, norm, step_size))
-            (operand,), combined = prepared.operands, prepared.combined
-    numbers = number_as_tensor(step_size), number_as_tensor(lambd)
-    arguments = (
-        dictionary,
-        combined,
-        norm_weight,
-        norm_bias,
-        *operand,
-        float(norm_eps),
-        *numbers,
-        soft,
-        dtype,
-        implementation,
-    )
-    return _ISTA.apply(x, out_dtype, is_constant, *arguments)
+    operand, numbers = Operand(None, None, None), (number_as_tensor(step_size), number_as_tensor(lambd))
+    if combined is not None:
+        dictionary = dictionary.detach()  # a constant
+        if implementation == "triton":
+            norm = as_norm(norm_weight, norm_bias)
+            (operand,) = operands([combined], [None], [norm], dtype, numbers[0])
+    elif implementation == "triton" and one:
+        prepared = checked_or_made(prepared, (dictionary, norm_weight, norm_bias, step_size), dtype, prepare_ista)
+        (operand,), combined = prepared.operands, prepared.combined
+    settings = float(norm_eps), *numbers, soft, dtype, implementation
+    return _ISTA.apply(x, out_dtype, dictionary, combined, norm_weight, norm_bias, *operand, *settings)
 
 
-def prepare_ista(
-    layers: Sequence[tuple[Tensor, Norm | None]], step_size: float | Tensor, dtype: torch.dtype
-) -> list[Prepared]:
-    """What products in ``dtype`` take of (dictionary, norm) of steps of one size and step size, in one launch."""
-    dictionaries, norms = zip(*layers, strict=True)
-    made = combinations(dictionaries, norms, number_as_tensor(step_size), dtype)
-    return [
-        as_prepared((operand,), _made_of(*layer, step_size), combined)
-        for (combined, operand), layer in zip(made, layers, strict=True)
-    ]
+def prepare_ista(layers: Sequence[Sources], dtype: torch.dtype) -> list[Prepared]:
+    """What products in ``dtype`` take of dictionary, norm_weight, norm_bias and the one step_size of steps of one shape.
 
-
-def _made_of(dictionary: Tensor, norm: Norm | None, step_size: float | Tensor) -> tuple[Tensor | float | None, ...]:
-    step_size = step_size if isinstance(step_size, Tensor) else float(step_size)
-    return dictionary, *((None, None) if norm is None else norm[:2]), step_size
+    In one launch.
+    """
+    dictionaries, norms, step_sizes = zip(*[(w, as_norm(*norm), eta) for w, *norm, eta in layers], strict=True)
+    made = combinations(dictionaries, norms, number_as_tensor(step_sizes[0]), dtype)
+    return [as_prepared((one,), layer, combined) for (combined, one), layer in zip(made, layers, strict=True)]
 
 
 def combine(dictionary: Tensor) -> Tensor:
@@ -138,92 +127,50 @@ def combine(dictionary: Tensor) -> Tensor:
         ValueError: dictionary is not square.
     """
     checks.tensor("dictionary", dictionary, "width width")
-    checks.shape("dictionary", dictionary, (dictionary.shape[1],) * 2, "square")
     with no_autocast(dictionary), torch.no_grad():
         return combination(dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)))
 
 
-def check(
-    x: Tensor,
-    dictionary: Tensor,
-    step_size: float | Tensor,
-    lambd: float | Tensor,
-    threshold: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    combined: Tensor | None,
-) -> None:
-    checks.tensor("x", x, "... width")
-    checks.tensor("dictionary", dictionary, "width width")
-    width = x.shape[-1]
-    checks.shape("dictionary", dictionary, (width, width), "a square matrix as wide as x")
-    checks.layer_norm(width, norm_weight, norm_bias, norm_eps)
-    checks.same_device_and_dtype(
-        is_autocast(x), x=x, dictionary=dictionary, norm_weight=norm_weight, norm_bias=norm_bias
-    )
-    checks.number_or_tensor("step_size", step_size, positive=True)
-    checks.number_or_tensor("lambd", lambd)
-    if combined is not None:
-        checks.tensor("combined", combined, "width width")
-        checks.shape("combined", combined, (width, width), "what combine(dictionary) gives")
-        checks.same_device_and_dtype(True, x=x, combined=combined)
-    if threshold not in ("relu", "soft"):
-        raise ValueError(f'threshold: expected "relu" or "soft", got {threshold!r}')
-
-
 class _ISTA(torch.autograd.Function):
-    """Arguments: x, the result's dtype, whether the dictionary is a constant, and ``op.ISTAArguments``."""
+    """Arguments: x, the result's dtype, and ``op.ISTAArguments``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, out_dtype: torch.dtype, is_constant: bool, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
         y, kept = torch.ops.crate_kernels.ista_forward(x, out_dtype, *arguments)
         given = op.ISTAArguments(*arguments)
         if given.implementation == "composed" and given.norm is None and x.dtype != given.dtype:
             *kept, x = kept
-        ctx.save_for_backward(x, y, *arguments[:7], given.step_size, given.lambd, *kept)
-        ctx.settings = given.norm_eps, given.soft, given.dtype, given.implementation
-        ctx.is_constant = is_constant
+        save(ctx, given, x, y, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, *tensors = ctx.saved_tensors
-        tensors, numbers, kept = tensors[:7], tensors[7:9], tensors[9:]
-        norm_eps, *settings = ctx.settings
-        given = op.ISTAArguments(*tensors, norm_eps, *numbers, *settings)
-        want_x, _, _, want_dictionary, _, *want_norm = ctx.needs_input_grad[:7]
-        wanted = want_x, want_dictionary and not ctx.is_constant, *want_norm
-        needs, found = (want_x, any(wanted[1:])), [None] * 4
+        given, (x, y, *kept) = saved(ctx)
+        need_x, _, *want_fields = ctx.needs_input_grad
+        want = op.ISTAArguments(*want_fields)
+        needs = need_x, want.dictionary or want.norm_weight or want.norm_bias
+        found, numbers = [None] * 4, ()
         if any(needs):
             found = torch.ops.crate_kernels.ista_backward(grad_y, x, y, kept, *needs, *given)
-        grad_x, grad_dictionary, *grads_of_norm = [g if w else None for g, w in zip(found, wanted, strict=True)]
-        grads_of_numbers = _gradients_of_numbers(grad_y, x, y, given, *ctx.needs_input_grad[11:13])
-        return grad_x, None, None, grad_dictionary, None, *grads_of_norm, *[None] * 4, *grads_of_numbers, *[None] * 3
+        if want.step_size or want.lambd:
+            numbers = _gradients_of_numbers(grad_y, x, y, given)
+        grad_x, grad_dictionary, *grads_of_norm = found
+        grads = grad_x, None, grad_dictionary, None, *grads_of_norm, *[None] * 4, *numbers
+        return asked(grads, ctx.needs_input_grad)
 
 
-def _gradients_of_numbers(
-    grad_y: Tensor, x: Tensor, y: Tensor, given: op.ISTAArguments, need_step_size: bool, need_lambd: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _gradients_of_numbers(grad_y: Tensor, x: Tensor, y: Tensor, given: op.ISTAArguments) -> tuple[Tensor, Tensor]:
     """Of eta and lambda. With s = sign(y), which is zero where the threshold let nothing pass,
 
     deta = sum (g s^2) * (x W - x W^T W) - lambda * sum g s      dlambda = -eta * sum g s
     """
-    if not (need_step_size or need_lambd):
-        return None, None
     dtype = torch.promote_types(y.dtype, torch.float32)
     tensors = x, y, grad_y, given.dictionary, given.norm_weight, given.norm_bias
-    x, y, grad, dictionary, norm_weight, norm_bias = (None if t is None else t.to(dtype) for t in tensors)
-    sign = y.sign()
-    through_threshold = -(grad * sign).sum()
-    grad_step_size = grad_lambd = None
-    if need_step_size:
-        with no_autocast(x):
-            x = layer_norm(x, norm_weight, norm_bias, given.norm_eps)
-            product = (x - x @ dictionary.t()) @ dictionary
-        through_product = (grad * sign.abs() * product).sum()
-        grad_step_size = (through_product + through_threshold * given.lambd).to(given.step_size)
-    if need_lambd:
-        grad_lambd = (through_threshold * given.step_size).to(given.lambd)
-    return grad_step_size, grad_lambd
+    x, y, grad, dictionary, *norm = (None if t is None else t.to(dtype) for t in tensors)
+    with no_autocast(x):
+        x = layer_norm(x, *norm, given.norm_eps)
+        product = (x - x @ dictionary.t()) @ dictionary
+    through_threshold = -(grad * y.sign()).sum()
+    grad_step_size = (grad * y.sign().abs() * product).sum() + through_threshold * given.lambd
+    return grad_step_size.to(given.step_size), (through_threshold * given.step_size).to(given.lambd)

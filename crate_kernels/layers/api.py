@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from crate_kernels.ista.api import ista, prepare_ista
 from crate_kernels.mssa.api import AttentionWeights, mssa, prepare_mssa
 from crate_kernels.norm_linear.api import norm_linear, prepare_norm_linear
 from crate_kernels.precision import compute_dtype
-from crate_kernels.products.operand import Norm
+from crate_kernels.products.operand import Norm, norm_options
 from crate_kernels.products.prepared import Prepared
 from crate_kernels.shared_attention.api import obstacle_to_triton
 
@@ -88,11 +88,11 @@ def encoder_layer(
     prepared = prepared or PreparedLayer()
     z = mssa(
         x, *attention, num_heads=num_heads, scale=scale, skip=x, out_dtype=x.dtype, recompute=recompute,
-        prepared=prepared.attention, **_options(attention_norm),
+        prepared=prepared.attention, **norm_options(attention_norm),
     )  # fmt: skip
     return ista(
         z, dictionary, step_size=step_size, lambd=lambd, threshold=threshold, out_dtype=x.dtype, prepared=prepared.step,
-        **_options(sparse_norm),
+        **norm_options(sparse_norm),
     )  # fmt: skip
 
 
@@ -128,14 +128,12 @@ def decoder_layer(
     Source: CRATE-MAE (arXiv 2404.02446), section 3.
     """
     _check_kinds(step_norm=step_norm, attention_norm=attention_norm, attention=attention, prepared=prepared)
-    checks.tensor("x", x, "batch tokens width")
-    checks.tensor("weight", weight, "width width")
-    checks.shape("weight", weight, (x.shape[-1],) * 2, "a square matrix as wide as x")
+    checks.tensors(x=(x, "batch tokens width"), weight=(weight, "width width"))
     prepared = prepared or PreparedLayer()
-    g = norm_linear(x, weight, prepared=prepared.step, **_options(step_norm))
+    g = norm_linear(x, weight, prepared=prepared.step, **norm_options(step_norm))
     return mssa(
         g, *attention, num_heads=num_heads, scale=scale, skip=g, subtract=True, recompute=recompute,
-        prepared=prepared.attention, **_options(attention_norm),
+        prepared=prepared.attention, **norm_options(attention_norm),
     )  # fmt: skip
 
 
@@ -168,22 +166,20 @@ def prepare_layers(
     first, dtype = layers[0].attention, compute_dtype(x)
     head_dim = first.qkv.shape[0] // max(num_heads, 1)
     implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
+    attention = [(*layer.attention, *layer.attention_norm[:2]) for layer in layers]
+    if isinstance(layers[0], EncoderWeights):
+        prepare_step = prepare_ista
+        steps = [(layer.dictionary, *layer.sparse_norm[:2], step_size) for layer in layers]
+    else:
+        prepare_step = prepare_norm_linear
+        steps = [(layer.weight, None, *layer.step_norm[:2]) for layer in layers]
     # Parameters that are sharded, say, are made whole a layer at a time only; and one launch takes layers of one make only.
     plain = type(first.qkv) in (Tensor, Parameter)
-    makes = [[None if t is None else (t.shape, t.device) for t in _tensors(layer)] for layer in layers]
+    sources = ((*ours, *others) for ours, others in zip(attention, steps, strict=True))
+    makes = [[(t.shape, t.device) if isinstance(t, Tensor) else None for t in of_layer] for of_layer in sources]
     if implementation != "triton" or first.out is None or not plain or any(make != makes[0] for make in makes):
         return [None] * len(layers)
-    attention = prepare_mssa([(layer.attention, layer.attention_norm) for layer in layers], dtype)
-    if isinstance(layers[0], EncoderWeights):
-        steps = prepare_ista([(layer.dictionary, layer.sparse_norm) for layer in layers], step_size, dtype)
-    else:
-        steps = prepare_norm_linear([(layer.weight, None, layer.step_norm) for layer in layers], dtype)
-    return [PreparedLayer(*pair) for pair in zip(attention, steps, strict=True)]
-
-
-def _tensors(layer: EncoderWeights | DecoderWeights) -> list[Tensor | None]:
-    parts = (part if isinstance(part, tuple) else (part,) for part in layer)
-    return [value for part in parts for value in part if value is None or isinstance(value, Tensor)]
+    return list(map(PreparedLayer, prepare_mssa(attention, dtype), prepare_step(steps, dtype)))
 
 
 def _check_kinds(prepared: PreparedLayer | None, **given: Norm | AttentionWeights) -> None:
@@ -193,7 +189,3 @@ def _check_kinds(prepared: PreparedLayer | None, **given: Norm | AttentionWeight
             raise TypeError(f"{name}: expected crate_kernels.{kind.__name__}, got {checks.describe(value)}")
     if prepared is not None and not isinstance(prepared, PreparedLayer):
         raise TypeError(f"prepared: expected what prepare_layers gives a layer, got {checks.describe(prepared)}")
-
-
-def _options(norm: Norm) -> dict[str, Any]:
-    return dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)

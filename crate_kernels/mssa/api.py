@@ -11,11 +11,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import checks, dispatch
-from crate_kernels.mssa import composed, op, reference  # noqa: F401  (op registers the operators)
-from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, no_autocast
+from crate_kernels.boundary import asked, save, saved
+from crate_kernels.mssa import composed, op, reference
+from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
 from crate_kernels.products.op import operands
-from crate_kernels.products.operand import Norm
-from crate_kernels.products.prepared import Prepared, as_prepared, check_prepared
+from crate_kernels.products.operand import as_norm
+from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
 from crate_kernels.shared_attention.api import check_padding_and_dropout, obstacle_to_triton
 
 
@@ -88,7 +89,29 @@ def mssa(
 
     Source: CRATE (arXiv 2306.01129), section 2.3; CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    check(x, qkv_weight, out_weight, out_bias, num_heads, norm_weight, norm_bias, norm_eps, skip, subtract)
+    out_width = "inner_width" if out_weight is None else "out_width"
+    checks.tensors(
+        norm=(norm_weight, norm_bias, norm_eps),
+        any_dtype="skip",
+        x=(x, "batch tokens width"),
+        qkv_weight=(qkv_weight, "inner_width width"),
+        out_weight=(out_weight, "out_width inner_width"),
+        out_bias=(out_bias, "out_width"),
+        skip=(skip, f"batch tokens {out_width}"),
+    )
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected at least one token, got {checks.describe(x)}")
+    if not isinstance(num_heads, int):
+        raise TypeError(f"num_heads: expected an int, got {checks.describe(num_heads)}")
+    if num_heads < 1 or qkv_weight.shape[0] % num_heads:
+        raise ValueError(
+            f"num_heads: expected a divisor of the projected width {qkv_weight.shape[0]}, got {num_heads} "
+            f"(qkv_weight has {checks.describe(qkv_weight)})"
+        )
+    if out_bias is not None and out_weight is None:
+        raise ValueError("out_bias: given without out_weight")
+    if subtract and skip is None:
+        raise ValueError("subtract: given without a skip to subtract from")
     head_dim = qkv_weight.shape[0] // num_heads
     if scale is None:
         scale = head_dim**-0.5
@@ -101,16 +124,11 @@ def mssa(
         out_dtype = dtype if skip is None else torch.promote_types(dtype, skip.dtype)
     fits = skip is None or skip.dtype in dispatch.TRITON_DTYPES
     if implementation == "triton" and out_weight is not None and lengths is None and dropout == 0 and fits:
-        norm = None if norm_weight is None else Norm(norm_weight, norm_bias, float(norm_eps))
-        weights = AttentionWeights(qkv_weight, out_weight, out_bias)
-        if prepared is None:
-            (prepared,) = prepare_mssa([(weights, norm)], dtype)
-        else:
-            check_prepared(prepared, dtype, _made_of(weights, norm))
-        qkv, out = prepared.operands
-        arguments = *weights, norm_weight, norm_bias, *qkv, out.matrix, out.offset
+        made_of = qkv_weight, out_weight, out_bias, norm_weight, norm_bias
+        qkv, out = checked_or_made(prepared, made_of, dtype, prepare_mssa).operands
         settings = float(norm_eps), skip is x, subtract, num_heads, float(scale), is_causal, recompute
-        return _MSSA.apply(x, None if skip is x else skip, out_dtype, *arguments, *settings)
+        given = op.MSSAArguments(*made_of, *qkv, out.matrix, out.offset, *settings)
+        return _MSSA.apply(x, None if skip is x else skip, out_dtype, *given)
 
     def composition(x: Tensor, skip: Tensor | None) -> Tensor:
         normalised = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
@@ -129,22 +147,19 @@ def mssa(
     return composition(x, skip)
 
 
-def prepare_mssa(layers: Sequence[tuple[AttentionWeights, Norm | None]], dtype: torch.dtype) -> list[Prepared]:
-    """What products in ``dtype`` take of the weights of operators of one shape: in one launch where both projections have it."""
-    sides = (
-        [(weights.qkv.mT, None, norm) for weights, norm in layers],
-        [(w.out.mT, w.out_bias, None) for w, _ in layers],
-    )
-    if layers[0][0].qkv.shape == layers[0][0].out.shape:
-        made = operands(*zip(*sides[0], *sides[1], strict=True), dtype)
+def prepare_mssa(layers: Sequence[Sources], dtype: torch.dtype) -> list[Prepared]:
+    """What products in ``dtype`` take of qkv_weight, out_weight, out_bias, norm_weight and norm_bias of operators of one shape.
+
+    In one launch where both projections have that shape.
+    """
+    first = [(qkv.mT, None, as_norm(*norm)) for qkv, _, _, *norm in layers]
+    last = [(out.mT, out_bias, None) for _, out, out_bias, *_ in layers]
+    if first[0][0].shape == last[0][0].shape:
+        made = operands(*zip(*first, *last, strict=True), dtype)
         qkv, out = made[: len(layers)], made[len(layers) :]
     else:
-        qkv, out = (operands(*zip(*side, strict=True), dtype) for side in sides)
-    return [as_prepared(pair, _made_of(*layer)) for pair, layer in zip(zip(qkv, out, strict=True), layers, strict=True)]
-
-
-def _made_of(weights: AttentionWeights, norm: Norm | None) -> tuple[Tensor | None, ...]:
-    return *weights, *((None, None) if norm is None else norm[:2])
+        qkv, out = (operands(*zip(*side, strict=True), dtype) for side in (first, last))
+    return [as_prepared(pair, layer) for *pair, layer in zip(qkv, out, layers, strict=True)]
 
 
 class _MSSA(torch.autograd.Function):
@@ -153,66 +168,16 @@ class _MSSA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
         out, kept = torch.ops.crate_kernels.mssa_forward(x, skip, out_dtype, *arguments)
-        ctx.save_for_backward(x, *arguments[:10], *kept)
-        ctx.settings = arguments[10:]
+        save(ctx, op.MSSAArguments(*arguments), x, *kept)
         ctx.skip_dtype = None if skip is None else skip.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        tensors, kept = rest[:10], rest[10:]
-        wanted = ctx.needs_input_grad
-        needs = [wanted[0], wanted[3] or wanted[6] or wanted[7], wanted[4] or wanted[5]]
-        found = [None] * 6
-        if any(needs):
-            found = torch.ops.crate_kernels.mssa_backward(grad, x, kept, needs, *tensors, *ctx.settings)
-        grad_x, *grad_weights = [g if want else None for g, want in zip(found, (wanted[0], *wanted[3:8]), strict=True)]
-        grad_skip = grad.to(ctx.skip_dtype) if wanted[1] else None
-        return grad_x, grad_skip, None, *grad_weights, *[None] * (5 + len(ctx.settings))
-
-
-def check(
-    x: Tensor,
-    qkv_weight: Tensor,
-    out_weight: Tensor | None,
-    out_bias: Tensor | None,
-    num_heads: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    skip: Tensor | None,
-    subtract: bool,
-) -> None:
-    checks.tensor("x", x, "batch tokens width")
-    checks.tensor("qkv_weight", qkv_weight, "inner_width width")
-    width, inner_width = x.shape[-1], qkv_weight.shape[0]
-    checks.shape("qkv_weight", qkv_weight, (inner_width, width), "[num_heads * head_dim, width of x]")
-    if x.shape[1] == 0:
-        raise ValueError(f"x: expected at least one token, got {checks.describe(x)}")
-    if not isinstance(num_heads, int):
-        raise TypeError(f"num_heads: expected an int, got {checks.describe(num_heads)}")
-    if num_heads < 1 or inner_width % num_heads:
-        raise ValueError(
-            f"num_heads: expected a divisor of the projected width {inner_width}, got {num_heads} "
-            f"(qkv_weight has {checks.describe(qkv_weight)})"
-        )
-    if out_weight is not None:
-        checks.tensor("out_weight", out_weight, "out_width inner_width")
-        checks.shape("out_weight", out_weight, (out_weight.shape[0], inner_width), "[out_width, num_heads * head_dim]")
-    out_width = inner_width if out_weight is None else out_weight.shape[0]
-    if out_bias is not None:
-        if out_weight is None:
-            raise ValueError("out_bias: given without out_weight")
-        checks.tensor("out_bias", out_bias, "out_width")
-        checks.shape("out_bias", out_bias, (out_width,), "[out_width]")
-    checks.layer_norm(width, norm_weight, norm_bias, norm_eps)
-    parameters = dict(qkv_weight=qkv_weight, out_weight=out_weight, out_bias=out_bias)
-    checks.same_device_and_dtype(is_autocast(x), x=x, **parameters, norm_weight=norm_weight, norm_bias=norm_bias)
-    if skip is not None:
-        checks.tensor("skip", skip, "batch tokens out_width")
-        checks.shape("skip", skip, (*x.shape[:-1], out_width), "[batch, tokens, out_width]")
-        checks.same_device_and_dtype(True, x=x, skip=skip)
-    elif subtract:
-        raise ValueError("subtract: given without a skip to subtract from")
+        given, (x, *kept) = saved(ctx)
+        want_x, want_skip, _, *want_fields = ctx.needs_input_grad
+        want = op.MSSAArguments(*want_fields)
+        needs = [want_x, want.qkv_weight or want.norm_weight or want.norm_bias, want.out_weight or want.out_bias]
+        grad_x, *grads = torch.ops.crate_kernels.mssa_backward(grad, x, kept, needs, *given) if any(needs) else [None]
+        return asked((grad_x, grad.to(ctx.skip_dtype) if want_skip else None, None, *grads), ctx.needs_input_grad)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_kernels.matmul import linear
-from crate_kernels.shared_attention.api import attend
+from crate_kernels.shared_attention.api import unchecked_attention
 
 
 def mssa(
@@ -23,5 +23,5 @@ def mssa(
 ) -> Tensor:
     """MSSA of x [batch, tokens, width]; ``attention`` names the implementation of the attention between the projections."""
     w = linear(x, qkv_weight).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    out = attend(w, scale, is_causal, attention, lengths, dropout).transpose(1, 2).flatten(2)
+    out = unchecked_attention(w, scale, is_causal, attention, lengths, dropout).transpose(1, 2).flatten(2)
     return out if out_weight is None else F.dropout(linear(out, out_weight, out_bias), dropout)

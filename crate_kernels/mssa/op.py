@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
-from crate_kernels.precision import undisturbed
-from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.schemas import empty_gradient, or_empty
+from crate_kernels.boundary import empty_gradients, or_empty, register
+from crate_kernels.products.operand import Norm, Operand, as_norm
 
 
 class MSSAArguments(NamedTuple):
@@ -43,7 +41,7 @@ class MSSAArguments(NamedTuple):
 
     @property
     def norm(self) -> Norm | None:
-        return None if self.norm_weight is None else Norm(self.norm_weight, self.norm_bias, self.norm_eps)
+        return as_norm(self.norm_weight, self.norm_bias, self.norm_eps)
 
     def load(self) -> tuple[ModuleType, tuple[Any, ...]]:
         """The kernels' module, and what its functions take after x: norm, both operands and ``Form``."""
@@ -53,26 +51,9 @@ class MSSAArguments(NamedTuple):
         return kernels, (self.norm, qkv, Operand(self.out_matrix, None, self.out_offset), form)
 
 
-_ARGUMENTS = (
-    "Tensor qkv_weight, Tensor out_weight, Tensor? out_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor qkv_matrix, "
-    "Tensor? qkv_column_sum, Tensor? qkv_offset, Tensor out_matrix, Tensor? out_offset, float norm_eps, bool skip_is_x, "
-    "bool subtract, int num_heads, float scale, bool is_causal, bool recompute"
-)
-torch.library.define(
-    "crate_kernels::mssa_forward",
-    f"(Tensor x, Tensor? skip, ScalarType out_dtype, {_ARGUMENTS}) -> (Tensor out, Tensor[] kept)",
-)
-torch.library.define(
-    "crate_kernels::mssa_backward",
-    f"(Tensor grad, Tensor x, Tensor[] kept, bool[] needs, {_ARGUMENTS}) -> (Tensor grad_x, Tensor grad_qkv, "
-    "Tensor grad_out, Tensor grad_bias, Tensor grad_norm_weight, Tensor grad_norm_bias)",
-)
-
-
-@torch.library.impl("crate_kernels::mssa_forward", "CompositeExplicitAutograd")
-@undisturbed
-def _forward(x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    given = MSSAArguments(*arguments)
+def _forward(
+    x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, given: MSSAArguments
+) -> tuple[Tensor, list[Tensor]]:
     kernels, settings = given.load()
     skip = x if given.skip_is_x else skip
     z, kept = kernels.forward(x, *settings, None if skip is None else skip.flatten(0, 1), out_dtype)
@@ -81,28 +62,18 @@ def _forward(x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, *arguments:
     return z, [] if given.recompute else [tensor for tensor in kept if tensor is not None]
 
 
-@torch.library.impl("crate_kernels::mssa_backward", "CompositeExplicitAutograd")
-@undisturbed
-def _backward(grad: Tensor, x: Tensor, kept: list[Tensor], needs: list[bool], *arguments: Any) -> tuple[Tensor, ...]:
-    given = MSSAArguments(*arguments)
-    kernels, settings = given.load()
+def _backward(grad: Tensor, x: Tensor, kept: list[Tensor], needs: list[bool], given: MSSAArguments) -> list[Tensor]:
+    kernels, (*sources, out, form) = given.load()
     grad = grad.flatten(0, 1)
-    attended = (
-        kernels.attend(x, *settings[:2], settings[3])
-        if given.recompute
-        else kernels.Kept(*kept, *[None] * (4 - len(kept)))
-    )
+    attended = kernels.attend(x, *sources, form) if given.recompute else kernels.Kept(*kept, *[None] * (4 - len(kept)))
     past = grad if given.skip_is_x else None
-    grad_x, *found = kernels.backward(grad, x, *settings, given.qkv_weight, attended, tuple(needs), past)
-    grad_x = None if grad_x is None else grad_x.view(x.shape)
-    return tuple(map(or_empty, (grad_x, *found), (x, *given[:5])))
+    grad_x, *grads = kernels.backward(grad, x, *sources, out, form, given.qkv_weight, attended, tuple(needs), past)
+    return or_empty((None if grad_x is None else grad_x.view(x.shape), *grads), (x, *given[:5]))
 
 
-@torch.library.register_fake("crate_kernels::mssa_forward")
 def _forward_fake(
-    x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, *arguments: Any
+    x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, given: MSSAArguments
 ) -> tuple[Tensor, list[Tensor]]:
-    given = MSSAArguments(*arguments)
     batch, tokens, _ = x.shape
     kept = [x.new_empty(batch * tokens, given.qkv_weight.shape[0], dtype=given.qkv_matrix.dtype) for _ in range(2)]
     kept.append(x.new_empty(batch, given.num_heads, tokens, dtype=torch.float32))
@@ -112,17 +83,13 @@ def _forward_fake(
     return z, [] if given.recompute else kept
 
 
-@torch.library.register_fake("crate_kernels::mssa_backward")
-def _backward_fake(
-    grad: Tensor, x: Tensor, kept: list[Tensor], needs: list[bool], *arguments: Any
-) -> tuple[Tensor, ...]:
+def _backward_fake(grad: Tensor, x: Tensor, kept: Any, needs: list[bool], given: MSSAArguments) -> list[Tensor]:
     need_x, need_qkv, need_out = needs
-    asked = need_x, need_qkv, need_out, need_out, need_qkv, need_qkv
-    return tuple(map(empty_gradient, (x, *arguments[:5]), asked))
+    return empty_gradients((x, *given[:5]), (need_x, need_qkv, need_out, need_out, need_qkv, need_qkv))
 
 
-def _flops(x_shape: tuple[int, ...], given: MSSAArguments) -> tuple[int, int, int]:
-    """Of the first projection, of one tokens x tokens product of attention, and of the second projection.
+def _products(x_shape: tuple[int, ...], given: MSSAArguments) -> tuple[int, int, int]:
+    """FLOPs of the first projection, of one tokens x tokens product of attention, and of the second projection.
 
     Tensors among the arguments are given by their shapes.
     """
@@ -131,16 +98,17 @@ def _flops(x_shape: tuple[int, ...], given: MSSAArguments) -> tuple[int, int, in
     return 2 * batch * tokens * width * inner, scores, 2 * batch * tokens * inner * out_width
 
 
-@register_flop_formula(torch.ops.crate_kernels.mssa_forward)
-def _forward_flops(x_shape: Any, skip: Any, out_dtype: Any, *arguments: Any, **_: Any) -> int:
-    qkv, scores, out = _flops(x_shape, MSSAArguments(*arguments))
+def _forward_flops(x_shape: tuple[int, ...], skip: Any, out_dtype: Any, given: MSSAArguments) -> int:
+    qkv, scores, out = _products(x_shape, given)
     return qkv + 2 * scores + out
 
 
-@register_flop_formula(torch.ops.crate_kernels.mssa_backward)
-def _backward_flops(grad: Any, x_shape: Any, kept: Any, needs: list[bool], *arguments: Any, **_: Any) -> int:
-    given = MSSAArguments(*arguments)
-    qkv, scores, out = _flops(x_shape, given)
+def _backward_flops(grad: Any, x_shape: tuple[int, ...], kept: Any, needs: list[bool], given: MSSAArguments) -> int:
+    qkv, scores, out = _products(x_shape, given)
     need_x, need_qkv, need_out = needs
     again = (qkv + 2 * scores) * given.recompute
     return qkv * (need_x + need_qkv) + (5 * scores + out) * (need_x or need_qkv) + out * need_out + again
+
+
+register("mssa_forward", _forward, fake=_forward_fake, flops=_forward_flops)
+register("mssa_backward", _backward, fake=_backward_fake, flops=_backward_flops)

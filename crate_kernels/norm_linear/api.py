@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
-from crate_kernels.norm_linear import composed, op, reference  # noqa: F401  (op registers the operators)
-from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, no_autocast
+from crate_kernels.boundary import asked, save, saved
+from crate_kernels.norm_linear import composed, op, reference
+from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
 from crate_kernels.products.op import operands
-from crate_kernels.products.operand import Norm
-from crate_kernels.products.prepared import Prepared, as_prepared, check_prepared
+from crate_kernels.products.operand import as_norm
+from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
 
 
 def norm_linear(
@@ -50,17 +51,20 @@ def norm_linear(
 
     Source: the decoder's step of CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    check(x, weight, bias, norm_weight, norm_bias, norm_eps)
+    checks.tensors(
+        norm=(norm_weight, norm_bias, norm_eps),
+        x=(x, "... width"),
+        weight=(weight, "out_width width"),
+        bias=(bias, "out_width"),
+    )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected at least one row, got {checks.describe(weight)}")
     dtype = compute_dtype(x)
     implementation = dispatch.choose(x, dtype)
     if implementation == "triton":
-        weights = weight, bias, norm_weight, norm_bias
-        if prepared is None:
-            norm = None if norm_weight is None else Norm(norm_weight, norm_bias)
-            (prepared,) = prepare_norm_linear([(weight, bias, norm)], dtype)
-        else:
-            check_prepared(prepared, dtype, weights)
-        y = _NormLinear.apply(x.reshape(-1, x.shape[-1]), *weights, *prepared.operands[0], float(norm_eps))
+        made_of = weight, bias, norm_weight, norm_bias
+        (operand,) = checked_or_made(prepared, made_of, dtype, prepare_norm_linear).operands
+        y = _NormLinear.apply(x.reshape(-1, x.shape[-1]), *made_of, *operand, float(norm_eps))
         return y.view(*x.shape[:-1], weight.shape[0])
     x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
     if implementation == "reference":
@@ -69,57 +73,26 @@ def norm_linear(
         return composed.norm_linear(x, weight, bias, dtype)
 
 
-def prepare_norm_linear(
-    layers: Sequence[tuple[Tensor, Tensor | None, Norm | None]], dtype: torch.dtype
-) -> list[Prepared]:
-    """What products in ``dtype`` take of (weight, bias, norm) of operators of one shape, in one launch."""
-    made = operands(
-        [w.mT for w, _, _ in layers], [bias for _, bias, _ in layers], [norm for _, _, norm in layers], dtype
-    )
-    return [
-        as_prepared((one,), (weight, bias, *((None, None) if norm is None else norm[:2])))
-        for one, (weight, bias, norm) in zip(made, layers, strict=True)
-    ]
+def prepare_norm_linear(layers: Sequence[Sources], dtype: torch.dtype) -> list[Prepared]:
+    """What products in ``dtype`` take of weight, bias, norm_weight and norm_bias of operators of one shape, in one launch."""
+    matrices = [(weight.mT, bias, as_norm(*norm)) for weight, bias, *norm in layers]
+    made = operands(*zip(*matrices, strict=True), dtype)
+    return [as_prepared((one,), layer) for one, layer in zip(made, layers, strict=True)]
 
 
 class _NormLinear(torch.autograd.Function):
+    """Arguments: x [tokens, width], and ``op.NormLinearArguments``."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
         y, kept = torch.ops.crate_kernels.norm_linear_forward(x, *arguments)
-        ctx.save_for_backward(x, *arguments[:7], *([y, *kept] if kept else []))
-        ctx.norm_eps = arguments[7]
+        save(ctx, op.NormLinearArguments(*arguments), x, *([y, *kept] if kept else []))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        tensors, kept = rest[:7], rest[7:]
-        wanted = ctx.needs_input_grad[:5]
-        found = [None] * 5
-        needs = wanted[0], any(wanted[1:])
-        if any(needs):
-            found = torch.ops.crate_kernels.norm_linear_backward(grad, x, kept, *needs, *tensors, ctx.norm_eps)
-        return *[g if want else None for g, want in zip(found, wanted, strict=True)], *[None] * 4
-
-
-def check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-) -> None:
-    checks.tensor("x", x, "... width")
-    checks.tensor("weight", weight, "out_width width")
-    width, out_width = x.shape[-1], weight.shape[0]
-    checks.shape("weight", weight, (out_width, width), "[out_width, width of x]")
-    if out_width == 0:
-        raise ValueError(f"weight: expected at least one row, got {checks.describe(weight)}")
-    if bias is not None:
-        checks.tensor("bias", bias, "out_width")
-        checks.shape("bias", bias, (out_width,), "[out_width]")
-    checks.layer_norm(width, norm_weight, norm_bias, norm_eps)
-    tensors = dict(x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
-    checks.same_device_and_dtype(is_autocast(x), **tensors)
+        given, (x, *kept) = saved(ctx)
+        need_x, *want = ctx.needs_input_grad
+        grads = torch.ops.crate_kernels.norm_linear_backward(grad, x, kept, need_x, any(want), *given)
+        return asked(grads, ctx.needs_input_grad)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
-from crate_kernels.overcomplete import composed, op, reference  # noqa: F401  (op registers the operators)
-from crate_kernels.precision import compute_dtype, is_autocast, layer_norm, no_autocast
-from crate_kernels.schemas import number_as_tensor
+from crate_kernels.boundary import asked, number_as_tensor, save, saved
+from crate_kernels.overcomplete import composed, op, reference
+from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
 
 
 def overcomplete_ista(
@@ -58,7 +58,16 @@ def overcomplete_ista(
 
     Source: CRATE-alpha (arXiv 2405.20299), section 3.
     """
-    _check(x, dictionary, out_dictionary, step_size, lambd, norm_weight, norm_bias, norm_eps, skip)
+    checks.tensors(
+        norm=(norm_weight, norm_bias, norm_eps),
+        any_dtype="skip",
+        x=(x, "... width"),
+        dictionary=(dictionary, "width codes"),
+        out_dictionary=(out_dictionary, "width codes"),
+        skip=(skip, "... width"),
+    )
+    checks.number_or_tensor("step_size", step_size, positive=True)
+    checks.number_or_tensor("lambd", lambd)
     dtype = compute_dtype(x)
     implementation = dispatch.choose(x, dtype)
     x = layer_norm(x, norm_weight, norm_bias, norm_eps)
@@ -79,52 +88,22 @@ def overcomplete_ista(
 
 
 class _OvercompleteISTA(torch.autograd.Function):
+    """Arguments: x and skip [tokens, width], the result's dtype, and ``op.OvercompleteArguments``."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
         out, *codes = torch.ops.crate_kernels.overcomplete_forward(x, skip, out_dtype, *arguments)
-        ctx.save_for_backward(x, *codes, *arguments[:4])
-        ctx.dtype = arguments[4]
+        save(ctx, op.OvercompleteArguments(*arguments), x, *codes)
         ctx.skip_dtype = None if skip is None else skip.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, z1, z2, *weights = ctx.saved_tensors
-        want_x, want_skip, _, *want, _ = ctx.needs_input_grad
-        wanted, found = (want_x, *want), [None] * 5
-        if any(wanted):
-            needs = [*wanted[:3], wanted[3] or wanted[4]]
-            found = torch.ops.crate_kernels.overcomplete_backward(grad, x, z1, z2, needs, *weights, ctx.dtype)
-        grad_x, *grads = [g if want else None for g, want in zip(found, wanted, strict=True)]
-        grad_skip = grad.to(ctx.skip_dtype) if want_skip else None
-        return grad_x, grad_skip, None, *grads, None
-
-
-def _check(
-    x: Tensor,
-    dictionary: Tensor,
-    out_dictionary: Tensor | None,
-    step_size: float | Tensor,
-    lambd: float | Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    skip: Tensor | None,
-) -> None:
-    checks.tensor("x", x, "... width")
-    checks.tensor("dictionary", dictionary, "width codes")
-    width, codes = x.shape[-1], dictionary.shape[1]
-    checks.shape("dictionary", dictionary, (width, codes), "[width of x, codes]")
-    if out_dictionary is not None:
-        checks.tensor("out_dictionary", out_dictionary, "width codes")
-        checks.shape("out_dictionary", out_dictionary, (width, codes), "[width, codes] like dictionary")
-    checks.layer_norm(width, norm_weight, norm_bias, norm_eps)
-    parameters = dict(dictionary=dictionary, out_dictionary=out_dictionary)
-    checks.same_device_and_dtype(is_autocast(x), x=x, **parameters, norm_weight=norm_weight, norm_bias=norm_bias)
-    checks.number_or_tensor("step_size", step_size, positive=True)
-    checks.number_or_tensor("lambd", lambd)
-    if skip is not None:
-        checks.tensor("skip", skip, "... width")
-        checks.shape("skip", skip, tuple(x.shape), "the shape of x")
-        checks.same_device_and_dtype(True, x=x, skip=skip)
+        given, (x, z1, z2) = saved(ctx)
+        want_x, want_skip, _, *want_fields = ctx.needs_input_grad
+        want = op.OvercompleteArguments(*want_fields)
+        needs = [want_x, want.dictionary, want.out_dictionary, want.step_size or want.lambd]
+        operator = torch.ops.crate_kernels.overcomplete_backward
+        grad_x, *grads = operator(grad, x, z1, z2, needs, *given) if any(needs) else [None]
+        return asked((grad_x, grad.to(ctx.skip_dtype) if want_skip else None, None, *grads), ctx.needs_input_grad)

@@ -14,22 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
-from crate_kernels.precision import no_autocast
-from crate_kernels.products.operand import Norm, Operand
-
-torch.library.define(
-    "crate_kernels::prepare",
-    "(Tensor[] matrices, Tensor?[] biases, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor? scale, ScalarType dtype) -> "
-    "(Tensor matrix, Tensor column_sum, Tensor offset)",
-)
-torch.library.define(
-    "crate_kernels::combine",
-    "(Tensor[] dictionaries, Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor step_size, ScalarType dtype) -> "
-    "(Tensor combined, Tensor matrix, Tensor column_sum, Tensor offset)",
-)
+from crate_kernels.boundary import register
+from crate_kernels.products.operand import Norm, Operand, as_norm
 
 
 @torch.no_grad()
@@ -64,24 +52,27 @@ def combinations(
     ]
 
 
-@torch.library.impl("crate_kernels::prepare", "CompositeExplicitAutograd")
-def _prepare(matrices: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
-    biases, norm_weights, norm_biases, scale, dtype = arguments
-    norms = [
-        None if weight is None else Norm(weight, bias) for weight, bias in zip(norm_weights, norm_biases, strict=True)
-    ]
-    with no_autocast(matrices[0]), torch.cuda.device_of(matrices[0]):
-        return tuple(dispatch.load("products", "preparation").prepare_all(matrices, biases, norms, dtype, scale))
+def _prepare(
+    matrices: list[Tensor],
+    biases: list[Tensor | None],
+    norm_weights: list[Tensor | None],
+    norm_biases: list[Tensor | None],
+    scale: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    norms = list(map(as_norm, norm_weights, norm_biases))
+    return tuple(dispatch.load("products", "preparation").prepare_all(matrices, biases, norms, dtype, scale))
 
 
-@torch.library.impl("crate_kernels::combine", "CompositeExplicitAutograd")
-def _combine(dictionaries: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
-    norm_weights, norm_biases, step_size, dtype = arguments
-    norms = [
-        None if weight is None else Norm(weight, bias) for weight, bias in zip(norm_weights, norm_biases, strict=True)
-    ]
-    with no_autocast(dictionaries[0]), torch.cuda.device_of(dictionaries[0]):
-        combined, operand = dispatch.load("products", "preparation").combine_all(dictionaries, norms, step_size, dtype)
+def _combine(
+    dictionaries: list[Tensor],
+    norm_weights: list[Tensor | None],
+    norm_biases: list[Tensor | None],
+    step_size: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norms = list(map(as_norm, norm_weights, norm_biases))
+    combined, operand = dispatch.load("products", "preparation").combine_all(dictionaries, norms, step_size, dtype)
     return combined, *operand
 
 
@@ -94,12 +85,6 @@ def empty_operands(matrices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, 
     return matrix.mT if flipped else matrix, *vectors
 
 
-@torch.library.register_fake("crate_kernels::prepare")
-def _prepare_fake(matrices: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
-    return empty_operands(matrices, arguments[-1])
-
-
-@torch.library.register_fake("crate_kernels::combine")
 def _combine_fake(dictionaries: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
     shape = len(dictionaries), *dictionaries[0].shape
     matrix = dictionaries[0].new_empty(shape, dtype=arguments[-1])
@@ -107,11 +92,10 @@ def _combine_fake(dictionaries: list[Tensor], *arguments: Any) -> tuple[Tensor, 
     return combined, matrix, *vectors
 
 
-@register_flop_formula(torch.ops.crate_kernels.prepare)
-def _prepare_flops(*_: Any, **__: Any) -> int:
-    return 0
-
-
-@register_flop_formula(torch.ops.crate_kernels.combine)
-def _combine_flops(dictionary_shapes: list[tuple[int, ...]], *_: Any, **__: Any) -> int:
-    return len(dictionary_shapes) * 2 * dictionary_shapes[0][0] ** 3
+register("prepare", _prepare, fake=lambda matrices, *rest: empty_operands(matrices, rest[-1]))
+register(
+    "combine",
+    _combine,
+    fake=_combine_fake,
+    flops=lambda dictionaries, *_: len(dictionaries) * 2 * dictionaries[0][0] ** 3,
+)

@@ -11,7 +11,7 @@ Without a LayerNorm B' is B, and offset the bias.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,6 +22,16 @@ class Norm(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
     eps: float = 1e-5
+
+
+def as_norm(weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Norm | None:
+    """No LayerNorm where there is no weight."""
+    return None if weight is None else Norm(weight, bias, eps)
+
+
+def norm_options(norm: Any) -> dict[str, Any]:
+    """A Norm, or an ``nn.LayerNorm``, as operators take it: by name; nothing where it is None."""
+    return {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
 
 
 class Operand(NamedTuple):

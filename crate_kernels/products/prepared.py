@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,19 +11,22 @@ from torch import Tensor
 from crate_kernels import checks
 from crate_kernels.products.operand import Operand
 
+# Weights, and with ISTA the step size, in the order of the operator's arguments.
+Sources = tuple[Tensor | float | None, ...]
+
 
 class Prepared(NamedTuple):
     """What one operator's products take of its weights, by ``prepare_layers``; checked whenever it is used.
 
     operands: the matrices it multiplies with, in its order.
     combined: ISTA's G = W - W^T W, else None.
-    made_of: the weights, and with ISTA the step size, in the order of ``versions``.
+    made_of: what they were made of.
     versions: where each lay and how often it had been written to; None where it is compiled, and nothing can come between.
     """
 
     operands: tuple[Operand, ...]
     combined: Tensor | None
-    made_of: tuple[Tensor | float | None, ...]
+    made_of: Sources
     versions: tuple[tuple[int, int] | None, ...] | None
 
     @property
@@ -31,15 +35,18 @@ class Prepared(NamedTuple):
         return self.operands[0].matrix.dtype
 
 
-def as_prepared(
-    operands: tuple[Operand, ...], made_of: tuple[Tensor | float | None, ...], combined: Tensor | None = None
-) -> Prepared:
+def as_prepared(operands: tuple[Operand, ...], made_of: Sources, combined: Tensor | None = None) -> Prepared:
     """Of operands that were made just now."""
     return Prepared(operands, combined, made_of, _versions(made_of))
 
 
-def check_prepared(given: Prepared, dtype: torch.dtype, made_of: tuple[Tensor | float | None, ...]) -> None:
-    """``given`` is what would be made now, of these weights, for products in ``dtype``.
+def checked_or_made(
+    given: Prepared | None,
+    made_of: Sources,
+    dtype: torch.dtype,
+    prepare: Callable[[Sequence[Sources], torch.dtype], list[Prepared]],
+) -> Prepared:
+    """What ``prepare`` makes of ``made_of``, for products in ``dtype``: made now, or before, and then still true of them.
 
     Inside ``torch.compile`` versions are not looked at: what a graph prepares it uses in the same run. A write through
     ``Tensor.data`` goes unseen, as everywhere in PyTorch.
@@ -48,6 +55,8 @@ def check_prepared(given: Prepared, dtype: torch.dtype, made_of: tuple[Tensor | 
         TypeError: it was not made by ``prepare_layers``.
         ValueError: it was made for another dtype, of other weights or another step size, or weights have changed since.
     """
+    if given is None:
+        return prepare([made_of], dtype)[0]
     if not isinstance(given, Prepared):
         raise TypeError(f"prepared: expected what prepare_layers gives, got {checks.describe(given)}")
     if given.dtype != dtype:
@@ -55,19 +64,20 @@ def check_prepared(given: Prepared, dtype: torch.dtype, made_of: tuple[Tensor | 
     if len(given.made_of) != len(made_of):
         raise ValueError("prepared: made for another operator")
     for then, now in zip(given.made_of, made_of, strict=True):
-        if isinstance(then, float) or isinstance(now, float):
+        if isinstance(then, (int, float)) or isinstance(now, (int, float)):
             if then != now:
                 raise ValueError(f"prepared: made with step_size {then}, and this step has {now}; prepare again")
         elif then is not now:
             raise ValueError("prepared: made of other weights than it is used with; prepare again")
     if given.versions is not None and given.versions != _versions(made_of):
         raise ValueError("prepared: weights have changed since; prepare again")
+    return given
 
 
-def _versions(tensors: tuple[Tensor | float | None, ...]) -> tuple[tuple[int, int] | None, ...] | None:
+def _versions(made_of: Sources) -> tuple[tuple[int, int] | None, ...] | None:
     if torch.compiler.is_compiling():
         return None
-    return tuple(_version(t) if isinstance(t, Tensor) else None for t in tensors)
+    return tuple([_version(source) if isinstance(source, Tensor) else None for source in made_of])
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

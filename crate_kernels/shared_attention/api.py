@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
+from crate_kernels.boundary import save, saved
 from crate_kernels.precision import compute_dtype
-from crate_kernels.shared_attention import op, reference  # noqa: F401  (op registers the operators)
+from crate_kernels.shared_attention import op, reference
 
 WIDEST_HEAD = 128
 
@@ -74,7 +75,9 @@ def shared_qkv_attention(
     implementation = dispatch.choose(w, dtype, obstacle_to_triton(w.shape[-1]))
     if implementation == "reference":
         return reference.shared_qkv_attention(w, scale, is_causal, lengths, dropout, seed, return_lse)
-    return attend(w.to(dtype), float(scale), is_causal, implementation, lengths, float(dropout), seed, return_lse)
+    return unchecked_attention(
+        w.to(dtype), float(scale), is_causal, implementation, lengths, float(dropout), seed, return_lse
+    )
 
 
 def check_padding_and_dropout(
@@ -82,29 +85,24 @@ def check_padding_and_dropout(
 ) -> None:
     """``lengths``, ``dropout`` and ``seed`` fit ``x``, whose tokens lie along ``tokens_dim``."""
     if lengths is not None:
-        _check_lengths(lengths, x, x.shape[tokens_dim])
+        if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"lengths: expected an int32 or int64 tensor [batch], got {checks.describe(lengths)}")
+        if lengths.shape != x.shape[:1]:
+            raise ValueError(f"lengths: expected [batch] {tuple(x.shape[:1])}, got {checks.describe(lengths)}")
+        if lengths.device != x.device:
+            raise ValueError(f"lengths: expected it on {x.device} like its tokens, got {checks.describe(lengths)}")
+        # Elsewhere a look at the values would wait for the device, and inside torch.compile break the graph.
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = lengths[(lengths < 1) | (lengths > x.shape[tokens_dim])]
+            if len(outside):
+                raise ValueError(f"lengths: expected 1 to {x.shape[tokens_dim]} tokens, got {outside[0].item()}")
     checks.number("dropout", dropout)
     if dropout >= 1:
         raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
-    if seed is None:
-        return
-    if not isinstance(seed, int):
+    if seed is not None and not isinstance(seed, int):
         raise TypeError(f"seed: expected an int, got {checks.describe(seed)}")
-    if not 0 <= seed < 2**63:
+    if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected at least 0 and less than 2**63, got {seed}")
-
-
-def _check_lengths(lengths: Tensor, x: Tensor, tokens: int) -> None:
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"lengths: expected an int32 or int64 tensor [batch], got {checks.describe(lengths)}")
-    checks.shape("lengths", lengths, (x.shape[0],), "[batch]")
-    if lengths.device != x.device:
-        raise ValueError(f"lengths: expected it on {x.device} like its tokens, got {checks.describe(lengths)}")
-    # Elsewhere a look at the values would wait for the device, and inside torch.compile break the graph.
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = lengths[(lengths < 1) | (lengths > tokens)]
-        if len(outside):
-            raise ValueError(f"lengths: expected 1 to {tokens} tokens, got {outside[0].item()}")
 
 
 def obstacle_to_triton(head_dim: int) -> str | None:
@@ -113,7 +111,7 @@ def obstacle_to_triton(head_dim: int) -> str | None:
     return f"its kernels take heads of 1 to {WIDEST_HEAD} features, not {head_dim}" if head_dim > WIDEST_HEAD else None
 
 
-def attend(
+def unchecked_attention(
     w: Tensor,
     scale: float,
     is_causal: bool,
@@ -129,29 +127,18 @@ def attend(
     if dropout:
         # A tensor even so: see op.
         key = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
-    return _SharedAttention.apply(w, lengths, key, scale, is_causal, keep, implementation, dropout, return_lse)
+    return _SharedAttention.apply(w, scale, is_causal, keep, implementation, lengths, dropout, key, return_lse)
 
 
 class _SharedAttention(torch.autograd.Function):
+    """Arguments: w, and ``op.AttentionArguments``."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        w: Tensor,
-        lengths: Tensor | None,
-        seed: Tensor | None,
-        scale: float,
-        is_causal: bool,
-        keep: bool,
-        implementation: str,
-        dropout: float,
-        return_lse: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        out, kept = torch.ops.crate_kernels.shared_attention_forward(
-            w, scale, is_causal, keep, implementation, lengths, dropout, seed, return_lse
-        )
-        ctx.save_for_backward(w, out, kept, lengths, seed)
-        ctx.arguments = scale, is_causal, implementation, dropout
-        if not return_lse:
+    def forward(ctx: Any, w: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+        out, kept = torch.ops.crate_kernels.shared_attention_forward(w, *arguments)
+        given = op.AttentionArguments(*arguments)
+        save(ctx, given, w, out, kept)
+        if not given.return_lse:
             return out
         ctx.mark_non_differentiable(kept)
         return out, kept
@@ -159,9 +146,8 @@ class _SharedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        w, out, kept, lengths, seed = ctx.saved_tensors
-        scale, is_causal, implementation, dropout = ctx.arguments
-        grad_w = torch.ops.crate_kernels.shared_attention_backward(
-            grad_out, w, out, kept, scale, is_causal, implementation, lengths, dropout, seed
-        )
-        return (grad_w, *[None] * 8)
+        given, tensors = saved(ctx)
+        scale, is_causal, _, implementation, lengths, dropout, seed, _ = given
+        settings = scale, is_causal, implementation, lengths, dropout, seed
+        grad_w = torch.ops.crate_kernels.shared_attention_backward(grad_out, *tensors, *settings)
+        return grad_w, *[None] * len(given)

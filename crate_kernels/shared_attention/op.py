@@ -9,25 +9,27 @@ inside graphs too, where a number would be frozen.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels import dispatch
-from crate_kernels.precision import arithmetic_dtype, undisturbed
+from crate_kernels.boundary import register
+from crate_kernels.precision import arithmetic_dtype
 
-torch.library.define(
-    "crate_kernels::shared_attention_forward",
-    "(Tensor w, float scale, bool is_causal, bool keep, str implementation, Tensor? lengths=None, float dropout=0.0, "
-    "Tensor? seed=None, bool return_lse=False) -> (Tensor out, Tensor kept)",
-)
-torch.library.define(
-    "crate_kernels::shared_attention_backward",
-    "(Tensor grad_out, Tensor w, Tensor out, Tensor kept, float scale, bool is_causal, str implementation, "
-    "Tensor? lengths=None, float dropout=0.0, Tensor? seed=None) -> Tensor",
-)
+
+class AttentionArguments(NamedTuple):
+    """What the forward takes besides w, in the order of its schema."""
+
+    scale: float
+    is_causal: bool
+    keep: bool
+    implementation: str
+    lengths: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    return_lse: bool = False
 
 
 def empty_token_major(w: Tensor) -> Tensor:
@@ -61,25 +63,11 @@ def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False) ->
     return "probabilities" if w.device.type == "cpu" and w.shape[2] <= _SHORT else "nothing"
 
 
-@torch.library.impl("crate_kernels::shared_attention_forward", "CompositeExplicitAutograd")
-@undisturbed
-def _forward(
-    w: Tensor,
-    scale: float,
-    is_causal: bool,
-    keep: bool,
-    implementation: str,
-    lengths: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor]:
-    kernels = dispatch.load("shared_attention", implementation)
-    return kernels.forward(w, scale, is_causal, keep, lengths, dropout, seed, return_lse)
+def _forward(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
+    scale, is_causal, keep, implementation, *options = given
+    return dispatch.load("shared_attention", implementation).forward(w, scale, is_causal, keep, *options)
 
 
-@torch.library.impl("crate_kernels::shared_attention_backward", "CompositeExplicitAutograd")
-@undisturbed
 def _backward(
     grad_out: Tensor,
     w: Tensor,
@@ -96,54 +84,33 @@ def _backward(
     return kernels.backward(grad_out, w, out, kept, scale, is_causal, lengths, dropout, seed)
 
 
-@torch.library.register_fake("crate_kernels::shared_attention_forward")
-def _forward_fake(
-    w: Tensor,
-    scale: float,
-    is_causal: bool,
-    keep: bool,
-    implementation: str,
-    lengths: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = w.shape
-    keeps = "log-sum-exp" if implementation == "triton" else composed_keeps(w, dropout, return_lse)
+    is_triton = given.implementation == "triton"
+    keeps = "log-sum-exp" if is_triton else composed_keeps(w, given.dropout, given.return_lse)
     if keeps == "log-sum-exp":
-        dtype = torch.float32 if implementation == "triton" else torch.promote_types(w.dtype, torch.float32)
+        dtype = torch.float32 if is_triton else torch.promote_types(w.dtype, torch.float32)
         kept = w.new_empty(batch, heads, tokens, dtype=dtype)
     else:
-        shape = (batch, heads, tokens, tokens) if keeps == "probabilities" and keep else (0,)
-        kept = w.new_empty(shape)
+        kept = w.new_empty((batch, heads, tokens, tokens) if keeps == "probabilities" and given.keep else 0)
     return empty_token_major(w), kept
 
 
-@torch.library.register_fake("crate_kernels::shared_attention_backward")
-def _backward_fake(grad_out: Tensor, w: Tensor, *_: Any, **__: Any) -> Tensor:
-    return empty_token_major(w)
-
-
-def _product_flops(w_shape: tuple[int, ...], is_causal: bool) -> int:
+def _product(w_shape: tuple[int, ...], is_causal: bool) -> int:
     """FLOPs of one tokens x tokens x head_dim product for every head."""
     batch, heads, tokens, head_dim = w_shape
     return 2 * batch * heads * tokens * tokens * head_dim // (2 if is_causal else 1)
 
 
-@register_flop_formula(torch.ops.crate_kernels.shared_attention_forward)
-def _forward_flops(w_shape: tuple[int, ...], scale: float, is_causal: bool, *_: Any, **__: Any) -> int:
-    return 2 * _product_flops(w_shape, is_causal)
-
-
-@register_flop_formula(torch.ops.crate_kernels.shared_attention_backward)
-def _backward_flops(
-    grad_shape: tuple[int, ...],
-    w_shape: tuple[int, ...],
-    out: Any,
-    kept: Any,
-    scale: float,
-    is_causal: bool,
-    *_: Any,
-    **__: Any,
-) -> int:
-    return 5 * _product_flops(w_shape, is_causal)
+register(
+    "shared_attention_forward",
+    _forward,
+    fake=_forward_fake,
+    flops=lambda w, given: 2 * _product(w, given.is_causal),
+)
+register(
+    "shared_attention_backward",
+    _backward,
+    fake=lambda grad, w, *_: empty_token_major(w),
+    flops=lambda grad, w, out, kept, scale, is_causal, *_: 5 * _product(w, is_causal),
+)

@@ -166,7 +166,7 @@ def test_backward_inside_autocast_gives_the_same_bits() -> None:
         (
             dict(x=torch.randn(3, 4), dictionary=torch.randn(4, 5)),
             ValueError,
-            r"dictionary: expected a square .* \(4, 4\), got shape \(4, 5\)",
+            r"dictionary: expected \[width, width\] \(4, 4\), got shape \(4, 5\)",
         ),
         (dict(x=torch.randn(3, 4), dictionary=torch.randn(4)), ValueError, r"dictionary: expected \[width, width\]"),
         (dict(x=torch.tensor(1.0), dictionary=torch.randn(4, 4)), ValueError, r"x: expected \[..., width\]"),

@@ -186,7 +186,7 @@ def test_meta_tensors_give_shapes() -> None:
     [
         (dict(x=[1.0]), TypeError, r"x: expected a tensor \[..., width\], got list"),
         (dict(x=torch.ones(3, 12).int()), TypeError, "x: expected a floating-point dtype"),
-        (dict(weight=torch.randn(10, 11)), ValueError, r"weight: expected \[out_width, width of x\] \(10, 12\)"),
+        (dict(weight=torch.randn(10, 11)), ValueError, r"weight: expected \[out_width, width\] \(10, 12\)"),
         (dict(weight=torch.randn(0, 12), bias=None), ValueError, "weight: expected at least one row"),
         (dict(weight=torch.randn(10, 12).double()), TypeError, "weight: expected torch.float32 like x"),
         (dict(weight=torch.randn(10, 12, device="meta")), ValueError, "weight: expected it on cpu like x"),

@@ -321,12 +321,12 @@ def test_meta_tensors_give_shapes() -> None:
     ("change", "kind", "message"),
     [
         (dict(x=None), TypeError, r"x: expected a tensor \[..., width\], got NoneType"),
-        (dict(dictionary=torch.randn(20, 8)), ValueError, r"dictionary: expected \[width of x, codes\] \(8, 8\)"),
+        (dict(dictionary=torch.randn(20, 8)), ValueError, r"dictionary: expected \[width, codes\] \(8, 8\)"),
         (dict(dictionary=torch.randn(8)), ValueError, r"dictionary: expected \[width, codes\], got shape \(8,\)"),
         (
             dict(out_dictionary=torch.randn(20, 8)),
             ValueError,
-            r"out_dictionary: expected \[width, codes\] like dictionary",
+            r"out_dictionary: expected \[width, codes\] \(8, 20\)",
         ),
         (dict(dictionary=torch.randn(8, 20).half()), TypeError, "dictionary: expected torch.float32 like x"),
         (
@@ -346,7 +346,7 @@ def test_meta_tensors_give_shapes() -> None:
         (
             dict(skip=torch.randn(1, 8)),
             ValueError,
-            r"skip: expected the shape of x \(3, 8\), got shape \(1, 8\)",
+            r"skip: expected \[..., width\] \(3, 8\), got shape \(1, 8\)",
         ),
     ],
 )
