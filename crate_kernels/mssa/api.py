@@ -69,7 +69,6 @@ def mssa(
             both directions; they still get the bias and their own skip.
         dropout: probability, on the attention weights and after the output projection, as in the official module. Pass 0
             for evaluation. The random numbers are PyTorch's: ``torch.manual_seed`` reproduces them.
-
         out_dtype: of the result, where another is wanted than below.
         recompute: do projection and attention again in the backward rather than keep what they gave.
         prepared: this operator's part of what ``prepare_layers`` gave, checked against the weights; made here if None. Not
