@@ -65,7 +65,8 @@ class EncoderBlock(nn.Module):
         self.layers = nn.ModuleList([nn.ModuleList([attention, sparsify])])
 
     def forward(self, x: Tensor, *, recompute: bool = False, prepared: PreparedLayer | None = None) -> Tensor:
-        numbers = dict(step_size=self.step_size, lambd=self.layers[0][1].fn.lambd)
+        sparsify = self.layers[0][1].fn
+        numbers = dict(step_size=self.step_size, lambd=sparsify.lambd, threshold=sparsify.threshold)
         heads = _heads(self.layers[0][0].fn)
         return encoder_layer(x, *self.weights(), **heads, **numbers, recompute=recompute, prepared=prepared)
 
@@ -305,8 +306,8 @@ class CrateMAE(nn.Module):
 
     def _encode(self, x: Tensor) -> Tensor:
         sizes = [block.step_size for block in self.blocks] or [self.config.step_size]
-        # Layers whose steps someone has made different prepare themselves, one by one.
-        together = all(size == sizes[0] for size in sizes)
+        # Layers whose steps someone has made different, or learns, prepare themselves, one by one.
+        together = all(size is sizes[0] or (isinstance(size, float) and size == sizes[0]) for size in sizes)
         settings = dict(num_heads=self.config.num_heads, step_size=sizes[0])
         return self.norm(self._through(self.blocks, x, together, **settings))
 

@@ -110,10 +110,7 @@ def ista(
 
 
 def prepare_ista(layers: Sequence[Sources], dtype: torch.dtype) -> list[Prepared]:
-    """What products in ``dtype`` take of dictionary, norm_weight, norm_bias and the one step_size of steps of one shape.
-
-    In one launch.
-    """
+    """What products in ``dtype`` take of (dictionary, norm_weight, norm_bias, step_size) of steps of one shape and step size."""
     dictionaries, norms, step_sizes = zip(*[(w, as_norm(*norm), eta) for w, *norm, eta in layers], strict=True)
     made = combinations(dictionaries, norms, number_as_tensor(step_sizes[0]), dtype)
     return [as_prepared((one,), layer, combined) for (combined, one), layer in zip(made, layers, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,9 +162,20 @@ def prepare_layers(
     """
     if not layers:
         return []
-    checks.tensor("x", x, "batch tokens width")
-    first, dtype = layers[0].attention, compute_dtype(x)
-    head_dim = first.qkv.shape[0] // max(num_heads, 1)
+    kind, first, dtype = type(layers[0]), layers[0].attention, compute_dtype(x)
+    if kind not in (EncoderWeights, DecoderWeights) or any(type(layer) is not kind for layer in layers):
+        raise TypeError(
+            f"layers: expected EncoderWeights or DecoderWeights, and all alike, got {checks.describe(layers[-1])}"
+        )
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads: expected an int of at least 1, got {num_heads}")
+    checks.number_or_tensor("step_size", step_size, positive=True)
+    sizes: dict[str, Any] = {}
+    checks.tensor("x", x, "batch tokens width", sizes)
+    for name, value, dims in _named(layers[0]):  # the others are like it, or prepare themselves
+        if value is not None:
+            checks.tensor(name, value, dims, sizes)
+    head_dim = first.qkv.shape[0] // num_heads
     implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
     attention = [(*layer.attention, *layer.attention_norm[:2]) for layer in layers]
     if isinstance(layers[0], EncoderWeights):
@@ -180,6 +191,18 @@ def prepare_layers(
     if implementation != "triton" or first.out is None or not plain or any(make != makes[0] for make in makes):
         return [None] * len(layers)
     return list(map(PreparedLayer, prepare_mssa(attention, dtype), prepare_step(steps, dtype)))
+
+
+def _named(layer: EncoderWeights | DecoderWeights) -> list[tuple[str, Tensor | None, str]]:
+    """A layer's tensors by the names that errors give them, with their dimensions."""
+    is_encoder = isinstance(layer, EncoderWeights)
+    norm, name = (layer.sparse_norm, "sparse_norm") if is_encoder else (layer.step_norm, "step_norm")
+    square = ("dictionary", layer.dictionary) if is_encoder else ("weight", layer.weight)
+    out_dims = (("qkv", "inner width"), ("out", "width inner"), ("out_bias", "width"))
+    named = [(f"attention.{field}", getattr(layer.attention, field), dims) for field, dims in out_dims]
+    for norm_name, one in (("attention_norm", layer.attention_norm), (name, norm)):
+        named += [(f"{norm_name}.{field}", getattr(one, field), "width") for field in ("weight", "bias")]
+    return [*named, (*square, "width width")]
 
 
 def _check_kinds(prepared: PreparedLayer | None, **given: Norm | AttentionWeights) -> None:

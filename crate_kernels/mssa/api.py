@@ -147,10 +147,7 @@ def mssa(
 
 
 def prepare_mssa(layers: Sequence[Sources], dtype: torch.dtype) -> list[Prepared]:
-    """What products in ``dtype`` take of qkv_weight, out_weight, out_bias, norm_weight and norm_bias of operators of one shape.
-
-    In one launch where both projections have that shape.
-    """
+    """What products in ``dtype`` take of (qkv_weight, out_weight, out_bias, norm_weight, norm_bias) of operators of one shape."""
     first = [(qkv.mT, None, as_norm(*norm)) for qkv, _, _, *norm in layers]
     last = [(out.mT, out_bias, None) for _, out, out_bias, *_ in layers]
     if first[0][0].shape == last[0][0].shape:

@@ -50,16 +50,6 @@ class Needs(NamedTuple):
     numbers: bool
 
 
-class Found(NamedTuple):
-    """dx [tokens, width] in x's dtype, the others in float32; None where not asked for."""
-
-    x: Tensor | None = None
-    dictionary: Tensor | None = None
-    out_dictionary: Tensor | None = None
-    step_size: Tensor | None = None
-    lambd: Tensor | None = None
-
-
 def forward(
     x: Tensor, weights: Step, skip: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,8 +61,9 @@ def forward(
     return out, z1, z2
 
 
-def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Step, needs: Needs) -> Found:
-    """The gradients asked for, from grad [tokens, width]. With g1 and g2 those of what the two thresholds were applied to,
+def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Step, needs: Needs) -> tuple[Tensor | None, ...]:
+    """dx in x's dtype, dD, dD1, deta and dlambda in float32, as far as asked for, from grad [tokens, width]. With g1 and g2
+    those of what the two thresholds were applied to,
 
         g2 = (grad D1) where z2      dr = g2 (eta D)^T      g1 = (g2 - dr D) where z1      dx = dr + g1 (eta D)^T
         dD1 = grad^T z2              dD = eta (x^T g1 + r^T g2) - dr^T z1
@@ -105,7 +96,7 @@ def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Step, nee
             grad_lambd = -eta * (g1.g.float().sum() + g2.float().sum())
     if coupled and needs.dictionary:
         grad_dictionary, grad_out = grad_dictionary + grad_out, None
-    return Found(grad_x, grad_dictionary, grad_out, grad_step_size, grad_lambd)
+    return grad_x, grad_dictionary, grad_out, grad_step_size, grad_lambd
 
 
 def _operand(matrix: Tensor, dtype: torch.dtype) -> Operand:

@@ -1,7 +1,7 @@
 """PyTorch operators that make operands of weights, of many in one launch: schemas, shapes, FLOP counts. Imports torch only.
 
     prepare    operands of matrices of one shape
-    combine    G = W - W^T W of dictionaries of one shape, and the operands of eta * G
+    combinations    G = W - W^T W of dictionaries of one shape, and the operands of eta * G
 
 Results are stacked, one row a matrix; ``operands`` and ``combinations`` take them apart. Where a matrix has no LayerNorm its
 column sums have no meaning, nor its offset where there is no bias either.
@@ -44,7 +44,7 @@ def combinations(
 ) -> list[tuple[Tensor, Operand]]:
     """G = W - W^T W [width, width] float32 of dictionaries of one shape, and the operands of ``LN(x) (eta G)``, in one launch."""
     columns = [None if n is None else n.weight for n in norms], [None if n is None else n.bias for n in norms]
-    stacks = torch.ops.crate_kernels.combine(dictionaries, *columns, step_size, dtype)
+    stacks = torch.ops.crate_kernels.combinations(dictionaries, *columns, step_size, dtype)
     rows = zip(norms, *(stack.unbind(0) for stack in stacks), strict=True)
     return [
         (combined, Operand(matrix, None, None) if norm is None else Operand(matrix, *vectors))
@@ -94,7 +94,7 @@ def _combine_fake(dictionaries: list[Tensor], *arguments: Any) -> tuple[Tensor, 
 
 register("prepare", _prepare, fake=lambda matrices, *rest: empty_operands(matrices, rest[-1]))
 register(
-    "combine",
+    "combinations",
     _combine,
     fake=_combine_fake,
     flops=lambda dictionaries, *_: len(dictionaries) * 2 * dictionaries[0][0] ** 3,

@@ -147,7 +147,7 @@ def combine_kernel(
 
 @triton.jit
 def gradient_kernel(
-    product, matrix, column, mean_column, gamma, beta, grad_matrix, grad_gamma, grad_beta, scale, inner_width, width,
+    product, matrix, column, mean_column, diagonal, gamma, beta, grad_matrix, grad_gamma, grad_beta, scale, inner_width, width,
     product_row_stride, product_column_stride, matrix_row_stride, matrix_column_stride, grad_row_stride, grad_column_stride,
     SCALE_IN_MEMORY: tl.constexpr, SKIP: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -158,7 +158,8 @@ def gradient_kernel(
         dgamma = scale * rowsum(matrix * H)
         dbeta = scale * matrix column
 
-    SKIP: LN(x) was added to the product as well, and its weight and bias meet the gradient there, too.
+    SKIP: LN(x) was added to the product as well, and its weight and bias meet the gradient there, too; the weight in the
+    diagonal of H, or in the ``diagonal`` given.
     """
     rows = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = rows < inner_width
@@ -180,8 +181,9 @@ def gradient_kernel(
         )
         tile = tile.to(tl.float32)
         through_weight += factor * tl.sum(tile * h, 1)
-        if SKIP:
-            through_weight += tl.sum(tl.where(rows[:, None] == columns[None, :], h, 0.0), 1)
+        if SKIP:  # noqa: SIM102  (decided while compiling, as is the other)
+            if diagonal is None:
+                through_weight += tl.sum(tl.where(rows[:, None] == columns[None, :], h, 0.0), 1)
         grad = weight * h
         if beta is not None:
             sums = load_row(column, columns, width)
@@ -190,6 +192,8 @@ def gradient_kernel(
         place = rows.to(tl.int64)[:, None] * grad_row_stride + columns.to(tl.int64)[None, :] * grad_column_stride
         mask = inside[:, None] & (columns < width)[None, :]
         tl.store(grad_matrix + place, (factor * grad).to(grad_matrix.dtype.element_ty), mask=mask)
+    if diagonal is not None:
+        through_weight += tl.load(diagonal + rows, mask=inside, other=0.0)
     tl.store(grad_gamma + rows, through_weight.to(grad_gamma.dtype.element_ty), mask=inside)
     if beta is not None:
         through_bias *= factor
@@ -219,9 +223,9 @@ def matrix_gradient(
     if matrix.numel():
         scale, in_memory = number(scale)
         gradient_kernel[(cdiv(inner_width, _GRADIENT["BLOCK_K"]),)](
-            found.matrix, matrix, found.column, found.mean_column, norm.weight.contiguous(), beta, grad_matrix, grad_gamma,
-            grad_beta, scale, inner_width, width, *found.matrix.stride(), *matrix.stride(), *grad_matrix.stride(),
-            SCALE_IN_MEMORY=in_memory, SKIP=skip,
+            found.matrix, matrix, found.column, found.mean_column, found.diagonal if skip else None, norm.weight.contiguous(),
+            beta, grad_matrix, grad_gamma, grad_beta, scale, inner_width, width, *found.matrix.stride(), *matrix.stride(),
+            *grad_matrix.stride(), SCALE_IN_MEMORY=in_memory, SKIP=skip,
             WHOLE_N=width % _GRADIENT["BLOCK_N"] == 0, WHOLE_K=inner_width % _GRADIENT["BLOCK_K"] == 0,
             enable_fp_fusion=True, **_GRADIENT,
         )  # fmt: skip
@@ -293,12 +297,13 @@ def _uniform(matrices: Sequence[Tensor], vectors: Vectors) -> tuple[list[Tensor]
     Those that are so already stay where they are; others are copied.
     """
     matrices = [matrix.detach() for matrix in matrices]
-    if len({matrix.dtype for matrix in matrices}) > 1:
+    if len({matrix.dtype for matrix in matrices}) > 1 or matrices[0].dtype not in _TRITON_DTYPES:
         matrices = [matrix.float() for matrix in matrices]
     if len({matrix.stride() for matrix in matrices}) > 1:
         matrices = [matrix.contiguous() for matrix in matrices]
     present = [vector for row in vectors for vector in row if vector is not None]
-    dtype = torch.float32 if len({vector.dtype for vector in present}) != 1 else present[0].dtype
+    dtypes = {vector.dtype for vector in present}
+    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= _TRITON_DTYPES.keys() else torch.float32
     return matrices, [tuple(None if v is None else v.detach().to(dtype).contiguous() for v in row) for row in vectors]
 
 

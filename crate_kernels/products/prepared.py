@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from crate_kernels import checks
 from crate_kernels.products.operand import Operand
@@ -21,13 +22,14 @@ class Prepared(NamedTuple):
     operands: the matrices it multiplies with, in its order.
     combined: ISTA's G = W - W^T W, else None.
     made_of: what they were made of.
-    versions: where each lay and how often it had been written to; None where it is compiled, and nothing can come between.
+    versions: where each lay and how often it had been written to, and the steps of fused optimizers, which are not counted
+        there; None where it is compiled, and nothing can come between.
     """
 
     operands: tuple[Operand, ...]
     combined: Tensor | None
     made_of: Sources
-    versions: tuple[tuple[int, int] | None, ...] | None
+    versions: tuple[tuple[int, int] | int | None, ...] | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,8 +50,8 @@ def checked_or_made(
 ) -> Prepared:
     """What ``prepare`` makes of ``made_of``, for products in ``dtype``: made now, or before, and then still true of them.
 
-    Inside ``torch.compile`` versions are not looked at: what a graph prepares it uses in the same run. A write through
-    ``Tensor.data`` goes unseen, as everywhere in PyTorch.
+    Inside ``torch.compile`` versions are not looked at: what a graph prepares it uses in the same run. PyTorch does not count
+    writes through ``Tensor.data``, nor those to tensors made in inference mode: they go unseen.
 
     Raises:
         TypeError: it was not made by ``prepare_layers``.
@@ -74,10 +76,21 @@ def checked_or_made(
     return given
 
 
-def _versions(made_of: Sources) -> tuple[tuple[int, int] | None, ...] | None:
+_fused_steps = 0
+
+
+def _count_fused(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    global _fused_steps
+    _fused_steps += any(group.get("fused") for group in optimizer.param_groups)
+
+
+register_optimizer_step_post_hook(_count_fused)
+
+
+def _versions(made_of: Sources) -> tuple[tuple[int, int] | int | None, ...] | None:
     if torch.compiler.is_compiling():
         return None
-    return tuple([_version(source) if isinstance(source, Tensor) else None for source in made_of])
+    return (*[_version(source) if isinstance(source, Tensor) else None for source in made_of], _fused_steps)
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

@@ -271,20 +271,20 @@ def project_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def gradient_rows_kernel(
-    grad, y, stats, product_sum, product_offset, g_out, sums, column_sums, threshold, tokens, width,
-    grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
+    grad, y, x, stats, product_sum, product_offset, g_out, sums, column_sums, threshold, tokens, width,
+    grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
     SCALED: tl.constexpr, ACTIVATION: tl.constexpr, THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of BLOCK_M tokens: g, grad where y is not zero (SCALED: times rstd), c1 and c2, and column sums; each where it has a place.
 
     grad, y, g_out [tokens, width]; stats, sums [2, tokens]; product_sum, product_offset [width]: u and offset of c1 and c2, skip
-    included; column_sums [1 or 2, programs, width]: of g without rstd, and SCALED, of mean * g.
+    included; column_sums [1 or 2, programs, width]: of g without rstd, and SCALED, of mean * g, or with x, of g * xhat.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     c2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if SCALED:
+    if stats is not None:
         mean, rstd = load_pairs(stats, tl.minimum(rows, tokens - 1), tokens)
     for start in range(0, width, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
@@ -298,6 +298,11 @@ def gradient_rows_kernel(
         if column_sums is not None:
             sums_here = column_sums + tl.program_id(0).to(tl.int64) * width + columns
             tl.store(sums_here, tl.sum(g, 0), mask=columns < width)
+            second = tl.num_programs(0).to(tl.int64) * width
+            if x is not None:
+                x_tile = load_tile(x, rows, columns, x_row_stride, x_column_stride, tokens, width, False, WHOLE)
+                xhat = (x_tile.to(tl.float32) - mean) * rstd
+                tl.store(sums_here + second, tl.sum(g * xhat, 0), mask=columns < width)
         if g_out is not None:
             # Sums are of what products will read: rounded.
             g = (g * rstd if SCALED else g).to(g_out.dtype.element_ty)
@@ -305,7 +310,6 @@ def gradient_rows_kernel(
             g = g.to(tl.float32)
         if SCALED:  # noqa: SIM102  (decided while compiling, as is the other)
             if column_sums is not None:
-                second = tl.num_programs(0).to(tl.int64) * width
                 tl.store(sums_here + second, tl.sum(mean * g, 0), mask=columns < width)
         if sums is not None:
             z = y_tile
@@ -418,12 +422,12 @@ def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tup
 
 
 def folds(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether products in ``dtype`` take raw tokens, and the mean's share off what comes out.
+    """Whether products in ``dtype`` take raw tokens, and the mean's share off what comes out: where both are bfloat16.
 
-    So the product must not round them, or a token far from zero would lose what its mean hides; and float32 results, more exact
-    than that difference, come without it.
+    The product must not round tokens, or one far from zero would lose what its mean hides; float32 results, more exact than that
+    difference, come without it; and float16 has not the range for a gradient times rstd.
     """
-    return x.itemsize == 2 and x.dtype == dtype
+    return x.dtype == dtype == torch.bfloat16
 
 
 def before_product(x: Tensor, operand: Operand, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
@@ -490,7 +494,8 @@ class GradientRows(NamedTuple):
 
     g: [tokens, width] in the dtype of the products; times rstd where the tokens were folded.
     sums: [2, tokens] float32, c1 and c2, with a LayerNorm.
-    column_sums: [1, width] float32, over tokens of the gradient without rstd; folded, [2, width], and of mean * g.
+    column_sums: [1 or 2, width] float32, over tokens of the gradient without rstd; folded, of mean * g, too; else, where x was
+        added to the product normalised, of g * xhat, none of them rounded.
     """
 
     g: Tensor
@@ -506,6 +511,7 @@ class Gradients(NamedTuple):
         mean_column has yet to be taken off. With a LayerNorm ``preparation.matrix_gradient`` goes on from there.
     column: [width] float32, sums over tokens of g: the gradient of the offset.
     mean_column: [width] float32, sums over tokens of mean * g^; None where the tokens were not folded.
+    diagonal: [width] float32, the diagonal of xhat^T g of what was not rounded; None where they were folded, or not added.
     delta: [samples, heads, tokens of a sample] float32, where ``heads`` were given and could be.
     """
 
@@ -513,6 +519,7 @@ class Gradients(NamedTuple):
     matrix: Tensor | None
     column: Tensor | None
     mean_column: Tensor | None
+    diagonal: Tensor | None
     delta: Tensor | None
 
 
@@ -580,8 +587,9 @@ def gradients(
         product = product.neg_() if negate else product
     sums = rows.column_sums
     sums = -sums if negate and sums is not None else sums
-    folded = need_matrix and norm is not None and folds(x, dtype)
-    return Gradients(dx, product, sums[0] if need_column else None, sums[1] if folded else None, delta)
+    second = sums[1] if need_matrix and sums is not None and len(sums) > 1 else None
+    seconds = (second, None) if norm is not None and folds(x, dtype) else (None, second)
+    return Gradients(dx, product, sums[0] if need_column else None, *seconds, delta)
 
 
 def gradient_rows(
@@ -606,14 +614,16 @@ def gradient_rows(
     g = torch.empty((tokens, width), dtype=dtype, device=grad.device) if make_g else grad
     sums = grad.new_empty((2, tokens), dtype=torch.float32) if make_sums else None
     programs = cdiv(tokens, _ROWS["BLOCK_M"])
-    columns = grad.new_empty((1 + scaled, programs, width), dtype=torch.float32) if need_column else None
+    added = x if need_column and skip and norm is not None and not scaled else None
+    two = scaled or added is not None
+    columns = grad.new_empty((1 + two, programs, width), dtype=torch.float32) if need_column else None
     if tokens and (make_g or make_sums or need_column):
         of_sums = gradient_sums(operand, norm, skip, negate) if make_sums else (None, None)
         threshold, in_memory = number(threshold)
         read_y = y if masked or make_sums else None
         gradient_rows_kernel[(programs,)](
-            grad, read_y, stats if scaled else None, *of_sums, g if make_g else None, sums, columns, threshold, tokens, width,
-            *grad.stride(), *_strides(read_y),
+            grad, read_y, added, stats if two else None, *of_sums, g if make_g else None, sums, columns, threshold, tokens, width,
+            *grad.stride(), *_strides(read_y), *_strides(added),
             SCALED=scaled, ACTIVATION="none" if not masked else "soft" if soft else "relu", THRESHOLD_IN_MEMORY=in_memory,
             WHOLE=width % _ROWS["BLOCK_N"] == 0, enable_fp_fusion=True, **_ROWS,
         )  # fmt: skip
@@ -671,7 +681,7 @@ def weight_gradient(x: Tensor, g: Tensor, like: Tensor | None = None, norm: Norm
 
 
 def _tiles(kernel: str, use: str, operand: Tensor, stream: Tensor, width: int) -> dict[str, int]:
-    tiles = select(TABLE, operand.device, kernel, use, operand.itemsize, stream.itemsize)
+    tiles = select(TABLE, operand.device, kernel, use, operand.itemsize, max(operand.itemsize, stream.itemsize))
     if tiles["BLOCK_N"] > 128 and width % tiles["BLOCK_N"]:
         tiles["BLOCK_N"] //= 2  # wide tiles only where they divide the width: the last one would be half empty
     return tiles

@@ -18,6 +18,7 @@ from crate_kernels.layers.api import (
     prepare_layers,
 )
 from crate_kernels.mssa.api import AttentionWeights
+from crate_kernels.products import triton as products
 from crate_kernels.products.operand import Norm
 
 WIDTH, HEADS, HEAD_DIM = 40, 2, 24
@@ -115,7 +116,7 @@ def test_triton(dtype: torch.dtype, recompute: bool, layer, formula, device: str
 
 @LAYERS
 @pytest.mark.parametrize("mean", [0.0, 2.0, 20.0])
-@pytest.mark.parametrize("stream", ["16-bit stream", "float32 stream"])
+@pytest.mark.parametrize("stream", ["16-bit stream", "float32 stream", "16-bit stream, tokens folded"])
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
     [
@@ -125,17 +126,28 @@ def test_triton(dtype: torch.dtype, recompute: bool, layer, formula, device: str
     ],
 )
 def test_error_under_autocast(
-    implementation: str, dtype: torch.dtype, stream: str, mean: float, layer, formula, device: str
+    implementation: str,
+    dtype: torch.dtype,
+    stream: str,
+    mean: float,
+    layer,
+    formula,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No further from float64 than the official order with the same stored dtypes, however far from zero tokens lie.
 
     Errors are pooled over six draws: those of a vector of 40 numbers depend on luck, most of all.
     """
+    if "folded" in stream:  # as bfloat16's are, which the interpreter cannot multiply
+        if dtype != torch.float16:
+            pytest.skip("float16 stands for bfloat16 here")
+        monkeypatch.setattr(products, "folds", lambda x, dtype: x.dtype == dtype == torch.float16)
     is_encoder, ours, official = layer is encoder, [0.0] * 10, [0.0] * 10
     for _ in range(6):
         inputs = tensors(device, torch.float32)
         tokens = inputs[0] + mean * torch.randn(2, 37, 1, device=device).sign()
-        inputs[0] = tokens.to(dtype if stream == "16-bit stream" else torch.float32)
+        inputs[0] = tokens.to(dtype if "16-bit" in stream else torch.float32)
         exact = [value.double() for value in inputs]
         upstream = torch.randn(2, 37, WIDTH, device=device)
         if is_encoder:  # no gradient from where rounding decides on which side of the threshold an element falls
@@ -230,10 +242,25 @@ def test_what_was_prepared_is_checked(layer, formula, device: str) -> None:
             refused(r"prepared: made for products in torch\.float32, and these are in torch\.float16", prepared=ready)
         refused("prepared: expected what prepare_layers gives a layer, got list", TypeError, prepared=[x])
         refused("prepared: made for another operator", prepared=ready._replace(attention=ready.step))
+        leaf = inputs[-1] = torch.nn.Parameter(inputs[-1])
+        ready = prepare()
+        leaf.grad = torch.ones_like(leaf)
+        torch.optim.AdamW([leaf], fused=True).step()  # which PyTorch's count of writes does not see
+        refused("prepared: weights have changed since", prepared=ready)
         if layer is encoder:
             refused(r"prepared: made with step_size 0\.2, and this step has 0\.3", prepared=prepare(0.2))
     with crate_kernels.use("composed"):
         layer(*inputs, prepared=ready)
+
+
+@LAYERS
+@pytest.mark.parametrize("index", range(1, 9))
+def test_weights_that_do_not_fit_are_not_prepared(index: int, layer, formula, device: str) -> None:
+    """Kernels find them by address: what is too small would be read beyond its end."""
+    inputs = tensors(device, torch.float32, tokens=3)
+    inputs[index] = inputs[index][..., :-1]
+    with crate_kernels.use("triton"), pytest.raises(ValueError, match="expected"):
+        prepare_layers(inputs[0], [weights_of(layer, inputs)], num_heads=HEADS)
 
 
 @LAYERS

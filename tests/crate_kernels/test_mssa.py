@@ -217,3 +217,12 @@ def test_triton_takes_an_empty_batch_and_a_float64_residual(device: str) -> None
         found = gradients(lambda x, past: mssa(x, *p.values(), num_heads=2, skip=past), [x, past], past)
     assert found[0].dtype == found[2].dtype == torch.float64
     assert error(found[2], past) == 0
+
+
+def test_triton_takes_a_skip_of_fewer_bits(device: str) -> None:
+    p, x = parameters(32, 2, 16, device=device), torch.randn(2, 7, 32, device=device)
+    past = torch.randn(2, 7, 32, device=device).half()
+    with crate_kernels.use("triton"):
+        found = mssa(x, *p.values(), num_heads=2, skip=past)
+    assert found.dtype == torch.float32
+    assert error(found, mssa(x, *p.values(), num_heads=2) + past) < 1e-6

@@ -213,3 +213,31 @@ def test_composed_is_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(
         operator(x, weight, bias, gamma, beta), F.linear(F.layer_norm(x, (12,), gamma, beta, 1e-3), weight, bias)
     )
+
+
+def test_float64_weights_under_autocast(device: str) -> None:
+    x, weights = torch.randn(5, 12, device=device), [value.double() for value in parameters(device=device)]
+    with torch.autocast(device, torch.float16):
+        expected = operator(x, *weights)
+        with crate_kernels.use("triton"):
+            assert error(operator(x, *weights), expected) < 2e-3
+
+
+@pytest.mark.parametrize(("deviation", "scale"), [(100.0, 1e-5), (1e-2, 1e3)])
+def test_float16_gradients_keep_their_range(deviation: float, scale: float, device: str) -> None:
+    """Times the inverse deviation of their tokens, gradients would fall below float16's range, or leave it."""
+    weight, _, gamma, beta = (value.to(device, torch.float16) for value in parameters())
+    x = (deviation * torch.randn(40, 12, device=device)).half()
+    upstream = (scale * torch.randn(40, 10, device=device)).half()
+    inputs, found = [x, weight, gamma, beta], {}
+
+    def call(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return norm_linear(x, weight, norm_weight=gamma, norm_bias=beta)
+
+    for implementation in ("reference", "triton"):
+        with crate_kernels.use(implementation):
+            found[implementation] = gradients(call, inputs, upstream)[2:]
+    with crate_kernels.use("reference"):
+        exact = gradients(call, [value.double() for value in inputs], upstream.double())[2:]
+    for ours, plain, wanted in zip(found["triton"], found["reference"], exact, strict=True):
+        assert error(ours, wanted) <= 1.25 * error(plain, wanted) + a_few_roundings(torch.float16)

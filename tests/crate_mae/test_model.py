@@ -195,3 +195,9 @@ def test_a_step_size_changed_after_building_counts(device: str) -> None:
         assert abs(official - built) > 1e-4
         assert loss("composed") == pytest.approx(official, rel=1e-5)
         assert loss("triton") == pytest.approx(official, rel=1e-5)
+    for block in model.blocks:  # learned, and as yet all alike
+        block.layers[0][1].fn.step_size = torch.nn.Parameter(torch.tensor(0.3, device=device))
+    assert loss("triton") == pytest.approx(official, rel=1e-5)
+    model.blocks[0].layers[0][1].fn.threshold = "soft"
+    assert abs(loss("composed") - official) > 1e-6
+    assert loss("triton") == pytest.approx(loss("composed"), rel=1e-5)

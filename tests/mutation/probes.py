@@ -147,7 +147,8 @@ class _Product:
         self.g = self.upstream.double() * ((self.truth.detach() != 0) if self.kind != "none" else 1)
         mean, rstd = self.float32_stats()[..., None] if self.fold else (1, 1)
         self.read = (self.g.float() * rstd).to(self.operand.matrix.dtype).double()  # sums are of what products read
-        self.columns = torch.stack((self.g, mean * self.read)[: 1 + self.fold]).sum(1)
+        seconds = [mean * self.read] if self.fold else [self.g * self.xhat] if self.norm and self.skip == "self" else []
+        self.columns = torch.stack([self.g, *seconds]).sum(1)
         self.sums = torch.stack((self.read @ self.matrix.sum(0), (self.read * (self.xhat @ self.matrix)).sum(1)))
 
     def options(self) -> dict[str, object]:
@@ -300,6 +301,7 @@ def product_probes() -> list[Probe]:
         _gradient_rows("fold, skip, relu", 20, 24, 24, skip="self", kind="relu", fold=True, dtype=torch.float16),
         _gradient_rows("soft, negated", *odd, kind="soft", negate=True, in_memory=True),
         _gradient_rows("no threshold", 20, 24, 20),
+        _gradient_rows("skip, normalised first", 37, 20, 20, skip="self", kind="relu"),
         _weight_gradient("fold, relu, negated", 37, 20, 24, kind="relu", fold=True, negate=True),
         _weight_gradient("no norm, no threshold", 37, 24, 20, norm=False),
         _input_gradient("fold, skip, relu", 20, 20, 20, skip="self", kind="relu", fold=True),
@@ -549,16 +551,18 @@ def _matrix_gradient(
     column, mean_column = _vector(width), _vector(width) if fold else None
     norm = Norm(_vector(inner), _vector(inner) if beta else None)
     scale = _SCALE.double() if scaled else 1
+    diagonal = _vector(inner) if skip and not fold else None
     h = product.double() - (mean_column.double() if fold else 0)
     grad_matrix, expected = norm.weight.double()[:, None] * h, {}
     if beta:
         grad_matrix = grad_matrix + norm.bias.double()[:, None] * column
         expected["beta"] = scale * matrix.double() @ column.double() + (column if skip else 0)
-    expected |= {"matrix": scale * grad_matrix, "gamma": scale * (matrix * h).sum(1) + (h.diagonal() if skip else 0)}
+    on_diagonal = 0 if not skip else h.diagonal() if diagonal is None else diagonal.double()
+    expected |= {"matrix": scale * grad_matrix, "gamma": scale * (matrix * h).sum(1) + on_diagonal}
 
     def run(module: ModuleType) -> dict[str, Tensor]:
         with _preparing(module, in_memory):
-            found = Gradients(None, product, column, mean_column, None)
+            found = Gradients(None, product, column, mean_column, diagonal, None)
             grads = module.matrix_gradient(found, matrix, norm, like, _SCALE if scaled else None, skip)
         return dict(zip(("matrix", "gamma", "beta"), grads, strict=True))
 
@@ -574,5 +578,6 @@ def preparation_probes() -> list[Probe]:
         _combine("whole tiles, scale in memory", 32, in_memory=True),
         _matrix_gradient("tails, skip", 21, 21, skip=True),
         _matrix_gradient("scale in memory", 5, 35, in_memory=True, fold=False),
+        _matrix_gradient("skip, its diagonal given", 21, 21, skip=True, fold=False),
         _matrix_gradient("whole tiles, no beta, no scale", 32, 16, beta=False, scaled=False),
     ]

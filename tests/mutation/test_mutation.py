@@ -317,7 +317,7 @@ PREPARATION_EQUIVALENTS = {
     "beyond the end there are rows that are not stored: what they are multiplied with need only be finite": tuple(
         f"gradient_kernel: tl.load({vector} + rows, mask=inside, other=0.0)"
         f" -> tl.load({vector} + rows, mask=inside, other=1.0)"
-        for vector in ("gamma", "beta", "column")
+        for vector in ("gamma", "beta", "column", "diagonal")
     ),
 }
 
