@@ -64,11 +64,21 @@ class EncoderBlock(nn.Module):
         sparsify = PreNorm(width, ISTA(width, config.step_size, config.lambd))
         self.layers = nn.ModuleList([nn.ModuleList([attention, sparsify])])
 
-    def forward(self, x: Tensor, *, recompute: bool = False, prepared: PreparedLayer | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        recompute: bool = False,
+        prepared: PreparedLayer | None = None,
+        weights: EncoderWeights | None = None,
+    ) -> Tensor:
+        """``weights`` are those that were prepared: a parametrized one is a new tensor each time that it is looked at."""
         sparsify = self.layers[0][1].fn
         numbers = dict(step_size=self.step_size, lambd=sparsify.lambd, threshold=sparsify.threshold)
         heads = _heads(self.layers[0][0].fn)
-        return encoder_layer(x, *self.weights(), **heads, **numbers, recompute=recompute, prepared=prepared)
+        return encoder_layer(
+            x, *(weights or self.weights()), **heads, **numbers, recompute=recompute, prepared=prepared
+        )
 
     @property
     def step_size(self) -> float:
@@ -93,9 +103,17 @@ class DecoderBlock(nn.Module):
         attention = PreNorm(width, MSSA(width, heads, width // heads))
         self.layers = nn.ModuleList([nn.ModuleList([PreNorm(width, DecoderStep(width)), attention])])
 
-    def forward(self, x: Tensor, *, recompute: bool = False, prepared: PreparedLayer | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        recompute: bool = False,
+        prepared: PreparedLayer | None = None,
+        weights: DecoderWeights | None = None,
+    ) -> Tensor:
+        """``weights`` are those that were prepared: a parametrized one is a new tensor each time that it is looked at."""
         heads = _heads(self.layers[0][1].fn)
-        return decoder_layer(x, *self.weights(), **heads, recompute=recompute, prepared=prepared)
+        return decoder_layer(x, *(weights or self.weights()), **heads, recompute=recompute, prepared=prepared)
 
     def weights(self) -> DecoderWeights:
         densify, attention = self.layers[0]
@@ -318,11 +336,10 @@ class CrateMAE(nn.Module):
     def _through(self, blocks: nn.ModuleList, x: Tensor, together: bool, **settings: Any) -> Tensor:
         if self.stream == "16bit":
             x = x.to(compute_dtype(x))
-        prepared = [None] * len(blocks)
-        if together:
-            prepared = prepare_layers(x, [block.weights() for block in blocks], **settings)
-        for block, ready in zip(blocks, prepared, strict=True):
-            x = block(x, recompute=self.recompute, prepared=ready)
+        weights = [block.weights() for block in blocks]
+        prepared = prepare_layers(x, weights, **settings) if together else [None] * len(blocks)
+        for block, own, ready in zip(blocks, weights, prepared, strict=True):
+            x = block(x, recompute=self.recompute, prepared=ready, weights=own)
         return x
 
     def _loss(self, target: Tensor, pred: Tensor, mask: Tensor) -> Tensor:

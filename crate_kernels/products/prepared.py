@@ -71,7 +71,7 @@ def checked_or_made(
                 raise ValueError(f"prepared: made with step_size {then}, and this step has {now}; prepare again")
         elif then is not now:
             raise ValueError("prepared: made of other weights than it is used with; prepare again")
-    if given.versions is not None and given.versions != _versions(made_of):
+    if None not in (given.versions, now := _versions(made_of)) and given.versions != now:
         raise ValueError("prepared: weights have changed since; prepare again")
     return given
 

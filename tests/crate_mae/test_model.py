@@ -177,6 +177,22 @@ def test_bad_input_says_what_was_expected(call: object, kind: type[Exception], m
         call(small_model())
 
 
+def test_parametrized_weights_and_compiled_blocks(device: str) -> None:
+    """A parametrized weight is a new tensor at each look; and blocks may be compiled while what prepares them is not."""
+    pytest.importorskip("triton")
+    model = small_model().to(device)
+    images, noise = torch.randn(2, 3, 16, 16, device=device), torch.rand(2, 16, device=device)
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[0].layers[0][0].fn.qkv)
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[0].layers[0][1].fn)
+    with crate_kernels.use("composed"):
+        expected = model(images, noise=noise).loss.item()
+    with crate_kernels.use("triton"):
+        assert model(images, noise=noise).loss.item() == pytest.approx(expected, rel=1e-5)
+        for block in model.blocks[1:]:
+            block.compile(backend="aot_eager", fullgraph=True)
+        assert model(images, noise=noise).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_step_size_changed_after_building_counts(device: str) -> None:
     """In one layer or in all, on every path: weights are prepared with the step that a layer has when it runs."""
     pytest.importorskip("triton")
