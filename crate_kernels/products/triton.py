@@ -19,6 +19,8 @@ again: with z = xhat . B' + offset the product that was, u the column sums of B'
 
 Not folded, tokens are normalised before they are multiplied, g stays as it is, dx takes rstd last, and H is xhat^T g.
 
+z comes from y as it is stored: an offset many times as large as the product itself costs dx as much of its accuracy.
+
 What the products keep for their backward is x, y and two float32 numbers a token. Column sums are split in a fixed way and added
 in a fixed order; a product of the library's is as repeatable as ``torch.mm`` of the device.
 """
