@@ -339,7 +339,8 @@ class CrateMAE(nn.Module):
         weights = [block.weights() for block in blocks]
         prepared = prepare_layers(x, weights, **settings) if together else [None] * len(blocks)
         for block, own, ready in zip(blocks, weights, prepared, strict=True):
-            x = block(x, recompute=self.recompute, prepared=ready, weights=own)
+            # What is not prepared a block reads itself: sharded weights are whole only there.
+            x = block(x, recompute=self.recompute, prepared=ready, weights=None if ready is None else own)
         return x
 
     def _loss(self, target: Tensor, pred: Tensor, mask: Tensor) -> Tensor:

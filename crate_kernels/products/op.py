@@ -1,6 +1,6 @@
 """PyTorch operators that make operands of weights, of many in one launch: schemas, shapes, FLOP counts. Imports torch only.
 
-    prepare    operands of matrices of one shape
+    prepare         operands of matrices of one shape
     combinations    G = W - W^T W of dictionaries of one shape, and the operands of eta * G
 
 Results are stacked, one row a matrix; ``operands`` and ``combinations`` take them apart. Where a matrix has no LayerNorm its

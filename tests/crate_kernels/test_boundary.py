@@ -90,7 +90,7 @@ def test_opcheck_preparation(flipped: bool, dtype: torch.dtype, device: str) -> 
     for given in (matrices[:1], matrices, [matrices[0][:, ::2], matrices[1][:, 1::2]]):
         biases, weights = [bias[: given[0].shape[1]], None][: len(given)], [None, gamma][: len(given)]
         opcheck(OPS.prepare.default, (given, biases, weights, [None, beta][: len(given)], torch.tensor(0.3), dtype))
-    opcheck(OPS.combine.default, (matrices, [gamma, None], [beta, None], torch.tensor(0.3), dtype))
+    opcheck(OPS.combinations.default, (matrices, [gamma, None], [beta, None], torch.tensor(0.3), dtype))
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
