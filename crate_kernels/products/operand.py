@@ -1,4 +1,4 @@
-"""What a matrix becomes before tokens are multiplied with it (``preparation``), and how gradients come back from there.
+"""What a matrix becomes before tokens are multiplied with it, and the LayerNorm that goes into it.
 
 With a LayerNorm of weight gamma and bias beta before the product,
 

@@ -275,3 +275,24 @@ def test_layer_norm_and_learned_numbers(dtype: torch.dtype, tokens: int, thresho
     terms = (upstream.double() * (x @ exact[1] - x @ exact[1].T @ exact[1])).norm()
     for ours, wanted in zip(found[5:], truth[5:], strict=True):
         assert (ours.double() - wanted).abs() <= 2 * roundings * terms
+
+
+def test_norm_weight_in_a_float32_stream(device: str) -> None:
+    """LN(x) is added in float32, and so is its share of the norm weight's gradient: not by way of rounded factors."""
+    width = 64
+    x, weight = torch.randn(210, width, device=device), torch.randn(width, width, device=device) / width**0.5
+    inputs = [x, weight, 1 + torch.randn(width, device=device) / 4, torch.randn(width, device=device) / 4]
+
+    def operator(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        with torch.autocast(device, torch.float16, enabled=x.dtype == torch.float32):
+            return ista(x, weight, lambd=LAMBD, norm_weight=gamma, norm_bias=beta)
+
+    exact = [value.double() for value in inputs]
+    n = F.layer_norm(exact[0], (width,), *exact[2:])
+    u = n + 0.1 * (n @ exact[1] - n @ exact[1].T @ exact[1]) - 0.1 * LAMBD
+    upstream = torch.randn(210, width, device=device) * (u.abs() > 0.02)
+    with crate_kernels.use("reference"):
+        truth, official = gradients(operator, exact, upstream.double()), gradients(operator, inputs, upstream)
+    with crate_kernels.use("triton"):
+        found = gradients(operator, inputs, upstream)
+    assert error(found[3], truth[3]) <= 1.25 * error(official[3], truth[3]) + a_few_roundings(torch.float32)
