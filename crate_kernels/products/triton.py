@@ -18,7 +18,6 @@ again: with z = xhat . B' + offset the product that was, u the column sums of B'
     dx = g^ B'^T - (c1 + xhat * c2) / width       H = x^T g^ - 1 (sum over tokens of mean * g^)
 
 Not folded, tokens are normalised before they are multiplied, g stays as it is, dx takes rstd last, and H is xhat^T g.
-
 z comes from y as it is stored: an offset many times as large as the product itself costs dx as much of its accuracy.
 
 What the products keep for their backward is x, y and two float32 numbers a token. Column sums are split in a fixed way and added
@@ -475,7 +474,7 @@ def project(
     if not out.numel():
         return out, stats
     use = "masked" if threshold is not None else "plain" if norm is None else "norm"
-    tiles = _tiles("project", use, operand.matrix, x if skip is None else skip, width)
+    tiles = _tiles("project", use, operand.matrix, x if skip is None else skip, width, fold)
     threshold, in_memory = number(threshold)
     behind = dict(
         FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, THRESHOLD_IN_MEMORY=in_memory,
@@ -682,10 +681,12 @@ def weight_gradient(x: Tensor, g: Tensor, like: Tensor | None = None, norm: Norm
     return float32_product(x.t(), g)
 
 
-def _tiles(kernel: str, use: str, operand: Tensor, stream: Tensor, width: int) -> dict[str, int]:
+def _tiles(kernel: str, use: str, operand: Tensor, stream: Tensor, width: int, wide: bool = True) -> dict[str, int]:
     tiles = select(TABLE, operand.device, kernel, use, operand.itemsize, max(operand.itemsize, stream.itemsize))
-    if tiles["BLOCK_N"] > 128 and width % tiles["BLOCK_N"]:
-        tiles["BLOCK_N"] //= 2  # wide tiles only where they divide the width: the last one would be half empty
+    if tiles["BLOCK_N"] > 128 and not (wide and width % tiles["BLOCK_N"] == 0):
+        tiles["BLOCK_N"] //= (
+            2  # wide ones only where the last is not half empty; not folded, Triton 3.6 serialises them (C7515)
+        )
     return tiles
 
 
