@@ -18,6 +18,7 @@ again: with z = xhat . B' + offset the product that was, u the column sums of B'
     dx = g^ B'^T - (c1 + xhat * c2) / width       H = x^T g^ - 1 (sum over tokens of mean * g^)
 
 Not folded, tokens are normalised before they are multiplied, g stays as it is, dx takes rstd last, and H is xhat^T g.
+
 z comes from y as it is stored: an offset many times as large as the product itself costs dx as much of its accuracy.
 
 What the products keep for their backward is x, y and two float32 numbers a token. Column sums are split in a fixed way and added
@@ -182,20 +183,23 @@ def multiply(
 
 
 @triton.jit
+def halves(tile):
+    """The left and the right columns of a tile: registers are shared out so already."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def column_parts(tile, PARTS: tl.constexpr):
-    """A tile as 1, 2 or 4 tiles side by side: registers are shared out so already, and what follows takes fewer at a time."""
+    """A tile as 1, 2 or 4 tiles side by side, so that what follows holds fewer registers at a time."""
     if PARTS == 1:
         return (tile,)
     else:
-        halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
-        low, high = tl.split(tl.permute(halves, (0, 2, 1)))
+        left, right = halves(tile)
         if PARTS == 2:
-            return low, high
+            return left, right
         else:
-            halves = tl.reshape(low, (low.shape[0], 2, low.shape[1] // 2))
-            first, second = tl.split(tl.permute(halves, (0, 2, 1)))
-            halves = tl.reshape(high, (high.shape[0], 2, high.shape[1] // 2))
-            third, fourth = tl.split(tl.permute(halves, (0, 2, 1)))
+            first, second = halves(left)
+            third, fourth = halves(right)
             return first, second, third, fourth
 
 
@@ -473,8 +477,8 @@ def project(
     out = torch.empty((tokens, width), dtype=out_dtype, device=x.device)
     if not out.numel():
         return out, stats
-    use = "masked" if threshold is not None else "plain" if norm is None else "norm"
-    tiles = _tiles("project", use, operand.matrix, x if skip is None else skip, width, fold)
+    use = "masked" if threshold is not None else "norm" if fold else "plain"
+    tiles = _tiles("project", use, operand.matrix, out if skip is None else skip, width)
     threshold, in_memory = number(threshold)
     behind = dict(
         FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, THRESHOLD_IN_MEMORY=in_memory,
@@ -681,12 +685,10 @@ def weight_gradient(x: Tensor, g: Tensor, like: Tensor | None = None, norm: Norm
     return float32_product(x.t(), g)
 
 
-def _tiles(kernel: str, use: str, operand: Tensor, stream: Tensor, width: int, wide: bool = True) -> dict[str, int]:
+def _tiles(kernel: str, use: str, operand: Tensor, stream: Tensor, width: int) -> dict[str, int]:
     tiles = select(TABLE, operand.device, kernel, use, operand.itemsize, max(operand.itemsize, stream.itemsize))
-    if tiles["BLOCK_N"] > 128 and not (wide and width % tiles["BLOCK_N"] == 0):
-        tiles["BLOCK_N"] //= (
-            2  # wide ones only where the last is not half empty; not folded, Triton 3.6 serialises them (C7515)
-        )
+    if tiles["BLOCK_N"] > 128 and width % tiles["BLOCK_N"]:
+        tiles["BLOCK_N"] //= 2  # wide tiles only where they divide the width: the last one would be half empty
     return tiles
 
 

@@ -2,8 +2,9 @@
 
 The stream is x, y and their gradients; under autocast it may stay float32 while the operands are 16-bit: loops read operands,
 epilogues the stream. The use says how much an epilogue holds in registers: "plain", a product and what is added to it; "norm",
-one behind a LayerNorm; "masked", ISTA's, with threshold and skip. An epilogue takes a tile in PARTS of its columns, one after
-the other. The ``default`` entries fit the 99 KB a block may use on consumer devices.
+of ``project``, one of folded tokens, and of ``input_gradient``, one behind any LayerNorm; "masked", ISTA's, with threshold and
+skip. An epilogue takes a tile in PARTS of its columns, one after the other. The ``default`` entries fit the 99 KB a block may
+use on consumer devices.
 
 LIBRARY = 1 has PyTorch multiply, in float32 out, and the kernel do what follows, tile by tile. It never is: on an H100
 ``torch.mm`` takes 91 us for 50,432 x 768 x 768, and what follows has to read 155 MB more than if it had the product in
@@ -26,17 +27,18 @@ TABLE = {
         ("project", "plain", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=2),
         ("project", "plain", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
         ("project", "norm", 2, 2): _tile(128, 256, 64, 8, 3),
-        ("project", "norm", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=2),
         ("project", "masked", 2, 2): _tile(128, 128, 32, 4, 4, PARTS=4),
         ("project", "masked", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
         **{("input_gradient", use, 2, stream): _tile(128, 128, 64, 8, 3, PARTS=4) for use in USES for stream in (2, 4)},
         ("input_gradient", "plain", 2, 2): _tile(128, 128, 64, 8, 3),
         ("input_gradient", "masked", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=2),
-        **{(kernel, use, 4, 4): _tile(64, 64, 32, 4, 3) for kernel in ("project", "input_gradient") for use in USES},
+        **{("project", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in ("plain", "masked")},
+        **{("input_gradient", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in USES},
     },
     "default": {
-        **{("project", use, 2, stream): _tile(128, 128, 32, 8, 4) for use in USES for stream in (2, 4)},
-        **{("project", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in USES},
+        **{("project", use, 2, 2): _tile(128, 128, 32, 8, 4) for use in USES},
+        **{("project", use, 2, 4): _tile(128, 128, 32, 8, 4) for use in ("plain", "masked")},
+        **{("project", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in ("plain", "masked")},
         **{("input_gradient", use, 2, 2): _tile(128, 128, 32, 8, 3) for use in USES},
         **{("input_gradient", use, 2, 4): _tile(64, 128, 32, 8, 3) for use in USES},
         **{("input_gradient", use, 4, 4): _tile(64, 64, 32, 4, 2) for use in USES},
