@@ -37,17 +37,20 @@ def tensors(
         raise ValueError("norm_bias: given without norm_weight; pass both, or neither for no LayerNorm")
     given.update(norm_weight=(weight, "width"), norm_bias=(bias, "width"))
     sizes: dict[str, Any] = {}
-    first_name, (first, _) = next(iter(given.items()))
+    first: Tensor | None = None
     for name, (value, dims) in given.items():
-        if value is None and name != first_name:
-            continue
-        tensor(name, value, dims, sizes)
-        if value.device != first.device:
-            raise ValueError(f"{name}: expected it on {first.device} like {first_name}, got {describe(value)}")
-        if value.dtype != first.dtype and name != any_dtype and not is_autocast(first):
-            raise TypeError(
-                f"{name}: expected {first.dtype} like {first_name}, got {describe(value)} (mixed dtypes need torch.autocast)"
-            )
+        if first is None:
+            tensor(name, value, dims, sizes)
+            first_name, first, dtype, device = name, value, value.dtype, value.device
+            mixed = is_autocast(first)
+        elif value is not None:
+            tensor(name, value, dims, sizes)
+            if value.device != device:
+                raise ValueError(f"{name}: expected it on {device} like {first_name}, got {describe(value)}")
+            if not mixed and value.dtype != dtype and name != any_dtype:
+                raise TypeError(
+                    f"{name}: expected {dtype} like {first_name}, got {describe(value)} (mixed dtypes need torch.autocast)"
+                )
 
 
 def tensor(name: str, value: object, dims: str, sizes: dict[str, Any] | None = None) -> None:
@@ -61,11 +64,11 @@ def tensor(name: str, value: object, dims: str, sizes: dict[str, Any] | None = N
         raise TypeError(f"{name}: expected a tensor [{', '.join(names)}], got {describe(value)}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype, got {describe(value)}")
-    if value.ndim and value.shape[-1] == 0:
-        raise ValueError(f"{name}: expected at least one element in its last dimension, got {describe(value)}")
     found: tuple[Any, ...] = value.shape
+    if found and found[-1] == 0:
+        raise ValueError(f"{name}: expected at least one element in its last dimension, got {describe(value)}")
     if names[0] == "...":
-        leading = value.ndim - len(names) + 1
+        leading = len(found) - len(names) + 1
         found = (found[:leading], *found[leading:])
     if len(found) != len(names):
         raise ValueError(f"{name}: expected [{', '.join(names)}], got {describe(value)}")
