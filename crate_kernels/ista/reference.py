@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def ista(x: Tensor, weight: Tensor, step_size: float, lambd: float, soft: bool) -> Tensor:
-    reconstruction = F.linear(x, weight)
-    grad_1 = F.linear(reconstruction, weight.t())
-    grad_2 = F.linear(x, weight.t())
-    if soft:
-        return F.softshrink(x + step_size * (grad_2 - grad_1), step_size * lambd)
+def ista(x: Tensor, dictionary: Tensor, step_size: float | Tensor, lambd: float | Tensor, soft: bool) -> Tensor:
+    reconstruction = F.linear(x, dictionary)
+    grad_1 = F.linear(reconstruction, dictionary.t())
+    grad_2 = F.linear(x, dictionary.t())
+    if soft:  # not softshrink, which takes no tensor for its threshold
+        u = x + step_size * (grad_2 - grad_1)
+        return u.sign() * F.relu(u.abs() - step_size * lambd)
     return F.relu(x + (step_size * (grad_2 - grad_1) - step_size * lambd))

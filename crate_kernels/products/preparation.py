@@ -27,7 +27,7 @@ from crate_kernels.tiles import cdiv
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # One for every device: these are small beside the products with the tokens, and no step waits for their last percent.
 _PREPARE = {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
-_GRADIENT = {"BLOCK_N": 128, "BLOCK_K": 8, "num_warps": 4, "num_stages": 2}
+_GRADIENT = {"BLOCK_N": 128, "BLOCK_K": 8, "num_warps": 8, "num_stages": 2}
 _COMBINE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 
 # Tables of addresses kept, each of a few KB: some models, and weights that are not where they were the step before. By the

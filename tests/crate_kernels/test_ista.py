@@ -45,14 +45,22 @@ def dictionary(width: int, **options: object) -> Tensor:
 def test_agrees_with_the_formula_in_float64(
     implementation: str, shape: tuple[int, ...], width: int, threshold: str
 ) -> None:
+    """Step size and lambda as numbers, and as tensors that get gradients."""
     x, weight = torch.randn(shape, dtype=torch.float64), dictionary(width, dtype=torch.float64)
     upstream = torch.randn(shape, dtype=torch.float64)
+    learned = [torch.tensor(value, dtype=torch.float64) for value in (0.3, 0.4)]
+
+    def operator(x: Tensor, weight: Tensor, step_size: float | Tensor = 0.3, lambd: float | Tensor = 0.4) -> Tensor:
+        return ista(x, weight, step_size=step_size, lambd=lambd, threshold=threshold)
+
     with crate_kernels.use(implementation):
-        found = gradients(lambda x, w: ista(x, w, step_size=0.3, lambd=0.4, threshold=threshold), [x, weight], upstream)
+        found = gradients(operator, [x, weight, *learned], upstream)
+        fixed = gradients(operator, [x, weight], upstream)
+    assert all(map(torch.equal, fixed, found[:3]))
     if not len(x):
-        assert found[0].shape == x.shape and not found[2].any()
+        assert found[0].shape == x.shape and not any(grad.any() for grad in found[2:])
         return
-    expected = gradients(lambda x, w: truth(x, w, threshold == "soft"), [x, weight], upstream)
+    expected = gradients(lambda x, w, *n: truth(x, w, threshold == "soft", *n), [x, weight, *learned], upstream)
     assert 0 < (expected[0] == 0).double().mean() < 1 or x.numel() < 10, "the threshold should cut some and keep some"
     for value, wanted in zip(found, expected, strict=True):
         assert error(value, wanted) < 1e-12
