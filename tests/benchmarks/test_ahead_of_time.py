@@ -75,12 +75,12 @@ products.TABLE["sm_70"] = {("never", 1): {}}
 
 def forward():
     with torch.no_grad():
-        crate_kernels.ista(*(torch.empty(rows, 768, dtype=torch.bfloat16, device="meta") for rows in (1000, 768)))
+        crate_kernels.ista(*(torch.empty(rows, 768, dtype=torch.float16, device="meta") for rows in (1000, 768)))
 
 def broken():
     raise MemoryError("no such shape")
 
-some = [collecting.Case("ista", "bfloat16", "forward only", forward), collecting.Case("ista", "bfloat16", "broken", broken)]
+some = [collecting.Case("ista", "float16", "forward only", forward), collecting.Case("ista", "float16", "broken", broken)]
 cases.gate = lambda target: some
 sys.exit(main())
 """
@@ -101,7 +101,7 @@ def test_broken_bounds_are_reported():
     assert reported("backward_kernel: no case compiles it"), found
     assert reported("project_kernel: no case takes its addresses past 2^31 elements"), found
     assert reported("tile of products for sm_70 ('never', 1): no case compiles it"), found
-    assert reported("ista sm_100 bfloat16 broken: not launched, MemoryError: no such shape"), found
+    assert reported("ista sm_100 float16 broken: not launched, MemoryError: no such shape"), found
 
 
 ADDRESSES = """
