@@ -37,20 +37,19 @@ def tensors(
         raise ValueError("norm_bias: given without norm_weight; pass both, or neither for no LayerNorm")
     given.update(norm_weight=(weight, "width"), norm_bias=(bias, "width"))
     sizes: dict[str, Any] = {}
-    first: Tensor | None = None
-    for name, (value, dims) in given.items():
-        if first is None:
-            tensor(name, value, dims, sizes)
-            first_name, first, dtype, device = name, value, value.dtype, value.device
-            mixed = is_autocast(first)
-        elif value is not None:
-            tensor(name, value, dims, sizes)
-            if value.device != device:
-                raise ValueError(f"{name}: expected it on {device} like {first_name}, got {describe(value)}")
-            if not mixed and value.dtype != dtype and name != any_dtype:
-                raise TypeError(
-                    f"{name}: expected {dtype} like {first_name}, got {describe(value)} (mixed dtypes need torch.autocast)"
-                )
+    (first_name, (first, dims)), *others = list(given.items())
+    tensor(first_name, first, dims, sizes)
+    dtype, device, mixed = first.dtype, first.device, is_autocast(first)
+    for name, (value, dims) in others:
+        if value is None:
+            continue
+        tensor(name, value, dims, sizes)
+        if value.device != device:
+            raise ValueError(f"{name}: expected it on {device} like {first_name}, got {describe(value)}")
+        if not mixed and value.dtype != dtype and name != any_dtype:
+            raise TypeError(
+                f"{name}: expected {dtype} like {first_name}, got {describe(value)} (mixed dtypes need torch.autocast)"
+            )
 
 
 def tensor(name: str, value: object, dims: str, sizes: dict[str, Any] | None = None) -> None:

@@ -18,7 +18,6 @@ again: with z = xhat . B' + offset the product that was, u the column sums of B'
     dx = g^ B'^T - (c1 + xhat * c2) / width       H = x^T g^ - 1 (sum over tokens of mean * g^)
 
 Not folded, tokens are normalised before they are multiplied, g stays as it is, dx takes rstd last, and H is xhat^T g.
-
 z comes from y as it is stored: an offset many times as large as the product itself costs dx as much of its accuracy.
 
 What the products keep for their backward is x, y and two float32 numbers a token. Column sums are split in a fixed way and added
@@ -183,24 +182,15 @@ def multiply(
 
 
 @triton.jit
-def halves(tile):
-    """The left and the right columns of a tile: registers are shared out so already."""
-    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def column_parts(tile, PARTS: tl.constexpr):
-    """A tile as 1, 2 or 4 tiles side by side, so that what follows holds fewer registers at a time."""
+    """A tile as so many tiles (a power of two) side by side, so that what follows holds fewer registers at a time; they are
+    shared out in a way that needs no exchange."""
     if PARTS == 1:
         return (tile,)
     else:
-        left, right = halves(tile)
-        if PARTS == 2:
-            return left, right
-        else:
-            first, second = halves(left)
-            third, fourth = halves(right)
-            return first, second, third, fourth
+        halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        return column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)
 
 
 @triton.jit
@@ -480,16 +470,13 @@ def project(
     use = "masked" if threshold is not None else "norm" if fold else "plain"
     tiles = _tiles("project", use, operand.matrix, out if skip is None else skip, width)
     threshold, in_memory = number(threshold)
-    behind = dict(
-        FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, THRESHOLD_IN_MEMORY=in_memory,
-        ACTIVATION="none" if threshold is None else "soft" if soft else "relu",
-    )  # fmt: skip
     left, matrix = _by(tiles, multiplied, operand.matrix)
     project_kernel[_grid(tokens, width, tiles)](
         left, matrix, out, stats if fold or skip_norm else None, operand.column_sum if fold else None,
         operand.offset, skip, _vector(norm.weight) if skip_norm else None, _vector(norm.bias) if skip_norm else None,
         threshold, tokens, inner_width, width, *left.stride(), *_strides(matrix), *_strides(skip),
-        **behind, **_options(operand.matrix, inner_width, width, tiles),
+        FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
+        **_options(operand.matrix, inner_width, width, tiles),
     )  # fmt: skip
     return out, stats
 
@@ -590,8 +577,7 @@ def gradients(
     if need_matrix:
         product = weight_gradient(x, rows.g, operand.matrix, norm)
         product = product.neg_() if negate else product
-    sums = rows.column_sums
-    sums = -sums if negate and sums is not None else sums
+    sums = -rows.column_sums if negate and rows.column_sums is not None else rows.column_sums
     second = sums[1] if need_matrix and sums is not None and len(sums) > 1 else None
     seconds = (second, None) if norm is not None and folds(x, dtype) else (None, second)
     return Gradients(dx, product, sums[0] if need_column else None, *seconds, delta)
@@ -629,7 +615,7 @@ def gradient_rows(
         gradient_rows_kernel[(programs,)](
             grad, read_y, added, stats if two else None, *of_sums, g if make_g else None, sums, columns, threshold, tokens, width,
             *grad.stride(), *_strides(read_y), *_strides(added),
-            SCALED=scaled, ACTIVATION="none" if not masked else "soft" if soft else "relu", THRESHOLD_IN_MEMORY=in_memory,
+            SCALED=scaled, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
             WHOLE=width % _ROWS["BLOCK_N"] == 0, enable_fp_fusion=True, **_ROWS,
         )  # fmt: skip
     return GradientRows(g, sums, None if columns is None else columns.sum(1))
@@ -702,6 +688,10 @@ def number(value: Tensor | None) -> tuple[Tensor | float | None, bool]:
     if value is None:
         return None, False
     return (float(value), False) if value.device.type == "cpu" else (value, True)
+
+
+def _activation(threshold: Tensor | float | None, soft: bool) -> str:
+    return "none" if threshold is None else "soft" if soft else "relu"
 
 
 def _vector(values: Tensor | None) -> Tensor | None:
