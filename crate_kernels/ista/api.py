@@ -96,7 +96,8 @@ def ista(
         out_dtype = x.dtype
         if norm_weight is not None:
             out_dtype = layer_norm_dtype(x, before=dtype if implementation == "composed" else None)
-    operand, numbers = Operand(None, None, None), (number_as_tensor(step_size), number_as_tensor(lambd))
+    numbers = number_as_tensor(step_size), number_as_tensor(lambd)
+    operand: Operand | tuple[None, None, None] = (None, None, None)
     if combined is not None:
         dictionary = dictionary.detach()  # a constant
         if implementation == "triton":

@@ -127,13 +127,6 @@ def inverse_deviation(squares, width, eps):
     return 1.0 / tl.sqrt(squares / width + eps)
 
 
-@triton.jit
-def tile_position(row_tiles, column_tiles, GROUP: tl.constexpr):
-    """This program's (row tile, column tile), ordered so that GROUP row tiles in turn reuse the right operand in L2."""
-    program = tl.program_id(0)
-    return tl.swizzle2d(program // column_tiles, program % column_tiles, row_tiles, column_tiles, GROUP)
-
-
 @triton.jit(do_not_specialize=["tokens", "eps"])
 def moments_kernel(
     x, stats, xhat, eps, tokens, width, x_row_stride, x_column_stride,
@@ -158,30 +151,6 @@ def moments_kernel(
 
 
 @triton.jit
-def multiply(
-    x, matrix, clamped_rows, columns, tokens, inner_width, width,
-    x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
-    LIBRARY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A tile of x times the matrix, in float32: of x [tokens, inner_width] and the matrix [inner_width, width], or, from a
-    library, of the product itself, which x then is."""
-    if LIBRARY:
-        return load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
-    else:
-        product = tl.zeros((clamped_rows.shape[0], columns.shape[0]), tl.float32)
-        for start in range(0, inner_width, BLOCK_K):
-            inner = start + tl.arange(0, BLOCK_K)
-            x_tile = load_tile(
-                x, clamped_rows, inner, x_row_stride, x_column_stride, tokens, inner_width, True, WHOLE_K
-            )
-            matrix_tile = load_tile(
-                matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
-            )
-            product = tl.dot(x_tile, matrix_tile, product, input_precision=PRECISION)
-        return product
-
-
-@triton.jit
 def column_parts(tile, PARTS: tl.constexpr):
     """A tile as so many tiles (a power of two) side by side, so that what follows holds fewer registers at a time; they are
     shared out in a way that needs no exchange."""
@@ -191,6 +160,41 @@ def column_parts(tile, PARTS: tl.constexpr):
         halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
         left, right = tl.split(tl.permute(halves, (0, 2, 1)))
         return column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)
+
+
+@triton.jit
+def multiply(
+    x, matrix, tokens, inner_width, width, x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
+    LIBRARY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of x [tokens, inner_width] times the matrix [inner_width, width], or, from a LIBRARY, of the product
+    itself, which x then is: its rows, the same clamped, its first column, and its parts, float32.
+
+    Rows beyond the last read the last again and are not stored: no mask along them. Tiles are ordered so that GROUP row tiles in
+    turn reuse the matrix's tile in L2.
+    """
+    row_tiles, column_tiles = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    program = tl.program_id(0)
+    tile_m, tile_n = tl.swizzle2d(program // column_tiles, program % column_tiles, row_tiles, column_tiles, GROUP)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    clamped_rows = tl.minimum(rows, tokens - 1)
+    first = tile_n * BLOCK_N
+    columns = first + tl.arange(0, BLOCK_N)
+    if LIBRARY:
+        product = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
+    else:
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, inner_width, BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K)
+            x_tile = load_tile(
+                x, clamped_rows, inner, x_row_stride, x_column_stride, tokens, inner_width, True, WHOLE_K
+            )
+            matrix_tile = load_tile(
+                matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
+            )
+            product = tl.dot(x_tile, matrix_tile, product, input_precision=PRECISION)
+    return rows, clamped_rows, first, column_parts(product, PARTS)
 
 
 @triton.jit
@@ -246,20 +250,14 @@ def project_kernel(
     x [tokens, inner_width], in the matrix's dtype; matrix [inner_width, width]; skip, out [tokens, width]; stats [2, tokens]:
     mean and rstd. FOLD: x are raw tokens, and their moments enter behind the product. SKIP_NORM: so are those of skip.
     """
-    tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows beyond the last read the last again and are not stored: no mask along them.
-    clamped_rows = tl.minimum(rows, tokens - 1)
-    product = multiply(
-        x, matrix, clamped_rows, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tokens, inner_width, width,
-        x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_K,
+    rows, clamped_rows, first, parts = multiply(
+        x, matrix, tokens, inner_width, width, x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
+        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
     )  # fmt: skip
-    parts = column_parts(product, PARTS)
     for part in tl.static_range(PARTS):
-        first = tile_n * BLOCK_N + part * (BLOCK_N // PARTS)
         behind_projection(
             parts[part], out, stats, column_sum, offset, skip, norm_weight, norm_bias, threshold,
-            rows, clamped_rows, first, tokens, width, skip_row_stride, skip_column_stride,
+            rows, clamped_rows, first + part * (BLOCK_N // PARTS), tokens, width, skip_row_stride, skip_column_stride,
             FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, WHOLE_N,
         )  # fmt: skip
 
@@ -382,19 +380,14 @@ def input_gradient_kernel(
     c2; norm_weight [width]; attended [tokens, width], contiguous, and delta [samples, heads, sample_tokens]: of each head of
     HEAD_DIM features the sums of out * attended.
     """
-    tile_m, tile_n = tile_position(tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N), GROUP)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    clamped_rows = tl.minimum(rows, tokens - 1)
-    product = multiply(
-        g, matrix, clamped_rows, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tokens, inner_width, width,
-        g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride, LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_K,
+    rows, clamped_rows, first, parts = multiply(
+        g, matrix, tokens, inner_width, width, g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride,
+        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
     )  # fmt: skip
-    parts = column_parts(product, PARTS)
     for part in tl.static_range(PARTS):
-        first = tile_n * BLOCK_N + part * (BLOCK_N // PARTS)
         behind_input_gradient(
             parts[part], grad, y, out, x, stats, sums, norm_weight, extra, delta, attended,
-            rows, clamped_rows, first, tokens, width, sample_tokens,
+            rows, clamped_rows, first + part * (BLOCK_N // PARTS), tokens, width, sample_tokens,
             grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
             extra_row_stride, extra_column_stride, NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N,
         )  # fmt: skip
@@ -562,11 +555,11 @@ def gradients(
             head's sums over features of dx * x, where its width divides a tile.
         need_x, need_matrix, need_column: whose gradients are asked for: x's, the matrix's, the offset's.
     """
-    dtype = operand.matrix.dtype
+    fold = norm is not None and folds(x, operand.matrix.dtype)
     if rows is None:
         rows = gradient_rows(
             grad, x, operand, y=y, threshold=threshold, soft=soft, norm=norm, stats=stats, skip=skip, negate=negate,
-            need_x=need_x, need_column=need_column or (need_matrix and norm is not None and folds(x, dtype)),
+            need_x=need_x, need_column=need_column or (need_matrix and fold),
         )  # fmt: skip
     dx = product = delta = None
     if need_x:
@@ -579,7 +572,7 @@ def gradients(
         product = product.neg_() if negate else product
     sums = -rows.column_sums if negate and rows.column_sums is not None else rows.column_sums
     second = sums[1] if need_matrix and sums is not None and len(sums) > 1 else None
-    seconds = (second, None) if norm is not None and folds(x, dtype) else (None, second)
+    seconds = (second, None) if fold else (None, second)
     return Gradients(dx, product, sums[0] if need_column else None, *seconds, delta)
 
 

@@ -43,13 +43,21 @@ PRODUCT_MISTAKES = [
     *(
         Mistake(
             kernel,
-            "matrix_row_stride, matrix_column_stride, LIBRARY",
-            "matrix_column_stride, matrix_row_stride, LIBRARY",
+            "matrix_row_stride, matrix_column_stride,\n        LIBRARY",
+            "matrix_column_stride, matrix_row_stride,\n        LIBRARY",
         )
         for kernel in ("project_kernel", "input_gradient_kernel")
     ),
-    Mistake("project_kernel", "        x_row_stride, x_column_stride", "        x_column_stride, x_row_stride"),
-    Mistake("input_gradient_kernel", "        g_row_stride, g_column_stride", "        g_column_stride, g_row_stride"),
+    Mistake(
+        "project_kernel",
+        "inner_width, width, x_row_stride, x_column_stride",
+        "inner_width, width, x_column_stride, x_row_stride",
+    ),
+    Mistake(
+        "input_gradient_kernel",
+        "inner_width, width, g_row_stride, g_column_stride",
+        "inner_width, width, g_column_stride, g_row_stride",
+    ),
     *(
         Mistake(kernel, "mean, rstd = load_pairs", "rstd, mean = load_pairs")
         for kernel in ("behind_projection", "gradient_rows_kernel", "behind_input_gradient")
