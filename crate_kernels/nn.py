@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crate_kernels.fusing import attached, fold, hooks_of_all_modules, obstacle, say
 from crate_kernels.ista.api import combine, ista
-from crate_kernels.mssa.api import mssa
+from crate_kernels.mssa.api import AttentionWeights, mssa
 from crate_kernels.norm_linear.api import norm_linear
 from crate_kernels.overcomplete.api import overcomplete_ista
-from crate_kernels.products.operand import norm_options
+from crate_kernels.shared_attention.api import shared_qkv_attention
 
 
 class MSSA(nn.Module):
@@ -27,7 +28,13 @@ class MSSA(nn.Module):
 
     ``to_out`` is the identity where one head is as wide as the tokens, as in the official code. Formula, shapes and errors:
     ``crate_kernels.mssa``.
+
+    The children are the official ones, ``attend`` and ``dropout`` included. Where they are still what they were made as, one
+    fused call stands for all of them; where one has hooks, an adapter, a bias, or was replaced, they are called one by one
+    (``crate_kernels.fusing``), with the attention kernel between the projections if ``attend`` and ``dropout`` are plain.
     """
+
+    is_causal = False
 
     def __init__(
         self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.0, out_bias: bool = True
@@ -37,10 +44,11 @@ class MSSA(nn.Module):
             raise ValueError(f"dropout: expected a probability of at least 0 and below 1, got {dropout}")
         self.heads = heads
         self.scale = dim_head**-0.5
+        self.attend = nn.Softmax(dim=-1)
+        self.dropout = nn.Dropout(dropout)
         self.qkv = nn.Linear(dim, heads * dim_head, bias=False)
         projects = not (heads == 1 and dim_head == dim)
         out = nn.Linear(heads * dim_head, dim, bias=out_bias)
-        self.dropout = nn.Dropout(dropout)
         self.to_out = nn.Sequential(out, nn.Dropout(dropout)) if projects else nn.Identity()
 
     def forward(
@@ -49,7 +57,7 @@ class MSSA(nn.Module):
         return_attention: bool = False,
         return_key: bool = False,
         *,
-        norm: nn.LayerNorm | None = None,
+        norm: nn.Module | None = None,
         skip: Tensor | None = None,
         subtract: bool = False,
         lengths: Tensor | None = None,
@@ -62,20 +70,104 @@ class MSSA(nn.Module):
         """
         if return_attention or return_key:
             w = self.qkv(x if norm is None else norm(x))
-            return w if return_key else self._attention(w)
-        # Not every module that ``accelerate`` turned into this class has a dropout.
-        dropout = self.dropout.p if self.training and hasattr(self, "dropout") else 0.0
-        out = self.to_out[0] if isinstance(self.to_out, nn.Sequential) else None
-        projections = self.qkv.weight, None if out is None else out.weight, None if out is None else out.bias
-        options = dict(skip=skip, subtract=subtract, lengths=lengths, dropout=dropout, **norm_options(norm))
-        return mssa(x, *projections, num_heads=self.heads, scale=self.scale, **options)
+            return w if return_key else self.attend(self._scores(self._heads_of(w), None))
+        if reason := self.obstacle():
+            say("MSSA", reason)
+            out = self.to_out(self._attended(self.qkv(x if norm is None else norm(x)), lengths))
+            return out if skip is None else skip - out if subtract else skip + out
+        x, norm_of_x = fold("MSSA", norm, x)
+        options = dict(skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rates()[0], **norm_of_x)
+        settings = dict(num_heads=self.heads, scale=self.scale, is_causal=self.is_causal)
+        return mssa(x, *self.weights(), **settings, **options)
 
-    def _attention(self, w: Tensor) -> Tensor:
-        w = w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return (torch.matmul(w, w.transpose(-1, -2)) * self.scale).softmax(dim=-1)
+    def weights(self) -> AttentionWeights:
+        """As ``mssa`` and the layers take them; true of the module where it has no ``obstacle``."""
+        out = self._projection
+        return AttentionWeights(self.qkv.weight, *((None, None) if out is None else (out.weight, out.bias)))
+
+    def dropout_rates(self) -> tuple[float, float]:
+        """Probabilities on the attention weights and after the output projection, 0 in evaluation."""
+        # Not every module that ``accelerate`` turned into this class has a dropout.
+        return _rate(getattr(self, "dropout", None)), _rate(self.to_out[-1]) if self._is_sequence else 0.0
+
+    def obstacle(self) -> str | None:
+        """Why the children must be called one by one, in words; None where one fused call stands for all of them."""
+        out = self.to_out
+        reason = hooks_of_all_modules() or self._attention_obstacle() or obstacle("qkv", self.qkv, nn.Linear)
+        if reason is None and self.qkv.bias is not None:
+            reason = "qkv has a bias"
+        if reason is None and self._is_sequence:
+            reason = obstacle("to_out", out, nn.Sequential) or obstacle("to_out.0", out[0], nn.Linear)
+            if len(out) == 2:
+                reason = reason or obstacle("to_out.1", out[1], nn.Dropout)
+            rates = self.dropout_rates()
+            if reason is None and rates[0] != rates[1]:
+                reason = f"dropout is {rates[0]} on the attention weights and {rates[1]} behind the projection"
+        elif reason is None:
+            reason = obstacle("to_out", out, nn.Identity if isinstance(out, nn.Identity) else nn.Linear)
+            if reason is None and self._projection is not None and self.dropout_rates()[0]:
+                reason = "dropout is on the attention weights alone"
+        return reason
+
+    @property
+    def _is_sequence(self) -> bool:
+        """The output projection stands first in a Sequential of one or two, as in the official modules."""
+        return isinstance(self.to_out, nn.Sequential) and 1 <= len(self.to_out) <= 2
+
+    @property
+    def _projection(self) -> nn.Linear | None:
+        out = self.to_out[0] if self._is_sequence else self.to_out
+        return None if isinstance(out, nn.Identity) else out
+
+    def _attention_obstacle(self) -> str | None:
+        """Why attention must be done in the official steps, in words; None where the operator does it."""
+        attend, dropout = getattr(self, "attend", None), getattr(self, "dropout", None)
+        if attend is not None:
+            if reason := obstacle("attend", attend, nn.Softmax):
+                return reason
+            if attend.dim not in (-1, 3):
+                return f"attend is a softmax over dimension {attend.dim}"
+        if dropout is not None:
+            if reason := obstacle("dropout", dropout, nn.Dropout):
+                return reason
+            if _rate(dropout) >= 1:
+                return f"dropout is {dropout.p}"
+        return None if isinstance(self.scale, (int, float)) else "scale is no number"
+
+    def _attended(self, w: Tensor, lengths: Tensor | None) -> Tensor:
+        """Attention of the projection w [batch, tokens, heads * dim_head], in its shape."""
+        w = self._heads_of(w)
+        if (hooks_of_all_modules() or self._attention_obstacle()) is None:
+            options = dict(is_causal=self.is_causal, lengths=lengths, dropout=self.dropout_rates()[0])
+            return shared_qkv_attention(w, scale=self.scale, **options).transpose(1, 2).flatten(2)
+        padding = None
+        if lengths is not None:
+            padding = (torch.arange(w.shape[2], device=w.device) >= lengths[:, None])[:, None]
+            w = w.masked_fill(padding[..., None], 0.0)
+        attention = self.attend(self._scores(w, padding))
+        out = torch.matmul(self.dropout(attention) if hasattr(self, "dropout") else attention, w)
+        if padding is not None:
+            out = out.masked_fill(padding[..., None], 0.0)
+        return out.transpose(1, 2).flatten(2)
+
+    def _heads_of(self, w: Tensor) -> Tensor:
+        return w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _scores(self, w: Tensor, padding: Tensor | None) -> Tensor:
+        scores = torch.matmul(w, w.transpose(-1, -2)) * self.scale
+        if self.is_causal:
+            scores = scores.masked_fill(
+                torch.ones(scores.shape[-2:], dtype=torch.bool, device=w.device).triu(1), -torch.inf
+            )
+        return scores if padding is None else scores.masked_fill(padding[:, :, None], -torch.inf)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, scale={self.scale:.4g}"
+
+
+def _rate(dropout: nn.Module | None) -> float:
+    """The probability of what may be a dropout, now: 0 in evaluation."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 class ISTA(nn.Module):
@@ -101,7 +193,7 @@ class ISTA(nn.Module):
         self.lambd = lambd
         self.threshold = threshold
 
-    def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, norm: nn.Module | None = None) -> Tensor:
         """ISTA of x [..., dim], after ``norm`` where it is given.
 
         Raises:
@@ -112,8 +204,9 @@ class ISTA(nn.Module):
             raise RuntimeError(
                 "weight: it asks for a gradient, which a frozen ISTA cannot give; call unfreeze(), or run under torch.no_grad()"
             )
+        x, norm_of_x = fold("ISTA", norm, x)
         numbers = dict(step_size=self.step_size, lambd=self.lambd, threshold=self.threshold)
-        return ista(x, self.weight, combined=combined, **numbers, **norm_options(norm))
+        return ista(x, self.weight, combined=combined, **numbers, **norm_of_x)
 
     def freeze(self) -> None:
         """Take the weight for a constant: keep ``combine(weight)`` and multiply with that from now on.
@@ -155,9 +248,10 @@ class DecoderStep(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dim))
         nn.init.kaiming_uniform_(self.weight)
 
-    def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, norm: nn.Module | None = None) -> Tensor:
         """x W^T of x [..., dim], after ``norm`` where it is given."""
-        return norm_linear(x, self.weight, **norm_options(norm))
+        x, norm_of_x = fold("DecoderStep", norm, x)
+        return norm_linear(x, self.weight, **norm_of_x)
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[0]}"
@@ -182,16 +276,28 @@ class OvercompleteISTA(nn.Module):
         super().__init__()
         self.eta = eta
         self.lmbda = lmbda
+        self.decouple = decouple
         for name in ("D", "D1") if decouple else ("D",):
             parameter = nn.Parameter(torch.empty(dim, overcomplete_ratio * dim))
             nn.init.kaiming_uniform_(parameter)
             self.register_parameter(name, parameter)
 
-    def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, norm: nn.Module | None = None, skip: Tensor | None = None) -> Tensor:
         """The step of x [..., dim], after ``norm`` and added to ``skip`` where these are given."""
+        x, norm_of_x = fold("OvercompleteISTA", norm, x)
         numbers = dict(step_size=self.eta, lambd=self.lmbda)
-        return overcomplete_ista(x, self.D, getattr(self, "D1", None), skip=skip, **numbers, **norm_options(norm))
+        out_dictionary = self.D1 if self.decouple else None
+        return overcomplete_ista(x, self.D, out_dictionary, skip=skip, **numbers, **norm_of_x)
 
     def extra_repr(self) -> str:
         dim, codes = self.D.shape
-        return f"dim={dim}, codes={codes}, eta={self.eta}, lmbda={self.lmbda}, decouple={hasattr(self, 'D1')}"
+        return f"dim={dim}, codes={codes}, eta={self.eta}, lmbda={self.lmbda}, decouple={self.decouple}"
+
+
+# Modules of ours that take the norm before them as an argument, when they are called.
+_TAKE_NORM = MSSA.forward, ISTA.forward, DecoderStep.forward, OvercompleteISTA.forward
+
+
+def takes_norm(module: nn.Module) -> bool:
+    """Whether ``module`` may be handed the norm before it: it is one of ours, and nothing attached to it looks at its input."""
+    return type(module).forward in _TAKE_NORM and attached("", module) is None and hooks_of_all_modules() is None

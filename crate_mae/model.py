@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import (
     ISTA,
     MSSA,
-    AttentionWeights,
     DecoderStep,
     DecoderWeights,
     EncoderWeights,
@@ -24,6 +24,8 @@ from crate_kernels import (
     prepare_layers,
 )
 from crate_kernels.dispatch import choose
+from crate_kernels.fusing import hooks_of_all_modules, norm_obstacle, obstacle, say
+from crate_kernels.nn import takes_norm
 from crate_kernels.precision import compute_dtype, is_autocast, no_autocast
 from crate_mae.config import ModelConfig, grid_of
 from crate_mae.patches import kept_patches, patchify, removed_patches, unpatchify
@@ -43,7 +45,7 @@ class MAEOutput(NamedTuple):
 
 
 class PreNorm(nn.Module):
-    """A LayerNorm and the step it precedes, under their official names; the step does both at once."""
+    """A LayerNorm and the step it precedes, under their official names; a step of ours does both at once."""
 
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()
@@ -51,73 +53,111 @@ class PreNorm(nn.Module):
         self.fn = fn
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        return self.fn(x, norm=self.norm, **kwargs)
+        if takes_norm(self.fn):
+            return self.fn(x, norm=self.norm, **kwargs)
+        return self.fn(self.norm(x), **kwargs)
 
 
-class EncoderBlock(nn.Module):
+class Block(nn.Module):
+    """What both kinds of layers share: one fused call where their modules are what they were made as, else the modules.
+
+    See ``crate_kernels.fusing`` for the rule. ``recompute`` holds in either case.
+    """
+
+    def __init__(self, *steps: PreNorm) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleList(steps)])
+
+    def forward(self, x: Tensor, *, recompute: bool = False, prepared: PreparedLayer | None = None) -> Tensor:
+        """``prepared``: of ``self.weights()``, by someone who has seen that there is no ``obstacle`` for these tokens."""
+        reason = None if prepared is not None else self.obstacle(x)
+        if reason is None:
+            return self._fused(x, recompute, prepared)
+        say(type(self).__name__, reason)
+        return checkpoint(self._official, x, use_reentrant=False) if recompute else self._official(x)
+
+    def obstacle(self, x: Tensor) -> str | None:
+        """Why the modules must be called one by one on x, in words; None where one fused call stands for all of them."""
+        if (reason := hooks_of_all_modules()) or (reason := obstacle("layers", self.layers, nn.ModuleList)):
+            return reason
+        if len(self.layers) != 1 or len(self.layers[0]) != 2:
+            return "it has other steps than it was made with"
+        for name, step, kind in zip(("layers.0.0", "layers.0.1"), self.layers[0], self._steps, strict=True):
+            reason = obstacle(name, step, PreNorm) or norm_obstacle(step.norm, x, f"{name}.norm")
+            if reason := reason or obstacle(f"{name}.fn", step.fn, kind) or self._obstacle_of(step.fn):
+                return reason
+        return None
+
+    @staticmethod
+    def _obstacle_of(step: nn.Module) -> str | None:
+        """What about a step of the right kind a fused layer does not do."""
+        if isinstance(step, MSSA):
+            reason = step.obstacle() or ("its attention is causal" if step.is_causal else None)
+            return reason or ("its attention has dropout" if step.dropout_rates()[0] else None)
+        return "it is frozen" if "combined" in step._buffers else None
+
+    def _heads(self, attention: MSSA) -> dict[str, Any]:
+        return dict(num_heads=attention.heads, scale=attention.scale)
+
+
+class EncoderBlock(Block):
     """z = x + MSSA(LN x); out = ISTA(LN z)."""
 
+    _steps = MSSA, ISTA
+
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
         width, heads = config.embed_dim, config.num_heads
         attention = PreNorm(width, MSSA(width, heads, width // heads))
-        sparsify = PreNorm(width, ISTA(width, config.step_size, config.lambd))
-        self.layers = nn.ModuleList([nn.ModuleList([attention, sparsify])])
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        recompute: bool = False,
-        prepared: PreparedLayer | None = None,
-        weights: EncoderWeights | None = None,
-    ) -> Tensor:
-        """``weights`` are those that were prepared: a parametrized one is a new tensor each time that it is looked at."""
-        sparsify = self.layers[0][1].fn
-        numbers = dict(step_size=self.step_size, lambd=sparsify.lambd, threshold=sparsify.threshold)
-        heads = _heads(self.layers[0][0].fn)
-        return encoder_layer(
-            x, *(weights or self.weights()), **heads, **numbers, recompute=recompute, prepared=prepared
-        )
+        super().__init__(attention, PreNorm(width, ISTA(width, config.step_size, config.lambd)))
 
     @property
-    def step_size(self) -> float:
+    def step_size(self) -> float | Tensor:
         """Of the sparse step, as it stands there now."""
         return self.layers[0][1].fn.step_size
 
     def weights(self) -> EncoderWeights:
         attention, sparsify = self.layers[0]
-        return EncoderWeights(_norm(attention.norm), _attention(attention.fn), _norm(sparsify.norm), sparsify.fn.weight)
+        return EncoderWeights(_norm(attention.norm), attention.fn.weights(), _norm(sparsify.norm), sparsify.fn.weight)
 
     def attention(self, x: Tensor) -> Tensor:
         """Attention weights [batch, heads, tokens, tokens] of this layer on its input x."""
         return self.layers[0][0](x, return_attention=True)
 
+    def _fused(self, x: Tensor, recompute: bool, prepared: PreparedLayer | None) -> Tensor:
+        attention, sparsify = (step.fn for step in self.layers[0])
+        numbers = dict(step_size=sparsify.step_size, lambd=sparsify.lambd, threshold=sparsify.threshold)
+        options = dict(**self._heads(attention), **numbers, recompute=recompute, prepared=prepared)
+        return encoder_layer(x, *self.weights(), **options)
 
-class DecoderBlock(nn.Module):
+    def _official(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        for attention, sparsify in self.layers:
+            x = sparsify((attention(x) + x).to(dtype)).to(dtype)
+        return x
+
+
+class DecoderBlock(Block):
     """g = LN(x) W^T; out = g - MSSA(LN g)."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width, heads = config.embed_dim, config.decoder_num_heads
-        attention = PreNorm(width, MSSA(width, heads, width // heads))
-        self.layers = nn.ModuleList([nn.ModuleList([PreNorm(width, DecoderStep(width)), attention])])
+    _steps = DecoderStep, MSSA
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        recompute: bool = False,
-        prepared: PreparedLayer | None = None,
-        weights: DecoderWeights | None = None,
-    ) -> Tensor:
-        """``weights`` are those that were prepared: a parametrized one is a new tensor each time that it is looked at."""
-        heads = _heads(self.layers[0][1].fn)
-        return decoder_layer(x, *(weights or self.weights()), **heads, recompute=recompute, prepared=prepared)
+    def __init__(self, config: ModelConfig) -> None:
+        width, heads = config.embed_dim, config.decoder_num_heads
+        super().__init__(PreNorm(width, DecoderStep(width)), PreNorm(width, MSSA(width, heads, width // heads)))
 
     def weights(self) -> DecoderWeights:
         densify, attention = self.layers[0]
-        return DecoderWeights(_norm(densify.norm), densify.fn.weight, _norm(attention.norm), _attention(attention.fn))
+        return DecoderWeights(_norm(densify.norm), densify.fn.weight, _norm(attention.norm), attention.fn.weights())
+
+    def _fused(self, x: Tensor, recompute: bool, prepared: PreparedLayer | None) -> Tensor:
+        heads = self._heads(self.layers[0][1].fn)
+        return decoder_layer(x, *self.weights(), **heads, recompute=recompute, prepared=prepared)
+
+    def _official(self, x: Tensor) -> Tensor:
+        for densify, attention in self.layers:
+            x = densify(x)
+            x = x - attention(x)
+        return x
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -140,15 +180,6 @@ def _norm(module: nn.LayerNorm) -> Norm:
     return Norm(module.weight, module.bias, module.eps)
 
 
-def _attention(module: MSSA) -> AttentionWeights:
-    out = module.to_out[0] if isinstance(module.to_out, nn.Sequential) else None
-    return AttentionWeights(module.qkv.weight, None if out is None else out.weight, None if out is None else out.bias)
-
-
-def _heads(module: MSSA) -> dict[str, Any]:
-    return dict(num_heads=module.heads, scale=module.scale)
-
-
 class PatchEmbed(nn.Module):
     """Images [batch, channels, height, width] -> tokens [batch, patches, width]: one linear map a patch."""
 
@@ -158,6 +189,11 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)
+
+    def obstacle(self) -> str | None:
+        """Why it must be called as a module, in words; None where ``of_patches`` stands for it."""
+        reason = hooks_of_all_modules() or obstacle("patch_embed", self, PatchEmbed)
+        return reason or obstacle("patch_embed.proj", self.proj, nn.Conv2d)
 
     def of_patches(self, patches: Tensor) -> Tensor:
         """Tokens of patches [batch, any number, patch_size**2 * channels] as ``patchify`` has them."""
@@ -238,7 +274,7 @@ class CrateMAE(nn.Module):
             )
         kept, pixels = kept_patches(noise, mask_ratio), self.patchify(images)
         mask = removed_patches(kept, patches)
-        if choose(images, compute_dtype(images)) == "reference":
+        if choose(images, compute_dtype(images)) == "reference" or self.patch_embed.obstacle() is not None:
             x = torch.where(mask.bool().unsqueeze(-1), self.mask_token, self.patch_embed(images))
         else:
             x = self._embed_kept(pixels, kept)
@@ -323,25 +359,37 @@ class CrateMAE(nn.Module):
         return sine_cosine(grid, self.config.embed_dim).to(self.decoder_pos_embed)
 
     def _encode(self, x: Tensor) -> Tensor:
-        sizes = [block.step_size for block in self.blocks] or [self.config.step_size]
-        # Layers whose steps someone has made different, or learns, prepare themselves, one by one.
-        together = all(size is sizes[0] or (isinstance(size, float) and size == sizes[0]) for size in sizes)
-        settings = dict(num_heads=self.config.num_heads, step_size=sizes[0])
-        return self.norm(self._through(self.blocks, x, together, **settings))
+        return self.norm(self._through(self.blocks, x, num_heads=self.config.num_heads))
 
     def _decode(self, x: Tensor) -> Tensor:
-        x = self._through(self.decoder_blocks, x, True, num_heads=self.config.decoder_num_heads)
+        x = self._through(self.decoder_blocks, x, num_heads=self.config.decoder_num_heads)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
-    def _through(self, blocks: nn.ModuleList, x: Tensor, together: bool, **settings: Any) -> Tensor:
+    def _through(self, blocks: nn.ModuleList, x: Tensor, num_heads: int) -> Tensor:
         if self.stream == "16bit":
             x = x.to(compute_dtype(x))
-        weights = [block.weights() for block in blocks]
-        prepared = prepare_layers(x, weights, **settings) if together else [None] * len(blocks)
-        for block, own, ready in zip(blocks, weights, prepared, strict=True):
-            # What is not prepared a block reads itself: sharded weights are whole only there.
-            x = block(x, recompute=self.recompute, prepared=ready, weights=None if ready is None else own)
+        prepared = self._prepared(blocks, x, num_heads)
+        for block in blocks:
+            if _is_ours(block):
+                x = block(x, recompute=self.recompute, prepared=prepared.get(block))
+            else:  # a wrapper, or what someone put in its place: it is called as the official model does
+                x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         return x
+
+    def _prepared(self, blocks: nn.ModuleList, x: Tensor, num_heads: int) -> dict[nn.Module, PreparedLayer]:
+        """What is made of the weights of blocks together; the others prepare themselves, one by one."""
+        if choose(x, compute_dtype(x)) != "triton":
+            return {}
+        fused = [block for block in blocks if _is_ours(block) and block.obstacle(x) is None]
+        options = {}
+        if fused and isinstance(fused[0], EncoderBlock):
+            # Steps that someone has made different, or learns, are not prepared together.
+            sizes = [block.step_size for block in fused]
+            if any(size is not sizes[0] and not (isinstance(size, float) and size == sizes[0]) for size in sizes):
+                return {}
+            options["step_size"] = sizes[0]
+        made = prepare_layers(x, [block.weights() for block in fused], num_heads=num_heads, **options)
+        return {block: ready for block, ready in zip(fused, made, strict=True) if ready is not None}
 
     def _loss(self, target: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         if self.config.norm_pix_loss:
@@ -349,6 +397,11 @@ class CrateMAE(nn.Module):
         error = (pred - target).square().mean(dim=-1)
         removed = mask.sum()
         return torch.where(removed > 0, (error * mask).sum() / removed.clamp_min(1), error.mean())
+
+
+def _is_ours(block: nn.Module) -> bool:
+    """Whether ``block`` is called with our arguments: FSDP's subclasses are, overridden and replaced forwards are not."""
+    return isinstance(block, Block) and type(block).forward is Block.forward and "forward" not in vars(block)
 
 
 def _drop_unused_official_entries(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

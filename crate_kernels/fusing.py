@@ -1,0 +1,90 @@
+"""The rule of modules that fuse what their children do.
+
+A module takes its fused path where its children are exactly what that path computes: of the plain classes, with nothing attached
+(hooks, parametrizations, a replaced forward), of the expected settings. Else it calls its children one by one, as the official
+modules do, and says so once, with the reason. The look is taken at each call, since anything may be attached at any time; it
+costs a few dictionary look-ups a child. As everywhere in PyTorch, ``torch.compile`` looks when it traces.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torch.utils.module_tracker import ModuleTracker
+
+from crate_kernels.precision import is_autocast
+from crate_kernels.products.operand import norm_options
+
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_OF_ALL_MODULES = tuple(getattr(_module, f"_global{hooks}") for hooks in HOOKS)
+
+
+def obstacle(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why ``module`` must be called as it is, in words; None where it is a plain ``kind`` with nothing attached."""
+    if type(module) is not kind:
+        return f"{name} is of class {type(module).__name__}, not a plain {kind.__name__}"
+    return attached(name, module)
+
+
+def attached(name: str, module: nn.Module) -> str | None:
+    """What is attached to ``module`` that runs when it is called, in words, if anything."""
+    own = module.__dict__
+    for hooks in HOOKS:
+        if own[hooks]:
+            return f"{name} has hooks"
+    return f"{name} has a replaced forward" if "forward" in own else None
+
+
+def hooks_of_all_modules() -> str | None:
+    """Whether hooks were registered for every module there is, in words.
+
+    ``ModuleTracker``, which PyTorch's FLOP counter uses, does not count: it changes nothing, and what it counts should be what
+    would run without it.
+    """
+    for hooks in _OF_ALL_MODULES:
+        for hook in hooks.values():
+            if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
+                return "there are hooks on all modules (torch.nn.modules.module.register_module_...)"
+    return None
+
+
+def norm_obstacle(norm: nn.Module, x: Tensor, name: str = "norm") -> str | None:
+    """Why ``norm`` must be called before a product of x [..., width] rather than folded into it, in words; None if it may be."""
+    if reason := obstacle(name, norm, nn.LayerNorm):
+        return reason
+    if norm.weight is None:
+        return f"{name} has no weight"
+    if len(norm.normalized_shape) != 1:
+        return f"{name} normalizes over {len(norm.normalized_shape)} dimensions"
+    if norm.weight.dtype != x.dtype and not is_autocast(x):
+        return f"{name} is in {norm.weight.dtype} and its tokens in {x.dtype}"
+    return None
+
+
+def fold(owner: str, norm: nn.Module | None, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """x, and ``norm`` as operators take it; where it cannot be folded into a product, x as ``norm`` leaves it, and nothing."""
+    if norm is None:
+        return x, {}
+    reason = norm_obstacle(norm, x) or hooks_of_all_modules()
+    if reason is None:
+        return x, norm_options(norm)
+    say(owner, reason)
+    return norm(x), {}
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def say(owner: str, reason: str) -> None:
+    """Warn, once a process for each reason, that a module takes the slower path."""
+    if torch.compiler.is_compiling() or (owner, reason) in _said:
+        return
+    _said.add((owner, reason))
+    warnings.warn(
+        f"{owner}: {reason}, so modules are called one by one rather than fused: the same results, more slowly",
+        stacklevel=2,
+    )
