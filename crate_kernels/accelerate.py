@@ -3,58 +3,68 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from crate_kernels.dispatch import use
+from crate_kernels.fusing import HOOKS, unsaid
 from crate_kernels.nn import ISTA, MSSA, DecoderStep, OvercompleteISTA
+from crate_kernels.renamed import CausalMSSA, CausalMSSAOfGPT, ISTAOfD, OvercompleteISTAOfCLIPA
 
 
 class Kind(NamedTuple):
-    """How the official counterpart of one of our classes is known, and what both are tried on.
+    """How the counterpart of one of our classes is known, and what both are tried on.
 
     attributes: what it has, whatever their values.
-    states: the names of its parameters and buffers, one set for each official form.
     width: the parameter, and which of its sizes, that says how wide the tokens are.
+    optional: further parameters, buffers and children of its own that our class uses, or may leave unused.
     tokens, gain: of the trial; the parameters are random, of norm ``gain`` a row.
     """
 
     attributes: tuple[str, ...]
-    states: tuple[set[str], ...]
     width: tuple[str, int]
+    optional: tuple[str, ...] = ()
     tokens: int = 20
     gain: float = 1.0
 
 
+# Enough tokens to notice a window of 64 on either side, and scores so small that every token counts, not mostly the token itself.
+_TRIAL_OF_ATTENTION = dict(tokens=130, gain=0.25)
+_OFFICIAL = Kind(("heads", "scale", "qkv", "to_out"), ("qkv.weight", 1), ("attend", "dropout"), **_TRIAL_OF_ATTENTION)
+_OF_GPT = ("n_head", "c_attn", "c_proj"), ("c_attn.weight", 1), ("attn_dropout", "resid_dropout")
+
+# In this order: the first that computes the same is taken.
 KINDS = {
-    MSSA: Kind(
-        ("heads", "scale", "qkv", "attend", "to_out"),
-        ({"qkv.weight"}, {"qkv.weight", "to_out.0.weight"}, {"qkv.weight", "to_out.0.weight", "to_out.0.bias"}),
-        ("qkv.weight", 1),
-        tokens=130,  # enough to notice a window of 64 tokens on either side
-        gain=0.25,  # scores so small that every token counts, not mostly the token itself
-    ),
-    ISTA: Kind(("step_size", "lambd", "weight"), ({"weight"},), ("weight", 1)),
-    DecoderStep: Kind(("step_size", "lambd", "weight"), ({"weight"},), ("weight", 1)),  # official, and unused there
-    OvercompleteISTA: Kind(("eta", "lmbda", "D"), ({"D"}, {"D", "D1"}), ("D", 0)),
+    MSSA: _OFFICIAL,
+    CausalMSSA: _OFFICIAL,
+    CausalMSSAOfGPT: Kind(*_OF_GPT, **_TRIAL_OF_ATTENTION),
+    ISTA: Kind(("step_size", "lambd", "weight"), ("weight", 1)),
+    DecoderStep: Kind(("step_size", "lambd", "weight"), ("weight", 1)),  # the numbers are official, and unused there
+    ISTAOfD: Kind(("eta", "lmbda", "D"), ("D", 1)),
+    OvercompleteISTA: Kind(("eta", "lmbda", "D", "decouple"), ("D", 0), ("D1",)),
+    OvercompleteISTAOfCLIPA: Kind(("eta", "lmbda", "c_fc", "c_proj"), ("c_fc", 0)),
 }
 
-
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+# What attentions and sparse steps are called, and what they are made of, where their structure is none of the above.
+_ATTENTION = re.compile("attention|attn|mssa|tssa|cbsa", re.IGNORECASE)
+_SPARSE_STEP = re.compile("ista|feed_?forward|sparsif|proximal", re.IGNORECASE)
+_NUMBERS = "step_size", "lambd", "lmbda", "lambda_", "eta"
 
 
 @dataclass
 class Acceleration:
-    """What ``accelerate`` did: printed, it says so in words.
+    """What ``accelerate`` did: printed, it says so in a table.
 
     Attributes:
         swapped: name of a module in the model -> the class that it is now.
-        left_alone: name of a module that looked like one of ours -> why it was not swapped.
+        left_alone: name of a module that looks like one of ours -> why it was not swapped.
     """
 
     swapped: dict[str, type[nn.Module]] = field(default_factory=dict)
@@ -62,7 +72,17 @@ class Acceleration:
     _originals: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Give every swapped module its official class back; parameters keep their current values."""
+        """Give every swapped module its official class back; parameters keep their current values.
+
+        Raises:
+            RuntimeError: a module's class was changed since, by a parametrization for one. Nothing is undone then.
+        """
+        for (name, kind), (module, _) in zip(self.swapped.items(), self._originals, strict=True):
+            if type(module) is not kind:
+                raise RuntimeError(
+                    f"{name}: accelerate made it {kind.__name__}, and now it is {type(module).__name__}; "
+                    f"take off first what changed that (a parametrization, for one)"
+                )
         for module, original in self._originals:
             if isinstance(module, ISTA):
                 module.unfreeze()
@@ -71,32 +91,43 @@ class Acceleration:
         self._originals.clear()
 
     def __str__(self) -> str:
-        lines = [f"swapped {len(self.swapped)} modules"]
-        if not self.swapped and not self.left_alone:
-            lines[0] += (
-                ": none has the structure of an official one (crate_mae's and accelerated models run on the kernels as they are)"
+        title = f"swapped {len(self.swapped)} modules, left {len(self.left_alone)} alone"
+        rows = [("module", "swapped", "as, or why not")]
+        for (name, kind), (module, _) in zip(self.swapped.items(), self._originals, strict=True):
+            reason = module.obstacle() if isinstance(module, MSSA) else None
+            rows.append((name, "yes", kind.__name__ + (f"; not fused as it stands: {reason}" if reason else "")))
+        rows += [(name, "no", reason) for name, reason in self.left_alone.items()]
+        if len(rows) == 1:
+            return (
+                f"{title}: none has the structure of an official one (crate_mae's and accelerated models run on the "
+                f"kernels as they are)"
             )
-        lines += [f"  {name}: {kind.__name__}" for name, kind in self.swapped.items()]
-        if self.left_alone:
-            lines.append(f"left {len(self.left_alone)} alone")
-            lines += [f"  {name}: {reason}" for name, reason in self.left_alone.items()]
-        return "\n".join(lines)
+        wide = max(len(name) for name, *_ in rows)
+        return "\n".join(
+            [title, *(f"  {name:{wide}}  {swapped:7}  {reason}".rstrip() for name, swapped, reason in rows)]
+        )
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Swap the attention and sparse-step modules of an official CRATE, CRATE-MAE or CRATE-alpha model for ours, in place.
+    """Swap the attention and sparse-step modules of a CRATE, CRATE-MAE or CRATE-alpha model for ours, in place.
 
     Modules are found by structure, wherever their classes were imported from: an attention has ``heads``, ``scale``, one
-    projection ``qkv``, a softmax ``attend`` and ``to_out``; a sparse step has ``weight``, ``step_size`` and ``lambd``, as has
-    CRATE-MAE's linear decoder step; CRATE-alpha's overcomplete step has ``D``, ``eta`` and ``lmbda``. Structure is not
-    meaning, so each candidate must also have the official parameters and no others, no methods, arguments or hooks that a
-    swap would lose, and must compute what our class makes of the same object: both are called on random tokens with random
-    parameters, in its own dtype, in training and in evaluation mode. What raises an exception there is left alone.
+    projection ``qkv`` and ``to_out``; a sparse step has ``weight``, ``step_size`` and ``lambd``, as has CRATE-MAE's linear
+    decoder step; CRATE-alpha's overcomplete step has ``D``, ``eta`` and ``lmbda``; and some follow-ups' other names are known
+    (``crate_kernels.renamed``). Numbers may be parameters or buffers, attention may be causal and have dropout, a projection may
+    be plain, in a Sequential, with or without a bias.
 
-    All of this happens before the first swap, on shallow copies, and leaves parameters, modes and random state as they
-    were. A swap changes the class of the module object and nothing else. So its parameters, buffers and state-dict
-    names, references to it, optimisers over it, hooks on it and copies made of it later all stay valid; so do the
-    official keyword arguments ``return_attention`` and ``return_key``.
+    Structure is not meaning, so each candidate must also have no parameters, children, methods or arguments that a swap would
+    lose, and must compute what our class makes of the same object: both are called on random tokens with random parameters, in
+    its own dtype, in training and in evaluation mode, with each dropout off and, if it is above 0, dropping everything. What
+    raises an exception there is left alone. What has the name or parts of an attention or a sparse step, but not the structure,
+    is listed as left alone, too.
+
+    All of this happens before the first swap, on shallow copies without hooks, and leaves parameters, modes and random state as
+    they were. A swap changes the class of the module object and nothing else. So its parameters, buffers and state-dict names,
+    references to it, optimisers over it, hooks on it and copies made of it later all stay valid; so do the official keyword
+    arguments ``return_attention`` and ``return_key``. Children with hooks, adapters or other additions, attached before or
+    later, are called one by one instead of fused (``crate_kernels.fusing``).
 
     Returns:
         What was swapped and what was left alone, and why. ``print`` it; ``undo()`` it.
@@ -106,14 +137,27 @@ def accelerate(model: nn.Module) -> Acceleration:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    done, decided = Acceleration(), []
+    done, decided, alike = Acceleration(), [], {}
     for name, module in model.named_modules():
-        obstacles = {target: _obstacle(module, target) for target in _candidates(module)}
-        fitting = [target for target, obstacle in obstacles.items() if obstacle is None]
-        if fitting:
-            decided.append((name, module, fitting[0]))
-        elif obstacles:
-            done.left_alone[name] = "; ".join(dict.fromkeys(obstacles.values()))
+        if isinstance(module, tuple(KINDS)):
+            continue
+        obstacles: dict[str, None] = {}
+        for target in _candidates(module):
+            obstacle = _obstacle(module, target)
+            if obstacle is None:
+                decided.append((name, module, target))
+                break
+            obstacles[obstacle] = None
+        else:
+            if obstacles:
+                done.left_alone[name] = "; ".join(obstacles)
+            elif reason := _likeness(module):
+                alike[name] = reason
+    known = [*done.left_alone, *(name for name, *_ in decided)]
+    for name, reason in alike.items():
+        # Of what lies inside one another, the innermost: a block is not an attention because it holds one.
+        if not any(other.startswith(f"{name}." if name else "") for other in (*known, *alike) if other != name):
+            done.left_alone[name] = reason
     for name, module, target in decided:
         done._originals.append((module, type(module)))
         module.__class__ = target
@@ -122,10 +166,23 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 
 def _candidates(module: nn.Module) -> list[type[nn.Module]]:
-    """The classes of ours that ``module`` has the structure of; none for what is ours already."""
-    if isinstance(module, tuple(KINDS)):
-        return []
+    """The classes of ours that ``module`` has the structure of."""
     return [target for target, kind in KINDS.items() if all(hasattr(module, name) for name in kind.attributes)]
+
+
+def _likeness(module: nn.Module) -> str | None:
+    """Why ``module``, which has the structure of none of ours, is none, if it looks like one."""
+    name, kinds = type(module).__name__, []
+    softmax = any(isinstance(child, (nn.Softmax, nn.MultiheadAttention)) for child in module.children())
+    if _ATTENTION.search(name) or softmax or hasattr(module, "qkv"):
+        kinds = [MSSA, CausalMSSAOfGPT]
+    elif _SPARSE_STEP.search(name) or any(hasattr(module, number) for number in _NUMBERS):
+        kinds = [ISTA, OvercompleteISTA]
+    if not kinds or not any(True for _ in module.parameters()):
+        return None
+    lacks = {kind: [part for part in KINDS[kind].attributes if not hasattr(module, part)] for kind in kinds}
+    nearest = min(kinds, key=lambda kind: len(lacks[kind]))
+    return f"{name} has no {', '.join(lacks[nearest])}, by which {nearest.__name__} is known"
 
 
 def _obstacle(module: nn.Module, target: type[nn.Module]) -> str | None:
@@ -138,29 +195,41 @@ def _obstacle(module: nn.Module, target: type[nn.Module]) -> str | None:
 
 def _change(module: nn.Module, target: type[nn.Module]) -> str | None:
     """What would be lost with the class of ``module``."""
-    if set(_state(module)) not in KINDS[target].states:
-        return f"its parameters and buffers are {', '.join(_state(module)) or 'none'}, which are not the official ones"
+    kind = KINDS[target]
+    known = {*kind.attributes, *kind.optional}
+    own = [*module._parameters, *module._buffers, *module._modules]
+    masks = [
+        name for name, buffer in module._buffers.items() if target.__name__.startswith("Causal") and _is_causal(buffer)
+    ]
+    if unknown := [name for name in own if name not in known and name not in masks]:
+        return f"it has {', '.join(unknown)}, which {target.__name__} does not use"
     if replaced := [name for name in vars(module) if callable(getattr(target, name, None))]:
         return f"its {replaced[0]} was replaced on the instance"
+    if issubclass(target, MSSA):
+        twin = _twin(module, {})
+        twin.__class__ = target
+        if reason := twin.attention_obstacle():  # without hooks, which may go again
+            return reason
     if lost := _lost_methods(type(module)):
         return f"its class defines {', '.join(lost)}, which {target.__name__} does not"
-    ours = list(inspect.signature(target.forward).parameters)[1:]
-    theirs = list(inspect.signature(type(module).forward).parameters)[1:]
-    if theirs[1:] != ours[1 : len(theirs)]:
-        return f"its forward takes {', '.join(theirs)}, which {target.__name__} does not"
-    for name, child in list(module.named_modules())[1:]:
-        if any(vars(child)[hooks] for hooks in _HOOKS) or "forward" in vars(child):
-            return f"{name} has hooks or a replaced forward, which one fused call would pass by"
-        if isinstance(child, nn.Dropout) and child.p > 0:
-            return f"{name}: its dropout is above 0, and what is random cannot be compared"
-        if child._parameters and type(child) is not nn.Linear:
-            return f"{name}: expected a plain Linear, found {type(child).__name__}"
+    ours, theirs = _arguments(target), _arguments(type(module))
+    if theirs != ours[: len(theirs)]:
+        return f"its forward takes x, {', '.join(theirs)}, which {target.__name__} does not"
     return None
 
 
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; one that bears two names is listed under both."""
-    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+def _arguments(kind: type[nn.Module]) -> list[str]:
+    """Of its forward, without the module and the tokens."""
+    return list(inspect.signature(kind.forward).parameters)[2:]
+
+
+def _is_causal(buffer: Tensor | None) -> bool:
+    """A square of ones on and below its diagonal, or of -inf above it."""
+    if buffer is None or buffer.ndim < 2 or buffer.shape[-1] != buffer.shape[-2]:
+        return False
+    square = buffer.reshape(-1, *buffer.shape[-2:])[0]
+    kept = square == 0 if square.is_floating_point() and bool(square.isinf().any()) else square != 0
+    return buffer.numel() == square.numel() and torch.equal(kept, torch.ones_like(kept).tril())
 
 
 def _lost_methods(kind: type[nn.Module]) -> list[str]:
@@ -179,7 +248,7 @@ def _lost_methods(kind: type[nn.Module]) -> list[str]:
 def _difference(module: nn.Module, target: type[nn.Module]) -> str | None:
     """What ``target`` would do otherwise than ``module``, found by running both on random tokens and parameters."""
     generator = torch.Generator().manual_seed(0)
-    state, kind = _state(module), KINDS[target]
+    state, kind = dict(module.named_parameters(remove_duplicate=False)), KINDS[target]
     name, axis = kind.width
     weight = state[name]
 
@@ -187,38 +256,68 @@ def _difference(module: nn.Module, target: type[nn.Module]) -> str | None:
         numbers = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
         return (scale * numbers).to(like.device, like.dtype)
 
-    values = {name: random(v.shape, kind.gain * v.shape[-1] ** -0.5, v) for name, v in state.items()}
-    x = random((2, kind.tokens, weight.shape[axis]), 1.0, weight)
+    values = {
+        name: random(v.shape, kind.gain * v.shape[-1] ** -0.5, v) if v.numel() > 1 and v.is_floating_point() else v
+        for name, v in state.items()  # a single number, such as lambda, keeps its value
+    }
+    most = min([kind.tokens, *(mask.shape[-1] for mask in module._buffers.values() if _is_causal(mask))])
+    x = random((2, most, weight.shape[axis]), 1.0, weight)
     devices = {value.device for value in state.values() if value.is_cuda}
-    with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False), use("composed"):
-        for training in (True, False):
-            expected, changed = _run(module, type(module), values, x, training)
-            found, _ = _run(module, target, values, x, training)
+    with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False), use("composed"), unsaid():
+        for words, training, dropping, flags in _trials(module):
+            expected, changed = _run(module, type(module), values, x, training, dropping, flags)
+            found, _ = _run(module, target, values, x, training, dropping, flags)
             if changed:
                 return f"its forward changes its own {', '.join(changed)}"
             if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (found.shape, found.dtype):
-                return f"it does not compute {target.__name__}: its result is of another type, shape or dtype"
+                return f"it does not compute {target.__name__}{words}: its result is of another type, shape or dtype"
+            off, bound = (found - expected).norm(), torch.finfo(weight.dtype).eps ** 0.75 * expected.norm()
             # Not <=, which all zeros would pass: behind a threshold above all tokens nothing can be told apart.
-            if not (found - expected).norm() < torch.finfo(weight.dtype).eps ** 0.75 * expected.norm():
-                mode = "training" if training else "evaluation"
-                return f"it does not compute {target.__name__} in {mode} mode"
+            if not (off < bound or (dropping and torch.equal(found, expected))):
+                return f"it does not compute {target.__name__}{words}"
     return None
 
 
+def _trials(module: nn.Module) -> Iterator[tuple[str, bool, str | None, dict[str, Any]]]:
+    """What to run: words for it, training mode, the child whose dropout drops everything (the others drop nothing), arguments."""
+    yield " in training mode", True, None, {}
+    yield " in evaluation mode", False, None, {}
+    for name, child in module.named_modules():
+        if type(child) is nn.Dropout and child.p > 0:
+            yield f" with its dropout ({name})", True, name, {}
+    for argument in _arguments(type(module)):
+        yield f" with {argument}", False, None, {argument: True}
+
+
 def _run(
-    module: nn.Module, kind: type[nn.Module], values: dict[str, Tensor], x: Tensor, training: bool
+    module: nn.Module,
+    kind: type[nn.Module],
+    values: dict[str, Tensor],
+    x: Tensor,
+    training: bool,
+    dropping: str | None,
+    flags: dict[str, Any],
 ) -> tuple[object, list[str]]:
     """What ``module`` as a ``kind`` makes of x with these parameters, and the attributes that it sets while it does."""
-    twin = object.__new__(type(module))  # a shallow copy: what it does to its attributes does not reach the module
-    vars(twin).update(vars(module), training=training, **{hooks: {} for hooks in _HOOKS})
+    twin = _twin(module, {})
     twin.__class__ = kind
+    for name, child in twin.named_modules():
+        child.training = training
+        if type(child) is nn.Dropout:
+            child.p = float(name == dropping)
     before = dict(vars(twin))
-    modes = [(child, child.training) for child in module.modules() if child is not module]
-    try:
-        for child, _ in modes:
-            child.training = training
-        out = functional_call(twin, values, (x.clone(),), tie_weights=False)
-    finally:
-        for child, mode in modes:
-            child.training = mode
+    out = functional_call(twin, values, (x.clone(),), flags, tie_weights=False)
     return out, [name for name, value in vars(twin).items() if before.get(name, vars) is not value]
+
+
+def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of a module and its children that shares their tensors, without hooks: what is done to it does not reach them."""
+    if module not in made:
+        made[module] = twin = object.__new__(type(module))
+        own = ("_parameters", "_buffers")
+        vars(twin).update(
+            vars(module), **{hooks: {} for hooks in HOOKS}, **{name: dict(vars(module)[name]) for name in own}
+        )
+        children = module._modules.items()
+        twin._modules = {name: None if child is None else _twin(child, made) for name, child in children}
+    return made[module]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,59 +69,73 @@ class MSSA(nn.Module):
         projection [batch, tokens, heads * dim_head], as in the official encoder.
         """
         if return_attention or return_key:
-            w = self.qkv(x if norm is None else norm(x))
-            return w if return_key else self.attend(self._scores(self._heads_of(w), None))
+            w = self._qkv(x if norm is None else norm(x))
+            return w if return_key else self._softmax(self._scores(self._heads_of(w), None))
         if reason := self.obstacle():
             say("MSSA", reason)
-            out = self.to_out(self._attended(self.qkv(x if norm is None else norm(x)), lengths))
+            out = self._project(self._attended(self._qkv(x if norm is None else norm(x)), lengths))
             return out if skip is None else skip - out if subtract else skip + out
         x, norm_of_x = fold("MSSA", norm, x)
-        options = dict(skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rates()[0], **norm_of_x)
+        options = dict(skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rate, **norm_of_x)
         settings = dict(num_heads=self.heads, scale=self.scale, is_causal=self.is_causal)
         return mssa(x, *self.weights(), **settings, **options)
 
     def weights(self) -> AttentionWeights:
         """As ``mssa`` and the layers take them; true of the module where it has no ``obstacle``."""
-        out = self._projection
-        return AttentionWeights(self.qkv.weight, *((None, None) if out is None else (out.weight, out.bias)))
+        (qkv, _, _), (out, _, _) = self._parts(), self._projection()
+        return AttentionWeights(qkv.weight, *((None, None) if out is None else (out.weight, out.bias)))
 
-    def dropout_rates(self) -> tuple[float, float]:
-        """Probabilities on the attention weights and after the output projection, 0 in evaluation."""
-        # Not every module that ``accelerate`` turned into this class has a dropout.
-        return _rate(getattr(self, "dropout", None)), _rate(self.to_out[-1]) if self._is_sequence else 0.0
+    @property
+    def dropout_rate(self) -> float:
+        """Probability on the attention weights, now: 0 in evaluation."""
+        return _rate(self._parts()[2])
 
     def obstacle(self) -> str | None:
         """Why the children must be called one by one, in words; None where one fused call stands for all of them."""
-        out = self.to_out
-        reason = hooks_of_all_modules() or self._attention_obstacle() or obstacle("qkv", self.qkv, nn.Linear)
-        if reason is None and self.qkv.bias is not None:
-            reason = "qkv has a bias"
-        if reason is None and self._is_sequence:
-            reason = obstacle("to_out", out, nn.Sequential) or obstacle("to_out.0", out[0], nn.Linear)
-            if len(out) == 2:
-                reason = reason or obstacle("to_out.1", out[1], nn.Dropout)
-            rates = self.dropout_rates()
-            if reason is None and rates[0] != rates[1]:
-                reason = f"dropout is {rates[0]} on the attention weights and {rates[1]} behind the projection"
-        elif reason is None:
-            reason = obstacle("to_out", out, nn.Identity if isinstance(out, nn.Identity) else nn.Linear)
-            if reason is None and self._projection is not None and self.dropout_rates()[0]:
-                reason = "dropout is on the attention weights alone"
+        (qkv, _, dropout), (out, out_dropout, reason) = self._parts(), self._projection()
+        reason = (
+            hooks_of_all_modules() or reason or self.attention_obstacle() or obstacle(self._names[0], qkv, nn.Linear)
+        )
+        if reason is None and qkv.bias is not None:
+            reason = f"{self._names[0]} has a bias"
+        if reason is not None or out is None:
+            return reason
+        reason = obstacle("its output projection", out, nn.Linear)
+        if reason is None and out_dropout is not None:
+            reason = obstacle("the dropout behind its output projection", out_dropout, nn.Dropout)
+        if reason is None and (rate := _rate(dropout)) != (behind := _rate(out_dropout)):
+            reason = f"dropout is {rate} on the attention weights and {behind} behind the output projection"
         return reason
 
-    @property
-    def _is_sequence(self) -> bool:
-        """The output projection stands first in a Sequential of one or two, as in the official modules."""
-        return isinstance(self.to_out, nn.Sequential) and 1 <= len(self.to_out) <= 2
+    # Who calls its children by other names says so in these three.
+    _names: ClassVar = ("qkv", "attend", "dropout")
 
-    @property
-    def _projection(self) -> nn.Linear | None:
-        out = self.to_out[0] if self._is_sequence else self.to_out
-        return None if isinstance(out, nn.Identity) else out
+    def _projection(self) -> tuple[nn.Module | None, nn.Module | None, str | None]:
+        """The output projection and the dropout behind it, None where there is none; and what is unusual about them."""
+        to_out = self._modules["to_out"]
+        if type(to_out) is nn.Identity:
+            return None, None, attached("to_out", to_out)
+        if type(to_out) is not nn.Sequential:
+            return to_out, None, None
+        steps = list(to_out._modules.values())
+        if not 1 <= len(steps) <= 2:
+            return None, None, f"to_out has {len(steps)} steps"
+        return steps[0], steps[1] if len(steps) == 2 else None, attached("to_out", to_out)
 
-    def _attention_obstacle(self) -> str | None:
+    def _project(self, out: Tensor) -> Tensor:
+        return self.to_out(out)
+
+    def _parts(self) -> list[nn.Module | None]:
+        """What makes w, the softmax, and the dropout on its weights; None for one that is not there."""
+        modules = self._modules
+        return [modules.get(name) for name in self._names]
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        return self._parts()[0](x)
+
+    def attention_obstacle(self) -> str | None:
         """Why attention must be done in the official steps, in words; None where the operator does it."""
-        attend, dropout = getattr(self, "attend", None), getattr(self, "dropout", None)
+        _, attend, dropout = self._parts()
         if attend is not None:
             if reason := obstacle("attend", attend, nn.Softmax):
                 return reason
@@ -137,15 +151,15 @@ class MSSA(nn.Module):
     def _attended(self, w: Tensor, lengths: Tensor | None) -> Tensor:
         """Attention of the projection w [batch, tokens, heads * dim_head], in its shape."""
         w = self._heads_of(w)
-        if (hooks_of_all_modules() or self._attention_obstacle()) is None:
-            options = dict(is_causal=self.is_causal, lengths=lengths, dropout=self.dropout_rates()[0])
+        if (hooks_of_all_modules() or self.attention_obstacle()) is None:
+            options = dict(is_causal=self.is_causal, lengths=lengths, dropout=self.dropout_rate)
             return shared_qkv_attention(w, scale=self.scale, **options).transpose(1, 2).flatten(2)
         padding = None
         if lengths is not None:
             padding = (torch.arange(w.shape[2], device=w.device) >= lengths[:, None])[:, None]
             w = w.masked_fill(padding[..., None], 0.0)
-        attention = self.attend(self._scores(w, padding))
-        out = torch.matmul(self.dropout(attention) if hasattr(self, "dropout") else attention, w)
+        attention, dropout = self._softmax(self._scores(w, padding)), self._parts()[2]
+        out = torch.matmul(attention if dropout is None else dropout(attention), w)
         if padding is not None:
             out = out.masked_fill(padding[..., None], 0.0)
         return out.transpose(1, 2).flatten(2)
@@ -156,10 +170,13 @@ class MSSA(nn.Module):
     def _scores(self, w: Tensor, padding: Tensor | None) -> Tensor:
         scores = torch.matmul(w, w.transpose(-1, -2)) * self.scale
         if self.is_causal:
-            scores = scores.masked_fill(
-                torch.ones(scores.shape[-2:], dtype=torch.bool, device=w.device).triu(1), -torch.inf
-            )
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=w.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
         return scores if padding is None else scores.masked_fill(padding[:, :, None], -torch.inf)
+
+    def _softmax(self, scores: Tensor) -> Tensor:
+        attend = self._parts()[1]
+        return scores.softmax(dim=-1) if attend is None else attend(scores)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, scale={self.scale:.4g}"

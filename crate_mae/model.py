@@ -78,32 +78,37 @@ class Block(nn.Module):
 
     def obstacle(self, x: Tensor) -> str | None:
         """Why the modules must be called one by one on x, in words; None where one fused call stands for all of them."""
-        if (reason := hooks_of_all_modules()) or (reason := obstacle("layers", self.layers, nn.ModuleList)):
+        layers = self._modules["layers"]
+        if reason := obstacle("layers", layers, nn.ModuleList):
             return reason
-        if len(self.layers) != 1 or len(self.layers[0]) != 2:
+        if len(layers) != 1 or len(layers[0]) != 2:
             return "it has other steps than it was made with"
-        for name, step, kind in zip(("layers.0.0", "layers.0.1"), self.layers[0], self._steps, strict=True):
-            reason = obstacle(name, step, PreNorm) or norm_obstacle(step.norm, x, f"{name}.norm")
-            if reason := reason or obstacle(f"{name}.fn", step.fn, kind) or self._obstacle_of(step.fn):
+        for name, step in layers[0]._modules.items():
+            if reason := obstacle(f"layers.0.{name}", step, PreNorm):
+                return reason
+        for (norm, fn), kind in zip(self._steps(), self._kinds, strict=True):
+            if reason := norm_obstacle(norm, x) or obstacle("fn", fn, kind) or self._obstacle_of(fn):
                 return reason
         return None
+
+    def _steps(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The norm and the step of each PreNorm. Out of the dictionaries: attributes of modules cost a microsecond each."""
+        steps = self._modules["layers"]._modules["0"]._modules.values()
+        return [(step._modules["norm"], step._modules["fn"]) for step in steps]
 
     @staticmethod
     def _obstacle_of(step: nn.Module) -> str | None:
         """What about a step of the right kind a fused layer does not do."""
         if isinstance(step, MSSA):
             reason = step.obstacle() or ("its attention is causal" if step.is_causal else None)
-            return reason or ("its attention has dropout" if step.dropout_rates()[0] else None)
+            return reason or ("its attention has dropout" if step.dropout_rate else None)
         return "it is frozen" if "combined" in step._buffers else None
-
-    def _heads(self, attention: MSSA) -> dict[str, Any]:
-        return dict(num_heads=attention.heads, scale=attention.scale)
 
 
 class EncoderBlock(Block):
     """z = x + MSSA(LN x); out = ISTA(LN z)."""
 
-    _steps = MSSA, ISTA
+    _kinds = MSSA, ISTA
 
     def __init__(self, config: ModelConfig) -> None:
         width, heads = config.embed_dim, config.num_heads
@@ -113,21 +118,21 @@ class EncoderBlock(Block):
     @property
     def step_size(self) -> float | Tensor:
         """Of the sparse step, as it stands there now."""
-        return self.layers[0][1].fn.step_size
+        return self._steps()[1][1].step_size
 
     def weights(self) -> EncoderWeights:
-        attention, sparsify = self.layers[0]
-        return EncoderWeights(_norm(attention.norm), attention.fn.weights(), _norm(sparsify.norm), sparsify.fn.weight)
+        (attention_norm, attention), (sparse_norm, sparsify) = self._steps()
+        return EncoderWeights(_norm(attention_norm), attention.weights(), _norm(sparse_norm), sparsify.weight)
 
     def attention(self, x: Tensor) -> Tensor:
         """Attention weights [batch, heads, tokens, tokens] of this layer on its input x."""
         return self.layers[0][0](x, return_attention=True)
 
     def _fused(self, x: Tensor, recompute: bool, prepared: PreparedLayer | None) -> Tensor:
-        attention, sparsify = (step.fn for step in self.layers[0])
+        (_, attention), (_, sparsify) = self._steps()
+        heads = dict(num_heads=attention.heads, scale=attention.scale)
         numbers = dict(step_size=sparsify.step_size, lambd=sparsify.lambd, threshold=sparsify.threshold)
-        options = dict(**self._heads(attention), **numbers, recompute=recompute, prepared=prepared)
-        return encoder_layer(x, *self.weights(), **options)
+        return encoder_layer(x, *self.weights(), **heads, **numbers, recompute=recompute, prepared=prepared)
 
     def _official(self, x: Tensor) -> Tensor:
         dtype = x.dtype
@@ -139,18 +144,19 @@ class EncoderBlock(Block):
 class DecoderBlock(Block):
     """g = LN(x) W^T; out = g - MSSA(LN g)."""
 
-    _steps = DecoderStep, MSSA
+    _kinds = DecoderStep, MSSA
 
     def __init__(self, config: ModelConfig) -> None:
         width, heads = config.embed_dim, config.decoder_num_heads
         super().__init__(PreNorm(width, DecoderStep(width)), PreNorm(width, MSSA(width, heads, width // heads)))
 
     def weights(self) -> DecoderWeights:
-        densify, attention = self.layers[0]
-        return DecoderWeights(_norm(densify.norm), densify.fn.weight, _norm(attention.norm), attention.fn.weights())
+        (step_norm, densify), (attention_norm, attention) = self._steps()
+        return DecoderWeights(_norm(step_norm), densify.weight, _norm(attention_norm), attention.weights())
 
     def _fused(self, x: Tensor, recompute: bool, prepared: PreparedLayer | None) -> Tensor:
-        heads = self._heads(self.layers[0][1].fn)
+        _, (_, attention) = self._steps()
+        heads = dict(num_heads=attention.heads, scale=attention.scale)
         return decoder_layer(x, *self.weights(), **heads, recompute=recompute, prepared=prepared)
 
     def _official(self, x: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def test_same_outputs_and_gradients_and_says_what_it_swapped() -> None:
         "decoder.1.fn": MSSA,
     }
     assert not done.left_alone
-    assert "swapped 6 modules" in str(done) and "decoder.0.fn: DecoderStep" in str(done)
+    assert "swapped 6 modules, left 0 alone" in str(done) and "  decoder.0.fn    yes      DecoderStep" in str(done)
     found, found_grads = step(model, x)
     assert error(found, out) < 1e-5
     assert max(map(error, found_grads, grads)) < 1e-5
@@ -297,10 +297,6 @@ class StaysInEvaluation(FeedForward):
         return super().train(False)
 
 
-class LowRank(nn.Linear):
-    pass
-
-
 def changed(module: nn.Module, change: Callable[[nn.Module], object]) -> nn.Module:
     change(module)
     return module
@@ -328,10 +324,9 @@ def lambda_as(register: str, value: object) -> Callable[[nn.Module], object]:
 
 
 CHANGED = {
-    "dropout": (lambda: Attention(16, 2, 8, dropout=0.1), "dropout"),
     "functional dropout": (lambda: FunctionalDropout(16, 2, 8), "in training mode"),
     "functional dropout in eval mode": (lambda: FunctionalDropout(16, 2, 8).eval(), "in training mode"),
-    "no softmax": (lambda: Attention(16, 2, 8, softmax=False), "does not compute MSSA"),
+    "no softmax": (lambda: Attention(16, 2, 8, softmax=False), "attend is of class Identity"),
     "window of 8": (lambda: LocalWindow(8), "does not compute MSSA"),
     "window of 64": (lambda: LocalWindow(64), "does not compute MSSA"),
     "window of 64, bfloat16": (lambda: LocalWindow(64).bfloat16(), "does not compute MSSA"),
@@ -342,26 +337,7 @@ CHANGED = {
     "returns a tuple": (lambda: ReturnsTuple(16, 2, 8), "another type"),
     "keeps its map": (lambda: KeepsItsMap(16, 2, 8), "changes its own map"),
     "fused qkv": (lambda: attention(lambda m: setattr(m, "qkv", nn.Linear(16, 48, bias=False))), "calling it failed"),
-    "qkv bias": (lambda: attention(lambda m: setattr(m, "qkv", nn.Linear(16, 16))), "qkv.bias"),
-    "subclassed qkv": (lambda: attention(lambda m: setattr(m, "qkv", LowRank(16, 16, bias=False))), "plain Linear"),
-    "identity and dropout": (
-        lambda: attention(lambda m: setattr(m, "to_out", nn.Sequential(nn.Identity(), nn.Dropout(0.0)))),
-        "calling it failed",
-    ),
-    "empty projection": (lambda: attention(lambda m: setattr(m, "to_out", nn.Sequential())), "calling it failed"),
-    "more after the projection": (lambda: attention(lambda m: m.to_out.append(Halved())), "does not compute MSSA"),
     "attention on meta": (lambda: Attention(16, 2, 8).to("meta"), "calling it failed"),
-    "hook inside": (lambda: attention(lambda m: m.qkv.register_forward_hook(lambda *a: None)), "hooks"),
-    "pre-hook inside": (lambda: attention(lambda m: m.qkv.register_forward_pre_hook(lambda *a: None)), "hooks"),
-    "backward hook inside": (
-        lambda: attention(lambda m: m.to_out[0].register_full_backward_hook(lambda *a: None)),
-        "hooks",
-    ),
-    "backward pre-hook inside": (
-        lambda: attention(lambda m: m.attend.register_full_backward_pre_hook(lambda *a: None)),
-        "hooks",
-    ),
-    "forward replaced inside": (lambda: attention(lambda m: setattr(m.qkv, "forward", m.qkv.forward)), "replaced"),
     "forward replaced": (lambda: sparse_step(lambda m: setattr(m, "forward", m.forward)), "forward was replaced"),
     "linear with a bias": (
         lambda: LinearAndMore(16),
@@ -371,8 +347,6 @@ CHANGED = {
         lambda: sparse_step(lambda m: setattr(m, "weight", nn.Parameter(torch.randn(16, 32)))),
         "calling it failed",
     ),
-    "learned lambda": (lambda: sparse_step(lambda_as("register_parameter", nn.Parameter(torch.tensor(0.5)))), "lambd"),
-    "lambda as a buffer": (lambda: sparse_step(lambda_as("register_buffer", torch.tensor(0.5))), "lambd"),
     "negative lambda": (lambda: FeedForward(16, lambd=-0.5), "lambd"),
     "step size of the class": (StepSizeOfTheClass, "step_size"),
     "lambda that leaves nothing": (lambda: FeedForward(16, lambd=100.0), "does not compute ISTA"),
@@ -380,7 +354,7 @@ CHANGED = {
     "soft threshold": (lambda: sparse_step(lambda m: setattr(m, "threshold", "soft")), "does not compute ISTA"),
     "parametrized": (
         lambda: sparse_step(lambda m: nn.utils.parametrize.register_parametrization(m, "weight", Halved())),
-        "parametrizations.weight.original",
+        "parametrizations",
     ),
     "more methods": (lambda: CountsZeros(16), "defines sparsity"),
     "property": (lambda: HasProperty(16), "defines width"),
@@ -388,10 +362,6 @@ CHANGED = {
     "raises": (lambda: Raises(16), "calling it failed: RuntimeError: no such luck"),
     "sparse step on meta": (lambda: FeedForward(16).to("meta"), "calling it failed"),
     "one step": (lambda: Overcomplete(16, steps=1), "does not compute OvercompleteISTA"),
-    "D1 that is not used": (
-        lambda: changed(Overcomplete(16), lambda m: setattr(m, "decouple", False)),
-        "does not compute OvercompleteISTA",
-    ),
     "codes that are all zero": (lambda: Overcomplete(16, lmbda=100.0), "does not compute OvercompleteISTA"),
     "negative lmbda": (lambda: Overcomplete(16, lmbda=-0.1), "lambd"),
     "D of another width": (
