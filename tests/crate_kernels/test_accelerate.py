@@ -9,114 +9,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from official import Alpha, Attention, FeedForward, Model, Overcomplete
 from support import error
 from torch import Tensor, nn
 
 import crate_kernels
 from crate_kernels import ISTA, MSSA, DecoderStep, OvercompleteISTA, accelerate, ista
 from crate_kernels.mssa.reference import mssa as reference_mssa
-
-# Stand-ins with the structure of the official modules: the attributes, parameter names and formulas, nothing else.
-
-
-class Attention(nn.Module):
-    def __init__(
-        self, dim: int, heads: int, dim_head: int, dropout: float = 0.0, softmax: bool = True, bias: bool = True
-    ) -> None:
-        super().__init__()
-        self.heads, self.scale = heads, dim_head**-0.5
-        self.attend = nn.Softmax(dim=-1) if softmax else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
-        self.qkv = nn.Linear(dim, heads * dim_head, bias=False)
-        projects = heads > 1 or dim_head != dim
-        self.to_out = (
-            nn.Sequential(nn.Linear(heads * dim_head, dim, bias=bias), nn.Dropout(dropout))
-            if projects
-            else nn.Identity()
-        )
-
-    def forward(self, x: Tensor, return_attention: bool = False, return_key: bool = False) -> Tensor:
-        if return_key:
-            return self.qkv(x)
-        w = self.qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        attention = self.attend(w @ w.mT * self.scale)
-        if return_attention:
-            return attention
-        return self.to_out((self.dropout(attention) @ w).transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int, linear: bool = False, lambd: float = 0.5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(dim, dim) / dim**0.5)
-        self.step_size, self.lambd, self.linear = 0.1, lambd, linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.linear:
-            return F.linear(x, self.weight)
-        descent = x @ self.weight - x @ self.weight.t() @ self.weight
-        return F.relu(x + self.step_size * descent - self.step_size * self.lambd)
-
-
-class Overcomplete(nn.Module):
-    """CRATE-alpha's sparse step; ``steps`` below 2 is another."""
-
-    def __init__(self, dim: int, ratio: int = 4, decouple: bool = True, steps: int = 2, lmbda: float = 0.1) -> None:
-        super().__init__()
-        self.eta, self.lmbda, self.overcomplete_ratio, self.decouple, self.d = 0.1, lmbda, ratio, decouple, dim
-        self.steps = steps
-        self.D = nn.Parameter(torch.randn(dim, ratio * dim) / dim**0.5)
-        if decouple:
-            self.D1 = nn.Parameter(torch.randn(dim, ratio * dim) / dim**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = F.relu(self.eta * (x @ self.D) - self.eta * self.lmbda)
-        if self.steps == 2:
-            z = F.relu(z - self.eta * ((z @ self.D.t() - x) @ self.D) - self.eta * self.lmbda)
-        return z @ (self.D1 if self.decouple else self.D).t()
-
-
-class PreNorm(nn.Module):
-    def __init__(self, dim: int, fn: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.fn = nn.LayerNorm(dim), fn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fn(self.norm(x))
-
-
-class Model(nn.Module):
-    """Two encoder layers and a decoder layer of CRATE-MAE: six modules to swap."""
-
-    def __init__(self, dim: int = 16, heads: int = 2) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleList(
-            nn.ModuleList([PreNorm(dim, Attention(dim, heads, dim // heads)), PreNorm(dim, FeedForward(dim))])
-            for _ in range(2)
-        )
-        self.decoder = nn.ModuleList(
-            [PreNorm(dim, FeedForward(dim, linear=True)), PreNorm(dim, Attention(dim, 1, dim))]
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for attention, sparsify in self.encoder:
-            x = sparsify(x + attention(x))
-        densify, attention = self.decoder
-        x = densify(x)
-        return x - attention(x)
-
-
-class Alpha(nn.Module):
-    """A layer of CRATE-alpha."""
-
-    def __init__(self, decouple: bool) -> None:
-        super().__init__()
-        self.attention = PreNorm(16, Attention(16, 2, 8, bias=False))
-        self.sparsify = PreNorm(16, Overcomplete(16, decouple=decouple))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
-        return x + self.sparsify(x)
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
