@@ -87,7 +87,9 @@ def _read_checkpoint(path: Path) -> Any:
         except Exception as problem:  # what is no pickle of torch's raises anything, a KeyError for one
             met = re.search(r"GLOBAL (\S+)", str(problem))
             if met is None:
-                raise ValueError(f"{path}: expected a whole file that torch.save wrote ({_line(problem)})") from problem
+                raise ValueError(
+                    f"{path}: expected a file that torch.save wrote, whole ({_line(problem)})"
+                ) from problem
             raise ValueError(
                 f"{path}: expected tensors and plain values, found {met[1]}, which may run code and is not loaded: save the "
                 f"state_dict() alone; if you trust the file, torch.load(..., weights_only=False) reads it"
