@@ -286,6 +286,29 @@ class WithHead(nn.Module):
         self.module, self.head = small_model(), nn.Linear(2, 2)
 
 
+class Adapter(nn.Module):
+    """A LoRA layer, by the names of peft."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, 2, bias=False)})
+
+
+def with_an_adapter() -> CrateMAE:
+    model = small_model()
+    attention = model.blocks[0].layers[0][0].fn
+    attention.qkv = Adapter(attention.qkv)
+    return model
+
+
+def with_old_weight_norm() -> CrateMAE:
+    model = small_model()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(sparse_step(model))
+    return model
+
+
 def pruned() -> CrateMAE:
     model = small_model()
     prune.l1_unstructured(sparse_step(model), "weight", 0.5)
@@ -309,6 +332,8 @@ UNSAVED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "with a head": (WithHead, TypeError, "model: expected a CrateMAE, .* got WithHead"),
     "state dict": (lambda: small_model().state_dict(), TypeError, "model: expected a CrateMAE, .* got OrderedDict"),
     "parametrized": (with_weight_norm, ValueError, "weight.original0 .*remove the parametrization first"),
+    "old weight norm": (with_old_weight_norm, ValueError, "0.1.fn.weight_g .*remove the weight norm first"),
+    "adapter": (with_an_adapter, ValueError, "qkv.base_layer.weight .*merge the adapter first"),
     "pruned": (pruned, ValueError, "0.1.fn.weight_mask .*make the pruning permanent first"),
     "other shape": (with_smaller_positions, ValueError, "decoder_pos_embed is .*17, 32.* and not .*65, 32"),
     "meta": (lambda: small_model().to("meta"), ValueError, "cls_token: expected values, got none"),
