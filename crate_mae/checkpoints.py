@@ -36,7 +36,8 @@ def save_model(
 ) -> None:
     """Write the weights and the configuration, lambda and step size included; other keys of ``config.json`` stay.
 
-    Both files are there before either takes the place of an older one; an error leaves those as they were.
+    Both files are there before either takes the place of an older one; an error leaves those as they were. What concerns training
+    alone (``stream``, ``recompute``, dropout) is not saved.
 
     Args:
         model: a CrateMAE, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel, AveragedModel), of the
