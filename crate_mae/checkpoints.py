@@ -11,21 +11,24 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from crate_mae.config import ModelConfig
 from crate_mae.data.folder import COLOUR_MODES
 from crate_mae.data.transforms import Normalization, centre_crop, image_to_tensor
-from crate_mae.model import UNUSED_OFFICIAL_ENTRIES, CrateMAE
-from crate_mae.registry import MODELS, create_model
+from crate_mae.model import CrateMAE
+from crate_mae.registry import create_model
+from crate_mae.state_dicts import WRAPPED_AS, differences, fitting, plain_name, plain_names, read_weights
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
+# What a layer computes with beside its weights, as attributes that a caller may change; the configuration has one value for all.
+_SETTINGS = ("heads", "scale", "step_size", "lambd", "threshold", "eps")
+
 
 def save_model(
-    model: CrateMAE,
+    model: nn.Module,
     directory: str | Path,
     *,
     mean: Sequence[float] | None = None,
@@ -33,32 +36,46 @@ def save_model(
 ) -> None:
     """Write the weights and the configuration, lambda and step size included; other keys of ``config.json`` stay.
 
+    Both files are there before either takes the place of an older one; an error leaves those as they were. What concerns training
+    alone (``stream``, ``recompute``, dropout) is not saved.
+
     Args:
+        model: a CrateMAE, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel, AveragedModel), of the
+            whole or of a part: the names in the file are always those of the plain model. Weights keep their dtype. Those
+            that share memory are written once each: they are equal when they are loaded, and no longer tied.
         mean, std: of each channel of pixels in [0, 1], by which the model's images were standardised,
             (pixels / 255 - mean) / std. With them ``load_transform`` does the same.
 
     Raises:
-        ValueError: only one of mean and std is given, or one of them does not have a value for each channel.
+        TypeError: model is no CrateMAE.
+        ValueError: only one of mean and std is given, or one of them does not have a value for each channel; or the model is
+            not what ``load_model`` makes of its ``config``: parameters with other names or shapes (parametrizations, adapters),
+            without values (on the meta device) or of which this process has only a shard, or layers with other settings.
     """
+    model = _unwrapped(model)
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std: expected both or neither, got {mean} and {std}")
     if mean is not None and std is not None:
         Normalization(mean, std, model.config.in_chans)  # which checks them
+    weights = _weights_to_save(model)
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     config_file = directory / CONFIG_FILE
-    config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    config = _read_json(config_file) if config_file.exists() else {}
     config["model"] = dataclasses.asdict(model.config)
     if mean is not None and std is not None:
         config["images"] = {**config.get("images", {}), "mean": list(mean), "std": list(std)}
-    _replace(config_file, lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-
-    def write(part: Path) -> None:
-        save_file(weights, part)
-        shutil.copymode(config_file, part)  # else it is the owner's alone, unlike all other files
-
-    _replace(directory / WEIGHTS_FILE, write)
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = {path: path.with_suffix(path.suffix + ".part") for path in (config_file, directory / WEIGHTS_FILE)}
+    try:
+        of_config, of_weights = parts.values()
+        of_config.write_text(json.dumps(config, indent=2) + "\n")
+        save_file(weights, of_weights)
+        shutil.copymode(of_config, of_weights)  # else it is the owner's alone, unlike all other files
+        for path, part in parts.items():
+            part.replace(path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def load_model(
@@ -71,7 +88,16 @@ def load_model(
 ) -> CrateMAE:
     """A model from a directory that ``save_model`` or a pre-training run wrote, or from an official checkpoint file.
 
-    It stands on the CPU in training mode, as one just created; no layer behaves otherwise in evaluation.
+    It stands on the CPU in training mode, as one just created; no layer behaves otherwise in evaluation. Its parameters are
+    float32: weights of 16 bits are widened, float64 is rounded.
+
+    A file of weights is a ``.safetensors`` file or what ``torch.save`` wrote: a state dict, or a training checkpoint with one
+    under ``model``, ``state_dict``, ``model_state_dict`` or ``module``. Nothing in it is run: beside tensors and plain values
+    it may hold an ``argparse.Namespace``, paths and NumPy's numbers, which scripts save as a rule.
+
+    What PyTorch's own wrappers put into the names is dropped: ``_orig_mod.``, ``_checkpoint_wrapped_module.`` and
+    ``_fsdp_wrapped_module.`` wherever they stand, ``module.`` at the front of every name, in any order and number. Any other
+    prefix, such as that of a model inside another, is an error that names it.
 
     Args:
         path: the directory, or a ``.pth``, ``.pt`` or ``.safetensors`` file with weights alone.
@@ -104,9 +130,7 @@ def load_model(
                 f"or pass the directory of a run, whose {CONFIG_FILE} says them"
             )
         model = create_model(name, lambd=lambd, step_size=step_size, **overrides)
-    weights = read_weights(path)
-    _refuse_what_does_not_fit(weights, model, path)
-    model.load_state_dict(weights, strict=True)
+    model.load_state_dict(fitting(read_weights(path), model, path), strict=True)
     return model
 
 
@@ -132,10 +156,7 @@ def load_weights(model: CrateMAE, path: str | Path) -> None:
             if found != wanted:
                 raise ValueError(f"{path}: the model there has {name} {found}, and this one {wanted}")
         path = path / WEIGHTS_FILE
-    weights = read_weights(path)
-    if "decoder_pos_embed" in weights:
-        weights["decoder_pos_embed"] = model.decoder_pos_embed
-    _refuse_what_does_not_fit(weights, model, path)
+    weights = fitting(read_weights(path), model, path, own=("decoder_pos_embed",))
     model.load_state_dict(weights, strict=True)
 
 
@@ -178,64 +199,50 @@ def read_normalization(directory: str | Path) -> Normalization:
     return Normalization(images["mean"], images["std"], channels)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a weights file; of a training checkpoint, its ``model`` or ``state_dict`` entry.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no named tensors.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
-    except SafetensorError as problem:
-        raise ValueError(f"{path}: not a whole safetensors file ({problem})") from problem
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected tensors by name, or a checkpoint with them under model or state_dict")
-    return state
+def _unwrapped(model: nn.Module) -> CrateMAE:
+    """The CrateMAE inside PyTorch's wrappers, which hold nothing to learn beside it."""
+    inner: Any = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, CrateMAE):
+        children, own = list(inner.named_children()), list(inner.parameters(recurse=False))
+        inner = children[0][1] if len(children) == 1 and children[0][0] in WRAPPED_AS and not own else None
+    if not isinstance(inner, CrateMAE):
+        raise TypeError(
+            f"model: expected a CrateMAE, or one in torch.compile or DistributedDataParallel, got {type(model).__name__}"
+        )
+    return inner
 
 
-def _read_checkpoint(path: Path) -> Any:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as problem:  # what is no pickle of torch's raises anything, a KeyError for one
-        raise ValueError(
-            f"{path}: expected a file that torch.save wrote, of tensors and plain values alone (a pickled module is not loaded; "
-            f"save its state_dict())"
-        ) from problem
-    for entry in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(entry), dict):
-            return state[entry]
-    return state
-
-
-def _refuse_what_does_not_fit(weights: dict[str, Tensor], model: CrateMAE, path: Path) -> None:
-    """In a line, where torch has one for every entry."""
-    expected = model.state_dict()
-    found = {name: value for name, value in weights.items() if name not in UNUSED_OFFICIAL_ENTRIES}
-    problems = []
-    for what, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            problems.append(f"{what} {min(names)}{more}")
-    for name in sorted(expected.keys() & found.keys()):
-        if expected[name].shape != found[name].shape:
-            problems.append(f"{name} is {tuple(found[name].shape)} and not {tuple(expected[name].shape)}")
-            break
-    if not problems:
-        return
-    token, hint = found.get("cls_token"), ""
-    if token is not None and token.ndim and token.shape[-1] != model.config.embed_dim:
-        sizes = [name for name, config in MODELS.items() if config.embed_dim == token.shape[-1]]
-        hint = f"; its tokens are {token.shape[-1]} wide{', as those of ' + sizes[0] if sizes else ''}"
-    elif found and all(name.startswith("module.") for name in found):
-        hint = "; it was saved from a DistributedDataParallel model: save model.module.state_dict()"
-    raise RuntimeError(
-        f"{path}: the weights are not this model's (width {model.config.embed_dim}): {'; '.join(problems)}{hint}"
-    )
+def _weights_to_save(model: CrateMAE) -> dict[str, Tensor]:
+    """The model's state dict, by plain names and each in memory of its own; errors as of ``save_model``."""
+    with torch.device("meta"):
+        loaded = CrateMAE(model.config)  # what ``load_model`` will make, without values
+    state = plain_names(model.state_dict(), "model")
+    if problems := differences(state, loaded.state_dict()):
+        raise ValueError(f"model: not what load_model makes of its config: {'; '.join(problems)}")
+    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    for name, other in loaded.named_modules():
+        for setting in _SETTINGS:
+            value, expected = (getattr(module, setting, None) for module in (modules.get(name), other))
+            if expected is not None and not (isinstance(value, (int, float, str)) and value == expected):
+                raise ValueError(
+                    f"model: {name}.{setting} is {value}, and load_model makes it {expected} of model.config; what all layers "
+                    f"share can be set there: model.config = dataclasses.replace(model.config, ...)"
+                )
+    weights: dict[str, Tensor] = {}
+    taken = set()
+    for name, value in state.items():
+        if type(value) is not Tensor:
+            raise ValueError(
+                f"model: {name}: expected a plain tensor, got a {type(value).__name__}; gather sharded weights first, on all "
+                f"ranks, by torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+            )
+        if value.is_meta:
+            raise ValueError(f"model: {name}: expected values, got none (meta device); load or initialise it first")
+        value = value.contiguous()
+        memory = value.untyped_storage().data_ptr()
+        weights[name] = value.clone() if memory in taken else value
+        taken.add(memory)
+    return weights
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -273,13 +280,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object with a model section, got {type(content).__name__}")
     return content
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``path`` and rename, so that a failure half-way leaves the old file whole, and it alone."""
-    part = path.with_suffix(path.suffix + ".part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import fractions
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import save_file
 from support import SMALL, small_model
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel
 
 from crate_mae import CrateMAE, create_model, load_model, load_transform, save_model
 
@@ -24,6 +35,20 @@ def official_state(model: CrateMAE) -> dict[str, torch.Tensor]:
 def same(a: CrateMAE, b: CrateMAE) -> bool:
     other = b.state_dict()
     return a.config == b.config and all(torch.equal(value, other[name]) for name, value in a.state_dict().items())
+
+
+def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def sparse_step(model: CrateMAE) -> nn.Module:
+    return model.blocks[0].layers[0][1].fn
+
+
+def with_weight_norm() -> CrateMAE:
+    model = small_model()
+    parametrizations.weight_norm(sparse_step(model))
+    return model
 
 
 def test_round_trip_keeps_weights_lambda_and_step_size(tmp_path: Path) -> None:
@@ -100,7 +125,11 @@ def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:
     state = small_model().state_dict()
     cases = [
         (create_model("crate_mae_tiny", depth=1, decoder_depth=1).state_dict(), "384 wide, as those of crate_mae_tiny"),
-        ({f"module.{name}": value for name, value in state.items()}, "save model.module.state_dict()"),
+        (prefixed("encoder.module.", state) | {"head": torch.ones(1)}, "prefix 'encoder.module.': save {k[15:]: v for"),
+        (prefixed("_orig_mod.model.", state), "prefix '_orig_mod.model.': save {k[16:]: v for"),
+        ({**state, "module.mask_token": torch.ones(1, 1, 32)}, "has unknown module.mask_token"),
+        ({**state, "_orig_mod.mask_token": torch.ones(1, 1, 32)}, "mask_token is there twice"),
+        (with_weight_norm().state_dict(), "remove the parametrization first"),
         ({**state, "rotary": torch.ones(1)}, "has unknown rotary"),
         ({name: value for name, value in state.items() if name != "mask_token"}, "lacks mask_token"),
     ]
@@ -112,10 +141,249 @@ def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:
         assert told in message and str(path) in message and "\n" not in message and len(message) < 400, message
 
 
-def test_checkpoints_under_state_dict_load(tmp_path: Path) -> None:
+def load_what_was_saved(content: object, path: Path) -> CrateMAE:
+    torch.save(content, path)
+    return load_model(path, "crate_mae_tiny", **OFFICIAL, **SMALL)
+
+
+@pytest.mark.parametrize("entry", ["model", "state_dict", "model_state_dict", "module"])
+def test_training_checkpoints_load(entry: str, tmp_path: Path) -> None:
     model, path = small_model(**OFFICIAL), tmp_path / "weights.pt"
-    torch.save({"state_dict": official_state(model)}, path)
-    assert same(load_model(path, "crate_mae_tiny", **OFFICIAL, **SMALL), model)
+    arguments = argparse.Namespace(lr=np.float64(1e-3), output_dir=Path("runs"), device=torch.device("cpu"))
+    others = {"epoch": 3, "args": arguments, "best": np.float32(0.5), "optimizer": {"state": {}}, "scaler": None}
+    allowed = set(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals([argparse.Namespace]):  # a caller's own, which stay
+        assert same(load_what_was_saved({entry: prefixed("module.", official_state(model)), **others}, path), model)
+        assert set(torch.serialization.get_safe_globals()) == {*allowed, argparse.Namespace}
+    assert same(load_what_was_saved({entry: official_state(model), **others}, path), model)
+    assert set(torch.serialization.get_safe_globals()) == allowed
+
+
+def test_two_sets_of_weights_in_a_checkpoint_are_ambiguous(tmp_path: Path) -> None:
+    state = small_model().state_dict()
+    with pytest.raises(ValueError, match=r"weights\.pt: holds weights under model and state_dict"):
+        load_what_was_saved({"state_dict": state, "model": state}, tmp_path / "weights.pt")
+
+
+def test_what_could_run_code_is_named_and_not_loaded(tmp_path: Path) -> None:
+    content = {"model": small_model().state_dict(), "args": argparse.Namespace(ratio=fractions.Fraction(3, 4))}
+    with pytest.raises(
+        ValueError, match=r"weights\.pt: .* found fractions\.Fraction, .* save the state_dict\(\) alone"
+    ):
+        load_what_was_saved(content, tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        ("module._orig_mod.module.", ""),
+        ("_orig_mod.module.", ""),
+        ("", "_checkpoint_wrapped_module._orig_mod."),
+        ("_fsdp_wrapped_module.", "_fsdp_wrapped_module."),
+    ],
+)
+def test_names_that_wrappers_gave_load(outer: str, inner: str, tmp_path: Path) -> None:
+    model = small_model(**OFFICIAL)
+    state = prefixed(outer, official_state(model))
+    state = {name.replace("blocks.0.", f"blocks.0.{inner}"): value for name, value in state.items()}
+    assert same(load_what_was_saved(state, tmp_path / "weights.pth"), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_dtypes_load_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = small_model().to(dtype)
+    save_model(model, tmp_path)
+    assert same(load_model(tmp_path), model.float())
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(torch.ones(1, 1, 32, dtype=torch.int8), "int8"), (torch.ones(1, 1, 32, device="meta"), "meta")]
+)
+def test_tensors_that_are_no_weights_are_named(value: torch.Tensor, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"mask_token: expected a tensor of floating-point numbers, .*{told}"):
+        load_what_was_saved({**small_model().state_dict(), "mask_token": value}, tmp_path / "weights.pth")
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def compiled_in_place(model: CrateMAE) -> CrateMAE:
+    model.compile()
+    return model
+
+
+def with_a_compiled_block(model: CrateMAE) -> CrateMAE:
+    model.blocks[0] = torch.compile(model.blocks[0])
+    return model
+
+
+def compiled_around_ddp_around_a_compiled_block(model: CrateMAE) -> nn.Module:
+    return torch.compile(DistributedDataParallel(with_a_compiled_block(model)))
+
+
+def ddp_around_compiled(model: CrateMAE) -> nn.Module:
+    return DistributedDataParallel(torch.compile(model))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        compiled_in_place,
+        with_a_compiled_block,
+        DistributedDataParallel,
+        nn.DataParallel,
+        AveragedModel,
+        compiled_around_ddp_around_a_compiled_block,
+        ddp_around_compiled,
+    ],
+)
+def test_wrapped_models_are_saved_as_plain_ones(
+    wrap: Callable[[CrateMAE], nn.Module], one_process: None, tmp_path: Path
+) -> None:
+    model = small_model()
+    expected = small_model()
+    expected.load_state_dict(model.state_dict())
+    save_model(wrap(model), tmp_path)
+    assert same(load_model(tmp_path), expected)
+
+
+def with_a_tied_layer(model: CrateMAE) -> None:
+    model.blocks[1] = model.blocks[0]
+
+
+def with_a_tied_parameter(model: CrateMAE) -> None:
+    model.mask_token = model.cls_token
+
+
+def with_a_view_of_another_weight(model: CrateMAE) -> None:
+    model.mask_token.data = sparse_step(model).weight.data[3].view(1, 1, -1)
+
+
+def with_strided_weights(model: CrateMAE) -> None:
+    model.mask_token.data = torch.randn(32, 2)[:, 1].view(1, 1, -1)
+    sparse_step(model).weight.data = torch.randn(32, 32).t()
+    model.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "edit", [with_a_tied_layer, with_a_tied_parameter, with_a_view_of_another_weight, with_strided_weights]
+)
+def test_weights_that_share_memory_are_saved_whole(edit: Callable[[CrateMAE], None], tmp_path: Path) -> None:
+    model = small_model(depth=2)
+    edit(model)
+    save_model(model, tmp_path)
+    assert same(load_model(tmp_path), model)
+
+
+class WithHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.head = small_model(), nn.Linear(2, 2)
+
+
+class Adapter(nn.Module):
+    """A LoRA layer, by the names of peft."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, 2, bias=False)})
+
+
+def with_an_adapter() -> CrateMAE:
+    model = small_model()
+    attention = model.blocks[0].layers[0][0].fn
+    attention.qkv = Adapter(attention.qkv)
+    return model
+
+
+def with_old_weight_norm() -> CrateMAE:
+    model = small_model()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(sparse_step(model))
+    return model
+
+
+def pruned() -> CrateMAE:
+    model = small_model()
+    prune.l1_unstructured(sparse_step(model), "weight", 0.5)
+    return model
+
+
+def with_smaller_positions() -> CrateMAE:
+    model = small_model(img_size=32)
+    model.decoder_pos_embed = small_model().decoder_pos_embed
+    return model
+
+
+def with_another(name: str, value: object) -> CrateMAE:
+    model = small_model()
+    setattr(sparse_step(model), name, value)
+    return model
+
+
+UNSAVED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "another module": (lambda: nn.Linear(2, 2), TypeError, "model: expected a CrateMAE, .* got Linear"),
+    "with a head": (WithHead, TypeError, "model: expected a CrateMAE, .* got WithHead"),
+    "state dict": (lambda: small_model().state_dict(), TypeError, "model: expected a CrateMAE, .* got OrderedDict"),
+    "parametrized": (with_weight_norm, ValueError, "weight.original0 .*remove the parametrization first"),
+    "old weight norm": (with_old_weight_norm, ValueError, "0.1.fn.weight_g .*remove the weight norm first"),
+    "adapter": (with_an_adapter, ValueError, "qkv.base_layer.weight .*merge the adapter first"),
+    "pruned": (pruned, ValueError, "0.1.fn.weight_mask .*make the pruning permanent first"),
+    "other shape": (with_smaller_positions, ValueError, "decoder_pos_embed is .*17, 32.* and not .*65, 32"),
+    "meta": (lambda: small_model().to("meta"), ValueError, "cls_token: expected values, got none"),
+    "sharded": (lambda: fully_shard(small_model()), ValueError, "cls_token: expected a plain tensor, got a DTensor"),
+    "step size": (
+        lambda: with_another("step_size", 0.3),
+        ValueError,
+        r"blocks\.0\..*step_size is 0\.3, .* makes it 0\.1 ",
+    ),
+    "threshold": (lambda: with_another("threshold", "soft"), ValueError, r"0\.1\.fn\.threshold is soft"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "told"), UNSAVED.values(), ids=UNSAVED)
+def test_what_could_not_be_loaded_is_not_saved(
+    make: Callable[[], Any], error: type[Exception], told: str, one_process: None, tmp_path: Path
+) -> None:
+    save_model(small_model(lambd=0.3), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = make()
+    with pytest.raises(error, match=told) as caught:
+        save_model(model, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_setting_of_all_layers_is_saved_by_way_of_the_config(tmp_path: Path) -> None:
+    model = with_another("step_size", 0.3)
+    model.config = dataclasses.replace(model.config, step_size=0.3)
+    save_model(model, tmp_path)
+    assert sparse_step(load_model(tmp_path)).step_size == 0.3
+
+
+def test_a_save_that_fails_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(small_model(lambd=0.3), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("crate_mae.checkpoints.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save_model(small_model(lambd=0.4), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_saving_draws_no_random_numbers(tmp_path: Path) -> None:
+    model, before = small_model(), torch.get_rng_state()
+    save_model(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
