@@ -24,7 +24,7 @@ from crate_mae.state_dicts import WRAPPED_AS, differences, fitting, plain_name, 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 # What a layer computes with beside its weights, as attributes that a caller may change; the configuration has one value for all.
-_SETTINGS = ("heads", "scale", "step_size", "lambd", "threshold", "eps")
+_SETTINGS = ("heads", "scale", "is_causal", "step_size", "lambd", "threshold", "eps")
 
 
 def save_model(
@@ -221,6 +221,11 @@ def _weights_to_save(model: CrateMAE) -> dict[str, Tensor]:
         raise ValueError(f"model: not what load_model makes of its config: {'; '.join(problems)}")
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     for name, other in loaded.named_modules():
+        if name not in modules or type(modules[name]).forward is not type(other).forward:
+            raise ValueError(
+                f"model: {name} is {type(modules.get(name)).__name__}, and load_model makes it {type(other).__name__}; save its "
+                f"state_dict() yourself, and make the same change again after loading"
+            )
         for setting in _SETTINGS:
             value, expected = (getattr(module, setting, None) for module in (modules.get(name), other))
             if expected is not None and not (isinstance(value, (int, float, str)) and value == expected):

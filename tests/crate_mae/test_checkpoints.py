@@ -327,6 +327,12 @@ def with_another(name: str, value: object) -> CrateMAE:
     return model
 
 
+def with_another_softmax() -> CrateMAE:
+    model = small_model()
+    model.blocks[0].layers[0][0].fn.attend = nn.Softmin(dim=-1)
+    return model
+
+
 UNSAVED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another module": (lambda: nn.Linear(2, 2), TypeError, "model: expected a CrateMAE, .* got Linear"),
     "with a head": (WithHead, TypeError, "model: expected a CrateMAE, .* got WithHead"),
@@ -343,6 +349,7 @@ UNSAVED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"blocks\.0\..*step_size is 0\.3, .* makes it 0\.1 ",
     ),
+    "another softmax": (with_another_softmax, ValueError, r"0\.0\.fn\.attend is Softmin, and load_model makes it Softmax"),
     "threshold": (lambda: with_another("threshold", "soft"), ValueError, r"0\.1\.fn\.threshold is soft"),
 }
 
