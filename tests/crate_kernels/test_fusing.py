@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from random import Random
 
 import pytest
 import torch
-from edits import EDITS, NothingFits
+import torch.nn.functional as F
+from edits import EDITS, LayerNormPlusOne, LoRA, NothingFits, is_attention, replace
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 from official import Alpha, Model, officially
 from support import error, small_model
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import crate_kernels
-from crate_kernels import accelerate
+from crate_kernels import ISTA, MSSA, DecoderStep, OvercompleteISTA, accelerate, fusing
 
 OFFICIAL: dict[str, Callable[[], nn.Module]] = {
     "CRATE-MAE": lambda: Model(dim=16, heads=2),
@@ -27,7 +30,7 @@ MODELS = OFFICIAL | WHOLE
 IMAGES, NOISE, TOKENS = torch.randn(2, 3, 12, 12), torch.rand(2, 9), torch.randn(2, 20, 16)
 
 
-def edited(model: nn.Module, names: list[str], seed: int) -> nn.Module:
+def edited(model: nn.Module, names: Sequence[str], seed: int) -> nn.Module:
     torch.manual_seed(seed)
     random = Random(seed)
     for name in names:
@@ -56,7 +59,7 @@ def outcome(build: Callable[[], nn.Module]) -> dict[str, Tensor] | Exception:
         return problem
 
 
-def compare(kind: str, names: list[str], seed: int, swap_first: bool, dtype: torch.dtype, margin: float) -> bool:
+def compare(kind: str, names: Sequence[str], seed: int, swap_first: bool, dtype: torch.dtype, margin: float) -> bool:
     """Whether the model has what these edits want; if so, edited and fused it agrees with itself edited and unfused."""
     torch.manual_seed(seed)
     original = MODELS[kind]().to(dtype)
@@ -101,6 +104,203 @@ def test_every_edit(name: str) -> None:
             for swap_first in ((True, False) if kind in OFFICIAL else (True,))
         ]
     assert any(applied)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("weight norm", "other values loaded"),
+        ("pruned", "other values loaded"),
+        ("learned step size", "learned lambda"),
+        ("adapter", "wrapped block", "some frozen"),
+    ],
+    ids=" then ".join,
+)
+@pytest.mark.parametrize("implementation", ["composed", "triton"])
+def test_edits_that_were_once_passed_by(implementation: str, names: tuple[str, ...]) -> None:
+    dtype = torch.float64 if implementation == "composed" else torch.float32
+    with crate_kernels.use(implementation):
+        assert all(compare(kind, names, number, True, dtype, 1e4) for kind in MODELS for number in range(2))
+
+
+def pair(kind: str) -> tuple[nn.Module, nn.Module]:
+    """A model that is fused, and the same unfused."""
+    model = MODELS[kind]()
+    unfused = officially(copy.deepcopy(model))
+    if kind in OFFICIAL:
+        assert not accelerate(model).left_alone
+    return model, unfused
+
+
+def same(found: nn.Module, expected: nn.Module) -> None:
+    found_values, expected_values = run(found), run(expected)
+    assert found_values.keys() == expected_values.keys()
+    assert max(error(found_values[name], value) for name, value in expected_values.items()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_adapters_learn_and_merge(kind: str) -> None:
+    model, unfused = (with_adapters(each) for each in pair(kind))
+    same(model, unfused)
+    adapters = {name: p.grad for name, p in model.named_parameters() if "lora" in name}
+    assert len(adapters) >= 4 and all(grad is not None and grad.any() for grad in adapters.values())
+    out = run(model)["output"]
+    for module in list(model.modules()):
+        if isinstance(module, LoRA):
+            replace(model, module, module.merged())
+    assert error(run(model)["output"], out) < 1e-6
+
+
+def with_adapters(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    for module in list(model.modules()):
+        if is_attention(module):
+            module.qkv = LoRA(module.qkv)
+            if isinstance(module.to_out, nn.Sequential):
+                module.to_out[0] = LoRA(module.to_out[0])
+    return model
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_hooks_fire_on_every_module(kind: str) -> None:
+    model, unfused = pair(kind)
+    expected, fired = run(unfused), set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: fired.add(name))
+    found = run(model)
+    assert fired == {name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)}
+    assert max(error(found[name], value) for name, value in expected.items()) < 1e-6
+
+
+def coding_rate(w: Tensor, heads: int) -> Tensor:
+    """R^c of every image as the official hook computes it: tokens of unit norm, eps 0.01, summed over heads."""
+    x = F.normalize(w.unflatten(-1, (heads, -1)).transpose(1, 2), dim=-1)
+    tokens, features = x.shape[-2:]
+    gram = torch.eye(tokens) + features / (tokens * 0.01) * x @ x.mT
+    return torch.logdet(gram).sum(1) / 2
+
+
+def test_the_official_hook_script_sees_what_it_saw() -> None:
+    """It hooks the projection and the sparse step's PreNorm of each layer: coding rate and share of zeros, mean and spread."""
+    seen = []
+    for model in pair("CRATE-MAE"):
+        quantities: list[Tensor] = []
+        for attention, sparsify in model.encoder:
+            heads = attention.fn.heads
+            attention.fn.qkv.register_forward_hook(
+                lambda m, args, out, kept=quantities, heads=heads: kept.extend(torch.std_mean(coding_rate(out, heads)))
+            )
+            sparsify.register_forward_hook(
+                lambda m, args, out, kept=quantities: kept.extend(torch.std_mean((out == 0).float().mean((1, 2))))
+            )
+        with torch.no_grad():
+            model.eval()(TOKENS)
+        seen.append(torch.stack(quantities))
+    fused, official = seen
+    assert len(fused) == 8 and error(fused, official) < 1e-6
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_dynamic_quantisation(kind: str) -> None:
+    model, unfused = pair(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and in use
+        quantised, expected = (torch.ao.quantization.quantize_dynamic(each, {nn.Linear}) for each in (model, unfused))
+    assert any("quantized" in type(module).__module__ for module in quantised.modules())
+    with torch.no_grad():
+        assert error(run(quantised)["output"], run(expected)["output"]) < 1e-6
+
+
+class SquaredISTA(ISTA):
+    def forward(self, x: Tensor, **options: object) -> Tensor:
+        return super().forward(x, **options).square()
+
+
+def set_in_model(path: str, name: str, value: object) -> tuple[nn.Module, Tensor]:
+    """crate_mae's model with another setting, and what it gives without."""
+    model = MODELS["crate_mae"]()
+    before = run(model)["output"]
+    setattr(model.get_submodule(path), name, value)
+    return model, before
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        ("blocks.0.layers.0.1.fn", "__class__", SquaredISTA),
+        ("blocks.0.layers.0.1.fn", "threshold", "soft"),
+        ("blocks.0.layers.0.1.fn", "step_size", 0.3),
+        ("blocks.0.layers.0.0.fn", "is_causal", True),
+        ("decoder_blocks.0.layers.0.1.fn", "scale", 2.0),
+        ("decoder_blocks.0.layers.0.1.fn.dropout", "p", 0.5),
+    ],
+)
+def test_settings_of_inner_modules_count_on_every_path(path: str, name: str, value: object) -> None:
+    model, before = set_in_model(path, name, value)
+    found = []
+    for implementation in ("reference", "composed", "triton"):
+        torch.manual_seed(0)
+        with crate_kernels.use(implementation):
+            found.append(run(model)["output"])
+    assert error(found[0], before) > 1e-3
+    if name != "p":  # each path draws its own
+        assert error(found[1], found[0]) < 1e-5 and error(found[2], found[0]) < 1e-5
+
+
+NORMS = {
+    "no weights": lambda: nn.LayerNorm(16, elementwise_affine=False),
+    "no bias": lambda: nn.LayerNorm(16, bias=False),
+    "subclass": lambda: LayerNormPlusOne(16),
+    "of two dimensions": lambda: nn.LayerNorm((20, 16)),
+    "RMSNorm": lambda: nn.RMSNorm(16),
+    "GroupNorm": lambda: nn.GroupNorm(4, 20),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("implementation", ["reference", "composed", "triton"])
+def test_any_norm_before_any_module(implementation: str, kind: str) -> None:
+    norm = NORMS[kind]()
+    for module in (MSSA(16, 2, 8), ISTA(16), DecoderStep(16), OvercompleteISTA(16)):
+        with crate_kernels.use(implementation):
+            assert error(module(TOKENS, norm=norm), module(norm(TOKENS))) < 1e-5
+
+
+def test_a_reason_is_said_once_and_a_plain_model_says_nothing() -> None:
+    model, _ = pair("CRATE-MAE")
+    fusing._said.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model)
+    model.encoder[0][0].fn.qkv.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="MSSA: qkv has hooks, so modules are called one by one") as said:
+        run(model)
+        run(model)
+    assert len(said) == 1
+
+
+def test_hooks_on_all_modules_see_them() -> None:
+    model, _ = pair("CRATE-MAE")
+    seen: set[type] = set()
+    handle = register_module_forward_hook(lambda module, *_: seen.add(type(module)))
+    try:
+        run(model)
+    finally:
+        handle.remove()
+    assert {nn.Linear, nn.Softmax, nn.Dropout, nn.LayerNorm, MSSA} <= seen
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_compiles_to_one_graph(kind: str, adapted: bool) -> None:
+    model, unfused = pair(kind)
+    if adapted:
+        model, unfused = with_adapters(model), with_adapters(unfused)
+    torch.compiler.reset()
+    expected = run(unfused)
+    model.compile(fullgraph=True, backend="aot_eager")
+    found = run(model)
+    assert max(error(found[name], value) for name, value in expected.items()) < 1e-6
 
 
 DRAWS = given(

@@ -349,7 +349,11 @@ UNSAVED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"blocks\.0\..*step_size is 0\.3, .* makes it 0\.1 ",
     ),
-    "another softmax": (with_another_softmax, ValueError, r"0\.0\.fn\.attend is Softmin, and load_model makes it Softmax"),
+    "another softmax": (
+        with_another_softmax,
+        ValueError,
+        r"0\.0\.fn\.attend is Softmin, and load_model makes it Softmax",
+    ),
     "threshold": (lambda: with_another("threshold", "soft"), ValueError, r"0\.1\.fn\.threshold is soft"),
 }
 
