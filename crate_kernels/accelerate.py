@@ -180,9 +180,9 @@ def _likeness(module: nn.Module) -> str | None:
         kinds = [ISTA, OvercompleteISTA]
     if not kinds or not any(True for _ in module.parameters()):
         return None
-    lacks = {kind: [part for part in KINDS[kind].attributes if not hasattr(module, part)] for kind in kinds}
-    nearest = min(kinds, key=lambda kind: len(lacks[kind]))
-    return f"{name} has no {', '.join(lacks[nearest])}, by which {nearest.__name__} is known"
+    nearest = max(kinds, key=lambda kind: sum(hasattr(module, part) for part in KINDS[kind].attributes))
+    lacks = [part for part in KINDS[nearest].attributes if not hasattr(module, part)]
+    return f"{name} has no {', '.join(lacks)}, by which {nearest.__name__} is known"
 
 
 def _obstacle(module: nn.Module, target: type[nn.Module]) -> str | None:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 import crate_kernels
 from crate_kernels import ISTA, MSSA, DecoderStep, OvercompleteISTA, accelerate, ista
 from crate_kernels.mssa.reference import mssa as reference_mssa
+from crate_kernels.renamed import CausalMSSA, CausalMSSAOfGPT, ISTAOfD, OvercompleteISTAOfCLIPA
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     model.zero_grad()
     out = model(x)
     out.square().mean().backward()
-    return out.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+    return out.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 def test_same_outputs_and_gradients_and_says_what_it_swapped() -> None:
@@ -283,6 +284,235 @@ def test_leaves_alone_what_it_would_change(name: str) -> None:
     assert type(module) is kind and dict(vars(module)) == attributes
     assert {key: id(value) for key, value in module.state_dict(keep_vars=True).items()} == state
     assert [child.training for child in module.modules()] == modes
+
+
+# What other people made of the official classes, by their structure.
+
+
+class CausalWithMask(Attention):
+    """Official names, and a causal mask in a buffer."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(16, 2, 8)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.qkv(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        future = self.mask[..., : x.shape[1], : x.shape[1]] == 0
+        scores = (w @ w.mT * self.scale).masked_fill(future, -torch.inf)
+        return self.to_out((self.dropout(self.attend(scores)) @ w).transpose(1, 2).flatten(2))
+
+
+class CausalOfGPT(nn.Module):
+    """A language model's: GPT's names, no module for the softmax."""
+
+    def __init__(self, flash: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
+        self.attn_dropout, self.resid_dropout = nn.Dropout(dropout), nn.Dropout(dropout)
+        self.n_head, self.n_embd, self.dropout, self.flash = 2, 16, dropout, flash
+        if not flash:
+            self.register_buffer("bias", torch.ones(40, 40).tril().view(1, 1, 40, 40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, tokens = self.c_attn(x).unflatten(-1, (2, 8)).transpose(1, 2), x.shape[1]
+        if self.flash:
+            out = F.scaled_dot_product_attention(w, w, w, is_causal=True)
+        else:
+            scores = (w @ w.mT / 8**0.5).masked_fill(self.bias[..., :tokens, :tokens] == 0, -torch.inf)
+            out = self.attn_dropout(scores.softmax(-1)) @ w
+        return self.resid_dropout(self.c_proj(out.transpose(1, 2).flatten(2)))
+
+
+class WithoutDropout(nn.Module):
+    """No dropout, and the projection plain."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.heads, self.scale, self.attend = 2, 8**-0.5, nn.Softmax(dim=-1)
+        self.qkv, self.to_out = nn.Linear(16, 16, bias=bias), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.qkv(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        return self.to_out((self.attend(w @ w.mT * self.scale) @ w).transpose(1, 2).flatten(2))
+
+
+class StepOfD(nn.Module):
+    """ISTA in CRATE-alpha's words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.D, self.eta, self.lmbda = nn.Parameter(torch.randn(16, 16) / 4), 0.1, 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x - self.eta * (x @ self.D.t() - x) @ self.D - self.eta * self.lmbda)
+
+
+class OfCLIPA(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.eta, self.lmbda, self.d = 0.1, 0.1, 16
+        self.c_fc, self.c_proj = (nn.Parameter(torch.randn(16, 64) / 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.relu(self.eta * x @ self.c_fc - self.eta * self.lmbda)
+        z = F.relu(z - self.eta * (z @ self.c_fc.t() - x) @ self.c_fc - self.eta * self.lmbda)
+        return z @ self.c_proj.t()
+
+
+def of_one_step() -> Attention:
+    module = Attention(16, 2, 8)
+    module.to_out = nn.Sequential(module.to_out[0])
+    return module
+
+
+MASK = torch.ones(1, 1, 40, 40)
+TAKEN = {
+    "dropout": (lambda: Attention(16, 2, 8, dropout=0.1).eval(), MSSA),
+    "a bias on qkv": (lambda: WithoutDropout(bias=True), MSSA),
+    "plain projection": (WithoutDropout, MSSA),
+    "projection alone in a Sequential": (of_one_step, MSSA),
+    "hooks inside": (lambda: attention(lambda m: m.qkv.register_forward_hook(lambda m, args, out: 2 * out)), MSSA),
+    "qkv of a subclass": (lambda: attention(lambda m: setattr(m, "qkv", Low(16, 16, bias=False))), MSSA),
+    "causal, a mask of ones": (lambda: CausalWithMask(MASK.tril()), CausalMSSA),
+    "causal, GPT's names": (CausalOfGPT, CausalMSSAOfGPT),
+    "causal, GPT's names, flash": (lambda: CausalOfGPT(flash=True), CausalMSSAOfGPT),
+    "learned lambda": (lambda: sparse_step(lambda_as("register_parameter", nn.Parameter(torch.tensor(0.5)))), ISTA),
+    "lambda as a buffer": (lambda: sparse_step(lambda_as("register_buffer", torch.tensor(0.5))), ISTA),
+    "ISTA of D": (StepOfD, ISTAOfD),
+    "CLIPA's names": (OfCLIPA, OvercompleteISTAOfCLIPA),
+    "a D1 that is not used": (
+        lambda: changed(Overcomplete(16), lambda m: setattr(m, "decouple", False)),
+        OvercompleteISTA,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_takes_what_computes_the_same(name: str) -> None:
+    build, kind = TAKEN[name]
+    module, x = build(), torch.randn(2, 20, 16)
+    out, grads = step(module, x)
+    names = list(module.state_dict())
+    done = accelerate(module)
+    assert done.swapped == {"": kind} and list(module.state_dict()) == names
+    found, found_grads = step(module, x)
+    assert error(found, out) < 1e-5
+    assert len(found_grads) == len(grads) and max(map(error, found_grads, grads)) < 1e-5
+    clone = pickle.loads(pickle.dumps(module)) if name != "hooks inside" else copy.deepcopy(module)
+    assert error(clone(x), out) < 1e-5
+    done.undo()
+    assert error(module(x), out) < 1e-6
+
+
+def test_dropout_where_it_was() -> None:
+    """In expectation, as each draws its own: on the attention weights and behind the projection."""
+    x = torch.randn(1, 5, 16)
+    for module in (Attention(16, 2, 8, dropout=0.3), CausalOfGPT(dropout=0.3)):
+        with torch.no_grad():
+            official = torch.stack([module(x) for _ in range(2000)])
+            assert accelerate(module).swapped
+            found = torch.stack([module(x) for _ in range(2000)])
+        standard_error = (official.var(0) / 1000).sqrt()
+        assert ((found.mean(0) - official.mean(0)).abs() < 5 * standard_error).all()
+        assert abs(found.var(0).sum() / official.var(0).sum() - 1) < 0.1
+
+
+class Low(nn.Linear):
+    pass
+
+
+class MultipliesMask(Attention):
+    """The mask is multiplied with what the softmax gave."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        w = self.qkv(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        weights = self.dropout(self.attend(w @ w.mT * self.scale)) * (1 - mask[:, None, None])
+        return self.to_out((weights @ w).transpose(1, 2).flatten(2))
+
+
+class TSSA(nn.Module):
+    """Token statistics: the names of MSSA, and another computation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.attend, self.temp = 2, nn.Softmax(dim=1), nn.Parameter(torch.ones(2, 1))
+        self.qkv, self.to_out = nn.Linear(16, 16, bias=False), nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.0))
+
+
+class ReturnsTwoMaps(Attention):
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        out = super().forward(x, return_attention=return_attention)
+        return (out, out) if return_attention else out
+
+
+class AppliesNoDropout(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.qkv(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        return self.to_out((self.attend(w @ w.mT * self.scale) @ w).transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp = nn.MultiheadAttention(16, 2), nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.official, self.masked, self.tssa = Attention(16, 2, 8), MultipliesMask(16, 2, 8), TSSA()
+        self.vit, self.maps, self.quiet = (
+            TransformerBlock(),
+            ReturnsTwoMaps(16, 2, 8),
+            AppliesNoDropout(16, 2, 8, dropout=0.1),
+        )
+        self.odd = FeedForward(16)
+        self.odd.relu = nn.ReLU()
+        self.window = CausalWithMask(MASK.tril().triu(-8))
+
+
+def test_every_look_alike_is_named_with_its_reason() -> None:
+    model = Mixed()
+    model.official.attend.register_forward_hook(lambda *_: None)
+    done = accelerate(model)
+    assert list(done.swapped) == ["official"]
+    reasons = {
+        "masked": "its forward takes x, mask, which MSSA does not",
+        "tssa": "TSSA has no scale, by which MSSA is known",
+        "vit.attn": "MultiheadAttention has no heads, scale, qkv, to_out",
+        "maps": "it does not compute MSSA with return_attention",
+        "quiet": "it does not compute MSSA with its dropout (dropout)",
+        "odd": "it has relu, which ISTA does not use",
+        "window": "it has mask, which MSSA does not use",
+    }
+    assert done.left_alone.keys() == reasons.keys()
+    assert all(reason in done.left_alone[name] for name, reason in reasons.items()), done
+    lines = str(done).splitlines()
+    assert lines[0] == "swapped 1 modules, left 7 alone" and lines[1].split() == [
+        "module",
+        "swapped",
+        "as,",
+        "or",
+        "why",
+        "not",
+    ]
+    assert lines[2].split(maxsplit=2) == ["official", "yes", "MSSA; not fused as it stands: attend has hooks"]
+    assert len(lines) == 10
+
+
+def test_undo_refuses_what_was_changed_since() -> None:
+    model = Model()
+    done = accelerate(model)
+    nn.utils.parametrize.register_parametrization(model.encoder[0][1].fn, "weight", Halved())
+    with pytest.raises(
+        RuntimeError, match=r"encoder\.0\.1\.fn: accelerate made it ISTA, and now it is ParametrizedISTA"
+    ):
+        done.undo()
+    assert type(model.encoder[0][0].fn) is MSSA
+    nn.utils.parametrize.remove_parametrizations(model.encoder[0][1].fn, "weight")
+    done.undo()
+    assert type(model.encoder[0][0].fn) is Attention
 
 
 def test_a_module_that_raises_leaves_the_model_consistent() -> None:
