@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as _module
 from torch.utils.module_tracker import ModuleTracker
 
@@ -22,6 +23,7 @@ from crate_kernels.precision import is_autocast
 from crate_kernels.products.operand import norm_options
 
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor)
 _OF_ALL = [getattr(_module, f"_global{hooks}") for hooks in HOOKS]
 
 
@@ -39,6 +41,14 @@ def attached(name: str, module: nn.Module) -> str | None:
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return f"{name} has hooks"
     return f"{name} has a replaced forward" if "forward" in own else None
+
+
+def linear_obstacle(name: str, module: nn.Module) -> str | None:
+    """As ``obstacle``, for a Linear whose weight goes into a kernel: no tensor of another kind, such as a quantised one."""
+    if reason := obstacle(name, module, nn.Linear):
+        return reason
+    kind = type(module.weight)
+    return None if kind in _PLAIN_WEIGHTS else f"{name} has a weight of class {kind.__name__}"
 
 
 def hooks_of_all_modules() -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from crate_kernels.fusing import attached, fold, hooks_of_all_modules, obstacle, say
+from crate_kernels.fusing import attached, fold, hooks_of_all_modules, linear_obstacle, obstacle, say
 from crate_kernels.ista.api import combine, ista
 from crate_kernels.mssa.api import AttentionWeights, mssa
 from crate_kernels.norm_linear.api import norm_linear
@@ -93,14 +93,12 @@ class MSSA(nn.Module):
     def obstacle(self) -> str | None:
         """Why the children must be called one by one, in words; None where one fused call stands for all of them."""
         (qkv, _, dropout), (out, out_dropout, reason) = self._parts(), self._projection()
-        reason = (
-            hooks_of_all_modules() or reason or self.attention_obstacle() or obstacle(self._names[0], qkv, nn.Linear)
-        )
+        reason = hooks_of_all_modules() or reason or self.attention_obstacle() or linear_obstacle(self._names[0], qkv)
         if reason is None and qkv.bias is not None:
             reason = f"{self._names[0]} has a bias"
         if reason is not None or out is None:
             return reason
-        reason = obstacle("its output projection", out, nn.Linear)
+        reason = linear_obstacle("its output projection", out)
         if reason is None and out_dropout is not None:
             reason = obstacle("the dropout behind its output projection", out_dropout, nn.Dropout)
         if reason is None and (rate := _rate(dropout)) != (behind := _rate(out_dropout)):

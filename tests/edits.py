@@ -64,6 +64,21 @@ class LayerNormPlusOne(nn.LayerNorm):
         return super().forward(x) + 1
 
 
+class Halved(Tensor):
+    """A weight that knows what a linear layer makes of it, as quantised ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        if function is not torch.nn.functional.linear:
+            return out
+        return 0.5 * out.as_subclass(Tensor)
+
+
+def of_another_kind(module: nn.Linear) -> None:
+    module.weight = nn.Parameter(module.weight.detach().as_subclass(Halved))
+
+
 def is_attention(module: nn.Module) -> bool:
     return hasattr(module, "qkv") and hasattr(module, "heads")
 
@@ -209,6 +224,7 @@ EDITS: dict[str, Edit] = {
     "weight norm": doing(lambda m: is_linear(m) or is_step(m), weight_norm),
     "pruned": doing(lambda m: is_linear(m) or is_step(m), lambda m: prune.random_unstructured(m, dictionary(m), 0.3)),
     "other values loaded": load_other_values,
+    "weight of another kind": doing(is_linear, of_another_kind),
     "bias on qkv": doing(is_attention, lambda m: setattr(m, "qkv", with_bias(m.qkv).to(m.qkv.weight.dtype))),
     "plain projection": doing(is_attention, lambda m: setattr(m, "to_out", m.to_out[0])),
     "more behind the projection": doing(is_attention, lambda m: m.to_out.append(nn.Tanh())),
