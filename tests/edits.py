@@ -177,7 +177,7 @@ def as_learned(*names: str) -> Edit:
         (name,) = (name for name in names if hasattr(module, name))
         value = getattr(module, name)
         delattr(module, name)
-        setattr(module, name, nn.Parameter(getattr(module, dictionary(module)).new_tensor(value).detach()))
+        setattr(module, name, nn.Parameter(getattr(module, dictionary(module)).new_tensor(value)))
 
     def has_number(module: nn.Module) -> bool:
         return is_sparse_step(module) and any(isinstance(getattr(module, name, None), float) for name in names)
@@ -248,7 +248,9 @@ EDITS: dict[str, Edit] = {
     "learned step size": as_learned("step_size", "eta"),
     "learned lambda": as_learned("lambd", "lmbda"),
     "scale": setting(is_attention, "scale", lambda m: 0.7 * m.scale),
-    "learned scale": setting(is_attention, "scale", lambda m: nn.Parameter(m.qkv.weight.new_tensor(m.scale))),
+    "learned scale": setting(
+        is_attention, "scale", lambda m: nn.Parameter(torch.as_tensor(m.scale).detach().to(m.qkv.weight.dtype))
+    ),
     "heads": setting(is_attention, "heads", lambda m: 4),
     "softmax over rows": setting(lambda m: isinstance(m, nn.Softmax), "dim", lambda m: 2),
 }
