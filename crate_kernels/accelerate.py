@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -167,21 +168,27 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 def _candidates(module: nn.Module) -> list[type[nn.Module]]:
     """The classes of ours that ``module`` has the structure of."""
-    return [target for target, kind in KINDS.items() if all(hasattr(module, name) for name in kind.attributes)]
+    return [target for target, kind in KINDS.items() if all(_has(module, name) for name in kind.attributes)]
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """As hasattr, without running a property of the model's."""
+    own = vars(module), module._parameters, module._buffers, module._modules
+    return any(name in held for held in own) or hasattr(type(module), name)
 
 
 def _likeness(module: nn.Module) -> str | None:
     """Why ``module``, which has the structure of none of ours, is none, if it looks like one."""
     name, kinds = type(module).__name__, []
     softmax = any(isinstance(child, (nn.Softmax, nn.MultiheadAttention)) for child in module.children())
-    if _ATTENTION.search(name) or softmax or hasattr(module, "qkv"):
+    if _ATTENTION.search(name) or softmax or _has(module, "qkv"):
         kinds = [MSSA, CausalMSSAOfGPT]
-    elif _SPARSE_STEP.search(name) or any(hasattr(module, number) for number in _NUMBERS):
+    elif _SPARSE_STEP.search(name) or any(_has(module, number) for number in _NUMBERS):
         kinds = [ISTA, OvercompleteISTA]
     if not kinds or not any(True for _ in module.parameters()):
         return None
-    nearest = max(kinds, key=lambda kind: sum(hasattr(module, part) for part in KINDS[kind].attributes))
-    lacks = [part for part in KINDS[nearest].attributes if not hasattr(module, part)]
+    nearest = max(kinds, key=lambda kind: sum(_has(module, part) for part in KINDS[kind].attributes))
+    lacks = [part for part in KINDS[nearest].attributes if not _has(module, part)]
     return f"{name} has no {', '.join(lacks)}, by which {nearest.__name__} is known"
 
 
@@ -250,7 +257,9 @@ def _difference(module: nn.Module, target: type[nn.Module]) -> str | None:
     generator = torch.Generator().manual_seed(0)
     state, kind = dict(module.named_parameters(remove_duplicate=False)), KINDS[target]
     name, axis = kind.width
-    weight = state[name]
+    weight = attrgetter(name)(module)
+    if not isinstance(weight, Tensor):
+        return f"its {name} is no tensor, but a {type(weight).__name__}"
 
     def random(shape: tuple[int, ...], scale: float, like: Tensor) -> Tensor:
         numbers = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)

@@ -65,16 +65,16 @@ def hooks_of_all_modules() -> str | None:
     return "there are hooks on all modules (torch.nn.modules.module.register_module_...)"
 
 
-def norm_obstacle(norm: nn.Module, x: Tensor, name: str = "norm") -> str | None:
+def norm_obstacle(norm: nn.Module, x: Tensor) -> str | None:
     """Why ``norm`` must be called before a product of x [..., width] rather than folded into it, in words; None if it may be."""
-    if reason := obstacle(name, norm, nn.LayerNorm):
+    if reason := obstacle("norm", norm, nn.LayerNorm):
         return reason
     if norm.weight is None:
-        return f"{name} has no weight"
+        return "norm has no weight"
     if len(norm.normalized_shape) != 1:
-        return f"{name} normalizes over {len(norm.normalized_shape)} dimensions"
+        return f"norm normalizes over {len(norm.normalized_shape)} dimensions"
     if norm.weight.dtype != x.dtype and not is_autocast(x):
-        return f"{name} is in {norm.weight.dtype} and its tokens in {x.dtype}"
+        return f"norm is in {norm.weight.dtype} and its tokens in {x.dtype}"
     return None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from edits import LoRA
 from official import Alpha, Attention, FeedForward, Model, Overcomplete
 from support import error
 from torch import Tensor, nn
@@ -374,6 +375,7 @@ TAKEN = {
     "projection alone in a Sequential": (of_one_step, MSSA),
     "hooks inside": (lambda: attention(lambda m: m.qkv.register_forward_hook(lambda m, args, out: 2 * out)), MSSA),
     "qkv of a subclass": (lambda: attention(lambda m: setattr(m, "qkv", Low(16, 16, bias=False))), MSSA),
+    "an adapter on qkv": (lambda: attention(lambda m: setattr(m, "qkv", LoRA(m.qkv))), MSSA),
     "causal, a mask of ones": (lambda: CausalWithMask(MASK.tril()), CausalMSSA),
     "causal, GPT's names": (CausalOfGPT, CausalMSSAOfGPT),
     "causal, GPT's names, flash": (lambda: CausalOfGPT(flash=True), CausalMSSAOfGPT),
