@@ -123,7 +123,7 @@ class DecoderBlock(nn.Module):
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``F.linear``; on the composed path by its own products, which no CPU has to emulate."""
     dtype = compute_dtype(x)
-    if choose(x, dtype) != "composed":
+    if choose("linear", x, dtype) != "composed":
         return F.linear(x, weight, bias)
     with no_autocast(x):
         return matmul.linear(x.to(dtype), weight, bias)
@@ -238,7 +238,7 @@ class CrateMAE(nn.Module):
             )
         kept, pixels = kept_patches(noise, mask_ratio), self.patchify(images)
         mask = removed_patches(kept, patches)
-        if choose(images, compute_dtype(images)) == "reference":
+        if choose("CrateMAE", images, compute_dtype(images)) == "reference":
             x = torch.where(mask.bool().unsqueeze(-1), self.mask_token, self.patch_embed(images))
         else:
             x = self._embed_kept(pixels, kept)

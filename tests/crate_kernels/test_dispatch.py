@@ -20,27 +20,27 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_cpu_takes_composed_and_cuda_takes_triton() -> None:
-    assert dispatch.choose(torch.randn(2), torch.float32) == "composed"
+    assert dispatch.choose("ista", torch.randn(2), torch.float32) == "composed"
     if torch.cuda.is_available():
-        assert dispatch.choose(torch.randn(2, device="cuda"), torch.bfloat16) == "triton"
-        assert dispatch.choose(torch.randn(2, device="cuda"), torch.float64) == "composed"
+        assert dispatch.choose("ista", torch.randn(2, device="cuda"), torch.bfloat16) == "triton"
+        assert dispatch.choose("ista", torch.randn(2, device="cuda"), torch.float64) == "composed"
 
 
 @pytest.mark.parametrize("name", dispatch.IMPLEMENTATIONS)
 def test_use_forces_nests_and_restores(name: str) -> None:
     x = torch.randn(2)
     with crate_kernels.use(name):
-        assert dispatch.choose(x, torch.float32) == name
+        assert dispatch.choose("ista", x, torch.float32) == name
         with crate_kernels.use("auto"):
-            assert dispatch.choose(x, torch.float32) == "composed"
-        assert dispatch.choose(x, torch.float32) == name
-    assert dispatch.choose(x, torch.float32) == "composed"
+            assert dispatch.choose("ista", x, torch.float32) == "composed"
+        assert dispatch.choose("ista", x, torch.float32) == name
+    assert dispatch.choose("ista", x, torch.float32) == "composed"
 
 
 def test_use_restores_after_an_error() -> None:
     with pytest.raises(KeyError), crate_kernels.use("reference"):
         raise KeyError
-    assert dispatch.choose(torch.randn(2), torch.float32) == "composed"
+    assert dispatch.choose("ista", torch.randn(2), torch.float32) == "composed"
 
 
 def test_unknown_implementation_is_an_error() -> None:
@@ -73,7 +73,7 @@ def test_forced_triton_without_a_gpu_is_an_error_not_a_fallback() -> None:
 
 def test_environment_variable_forces_and_is_checked() -> None:
     forced = run_python(
-        "import torch; from crate_kernels import dispatch; print(dispatch.choose(torch.randn(2), torch.float32))",
+        "import torch; from crate_kernels import dispatch; print(dispatch.choose('ista', torch.randn(2), torch.float32))",
         CRATE_KERNELS_IMPL="reference",
     )
     assert forced.stdout.strip() == "reference"
