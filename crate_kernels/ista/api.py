@@ -135,8 +135,8 @@ def _formula_of(ctx: Any) -> Formula | None:
         return None
     if ctx.keeps_cast:
         raise RuntimeError(
-            "ista: under autocast and without a LayerNorm only a cast of x is kept, which has no second derivative; run the "
-            'forward under crate_kernels.use("reference"), or outside autocast'
+            "ista: under autocast and without a LayerNorm only a cast of x is kept, which gives no second derivative and no "
+            'batched gradients; run the forward under crate_kernels.use("reference"), or outside autocast'
         )
     return _formula
 

@@ -133,8 +133,8 @@ def _formula_of(ctx: Any) -> Formula | None:
         return None
     if ctx.given.dropout:
         raise RuntimeError(
-            "shared_qkv_attention: its dropout is drawn part by part, and has no second derivative; run the forward under "
-            'crate_kernels.use("reference"), or without dropout'
+            "shared_qkv_attention: dropout, drawn part by part, has no second derivative and no batched gradients; run the "
+            'forward under crate_kernels.use("reference"), or without dropout'
         )
     return _formula
 

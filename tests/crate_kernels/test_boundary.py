@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from support import error
+from calls import CALLS, VARIANTS, Call
+from support import error, small_model
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import crate_kernels
-from crate_kernels import ISTA, MSSA, Norm, ista, mssa, shared_qkv_attention
+from crate_kernels import ISTA, MSSA, DecoderStep, Norm, OvercompleteISTA, ista, mssa, precision, shared_qkv_attention
 from crate_kernels.products.op import combinations, operands
 
 OPS = torch.ops.crate_kernels
@@ -133,6 +138,72 @@ def test_gradcheck() -> None:
         return mssa(x, qkv, out, bias, num_heads=2, norm_weight=gamma, skip=x, subtract=True)
 
     assert torch.autograd.gradcheck(compress, (double(2, 4, 6), double(6, 6), double(6, 6), double(6), double(6)))
+
+
+EVERY = pytest.mark.parametrize("call", {**CALLS, **VARIANTS}.values(), ids={**CALLS, **VARIANTS})
+
+
+@EVERY
+def test_gradgradcheck_of_the_composed_path(call: Call) -> None:
+    """First and second derivatives, one by one, in batches and forward."""
+    leaves = call.inputs(torch.float64)
+    torch.autograd.gradcheck(call.function, leaves, check_batched_grad=True, check_forward_ad=True)
+    torch.autograd.gradgradcheck(call.function, leaves, check_batched_grad=True)
+
+
+def test_a_weight_made_of_the_tokens_counts_once() -> None:
+    x = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: ista(x, 0.3 * x.sin()), x)
+
+
+@EVERY
+def test_derivatives_of_the_kernels_derivatives_are_refused(call: Call) -> None:
+    """Wherever there is one, whichever input alone asks for it, and nothing that arrives has a derivative of its own.
+
+    The first derivative with ``create_graph=True`` comes as ever.
+    """
+    inputs = call.inputs(torch.float32)
+    refused = pytest.raises(RuntimeError, match=r'^\w+: the Triton kernels have no .* crate_kernels.use\("composed"\)')
+    for index, asks in enumerate(inputs):
+        leaf = asks.detach().requires_grad_()
+        leaves = [leaf if value is asks else value.detach() for value in inputs]
+        with crate_kernels.use("reference"):
+            (grad,) = torch.autograd.grad(call.function(*leaves).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(grad.pow(2).sum(), leaf, allow_unused=True) if grad.requires_grad else [None]
+        with crate_kernels.use("triton"):
+            out = call.function(*leaves)
+        (plain,) = torch.autograd.grad(out.sum(), leaf, retain_graph=True)
+        (grad,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+        assert torch.equal(plain, grad)
+        if second is not None and second.any():
+            with refused:
+                torch.autograd.grad(grad.sum(), leaf)
+        if index == 0:
+            with refused:
+                torch.autograd.grad(out, leaf, torch.ones(2, *out.shape), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("multiplies", [True, False], ids=["16-bit products", "float32 products"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("reference", torch.bfloat16), ("composed", torch.bfloat16), ("triton", torch.float16)],  # see the interpreter
+    ids=["reference", "composed", "triton"],
+)
+@EVERY
+def test_backward_inside_autocast(
+    call: Call, implementation: str, dtype: torch.dtype, multiplies: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", (torch.bfloat16, torch.float16) if multiplies else ())
+    leaves = call.inputs(torch.float32)
+    with crate_kernels.use(implementation):
+        with torch.autocast("cpu", dtype):
+            out = call.function(*leaves)
+        upstream = torch.randn_like(out)
+        outside = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        with torch.autocast("cpu", dtype):
+            inside = torch.autograd.grad(out, leaves, upstream)
+    for one, other in zip(inside, outside, strict=True):
+        assert torch.equal(one, other)
 
 
 class Layer(torch.nn.Module):
