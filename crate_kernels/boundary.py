@@ -116,10 +116,8 @@ def derivative(
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def guarded(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-            if torch.compiler.is_compiling():  # which differentiates once, and refuses to do it twice
-                with torch.no_grad():
-                    return backward(ctx, grad, *others)
-            if not torch.is_grad_enabled() and not _is_transformed(grad):
+            # torch.compile differentiates once, and refuses to do it twice.
+            if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _is_transformed(grad)):
                 return backward(ctx, grad, *others)
             formula = formula_of(ctx)
             return _of_kernels(operator, backward, ctx, grad) if formula is None else _of_formula(formula, ctx, grad)

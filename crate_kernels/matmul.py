@@ -90,9 +90,7 @@ register(
 )
 
 
-def _plainly(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype
-) -> Tensor:
+def _plainly(rows: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
     """``_Linear`` in PyTorch's own calls."""
     with no_autocast(rows):
         return F.linear(rows.to(dtype), weight.to(dtype), bias).to(out_dtype)

@@ -51,7 +51,9 @@ def _ista(x: Tensor, dictionary: Tensor, step_size: Tensor, lambd: Tensor, *norm
     return ista(x, dictionary, step_size=step_size, lambd=lambd, threshold="soft" if soft else "relu", **options)
 
 
-def _overcomplete(x: Tensor, dictionary: Tensor, out: Tensor, step_size: Tensor, lambd: Tensor, gamma: Tensor) -> Tensor:
+def _overcomplete(
+    x: Tensor, dictionary: Tensor, out: Tensor, step_size: Tensor, lambd: Tensor, gamma: Tensor
+) -> Tensor:
     return overcomplete_ista(x, dictionary, out, step_size=step_size, lambd=lambd, norm_weight=gamma, skip=x)
 
 

@@ -40,8 +40,8 @@ def norm_linear(
     Returns:
         [..., out_width] in x's dtype (the autocast dtype under autocast), as ``F.linear(F.layer_norm(x))`` would be.
 
-    On the Triton path it is deterministic, and second derivatives are refused. Kept for its backward are x and, with a LayerNorm, the
-    result and two numbers a token.
+    On the Triton path it is deterministic, and second derivatives are refused. Kept for its backward are x and, with a
+    LayerNorm, the result and two numbers a token.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or a number, or dtypes are mixed without autocast.

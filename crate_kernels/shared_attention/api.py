@@ -49,9 +49,10 @@ def shared_qkv_attention(
         lse: only with ``return_lse``: [batch, heads, tokens], float32 (float64 for float64), the natural logarithm of each row's
             sum of exponentials, before dropout; -inf for padding. No gradient flows through it.
 
-    The backward takes the forward's implementation, and is deterministic. Second and higher derivatives are refused by the
-    kernels, and by the composed path with dropout; without it, that path takes them of the formula. Kept for the backward are w, the output and one number a row (on a CPU the probabilities instead: of up to 256 tokens, and of up to 512 with
-    dropout or where it multiplies in 16 bits).
+    The backward takes the forward's implementation, and is deterministic. Kept for it are w, the output and one number a row (on
+    a CPU the probabilities instead: of up to 256 tokens, and of up to 512 with dropout or where it multiplies in 16 bits).
+    Second and higher derivatives are refused by the kernels, and by the composed path with dropout; without dropout, that path
+    takes them of the formula.
 
     Raises:
         TypeError: w is not a floating-point tensor, lengths not one of int32 or int64, scale or dropout not a number, or seed

@@ -28,7 +28,8 @@ import crate_kernels
 pytest.importorskip("triton")
 
 README = Path(__file__).parents[2] / "README.md"
-PATHS = {"composed": (torch.float64, 1e-10), "triton": (torch.float32, 2e-5)}  # dtype, and how far from float64's reference
+# In which dtype, and how far from the reference in float64.
+PATHS = {"composed": (torch.float64, 1e-10), "triton": (torch.float32, 2e-5)}
 
 
 class Operator(nn.Module):
