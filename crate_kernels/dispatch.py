@@ -52,7 +52,7 @@ class _Forced(threading.local):
 
 
 _forced = _Forced()
-# Autograd's own threads run the backward of CUDA tensors, and with it what a checkpoint does again. They know of the thread that
+# What a checkpoint does again in the backward of CUDA tensors runs in a thread of autograd's own. That knows of the thread that
 # called ``backward`` what PyTorch carries over, as it does grad mode and autocast; torch.compile cannot trace that.
 _CARRIED = "crate_kernels.implementation"
 
@@ -64,7 +64,8 @@ def _force(implementation: str | None) -> None:
 
 
 def _forced_here() -> str | None:
-    if not torch.compiler.is_compiling() and torch._C._is_key_in_tls(_CARRIED):
+    in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    if in_backward and torch._C._is_key_in_tls(_CARRIED):
         return torch._C._get_obj_in_tls(_CARRIED)
     return _forced.implementation
 

@@ -143,7 +143,7 @@ def _formula_of(ctx: Any) -> Formula | None:
 
 def _formula(x: Tensor, given: op.ISTAArguments) -> Tensor:
     tensors = x, given.dictionary, given.norm_weight, given.norm_bias
-    dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors if t is not None])
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors if t is not None], torch.float32)
     x, dictionary, *norm = (None if t is None else t.to(dtype) for t in tensors)
     x = layer_norm(x, *norm, given.norm_eps)
     return reference.ista(x, dictionary, given.step_size, given.lambd, given.soft)

@@ -74,7 +74,8 @@ def mssa(
             looked at off the Triton path.
 
     On the Triton path three launches forward, and one more for a LayerNorm's moments. With lengths or dropout the projections are
-    the library's.
+    the library's. It is deterministic, and second derivatives are refused there; the composed path has them as
+    ``shared_qkv_attention`` does.
 
     Returns:
         [batch, tokens, out_width]: without skip in x's dtype (the autocast dtype under autocast); with one, in the

@@ -201,7 +201,10 @@ def test_compile_around_a_transform(transform: str) -> None:
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert error(compiled(x), run(x)) < 1e-6
-    with crate_kernels.use("triton"), pytest.raises(Exception, match="ista: the triton implementation was forced, but"):
+    with (
+        crate_kernels.use("triton"),
+        pytest.raises(RuntimeError, match="ista: the triton implementation was forced, but"),
+    ):
         compiled(x)
 
 
