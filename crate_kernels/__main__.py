@@ -21,7 +21,7 @@ from torch import Tensor
 
 from crate_kernels import tiles
 from crate_kernels._version import __version__
-from crate_kernels.dispatch import choose, use
+from crate_kernels.dispatch import choose, obstacle_to_kernels, use
 from crate_kernels.matmul import ONEDNN_IS_FASTER
 from crate_kernels.precision import CPU, arithmetic_dtype
 from crate_kernels.shared_attention.api import WIDEST_HEAD, obstacle_to_triton
@@ -107,15 +107,11 @@ def taken_on(device: str) -> Iterator[str]:
 
 def _choice(tensor: Tensor, obstacle: str | None) -> str:
     with use("auto"):
-        chosen = choose(tensor, tensor.dtype, obstacle)
+        chosen = choose("an operator", tensor, tensor.dtype, obstacle)
     if chosen == "triton":
         return chosen
-    try:
-        with use("triton"):
-            choose(tensor, tensor.dtype, obstacle)
-    except RuntimeError as refusal:
-        return f"{chosen}; {str(refusal).rpartition('forced, but ')[2]}"
-    return f"{chosen}; triton runs where it is forced"
+    reason = obstacle or obstacle_to_kernels(tensor, tensor.dtype)
+    return f"{chosen}; {reason or 'triton runs where it is forced'}"
 
 
 def tile_tables() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from inspect import Parameter
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from crate_kernels.dispatch import is_transformed
 from crate_kernels.precision import no_autocast
+
+# The result of an operator by PyTorch's own calls, of its first tensor and the named tuple of its arguments.
+Formula = Callable[[Tensor, Any], Tensor]
 
 
 def register(
@@ -95,3 +100,76 @@ def asked(grads: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tenso
     """A gradient or None for every input: ``grads`` are those of the first, and empty or left over where nobody asked."""
     found = [grad if want else None for grad, want in zip(grads, wanted, strict=False)]
     return (*found, *[None] * (len(wanted) - len(found)))
+
+
+def derivative(
+    operator: str, formula_of: Callable[[Any], Formula | None] = lambda ctx: None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the ``backward`` of a function of (first tensor, ..., *given) that were given to ``save``.
+
+    What it returns is a constant to autograd. Where that may be differentiated once more (``create_graph=True``), or gradients
+    come as a transform's tensors (``is_grads_batched``), those of a formula come instead, which have derivatives of any order.
+    ``formula_of`` gives it for ``ctx``, or raises what there is to say. Where it is None, of kernels, the first derivatives come
+    as they are, and whoever differentiates them is refused.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def guarded(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+            # torch.compile differentiates once, and refuses to do it twice.
+            if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _is_transformed(grad)):
+                return backward(ctx, grad, *others)
+            formula = formula_of(ctx)
+            return _of_kernels(operator, backward, ctx, grad) if formula is None else _of_formula(formula, ctx, grad)
+
+        return guarded
+
+    return decorate
+
+
+def _is_transformed(grad: Tensor) -> bool:
+    # ``is_grads_batched`` has tensors of its own.
+    return is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _of_formula(formula: Formula, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    given, (x, *_) = saved(ctx)
+    needs, between = ctx.needs_input_grad, len(ctx.needs_input_grad) - 1 - len(given)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), no_autocast(x):
+        # Views, so that a path from one argument to another, outside of the operator, is not gone twice.
+        views = [value.view_as(value) if isinstance(value, Tensor) else value for value in (x, *given)]
+        out = formula(views[0], type(given)(*views[1:])).to(grad.dtype)
+        wanted = [view for view, need in zip(views, (needs[0], *needs[1 + between :]), strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph, allow_unused=True))
+    grads = [next(found) if need else None for need in (needs[0], *needs[1 + between :])]
+    return grads[0], *[None] * between, *grads[1:]
+
+
+def _of_kernels(operator: str, backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if _is_transformed(grad):
+        raise RuntimeError(_refused(operator, "no backward of batched gradients or under torch.func"))
+    with torch.no_grad():
+        grads = backward(ctx, grad)
+    given, tensors = saved(ctx)
+    sources = [one for one in (grad, *tensors, *given) if isinstance(one, Tensor) and one.requires_grad]
+    present = [one for one in grads if one is not None]
+    tied = iter(_OnceDifferentiable.apply(operator, len(present), *present, *sources))
+    return tuple(None if one is None else next(tied) for one in grads)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The first ``count`` tensors as they are. All tensors lead to them, and no derivative leads back."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.operator = operator
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(_refused(ctx.operator, "no second derivative"))
+
+
+def _refused(operator: str, what: str) -> str:
+    return f'{operator}: the Triton kernels have {what}; run the forward under crate_kernels.use("composed")'

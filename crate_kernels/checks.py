@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from crate_kernels.dispatch import is_transformed
 from crate_kernels.precision import is_autocast
 
 
@@ -94,7 +95,12 @@ def number_or_tensor(name: str, value: float | Tensor, *, positive: bool = False
             raise ValueError(
                 f"{name}: expected a number or a floating-point tensor of one element, got {describe(value)}"
             )
-        if type(value) not in (Tensor, Parameter) or value.device.type != "cpu" or torch.compiler.is_compiling():
+        if type(value) not in (Tensor, Parameter) or not shows_values(value):
             return
         value = float(value.detach())
     number(name, value, positive=positive)
+
+
+def shows_values(value: Tensor) -> bool:
+    """Whether its values may be looked at: on a GPU that would wait for it, and where a graph is traced there are none."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()

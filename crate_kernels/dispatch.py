@@ -5,12 +5,17 @@ algebra in standard PyTorch calls; ``triton`` is our kernels. Left alone, CUDA t
 run (not float64, not heads wider than 128), and everything else takes ``composed``. ``use`` or the environment variable
 ``CRATE_KERNELS_IMPL`` forces one for every operator. Which of PyTorch's libraries then multiplies for ``composed``, ``matmul``
 says.
+
+Some of what runs around a call knows PyTorch's own operators only: the transforms of ``torch.func``, forward-mode derivatives and
+``torch.export`` (``plain_calls_only``). There the kernels are refused, and ``composed`` is the reference: the same formula, in
+calls of which all of these can do anything.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,6 +23,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 IMPLEMENTATIONS = ("reference", "composed", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,8 +41,33 @@ def _checked(name: str, source: str) -> str | None:
     return name
 
 
-# A plain global, not a ContextVar: torch.compile guards on globals and cannot read context variables.
-_forced = _checked(os.environ.get("CRATE_KERNELS_IMPL", ""), "environment variable CRATE_KERNELS_IMPL")
+_FROM_ENVIRONMENT = _checked(os.environ.get("CRATE_KERNELS_IMPL", ""), "environment variable CRATE_KERNELS_IMPL")
+
+
+class _Forced(threading.local):
+    """The implementation that this thread forces. Set here, not in the class: torch.compile guards on instances only."""
+
+    def __init__(self) -> None:
+        self.implementation = _FROM_ENVIRONMENT
+
+
+_forced = _Forced()
+# What a checkpoint does again in the backward of CUDA tensors runs in a thread of autograd's own. That knows of the thread that
+# called ``backward`` what PyTorch carries over, as it does grad mode and autocast; torch.compile cannot trace that.
+_CARRIED = "crate_kernels.implementation"
+
+
+def _force(implementation: str | None) -> None:
+    _forced.implementation = implementation
+    if not torch.compiler.is_compiling():
+        torch._C._stash_obj_in_tls(_CARRIED, implementation)
+
+
+def _forced_here() -> str | None:
+    in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    if in_backward and torch._C._is_key_in_tls(_CARRIED):
+        return torch._C._get_obj_in_tls(_CARRIED)
+    return _forced.implementation
 
 
 @contextmanager
@@ -46,42 +77,68 @@ def use(implementation: str) -> Iterator[None]:
     Args:
         implementation: "reference", "composed" or "triton"; "auto" gives the choice back to device and dtype.
 
-    The choice is made when an operator is called; its backward runs the same implementation, wherever it happens.
-    It holds for the whole process, all threads included.
+    The choice is made when an operator is called; its backward runs the same implementation, wherever it happens, and so does
+    what ``recompute=True`` does again there. A checkpoint around operators calls them again in the backward: with
+    ``torch.utils.checkpoint`` either the backward belongs inside the block too, or the checkpoint is told,
+    ``checkpoint(f, x, use_reentrant=False, context_fn=lambda: (nullcontext(), use("composed")))``; else PyTorch raises
+    CheckpointError where what is kept differs.
+
+    As ``torch.no_grad`` it holds for the calling thread, and for the backward that is called from it. A thread that is started
+    inside begins with what the environment variable says.
 
     Raises:
         ValueError: ``implementation`` is none of these names.
         RuntimeError: raised by the operators, when the forced implementation cannot run on their tensors.
     """
-    global _forced
-    previous, _forced = _forced, _checked(implementation, "implementation")
+    name, previous = _checked(implementation, "implementation"), _forced_here()
+    _force(name)
     try:
         yield
     finally:
-        _forced = previous
+        _force(previous)
 
 
-def choose(tensor: Tensor, dtype: torch.dtype, obstacle: str | None = None) -> str:
-    """The implementation for an operator whose input is ``tensor`` and whose products run in ``dtype``.
+def is_transformed() -> bool:
+    """A transform of ``torch.func`` is active (vmap, grad, jvp, ...), or a level of forward-mode differentiation is open."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def plain_calls_only() -> str | None:
+    """What keeps operators of our own from running here, in words; None where nothing does."""
+    if is_transformed():
+        return "its kernels have no vmap, no torch.func.grad and no forward-mode derivative"
+    if torch.compiler.is_exporting():
+        return "torch.export is to keep PyTorch's own operators only"
+    return None
+
+
+def choose(operator: str, tensor: Tensor, dtype: torch.dtype, obstacle: str | None = None) -> str:
+    """The implementation for an operator of this name, whose input is ``tensor`` and whose products run in ``dtype``.
 
     ``obstacle`` says in words what about the operator's own arguments its Triton kernels cannot take, if anything.
 
     Raises:
         RuntimeError: the forced implementation cannot run here; there is no silent fallback.
     """
-    device = tensor.device.type
-    if obstacle is None and dtype not in TRITON_DTYPES:
-        obstacle = f"its kernels take float32, float16 and bfloat16, not {dtype}"
-    elif obstacle is None and device != "cuda" and not (device == "cpu" and _INTERPRETING):
-        obstacle = f"its kernels need CUDA tensors (or TRITON_INTERPRET=1 on the CPU), got a tensor on {device}"
-    elif obstacle is None and not _TRITON_INSTALLED:
-        obstacle = "the triton package is not installed"
-    if _forced == "triton" and obstacle:
-        raise RuntimeError(f"the triton implementation was forced, but {obstacle}")
-    if _forced is not None:
-        return _forced
+    forced, plain = _forced_here(), plain_calls_only()
+    obstacle = obstacle or obstacle_to_kernels(tensor, dtype) or plain
+    if forced == "triton" and obstacle:
+        raise RuntimeError(
+            f'{operator}: the triton implementation was forced, but {obstacle}; crate_kernels.use("composed") does it'
+        )
     # Triton's interpreter proves kernels on a CPU; it is never what a CPU should run.
-    return "triton" if device == "cuda" and obstacle is None else "composed"
+    chosen = forced or ("triton" if tensor.device.type == "cuda" and obstacle is None else "composed")
+    return "reference" if chosen == "composed" and plain else chosen
+
+
+def obstacle_to_kernels(tensor: Tensor, dtype: torch.dtype) -> str | None:
+    """What keeps Triton kernels from running on ``tensor`` with products in ``dtype``, in words; None where nothing does."""
+    device = tensor.device.type
+    if dtype not in TRITON_DTYPES:
+        return f"its kernels take float32, float16 and bfloat16, not {dtype}"
+    if device != "cuda" and not (device == "cpu" and _INTERPRETING):
+        return f"its kernels need CUDA tensors (or TRITON_INTERPRET=1 on the CPU), got a tensor on {device}"
+    return None if _TRITON_INSTALLED else "the triton package is not installed"
 
 
 def load(operator: str, implementation: str) -> ModuleType:

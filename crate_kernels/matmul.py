@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from crate_kernels.boundary import register
-from crate_kernels.precision import CPU, arithmetic_dtype
+from crate_kernels.dispatch import is_transformed
+from crate_kernels.precision import CPU, arithmetic_dtype, no_autocast
 
 ONEDNN_IS_FASTER = CPU.vendor == "AuthenticAMD" and "avx512f" in CPU.flags and torch.backends.mkldnn.is_available()
 
@@ -29,8 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _by_onednn(x) or (dtype != x.dtype and _is_plain(x)):
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         return _Linear.apply(rows, weight, bias, dtype, x.dtype).view(*x.shape[:-1], weight.shape[0])
-    bias = None if bias is None else bias.to(dtype)
-    return F.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
+    # In no wider dtype than that of x: of such a product, autocast would round the backward's operands where that is inside it.
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -89,14 +90,18 @@ register(
 )
 
 
+def _plainly(rows: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
+    """``_Linear`` in PyTorch's own calls."""
+    with no_autocast(rows):
+        return F.linear(rows.to(dtype), weight.to(dtype), bias).to(out_dtype)
+
+
 class _Linear(torch.autograd.Function):
     """rows weight^T + bias, computed in ``dtype``, returned in ``out_dtype``; its gradients, of any order, are such layers too.
 
-    Rows and weight are kept as they came: casting them again takes less time than the product, and half the memory. There is no
-    forward mode: torch.compile refuses functions that have it.
+    Rows and weight are kept as they came: casting them again takes less time than the product, and half the memory. What is to
+    be transformed by ``torch.func`` never comes here; gradients that are take PyTorch's own product.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -116,6 +121,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rows, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
         grad, (of_rows, of_weight, of_bias) = grad.to(ctx.dtype), ctx.dtypes
-        grad_rows = _Linear.apply(grad, weight.t(), None, ctx.dtype, of_rows) if needs[0] else None
-        grad_weight = _Linear.apply(grad.t(), rows.t(), None, ctx.dtype, of_weight) if needs[1] else None
+        multiply = _plainly if is_transformed() else _Linear.apply
+        grad_rows = multiply(grad, weight.t(), None, ctx.dtype, of_rows) if needs[0] else None
+        grad_weight = multiply(grad.t(), rows.t(), None, ctx.dtype, of_weight) if needs[1] else None
         return grad_rows, grad_weight, grad.sum(0).to(of_bias) if needs[2] else None, None, None

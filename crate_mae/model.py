@@ -169,7 +169,7 @@ class DecoderBlock(Block):
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``F.linear``; on the composed path by its own products, which no CPU has to emulate."""
     dtype = compute_dtype(x)
-    if choose(x, dtype) != "composed":
+    if choose("linear", x, dtype) != "composed":
         return F.linear(x, weight, bias)
     with no_autocast(x):
         return matmul.linear(x.to(dtype), weight, bias)
@@ -280,7 +280,8 @@ class CrateMAE(nn.Module):
             )
         kept, pixels = kept_patches(noise, mask_ratio), self.patchify(images)
         mask = removed_patches(kept, patches)
-        if choose(images, compute_dtype(images)) == "reference" or self.patch_embed.obstacle() is not None:
+        implementation = choose("CrateMAE", images, compute_dtype(images))
+        if implementation == "reference" or self.patch_embed.obstacle() is not None:
             x = torch.where(mask.bool().unsqueeze(-1), self.mask_token, self.patch_embed(images))
         else:
             x = self._embed_kept(pixels, kept)
@@ -384,7 +385,7 @@ class CrateMAE(nn.Module):
 
     def _prepared(self, blocks: nn.ModuleList, x: Tensor, num_heads: int) -> dict[nn.Module, PreparedLayer]:
         """What is made of the weights of blocks together; the others prepare themselves, one by one."""
-        if choose(x, compute_dtype(x)) != "triton":
+        if choose("CrateMAE", x, compute_dtype(x)) != "triton":
             return {}
         fused = [block for block in blocks if _is_ours(block) and block.obstacle(x) is None]
         options = {}

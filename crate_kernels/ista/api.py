@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
-from crate_kernels.boundary import asked, number_as_tensor, save, saved
+from crate_kernels.boundary import Formula, asked, derivative, number_as_tensor, save, saved
 from crate_kernels.ista import op, reference
 from crate_kernels.ista.form import combination, one_product
 from crate_kernels.precision import compute_dtype, layer_norm, layer_norm_dtype, no_autocast
@@ -60,7 +60,8 @@ def ista(
 
     Where tokens outnumber the width the step is one large product forward and two backward, otherwise two and five. The
     output itself is the backward's mask. With a LayerNorm, x is kept for the backward as it came, and normalised again there.
-    It is deterministic, and cannot be differentiated again.
+    It is deterministic. Second and higher derivatives are refused by the kernels; the composed path takes them of the formula,
+    except without a LayerNorm under autocast, where x is not kept.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or a number, or dtypes are mixed without autocast.
@@ -81,7 +82,7 @@ def ista(
     if threshold not in ("relu", "soft"):
         raise ValueError(f'threshold: expected "relu" or "soft", got {threshold!r}')
     dtype, soft = compute_dtype(x), threshold == "soft"
-    implementation = dispatch.choose(x, dtype)
+    implementation = dispatch.choose("ista", x, dtype)
     tokens, width = x.numel() // x.shape[-1], x.shape[-1]
     # The kernels fold a LayerNorm into the one product; before two, and before the reference, it comes by itself.
     prepares = implementation == "triton" and prepared is not None
@@ -89,6 +90,8 @@ def ista(
     if implementation == "reference" or (implementation == "triton" and not one):
         x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
         norm_weight = norm_bias = None
+    if combined is not None:
+        dictionary = dictionary.detach()  # a constant
     if implementation == "reference":
         y = reference.ista(x, dictionary, step_size, lambd, soft)
         return y if out_dtype is None else y.to(out_dtype)
@@ -98,11 +101,9 @@ def ista(
             out_dtype = layer_norm_dtype(x, before=dtype if implementation == "composed" else None)
     numbers = number_as_tensor(step_size), number_as_tensor(lambd)
     operand: Operand | tuple[None, None, None] = (None, None, None)
-    if combined is not None:
-        dictionary = dictionary.detach()  # a constant
-        if implementation == "triton":
-            norm = as_norm(norm_weight, norm_bias)
-            (operand,) = operands([combined], [None], [norm], dtype, numbers[0])
+    if combined is not None and implementation == "triton":
+        norm = as_norm(norm_weight, norm_bias)
+        (operand,) = operands([combined], [None], [norm], dtype, numbers[0])
     elif implementation == "triton" and one:
         prepared = checked_or_made(prepared, (dictionary, norm_weight, norm_bias, step_size), dtype, prepare_ista)
         (operand,), combined = prepared.operands, prepared.combined
@@ -129,6 +130,25 @@ def combine(dictionary: Tensor) -> Tensor:
         return combination(dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)))
 
 
+def _formula_of(ctx: Any) -> Formula | None:
+    if ctx.given.implementation == "triton":
+        return None
+    if ctx.keeps_cast:
+        raise RuntimeError(
+            "ista: under autocast and without a LayerNorm only a cast of x is kept, which gives no second derivative and no "
+            'batched gradients; run the forward under crate_kernels.use("reference"), or outside autocast'
+        )
+    return _formula
+
+
+def _formula(x: Tensor, given: op.ISTAArguments) -> Tensor:
+    tensors = x, given.dictionary, given.norm_weight, given.norm_bias
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors if t is not None], torch.float32)
+    x, dictionary, *norm = (None if t is None else t.to(dtype) for t in tensors)
+    x = layer_norm(x, *norm, given.norm_eps)
+    return reference.ista(x, dictionary, given.step_size, given.lambd, given.soft)
+
+
 class _ISTA(torch.autograd.Function):
     """Arguments: x, the result's dtype, and ``op.ISTAArguments``."""
 
@@ -136,13 +156,14 @@ class _ISTA(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
         y, kept = torch.ops.crate_kernels.ista_forward(x, out_dtype, *arguments)
         given = op.ISTAArguments(*arguments)
-        if given.implementation == "composed" and given.norm is None and x.dtype != given.dtype:
+        ctx.keeps_cast = given.implementation == "composed" and given.norm is None and x.dtype != given.dtype
+        if ctx.keeps_cast:
             *kept, x = kept
         save(ctx, given, x, y, *kept)
         return y
 
     @staticmethod
-    @once_differentiable
+    @derivative("ista", _formula_of)
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         given, (x, y, *kept) = saved(ctx)
         need_x, _, *want_fields = ctx.needs_input_grad

@@ -77,7 +77,7 @@ def encoder_layer(
 
     On the Triton path, of [tokens, width] tensors it keeps four for the backward: x, w, attention's output and z (y is the next
     layer's x); with ``recompute`` two, x and z. w and attention's output are in the dtype of the products, x and z in the
-    stream's. Deterministic; cannot be differentiated again.
+    stream's. Deterministic; second derivatives are refused there.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``mssa`` and ``ista`` do.
@@ -120,7 +120,7 @@ def decoder_layer(
         [batch, tokens, width] in the dtype of the products: the autocast dtype where autocast is on, as the official model.
 
     On the Triton path, of [tokens, width] tensors it keeps four for the backward: x, g, w and attention's output; with
-    ``recompute`` two, x and g. Deterministic; cannot be differentiated again.
+    ``recompute`` two, x and g. Deterministic; second derivatives are refused there.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``mssa`` and ``norm_linear`` do.
@@ -137,7 +137,6 @@ def decoder_layer(
     )  # fmt: skip
 
 
-@torch.no_grad()
 def prepare_layers(
     x: Tensor,
     layers: Sequence[EncoderWeights] | Sequence[DecoderWeights],
@@ -176,7 +175,7 @@ def prepare_layers(
         if value is not None:
             checks.tensor(name, value, dims, sizes)
     head_dim = first.qkv.shape[0] // num_heads
-    implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
+    implementation = dispatch.choose("prepare_layers", x, dtype, obstacle_to_triton(head_dim))
     attention = [(*layer.attention, *layer.attention_norm[:2]) for layer in layers]
     if isinstance(layers[0], EncoderWeights):
         prepare_step = prepare_ista
@@ -190,7 +189,9 @@ def prepare_layers(
     makes = [[(t.shape, t.device) if isinstance(t, Tensor) else None for t in of_layer] for of_layer in sources]
     if implementation != "triton" or first.out is None or not plain or any(make != makes[0] for make in makes):
         return [None] * len(layers)
-    return list(map(PreparedLayer, prepare_mssa(attention, dtype), prepare_step(steps, dtype)))
+    # Only here: an exported graph would keep the empty block, and then could not be loaded.
+    with torch.no_grad():
+        return list(map(PreparedLayer, prepare_mssa(attention, dtype), prepare_step(steps, dtype)))
 
 
 def _named(layer: EncoderWeights | DecoderWeights) -> list[tuple[str, Tensor | None, str]]:

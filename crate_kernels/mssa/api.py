@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import checks, dispatch
-from crate_kernels.boundary import asked, save, saved
+from crate_kernels.boundary import asked, derivative, save, saved
 from crate_kernels.mssa import composed, op, reference
 from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
 from crate_kernels.products.op import operands
@@ -75,7 +74,8 @@ def mssa(
             looked at off the Triton path.
 
     On the Triton path three launches forward, and one more for a LayerNorm's moments. With lengths or dropout the projections are
-    the library's.
+    the library's. It is deterministic, and second derivatives are refused there; the composed path has them as
+    ``shared_qkv_attention`` does.
 
     Returns:
         [batch, tokens, out_width]: without skip in x's dtype (the autocast dtype under autocast); with one, in the
@@ -118,7 +118,7 @@ def mssa(
     check_padding_and_dropout(x, 1, lengths, dropout, None)
 
     dtype = compute_dtype(x)
-    implementation = dispatch.choose(x, dtype, obstacle_to_triton(head_dim))
+    implementation = dispatch.choose("mssa", x, dtype, obstacle_to_triton(head_dim))
     if out_dtype is None:
         out_dtype = dtype if skip is None else torch.promote_types(dtype, skip.dtype)
     fits = skip is None or skip.dtype in dispatch.TRITON_DTYPES
@@ -141,7 +141,7 @@ def mssa(
             out = skip - out if subtract else skip + out
         return out.to(out_dtype)
 
-    if recompute:
+    if recompute and dispatch.plain_calls_only() is None:  # which have no part in it
         return checkpoint(composition, x, skip, use_reentrant=False, preserve_rng_state=dropout > 0)
     return composition(x, skip)
 
@@ -169,7 +169,7 @@ class _MSSA(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @derivative("mssa")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given, (x, *kept) = saved(ctx)
         want_x, want_skip, _, *want_fields = ctx.needs_input_grad

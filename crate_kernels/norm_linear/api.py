@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
-from crate_kernels.boundary import asked, save, saved
+from crate_kernels.boundary import asked, derivative, save, saved
 from crate_kernels.norm_linear import composed, op, reference
 from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
 from crate_kernels.products.op import operands
@@ -41,8 +40,8 @@ def norm_linear(
     Returns:
         [..., out_width] in x's dtype (the autocast dtype under autocast), as ``F.linear(F.layer_norm(x))`` would be.
 
-    On the Triton path it is deterministic and cannot be differentiated again. Kept for its backward are x and, with a LayerNorm,
-    the result and two numbers a token.
+    On the Triton path it is deterministic, and second derivatives are refused. Kept for its backward are x and, with a
+    LayerNorm, the result and two numbers a token.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or a number, or dtypes are mixed without autocast.
@@ -60,7 +59,7 @@ def norm_linear(
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one row, got {checks.describe(weight)}")
     dtype = compute_dtype(x)
-    implementation = dispatch.choose(x, dtype)
+    implementation = dispatch.choose("norm_linear", x, dtype)
     if implementation == "triton":
         made_of = weight, bias, norm_weight, norm_bias
         (operand,) = checked_or_made(prepared, made_of, dtype, prepare_norm_linear).operands
@@ -90,7 +89,7 @@ class _NormLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @derivative("norm_linear")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given, (x, *kept) = saved(ctx)
         need_x, *want = ctx.needs_input_grad

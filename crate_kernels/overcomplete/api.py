@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
-from crate_kernels.boundary import asked, number_as_tensor, save, saved
+from crate_kernels.boundary import asked, derivative, number_as_tensor, save, saved
 from crate_kernels.overcomplete import composed, op, reference
 from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
 
@@ -49,7 +48,7 @@ def overcomplete_ista(
         [..., width]: without skip in x's dtype (the autocast dtype under autocast); with one, in the wider of the two.
 
     The Triton path is four launches; a LayerNorm is one more before them, since both of the first two products need n. Kept for
-    the backward are n, z1 and z2. It is deterministic, and cannot be differentiated again there.
+    the backward are n, z1 and z2. It is deterministic, and second derivatives are refused there.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or a number, or dtypes are mixed without autocast.
@@ -69,7 +68,7 @@ def overcomplete_ista(
     checks.number_or_tensor("step_size", step_size, positive=True)
     checks.number_or_tensor("lambd", lambd)
     dtype = compute_dtype(x)
-    implementation = dispatch.choose(x, dtype)
+    implementation = dispatch.choose("overcomplete_ista", x, dtype)
     x = layer_norm(x, norm_weight, norm_bias, norm_eps)
     arguments = dictionary, out_dictionary, number_as_tensor(step_size), number_as_tensor(lambd)
     if implementation == "triton":
@@ -98,7 +97,7 @@ class _OvercompleteISTA(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @derivative("overcomplete_ista")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given, (x, z1, z2) = saved(ctx)
         want_x, want_skip, _, *want_fields = ctx.needs_input_grad

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from crate_kernels import checks, dispatch
-from crate_kernels.boundary import save, saved
+from crate_kernels.boundary import Formula, derivative, save, saved
 from crate_kernels.precision import compute_dtype
 from crate_kernels.shared_attention import op, reference
 
@@ -50,9 +49,10 @@ def shared_qkv_attention(
         lse: only with ``return_lse``: [batch, heads, tokens], float32 (float64 for float64), the natural logarithm of each row's
             sum of exponentials, before dropout; -inf for padding. No gradient flows through it.
 
-    The backward takes the forward's implementation. It is deterministic, and cannot be differentiated again. Kept for it
-    are w, the output and one number a row (on a CPU the probabilities instead: of up to 256 tokens, and of up to 512 with
-    dropout or where it multiplies in 16 bits).
+    The backward takes the forward's implementation, and is deterministic. Kept for it are w, the output and one number a row (on
+    a CPU the probabilities instead: of up to 256 tokens, and of up to 512 with dropout or where it multiplies in 16 bits).
+    Second and higher derivatives are refused by the kernels, and by the composed path with dropout; without dropout, that path
+    takes them of the formula.
 
     Raises:
         TypeError: w is not a floating-point tensor, lengths not one of int32 or int64, scale or dropout not a number, or seed
@@ -72,7 +72,7 @@ def shared_qkv_attention(
     check_padding_and_dropout(w, 2, lengths, dropout, seed)
 
     dtype = compute_dtype(w)
-    implementation = dispatch.choose(w, dtype, obstacle_to_triton(w.shape[-1]))
+    implementation = dispatch.choose("shared_qkv_attention", w, dtype, obstacle_to_triton(w.shape[-1]))
     if implementation == "reference":
         return reference.shared_qkv_attention(w, scale, is_causal, lengths, dropout, seed, return_lse)
     return unchecked_attention(
@@ -91,8 +91,7 @@ def check_padding_and_dropout(
             raise ValueError(f"lengths: expected [batch] {tuple(x.shape[:1])}, got {checks.describe(lengths)}")
         if lengths.device != x.device:
             raise ValueError(f"lengths: expected it on {x.device} like its tokens, got {checks.describe(lengths)}")
-        # Elsewhere a look at the values would wait for the device, and inside torch.compile break the graph.
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        if checks.shows_values(lengths):
             outside = lengths[(lengths < 1) | (lengths > x.shape[tokens_dim])]
             if len(outside):
                 raise ValueError(f"lengths: expected 1 to {x.shape[tokens_dim]} tokens, got {outside[0].item()}")
@@ -130,6 +129,22 @@ def unchecked_attention(
     return _SharedAttention.apply(w, scale, is_causal, keep, implementation, lengths, dropout, key, return_lse)
 
 
+def _formula_of(ctx: Any) -> Formula | None:
+    if ctx.given.implementation == "triton":
+        return None
+    if ctx.given.dropout:
+        raise RuntimeError(
+            "shared_qkv_attention: dropout, drawn part by part, has no second derivative and no batched gradients; run the "
+            'forward under crate_kernels.use("reference"), or without dropout'
+        )
+    return _formula
+
+
+def _formula(w: Tensor, given: op.AttentionArguments) -> Tensor:
+    wide = w.to(torch.promote_types(w.dtype, torch.float32))
+    return reference.shared_qkv_attention(wide, given.scale, given.is_causal, given.lengths)
+
+
 class _SharedAttention(torch.autograd.Function):
     """Arguments: w, and ``op.AttentionArguments``."""
 
@@ -144,7 +159,7 @@ class _SharedAttention(torch.autograd.Function):
         return out, kept
 
     @staticmethod
-    @once_differentiable
+    @derivative("shared_qkv_attention", _formula_of)
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         given, tensors = saved(ctx)
         scale, is_causal, _, implementation, lengths, dropout, seed, _ = given

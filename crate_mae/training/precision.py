@@ -63,7 +63,7 @@ def check_implementation(device: torch.device, precision: str) -> None:
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     try:
-        choose(torch.empty(0, device=device), dtype)
+        choose("training", torch.empty(0, device=device), dtype)
     except RuntimeError as error:
         raise ValueError(f"environment variable CRATE_KERNELS_IMPL: {error}") from error
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
-from support import error
+from calls import CALLS, VARIANTS, Call
+from support import error, small_model
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import crate_kernels
-from crate_kernels import ISTA, MSSA, Norm, ista, mssa, shared_qkv_attention
+from crate_kernels import ISTA, MSSA, DecoderStep, Norm, OvercompleteISTA, ista, mssa, precision, shared_qkv_attention
 from crate_kernels.products.op import combinations, operands
 
 OPS = torch.ops.crate_kernels
@@ -135,6 +141,166 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(compress, (double(2, 4, 6), double(6, 6), double(6, 6), double(6), double(6)))
 
 
+EVERY = pytest.mark.parametrize("call", {**CALLS, **VARIANTS}.values(), ids={**CALLS, **VARIANTS})
+
+
+@EVERY
+def test_gradgradcheck_of_the_composed_path(call: Call) -> None:
+    """First and second derivatives, one by one, in batches and forward."""
+    leaves = call.inputs(torch.float64)
+    torch.autograd.gradcheck(call.function, leaves, check_batched_grad=True, check_forward_ad=True)
+    torch.autograd.gradgradcheck(call.function, leaves, check_batched_grad=True)
+
+
+def test_a_weight_made_of_the_tokens_counts_once() -> None:
+    x = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: ista(x, 0.3 * x.sin()), x)
+
+
+@EVERY
+def test_derivatives_of_the_kernels_derivatives_are_refused(call: Call) -> None:
+    """Wherever there is one, whichever input alone asks for it, and nothing that arrives has a derivative of its own.
+
+    The first derivative with ``create_graph=True`` comes as ever.
+    """
+    inputs = call.inputs(torch.float32)
+    refused = pytest.raises(RuntimeError, match=r'^\w+: the Triton kernels have no .* crate_kernels.use\("composed"\)')
+    for index, asks in enumerate(inputs):
+        leaf = asks.detach().requires_grad_()
+        leaves = [leaf if value is asks else value.detach() for value in inputs]
+        with crate_kernels.use("reference"):
+            (grad,) = torch.autograd.grad(call.function(*leaves).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(grad.pow(2).sum(), leaf, allow_unused=True) if grad.requires_grad else [None]
+        with crate_kernels.use("triton"):
+            out = call.function(*leaves)
+        (plain,) = torch.autograd.grad(out.sum(), leaf, retain_graph=True)
+        (grad,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+        assert torch.equal(plain, grad)
+        if second is not None and second.any():
+            with refused:
+                torch.autograd.grad(grad.sum(), leaf)
+        if index == 0:
+            with refused:
+                torch.autograd.grad(out, leaf, torch.ones(2, *out.shape), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_compile_around_a_transform(transform: str) -> None:
+    torch.compiler.reset()
+    x, weight = torch.randn(9, 6), torch.randn(6, 6)
+
+    def run(x: Tensor) -> Tensor:
+        def step(x: Tensor) -> Tensor:
+            return ista(x, weight).square()
+
+        if transform == "vmap":
+            return torch.vmap(step)(x[None])
+        if transform == "jvp":
+            return torch.func.jvp(step, (x,), (x,))[1]
+        return torch.func.grad(lambda x: step(x).sum())(x)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert error(compiled(x), run(x)) < 1e-6
+    with (
+        crate_kernels.use("triton"),
+        pytest.raises(RuntimeError, match="ista: the triton implementation was forced, but"),
+    ):
+        compiled(x)
+
+
+def test_vmap_over_what_is_else_looked_at() -> None:
+    """A step size for each sample, and a length."""
+    x, weight, sizes, lengths = torch.randn(2, 9, 6), torch.randn(6, 6), torch.tensor([0.1, 0.3]), torch.tensor([4, 9])
+    found = torch.vmap(lambda x, size: ista(x, weight, step_size=size))(x, sizes)
+    each = [ista(one, weight, step_size=size) for one, size in zip(x, sizes, strict=True)]
+    assert error(found, torch.stack(each)) < 1e-6
+    w = x.unflatten(-1, (2, 3)).transpose(1, 2)
+    found = torch.vmap(lambda w, n: shared_qkv_attention(w[None], lengths=n[None])[0])(w, lengths)
+    assert error(found, shared_qkv_attention(w, lengths=lengths)) < 1e-6
+
+
+class Encoding(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = small_model()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.encode(images)
+
+
+class Reconstruction(Encoding):
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model(images, noise=noise))
+
+
+RUN_EXPORTED = """
+import sys, torch
+for path in sys.argv[1:]:
+    run = torch.export.load(path).module()
+    for inputs, expected, gradients in torch.load(path + ".expected"):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                found = run(*inputs)
+            found = [found] if isinstance(found, torch.Tensor) else found
+            for one, wanted in zip(found, expected, strict=True):
+                torch.testing.assert_close(one.detach(), wanted, rtol=1e-5, atol=1e-5)
+            if grad:
+                leaves = [dict(run.named_parameters())[name] for name in gradients]
+                for one, wanted in zip(torch.autograd.grad(found[0].sin().sum(), leaves), gradients.values(), strict=True):
+                    assert (one - wanted).norm() <= 1e-5 * wanted.norm() + 1e-6, path
+assert not any(name.startswith("crate") for name in sys.modules)
+"""
+
+
+def test_exported_models_need_nothing_of_ours(tmp_path: Path) -> None:
+    """In a process of its own, with gradients and without, for batches and numbers of tokens unlike the one that was traced."""
+    paths = []
+    batch, tokens = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("tokens", min=2, max=1024)
+    images, noise = torch.randn(5, 3, 16, 16), torch.rand(5, 16)
+    for module in (MSSA(32, 2, 16), ISTA(32), DecoderStep(32), OvercompleteISTA(32), Encoding(), Reconstruction()):
+        if isinstance(module, Encoding):
+            of_five = (images, noise) if isinstance(module, Reconstruction) else (images,)
+            trials, sizes = [of_five, tuple(value[:2] for value in of_five)], {0: batch}
+        else:
+            trials, sizes = [(torch.randn(2, count, 32),) for count in (9, 300, 1000)], {0: batch, 1: tokens}
+        program = torch.export.export(module, trials[0], dynamic_shapes=tuple(sizes for _ in trials[0]))
+        paths.append(str(tmp_path / f"{type(module).__name__}.pt2"))
+        torch.export.save(program, paths[-1])
+        expected = []
+        for inputs in trials:
+            module.zero_grad()
+            outputs = module(*inputs)
+            outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+            outputs[0].sin().sum().backward()
+            gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+            expected.append((inputs, [out.detach() for out in outputs], gradients))
+        torch.save(expected, paths[-1] + ".expected")
+    subprocess.run([sys.executable, "-c", RUN_EXPORTED, *paths], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("multiplies", [True, False], ids=["16-bit products", "float32 products"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("reference", torch.bfloat16), ("composed", torch.bfloat16), ("triton", torch.float16)],  # see the interpreter
+    ids=["reference", "composed", "triton"],
+)
+@EVERY
+def test_backward_inside_autocast(
+    call: Call, implementation: str, dtype: torch.dtype, multiplies: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", (torch.bfloat16, torch.float16) if multiplies else ())
+    leaves = call.inputs(torch.float32)
+    with crate_kernels.use(implementation):
+        with torch.autocast("cpu", dtype):
+            out = call.function(*leaves)
+        upstream = torch.randn_like(out)
+        outside = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        with torch.autocast("cpu", dtype):
+            inside = torch.autograd.grad(out, leaves, upstream)
+    for one, other in zip(inside, outside, strict=True):
+        assert torch.equal(one, other)
+
+
 class Layer(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -188,10 +354,11 @@ def test_compile_follows_a_change_of_implementation() -> None:
     compiled = torch.compile(shared_qkv_attention, fullgraph=True, backend=backend)
     w = torch.randn(1, 1, 4, 16)
     compiled(w)
-    with crate_kernels.use("reference"):
+    with crate_kernels.use("reference"), ThreadPoolExecutor(1) as pool:
         compiled(w)
+        pool.submit(compiled, w).result()
     compiled(w)
-    assert seen == [True, False], "one compilation each; the third call finds the first again"
+    assert seen == [True, False], "one compilation each; the other thread, and the last call, find the first again"
 
 
 def test_functional_call() -> None:

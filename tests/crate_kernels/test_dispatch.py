@@ -5,9 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import crate_kernels
 from crate_kernels import dispatch
@@ -20,27 +27,99 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_cpu_takes_composed_and_cuda_takes_triton() -> None:
-    assert dispatch.choose(torch.randn(2), torch.float32) == "composed"
+    assert dispatch.choose("ista", torch.randn(2), torch.float32) == "composed"
     if torch.cuda.is_available():
-        assert dispatch.choose(torch.randn(2, device="cuda"), torch.bfloat16) == "triton"
-        assert dispatch.choose(torch.randn(2, device="cuda"), torch.float64) == "composed"
+        assert dispatch.choose("ista", torch.randn(2, device="cuda"), torch.bfloat16) == "triton"
+        assert dispatch.choose("ista", torch.randn(2, device="cuda"), torch.float64) == "composed"
 
 
 @pytest.mark.parametrize("name", dispatch.IMPLEMENTATIONS)
 def test_use_forces_nests_and_restores(name: str) -> None:
     x = torch.randn(2)
     with crate_kernels.use(name):
-        assert dispatch.choose(x, torch.float32) == name
+        assert dispatch.choose("ista", x, torch.float32) == name
         with crate_kernels.use("auto"):
-            assert dispatch.choose(x, torch.float32) == "composed"
-        assert dispatch.choose(x, torch.float32) == name
-    assert dispatch.choose(x, torch.float32) == "composed"
+            assert dispatch.choose("ista", x, torch.float32) == "composed"
+        assert dispatch.choose("ista", x, torch.float32) == name
+    assert dispatch.choose("ista", x, torch.float32) == "composed"
+
+
+def in_a_thread(function: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(timeout=60)
+
+
+def chosen() -> str:
+    return dispatch.choose("ista", torch.randn(2), torch.float32)
+
+
+def test_use_holds_for_its_thread() -> None:
+    """Blocks of two threads that overlap, the first to open the first to close."""
+    opened, closed = threading.Event(), threading.Event()
+
+    def other() -> tuple[str, str]:
+        before = chosen()
+        with crate_kernels.use("reference"):
+            opened.set()
+            assert closed.wait(60)
+            inside = chosen()
+        return before, inside
+
+    with ThreadPoolExecutor(1) as pool:
+        with crate_kernels.use("triton"):
+            waiting = pool.submit(other)
+            assert opened.wait(60)
+            assert chosen() == "triton"
+        closed.set()
+        assert waiting.result(timeout=60) == ("composed", "reference")
+    assert chosen() == in_a_thread(chosen) == "composed"
+
+
+class Nested(torch.autograd.Function):
+    """A backward that calls a backward, and so on: deep enough, autograd goes on in a thread of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, depth: int, seen: set) -> Tensor:
+        ctx.depth, ctx.seen = depth, seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.seen.add((threading.get_ident(), chosen()))
+        if ctx.depth:
+            with torch.enable_grad():
+                Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1, ctx.seen).backward()
+        return grad, None, None
+
+
+def test_autograds_own_threads_know_what_is_forced() -> None:
+    """As on a GPU, whose backward never runs in the thread that calls it."""
+    for name in ("reference", "triton"):
+        seen: set[tuple[int, str]] = set()
+        with crate_kernels.use(name):
+            Nested.apply(torch.ones(1, requires_grad=True), 70, seen).backward()
+        assert len({thread for thread, _ in seen}) > 1 and {one for _, one in seen} == {name}
+
+
+def test_a_checkpoint_that_is_told_takes_the_forwards_implementation() -> None:
+    x, w = torch.randn(9, 8, requires_grad=True), torch.randn(8, 8)
+    expected = torch.autograd.grad(crate_kernels.ista(x, w).sum(), x)[0]
+    contexts = dict(context_fn=lambda: (nullcontext(), crate_kernels.use("reference")))
+    for options, backward in ((contexts, "composed"), ({}, "reference")):
+        with crate_kernels.use("reference"):
+            y = checkpoint(crate_kernels.ista, x, w, use_reentrant=False, **options)
+        with crate_kernels.use(backward):
+            assert torch.allclose(torch.autograd.grad(y.sum(), x)[0], expected, atol=1e-6)
+    with crate_kernels.use("reference"):
+        y = checkpoint(crate_kernels.ista, x, w, use_reentrant=False)
+    with crate_kernels.use("composed"), pytest.raises(CheckpointError):
+        y.sum().backward()
 
 
 def test_use_restores_after_an_error() -> None:
     with pytest.raises(KeyError), crate_kernels.use("reference"):
         raise KeyError
-    assert dispatch.choose(torch.randn(2), torch.float32) == "composed"
+    assert dispatch.choose("ista", torch.randn(2), torch.float32) == "composed"
 
 
 def test_unknown_implementation_is_an_error() -> None:
@@ -73,7 +152,7 @@ def test_forced_triton_without_a_gpu_is_an_error_not_a_fallback() -> None:
 
 def test_environment_variable_forces_and_is_checked() -> None:
     forced = run_python(
-        "import torch; from crate_kernels import dispatch; print(dispatch.choose(torch.randn(2), torch.float32))",
+        "import torch; from crate_kernels import dispatch; print(dispatch.choose('ista', torch.randn(2), torch.float32))",
         CRATE_KERNELS_IMPL="reference",
     )
     assert forced.stdout.strip() == "reference"

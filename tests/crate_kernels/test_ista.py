@@ -9,7 +9,7 @@ from support import awkward_gradients, error, gradients
 from torch import Tensor
 
 import crate_kernels
-from crate_kernels import ista
+from crate_kernels import combine, ista
 
 SHAPES = [
     ((1, 8), 8),  # one token: two products
@@ -218,3 +218,33 @@ def test_backward_inside_autocast_gives_the_same_bits() -> None:
 def test_bad_input_names_the_argument(arguments: dict, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         ista(**arguments)
+
+
+def test_second_derivative_of_a_cast_is_refused() -> None:
+    x, weight = torch.randn(9, 8, requires_grad=True), torch.randn(8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ista(x, weight).sum()
+    with pytest.raises(RuntimeError, match=r"^ista: under autocast .* gives no second derivative .*use\(.reference.\)"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
+def test_second_derivative_under_autocast() -> None:
+    """With a LayerNorm x is kept as it came: as near to float64's as a rounded mask and rounded first factors are."""
+    tensors = [torch.randn(9, 8), torch.randn(8, 8) / 3, 1 + torch.rand(8)]
+
+    def second(dtype: torch.dtype, autocast: bool) -> Tensor:
+        x, weight, gamma = (value.to(dtype).requires_grad_() for value in tensors)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = ista(x, weight, norm_weight=gamma, lambd=0.0, threshold="soft")
+        (grad,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.pow(2).sum(), x)[0]
+
+    assert error(second(torch.float32, True), second(torch.float64, False)) < 2e-2
+
+
+@pytest.mark.parametrize("implementation", ["reference", "composed", "triton"])
+def test_combined_makes_the_dictionary_a_constant(implementation: str) -> None:
+    x, weight = torch.randn(9, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    with crate_kernels.use(implementation):
+        ista(x, weight, combined=combine(weight)).sum().backward()
+    assert x.grad is not None and weight.grad is None

@@ -184,13 +184,33 @@ def test_compiles_for_a_number_of_rows_that_data_decide() -> None:
             assert torch.equal(compiled(x, mask), matmul.linear(x[mask], weight, bias))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_function_transforms() -> None:
-    x, (weight, bias) = torch.randn(3, 5, 24), parameters()
-    whole = matmul.linear(x, weight, bias)
-    agree([torch.func.vmap(lambda sample: matmul.linear(sample, weight, bias))(x)], [whole])
-    grad = torch.func.grad(lambda weight: matmul.linear(x, weight, bias).sum())(weight)
-    agree([grad], [x.double().sum((0, 1)).expand(40, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_that_come_as_transforms_have_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches, of either kind that PyTorch has, and with a tangent."""
+    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", ())
+    leaves = [value.to(dtype).requires_grad_() for value in (torch.randn(3, 5, 24), *parameters())]
+    upstream, out = torch.randn(2, 3, 5, 40, dtype=dtype), matmul.linear(*leaves)
+
+    def backward(grad: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, leaves, grad, retain_graph=True, **options)
+
+    one_by_one = [torch.stack(grads) for grads in zip(*map(backward, upstream), strict=True)]
+    agree(list(backward(upstream, is_grads_batched=True)), one_by_one, dtype)
+    agree(list(torch.func.vmap(backward)(upstream)), one_by_one, dtype)
+    tangents = torch.func.jvp(backward, (upstream[0],), (upstream[1],))[1]
+    agree(list(tangents), [grads[1] for grads in one_by_one], dtype)
+
+
+def test_a_subclass_takes_pytorchs_product_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", ())
+    x, (weight, bias) = torch.randn(7, 24).bfloat16().as_subclass(torch.Tensor), parameters()
+
+    class Named(Tensor):
+        pass
+
+    found = matmul.linear(x.as_subclass(Named), weight, bias)
+    assert type(found) is Named
+    assert torch.equal(found.as_subclass(Tensor), F.linear(x, weight.bfloat16(), bias.bfloat16()))
 
 
 def test_only_what_gradients_need_is_kept(chosen: bool) -> None:

@@ -262,11 +262,32 @@ def test_gradients_as_they_arrive() -> None:
         assert torch.equal(upstream, kept), f"{name}: the gradient was written to"
 
 
-def test_second_derivative_is_refused() -> None:
+@pytest.mark.parametrize("tokens", [5, 257], ids=["short", "flash attention"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_derivatives_of_any_order_on_the_composed_path(tokens: int, is_causal: bool) -> None:
+    """Of a function that is linear in the output too, where no gradient that arrives has a derivative."""
+    w, lengths = torch.randn(2, 1, tokens, 2, dtype=torch.float64), torch.tensor([tokens, tokens - 2])
+    options = dict(is_causal=is_causal, lengths=lengths)
+
+    def third(implementation: str) -> list[Tensor]:
+        leaf, total = w.clone().requires_grad_(), []
+        with crate_kernels.use(implementation):
+            value = shared_qkv_attention(leaf, **options).sum()
+        for power in (3, 2, 1):
+            (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+            total.append(grad)
+            value = grad.pow(power).sum()
+        return total
+
+    for found, exact in zip(third("composed"), third("reference"), strict=True):
+        assert error(found, exact) < 1e-10
+
+
+def test_second_derivative_of_dropout_is_refused() -> None:
     w = torch.randn(1, 1, 3, 16, requires_grad=True)
-    (grad,) = torch.autograd.grad(shared_qkv_attention(w).square().sum(), w, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    out = shared_qkv_attention(w, dropout=0.5).sum()
+    with pytest.raises(RuntimeError, match=r"shared_qkv_attention: dropout.* no second.*use\(.reference.\)"):
+        torch.autograd.grad(out, w, create_graph=True)
 
 
 @pytest.mark.parametrize(
