@@ -314,24 +314,15 @@ PARTS, OF_A_PART = range(4), settings(max_examples=75, deadline=None, database=N
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_drawn_edits(part: int) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "margin"), [("composed", torch.float64, 1e5), ("triton", torch.float32, 1e3)]
+)
+def test_drawn_edits(implementation: str, dtype: torch.dtype, margin: float, part: int) -> None:
     @seed(part)
     @OF_A_PART
     @DRAWS
     def draw(kind: str, names: list[str], number: int, swap_first: bool) -> None:
-        with crate_kernels.use("composed"):
-            assume(compare(kind, names, number, swap_first, torch.float64, 1e5) == "ran")
-
-    draw()
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_drawn_edits_on_triton(part: int) -> None:
-    @seed(part)
-    @OF_A_PART
-    @DRAWS
-    def draw(kind: str, names: list[str], number: int, swap_first: bool) -> None:
-        with crate_kernels.use("triton"):
-            assume(compare(kind, names, number, swap_first, torch.float32, 1e3) == "ran")
+        with crate_kernels.use(implementation):
+            assume(compare(kind, names, number, swap_first, dtype, margin) == "ran")
 
     draw()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from calls import CALLS, Call
+from official import Attention, FeedForward
 from support import error, small_model
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -40,33 +40,6 @@ class Operator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, *self.weights)
-
-
-class Attention(nn.Module):
-    """The official attention's attributes, parameter names and formula."""
-
-    def __init__(self, dim: int, heads: int, dim_head: int) -> None:
-        super().__init__()
-        self.heads, self.scale = heads, dim_head**-0.5
-        self.attend, self.dropout = nn.Softmax(dim=-1), nn.Dropout(0.0)
-        self.qkv = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Dropout(0.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return self.to_out((self.attend(w @ w.mT * self.scale) @ w).transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """The official sparse step's."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight, self.step_size, self.lambd = nn.Parameter(torch.randn(dim, dim) / dim**0.5), 0.1, 0.1
-
-    def forward(self, x: Tensor) -> Tensor:
-        descent = x @ self.weight - x @ self.weight.t() @ self.weight
-        return F.relu(x + self.step_size * descent - self.step_size * self.lambd)
 
 
 class Official(nn.Module):
