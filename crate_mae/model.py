@@ -81,13 +81,15 @@ class Block(nn.Module):
         layers = self._modules["layers"]
         if reason := obstacle("layers", layers, nn.ModuleList):
             return reason
-        if len(layers) != 1 or len(layers[0]) != 2:
+        pairs = list(layers._modules.values())
+        steps = pairs[0]._modules.values() if len(pairs) == 1 else ()
+        if len(steps) != 2:
             return "it has other steps than it was made with"
-        for name, step in layers[0]._modules.items():
-            if reason := obstacle(f"layers.0.{name}", step, PreNorm):
+        for step, kind in zip(steps, self._kinds, strict=True):
+            if reason := obstacle("a step", step, PreNorm):
                 return reason
-        for (norm, fn), kind in zip(self._steps(), self._kinds, strict=True):
-            if reason := norm_obstacle(norm, x) or obstacle("fn", fn, kind) or self._obstacle_of(fn):
+            norm, fn = step._modules["norm"], step._modules["fn"]
+            if reason := obstacle("fn", fn, kind) or norm_obstacle(norm, x) or self._obstacle_of(fn):
                 return reason
         return None
 
