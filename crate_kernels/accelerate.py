@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import Any, NamedTuple
+from inspect import getattr_static
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
-from crate_kernels.dispatch import use
-from crate_kernels.fusing import HOOKS, unsaid
+from crate_kernels import trials
 from crate_kernels.nn import ISTA, MSSA, DecoderStep, OvercompleteISTA
-from crate_kernels.renamed import CausalMSSA, CausalMSSAOfGPT, ISTAOfD, OvercompleteISTAOfCLIPA
+from crate_kernels.renamed import CausalMSSA, CausalMSSAOfGPT, ISTAOfD, OvercompleteISTAOfCLIPA, is_causal_mask
 
 
 class Kind(NamedTuple):
@@ -25,8 +20,8 @@ class Kind(NamedTuple):
 
     attributes: what it has, whatever their values.
     width: the parameter, and which of its sizes, that says how wide the tokens are.
-    optional: further parameters, buffers and children of its own that our class uses, or may leave unused.
-    tokens, gain: of the trial; the parameters are random, of norm ``gain`` a row.
+    optional: further parameters, children and settings that our class uses, or that say the same as those it uses.
+    tokens, gain: of its trials; the parameters are random, of norm ``gain`` a row.
     """
 
     attributes: tuple[str, ...]
@@ -37,15 +32,22 @@ class Kind(NamedTuple):
 
 
 # Enough tokens to notice a window of 64 on either side, and scores so small that every token counts, not mostly the token itself.
-_TRIAL_OF_ATTENTION = dict(tokens=130, gain=0.25)
-_OFFICIAL = Kind(("heads", "scale", "qkv", "to_out"), ("qkv.weight", 1), ("attend", "dropout"), **_TRIAL_OF_ATTENTION)
-_OF_GPT = ("n_head", "c_attn", "c_proj"), ("c_attn.weight", 1), ("attn_dropout", "resid_dropout")
+_OF_ATTENTION = dict(tokens=130, gain=0.25)
+_OFFICIAL = Kind(
+    ("heads", "scale", "qkv", "to_out"), ("qkv.weight", 1), ("attend", "dropout", "dim_head"), **_OF_ATTENTION
+)
+_OF_GPT = Kind(
+    ("n_head", "n_embd", "c_attn", "c_proj"),
+    ("c_attn.weight", 1),
+    ("attn_dropout", "resid_dropout", "flash"),
+    **_OF_ATTENTION,
+)
 
 # In this order: the first that computes the same is taken.
 KINDS = {
     MSSA: _OFFICIAL,
     CausalMSSA: _OFFICIAL,
-    CausalMSSAOfGPT: Kind(*_OF_GPT, **_TRIAL_OF_ATTENTION),
+    CausalMSSAOfGPT: _OF_GPT,
     ISTA: Kind(("step_size", "lambd", "weight"), ("weight", 1)),
     DecoderStep: Kind(("step_size", "lambd", "weight"), ("weight", 1)),  # the numbers are official, and unused there
     ISTAOfD: Kind(("eta", "lmbda", "D"), ("D", 1)),
@@ -56,7 +58,8 @@ KINDS = {
 # What attentions and sparse steps are called, and what they are made of, where their structure is none of the above.
 _ATTENTION = re.compile("attention|attn|mssa|tssa|cbsa", re.IGNORECASE)
 _SPARSE_STEP = re.compile("ista|feed_?forward|sparsif|proximal", re.IGNORECASE)
-_NUMBERS = "step_size", "lambd", "lmbda", "lambda_", "eta"
+_PROJECTIONS = re.compile("qkv|^(query|key|value|in_proj)$", re.IGNORECASE)
+_NUMBERS = "step_size", "lambd", "lmbda", "lambda_", "lam", "eta", "threshold"
 
 
 @dataclass
@@ -95,7 +98,7 @@ class Acceleration:
         title = f"swapped {len(self.swapped)} modules, left {len(self.left_alone)} alone"
         rows = [("module", "swapped", "as, or why not")]
         for (name, kind), (module, _) in zip(self.swapped.items(), self._originals, strict=True):
-            reason = module.obstacle() if isinstance(module, MSSA) else None
+            reason = _now(module)
             rows.append((name, "yes", kind.__name__ + (f"; not fused as it stands: {reason}" if reason else "")))
         rows += [(name, "no", reason) for name, reason in self.left_alone.items()]
         if len(rows) == 1:
@@ -119,10 +122,11 @@ def accelerate(model: nn.Module) -> Acceleration:
     be plain, in a Sequential, with or without a bias.
 
     Structure is not meaning, so each candidate must also have no parameters, children, methods or arguments that a swap would
-    lose, and must compute what our class makes of the same object: both are called on random tokens with random parameters, in
-    its own dtype, in training and in evaluation mode, with each dropout off and, if it is above 0, dropping everything. What
-    raises an exception there is left alone. What has the name or parts of an attention or a sparse step, but not the structure,
-    is listed as left alone, too.
+    lose, read no settings that ours does not, and compute what our class makes of the same object. Both are called on random
+    tokens with random parameters and numbers: in float64, of small values and large ones, one token and 300, in training and in
+    evaluation mode, with each argument, and with each dropout off and dropping everything; outputs and gradients are compared.
+    That is no proof for every input: what changes its ways beyond 300 tokens looks the same. What raises an exception there is
+    left alone. What has the name or parts of an attention or a sparse step, but not the structure, is listed as left alone, too.
 
     All of this happens before the first swap, on shallow copies without hooks, and leaves parameters, modes and random state as
     they were. A swap changes the class of the module object and nothing else. So its parameters, buffers and state-dict names,
@@ -139,12 +143,16 @@ def accelerate(model: nn.Module) -> Acceleration:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     done, decided, alike = Acceleration(), [], {}
+    tried: dict[object, str | None] = {}  # layers that are alike are tried once
     for name, module in model.named_modules():
         if isinstance(module, tuple(KINDS)):
             continue
         obstacles: dict[str, None] = {}
         for target in _candidates(module):
-            obstacle = _obstacle(module, target)
+            key = target, trials.signature(module)
+            if key not in tried:
+                tried[key] = _obstacle(module, target)
+            obstacle = tried[key]
             if obstacle is None:
                 decided.append((name, module, target))
                 break
@@ -166,6 +174,14 @@ def accelerate(model: nn.Module) -> Acceleration:
     return done
 
 
+def _now(module: nn.Module) -> str | None:
+    """Why a swapped module is not fused as it stands, in words, if so."""
+    try:
+        return module.obstacle() if isinstance(module, MSSA) else None
+    except Exception as error:  # whatever was done to it since
+        return f"{type(error).__name__}: {error}"
+
+
 def _candidates(module: nn.Module) -> list[type[nn.Module]]:
     """The classes of ours that ``module`` has the structure of."""
     return [target for target, kind in KINDS.items() if all(_has(module, name) for name in kind.attributes)]
@@ -181,7 +197,7 @@ def _likeness(module: nn.Module) -> str | None:
     """Why ``module``, which has the structure of none of ours, is none, if it looks like one."""
     name, kinds = type(module).__name__, []
     softmax = any(isinstance(child, (nn.Softmax, nn.MultiheadAttention)) for child in module.children())
-    if _ATTENTION.search(name) or softmax or _has(module, "qkv"):
+    if _ATTENTION.search(name) or softmax or any(_PROJECTIONS.search(child) for child, _ in module.named_children()):
         kinds = [MSSA, CausalMSSAOfGPT]
     elif _SPARSE_STEP.search(name) or any(_has(module, number) for number in _NUMBERS):
         kinds = [ISTA, OvercompleteISTA]
@@ -195,7 +211,8 @@ def _likeness(module: nn.Module) -> str | None:
 def _obstacle(module: nn.Module, target: type[nn.Module]) -> str | None:
     """Why ``module`` cannot become a ``target``, in words; None where nothing stands in the way."""
     try:
-        return _change(module, target) or _difference(module, target)
+        kind = KINDS[target]
+        return _change(module, target) or trials.difference(module, target, kind.width, kind.tokens, kind.gain)
     except Exception as error:  # the model's own code runs here, and may do anything
         return textwrap.shorten(f"calling it failed: {type(error).__name__}: {error}", 120)
 
@@ -205,38 +222,28 @@ def _change(module: nn.Module, target: type[nn.Module]) -> str | None:
     kind = KINDS[target]
     known = {*kind.attributes, *kind.optional}
     own = [*module._parameters, *module._buffers, *module._modules]
-    masks = [
-        name for name, buffer in module._buffers.items() if target.__name__.startswith("Causal") and _is_causal(buffer)
-    ]
+    masks = [name for name, mask in module._buffers.items() if issubclass(target, CausalMSSA) and is_causal_mask(mask)]
     if unknown := [name for name in own if name not in known and name not in masks]:
         return f"it has {', '.join(unknown)}, which {target.__name__} does not use"
     if replaced := [name for name in vars(module) if callable(getattr(target, name, None))]:
         return f"its {replaced[0]} was replaced on the instance"
-    if issubclass(target, MSSA):
-        twin = _twin(module, {})
-        twin.__class__ = target
-        if reason := twin.attention_obstacle():  # without hooks, which may go again
-            return reason
+    if issubclass(target, MSSA) and (reason := trials.without_hooks(module, target).attention_obstacle()):
+        return reason
+    if read := sorted(_settings_read(module) - known):
+        return f"its forward reads {', '.join(read)}, which {target.__name__} does not"
     if lost := _lost_methods(type(module)):
         return f"its class defines {', '.join(lost)}, which {target.__name__} does not"
-    ours, theirs = _arguments(target), _arguments(type(module))
+    ours, theirs = trials.arguments(target), trials.arguments(type(module))
     if theirs != ours[: len(theirs)]:
         return f"its forward takes x, {', '.join(theirs)}, which {target.__name__} does not"
     return None
 
 
-def _arguments(kind: type[nn.Module]) -> list[str]:
-    """Of its forward, without the module and the tokens."""
-    return list(inspect.signature(kind.forward).parameters)[2:]
-
-
-def _is_causal(buffer: Tensor | None) -> bool:
-    """A square of ones on and below its diagonal, or of -inf above it."""
-    if buffer is None or buffer.ndim < 2 or buffer.shape[-1] != buffer.shape[-2]:
-        return False
-    square = buffer.reshape(-1, *buffer.shape[-2:])[0]
-    kept = square == 0 if square.is_floating_point() and bool(square.isinf().any()) else square != 0
-    return buffer.numel() == square.numel() and torch.equal(kept, torch.ones_like(kept).tril())
+def _settings_read(module: nn.Module) -> set[str]:
+    """Numbers, flags and words among its attributes that the code of its forward names."""
+    code = getattr(type(module).forward, "__code__", None)
+    named = {name: getattr_static(module, name, None) for name in (code.co_names if code else ())}
+    return {name for name, value in named.items() if isinstance(value, (bool, int, float, str))} - {"training"}
 
 
 def _lost_methods(kind: type[nn.Module]) -> list[str]:
@@ -249,84 +256,3 @@ def _lost_methods(kind: type[nn.Module]) -> list[str]:
     bases = [vars(base) for base in kind.__mro__ if base not in nn.Module.__mro__]
     methods = {name for base in bases for name, value in base.items() if hasattr(value, "__get__") and matters(name)}
     return sorted(methods - {"forward", "extra_repr"})
-
-
-@torch.no_grad()
-def _difference(module: nn.Module, target: type[nn.Module]) -> str | None:
-    """What ``target`` would do otherwise than ``module``, found by running both on random tokens and parameters."""
-    generator = torch.Generator().manual_seed(0)
-    state, kind = dict(module.named_parameters(remove_duplicate=False)), KINDS[target]
-    name, axis = kind.width
-    weight = attrgetter(name)(module)
-    if not isinstance(weight, Tensor):
-        return f"its {name} is no tensor, but a {type(weight).__name__}"
-
-    def random(shape: tuple[int, ...], scale: float, like: Tensor) -> Tensor:
-        numbers = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
-        return (scale * numbers).to(like.device, like.dtype)
-
-    values = {
-        name: random(v.shape, kind.gain * v.shape[-1] ** -0.5, v) if v.numel() > 1 and v.is_floating_point() else v
-        for name, v in state.items()  # a single number, such as lambda, keeps its value
-    }
-    most = min([kind.tokens, *(mask.shape[-1] for mask in module._buffers.values() if _is_causal(mask))])
-    x = random((2, most, weight.shape[axis]), 1.0, weight)
-    devices = {value.device for value in state.values() if value.is_cuda}
-    with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False), use("composed"), unsaid():
-        for words, training, dropping, flags in _trials(module):
-            expected, changed = _run(module, type(module), values, x, training, dropping, flags)
-            found, _ = _run(module, target, values, x, training, dropping, flags)
-            if changed:
-                return f"its forward changes its own {', '.join(changed)}"
-            if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (found.shape, found.dtype):
-                return f"it does not compute {target.__name__}{words}: its result is of another type, shape or dtype"
-            off, bound = (found - expected).norm(), torch.finfo(weight.dtype).eps ** 0.75 * expected.norm()
-            # Not <=, which all zeros would pass: behind a threshold above all tokens nothing can be told apart.
-            if not (off < bound or (dropping and torch.equal(found, expected))):
-                return f"it does not compute {target.__name__}{words}"
-    return None
-
-
-def _trials(module: nn.Module) -> Iterator[tuple[str, bool, str | None, dict[str, Any]]]:
-    """What to run: words for it, training mode, the child whose dropout drops everything (the others drop nothing), arguments."""
-    yield " in training mode", True, None, {}
-    yield " in evaluation mode", False, None, {}
-    for name, child in module.named_modules():
-        if type(child) is nn.Dropout and child.p > 0:
-            yield f" with its dropout ({name})", True, name, {}
-    for argument in _arguments(type(module)):
-        yield f" with {argument}", False, None, {argument: True}
-
-
-def _run(
-    module: nn.Module,
-    kind: type[nn.Module],
-    values: dict[str, Tensor],
-    x: Tensor,
-    training: bool,
-    dropping: str | None,
-    flags: dict[str, Any],
-) -> tuple[object, list[str]]:
-    """What ``module`` as a ``kind`` makes of x with these parameters, and the attributes that it sets while it does."""
-    twin = _twin(module, {})
-    twin.__class__ = kind
-    for name, child in twin.named_modules():
-        child.training = training
-        if type(child) is nn.Dropout:
-            child.p = float(name == dropping)
-    before = dict(vars(twin))
-    out = functional_call(twin, values, (x.clone(),), flags, tie_weights=False)
-    return out, [name for name, value in vars(twin).items() if before.get(name, vars) is not value]
-
-
-def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of a module and its children that shares their tensors, without hooks: what is done to it does not reach them."""
-    if module not in made:
-        made[module] = twin = object.__new__(type(module))
-        own = ("_parameters", "_buffers")
-        vars(twin).update(
-            vars(module), **{hooks: {} for hooks in HOOKS}, **{name: dict(vars(module)[name]) for name in own}
-        )
-        children = module._modules.items()
-        twin._modules = {name: None if child is None else _twin(child, made) for name, child in children}
-    return made[module]

@@ -63,7 +63,9 @@ def _of_tuple(function: Callable[..., Any], leading: int, kind: Any) -> Callable
 
 def number_as_tensor(value: float | Tensor) -> Tensor:
     """A number as operators take it. In a tensor it is no constant of a compiled graph, which so serves every value."""
-    return value.reshape(()) if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+    if isinstance(value, Tensor):
+        return value.reshape(())
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
 def or_empty(grads: Sequence[Tensor | None], likes: Sequence[Tensor | None]) -> list[Tensor]:

@@ -6,9 +6,9 @@ run (not float64, not heads wider than 128), and everything else takes ``compose
 ``CRATE_KERNELS_IMPL`` forces one for every operator. Which of PyTorch's libraries then multiplies for ``composed``, ``matmul``
 says.
 
-Some of what runs around a call knows PyTorch's own operators only: the transforms of ``torch.func``, forward-mode derivatives and
-``torch.export`` (``plain_calls_only``). There the kernels are refused, and ``composed`` is the reference: the same formula, in
-calls of which all of these can do anything.
+Some of what runs around a call, or comes into it, knows PyTorch's own operators only: the transforms of ``torch.func``,
+forward-mode derivatives, ``torch.export``, and tensors of other classes, such as quantised or distributed ones. There the kernels
+are refused, and ``composed`` is the reference: the same formula, in calls of which all of these can do anything.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 IMPLEMENTATIONS = ("reference", "composed", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -112,15 +114,33 @@ def plain_calls_only() -> str | None:
     return None
 
 
-def choose(operator: str, tensor: Tensor, dtype: torch.dtype, obstacle: str | None = None) -> str:
+def is_plain(tensor: Tensor) -> bool:
+    """No subclass, which would know of PyTorch's own operators only; fake tensors do as those do that they stand for."""
+    return type(tensor) in _PLAIN
+
+
+_PLAIN = (Parameter, Tensor, FakeTensor)
+
+
+def choose(
+    operator: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    obstacle: str | None = None,
+    weights: Iterable[Tensor | None] = (),
+) -> str:
     """The implementation for an operator of this name, whose input is ``tensor`` and whose products run in ``dtype``.
 
-    ``obstacle`` says in words what about the operator's own arguments its Triton kernels cannot take, if anything.
+    ``weights`` are what else goes into it. ``obstacle`` says in words what about the operator's own arguments its Triton kernels
+    cannot take, if anything.
 
     Raises:
         RuntimeError: the forced implementation cannot run here; there is no silent fallback.
     """
     forced, plain = _forced_here(), plain_calls_only()
+    for one in (tensor, *weights):
+        if one is not None and type(one) not in _PLAIN:
+            plain = plain or f"its kernels take no {type(one).__name__}"
     obstacle = obstacle or obstacle_to_kernels(tensor, dtype) or plain
     if forced == "triton" and obstacle:
         raise RuntimeError(

@@ -15,15 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as _module
 from torch.utils.module_tracker import ModuleTracker
 
+from crate_kernels.dispatch import is_plain
 from crate_kernels.precision import is_autocast
 from crate_kernels.products.operand import norm_options
 
+# As they were when this was imported, or when the class was made known.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (nn.Conv2d, nn.Dropout, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Sequential, nn.Softmax)
+}
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-_PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor)
 _OF_ALL = [getattr(_module, f"_global{hooks}") for hooks in HOOKS]
 
 
@@ -31,7 +35,15 @@ def obstacle(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why ``module`` must be called as it is, in words; None where it is a plain ``kind`` with nothing attached."""
     if type(module) is not kind:
         return f"{name} is of class {type(module).__name__}, not a plain {kind.__name__}"
+    if kind.forward is not _FORWARDS.get(kind):
+        return f"the forward of {kind.__name__} was replaced"
     return attached(name, module)
+
+
+def known(kind: type[nn.Module]) -> type[nn.Module]:
+    """Decorates a class that ``obstacle`` may be asked about: its forward is the one that it has now."""
+    _FORWARDS[kind] = kind.forward
+    return kind
 
 
 def attached(name: str, module: nn.Module) -> str | None:
@@ -47,8 +59,8 @@ def linear_obstacle(name: str, module: nn.Module) -> str | None:
     """As ``obstacle``, for a Linear whose weight goes into a kernel: no tensor of another kind, such as a quantised one."""
     if reason := obstacle(name, module, nn.Linear):
         return reason
-    kind = type(module.weight)
-    return None if kind in _PLAIN_WEIGHTS else f"{name} has a weight of class {kind.__name__}"
+    weight = module.weight
+    return None if is_plain(weight) else f"{name} has a weight of class {type(weight).__name__}"
 
 
 def hooks_of_all_modules() -> str | None:
@@ -69,12 +81,15 @@ def norm_obstacle(norm: nn.Module, x: Tensor) -> str | None:
     """Why ``norm`` must be called before a product of x [..., width] rather than folded into it, in words; None if it may be."""
     if reason := obstacle("norm", norm, nn.LayerNorm):
         return reason
-    if norm.weight is None:
+    weight = norm.weight
+    if weight is None:
         return "norm has no weight"
+    if not is_plain(weight):
+        return f"norm has a weight of class {type(weight).__name__}"
     if len(norm.normalized_shape) != 1:
         return f"norm normalizes over {len(norm.normalized_shape)} dimensions"
-    if norm.weight.dtype != x.dtype and not is_autocast(x):
-        return f"norm is in {norm.weight.dtype} and its tokens in {x.dtype}"
+    if weight.dtype != x.dtype and not is_autocast(x):
+        return f"norm is in {weight.dtype} and its tokens in {x.dtype}"
     return None
 
 
@@ -89,14 +104,14 @@ def fold(owner: str, norm: nn.Module | None, x: Tensor) -> tuple[Tensor, dict[st
     return norm(x), {}
 
 
-_said: set[tuple[str, str]] = set()
+_said: set[str] = set()
 
 
 def say(owner: str, reason: str) -> None:
     """Warn, once a process for each reason, that a module takes the slower path."""
-    if torch.compiler.is_compiling() or (owner, reason) in _said:
+    if torch.compiler.is_compiling() or reason in _said:
         return
-    _said.add((owner, reason))
+    _said.add(reason)
     warnings.warn(
         f"{owner}: {reason}, so modules are called one by one rather than fused: the same results, more slowly",
         stacklevel=2,

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import Parameter
 
 from crate_kernels.boundary import register
-from crate_kernels.dispatch import is_transformed
+from crate_kernels.dispatch import is_plain, is_transformed
 from crate_kernels.precision import CPU, arithmetic_dtype, no_autocast
 
 ONEDNN_IS_FASTER = CPU.vendor == "AuthenticAMD" and "avx512f" in CPU.flags and torch.backends.mkldnn.is_available()
@@ -27,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Where 16-bit tokens are multiplied in float32 they are kept for the backward as they came, and widened there again.
     """
     dtype = arithmetic_dtype(x)
-    if _by_onednn(x) or (dtype != x.dtype and _is_plain(x)):
+    if is_plain(weight) and (_by_onednn(x) or (dtype != x.dtype and is_plain(x))):
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         return _Linear.apply(rows, weight, bias, dtype, x.dtype).view(*x.shape[:-1], weight.shape[0])
     # In no wider dtype than that of x: of such a product, autocast would round the backward's operands where that is inside it.
@@ -59,13 +57,8 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 def _by_onednn(a: Tensor) -> bool:
     return (
-        ONEDNN_IS_FASTER and _is_plain(a) and a.device.type == "cpu" and a.dtype == torch.float32 and a.is_contiguous()
+        ONEDNN_IS_FASTER and is_plain(a) and a.device.type == "cpu" and a.dtype == torch.float32 and a.is_contiguous()
     )
-
-
-def _is_plain(a: Tensor) -> bool:
-    """No subclass, which would know of PyTorch's own operators only; fake tensors do as those do that they stand for."""
-    return type(a) in (Tensor, Parameter, FakeTensor)
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,14 +7,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from crate_kernels.fusing import attached, fold, hooks_of_all_modules, linear_obstacle, obstacle, say
+from crate_kernels.checks import describe
+from crate_kernels.fusing import attached, fold, hooks_of_all_modules, known, linear_obstacle, obstacle, say
 from crate_kernels.ista.api import combine, ista
 from crate_kernels.mssa.api import AttentionWeights, mssa
 from crate_kernels.norm_linear.api import norm_linear
 from crate_kernels.overcomplete.api import overcomplete_ista
-from crate_kernels.shared_attention.api import shared_qkv_attention
+from crate_kernels.shared_attention.api import check_padding_and_dropout, shared_qkv_attention
 
 
+@known
 class MSSA(nn.Module):
     """Multi-head subspace self-attention with the official parameters: ``qkv.weight``, ``to_out.0.weight``, ``to_out.0.bias``.
 
@@ -70,11 +72,21 @@ class MSSA(nn.Module):
         """
         if return_attention or return_key:
             w = self._qkv(x if norm is None else norm(x))
-            return w if return_key else self._softmax(self._scores(self._heads_of(w), None))
+            if return_key:
+                return w
+            w, padding = self._heads_of(w, lengths)
+            return self._softmax(self._scores(w, padding))
         if reason := self.obstacle():
             say("MSSA", reason)
+            check_padding_and_dropout(x, 1, lengths, 0.0, None)
+            if subtract and skip is None:
+                raise ValueError("subtract: given without a skip to subtract from")
             out = self._project(self._attended(self._qkv(x if norm is None else norm(x)), lengths))
-            return out if skip is None else skip - out if subtract else skip + out
+            if skip is None:
+                return out
+            if skip.shape != out.shape:
+                raise ValueError(f"skip: expected {tuple(out.shape)}, got {describe(skip)}")
+            return skip - out if subtract else skip + out
         x, norm_of_x = fold("MSSA", norm, x)
         options = dict(skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rate, **norm_of_x)
         settings = dict(num_heads=self.heads, scale=self.scale, is_causal=self.is_causal)
@@ -148,22 +160,24 @@ class MSSA(nn.Module):
 
     def _attended(self, w: Tensor, lengths: Tensor | None) -> Tensor:
         """Attention of the projection w [batch, tokens, heads * dim_head], in its shape."""
-        w = self._heads_of(w)
         if (hooks_of_all_modules() or self.attention_obstacle()) is None:
+            w, _ = self._heads_of(w, None)
             options = dict(is_causal=self.is_causal, lengths=lengths, dropout=self.dropout_rate)
             return shared_qkv_attention(w, scale=self.scale, **options).transpose(1, 2).flatten(2)
-        padding = None
-        if lengths is not None:
-            padding = (torch.arange(w.shape[2], device=w.device) >= lengths[:, None])[:, None]
-            w = w.masked_fill(padding[..., None], 0.0)
+        w, padding = self._heads_of(w, lengths)
         attention, dropout = self._softmax(self._scores(w, padding)), self._parts()[2]
         out = torch.matmul(attention if dropout is None else dropout(attention), w)
         if padding is not None:
             out = out.masked_fill(padding[..., None], 0.0)
         return out.transpose(1, 2).flatten(2)
 
-    def _heads_of(self, w: Tensor) -> Tensor:
-        return w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def _heads_of(self, w: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """w as [batch, heads, tokens, dim_head], zero where it is padding, and where that is: [batch, 1, tokens] or None."""
+        w = w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if lengths is None:
+            return w, None
+        padding = (torch.arange(w.shape[2], device=w.device) >= lengths[:, None])[:, None]
+        return w.masked_fill(padding[..., None], 0.0), padding
 
     def _scores(self, w: Tensor, padding: Tensor | None) -> Tensor:
         scores = torch.matmul(w, w.transpose(-1, -2)) * self.scale
@@ -185,6 +199,7 @@ def _rate(dropout: nn.Module | None) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
+@known
 class ISTA(nn.Module):
     """One ISTA step with the official parameter: ``weight`` [dim, dim].
 
@@ -249,6 +264,7 @@ class ISTA(nn.Module):
         return f"dim={width}, step_size={self.step_size}, lambd={self.lambd}, threshold={self.threshold}{frozen}"
 
 
+@known
 class DecoderStep(nn.Module):
     """CRATE-MAE's step back from a sparse code, linear: ``x W^T``, with the official parameter ``weight`` [dim, dim].
 

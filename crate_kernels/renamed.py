@@ -5,21 +5,56 @@ Only the names differ. As everywhere in ``accelerate``, what such a module compu
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from crate_kernels.nn import ISTA, MSSA, OvercompleteISTA
 
 
 class CausalMSSA(MSSA):
-    """MSSA whose token i attends to tokens 0..i, under the official names. A mask kept in a buffer stays there, unused."""
+    """MSSA whose token i attends to tokens 0..i, under the official names.
+
+    A mask that it keeps in a buffer is not multiplied with; it is looked at again whenever it was written to.
+
+    Raises:
+        RuntimeError: by a call, the mask is no longer causal.
+    """
 
     is_causal = True
 
+    def obstacle(self) -> str | None:
+        for name, buffer in self._buffers.items():
+            if not torch.compiler.is_compiling() and _CAUSAL.get(buffer) != (buffer.data_ptr(), buffer._version):
+                if not is_causal_mask(buffer):
+                    raise RuntimeError(
+                        f"{name}: expected a causal mask, as it was when accelerate saw it; undo() for another"
+                    )
+                _CAUSAL[buffer] = buffer.data_ptr(), buffer._version
+        return super().obstacle()
+
+
+# Masks that were found causal: where they lay, and how often they had been written to.
+_CAUSAL: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()
+
+
+def is_causal_mask(buffer: Tensor | None) -> bool:
+    """One square, of ones on and below its diagonal and zeros above it, or of -inf above it and zeros elsewhere."""
+    if buffer is None or buffer.ndim < 2 or buffer.numel() != buffer.shape[-1] ** 2 or buffer.shape[-2] < 2:
+        return False
+    square = buffer.reshape(buffer.shape[-2:])
+    infinite = square.is_floating_point() and bool(square.isinf().any())
+    kept = square == 0 if infinite else square == 1
+    rest = square.isneginf() if infinite else square == 0
+    below = torch.ones_like(kept).tril()
+    return torch.equal(kept, below) and torch.equal(rest, ~below)
+
 
 class CausalMSSAOfGPT(CausalMSSA):
-    """Causal MSSA under the names of GPT's attention: ``c_attn``, ``c_proj``, ``attn_dropout``, ``resid_dropout``, ``n_head``."""
+    """Causal MSSA under GPT's names: ``c_attn``, ``c_proj``, ``attn_dropout``, ``resid_dropout``, ``n_head``, ``n_embd``."""
 
     _names: ClassVar = ("c_attn", "attend", "attn_dropout")
 
@@ -29,10 +64,10 @@ class CausalMSSAOfGPT(CausalMSSA):
 
     @property
     def scale(self) -> float:
-        return (self.c_attn.out_features // self.n_head) ** -0.5
+        return (self.n_embd // self.n_head) ** -0.5
 
     def _projection(self) -> tuple[nn.Module | None, nn.Module | None, str | None]:
-        return self.c_proj, self._modules.get("resid_dropout"), None
+        return self._modules["c_proj"], self._modules.get("resid_dropout"), None
 
     def _project(self, out: Tensor) -> Tensor:
         out, dropout = self.c_proj(out), self._modules.get("resid_dropout")

@@ -23,8 +23,8 @@ from crate_kernels import (
     matmul,
     prepare_layers,
 )
-from crate_kernels.dispatch import choose
-from crate_kernels.fusing import hooks_of_all_modules, norm_obstacle, obstacle, say
+from crate_kernels.dispatch import choose, is_plain
+from crate_kernels.fusing import attached, hooks_of_all_modules, known, norm_obstacle, obstacle, say
 from crate_kernels.nn import takes_norm
 from crate_kernels.precision import compute_dtype, is_autocast, no_autocast
 from crate_mae.config import ModelConfig, grid_of
@@ -44,6 +44,7 @@ class MAEOutput(NamedTuple):
     mask: Tensor
 
 
+@known
 class PreNorm(nn.Module):
     """A LayerNorm and the step it precedes, under their official names; a step of ours does both at once."""
 
@@ -104,7 +105,9 @@ class Block(nn.Module):
         if isinstance(step, MSSA):
             reason = step.obstacle() or ("its attention is causal" if step.is_causal else None)
             return reason or ("its attention has dropout" if step.dropout_rate else None)
-        return "it is frozen" if "combined" in step._buffers else None
+        if "combined" in step._buffers:
+            return "it is frozen"
+        return None if is_plain(step.weight) else f"it has a weight of class {type(step.weight).__name__}"
 
 
 class EncoderBlock(Block):
@@ -188,6 +191,7 @@ def _norm(module: nn.LayerNorm) -> Norm:
     return Norm(module.weight, module.bias, module.eps)
 
 
+@known
 class PatchEmbed(nn.Module):
     """Images [batch, channels, height, width] -> tokens [batch, patches, width]: one linear map a patch."""
 
@@ -198,16 +202,24 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)
 
-    def obstacle(self) -> str | None:
-        """Why it must be called as a module, in words; None where ``of_patches`` stands for it."""
-        reason = hooks_of_all_modules() or obstacle("patch_embed", self, PatchEmbed)
-        return reason or obstacle("patch_embed.proj", self.proj, nn.Conv2d)
-
     def of_patches(self, patches: Tensor) -> Tensor:
         """Tokens of patches [batch, any number, patch_size**2 * channels] as ``patchify`` has them."""
         channels, size = self.proj.in_channels, self.proj.kernel_size[0]
         as_weights = rearrange(patches, "b n (p q c) -> b n (c p q)", c=channels, p=size)
         return _linear(as_weights, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def _embedding_obstacle(embed: nn.Module) -> str | None:
+    """Why ``embed`` must be called as a module, in words; None where its ``of_patches`` stands for it."""
+    if reason := hooks_of_all_modules() or obstacle("patch_embed", embed, PatchEmbed):
+        return reason
+    proj = embed.proj
+    if reason := obstacle("patch_embed.proj", proj, nn.Conv2d):
+        return reason
+    is_one_map_a_patch = proj.stride == proj.kernel_size and proj.padding == (0, 0) and proj.dilation == (1, 1)
+    if not is_one_map_a_patch or proj.groups != 1 or not is_plain(proj.weight):
+        return "patch_embed.proj is more than one linear map a patch"
+    return None
 
 
 class CrateMAE(nn.Module):
@@ -283,7 +295,10 @@ class CrateMAE(nn.Module):
         kept, pixels = kept_patches(noise, mask_ratio), self.patchify(images)
         mask = removed_patches(kept, patches)
         implementation = choose("CrateMAE", images, compute_dtype(images))
-        if implementation == "reference" or self.patch_embed.obstacle() is not None:
+        reason = _embedding_obstacle(self.patch_embed)
+        if reason is not None:
+            say("CrateMAE", reason)
+        if implementation == "reference" or reason is not None:
             x = torch.where(mask.bool().unsqueeze(-1), self.mask_token, self.patch_embed(images))
         else:
             x = self._embed_kept(pixels, kept)
@@ -382,12 +397,14 @@ class CrateMAE(nn.Module):
             if _is_ours(block):
                 x = block(x, recompute=self.recompute, prepared=prepared.get(block))
             else:  # a wrapper, or what someone put in its place: it is called as the official model does
+                say("CrateMAE", f"a block is of class {type(block).__name__}, or has a replaced forward")
                 x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         return x
 
     def _prepared(self, blocks: nn.ModuleList, x: Tensor, num_heads: int) -> dict[nn.Module, PreparedLayer]:
         """What is made of the weights of blocks together; the others prepare themselves, one by one."""
-        if choose("CrateMAE", x, compute_dtype(x)) != "triton":
+        # What hooks on blocks do to blocks that come later must count: those prepare themselves, when they are called.
+        if choose("CrateMAE", x, compute_dtype(x)) != "triton" or any(attached("", block) for block in blocks):
             return {}
         fused = [block for block in blocks if _is_ours(block) and block.obstacle(x) is None]
         options = {}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from random import Random
 
 import torch
-from official import FeedForward, Overcomplete
+from official import DecoderFeedForward, FeedForward, Overcomplete
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -93,7 +93,7 @@ def is_step(module: nn.Module) -> bool:
 
 
 def is_sparse_step(module: nn.Module) -> bool:
-    return is_step(module) and not getattr(module, "linear", isinstance(module, DecoderStep))
+    return is_step(module) and not isinstance(module, (DecoderStep, DecoderFeedForward))
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -36,33 +36,36 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, dim: int, linear: bool = False, lambd: float = 0.5) -> None:
+    def __init__(self, dim: int, lambd: float = 0.5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(dim, dim) / dim**0.5)
-        self.step_size, self.lambd, self.linear = 0.1, lambd, linear
+        self.step_size, self.lambd = 0.1, lambd
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.linear:
-            return F.linear(x, self.weight)
         descent = x @ self.weight - x @ self.weight.t() @ self.weight
         return F.relu(x + self.step_size * descent - self.step_size * self.lambd)
 
 
-class Overcomplete(nn.Module):
-    """CRATE-alpha's sparse step; ``steps`` below 2 is another."""
+class DecoderFeedForward(FeedForward):
+    """The numbers are there, and not used."""
 
-    def __init__(self, dim: int, ratio: int = 4, decouple: bool = True, steps: int = 2, lmbda: float = 0.1) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Overcomplete(nn.Module):
+    """CRATE-alpha's sparse step."""
+
+    def __init__(self, dim: int, ratio: int = 4, decouple: bool = True, lmbda: float = 0.1) -> None:
         super().__init__()
         self.eta, self.lmbda, self.overcomplete_ratio, self.decouple, self.d = 0.1, lmbda, ratio, decouple, dim
-        self.steps = steps
         self.D = nn.Parameter(torch.randn(dim, ratio * dim) / dim**0.5)
         if decouple:
             self.D1 = nn.Parameter(torch.randn(dim, ratio * dim) / dim**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         z = F.relu(self.eta * (x @ self.D) - self.eta * self.lmbda)
-        if self.steps == 2:
-            z = F.relu(z - self.eta * ((z @ self.D.t() - x) @ self.D) - self.eta * self.lmbda)
+        z = F.relu(z - self.eta * ((z @ self.D.t() - x) @ self.D) - self.eta * self.lmbda)
         return z @ (self.D1 if self.decouple else self.D).t()
 
 
@@ -84,9 +87,7 @@ class Model(nn.Module):
             nn.ModuleList([PreNorm(dim, Attention(dim, heads, dim // heads)), PreNorm(dim, FeedForward(dim))])
             for _ in range(2)
         )
-        self.decoder = nn.ModuleList(
-            [PreNorm(dim, FeedForward(dim, linear=True)), PreNorm(dim, Attention(dim, 1, dim))]
-        )
+        self.decoder = nn.ModuleList([PreNorm(dim, DecoderFeedForward(dim)), PreNorm(dim, Attention(dim, 1, dim))])
 
     def forward(self, x: Tensor) -> Tensor:
         for attention, sparsify in self.encoder:
@@ -125,7 +126,7 @@ def officially(model: nn.Module) -> nn.Module:
         if isinstance(module, MSSA):
             module.__class__ = Attention
         elif isinstance(module, ISTA):
-            module.__class__, module.linear = ISTAWithThreshold, False
+            module.__class__ = ISTAWithThreshold
         elif isinstance(module, DecoderStep):
-            module.__class__, module.linear, module.step_size, module.lambd = FeedForward, True, 0.1, 0.5
+            module.__class__, module.step_size, module.lambd = DecoderFeedForward, 0.1, 0.5
     return model

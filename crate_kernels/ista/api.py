@@ -82,7 +82,7 @@ def ista(
     if threshold not in ("relu", "soft"):
         raise ValueError(f'threshold: expected "relu" or "soft", got {threshold!r}')
     dtype, soft = compute_dtype(x), threshold == "soft"
-    implementation = dispatch.choose("ista", x, dtype)
+    implementation = dispatch.choose("ista", x, dtype, None, (dictionary, norm_weight, norm_bias))
     tokens, width = x.numel() // x.shape[-1], x.shape[-1]
     # The kernels fold a LayerNorm into the one product; before two, and before the reference, it comes by itself.
     prepares = implementation == "triton" and prepared is not None

@@ -118,7 +118,8 @@ def mssa(
     check_padding_and_dropout(x, 1, lengths, dropout, None)
 
     dtype = compute_dtype(x)
-    implementation = dispatch.choose("mssa", x, dtype, obstacle_to_triton(head_dim))
+    weights = qkv_weight, out_weight, norm_weight, norm_bias
+    implementation = dispatch.choose("mssa", x, dtype, obstacle_to_triton(head_dim), weights)
     if out_dtype is None:
         out_dtype = dtype if skip is None else torch.promote_types(dtype, skip.dtype)
     fits = skip is None or skip.dtype in dispatch.TRITON_DTYPES

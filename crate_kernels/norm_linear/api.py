@@ -59,7 +59,7 @@ def norm_linear(
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one row, got {checks.describe(weight)}")
     dtype = compute_dtype(x)
-    implementation = dispatch.choose("norm_linear", x, dtype)
+    implementation = dispatch.choose("norm_linear", x, dtype, None, (weight, norm_weight, norm_bias))
     if implementation == "triton":
         made_of = weight, bias, norm_weight, norm_bias
         (operand,) = checked_or_made(prepared, made_of, dtype, prepare_norm_linear).operands

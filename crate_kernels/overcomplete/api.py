@@ -68,7 +68,7 @@ def overcomplete_ista(
     checks.number_or_tensor("step_size", step_size, positive=True)
     checks.number_or_tensor("lambd", lambd)
     dtype = compute_dtype(x)
-    implementation = dispatch.choose("overcomplete_ista", x, dtype)
+    implementation = dispatch.choose("overcomplete_ista", x, dtype, None, (dictionary, out_dictionary))
     x = layer_norm(x, norm_weight, norm_bias, norm_eps)
     arguments = dictionary, out_dictionary, number_as_tensor(step_size), number_as_tensor(lambd)
     if implementation == "triton":
