@@ -93,7 +93,11 @@ def is_step(module: nn.Module) -> bool:
 
 
 def is_sparse_step(module: nn.Module) -> bool:
-    return is_step(module) and not isinstance(module, (DecoderStep, DecoderFeedForward))
+    return is_step(module) and not is_linear_step(module)
+
+
+def is_linear_step(module: nn.Module) -> bool:
+    return isinstance(module, (DecoderStep, DecoderFeedForward))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -224,7 +228,9 @@ EDITS: dict[str, Edit] = {
     "weight norm": doing(lambda m: is_linear(m) or is_step(m), weight_norm),
     "pruned": doing(lambda m: is_linear(m) or is_step(m), lambda m: prune.random_unstructured(m, dictionary(m), 0.3)),
     "other values loaded": load_other_values,
-    "weight of another kind": doing(is_linear, of_another_kind),
+    "weight of another kind": doing(lambda m: is_linear(m) or is_linear_step(m), of_another_kind),
+    "patch embedding wrapped": replacing(lambda m: type(m).__name__ == "PatchEmbed", Scaled),
+    "patches embedded otherwise": setting(lambda m: isinstance(m, nn.Conv2d), "padding", lambda m: (1, 1)),
     "bias on qkv": doing(is_attention, lambda m: setattr(m, "qkv", with_bias(m.qkv).to(m.qkv.weight.dtype))),
     "plain projection": doing(is_attention, lambda m: setattr(m, "to_out", m.to_out[0])),
     "more behind the projection": doing(is_attention, lambda m: m.to_out.append(nn.Tanh())),

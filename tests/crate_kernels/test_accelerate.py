@@ -126,7 +126,7 @@ def local_window(window: int, zero: bool = False) -> Attention:
             far = (position - position[:, None]).abs() > window
             w = self.qkv(x).unflatten(-1, (2, -1)).transpose(1, 2)
             scores = (w @ w.mT * self.scale).masked_fill(far, -torch.inf)
-            return self.to_out((self.attend(scores) @ w).transpose(1, 2).flatten(2))
+            return self.to_out((self.dropout(self.attend(scores)) @ w).transpose(1, 2).flatten(2))
 
     module = LocalWindow(16, 2, 8)
     if zero:
@@ -159,6 +159,51 @@ class KeepsItsMap(Attention):
     def forward(self, x: Tensor) -> Tensor:
         self.map = super().forward(x, return_attention=True)
         return super().forward(x)
+
+
+class SoftCapped(Attention):
+    """Scores of up to 50 are hardly changed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.qkv(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        weights = self.attend(50 * torch.tanh(w @ w.mT * self.scale / 50))
+        return self.to_out((self.dropout(weights) @ w).transpose(1, 2).flatten(2))
+
+
+class DetachedKeys(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.qkv(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        weights = self.dropout(self.attend(w @ w.detach().mT * self.scale))
+        return self.to_out((weights @ w).transpose(1, 2).flatten(2))
+
+
+class AppendsItsMap(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        self.maps.append(super().forward(x, return_attention=True))
+        return super().forward(x)
+
+
+class Relu6(FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(max=6)
+
+
+class SmallThreshold(FeedForward):
+    """A tenth of a per cent off, which 16 bits do not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        descent = x @ self.weight - x @ self.weight.t() @ self.weight
+        return F.relu(x + self.step_size * descent - 0.999 * self.step_size * self.lambd)
+
+
+class MayBeAnother(FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.switch else super().forward(x)
+
+
+class OfOneImage(FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if len(x) > 1 else x
 
 
 class Raises(FeedForward):
@@ -202,6 +247,24 @@ class StaysInEvaluation(FeedForward):
         return super().train(False)
 
 
+class CausalWithMask(Attention):
+    """Official names, and a causal mask in a buffer."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(16, 2, 8)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, tokens = self.qkv(x).unflatten(-1, (2, -1)).transpose(1, 2), x.shape[1]
+        scores = (w @ w.mT * self.scale).masked_fill(self.mask[..., :tokens, :tokens] == 0, -torch.inf)
+        return self.to_out((self.dropout(self.attend(scores)) @ w).transpose(1, 2).flatten(2))
+
+
+class FreeBeyondItsMask(CausalWithMask):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[1] <= 8 else Attention.forward(self, x)
+
+
 def changed(module: nn.Module, change: Callable[[nn.Module], object]) -> nn.Module:
     change(module)
     return module
@@ -237,6 +300,22 @@ CHANGED = {
     "window of 64, bfloat16": (lambda: local_window(64).bfloat16(), "does not compute MSSA"),
     "window, zero projection": (lambda: local_window(8, zero=True), "does not compute MSSA"),
     "score bias": (LearnedScoreBias, "score_bias"),
+    "soft-capped scores": (lambda: SoftCapped(16, 2, 8), "does not compute MSSA"),
+    "keys without gradient": (lambda: DetachedKeys(16, 2, 8), "MSSA in training mode, in its gradients"),
+    "collects its maps": (
+        lambda: changed(AppendsItsMap(16, 2, 8), lambda m: setattr(m, "maps", [])),
+        "changes its own maps",
+    ),
+    "window of 200": (lambda: local_window(200), "does not compute MSSA of 300 tokens"),
+    "threshold of 6": (lambda: Relu6(16), "does not compute ISTA of large values"),
+    "threshold a little off, bfloat16": (lambda: SmallThreshold(16).bfloat16(), "does not compute ISTA"),
+    "batch of one": (lambda: OfOneImage(16), "does not compute ISTA of one token"),
+    "reads a switch": (
+        lambda: changed(MayBeAnother(16), lambda m: setattr(m, "switch", False)),
+        "forward reads switch, which ISTA does not",
+    ),
+    "a mask of one": (lambda: CausalWithMask(torch.ones(1, 1)), "it has mask"),
+    "free beyond its mask": (lambda: FreeBeyondItsMask(torch.ones(8, 8).tril()), "beyond its mask, where it runs"),
     "needs a mask": (lambda: NeedsMask(16, 2, 8), "forward takes x, mask"),
     "allows a mask": (lambda: AllowsMask(16, 2, 8), "forward takes x, mask"),
     "returns a tuple": (lambda: ReturnsTuple(16, 2, 8), "another type"),
@@ -292,20 +371,6 @@ def test_leaves_alone_what_it_would_change(name: str) -> None:
 
 
 # What other people made of the official classes, by their structure.
-
-
-class CausalWithMask(Attention):
-    """Official names, and a causal mask in a buffer."""
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__(16, 2, 8)
-        self.register_buffer("mask", mask)
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.qkv(x).unflatten(-1, (2, -1)).transpose(1, 2)
-        future = self.mask[..., : x.shape[1], : x.shape[1]] == 0
-        scores = (w @ w.mT * self.scale).masked_fill(future, -torch.inf)
-        return self.to_out((self.dropout(self.attend(scores)) @ w).transpose(1, 2).flatten(2))
 
 
 class CausalOfGPT(nn.Module):
@@ -408,6 +473,20 @@ def test_takes_what_computes_the_same(name: str) -> None:
     assert error(clone(x), out) < 1e-5
     done.undo()
     assert error(module(x), out) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "write", [lambda m: m.mask.fill_(1), lambda m: m.load_state_dict({**m.state_dict(), "mask": MASK})]
+)
+def test_a_mask_that_is_written_to_is_looked_at_again(write: Callable[[nn.Module], object]) -> None:
+    module, x = CausalWithMask(MASK.tril()), torch.randn(2, 20, 16)
+    accelerate(module)
+    expected = module(x)
+    module.load_state_dict(module.state_dict())
+    assert torch.equal(module(x), expected)
+    write(module)
+    with pytest.raises(RuntimeError, match="mask: expected a causal mask"):
+        module(x)
 
 
 def test_dropout_where_it_was() -> None:

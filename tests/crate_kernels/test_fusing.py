@@ -63,7 +63,8 @@ def compare(kind: str, names: Sequence[str], seed: int, swap_first: bool, dtype:
     """Edited and fused the model agrees with itself edited and unfused, which "ran" or "raised"; "" if nothing fits the edits."""
     torch.manual_seed(seed)
     original = MODELS[kind]().to(dtype)
-    expected = outcome(lambda: edited(officially(copy.deepcopy(original)), names, seed))
+    with crate_kernels.use("reference"):  # where crate_mae's model embeds its patches as the official one does, too
+        expected = outcome(lambda: edited(officially(copy.deepcopy(original)), names, seed))
     if isinstance(expected, NothingFits):
         return ""
 
@@ -163,7 +164,7 @@ def with_adapters(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_hooks_fire_on_every_module(kind: str) -> None:
-    model, unfused = pair(kind)
+    model, unfused = (each.double() for each in pair(kind))
     expected, fired = run(unfused), set()
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: fired.add(name))
@@ -209,6 +210,67 @@ def test_dynamic_quantisation(kind: str) -> None:
     assert any("quantized" in type(module).__module__ for module in quantised.modules())
     with torch.no_grad():
         assert error(run(quantised)["output"], run(expected)["output"]) < 1e-6
+
+
+def test_a_hook_on_a_block_may_change_the_next() -> None:
+    """After the weights of all layers were prepared together, were it not for the hook."""
+    model, found = small_model(embed_dim=16, depth=2, img_size=12), []
+    for each, implementation in ((model, "reference"), (copy.deepcopy(model), "triton")):
+        later = each.blocks[1].layers[0][0].fn
+
+        def change(*_: object, later: nn.Module = later) -> None:
+            later.qkv.register_forward_hook(lambda module, args, out: 2 * out)
+            later.to_out[0].weight.data.mul_(3)
+
+        each.blocks[0].register_forward_hook(change)
+        with crate_kernels.use(implementation):
+            found.append(run(each))
+    assert max(error(found[1][name], value) for name, value in found[0].items()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.Linear, nn.Softmax, nn.LayerNorm, MSSA, ISTA, DecoderStep], ids=lambda kind: kind.__name__
+)
+def test_a_forward_replaced_on_the_class_is_called(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, original, called = MODELS["crate_mae"](), kind.forward, []
+
+    def forward(self: nn.Module, *args: object, **options: object) -> Tensor:
+        called.append(self)
+        return original(self, *args, **options)
+
+    before = run(model)["output"]
+    monkeypatch.setattr(kind, "forward", forward)
+    assert error(run(model)["output"], before) < 1e-6
+    assert len({id(one) for one in called}) == sum(type(module).forward is forward for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(subtract=True),
+        dict(skip=torch.ones(16)),
+        dict(lengths=torch.tensor([0, 3])),
+        dict(lengths=torch.tensor([3.0, 3.0])),
+        dict(lengths=torch.tensor([3])),
+    ],
+    ids=str,
+)
+def test_what_the_fused_call_refuses_the_children_refuse(options: dict) -> None:
+    module = MSSA(16, 2, 8)
+    errors = []
+    for _ in range(2):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            module(TOKENS, **options)
+        errors.append(str(caught.value).split(":")[0])
+        module.attend.register_forward_hook(lambda *_: None)
+    assert errors[0] == errors[1]
+
+
+def test_padding_is_no_part_of_an_attention_map() -> None:
+    module, lengths = MSSA(16, 2, 8), torch.tensor([20, 7])
+    padded = module(TOKENS, return_attention=True, lengths=lengths)
+    alone = module(TOKENS[1:, :7], return_attention=True)
+    assert not padded[1, :, :, 7:].any() and error(padded[1:, :, :7, :7], alone) < 1e-6
 
 
 class SquaredISTA(ISTA):
