@@ -24,7 +24,7 @@ from crate_mae.state_dicts import WRAPPED_AS, differences, fitting, plain_name, 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 # What a layer computes with beside its weights, as attributes that a caller may change; the configuration has one value for all.
-_SETTINGS = ("heads", "scale", "is_causal", "step_size", "lambd", "threshold", "eps")
+_SETTINGS = ("heads", "scale", "is_causal", "dim", "step_size", "lambd", "threshold", "eps")
 
 
 def save_model(
@@ -37,7 +37,7 @@ def save_model(
     """Write the weights and the configuration, lambda and step size included; other keys of ``config.json`` stay.
 
     Both files are there before either takes the place of an older one; an error leaves those as they were. What concerns training
-    alone (``stream``, ``recompute``, dropout) is not saved.
+    alone (``stream``, ``recompute``, dropout) is not saved, nor are hooks and forwards that were replaced on a module.
 
     Args:
         model: a CrateMAE, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel, AveragedModel), of the
@@ -226,6 +226,8 @@ def _weights_to_save(model: CrateMAE) -> dict[str, Tensor]:
                 f"model: {name} is {type(modules.get(name)).__name__}, and load_model makes it {type(other).__name__}; save its "
                 f"state_dict() yourself, and make the same change again after loading"
             )
+        if isinstance(other, nn.Sequential) and len(modules[name]) != len(other):
+            raise ValueError(f"model: {name} has {len(modules[name])} steps, and load_model makes it with {len(other)}")
         for setting in _SETTINGS:
             value, expected = (getattr(module, setting, None) for module in (modules.get(name), other))
             if expected is not None and not (isinstance(value, (int, float, str)) and value == expected):

@@ -13,6 +13,7 @@ from calls import CALLS, VARIANTS, Call
 from support import error, small_model
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import crate_kernels
@@ -365,6 +366,42 @@ def test_functional_call() -> None:
     layer, x = Layer(), torch.randn(2, 9, 32)
     doubled = {name: 2 * parameter for name, parameter in layer.named_parameters()}
     assert not torch.equal(torch.func.functional_call(layer, doubled, (x,)), layer(x))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    x, weight = torch.randn(9, 16), torch.randn(16, 16)
+    expected = ista(x, weight)
+    with torch.device("meta"):
+        assert torch.equal(ista(x, weight), expected)
+
+
+class Quantised(Tensor):
+    """Half of what lies in it, to every function; it knows PyTorch's own functions only."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in (Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__):
+                return function(*args)
+            args, kwargs = tree_map_only(cls, lambda one: 0.5 * one.as_subclass(Tensor), (args, kwargs or {}))
+            return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("path", ["composed", "triton"])
+def test_tensors_of_other_classes_are_right_or_refused(path: str, name: str) -> None:
+    function, (x, *weights) = CALLS[name].function, [one.detach() for one in CALLS[name].inputs(torch.float32)]
+    for index, weight in enumerate(weights):
+        if weight.ndim == 2:
+            quantised = [*weights[:index], weight.as_subclass(Quantised), *weights[index + 1 :]]
+            with crate_kernels.use("reference"):
+                expected = function(x, *weights[:index], 0.5 * weight, *weights[index + 1 :])
+            with crate_kernels.use(path):
+                if path == "triton":
+                    with pytest.raises(RuntimeError, match=r"its kernels take no Quantised; crate_kernels\.use"):
+                        function(x, *quantised)
+                else:
+                    assert error(function(x, *quantised), expected) < 1e-6
 
 
 def test_flops_are_counted() -> None:

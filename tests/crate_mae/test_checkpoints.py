@@ -327,6 +327,18 @@ def with_another(name: str, value: object) -> CrateMAE:
     return model
 
 
+def with_softmax(dim: int) -> CrateMAE:
+    model = small_model()
+    model.blocks[0].layers[0][0].fn.attend.dim = dim
+    return model
+
+
+def with_more_steps() -> CrateMAE:
+    model = small_model()
+    model.blocks[0].layers[0][0].fn.to_out.append(nn.Tanh())
+    return model
+
+
 def with_another_softmax() -> CrateMAE:
     model = small_model()
     model.blocks[0].layers[0][0].fn.attend = nn.Softmin(dim=-1)
@@ -349,6 +361,8 @@ UNSAVED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"blocks\.0\..*step_size is 0\.3, .* makes it 0\.1 ",
     ),
+    "softmax over rows": (lambda: with_softmax(dim=2), ValueError, r"0\.0\.fn\.attend\.dim is 2, .* makes it -1 "),
+    "more steps": (with_more_steps, ValueError, r"0\.0\.fn\.to_out has 3 steps, and load_model makes it with 2"),
     "another softmax": (
         with_another_softmax,
         ValueError,
