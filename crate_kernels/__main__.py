@@ -105,6 +105,13 @@ def taken_on(device: str) -> Iterator[str]:
         yield f"{', '.join(names)}: {choice}"
 
 
+def forced() -> Iterator[str]:
+    try:
+        yield f"float32 on CPUs: {choose('an operator', torch.empty(0, device='cpu'), torch.float32)}"
+    except RuntimeError as refusal:
+        yield f"float32 on CPUs: {refusal}"
+
+
 def _choice(tensor: Tensor, obstacle: str | None) -> str:
     with use("auto"):
         chosen = choose("an operator", tensor, tensor.dtype, obstacle)
@@ -141,6 +148,7 @@ PARTS: dict[str, Callable[[], Iterator[str]]] = {
     "GPUs": gpus,
     "auto, on CPUs": lambda: taken_on("cpu"),
     "auto, on CUDA": lambda: taken_on("cuda"),
+    **({"forced": forced} if "CRATE_KERNELS_IMPL" in os.environ else {}),
     "tiles": tile_tables,
 }
 

@@ -51,8 +51,8 @@ KINDS = {
     ISTA: Kind(("step_size", "lambd", "weight"), ("weight", 1)),
     DecoderStep: Kind(("step_size", "lambd", "weight"), ("weight", 1)),  # the numbers are official, and unused there
     ISTAOfD: Kind(("eta", "lmbda", "D"), ("D", 1)),
-    OvercompleteISTA: Kind(("eta", "lmbda", "D", "decouple"), ("D", 0), ("D1",)),
-    OvercompleteISTAOfCLIPA: Kind(("eta", "lmbda", "c_fc", "c_proj"), ("c_fc", 0)),
+    OvercompleteISTA: Kind(("eta", "lmbda", "D"), ("D", 0), ("D1", "decouple")),
+    OvercompleteISTAOfCLIPA: Kind(("eta", "lmbda", "c_fc", "c_proj"), ("c_fc", 0), ("decouple",)),
 }
 
 # What attentions and sparse steps are called, and what they are made of, where their structure is none of the above.
@@ -142,27 +142,27 @@ def accelerate(model: nn.Module) -> Acceleration:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    done, decided, alike = Acceleration(), [], {}
-    tried: dict[object, str | None] = {}  # layers that are alike are tried once
+    done, decided, ours, alike = Acceleration(), [], [], {}
+    tried: dict[object, Obstacle | None] = {}  # layers that are alike are tried once
     for name, module in model.named_modules():
         if isinstance(module, tuple(KINDS)):
+            ours.append(name)
             continue
-        obstacles: dict[str, None] = {}
+        obstacles: list[Obstacle] = []
         for target in _candidates(module):
             key = target, trials.signature(module)
             if key not in tried:
                 tried[key] = _obstacle(module, target)
-            obstacle = tried[key]
-            if obstacle is None:
+            if (obstacle := tried[key]) is None:
                 decided.append((name, module, target))
                 break
-            obstacles[obstacle] = None
+            obstacles.append(obstacle)
         else:
-            if obstacles:
-                done.left_alone[name] = "; ".join(obstacles)
+            if obstacles:  # of the first class that it was tried as, if it got so far
+                done.left_alone[name] = max(obstacles, key=lambda obstacle: obstacle.was_tried).reason
             elif reason := _likeness(module):
                 alike[name] = reason
-    known = [*done.left_alone, *(name for name, *_ in decided)]
+    known = [*ours, *done.left_alone, *(name for name, *_ in decided)]
     for name, reason in alike.items():
         # Of what lies inside one another, the innermost: a block is not an attention because it holds one.
         if not any(other.startswith(f"{name}." if name else "") for other in (*known, *alike) if other != name):
@@ -208,13 +208,24 @@ def _likeness(module: nn.Module) -> str | None:
     return f"{name} has no {', '.join(lacks)}, by which {nearest.__name__} is known"
 
 
-def _obstacle(module: nn.Module, target: type[nn.Module]) -> str | None:
-    """Why ``module`` cannot become a ``target``, in words; None where nothing stands in the way."""
+class Obstacle(NamedTuple):
+    """Why a module cannot become one of ours, in words; and whether its structure let it be tried."""
+
+    reason: str
+    was_tried: bool
+
+
+def _obstacle(module: nn.Module, target: type[nn.Module]) -> Obstacle | None:
+    """What stands in the way of ``module`` becoming a ``target``; None where nothing does."""
+    kind, was_tried = KINDS[target], False
     try:
-        kind = KINDS[target]
-        return _change(module, target) or trials.difference(module, target, kind.width, kind.tokens, kind.gain)
+        if reason := _change(module, target):
+            return Obstacle(reason, was_tried)
+        was_tried = True
+        reason = trials.difference(module, target, kind.width, kind.tokens, kind.gain)
     except Exception as error:  # the model's own code runs here, and may do anything
-        return textwrap.shorten(f"calling it failed: {type(error).__name__}: {error}", 120)
+        reason = textwrap.shorten(f"calling it failed: {type(error).__name__}: {error}", 120)
+    return Obstacle(reason, was_tried) if reason else None
 
 
 def _change(module: nn.Module, target: type[nn.Module]) -> str | None:

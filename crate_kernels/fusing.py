@@ -113,7 +113,7 @@ def say(owner: str, reason: str) -> None:
         return
     _said.add(reason)
     warnings.warn(
-        f"{owner}: {reason}, so modules are called one by one rather than fused: the same results, more slowly",
+        f"{owner}: {reason}, so modules are called one by one rather than fused: the same computation, more slowly",
         stacklevel=2,
     )
 

@@ -78,15 +78,7 @@ class MSSA(nn.Module):
             return self._softmax(self._scores(w, padding))
         if reason := self.obstacle():
             say("MSSA", reason)
-            check_padding_and_dropout(x, 1, lengths, 0.0, None)
-            if subtract and skip is None:
-                raise ValueError("subtract: given without a skip to subtract from")
-            out = self._project(self._attended(self._qkv(x if norm is None else norm(x)), lengths))
-            if skip is None:
-                return out
-            if skip.shape != out.shape:
-                raise ValueError(f"skip: expected {tuple(out.shape)}, got {describe(skip)}")
-            return skip - out if subtract else skip + out
+            return self._by_children(x if norm is None else norm(x), skip, subtract, lengths)
         x, norm_of_x = fold("MSSA", norm, x)
         options = dict(skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rate, **norm_of_x)
         settings = dict(num_heads=self.heads, scale=self.scale, is_causal=self.is_causal)
@@ -139,6 +131,18 @@ class MSSA(nn.Module):
         """What makes w, the softmax, and the dropout on its weights; None for one that is not there."""
         modules = self._modules
         return [modules.get(name) for name in self._names]
+
+    def _by_children(self, x: Tensor, skip: Tensor | None, subtract: bool, lengths: Tensor | None) -> Tensor:
+        """What one fused call would do, in the official steps, and with its checks."""
+        check_padding_and_dropout(x, 1, lengths, 0.0, None)
+        if subtract and skip is None:
+            raise ValueError("subtract: given without a skip to subtract from")
+        out = self._project(self._attended(self._qkv(x), lengths))
+        if skip is None:
+            return out
+        if skip.shape != out.shape:
+            raise ValueError(f"skip: expected {tuple(out.shape)}, got {describe(skip)}")
+        return skip - out if subtract else skip + out
 
     def _qkv(self, x: Tensor) -> Tensor:
         return self._parts()[0](x)
@@ -317,12 +321,13 @@ class OvercompleteISTA(nn.Module):
         """The step of x [..., dim], after ``norm`` and added to ``skip`` where these are given."""
         x, norm_of_x = fold("OvercompleteISTA", norm, x)
         numbers = dict(step_size=self.eta, lambd=self.lmbda)
-        out_dictionary = self.D1 if self.decouple else None
+        # Not every module that ``accelerate`` turned into this class says whether it is decoupled.
+        out_dictionary = self.D1 if getattr(self, "decouple", hasattr(self, "D1")) else None
         return overcomplete_ista(x, self.D, out_dictionary, skip=skip, **numbers, **norm_of_x)
 
     def extra_repr(self) -> str:
         dim, codes = self.D.shape
-        return f"dim={dim}, codes={codes}, eta={self.eta}, lmbda={self.lmbda}, decouple={self.decouple}"
+        return f"dim={dim}, codes={codes}, eta={self.eta}, lmbda={self.lmbda}, decouple={hasattr(self, 'D1')}"
 
 
 # Modules of ours that take the norm before them as an argument, when they are called.

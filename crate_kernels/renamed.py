@@ -93,8 +93,6 @@ class ISTAOfD(ISTA):
 class OvercompleteISTAOfCLIPA(OvercompleteISTA):
     """The overcomplete step whose dictionaries are ``c_fc`` and ``c_proj``, as CLIPA's variant of CRATE-alpha names them."""
 
-    decouple = True
-
     @property
     def D(self) -> Tensor:
         return self.c_fc

@@ -56,9 +56,12 @@ def difference(
         tokens: how many, as a rule.
         gain: norm of a row of the random parameters, as a rule.
     """
-    weight = attrgetter(width[0])(module)
+    try:
+        weight = attrgetter(width[0])(module)
+    except AttributeError:
+        weight = None
     if not isinstance(weight, Tensor):
-        return f"its {width[0]} is no tensor, but a {type(weight).__name__}"
+        return f"it has no tensor {width[0]} to be known by; what wraps it may be put around it after accelerate"
     devices, before = {p.device for p in module.parameters() if p.is_cuda}, random.getstate()
     try:
         with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False), torch.enable_grad():

@@ -221,19 +221,23 @@ def _weights_to_save(model: CrateMAE) -> dict[str, Tensor]:
         raise ValueError(f"model: not what load_model makes of its config: {'; '.join(problems)}")
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     for name, other in loaded.named_modules():
-        if name not in modules or type(modules[name]).forward is not type(other).forward:
+        found = modules.get(name)
+        same = type(found).forward is type(other).forward or (type(found) is nn.Linear and isinstance(other, nn.Linear))
+        if found is None or not same:
             raise ValueError(
-                f"model: {name} is {type(modules.get(name)).__name__}, and load_model makes it {type(other).__name__}; save its "
+                f"model: {name} is {type(found).__name__}, and load_model makes it {type(other).__name__}; save its "
                 f"state_dict() yourself, and make the same change again after loading"
             )
-        if isinstance(other, nn.Sequential) and len(modules[name]) != len(other):
-            raise ValueError(f"model: {name} has {len(modules[name])} steps, and load_model makes it with {len(other)}")
+        if isinstance(other, nn.Sequential) and len(found) != len(other):
+            raise ValueError(f"model: {name} has {len(found)} steps, and load_model makes it with {len(other)}")
         for setting in _SETTINGS:
-            value, expected = (getattr(module, setting, None) for module in (modules.get(name), other))
+            value, expected = (getattr(module, setting, None) for module in (found, other))
             if expected is not None and not (isinstance(value, (int, float, str)) and value == expected):
+                shared = hasattr(model.config, setting)
+                remedy = f"what all layers share can be set there: dataclasses.replace(model.config, {setting}=...)"
                 raise ValueError(
-                    f"model: {name}.{setting} is {value}, and load_model makes it {expected} of model.config; what all layers "
-                    f"share can be set there: model.config = dataclasses.replace(model.config, ...)"
+                    f"model: {name}.{setting} is {value}, and load_model makes it {expected} of model.config; "
+                    f"{remedy if shared else 'save its state_dict() yourself, and set it again after loading'}"
                 )
     weights: dict[str, Tensor] = {}
     taken = set()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import (
@@ -42,6 +43,10 @@ class MAEOutput(NamedTuple):
     loss: Tensor
     pred: Tensor
     mask: Tensor
+
+
+# So that an exported model, which returns one, can be saved; who loads it imports this.
+_register_namedtuple(MAEOutput, serialized_type_name="crate_mae.model.MAEOutput")
 
 
 @known
@@ -292,9 +297,9 @@ class CrateMAE(nn.Module):
             raise ValueError(
                 f"noise: expected [batch, patches] ({images.shape[0]}, {patches}), got shape {tuple(noise.shape)}"
             )
+        implementation = choose("CrateMAE", images, compute_dtype(images))
         kept, pixels = kept_patches(noise, mask_ratio), self.patchify(images)
         mask = removed_patches(kept, patches)
-        implementation = choose("CrateMAE", images, compute_dtype(images))
         reason = _embedding_obstacle(self.patch_embed)
         if reason is not None:
             say("CrateMAE", reason)

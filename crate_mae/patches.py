@@ -46,4 +46,4 @@ def kept_patches(noise: Tensor, mask_ratio: float) -> Tensor:
 
 def removed_patches(kept: Tensor, patches: int) -> Tensor:
     """Mask [batch, patches], float32, 1 where a patch is removed."""
-    return torch.ones(kept.shape[0], patches, device=kept.device).scatter_(1, kept, 0.0)
+    return torch.ones(kept.shape[0], patches, device=kept.device).scatter(1, kept, 0.0)

@@ -146,7 +146,7 @@ def fitting(
     if token is not None and token.ndim and token.shape[-1] != model.config.embed_dim:
         sizes = [name for name, config in MODELS.items() if config.embed_dim == token.shape[-1]]
         hint = f"; its tokens are {token.shape[-1]} wide{', as those of ' + sizes[0] if sizes else ''}"
-    elif (prefix := _prefix(weights, expected)) is not None:
+    elif found.keys() != expected.keys() and (prefix := _prefix(weights, expected)) is not None:
         hint = (
             f"; they are there with the prefix {prefix!r}: save "
             f"{{k[{len(prefix)}:]: v for k, v in state.items() if k.startswith({prefix!r})}}"

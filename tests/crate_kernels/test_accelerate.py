@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from edits import LoRA
 from official import Alpha, Attention, FeedForward, Model, Overcomplete
-from support import error
+from support import error, small_model
 from torch import Tensor, nn
 
 import crate_kernels
@@ -325,7 +325,7 @@ CHANGED = {
     "forward replaced": (lambda: sparse_step(lambda m: setattr(m, "forward", m.forward)), "forward was replaced"),
     "linear with a bias": (
         lambda: LinearAndMore(16),
-        "does not compute ISTA in training mode; it does not compute DecoderStep",
+        "does not compute ISTA in training mode",
     ),
     "overcomplete": (
         lambda: sparse_step(lambda m: setattr(m, "weight", nn.Parameter(torch.randn(16, 32)))),
@@ -418,6 +418,18 @@ class StepOfD(nn.Module):
         return F.relu(x - self.eta * (x @ self.D.t() - x) @ self.D - self.eta * self.lmbda)
 
 
+class OfAlpha(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.eta, self.lmbda, self.overcomplete_ratio, self.d = 0.1, 0.1, 4, 16
+        self.D, self.D1 = (nn.Parameter(torch.randn(16, 64) / 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.relu(self.eta * x @ self.D - self.eta * self.lmbda)
+        z = F.relu(z - self.eta * (z @ self.D.t() - x) @ self.D - self.eta * self.lmbda)
+        return z @ self.D1.t()
+
+
 class OfCLIPA(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -450,6 +462,7 @@ TAKEN = {
     "learned lambda": (lambda: sparse_step(lambda_as("register_parameter", nn.Parameter(torch.tensor(0.5)))), ISTA),
     "lambda as a buffer": (lambda: sparse_step(lambda_as("register_buffer", torch.tensor(0.5))), ISTA),
     "ISTA of D": (StepOfD, ISTAOfD),
+    "CRATE-alpha's own": (OfAlpha, OvercompleteISTA),
     "CLIPA's names": (OfCLIPA, OvercompleteISTAOfCLIPA),
     "a D1 that is not used": (
         lambda: changed(Overcomplete(16), lambda m: setattr(m, "decouple", False)),
@@ -658,6 +671,11 @@ def test_random_state_is_untouched() -> None:
     torch.manual_seed(3)
     accelerate(model)
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_models_of_ours_need_nothing() -> None:
+    done = accelerate(small_model())
+    assert not done.left_alone and "run on the kernels as they are" in str(done)
 
 
 def test_not_a_module() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from support import error, small_model
+from torch import Tensor
 
 import crate_kernels
 from crate_mae import MODELS, create_model
@@ -217,3 +220,28 @@ def test_a_step_size_changed_after_building_counts(device: str) -> None:
     model.blocks[0].layers[0][1].fn.threshold = "soft"
     assert abs(loss("composed") - official) > 1e-6
     assert loss("triton") == pytest.approx(loss("composed"), rel=1e-5)
+
+
+def test_gradients_of_each_image() -> None:
+    """By torch.func, each image with a mask of its own."""
+    model, images, noise = small_model(), torch.randn(3, 3, 16, 16), torch.rand(3, 16)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, noise: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (image[None],), {"noise": noise[None]}).loss
+
+    each = torch.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, images, noise)
+    for index in range(3):
+        one = torch.autograd.grad(
+            model(images[index : index + 1], noise=noise[index : index + 1]).loss, parameters.values()
+        )
+        assert max(error(each[name][index], grad) for name, grad in zip(parameters, one, strict=True)) < 1e-5
+
+
+def test_a_whole_model_is_exported_saved_and_loaded() -> None:
+    model, images, noise, file = small_model(), torch.randn(2, 3, 16, 16), torch.rand(2, 16), io.BytesIO()
+    torch.export.save(torch.export.export(model, (images,), {"noise": noise}), file)
+    file.seek(0)
+    found, expected = torch.export.load(file).module()(images, noise=noise), model(images, noise=noise)
+    assert type(found) is type(expected)
+    assert max(map(error, found, expected)) < 1e-5
