@@ -145,11 +145,13 @@ def _run(module: nn.Module, kind: type[nn.Module], trial: Trial) -> tuple[list[A
             child.p = float(name == trial.dropping)
     values = {name: trial.numbers.get(name, 1.0) * value for name, value in trial.values.items()}
     for name in _NUMBERS:
-        is_own = name not in values and not isinstance(
-            getattr(kind, name, None), property
-        )  # of another number, by its name
-        if is_own and isinstance(value := getattr(twin, name, None), (float, Tensor)):
-            value = value.to(trial.x.dtype) if isinstance(value, Tensor) else value
+        # A property is one of ours, of the number below it that has another name.
+        if name in values or isinstance(getattr(kind, name, None), property):
+            continue
+        value = getattr(twin, name, None)
+        if isinstance(value, Tensor):
+            value = value.to(trial.x.dtype)
+        if isinstance(value, (float, Tensor)):
             setattr(twin, name, trial.numbers.get(name, 1.0) * value)
     x, *parameters = leaves = [value.detach().clone().requires_grad_() for value in (trial.x, *values.values())]
     before = _contents(twin)
