@@ -402,7 +402,6 @@ class CrateMAE(nn.Module):
             if _is_ours(block):
                 x = block(x, recompute=self.recompute, prepared=prepared.get(block))
             else:  # a wrapper, or what someone put in its place: it is called as the official model does
-                say("CrateMAE", f"a block is of class {type(block).__name__}, or has a replaced forward")
                 x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         return x
 
