@@ -69,6 +69,7 @@ def compare(kind: str, names: Sequence[str], seed: int, swap_first: bool, dtype:
     original = MODELS[kind]().to(dtype)
     with crate_kernels.use("reference"):  # where crate_mae's model embeds its patches as the official one does, too
         expected = outcome(lambda: edited(officially(copy.deepcopy(original)), names, seed))
+        truth = outcome(lambda: edited(officially(copy.deepcopy(original).double()), names, seed))
     if isinstance(expected, NothingFits):
         return ""
 
@@ -91,7 +92,9 @@ def compare(kind: str, names: Sequence[str], seed: int, swap_first: bool, dtype:
         raise found
     for name, value in expected.items():
         other = found.get(name, torch.zeros_like(value))
-        bound = margin * torch.finfo(value.dtype).eps * value.norm()
+        # Of a sum that nearly cancels, as one number's gradient may, the unfused model has lost as much itself.
+        lost = (value - truth[name]).norm() if isinstance(truth, dict) else 0.0
+        bound = margin * torch.finfo(value.dtype).eps * value.norm() + 4 * lost
         assert (other - value).norm() <= bound, f"{name} of {kind}, {names}, {seed}: off by {error(other, value):.1e}"
     assert not [name for name in found.keys() - expected.keys() if found[name].any()]
     return "ran"
@@ -130,9 +133,9 @@ def test_edits_that_were_once_passed_by(implementation: str, names: tuple[str, .
         assert all(compare(kind, names, number, True, dtype, 1e4) == "ran" for kind in MODELS for number in range(2))
 
 
-def pair(kind: str) -> tuple[nn.Module, nn.Module]:
+def pair(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
     """A model that is fused, and the same unfused."""
-    model = MODELS[kind]()
+    model = MODELS[kind]().to(dtype)
     unfused = officially(copy.deepcopy(model))
     if kind in OFFICIAL:
         assert not accelerate(model).left_alone
@@ -170,7 +173,7 @@ def with_adapters(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_hooks_fire_on_every_module(kind: str) -> None:
-    model, unfused = (each.double() for each in pair(kind))
+    model, unfused = pair(kind)
     expected, fired = run(unfused), set()
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: fired.add(name))
@@ -190,7 +193,7 @@ def coding_rate(w: Tensor, heads: int) -> Tensor:
 def test_the_official_hook_script_sees_what_it_saw() -> None:
     """It hooks the projection and the sparse step's PreNorm of each layer: coding rate and share of zeros, mean and spread."""
     seen = []
-    for model in pair("CRATE-MAE"):
+    for model in pair("CRATE-MAE", torch.float32):
         quantities: list[Tensor] = []
         for attention, sparsify in model.encoder:
             heads = attention.fn.heads
@@ -209,7 +212,7 @@ def test_the_official_hook_script_sees_what_it_saw() -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_dynamic_quantisation(kind: str) -> None:
-    model, unfused = pair(kind)
+    model, unfused = pair(kind, torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, and in use
         quantised, expected = (torch.ao.quantization.quantize_dynamic(each, {nn.Linear}) for each in (model, unfused))
