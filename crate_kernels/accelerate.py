@@ -132,7 +132,8 @@ def accelerate(model: nn.Module) -> Acceleration:
     they were. A swap changes the class of the module object and nothing else. So its parameters, buffers and state-dict names,
     references to it, optimisers over it, hooks on it and copies made of it later all stay valid; so do the official keyword
     arguments ``return_attention`` and ``return_key``. Children with hooks, adapters or other additions, attached before or
-    later, are called one by one instead of fused (``crate_kernels.fusing``).
+    later, are called one by one instead of fused (``crate_kernels.fusing``); what wraps the projection before, and has no
+    ``weight`` of its own, keeps its module from being known, and may be put around it afterwards.
 
     Returns:
         What was swapped and what was left alone, and why. ``print`` it; ``undo()`` it.

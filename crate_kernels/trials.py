@@ -137,8 +137,7 @@ def _trials(module: nn.Module, weight: Tensor, axis: int, tokens: int, gain: flo
 
 def _run(module: nn.Module, kind: type[nn.Module], trial: Trial) -> tuple[list[Any], list[str]]:
     """What ``module`` as a ``kind`` gives, the gradients of tokens and parameters, and the attributes that it changes."""
-    twin = _twin(module, {})
-    twin.__class__ = kind
+    twin = without_hooks(module, kind)
     for name, child in twin.named_modules():
         child.training = trial.training
         if type(child) is nn.Dropout:

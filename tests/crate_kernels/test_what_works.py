@@ -188,7 +188,7 @@ def outcome(row: str, path: str, column: Callable[[Trial], list[Tensor]]) -> str
     try:
         with crate_kernels.use(path):
             found = column(Trial(row, dtype))
-    except (RuntimeError, NotImplementedError) as refusal:
+    except RuntimeError as refusal:
         named = re.match(r'(\w+): .*; (run the forward under )?crate_kernels\.use\("composed"\)', str(refusal))
         if named is None or named[1] not in (*CALLS, "CrateMAE"):
             raise
@@ -206,7 +206,8 @@ def outcomes(row: str, path: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("row", ROWS)
 def test_right_or_refused(row: str, path: str) -> None:
-    assert set(outcomes(row, path)) <= {"right", "refused"}
+    """``outcome`` raises where it is neither; and nothing is refused for want of kernels where there are none."""
+    assert path == "triton" or set(outcomes(row, path)) == {"right"}
 
 
 def lines() -> Iterable[str]:
