@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from crate_mae.config import ModelConfig
 from crate_mae.data.folder import COLOUR_MODES
 from crate_mae.data.transforms import Normalization, centre_crop, image_to_tensor
+from crate_mae.files import make_folder, replaced
 from crate_mae.model import CrateMAE
 from crate_mae.registry import create_model
 from crate_mae.state_dicts import WRAPPED_AS, differences, fitting, plain_name, plain_names, read_weights
@@ -64,18 +64,10 @@ def save_model(
     config["model"] = dataclasses.asdict(model.config)
     if mean is not None and std is not None:
         config["images"] = {**config.get("images", {}), "mean": list(mean), "std": list(std)}
-    directory.mkdir(parents=True, exist_ok=True)
-    parts = {path: path.with_suffix(path.suffix + ".part") for path in (config_file, directory / WEIGHTS_FILE)}
-    try:
-        of_config, of_weights = parts.values()
-        of_config.write_text(json.dumps(config, indent=2) + "\n")
-        save_file(weights, of_weights)
-        shutil.copymode(of_config, of_weights)  # else it is the owner's alone, unlike all other files
-        for path, part in parts.items():
-            part.replace(path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+    make_folder(directory)
+    with replaced(config_file, directory / WEIGHTS_FILE) as (of_config, of_weights):
+        of_config.write((json.dumps(config, indent=2) + "\n").encode())
+        of_weights.write(save(weights))
 
 
 def load_model(

@@ -14,11 +14,11 @@ from crate_mae.checkpoints import load_model
 from crate_mae.config import grid_of
 from crate_mae.data import ImageFolder, Normalization
 from crate_mae.evaluation import class_accuracies, pooled_features, zeros_by_layer
+from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import Classes, Curves, Sparsity, summary_picture
 from crate_mae.registry import count_parameters
 from crate_mae.training import PretrainConfig, PretrainResult
-from crate_mae.training.files import replaced
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.precision import choose_device, cpu_threads
 from crate_mae.training.run_folder import METRICS, SUMMARY
@@ -67,8 +67,8 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
                 f"{config.schedule.epochs} epochs of {len(train)} photographs; those shown here were held out"
             ),
         )
-    with replaced(config.out / SUMMARY) as temporary:
-        page.save(temporary, format="PNG")
+    with replaced(config.out / SUMMARY) as file:
+        page.save(file, format="PNG")
     return [f"On one page: {config.out / SUMMARY}", *([] if classes is None else _lines(classes))]
 
 

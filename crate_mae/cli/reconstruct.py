@@ -12,10 +12,10 @@ from PIL import Image
 from crate_mae.checkpoints import CONFIG_FILE, load_model, read_normalization
 from crate_mae.config import grid_of
 from crate_mae.data import UnreadableImage, centre_crop, image_to_tensor, read_image
+from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import reconstruction_sheet
 from crate_mae.training import Validation
-from crate_mae.training.files import replaced
 from crate_mae.training.precision import choose_device
 
 
@@ -68,8 +68,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     ]
     noise = torch.cat([measure.noise for measure in measures])
     sheet = reconstruction_sheet(model, torch.stack(pixels), normalization, mask_ratio=mask_ratio, noise=noise)
-    with replaced(settings.out) as temporary:
-        sheet.save(temporary, format=Image.registered_extensions()[settings.out.suffix.lower()])
+    with replaced(settings.out) as file:
+        sheet.save(file, format=Image.registered_extensions()[settings.out.suffix.lower()])
     lines = [
         "Mean squared error on the removed patches, in normalised pixels, beside that of the mean of the visible ones:"
     ]

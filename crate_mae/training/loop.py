@@ -23,11 +23,11 @@ from crate_mae.data import (
     UnreadableImage,
     pretrain_loader,
 )
+from crate_mae.files import replaced, write_json
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import reconstruction_sheet
 from crate_mae.registry import count_parameters
 from crate_mae.training.config import PretrainConfig, of_section
-from crate_mae.training.files import replaced, write_json
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.interrupts import stop_requests
 from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, ProgressLines, StepMeter
@@ -299,8 +299,8 @@ class _Run:
 
     def _save(self) -> None:
         self._save_state()
-        with replaced(self.config.out / PICTURE) as temporary:
-            self._picture().save(temporary, format="PNG")
+        with replaced(self.config.out / PICTURE) as file:
+            self._picture().save(file, format="PNG")
 
     def _save_state(self) -> None:
         out = self.config.out

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from crate_mae.training.files import replaced
+from crate_mae.files import append, replaced
 
 
 class MetricsLog:
@@ -21,16 +21,14 @@ class MetricsLog:
         self.path = path
 
     def append(self, **values: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        append(self.path, json.dumps(values) + "\n")
 
     def drop_after(self, step: int) -> None:
         """Forget what a run logged between its last saved state and its end; the resumed run logs it again."""
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            with replaced(self.path) as temporary:
-                kept = [line for line in lines if _step_of(line) <= step]
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            with replaced(self.path) as file:
+                file.write("".join(line + "\n" for line in lines if _step_of(line) <= step).encode())
 
 
 class StepAverages(NamedTuple):

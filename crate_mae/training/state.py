@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from crate_mae.training.files import replaced
+from crate_mae.files import replaced
 
 
 def save_state(
@@ -29,8 +29,8 @@ def save_state(
         "images": images,
         "random": _random_state(),
     }
-    with replaced(path) as temporary:
-        torch.save(state, temporary)
+    with replaced(path) as file:
+        torch.save(state, file)
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, images: str) -> int:

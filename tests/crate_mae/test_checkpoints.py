@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import fractions
 import json
 from collections.abc import Callable, Iterator
@@ -397,10 +398,10 @@ def test_a_save_that_fails_leaves_the_older_one(tmp_path: Path, monkeypatch: pyt
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(*_: object) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("crate_mae.checkpoints.save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("crate_mae.files.os.fsync", full)
+    with pytest.raises(OSError, match="cannot write .*: No space"):
         save_model(small_model(lambd=0.4), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

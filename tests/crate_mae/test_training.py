@@ -30,6 +30,7 @@ from crate_mae.data import (
     epoch_order,
 )
 from crate_mae.evaluation import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
+from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
 from crate_mae.training import (
     ImagesConfig,
@@ -45,7 +46,6 @@ from crate_mae.training import (
     pretrain,
     warmup_cosine,
 )
-from crate_mae.training.files import replaced
 from crate_mae.training.metrics import ProgressLines, StepMeter
 from crate_mae.training.precision import choose_device, choose_precision
 from crate_mae.training.run_folder import RUN_FILES
@@ -610,8 +610,8 @@ def test_demo_model_trains_on_a_gpu(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replaced(path) as temporary:
-        temporary.write_text("half")
+    with pytest.raises(RuntimeError), replaced(path) as file:
+        file.write(b"half")
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
