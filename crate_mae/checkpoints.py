@@ -28,6 +28,7 @@ from crate_mae.state_dicts import (
     differences,
     fitting,
     objection_to,
+    one_line,
     plain_name,
     plain_names,
     read_weights,
@@ -49,8 +50,8 @@ def save_model(
     """Write the weights and the configuration, lambda and step size included; other keys of ``config.json`` stay.
 
     Both files are there before either takes the place of an older one; an error leaves those as they were. What concerns training
-    alone (``stream``, ``recompute``, dropout) is not saved, nor are hooks and forwards that were replaced on a module. The weights'
-    file has a checksum of them in its metadata, which ``load_model`` compares.
+    alone (``stream``, ``recompute``, dropout) is not saved, nor are hooks and forwards that were replaced on a module. The
+    metadata of ``model.safetensors`` has a checksum of the weights, which ``load_model`` compares.
 
     Args:
         model: a CrateMAE, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel, AveragedModel), of the
@@ -254,7 +255,7 @@ def _weights_to_save(model: CrateMAE) -> dict[str, Tensor]:
             )
         if value.is_meta:
             raise ValueError(f"model: {name}: expected values, got none (meta device); load or initialise it first")
-        if objection := objection_to(value, value.dtype):
+        if objection := objection_to(value, torch.float32):
             raise ValueError(f"model: {name}: {objection}")
         value = value.cpu().contiguous()
         memory = value.untyped_storage().data_ptr()
@@ -281,18 +282,23 @@ def read_config(directory: str | Path) -> ModelConfig:
         )
     unknown = fields.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown:
-        raise ValueError(f"{path}: its model section has {', '.join(sorted(unknown))}, which no ModelConfig has")
+        names = one_line(", ".join(sorted(unknown)))
+        raise ValueError(f"{path}: its model section has {names}, which no ModelConfig has")
     try:
         return ModelConfig(**fields)
     except (TypeError, ValueError) as problem:
-        raise ValueError(f"{path}: model.{problem}") from problem
+        raise ValueError(one_line(f"{path}: model.{problem}")) from problem
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     check_file(path, f"no such file; a model directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as problem:  # of text that is no UTF-8, numbers of 5,000 digits, ten thousand "["
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as problem:  # of no UTF-8, of numbers of 5,000 digits, of 10,000 "["
         raise ValueError(f"{path}: not whole JSON ({problem})") from problem
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object with a model section, got {type(content).__name__}")

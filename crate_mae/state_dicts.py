@@ -222,8 +222,7 @@ def fitting(
     found |= {name: expected[name] for name in own if name in found}
     problems = differences(found, expected)
     if not problems:
-        converted = [name for name, value in found.items() if value.dtype != expected[name].dtype]
-        if converted:
+        if converted := [name for name, value in found.items() if value.dtype != expected[name].dtype]:
             dtypes, own_dtypes = (
                 " and ".join(sorted({str(state[name].dtype).removeprefix("torch.") for name in converted}))
                 for state in (found, expected)
@@ -241,7 +240,9 @@ def fitting(
             f"{{k[{len(prefix)}:]: v for k, v in state.items() if k.startswith({prefix!r})}}"
         )
     raise RuntimeError(
-        one_line(f"{path}: the weights are not this model's (width {model.config.embed_dim}): {'; '.join(problems)}{hint}")
+        one_line(
+            f"{path}: the weights are not this model's (width {model.config.embed_dim}): {'; '.join(problems)}{hint}"
+        )
     )
 
 
@@ -249,7 +250,8 @@ def objection_to(value: Tensor, dtype: torch.dtype) -> str | None:
     """Why a tensor cannot be a weight that is ``dtype`` in the model, if it cannot."""
     dense = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_nested
     if not dense or value.is_meta or value.dtype not in _DTYPES:
-        what = f"{type(value).__name__} of {value.dtype} ({value.layout}, {value.device})"
+        kind = "nested tensor" if value.is_nested else type(value).__name__
+        what = f"{kind} of {value.dtype} ({value.layout}, {value.device})"
         return f"expected a dense tensor of floating-point numbers of 16, 32 or 64 bits, got a {what}"
     finite = value.to(dtype).isfinite()
     if finite.all():
