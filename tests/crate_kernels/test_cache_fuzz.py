@@ -11,9 +11,10 @@ import torch
 
 pytest.importorskip("hypothesis")  # lacking where nothing can be installed, as on some GPU machines
 
-from fuzzing import fuzzed, read_or_told, spoilt
+from fuzzing import fuzzed, spoilt
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import read_or_told
 
 from crate_kernels.tiles import cache
 

@@ -16,9 +16,10 @@ import torch
 
 pytest.importorskip("hypothesis")  # lacking where nothing can be installed, as on some GPU machines
 
-from fuzzing import fuzzed, read_or_told, spoilt
+from fuzzing import fuzzed, spoilt
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import read_or_told
 from support import SMALL, small_model
 
 from crate_mae import CrateMAE, load_model, save_model
