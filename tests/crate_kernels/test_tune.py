@@ -189,7 +189,7 @@ def test_a_tile_that_no_kernel_takes_is_told_before_a_launch(file: Path, change:
 
 def test_a_tile_of_no_kernel_is_told(file: Path) -> None:
     cache.write(file, {("project", "plain", 3, 3): OTHER}, CPU)
-    with pytest.raises(cache.CacheError, match="'project', 'plain', 3, 3.: no kernel has this key"):
+    with pytest.raises(cache.CacheError, match=r"'project', 'plain', 3, 3.: no kernel has this key"):
         selected()
 
 

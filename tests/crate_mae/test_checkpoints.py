@@ -491,7 +491,7 @@ def test_a_flipped_bit_or_two_names_swapped_are_told(tmp_path: Path) -> None:
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(ValueError, match=f"{path}: damaged: crc32 of its weights is .{{8}}, and was .{{8}} when"):
             load_model(tmp_path)
-    one, other = b"decoder_blocks.0.layers.0.0.fn.qkv.weight", b"decoder_blocks.0.layers.0.1.fn.weight"
+    one, other = b"decoder_blocks.0.layers.0.0.fn.weight", b"decoder_blocks.0.layers.0.1.fn.qkv.weight"
     assert one in content[:begin] and other in content[:begin]
     swapped = content[:begin].replace(one, b"#").replace(other, one).replace(b"#", other)
     path.write_bytes(swapped + content[begin:])
