@@ -139,6 +139,10 @@ def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:
         ({**state, "_orig_mod.mask_token": torch.ones(1, 1, 32)}, "mask_token is there twice"),
         (with_weight_norm().state_dict(), "remove the parametrization first"),
         ({**state, "rotary": torch.ones(1)}, "has unknown rotary"),
+        (
+            {**state, "mask_token": torch.ones(1).expand(2**20, 2**20)},
+            "mask_token is (1048576, 1048576) and not (1, 1, 32)",
+        ),
         ({name: value for name, value in state.items() if name != "mask_token"}, "lacks mask_token"),
     ]
     for weights, told in cases:
