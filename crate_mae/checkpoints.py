@@ -82,7 +82,8 @@ def save_model(
     make_folder(directory)
     with replaced(config_file, directory / WEIGHTS_FILE) as (of_config, of_weights):
         of_config.write((json.dumps(config, indent=2) + "\n").encode())
-        of_weights.write(save(weights, metadata={"format": "pt", CHECKSUM: checksum(weights)}))
+        # One entry alone: safetensors writes several in any order, and one model is one file, to the byte.
+        of_weights.write(save(weights, metadata={CHECKSUM: checksum(weights)}))
 
 
 def load_model(

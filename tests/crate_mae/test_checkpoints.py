@@ -66,6 +66,14 @@ def test_round_trip_keeps_weights_lambda_and_step_size(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_one_model_is_one_file_to_the_byte(tmp_path: Path) -> None:
+    model, files = small_model(), set()
+    for _ in range(10):
+        save_model(model, tmp_path)
+        files.add((tmp_path / "model.safetensors").read_bytes())
+    assert len(files) == 1
+
+
 def test_save_keeps_other_keys_of_the_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"seed": 7}')
     save_model(small_model(), tmp_path)
@@ -507,7 +515,7 @@ def test_files_without_our_checksum_load(tmp_path: Path) -> None:
     model, path = small_model(), tmp_path / "model.safetensors"
     save_model(model, tmp_path)
     with safe_open(path, "pt") as file:
-        assert file.metadata().keys() == {"format", "crc32"}
+        assert file.metadata().keys() == {"crc32"}
     for metadata in (None, {"format": "pt", "made by": "another"}):
         save_file(model.state_dict(), path, metadata)
         assert same(load_model(tmp_path), model)
