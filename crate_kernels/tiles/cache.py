@@ -23,7 +23,8 @@ from crate_kernels.tiles import products, shared_attention
 VARIABLE = "CRATE_KERNELS_CACHE"
 TABLES = (products.TABLE, shared_attention.TABLE)
 
-# Least and most of each option, _SIDES of a side of a tile: more than the search tries, and what Triton can compile.
+# Least and most of each option, _SIDES of a side of a tile: somewhat more than the search tries. Whether a tile fits the
+# registers and the shared memory of a device, its launch tells.
 _BOUNDS = {"GROUP": (1, 64), "PARTS": (1, 8), "LIBRARY": (0, 1), "num_warps": (1, 16), "num_stages": (1, 8)}
 _SIDES = (16, 512)
 
