@@ -36,7 +36,7 @@ from torch import Tensor
 from crate_kernels.matmul import float32_product
 from crate_kernels.precision import dot_precision
 from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.tiles import cdiv, select
+from crate_kernels.tiles import cdiv, naming_the_cache, select
 from crate_kernels.tiles.products import TABLE
 
 # The pass over rows is bound by memory: tiles that load 16 bytes a thread, several at a time.
@@ -427,6 +427,7 @@ def before_product(x: Tensor, operand: Operand, norm: Norm | None) -> tuple[Tens
     return x if xhat is None else xhat, stats
 
 
+@naming_the_cache
 def project(
     x: Tensor,
     operand: Operand,
@@ -614,6 +615,7 @@ def gradient_rows(
     return GradientRows(g, sums, None if columns is None else columns.sum(1))
 
 
+@naming_the_cache
 def _input_gradient(
     rows: GradientRows,
     grad: Tensor | None,

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from crate_kernels.precision import dot_precision
 from crate_kernels.shared_attention.op import empty_token_major
-from crate_kernels.tiles import cdiv, select
+from crate_kernels.tiles import cdiv, naming_the_cache, select
 from crate_kernels.tiles.shared_attention import TABLE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -567,6 +567,7 @@ def _options(kernel, w: Tensor) -> dict[str, int]:
     return {**options, "DIM_A": dim_a, "DIM_B": dim_b}
 
 
+@naming_the_cache
 def _launch(kernel, w: Tensor, arguments: tuple, strided: tuple[Tensor, ...], options: dict) -> None:
     """Start one program for every ``BLOCK_ROWS`` tokens of every head of w.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,6 +87,29 @@ def _look_up(table: Table, device: torch.device, key: tuple) -> tuple[str, Tile]
         return "cache", tuned[key]
     shipped = table.get(own := family(device), {})
     return (own, shipped[key]) if key in shipped else ("default", table["default"][key])
+
+
+def naming_the_cache(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher that blames the machine's cache where a kernel needs more than the device has, and there is a cache.
+
+    Raises:
+        cache.CacheError: so it is; what ``cache.load`` cannot tell without a compiler.
+    """
+
+    @functools.wraps(launcher)
+    def launch(*arguments: Any, **options: Any) -> Any:
+        try:
+            return launcher(*arguments, **options)
+        except Exception as error:
+            device = this_device()
+            if type(error).__name__ != "OutOfResources" or _trial or _pretended or not cache.tuned(device):
+                raise
+            raise cache.CacheError(
+                f"{cache.location(device)}: a tile of this cache needs more than the device has ({error}) Run "
+                "`python -m crate_kernels.tune --clear`, or tune again"
+            ) from error
+
+    return launch
 
 
 def in_force(device: torch.device) -> dict[tuple, tuple[str, Tile]]:

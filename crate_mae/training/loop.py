@@ -358,6 +358,8 @@ class _Run:
 
     def _cause(self, error: NonFiniteLoss) -> str:
         """Of a step that was not finite: what was so first, found by taking it again, and its images; in words and in a file."""
+        if error.weights:
+            return ""
         [batch] = self._batches(error.step - 1, error.step)
         paths = [str(self.train_folder.paths[index]) for _, index in batch]
         try:

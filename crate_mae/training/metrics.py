@@ -132,14 +132,19 @@ class ProgressLines:
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training broke down: the loss or the gradient of `step` is NaN or infinite."""
+    """Training broke down: the loss or the gradient of `step`, or the weights after it, are NaN or infinite.
 
-    def __init__(self, step: int, loss: float, grad_norm: float, more: str = "") -> None:
+    Args:
+        weights: the name of such a weight, where it is known that it was the first.
+    """
+
+    def __init__(self, step: int, loss: float, grad_norm: float, weights: str = "") -> None:
+        what = f"weights of {weights} are not finite after it" if weights else f"loss {loss}, gradient norm {grad_norm}"
         super().__init__(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}{more}; "
+            f"step {step}: {what}; "
             "try a lower --optimizer.base_lr, a longer --schedule.warmup_epochs or --run.precision float32"
         )
-        self.step, self.loss, self.grad_norm = step, loss, grad_norm
+        self.step, self.loss, self.grad_norm, self.weights = step, loss, grad_norm, weights
 
 
 def _values_of(line: bytes) -> dict[str, Any] | None:

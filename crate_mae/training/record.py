@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from crate_mae.checkpoints import save_model
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.divergence import DivergenceWatch
-from crate_mae.training.metrics import MetricsLog, StepAverages, StepMeter
+from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, StepAverages, StepMeter
 from crate_mae.training.run_folder import BEST, METRICS, STATES, other_images, remove_leftovers
 from crate_mae.training.states import (
     check_fits,
@@ -131,6 +132,11 @@ class Record:
             NonFiniteLoss: as of `log`; what broke down takes the place of nothing.
             OSError: it could not be written; it names the file, and older states are there still.
         """
+        meter = self.meter.state()
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).tolist()
+        for (name, _), is_finite in zip(self.model.named_parameters(), finite, strict=True):
+            if not is_finite:
+                raise NonFiniteLoss(self.step, math.nan, math.nan, weights=name)
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],  # and no settings, which are the configuration's
@@ -138,7 +144,7 @@ class Record:
             "epoch": int(self.epoch),
             "images": self.images,
             "random": random_state(),
-            "meter": self.meter.state(),
+            "meter": meter,
             "watch": self._watch.state(),
             "validated": self.validated,
         }

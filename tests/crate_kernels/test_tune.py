@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from limits import no_hang
+from triton.runtime.errors import OutOfResources
 
 from benchmarks.parts import run_while_it_tells
 from crate_kernels import tiles, tune
@@ -191,6 +192,26 @@ def test_a_tile_of_no_kernel_is_told(file: Path) -> None:
     cache.write(file, {("project", "plain", 3, 3): OTHER}, CPU)
     with pytest.raises(cache.CacheError, match=r"'project', 'plain', 3, 3.: no kernel has this key"):
         selected()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_tile_that_does_not_fit_the_device_is_told_of_the_cache(file: Path, monkeypatch, cached: bool) -> None:
+    class Large:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                raise OutOfResources(300_000, 232_448, "shared memory")
+
+            return launch
+
+    monkeypatch.setattr("crate_kernels.products.triton.project_kernel", Large())
+    if cached:
+        save(file)
+    (operand,) = operands([torch.randn(16, 16)], [None], [None], torch.float32)
+    told = rf"{file}: .*Required: 300000.*--clear" if cached else "^out of resource"
+    with pytest.raises(cache.CacheError if cached else OutOfResources, match=told):
+        project(torch.randn(4, 16), operand, torch.float32)
+    with pytest.raises(OutOfResources), tiles.trial({}):  # as the search tries tiles
+        project(torch.randn(4, 16), operand, torch.float32)
 
 
 def test_every_tile_that_ships_or_that_the_search_finds_can_be_launched(file: Path) -> None:

@@ -323,10 +323,22 @@ class TestBreakdown:
         assert found["step"] == 7 and found["images"] == batch
         assert all(path in str(raised.value) for path in batch)
 
-    def test_names_weights_that_went_bad(self, config):
-        config = change(config, optimizer__base_lr=1e38, schedule__warmup_epochs=0)
-        with pytest.raises(NonFiniteLoss, match=r"not finite first: (weights|output|gradient|the loss)"):
+    def test_names_weights_that_went_bad(self, config, monkeypatch):
+        step = torch.optim.AdamW.step
+
+        def overflowing(self, closure=None):
+            step(self, closure)
+            self.param_groups[1]["params"][-1].data[0] = math.inf
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+        with pytest.raises(
+            NonFiniteLoss, match=r"step 2: .*not finite first: weights of decoder_pred\.bias before the step"
+        ):
             pretrain(config)
+        once = change(config, run__save_minutes=1e-9)  # after each step
+        with pytest.raises(NonFiniteLoss, match=r"step 1: weights of decoder_pred\.bias are not finite after it"):
+            pretrain(once, overwrite=True)
+        assert not saved_steps(config.out)
 
     def test_no_weight_changes_after_the_step_that_went_bad(self, config, monkeypatch):
         seen: list[torch.Tensor] = []
