@@ -138,12 +138,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def make_folder(path: Path) -> None:
-    """The folder and those above it, on the disk."""
+def make_folder(path: Path) -> list[Path]:
+    """Make the folder and those above it; returns those that were not there."""
+    made = []
     for folder in reversed([path, *path.parents]):
         if not folder.is_dir():
-            os.mkdir(folder)
-            sync_folder(folder.parent)
+            with _naming(folder):
+                os.mkdir(folder)
+                sync_folder(folder.parent)
+            made.append(folder)
+    return made
 
 
 def remove(path: Path) -> None:

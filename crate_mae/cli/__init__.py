@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -10,26 +11,27 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from crate_mae import __version__
 from crate_mae.cli import pretraining, reconstruct
+from crate_mae.data import LostWorkers
 from crate_mae.training import NonFiniteLoss, RunStopped
 
-BROKE_DOWN, USER_ERROR, STOPPED = 1, 2, 130
+BROKE_DOWN, USER_ERROR = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 0, 1 (training broke down), 2 (a user's mistake) or 130 (interrupted)."""
+    """Run the command; the exit status is 0, 1 (training broke down), 2 (a user's mistake) or 128 + n (stopped by signal n)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         report = _run(arguments)
     except (ArgumentError, ValueError, OSError) as error:
         return _fail(error, USER_ERROR)
-    except NonFiniteLoss as error:
+    except (LostWorkers, NonFiniteLoss) as error:
         return _fail(error, BROKE_DOWN)
     except RunStopped as error:
         own_model = any(argument.startswith("--model.") for argument in arguments)
         goes_on = "the same command" if arguments[0] == "demo" and not own_model else "--resume"
-        return _fail(f"{error}; {goes_on} goes on", STOPPED)
-    except KeyboardInterrupt:
-        return _fail("interrupted; what was saved before is kept", STOPPED)
+        return _fail(f"{error}; {goes_on} goes on", 128 + error.signal)
+    except KeyboardInterrupt as error:
+        return _fail("interrupted; what was saved before is kept", 128 + getattr(error, "signal", signal.SIGINT))
     print(report)
     return 0
 

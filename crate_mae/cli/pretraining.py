@@ -21,7 +21,7 @@ from crate_mae.demo import summarise
 from crate_mae.registry import MODELS
 from crate_mae.training import PretrainConfig, PretrainResult, demo_config, pretrain
 from crate_mae.training.config import of_section
-from crate_mae.training.run_folder import STATE, stopped_early
+from crate_mae.training.run_folder import has_state, stopped_early
 
 PUBLISHED = ("embed_dim", "depth", "num_heads", "decoder_depth", "decoder_num_heads")
 """What sets the published sizes apart."""
@@ -104,7 +104,7 @@ def _way_to_go_on(out: Path) -> list[str]:
             return []
     except ValueError:
         return []
-    if (out / STATE).exists():
+    if has_state(out):
         print(
             f"{out} holds the demo: going on from where it ended; --overwrite starts anew (make demo ARGS=--overwrite)"
         )

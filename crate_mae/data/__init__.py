@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from crate_mae.data.batches import BatchSampler, ImageLoader, PretrainImages, epoch_order, pretrain_loader
+from crate_mae.data.batches import (
+    STOPPING,
+    BatchSampler,
+    ImageLoader,
+    LostWorkers,
+    PretrainImages,
+    epoch_order,
+    in_order,
+)
 from crate_mae.data.folder import COLOUR_MODES, FLOWERS, IMAGE_SUFFIXES, ImageFolder, UnreadableImage, read_image
 from crate_mae.data.transforms import (
     IMAGENET_MEAN,
@@ -19,16 +27,18 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "IMAGE_SUFFIXES",
+    "STOPPING",
     "BatchSampler",
     "ImageFolder",
     "ImageLoader",
+    "LostWorkers",
     "Normalization",
     "PretrainImages",
     "UnreadableImage",
     "centre_crop",
     "epoch_order",
     "image_to_tensor",
-    "pretrain_loader",
+    "in_order",
     "random_resized_crop",
     "read_image",
 ]

@@ -6,8 +6,13 @@ on the number of workers, nor on what ran before. A run resumed at any step sees
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import multiprocessing
 import signal
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +27,11 @@ from crate_mae.data.transforms import Size, image_to_tensor, random_resized_crop
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which epoch number `epoch` visits `count` images."""
     return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def in_order(count: int, batch_size: int) -> list[range]:
+    """Batches of the keys 0 to count - 1, one after the other; the last may be smaller."""
+    return [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
 
 
 class BatchSampler(Sampler[list[tuple[int, int]]]):
@@ -39,6 +49,11 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         return self.end_step - self.start_step
+
+    def after(self, batches: int) -> BatchSampler:
+        """What follows the first so many batches."""
+        start = self.start_step + batches
+        return BatchSampler(self.count, self.batch_size, self.seed, start_step=start, end_step=self.end_step)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         steps_per_epoch = self.count // self.batch_size
@@ -79,28 +94,126 @@ class PretrainImages(Dataset[torch.Tensor]):
         return image_to_tensor(image)
 
 
-class ImageLoader(DataLoader[torch.Tensor]):
-    """A DataLoader of images that raises `UnreadableImage` as it is, also where a worker process meets the file.
+_PATIENCE = 3
+"""Times in a row, without a batch between them, that workers are lost before a loader gives up."""
 
-    What a worker raises would else come as a text, with its traceback; here it travels in the place of the batch.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+"""Signals that ask for an end. Terminals, batch systems and service managers send them to worker processes, too."""
+
+
+class LostWorkers(RuntimeError):
+    """Processes that load images died again and again."""
+
+
+class ImageLoader:
+    """Batches of images in their order, whatever becomes of the processes that load them.
+
+    A worker that is lost (killed, or out of shared memory) costs time alone: the batches that had not come yet are loaded again
+    by new workers, and `say` is told. An unreadable image is raised as it is, also where a worker meets it.
+
+    Args:
+        images: by key.
+        batches: the keys of each batch; iterated over again where workers are started again, with the same result.
+        num_workers: processes that load; with 0 this one does.
+        pin_memory: into memory that a GPU reads by itself.
+        say: takes a line for the user.
+
+    Raises, when iterated over:
+        UnreadableImage: a file is no image.
+        LostWorkers: workers were lost three times, and no batch came between.
     """
 
-    def __init__(self, images: Dataset[torch.Tensor], **settings: Any) -> None:
-        super().__init__(
-            _ErrorsAsItems(images),
-            collate_fn=_batch_or_error,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
-            **settings,
-        )
+    def __init__(
+        self,
+        images: Dataset[torch.Tensor],
+        batches: Iterable[Sequence[Any]],
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        say: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self.images, self.batches, self.say = images, batches, say
+        self._settings = {"num_workers": num_workers, "pin_memory": pin_memory}
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for batch in super().__iter__():
-            if isinstance(batch, UnreadableImage):
-                raise batch
-            yield batch
+        came = lost = 0
+        while True:
+            try:
+                with contextlib.closing(self._load(came)) as batches:
+                    for batch in batches:
+                        if isinstance(batch, UnreadableImage):
+                            raise batch
+                        yield batch
+                        came, lost = came + 1, 0
+                return
+            except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells that a worker was lost, or failed
+                if not self._settings["num_workers"]:
+                    raise
+                lost += 1
+                why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+                if lost == _PATIENCE:
+                    raise LostWorkers(
+                        f"processes that load images were lost {lost} times in a row, the last time by: {why}; "
+                        "fewer --images.num_workers, or 0, need less memory, in /dev/shm most of all"
+                    ) from error
+                self.say(f"a process that loads images was lost ({why}); started again")
+
+    def _load(self, first: int) -> Iterator[torch.Tensor | UnreadableImage]:
+        """Batches from number `first` on, by workers that are gone when it ends."""
+        loader = DataLoader(
+            _ErrorsAsItems(self.images),
+            batch_sampler=_From(self.batches, first),
+            collate_fn=_batch_or_error,
+            worker_init_fn=_leave_signals_to_the_main_process,
+            # The loader draws a seed for its workers. Drawn from the global generator, it would make the random state after a
+            # resumed run differ from an uninterrupted one's.
+            generator=torch.Generator(),
+            **self._settings,
+        )
+        if not self._settings["num_workers"]:
+            yield from loader
+            return
+        others = set(multiprocessing.active_children())
+        batches = iter(loader)
+        workers = set(multiprocessing.active_children()) - others
+        with _losses_met_at_the_next_batch():
+            try:
+                yield from batches
+            finally:
+                del batches  # which asks the workers to end, and waits a while
+                for worker in workers:
+                    worker.kill()
+
+
+@contextlib.contextmanager
+def _losses_met_at_the_next_batch() -> Iterator[None]:
+    """DataLoader's handler raises as soon as a worker dies, in the middle of whatever the main thread does, such as a step.
+    While it waits for a batch it looks for dead workers, too, which is soon enough."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
+class _From(Sampler[Sequence[Any]]):
+    """Batches from number `first` on."""
+
+    def __init__(self, batches: Iterable[Sequence[Any]], first: int) -> None:
+        self.batches, self.first = batches, first
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        if isinstance(self.batches, BatchSampler):
+            return iter(self.batches.after(self.first))
+        return itertools.islice(self.batches, self.first, None)
 
 
 class _ErrorsAsItems(Dataset[Any]):
+    """What a worker raises would come as a text with its traceback: an unreadable image travels in the place of the batch."""
+
     def __init__(self, images: Dataset[torch.Tensor]) -> None:
         self.images = images
 
@@ -118,18 +231,7 @@ def _batch_or_error(items: list[torch.Tensor | UnreadableImage]) -> torch.Tensor
     return next((item for item in items if isinstance(item, UnreadableImage)), None) or default_collate(items)
 
 
-def pretrain_loader(
-    images: PretrainImages, sampler: BatchSampler, *, num_workers: int = 0, pin_memory: bool = False
-) -> ImageLoader:
-    """Batches of uint8 [batch, channels, height, width], in the sampler's order."""
-    # A generator of its own: the loader draws a base seed for its workers, and drawing it from the global generator
-    # would make the random state after a resumed run differ from an uninterrupted one's.
-    generator = torch.Generator().manual_seed(images.seed)
-    return ImageLoader(
-        images, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, generator=generator
-    )
-
-
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    # A terminal sends Ctrl-C to the workers too; they must outlive it for the run to end on a whole step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # They must outlive what asks the run to end, for it to end on a whole step; the main process ends them, or its own end.
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from crate_mae.data import ImageLoader, Normalization
+from crate_mae.data import ImageLoader, Normalization, in_order
 from crate_mae.model import CrateMAE
 
 
@@ -52,6 +52,5 @@ def _batches(
     model: nn.Module, images: Dataset[Tensor], normalization: Normalization, batch_size: int
 ) -> Iterator[Tensor]:
     device = next(model.parameters()).device
-    # A generator of its own, as drawing from the global one would change what comes after.
-    for pixels in ImageLoader(images, batch_size=batch_size, generator=torch.Generator()):
+    for pixels in ImageLoader(images, in_order(len(images), batch_size)):
         yield normalization(pixels.to(device))

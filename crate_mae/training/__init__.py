@@ -10,7 +10,9 @@ from crate_mae.training.config import (
     ScheduleConfig,
     demo_config,
 )
-from crate_mae.training.loop import NonFiniteLoss, PretrainResult, RunStopped, pretrain
+from crate_mae.training.interrupts import RunStopped
+from crate_mae.training.loop import PretrainResult, pretrain
+from crate_mae.training.metrics import NonFiniteLoss
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.validation import Validation, ValidationErrors

@@ -94,6 +94,10 @@ class RunConfig:
     """Epochs between validations, after each of which the run is saved."""
     save_minutes: float = 30.0
     """Minutes since the last save after which the run is saved in the middle of an epoch, too; 0 for never."""
+    keep_states: int = 2
+    """States to resume from that are kept: so many of the last ones, and that of the best validation."""
+    keep_every: int = 0
+    """Epochs between states that are kept for good; 0 keeps none."""
     pictures: int = 8
     """Validation images shown in reconstructions.png."""
 
@@ -122,6 +126,8 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.log_every": _AT_LEAST_ONE,
     "run.save_every": _AT_LEAST_ONE,
     "run.save_minutes": _NOT_NEGATIVE,
+    "run.keep_states": _AT_LEAST_ONE,
+    "run.keep_every": _NOT_NEGATIVE,
     "run.pictures": _AT_LEAST_ONE,
 }
 
@@ -131,7 +137,7 @@ class PretrainConfig:
     """What to learn from and where to keep the result"""
 
     out: Path
-    """Folder for metrics.jsonl, config.json, model.safetensors, state.pt and reconstructions.png."""
+    """Folder for metrics.jsonl, config.json, model.safetensors, states/, best/ and reconstructions.png."""
     data: Path | None = None
     """Folder of images to train on, flat or with class sub-folders; of train/ and val/ in it, one is for each. Without it, the
     photographs shipped along."""

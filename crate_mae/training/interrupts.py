@@ -5,31 +5,74 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_STOPPING = b"""
-stopping after this step, or validation, and then saving; a second Ctrl-C ends it now and keeps what was saved before
-"""
+from crate_mae.data import STOPPING
+
+_SAID = (
+    b"\nstopping after this step and saving; a second Ctrl-C, or signal, ends it now and keeps what was saved before\n"
+)
+
+_ONE_REQUEST = 0.3
+"""Seconds in which signals count as one: `timeout` and terminals that are closed send theirs twice."""
+
+
+class RunStopped(Exception):
+    """The run was interrupted by the signal of that number, after its state had been saved."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+class EndedAtOnce(KeyboardInterrupt):
+    """The second signal, of that number."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__()
+        self.signal = signal
+
+
+class StopRequest:
+    """Whether the run was asked to end, and by which signal first."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._warned = False
+        self._at = 0.0
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def take(self, number: int, frame: object = None) -> None:
+        """A signal handler. SIGUSR1 is a warning, as Slurm sends it ahead of SIGTERM: what follows counts as the first again.
+
+        Raises:
+            EndedAtOnce: it was asked before.
+        """
+        now, is_warning = time.monotonic(), number == getattr(signal, "SIGUSR1", None)
+        first = self.signal is None
+        if not first and not self._warned and not is_warning and now - self._at > _ONE_REQUEST:
+            raise EndedAtOnce(number)
+        if first or (self._warned and not is_warning):
+            self.signal = self.signal or number
+            self._at, self._warned = now, is_warning
+        if first:
+            os.write(2, _SAID)  # not by print: the signal may have come in the middle of one
 
 
 @contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set instead of ending the process, and say so; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
+def stop_requests() -> Iterator[StopRequest]:
+    """What SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 set instead of ending the process; a second one ends it at once."""
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-
-    def request(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Not by print: the signal may have come in the middle of one.
-        os.write(2, _STOPPING)
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop.take) for number in STOPPING}
     try:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from crate_mae.checkpoints import CONFIG_FILE, load_weights, save_model
+from crate_mae.checkpoints import CONFIG_FILE, load_weights
 from crate_mae.config import grid_of
 from crate_mae.data import (
     BatchSampler,
     ImageLoader,
+    LostWorkers,
     Normalization,
     PretrainImages,
     UnreadableImage,
-    pretrain_loader,
 )
 from crate_mae.files import replaced, write_json
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import reconstruction_sheet
 from crate_mae.registry import count_parameters
+from crate_mae.training.breakdown import first_bad
 from crate_mae.training.config import PretrainConfig, of_section
 from crate_mae.training.image_sets import image_sets
-from crate_mae.training.interrupts import stop_requests
-from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, ProgressLines, StepMeter
+from crate_mae.training.interrupts import RunStopped, StopRequest, stop_requests
+from crate_mae.training.metrics import NonFiniteLoss, ProgressLines
 from crate_mae.training.optimizer import build_optimizer
+from crate_mae.training.ownership import owned
 from crate_mae.training.precision import (
     autocast,
     check_compiler,
@@ -42,9 +45,9 @@ from crate_mae.training.precision import (
     choose_precision,
     cpu_threads,
 )
-from crate_mae.training.run_folder import METRICS, PICTURE, STATE, check_run_folder, clear_run_folder, make_run_folder
+from crate_mae.training.record import Record
+from crate_mae.training.run_folder import BREAKDOWN, PICTURE, check_run_folder, clear_run_folder
 from crate_mae.training.schedule import warmup_cosine
-from crate_mae.training.state import load_state, save_state
 from crate_mae.training.validation import CentreCropped, Validation, ValidationErrors
 
 _MASK_STREAM = 1
@@ -59,45 +62,52 @@ class PretrainResult(NamedTuple):
     errors: ValidationErrors | None
 
 
-class RunStopped(Exception):
-    """The run was interrupted, after its state had been saved."""
-
-
-def pretrain(config: PretrainConfig, *, resume: bool = False, overwrite: bool = False) -> PretrainResult:
+def pretrain(
+    config: PretrainConfig, *, resume: bool | Literal["best"] | int = False, overwrite: bool = False
+) -> PretrainResult:
     """Pre-train a CRATE-MAE, and leave its files in `config.out`.
 
-    A run is a function of its configuration and its images: interrupted and resumed, it ends with the same weights.
+    A run is a function of its configuration and its images: interrupted and resumed, it ends with the same weights, and
+    has logged the same.
     An opening line on stdout says what it does; where stderr is no terminal, and so has no progress bar, lines follow.
 
     Args:
-        resume: go on with the run in `config.out`; its model, seed, batch size and images must be the same.
+        resume: go on with the run in `config.out`, from its last state that can be read; its model, seed, batch size and
+            images must be the same, all other settings are as given now. "best": from the state with the best
+            validation; a number: from that of this step. What came after it is forgotten.
         overwrite: delete the run in `config.out` first.
 
     Raises:
         FileExistsError: `config.out` holds a run, and neither `resume` nor `overwrite` is given.
-        FileNotFoundError: there are no images, or there is no run to resume.
+        BlockingIOError: another process runs in `config.out`.
+        FileNotFoundError: there are no images, or there is no run, or not the state, to resume.
         NotADirectoryError, PermissionError: `config.out` cannot be written to.
-        ValueError: a setting cannot be used; the message names it.
+        OSError: it could not be written to any more, as when the disk is full; the last state saved is kept.
+        ValueError: a setting cannot be used, or no state be read; the message names it.
         UnreadableImage: a ValueError: a file is no image; if training had begun, the state has been saved.
+        LostWorkers: processes that load images died again and again; the state has been saved.
         NonFiniteLoss: training broke down; the last state saved is kept.
-        RunStopped: Ctrl-C or a termination signal; the state has been saved.
+        RunStopped: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the state has been saved.
     """
-    if resume and overwrite:
+    if resume is not False and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     check_single_process()
-    check_run_folder(config, resume=resume, overwrite=overwrite)
-    run = _Run(config, resume=resume)
-    # Only now: settings or images that cannot be used must not cost the run that is there.
-    if overwrite:
-        clear_run_folder(config.out)
-    with cpu_threads(config.run.threads):
-        return run.train()
+    resuming = resume is not False
+    check_run_folder(config, resume=resuming, overwrite=overwrite)
+    with owned(config.out):
+        check_run_folder(config, resume=resuming, overwrite=overwrite)  # of a folder that nobody else changes now
+        run = _Run(config, resume)
+        # Only now: settings or images that cannot be used must not cost the run that is there.
+        if overwrite:
+            clear_run_folder(config.out)
+        with cpu_threads(config.run.threads):
+            return run.train()
 
 
 class _Run:
     """One run in progress."""
 
-    def __init__(self, config: PretrainConfig, *, resume: bool) -> None:
+    def __init__(self, config: PretrainConfig, resume: bool | str | int) -> None:
         self.config = config
         self.device = choose_device(config.run.device)
         self.precision = choose_precision(config.run.precision, self.device)
@@ -111,7 +121,7 @@ class _Run:
         torch.manual_seed(config.run.seed)
         self.model = CrateMAE(config.model).to(self.device).train()
         self.model.stream, self.model.recompute = config.run.stream, config.run.recompute
-        if config.init and not resume:
+        if config.init and resume is False:
             try:
                 load_weights(self.model, config.init)
             except (OSError, RuntimeError, ValueError) as error:
@@ -154,28 +164,32 @@ class _Run:
             seed=config.run.seed,
             precision=self.precision,
             num_workers=images.num_workers,
+            say=_say,
         )
 
-        self.step = 0
         self.errors: ValidationErrors | None = None
-        self.metrics = MetricsLog(config.out / METRICS)
-        if resume:
-            self.step = load_state(
-                config.out / STATE, self.model, self.optimizer, images=self.train_folder.fingerprint()
-            )
-            self.metrics.drop_after(self.step)
-        self.batches = BatchSampler(
-            len(self.train_folder),
-            schedule.batch_size,
-            config.run.seed,
-            start_step=self.step,
-            end_step=self.total_steps,
+        self.broken = torch.zeros((), device=self.device)
+        self.optimizer.found_inf = self.broken
+        self.record = Record(
+            config,
+            self.model,
+            self.optimizer,
+            images=self.train_folder.fingerprint(),
+            steps_per_epoch=self.steps_per_epoch,
+            say=_say,
         )
+        self.start = f"from the weights of {config.init}" if config.init else "from the start"
+        if resume is not False:
+            self.start = self.record.go_on_from(resume)
         self.saved_at = time.monotonic()
 
+    @property
+    def step(self) -> int:
+        return self.record.step
+
     def train(self) -> PretrainResult:
-        make_run_folder(self.config.out)
-        if self.step < self.total_steps:
+        self.record.tidy()
+        if self.step < self.total_steps or not self.record.validated:
             write_json(self.config.out / CONFIG_FILE, self.config.to_dict())
         else:  # the settings of steps that were never taken must not pass for the run's
             print(
@@ -183,54 +197,63 @@ class _Run:
                 "--overwrite starts anew",
                 file=sys.stderr,
             )
-        loader = pretrain_loader(
+        loader = ImageLoader(
             self.crops,
-            self.batches,
+            self._batches(self.step, max(self.step, self.total_steps)),
             num_workers=self.config.images.num_workers,
             pin_memory=self.device.type == "cuda",
+            say=_say,
         )
         _say(self._opening_line())
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc="pretrain", disable=None)
-        with stop_requests() as stop, progress:
-            try:
-                self._take_steps(loader, StepMeter(), progress, stop)
-            except NonFiniteLoss as error:
-                raise self._explained(error) from None
+        with stop_requests() as stop, progress, self._breakdown_told(), self._saved_all_the_same():
+            if not self.record.validated:
+                self._validate_and_save(stop)
+            with contextlib.closing(iter(loader)) as batches:
+                self._take_steps(batches, progress, stop)
         if self.errors is None and self.validation:
             self.errors = self.validation(self.model)
         return PretrainResult(self.config.out, self.step, self.errors)
 
-    def _take_steps(self, loader: ImageLoader, meter: StepMeter, progress: tqdm, stop: threading.Event) -> None:
-        lines = ProgressLines(self.step, self.total_steps) if progress.disable else None
-        try:
-            for pixels in loader:
-                loss = self._take_step(pixels, meter)
-                progress.update()
-                if lines and not stop.is_set() and (line := lines.after(self.step, loss, self._lr, len(pixels))):
-                    _say(line)
-                validate, stopping = self._validation_is_due(), stop.is_set()
-                save = validate or stopping or self._save_is_due()
-                # Before each save, too: what has diverged must not take the place of the last good state.
-                if save or self.step % self.config.run.log_every == 0:
-                    self._log(meter, progress)
-                if validate:
-                    self._validate()
-                if save:
-                    self._save()
-                    meter.restart_clock()
-                if stopping and self.step < self.total_steps:
-                    raise RunStopped(f"stopped at step {self.step} of {self.total_steps}, saved in {self.config.out}")
-        except UnreadableImage as error:
-            if meter.pending:
-                self._log(meter, progress)
-            self._save_state()
-            remedy = (
-                f"step {self.step} of {self.total_steps} is saved in {self.config.out}: put a readable image in its place, "
-                "and --resume goes on exactly; without it, the training images would be others, for a new run"
-            )
-            raise UnreadableImage(error.path, error.reason, remedy) from None
+    def _batches(self, start_step: int, end_step: int) -> BatchSampler:
+        count, batch_size = len(self.train_folder), self.config.schedule.batch_size
+        return BatchSampler(count, batch_size, self.config.run.seed, start_step=start_step, end_step=end_step)
 
-    def _take_step(self, pixels: torch.Tensor, meter: StepMeter) -> torch.Tensor:
+    def _take_steps(self, batches: Iterator[torch.Tensor], progress: tqdm, stop: StopRequest) -> None:
+        lines = ProgressLines(self.step, self.total_steps) if progress.disable else None
+        self.record.meter.restart_clock()
+        for pixels in batches:
+            loss = self._take_step(pixels)
+            progress.update()
+            if lines and not stop and (line := lines.after(self.step, loss, self._lr, len(pixels))):
+                _say(line)
+            due = self._validation_is_due()
+            if due or self.step % self.config.run.log_every == 0:
+                averages = self.record.log(self._lr)
+                progress.set_postfix_str(
+                    f"loss {averages.loss:.4f}, lr {self._lr:.2e}, {averages.images_per_second:.0f} images/s",
+                    refresh=False,
+                )
+            if due:
+                self._validate_and_save(stop)
+            elif stop or self._save_is_due():
+                self._save(picture=not stop)
+            if stop and self.step < self.total_steps:
+                self._stop(stop)
+
+    def _validate_and_save(self, stop: StopRequest) -> None:
+        """What a stop keeps from being done is done when the run is resumed."""
+        self.record.validated = False
+        self.record.validated = self._validate(stop)
+        self._save(picture=self.record.validated)
+        if not self.record.validated:
+            self._stop(stop)
+
+    def _stop(self, stop: StopRequest) -> None:
+        assert stop.signal is not None
+        raise RunStopped(f"stopped at step {self.step} of {self.total_steps}, saved in {self.config.out}", stop.signal)
+
+    def _take_step(self, pixels: torch.Tensor) -> torch.Tensor:
         """One optimiser step; returns its loss."""
         schedule = self.config.schedule
         lr = warmup_cosine(
@@ -242,17 +265,24 @@ class _Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        images = self.normalization(pixels.to(self.device, non_blocking=True))
-        with autocast(self.precision, self.device):
-            loss = self.forward(images, mask_ratio=schedule.mask_ratio, noise=self._mask_noise(len(images))).loss
+        loss = self._loss(self.forward, pixels, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         longest = self.config.optimizer.clip_grad or float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), longest)
+        # From the first step on that is not finite, this number keeps the optimizer from changing anything, and nobody waits for
+        # it: when the loss is read, some steps later, the weights are still those that it went bad with.
+        not_finite = self.record.meter.add(self.step + 1, loss, grad_norm, len(pixels))
+        self.broken.copy_(torch.maximum(self.broken, not_finite))
         self.optimizer.step()
-        self.step += 1
-        meter.add(self.step, loss, grad_norm, len(images))
+        self.record.step += 1
         return loss.detach()
+
+    def _loss(self, forward: Callable[..., Any], pixels: torch.Tensor, step: int) -> torch.Tensor:
+        images = self.normalization(pixels.to(self.device, non_blocking=True))
+        with autocast(self.precision, self.device):
+            noise = self._mask_noise(len(images), step)
+            return forward(images, mask_ratio=self.config.schedule.mask_ratio, noise=noise).loss
 
     @property
     def _lr(self) -> float:
@@ -261,70 +291,103 @@ class _Run:
 
     def _validation_is_due(self) -> bool:
         epoch, into_epoch = divmod(self.step, self.steps_per_epoch)
-        return into_epoch == 0 and (epoch % self.config.run.save_every == 0 or self.step == self.total_steps)
+        is_due = (
+            epoch % self.config.run.save_every == 0 or self.record.is_kept(self.step) or self.step == self.total_steps
+        )
+        return into_epoch == 0 and is_due
 
     def _save_is_due(self) -> bool:
         minutes = self.config.run.save_minutes
         return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
 
-    def _mask_noise(self, batch: int) -> torch.Tensor:
+    def _mask_noise(self, batch: int, step: int) -> torch.Tensor:
         """Drawn on the CPU for each step anew, so that masks depend neither on the device nor on interruptions."""
-        rng = np.random.default_rng((self.config.run.seed, _MASK_STREAM, self.step))
+        rng = np.random.default_rng((self.config.run.seed, _MASK_STREAM, step))
         return torch.from_numpy(rng.random((batch, self.patches), dtype=np.float32)).to(self.device, non_blocking=True)
 
-    def _log(self, meter: StepMeter, progress: tqdm) -> None:
-        averages = meter.read()
-        self.metrics.append(
-            step=self.step,
-            epoch=self.step / self.steps_per_epoch,
-            loss=averages.loss,
-            lr=self._lr,
-            grad_norm=averages.grad_norm,
-            images_per_second=averages.images_per_second,
-        )
-        progress.set_postfix_str(
-            f"loss {averages.loss:.4f}, lr {self._lr:.2e}, {averages.images_per_second:.0f} images/s", refresh=False
-        )
-
-    def _validate(self) -> None:
+    def _validate(self, stop: StopRequest) -> bool:
+        """Returns whether it was done before a stop was asked for."""
         if not self.validation:
-            return
-        self.errors = self.validation(self.model)
-        epoch = self.step // self.steps_per_epoch
-        self.metrics.append(step=self.step, epoch=epoch, **self.errors._asdict())
+            return True
+        errors = self.validation.unless(self.model, lambda: stop)
+        if errors is None:
+            return False
+        self.errors = errors
+        self.record.log_validation(errors)
         _say(
-            f"epoch {epoch}/{self.config.schedule.epochs}: validation error {self.errors.val_loss:.4f}, "
-            f"mean fill {self.errors.mean_fill_loss:.4f}, best blur {self.errors.blur_loss:.4f}"
+            f"epoch {self.step // self.steps_per_epoch}/{self.config.schedule.epochs}: validation error {errors.val_loss:.4f}, "
+            f"mean fill {errors.mean_fill_loss:.4f}, best blur {errors.blur_loss:.4f}"
         )
+        return True
 
-    def _save(self) -> None:
-        self._save_state()
-        with replaced(self.config.out / PICTURE) as file:
-            self._picture().save(file, format="PNG")
-
-    def _save_state(self) -> None:
-        out = self.config.out
-        save_model(self.model, out)
-        save_state(
-            out / STATE,
-            self.model,
-            self.optimizer,
-            step=self.step,
-            epoch=self.step // self.steps_per_epoch,
-            images=self.train_folder.fingerprint(),
-        )
+    def _save(self, *, picture: bool) -> None:
+        self.record.save()
+        if picture:
+            with replaced(self.config.out / PICTURE) as file:
+                self._picture().save(file, format="PNG")
         self.saved_at = time.monotonic()
+        self.record.meter.restart_clock()
+
+    @contextlib.contextmanager
+    def _saved_all_the_same(self) -> Iterator[None]:
+        """Save the state where images cannot be loaded, and say so."""
+        try:
+            yield
+        except (UnreadableImage, LostWorkers) as error:
+            self._save(picture=False)
+            saved = f"step {self.step} of {self.total_steps} is saved in {self.config.out}"
+            if isinstance(error, LostWorkers):
+                raise LostWorkers(f"{error}; {saved}, and --resume goes on") from None
+            remedy = (
+                f"{saved}: put a readable image in its place, and --resume goes on exactly; without it, the training images "
+                "would be others, for a new run"
+            )
+            raise UnreadableImage(error.path, error.reason, remedy) from None
+
+    @contextlib.contextmanager
+    def _breakdown_told(self) -> Iterator[None]:
+        """Say what is left of a run that cannot go on, and of one that is not finite, where it went bad."""
+        try:
+            yield
+        except NonFiniteLoss as error:
+            error.args = (f"{error}{self._cause(error)}; {self.record.saved()}",)
+            raise
+        except OSError as error:
+            told = type(error)(f"{error}; {self.record.saved()}")
+            told.errno = error.errno
+            raise told from error
+
+    def _cause(self, error: NonFiniteLoss) -> str:
+        """Of a step that was not finite: what was so first, found by taking it again, and its images; in words and in a file."""
+        [batch] = self._batches(error.step - 1, error.step)
+        paths = [str(self.train_folder.paths[index]) for _, index in batch]
+        try:
+            pixels = torch.stack([self.crops[key] for key in batch])
+            first = first_bad(self.model, lambda: self._loss(self.model, pixels, error.step - 1))
+            first = first or "nothing, when the step was taken again"
+            write_json(
+                self.config.out / BREAKDOWN,
+                {
+                    "step": error.step,
+                    "loss": str(error.loss),
+                    "grad_norm": str(error.grad_norm),
+                    "first": first,
+                    "images": paths,
+                },
+            )
+        except (OSError, RuntimeError, UnreadableImage) as problem:  # of which the error itself must not be lost
+            first = f"not found out ({problem})"
+        shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more, all in {BREAKDOWN}" if len(paths) > 3 else "")
+        return f"; not finite first: {first}; images: {shown}"
 
     def _opening_line(self) -> str:
         config, held_out = self.config, len(self.val_folder) if self.val_folder else 0
-        weights = f"from the weights of {config.init}" if config.init else "from the start"
-        start = f"from step {self.step}" if self.step else weights
         precision = self.precision + " compiled" * config.run.compile
         return (
             f"pretrain: {count_parameters(self.model)[0]:,} parameters ({config.model.depth} + {config.model.decoder_depth} "
             f"layers of width {config.model.embed_dim}), {len(self.train_folder)} images to train on and {held_out} to "
             f"validate on, {precision} on {self.device}, {self.steps_per_epoch} steps an epoch, "
-            f"{config.schedule.epochs} epochs, {start}, into {config.out}{self.parts and '; '}{self.parts}"
+            f"{config.schedule.epochs} epochs, {self.start}, into {config.out}{self.parts and '; '}{self.parts}"
         )
 
     def _picture(self) -> Image.Image:
@@ -336,12 +399,6 @@ class _Run:
         return reconstruction_sheet(
             self.model, pixels, self.normalization, mask_ratio=self.config.schedule.mask_ratio, noise=noise
         )
-
-    def _explained(self, error: NonFiniteLoss) -> NonFiniteLoss:
-        state = self.config.out / STATE
-        kept = f"the last good state is in {state}" if state.exists() else "no state had been saved yet"
-        error.args = (f"{error}; {kept}",)
-        return error
 
 
 def _say(line: str) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from crate_mae.files import append, replaced
+from crate_mae.files import append, replaced, sync
 
 
 class MetricsLog:
@@ -23,12 +24,26 @@ class MetricsLog:
     def append(self, **values: Any) -> None:
         append(self.path, json.dumps(values) + "\n")
 
-    def drop_after(self, step: int) -> None:
-        """Forget what a run logged between its last saved state and its end; the resumed run logs it again."""
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+    def sync(self) -> None:
+        """Wait until all lines are on the disk: a state must not outlive lines of the steps before it."""
+        if self.path.exists():  # before the first line
+            sync(self.path)
+
+    def keep(self, belongs: Callable[[dict[str, Any]], bool]) -> int:
+        """Forget the lines that a run going on from an earlier state logs again, and those that are none.
+
+        Returns:
+            How many lines were none: cut short, or without a step. The last of a run that was killed may be.
+        """
+        if not self.path.exists():
+            return 0
+        lines = self.path.read_bytes().splitlines()
+        values = [_values_of(line) for line in lines]
+        kept = [line for line, value in zip(lines, values, strict=True) if value and belongs(value)]
+        if len(kept) < len(lines):
             with replaced(self.path) as file:
-                file.write("".join(line + "\n" for line in lines if _step_of(line) <= step).encode())
+                file.write(b"".join(line + b"\n" for line in kept))
+        return values.count(None)
 
 
 class StepAverages(NamedTuple):
@@ -49,38 +64,50 @@ class StepMeter:
     def __init__(self) -> None:
         self._steps: list[int] = []
         self._values: list[torch.Tensor] = []
-        self._images = 0
+        self._images_since = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        self._started = time.perf_counter()
+        """What took time until now was no step, and the rate is of the images from now on."""
+        self._started, self._images_since = time.perf_counter(), 0
 
-    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, images: int) -> None:
+    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, images: int) -> torch.Tensor:
+        """Returns whether loss or gradient norm were not finite, as a float32 1 or 0 on the device."""
+        values = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         self._steps.append(step)
-        self._values.append(torch.stack([loss.detach().float(), grad_norm.detach().float()]))
-        self._images += images
+        self._values.append(values)
+        self._images_since += images
+        return values.isfinite().all().logical_not().float()
 
-    @property
-    def pending(self) -> bool:
-        """Whether a step was added since the last reading."""
-        return bool(self._steps)
-
-    def read(self) -> StepAverages:
-        """The averages; at least one step must have been added since the last reading.
+    def check(self) -> list[tuple[float, float]]:
+        """Loss and gradient norm of each step since the last reading.
 
         Raises:
-            NonFiniteLoss: a loss or gradient norm was NaN or infinite.
+            NonFiniteLoss: one of them was NaN or infinite.
         """
-        rows = torch.stack(self._values).tolist()
+        rows = torch.stack(self._values).tolist() if self._values else []
         for step, (loss, grad_norm) in zip(self._steps, rows, strict=True):
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise NonFiniteLoss(step, loss, grad_norm)
+        return rows
+
+    def read(self) -> StepAverages:
+        """The averages over the steps since the last reading, of which there must be one; errors as of `check`."""
+        rows = self.check()
         elapsed = time.perf_counter() - self._started
         losses, grad_norms = zip(*rows, strict=True)
-        averages = StepAverages(sum(losses) / len(rows), sum(grad_norms) / len(rows), self._images / elapsed)
-        self._steps, self._values, self._images = [], [], 0
+        averages = StepAverages(sum(losses) / len(rows), sum(grad_norms) / len(rows), self._images_since / elapsed)
+        self._steps, self._values = [], []
         self.restart_clock()
         return averages
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs for the averages of an uninterrupted one."""
+        return {"steps": list(self._steps), "values": [list(row) for row in self.check()]}
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        self._steps = list(state["steps"])
+        self._values = [torch.tensor(row, device=device) for row in state["values"]]
 
 
 class ProgressLines:
@@ -107,16 +134,18 @@ class ProgressLines:
 class NonFiniteLoss(RuntimeError):
     """Training broke down: the loss or the gradient of `step` is NaN or infinite."""
 
-    def __init__(self, step: int, loss: float, grad_norm: float) -> None:
+    def __init__(self, step: int, loss: float, grad_norm: float, more: str = "") -> None:
         super().__init__(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; "
+            f"step {step}: loss {loss}, gradient norm {grad_norm}{more}; "
             "try a lower --optimizer.base_lr, a longer --schedule.warmup_epochs or --run.precision float32"
         )
-        self.step = step
+        self.step, self.loss, self.grad_norm = step, loss, grad_norm
 
 
-def _step_of(line: str) -> float:
+def _values_of(line: bytes) -> dict[str, Any] | None:
+    """The values in a line; None where a machine that went down left something else."""
     try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return math.inf  # a line cut short when the machine went down
+        values = json.loads(line)
+        return values if isinstance(values["step"], int) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None

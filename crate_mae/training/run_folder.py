@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from crate_mae.files import remove, remove_unfinished
 from crate_mae.training.config import PretrainConfig
+from crate_mae.training.states import saved_states
 
-METRICS, STATE, PICTURE = "metrics.jsonl", "state.pt", "reconstructions.png"
-RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, STATE, PICTURE)
+METRICS, PICTURE, BREAKDOWN = "metrics.jsonl", "reconstructions.png", "breakdown.json"
+STATES, BEST = "states", "best"
+RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, PICTURE, BREAKDOWN)
 SUMMARY = "summary.png"
 """Written by the demo alone."""
 
@@ -18,42 +22,52 @@ SUMMARY = "summary.png"
 def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
     """Raise what `pretrain` says of a folder that holds a run, of one that does not, and of one that cannot be written."""
     _refuse_unwritable(config.out)
-    held = _held(config.out)
-    early = stopped_early(config.out)
+    held, early = _held(config.out), stopped_early(config.out)
     stopped = f"the run in {config.out} stopped before its first save; --overwrite starts it anew"
-    if resume and STATE in held:
+    if resume and has_state(config.out):
         _refuse_other_run(config)
     elif resume:
-        nothing = f"nothing to resume: {config.out / STATE} does not exist"
+        nothing = f"nothing to resume: there is no state in {config.out / STATES}"
         raise FileNotFoundError(stopped if early else nothing)
     elif held and not overwrite:
-        if STATE in held:
+        if has_state(config.out):
             raise FileExistsError(f"{config.out} holds a run already; --resume continues it, --overwrite deletes it")
         lost = f"{config.out} holds {', '.join(held)}; name another --out, or delete them with --overwrite"
         raise FileExistsError(stopped if early else lost)
 
 
-def make_run_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise type(error)(f"--out {out}: {error}") from error
-
-
 def clear_run_folder(out: Path) -> None:
     """Delete the files of a run, and nothing else."""
-    for name in (*RUN_FILES, SUMMARY):
-        (out / name).unlink(missing_ok=True)
+    files = [out / name for name in (*RUN_FILES, SUMMARY)]
+    files += [out / BEST / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    files += [state.path for state in saved_states(out / STATES)]
+    for path in files:
+        remove(path)
+    remove_leftovers(out)
+    for folder in (out / STATES, out / BEST):
+        with suppress(OSError):  # not there, or with something in it that is not the run's
+            folder.rmdir()
+
+
+def remove_leftovers(out: Path) -> list[Path]:
+    """Delete what a run that was killed while it saved left unfinished; returns it."""
+    return [path for folder in (out, out / STATES, out / BEST) for path in remove_unfinished(folder)]
+
+
+def has_state(out: Path) -> bool:
+    """Whether there is a state to resume from."""
+    return bool(saved_states(out / STATES))
 
 
 def stopped_early(out: Path) -> bool:
     """Whether there is of a run what is written before it first saves."""
     held = _held(out)
-    return CONFIG_FILE in held and not {STATE, WEIGHTS_FILE} & set(held)
+    return CONFIG_FILE in held and WEIGHTS_FILE not in held and not has_state(out)
 
 
 def _held(out: Path) -> list[str]:
-    return [name for name in RUN_FILES if (out / name).exists()]
+    names = [name for name in RUN_FILES if (out / name).exists()]
+    return names + [folder for folder in (STATES, BEST) if (out / folder).exists()]
 
 
 def _refuse_unwritable(out: Path) -> None:
@@ -76,9 +90,21 @@ def _refuse_other_run(config: PretrainConfig) -> None:
             f"{file} is missing or broken, and --resume needs it: mend it, or start anew with --overwrite"
         ) from error
     pairs = {f"{group}.{name}": (value, asked[group][name]) for (group, name), value in zip(kept, values, strict=True)}
-    pairs["init"] = (saved.get("init"), asked["init"])  # which runs of older versions do not have
+    pairs["init"] = (saved.get("init"), asked["init"])
     for name, (had, got) in pairs.items():
         if had != got:
             raise ValueError(
                 f"{name}: the run in {config.out} has {had}, got {got}; a resumed run keeps it, --overwrite starts anew"
             )
+
+
+def other_images(config: PretrainConfig) -> str:
+    """Why the images to train on may be others than those of the run in its folder, in words."""
+    saved, asked = json.loads((config.out / CONFIG_FILE).read_text(encoding="utf-8")), config.to_dict()
+    had, gets = ({**settings, "images.val_fraction": settings["images"]["val_fraction"]} for settings in (saved, asked))
+    changed = [
+        f"{name} was {had[name]}, got {gets[name]}"
+        for name in ("data", "val", "images.val_fraction")
+        if had.get(name) != gets[name]
+    ]
+    return "; ".join(changed) or "files were added, removed or renamed since; put them back"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
-from crate_mae.data import ImageFolder, ImageLoader, Normalization, centre_crop, image_to_tensor
+from crate_mae.data import ImageFolder, ImageLoader, Normalization, centre_crop, image_to_tensor, in_order
 from crate_mae.data.transforms import Size
 from crate_mae.evaluation import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
 from crate_mae.model import CrateMAE, MAEOutput
@@ -61,26 +63,36 @@ class Validation:
         seed: int,
         precision: str = "float32",
         num_workers: int = 0,
+        say: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.images = images
         self.normalization = normalization
         self.mask_ratio = mask_ratio
         self.precision = precision
         self.noise = mask_noise(len(images), patches, seed)
-        self._loader = ImageLoader(
-            images, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator().manual_seed(seed)
-        )
+        self._batch_size = batch_size
+        self._loader = ImageLoader(images, in_order(len(images), batch_size), num_workers=num_workers, say=say)
         self._fill_errors: Counter[str | float] = Counter()
 
-    @torch.no_grad()
     def __call__(self, model: CrateMAE) -> ValidationErrors:
+        """The errors of a model, which is in the mode it was in when this returns."""
+        errors = self.unless(model, lambda: False)
+        assert errors is not None
+        return errors
+
+    @torch.no_grad()
+    def unless(self, model: CrateMAE, stopped: Callable[[], object]) -> ValidationErrors | None:
+        """The errors, or None where `stopped` was so before the last batch."""
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
         first = not self._fill_errors  # which no model changes: they are measured once
         sums: Counter[str | float] = Counter()
         removed = 0.0
-        for pixels, noise in zip(self._loader, self.noise.split(self._loader.batch_size), strict=True):
+        for pixels, noise in zip(self._loader, self.noise.split(self._batch_size), strict=True):
+            if stopped():
+                model.train(was_training)
+                return None
             images = self.normalization(pixels.to(device))
             with autocast(self.precision, device):
                 output = model(images, mask_ratio=self.mask_ratio, noise=noise.to(device))

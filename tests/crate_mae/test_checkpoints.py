@@ -401,7 +401,7 @@ def test_a_save_that_fails_leaves_the_older_one(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("crate_mae.files.os.fsync", full)
-    with pytest.raises(OSError, match="cannot write .*: No space"):
+    with pytest.raises(OSError, match=r"cannot write .*: No space"):
         save_model(small_model(lambd=0.4), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -29,6 +29,8 @@ from crate_mae.config import ModelConfig
 from crate_mae.data import centre_crop, image_to_tensor
 from crate_mae.model import CrateMAE
 from crate_mae.training import PretrainConfig, RunConfig, ScheduleConfig, Validation, build_optimizer, demo_config
+from crate_mae.training.run_folder import has_state
+from crate_mae.training.states import saved_states
 
 SMALLEST = ModelConfig(
     img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_num_heads=2
@@ -231,10 +233,11 @@ def test_ctrl_c_answers_at_once_and_saves(run, out, capfd, monkeypatch):
 
 
 def test_a_second_ctrl_c_ends_it_now_and_keeps_what_was_saved(run, out, capfd, monkeypatch):
+    monkeypatch.setattr("crate_mae.training.interrupts._ONE_REQUEST", -1)  # seconds
     with ctrl_c_in_step(monkeypatch, 3, times=2):  # saved after the first epoch, of two steps
         assert run() == 130
     assert "what was saved before is kept" in capfd.readouterr().err
-    assert torch.load(out / "state.pt", weights_only=True)["step"] == 2
+    assert [state.step for state in saved_states(out / "states")] == [2]
     assert run("--resume") == 0
 
 
@@ -274,18 +277,19 @@ def test_an_interrupted_demo_goes_on_and_a_finished_one_shows_its_results(demo, 
 
 
 def test_a_demo_killed_before_its_first_save_starts_anew(demo, out, capfd, monkeypatch):
+    monkeypatch.setattr("crate_mae.training.interrupts._ONE_REQUEST", -1)  # seconds
     with ctrl_c_in_step(monkeypatch, 1, times=2):
         assert demo() == 130
-    assert not (out / "state.pt").exists()
+    assert not has_state(out)
     assert demo() == 0
 
 
 def test_a_demo_leaves_other_runs_alone(demo, run, out, capsys):
     assert run("--model.lambd", "0.3") == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert demo() == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

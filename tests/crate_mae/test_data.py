@@ -20,12 +20,12 @@ from crate_mae.data import (
     FLOWERS,
     BatchSampler,
     ImageFolder,
+    ImageLoader,
     Normalization,
     PretrainImages,
     UnreadableImage,
     centre_crop,
     image_to_tensor,
-    pretrain_loader,
     random_resized_crop,
 )
 
@@ -111,7 +111,7 @@ class TestImageFolder:
         crops = PretrainImages(ImageFolder(folder, cache_bytes=0), (8, 8), seed=0)
         sampler = BatchSampler(len(crops), 2, seed=0, start_step=0, end_step=5)
         with pytest.raises(UnreadableImage) as raised:
-            list(pretrain_loader(crops, sampler, num_workers=num_workers))
+            list(ImageLoader(crops, sampler, num_workers=num_workers))
         assert raised.value.path == folder / "3.png"
         assert str(folder / "3.png") in str(raised.value) and "\n" not in str(raised.value)
 
@@ -251,7 +251,7 @@ class TestBatches:
 
         def batches(num_workers: int) -> torch.Tensor:
             sampler = BatchSampler(len(crops), 4, seed=0, start_step=0, end_step=5)
-            return torch.stack(list(pretrain_loader(crops, sampler, num_workers=num_workers)))
+            return torch.stack(list(ImageLoader(crops, sampler, num_workers=num_workers)))
 
         alone = batches(0)
         assert alone.shape == (5, 4, 3, 8, 8)
@@ -260,5 +260,5 @@ class TestBatches:
     def test_loading_leaves_the_global_generator_alone(self, folder):
         crops = PretrainImages(ImageFolder(folder), (8, 8), seed=0)
         before = torch.get_rng_state()
-        list(pretrain_loader(crops, BatchSampler(10, 5, seed=0, start_step=0, end_step=2)))
+        list(ImageLoader(crops, BatchSampler(10, 5, seed=0, start_step=0, end_step=2)))
         assert torch.equal(torch.get_rng_state(), before)

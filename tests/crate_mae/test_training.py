@@ -49,6 +49,7 @@ from crate_mae.training import (
 from crate_mae.training.metrics import ProgressLines, StepMeter
 from crate_mae.training.precision import choose_device, choose_precision
 from crate_mae.training.run_folder import RUN_FILES
+from crate_mae.training.states import saved_states
 from crate_mae.training.validation import CentreCropped
 
 TINY = ModelConfig(
@@ -87,6 +88,10 @@ def metric_lines(out: Path) -> list[dict]:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return crate_mae.load_model(out).state_dict()
+
+
+def saved_steps(out: Path) -> list[int]:
+    return [state.step for state in saved_states(out / "states")]
 
 
 def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -271,7 +276,7 @@ class TestRun:
         config = dataclasses.replace(config, schedule=ScheduleConfig(epochs=12, warmup_epochs=1, batch_size=3))
         result = pretrain(config)
 
-        assert {path.name for path in config.out.iterdir()} == set(RUN_FILES)
+        assert {path.name for path in config.out.iterdir()} == {*RUN_FILES, "states", "best"} - {"breakdown.json"}
         lines = metric_lines(config.out)
         steps = [line for line in lines if "loss" in line]
         epochs = [line for line in lines if "val_loss" in line]
@@ -349,7 +354,7 @@ class TestRun:
             die_after(patch, 7)
             with pytest.raises(MemoryError):
                 pretrain(config)
-        assert torch.load(config.out / "state.pt", weights_only=True)["step"] == 7  # of 4 an epoch
+        assert saved_steps(config.out) == [7, 6]  # of 4 an epoch
         pretrain(config, resume=True)
         assert_same_weights(weights(whole.out), weights(config.out))
 
@@ -384,14 +389,14 @@ class TestRun:
         broken.write_bytes(broken.read_bytes()[:200])
         with pytest.raises(NonFiniteLoss, match="step 1: loss nan"):
             pretrain(config)
-        assert not (config.out / "state.pt").exists()
+        assert not saved_steps(config.out)
 
     def test_termination_saves_too_and_handlers_come_back(self, config, monkeypatch):
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         interrupt_after(monkeypatch, 1, signal.SIGTERM)
         with pytest.raises(RunStopped):
             pretrain(config)
-        assert (config.out / "state.pt").exists()
+        assert saved_steps(config.out) == [2]
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
     def test_a_finished_run_can_be_resumed_for_longer(self, config):
@@ -414,7 +419,7 @@ class TestRun:
         assert len(metric_lines(config.out)) == len(before.splitlines())
         assert (config.out / "notes.txt").read_text() == "mine"
 
-    @pytest.mark.parametrize("name", RUN_FILES)
+    @pytest.mark.parametrize("name", [*RUN_FILES, "states"])
     def test_no_file_that_a_run_writes_is_overwritten(self, config, name):
         config.out.mkdir()
         (config.out / name).write_text("mine")
@@ -451,7 +456,7 @@ class TestRun:
         pretrain(config)
         with pytest.raises(FileNotFoundError):
             pretrain(dataclasses.replace(config, data=config.out / "nowhere"), overwrite=True)
-        assert (config.out / "state.pt").exists()
+        assert saved_steps(config.out) == [12, 8]
 
     def test_threads_are_given_back(self, config):
         before = torch.get_num_threads()
@@ -487,11 +492,10 @@ class TestRun:
             return output._replace(loss=output.loss * math.nan) if self.training and next(calls) == 7 else output
 
         monkeypatch.setattr(CrateMAE, "forward", diverging_forward)
-        with pytest.raises(NonFiniteLoss, match=r"step 7: loss nan.*base_lr.*last good state.*state\.pt") as raised:
+        with pytest.raises(NonFiniteLoss, match=r"step 7: loss nan.*base_lr.*last state saved.*step_4\.pt") as raised:
             pretrain(config)
         assert raised.value.step == 7
-        state = torch.load(config.out / "state.pt", weights_only=True)
-        assert state["step"] == 4
+        assert saved_steps(config.out) == [4]
         assert all(torch.isfinite(value).all() for value in weights(config.out).values())
 
     def test_progress_lines_come_when_their_time_has(self, monkeypatch):

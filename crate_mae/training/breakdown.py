@@ -1,0 +1,57 @@
+"""Where a step went bad, found by taking it again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from crate_mae.model import CrateMAE
+
+
+def first_bad(model: CrateMAE, loss_of_step: Callable[[], torch.Tensor]) -> str:
+    """What of a step was NaN or infinite first, in words: a weight, the output of a layer, the loss, or a gradient.
+
+    Args:
+        model: with the weights before the step.
+        loss_of_step: does the forward again.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"weights of {name} before the step"
+    bad: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+            if not bad and not output.isfinite().all():
+                bad.append(f"output of {name}")
+
+        return look
+
+    layers = {
+        "patch_embed": model.patch_embed,
+        **{f"blocks.{index}": block for index, block in enumerate(model.blocks)},
+        "norm": model.norm,
+        **{f"decoder_blocks.{index}": block for index, block in enumerate(model.decoder_blocks)},
+        "decoder_norm": model.decoder_norm,
+        "decoder_pred": model.decoder_pred,
+    }
+    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that layers with hooks are not fused
+            loss = loss_of_step()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if bad:
+        return bad[0]
+    if not loss.isfinite():
+        return "the loss"
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    for name, parameter in reversed(list(model.named_parameters())):  # as the backward comes to them
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return f"gradient of {name}"
+    return ""

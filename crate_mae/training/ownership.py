@@ -1,0 +1,133 @@
+"""One run a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from crate_mae.files import make_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+
+_CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+
+_held: set[int] = set()
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Be the only run that writes to a folder, which is made, and removed again if it is empty in the end.
+
+    An advisory lock of the system (flock), which ends with the process however that ends, on a file that says who has it. On file
+    systems without such locks what the file says decides: of a process that is gone from this host it is stale.
+
+    Raises:
+        BlockingIOError: another process, or another run of this one, has it; the message says which.
+        OSError: the folder cannot be made.
+    """
+    try:
+        made = make_folder(folder)
+    except OSError as error:
+        raise type(error)(f"--out {folder}: {error}") from error
+    path = folder / LOCK
+    descriptor = _take(path, folder)
+    _held.add(descriptor)
+    try:
+        with contextlib.suppress(OSError):  # on a full disk it is nameless, and holds
+            os.ftruncate(descriptor, 0)
+            since = datetime.now().astimezone().isoformat(timespec="seconds")
+            os.pwrite(descriptor, json.dumps({"host": _host(), "pid": os.getpid(), "since": since}).encode(), 0)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # while it is still held, so that it is our own
+        _held.discard(descriptor)
+        os.close(descriptor)
+        for empty in reversed(made):
+            with contextlib.suppress(OSError):
+                os.rmdir(empty)
+
+
+def _take(path: Path, folder: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if _is_held(descriptor):
+                raise BlockingIOError(
+                    f"--out {folder}: {_named(_holder(descriptor))} writes to it; wait for its end, or name another folder"
+                )
+            with contextlib.suppress(FileNotFoundError):  # its owner removed it after we had opened it
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_held(descriptor: int) -> bool:
+    """Whether another has the lock; if not, this process has it now."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            raise
+    holder = _holder(descriptor)
+    return bool(holder) and (holder.get("host") != _host() or _is_alive(holder.get("pid")))
+
+
+def _holder(descriptor: int) -> dict[str, Any]:
+    """What the file says of who has it; nothing if that was never written."""
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _named(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another run"
+    return f"a run since {holder.get('since')}, process {holder.get('pid')} on {holder.get('host')},"
+
+
+def _is_alive(pid: Any) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, TypeError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _give_up_in_child() -> None:
+    # A forked process, such as one that loads images, would keep the lock of a run that was killed.
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_give_up_in_child)

@@ -1,0 +1,169 @@
+"""What a run writes down as it goes, and takes up again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from crate_mae.checkpoints import save_model
+from crate_mae.training.config import PretrainConfig
+from crate_mae.training.divergence import DivergenceWatch
+from crate_mae.training.metrics import MetricsLog, StepAverages, StepMeter
+from crate_mae.training.run_folder import BEST, METRICS, STATES, other_images, remove_leftovers
+from crate_mae.training.states import (
+    check_fits,
+    forget_states,
+    random_state,
+    read_state,
+    restore,
+    saved_states,
+    write_state,
+)
+from crate_mae.training.validation import ValidationErrors
+
+
+class Record:
+    """The rows, the states and the weights of a run, and whether it diverges.
+
+    A state holds all that the steps after it depend on, and what has been gathered for the rows to come, so that a run logs the
+    same however often it was interrupted. It is on the disk after the rows before it and before what else is made of it.
+
+    Args:
+        images: the fingerprint of the images to train on. Their order and crops are functions of the seed and the step.
+        say: takes a line for the user.
+
+    Attributes:
+        step: optimiser steps taken.
+        validated: False while the validation that is due at this step is not done.
+        meter: what was gathered since the last row.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        images: str,
+        steps_per_epoch: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.model, self.optimizer = config, model, optimizer
+        self.images, self.steps_per_epoch, self.say = images, steps_per_epoch, say
+        self.step, self.validated = 0, True
+        self.meter = StepMeter()
+        self._watch = DivergenceWatch()
+        self._metrics = MetricsLog(config.out / METRICS)
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
+
+    def go_on_from(self, wanted: bool | str | int) -> str:
+        """Take up the state that `pretrain` calls so; returns what was restored, and what could not be, in words."""
+        folder = self.config.out / STATES
+        state, passed_over = read_state(folder, wanted, lambda state: check_fits(state, self.model, self.optimizer))
+        if state["images"] != self.images:
+            raise ValueError(f"{folder} is of a run on other images: {other_images(self.config)}")
+        not_restored = restore(state, self.model, self.optimizer)
+        self.step, self.validated = state["step"], state["validated"]
+        self.meter.load_state(state["meter"], next(self.model.parameters()).device)
+        self._watch = DivergenceWatch(**state["watch"])
+        for line in passed_over:
+            self.say(f"{line}; going on from a state before it")
+        if wanted is not True:  # else they make way for the next state
+            self._forget_states()
+        without = f", without {' and '.join(not_restored)}" if not_restored else ""
+        return f"from step {self.step} (weights, optimizer, random numbers restored{without})"
+
+    def tidy(self) -> None:
+        """Remove what a run that was killed left behind: unfinished files, and rows that the steps to come log again."""
+        if leftovers := remove_leftovers(self.config.out):
+            names = ", ".join(str(path.relative_to(self.config.out)) for path in leftovers)
+            self.say(f"removed what was never finished: {names}")
+        # Of the state's own step, all but a validation that it says is still to be done.
+        broken = self._metrics.keep(
+            lambda row: row["step"] < self.step or (row["step"] == self.step and (self.validated or "loss" in row))
+        )
+        if broken:
+            self.say(f"removed {broken} broken lines of {METRICS}")
+
+    def log(self, lr: float) -> StepAverages:
+        """Write the row of the steps since the last one.
+
+        Raises:
+            NonFiniteLoss: there was a step with a loss or gradient that was NaN or infinite.
+        """
+        averages = self.meter.read()
+        with self._divergence_told():
+            self._watch.read(averages)
+        self._metrics.append(
+            step=self.step,
+            epoch=self.epoch,
+            loss=averages.loss,
+            lr=lr,
+            grad_norm=averages.grad_norm,
+            images_per_second=averages.images_per_second,
+            **({"diverging": True} if self._watch.of_steps else {}),
+        )
+        return averages
+
+    def log_validation(self, errors: ValidationErrors) -> None:
+        """Write the row of a validation, and the weights if they are the best so far."""
+        with self._divergence_told():
+            is_best = self._watch.validated(self.step, errors)
+        if is_best:
+            save_model(self.model, self.config.out / BEST, mean=self.config.images.mean, std=self.config.images.std)
+        diverging = {"diverging": True} if self._watch.of_validation else {}
+        self._metrics.append(step=self.step, epoch=int(self.epoch), **errors._asdict(), **diverging)
+
+    def save(self) -> None:
+        """Write the state, then the weights.
+
+        Raises:
+            NonFiniteLoss: as of `log`; what broke down takes the place of nothing.
+            OSError: it could not be written; it names the file, and older states are there still.
+        """
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "epoch": int(self.epoch),
+            "images": self.images,
+            "random": random_state(),
+            "meter": self.meter.state(),
+            "watch": self._watch.state(),
+            "validated": self.validated,
+        }
+        self._metrics.sync()
+        write_state(self.config.out / STATES, state, diverging=bool(self._watch.diverging))
+        self._forget_states()
+        save_model(self.model, self.config.out)
+
+    def saved(self) -> str:
+        """The last state, in words."""
+        states = saved_states(self.config.out / STATES)
+        return f"the last state saved is {states[0].path}" if states else "no state had been saved yet"
+
+    def is_kept(self, step: int) -> bool:
+        """Whether the state of a step is kept for good."""
+        every = self.config.run.keep_every * self.steps_per_epoch
+        return every > 0 and step % every == 0
+
+    def _forget_states(self) -> None:
+        keep, best = self.config.run.keep_states, self._watch.best_step
+        forget_states(self.config.out / STATES, step=self.step, keep=keep, best=best, is_kept=self.is_kept)
+
+    @contextlib.contextmanager
+    def _divergence_told(self) -> Iterator[None]:
+        before = bool(self._watch.diverging)
+        yield
+        if self._watch.diverging and not before:
+            best = self._watch.best_step
+            back = f"; to go back to the best validation, --resume best (step {best})" if best is not None else ""
+            self.say(f"step {self.step}: diverging: {self._watch.diverging}; older states are kept{back}")
+        elif before and not self._watch.diverging:
+            self.say(f"step {self.step}: no longer diverging")
