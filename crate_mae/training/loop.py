@@ -46,7 +46,7 @@ from crate_mae.training.precision import (
     cpu_threads,
 )
 from crate_mae.training.record import Record
-from crate_mae.training.run_folder import BREAKDOWN, PICTURE, check_run_folder, clear_run_folder
+from crate_mae.training.run_folder import BREAKDOWN, PICTURE, check_run_folder, clear_run_folder, refuse_unwritable
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.validation import CentreCropped, Validation, ValidationErrors
 
@@ -92,10 +92,9 @@ def pretrain(
     if resume is not False and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     check_single_process()
-    resuming = resume is not False
-    check_run_folder(config, resume=resuming, overwrite=overwrite)
+    refuse_unwritable(config.out)
     with owned(config.out):
-        check_run_folder(config, resume=resuming, overwrite=overwrite)  # of a folder that nobody else changes now
+        check_run_folder(config, resume=resume is not False, overwrite=overwrite)
         run = _Run(config, resume)
         # Only now: settings or images that cannot be used must not cost the run that is there.
         if overwrite:

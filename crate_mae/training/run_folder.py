@@ -20,8 +20,7 @@ SUMMARY = "summary.png"
 
 
 def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Raise what `pretrain` says of a folder that holds a run, of one that does not, and of one that cannot be written."""
-    _refuse_unwritable(config.out)
+    """Raise what `pretrain` says of a folder that holds a run, and of one that does not."""
     held, early = _held(config.out), stopped_early(config.out)
     stopped = f"the run in {config.out} stopped before its first save; --overwrite starts it anew"
     if resume and has_state(config.out):
@@ -70,7 +69,8 @@ def _held(out: Path) -> list[str]:
     return names + [folder for folder in (STATES, BEST) if (out / folder).exists()]
 
 
-def _refuse_unwritable(out: Path) -> None:
+def refuse_unwritable(out: Path) -> None:
+    """Raise what `pretrain` says of a folder that cannot be written."""
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"--out {out}: {existing} is a file, not a folder")

@@ -5,21 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import (
+    TINY,
+    assert_same_weights,
+    die_after,
+    interrupt_after,
+    metric_lines,
+    saved_steps,
+    weights,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import crate_mae
 from crate_kernels import use
-from crate_mae.config import ModelConfig
 from crate_mae.data import (
     FLOWERS,
     IMAGENET_MEAN,
@@ -49,79 +55,7 @@ from crate_mae.training import (
 from crate_mae.training.metrics import ProgressLines, StepMeter
 from crate_mae.training.precision import choose_device, choose_precision
 from crate_mae.training.run_folder import RUN_FILES
-from crate_mae.training.states import saved_states
 from crate_mae.training.validation import CentreCropped
-
-TINY = ModelConfig(
-    img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_num_heads=2, lambd=0.1
-)
-
-
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    """12 small smooth pictures, 4 batches of 3."""
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        corners = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
-        corners.resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{index:02}.png")
-    return folder
-
-
-@pytest.fixture
-def config(tmp_path: Path, photographs: Path) -> PretrainConfig:
-    return PretrainConfig(
-        out=tmp_path / "run",
-        data=photographs,
-        val=photographs,
-        model=TINY,
-        optimizer=OptimizerConfig(base_lr=0.2),
-        schedule=ScheduleConfig(epochs=3, warmup_epochs=1, batch_size=3),
-        run=RunConfig(device="cpu", precision="float32", threads=1, log_every=2, save_every=1, pictures=2),
-    )
-
-
-def metric_lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return crate_mae.load_model(out).state_dict()
-
-
-def saved_steps(out: Path) -> list[int]:
-    return [state.step for state in saved_states(out / "states")]
-
-
-def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
-    """The signal arrives in the middle of the step after `step`."""
-    calls = iter(range(10**9))
-    forward = CrateMAE.forward
-
-    def interrupted_forward(self, *args, **kwargs):
-        if self.training and next(calls) == step:
-            signal.raise_signal(number)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(CrateMAE, "forward", interrupted_forward)
-
-
-def die_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The step after `step` ends the run without a chance to save anything."""
-    forward, calls = CrateMAE.forward, itertools.count()
-
-    def dying_forward(self, *args, **kwargs):
-        if self.training and next(calls) == step:
-            raise MemoryError
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(CrateMAE, "forward", dying_forward)
 
 
 class TestSchedule:
