@@ -39,6 +39,8 @@ class Fault:
 
     def __str__(self) -> str:
         what = self.what
+        if what == "none":
+            return "undisturbed"
         if self.number:
             what = errno.errorcode[self.number] if what == "fail" else signal.Signals(self.number).name
         where = f"{'after' if self.after else 'at'} {self.call} ({self.nth})" if self.call else f"at {self.delay:.3f} s"
@@ -206,7 +208,7 @@ class Disk:
         self.root, self.tree = root, _Folder()
 
     def replay(self, notes: Notes) -> list[Path]:
-        """Do what a process did; returns the files in which the real folder differs: they were not written by `crate_mae.files`."""
+        """Do what a process did; returns the files in which the real folder differs, as others than `crate_mae.files` wrote them."""
         opened: dict[int, list[Any]] = {}
         for note, done in notes:
             if done:
