@@ -208,7 +208,7 @@ class Disk:
         self.root, self.tree = root, _Folder()
 
     def replay(self, notes: Notes) -> list[Path]:
-        """Do what a process did; returns the files in which the real folder differs, as others than `crate_mae.files` wrote them."""
+        """Do what a process did; returns the files in which the real folder differs, not being written by `crate_mae.files`."""
         opened: dict[int, list[Any]] = {}
         for note, done in notes:
             if done:

@@ -2,8 +2,8 @@
 
     python tests/crate_mae/faults.py --count 200 --seed 0
 
-Each fault, known by its number, disturbs one to three attempts at a run of 12 steps; an attempt that nothing disturbs ends it. What
-is left is compared with what a run left that nothing disturbed at all, bit for bit.
+Each fault, known by its number, disturbs one to three attempts at a run of 12 steps; an attempt that nothing disturbs ends it.
+What is left is compared with what a run left that nothing disturbed at all, bit for bit.
 """
 
 from __future__ import annotations
