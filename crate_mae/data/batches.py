@@ -146,17 +146,14 @@ class ImageLoader:
                         yield batch
                         came, lost = came + 1, 0
                 return
-            except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells that a worker was lost, or failed
-                if not self._settings["num_workers"]:
-                    raise
+            except LostWorkers as error:
                 lost += 1
-                why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
                 if lost == _PATIENCE:
                     raise LostWorkers(
-                        f"processes that load images were lost {lost} times in a row, the last time by: {why}; "
+                        f"processes that load images were lost {lost} times in a row, the last time by: {error}; "
                         "fewer --images.num_workers, or 0, need less memory, in /dev/shm most of all"
-                    ) from error
-                self.say(f"a process that loads images was lost ({why}); started again")
+                    ) from None
+                self.say(f"a process that loads images was lost ({error}); started again")
 
     def _load(self, first: int) -> Iterator[torch.Tensor | UnreadableImage]:
         """Batches from number `first` on, by workers that are gone when it ends."""
@@ -176,13 +173,18 @@ class ImageLoader:
         others = set(multiprocessing.active_children())
         batches = iter(loader)
         workers = set(multiprocessing.active_children()) - others
+        why = ""
         with _losses_met_at_the_next_batch():
             try:
                 yield from batches
+            except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells that a worker was lost, or failed
+                why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             finally:
-                del batches  # which asks the workers to end, and waits a while
+                del batches  # which asks the workers to end, and waits a while; no error's traceback holds it any more
                 for worker in workers:
                     worker.kill()
+        if why:
+            raise LostWorkers(why)
 
 
 @contextlib.contextmanager

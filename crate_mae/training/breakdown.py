@@ -54,4 +54,5 @@ def first_bad(model: CrateMAE, loss_of_step: Callable[[], torch.Tensor]) -> str:
     for name, parameter in reversed(list(model.named_parameters())):  # as the backward comes to them
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             return f"gradient of {name}"
-    return ""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return "" if norm.isfinite() else "the norm of the gradient, whose entries are finite"

@@ -76,6 +76,10 @@ class Record:
             self.say(f"{line}; going on from a state before it")
         if wanted is not True:  # else they make way for the next state
             self._forget_states()
+        if self._watch.diverging:
+            self.say(
+                f"the state of step {self.step} is of a run that diverges: {self._watch.diverging}{self._way_back()}"
+            )
         without = f", without {' and '.join(not_restored)}" if not_restored else ""
         return f"from step {self.step} (weights, optimizer, random numbers restored{without})"
 
@@ -129,7 +133,7 @@ class Record:
         """
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],  # and no settings, which are the configuration's
             "step": self.step,
             "epoch": int(self.epoch),
             "images": self.images,
@@ -162,8 +166,10 @@ class Record:
         before = bool(self._watch.diverging)
         yield
         if self._watch.diverging and not before:
-            best = self._watch.best_step
-            back = f"; to go back to the best validation, --resume best (step {best})" if best is not None else ""
-            self.say(f"step {self.step}: diverging: {self._watch.diverging}; older states are kept{back}")
+            self.say(f"step {self.step}: diverging: {self._watch.diverging}; older states are kept{self._way_back()}")
         elif before and not self._watch.diverging:
             self.say(f"step {self.step}: no longer diverging")
+
+    def _way_back(self) -> str:
+        best = self._watch.best_step
+        return "" if best is None else f"; to go back to the best validation, --resume best (step {best})"

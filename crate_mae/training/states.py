@@ -152,10 +152,10 @@ def check_fits(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.O
     expected = model.state_dict()
     if problems := differences(state["model"], expected):
         raise ValueError(f"it is of another model: it {'; '.join(problems)}")
-    means = state["optimizer"].get("state")
+    means = state["optimizer"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     tensors = [(name, state["model"][name], value) for name, value in expected.items()]
-    if not isinstance(means, dict) or set(means) not in (set(), set(range(len(parameters)))):
+    if set(means) not in (set(), set(range(len(parameters)))):
         raise ValueError("its optimizer is of another model")
     for index, kept in means.items():
         for name in ("exp_avg", "exp_avg_sq"):
@@ -172,7 +172,7 @@ def restore(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Opti
     """
     model.load_state_dict(state["model"])
     settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+    optimizer.load_state_dict({"state": state["optimizer"], "param_groups": settings})
     generators = state["random"]
     torch.set_rng_state(generators["torch"])
     algorithm, keys, *rest = generators["numpy"]
