@@ -52,12 +52,12 @@ class Run:
 
 @pytest.fixture
 def started(config, tmp_path) -> Iterator[Callable[..., Run]]:
-    """Starts runs of 400 steps, each with a row in metrics.jsonl, or as options say; none is left in the end."""
+    """Starts runs of 4000 steps, each with a row in metrics.jsonl, or as options say; none is left in the end."""
     file, runs = tmp_path / "settings.json", []
     file.write_text(json.dumps(config.to_dict()))
 
     def start(*options: str) -> Run:
-        runs.append(Run(file, "--schedule.epochs=100", "--run.save_every=40", "--run.log_every=1", *options))
+        runs.append(Run(file, "--schedule.epochs=1000", "--run.save_every=40", "--run.log_every=1", *options))
         return runs[-1]
 
     yield start
@@ -82,7 +82,7 @@ def assert_saved_and_said(run: Run, number: int, out: Path) -> None:
     notice, last = complained.strip().splitlines()
     assert notice.startswith("stopping after this step")
     step = re.fullmatch(
-        rf"crate-mae: stopped at step (\d+) of 400, saved in {re.escape(str(out))}; --resume goes on", last
+        rf"crate-mae: stopped at step (\d+) of 4000, saved in {re.escape(str(out))}; --resume goes on", last
     )
     assert step and max(saved_steps(out)) == int(step[1])
     assert [row["step"] for row in metric_lines(out) if "loss" in row] == [*range(1, int(step[1]) + 1)]
@@ -112,14 +112,14 @@ def test_slurms_warning_and_its_signal_afterwards_count_as_one(pause, started, c
 
 
 def test_a_killed_worker_is_replaced(started, config):
-    run = started()
+    run = started("--schedule.epochs=25")
     wait_for(20, run, config.out)
     children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
     code, said, complained = run.end()
     assert code == 0 and complained == "", (code, said, complained)
     assert len(re.findall("^a process that loads images was lost .* started again$", said, re.MULTILINE)) == 1
-    assert [row["step"] for row in metric_lines(config.out) if "loss" in row] == [*range(1, 401)]
+    assert [row["step"] for row in metric_lines(config.out) if "loss" in row] == [*range(1, 101)]
 
 
 def test_a_folder_has_one_run_at_a_time(started, config):
