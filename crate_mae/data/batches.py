@@ -7,6 +7,7 @@ on the number of workers, nor on what ran before. A run resumed at any step sees
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import signal
@@ -170,19 +171,24 @@ class ImageLoader:
         if not self._settings["num_workers"]:
             yield from loader
             return
-        others = set(multiprocessing.active_children())
-        batches = iter(loader)
-        workers = set(multiprocessing.active_children()) - others
-        why = ""
-        with _losses_met_at_the_next_batch():
+        others, batches, why = set(multiprocessing.active_children()), None, ""
+        with contextlib.ExitStack() as until_the_end:
             try:
+                try:
+                    batches = iter(loader)
+                finally:
+                    workers = set(multiprocessing.active_children()) - others
+                    until_the_end.enter_context(_losses_met_at_the_next_batch())
                 yield from batches
             except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells that a worker was lost, or failed
                 why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             finally:
-                del batches  # which asks the workers to end, and waits a while; no error's traceback holds it any more
+                del batches  # which asks the workers to end, and waits a while
+                if why:
+                    gc.collect()  # for an error that a worker sent holds itself, and the batches
                 for worker in workers:
                     worker.kill()
+                    worker.join()
         if why:
             raise LostWorkers(why)
 
