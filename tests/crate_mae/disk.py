@@ -198,7 +198,7 @@ class _Folder:
 
 
 class Disk:
-    """A model of what is in the folders of an empty one, and of what of it would outlive a power cut.
+    """A model of a folder, empty at first, that knows what of it would outlive a power cut.
 
     Of a file that was not synced a power cut leaves the old content or the new, the new cut off anywhere, or zeros from there on.
     Of a folder that was not synced it leaves what was in there at any moment since it was.

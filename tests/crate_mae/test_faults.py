@@ -11,6 +11,8 @@ import pytest
 
 FAULTS = Path(__file__).with_name("faults.py")
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes that use PyTorch, as Linux can")
+
 
 def bring_about(count: int, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, FAULTS, f"--count={count}", *options]
