@@ -17,6 +17,7 @@ import itertools
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -273,7 +274,7 @@ def show(file: Path, device: torch.device, whole: bool) -> None:
     Raises:
         cache.CacheError: the file is no cache.
     """
-    made_for, held = cache.read(file) if file.exists() else ({}, {})
+    made_for, held = cache.read(file)
     said = f"{len(held)} tiles for {', '.join(f'{name} {value}' for name, value in made_for.items())}"
     print(f"{file}: {said if made_for else 'there is none'}")
     shown = {key: ("cache", tile) for key, tile in held.items()} if whole else tiles.in_force(device)
@@ -303,11 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     device = tiles.this_device()
     file = options.output or cache.location(device)
-    if options.clear:
-        print(f"{file}: {'deleted' if file.exists() else 'there is none'}")
-        file.unlink(missing_ok=True)
-        return 0
     try:
+        if options.clear:
+            print(f"{file}: {'deleted' if cache.clear(file) else 'there is none'}")
+            return 0
         if options.show:
             show(file, device, whole=options.output is not None)
             return 0
@@ -316,6 +316,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if refusal := _refusal(device):
         parser.error(refusal)
+    try:  # before the search, not after it
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        parser.error(f"{file}: cannot be written ({error.strerror})")
     pairs = itertools.product(options.models, options.dtypes)
     posed = [problem for pair in pairs for problem in problems(*pair, options.batch, device)]
     findings = tune(posed, cuda_timer(device), options.seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,19 @@ from crate_mae.data.transforms import Normalization, centre_crop, image_to_tenso
 from crate_mae.files import make_folder, replaced
 from crate_mae.model import CrateMAE
 from crate_mae.registry import create_model
-from crate_mae.state_dicts import WRAPPED_AS, differences, fitting, plain_name, plain_names, read_weights
+from crate_mae.state_dicts import (
+    CHECKSUM,
+    WRAPPED_AS,
+    check_file,
+    checksum,
+    differences,
+    fitting,
+    objection_to,
+    one_line,
+    plain_name,
+    plain_names,
+    read_weights,
+)
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
@@ -37,7 +50,8 @@ def save_model(
     """Write the weights and the configuration, lambda and step size included; other keys of ``config.json`` stay.
 
     Both files are there before either takes the place of an older one; an error leaves those as they were. What concerns training
-    alone (``stream``, ``recompute``, dropout) is not saved, nor are hooks and forwards that were replaced on a module.
+    alone (``stream``, ``recompute``, dropout) is not saved, nor are hooks and forwards that were replaced on a module. The
+    metadata of ``model.safetensors`` has a checksum of the weights, which ``load_model`` compares.
 
     Args:
         model: a CrateMAE, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel, AveragedModel), of the
@@ -50,7 +64,8 @@ def save_model(
         TypeError: model is no CrateMAE.
         ValueError: only one of mean and std is given, or one of them does not have a value for each channel; or the model is
             not what ``load_model`` makes of its ``config``: parameters with other names or shapes (parametrizations, adapters),
-            without values (on the meta device) or of which this process has only a shard, or layers with other settings.
+            without values (on the meta device), with values that are not finite or of which this process has only a shard, or
+            layers with other settings.
     """
     model = _unwrapped(model)
     if (mean is None) != (std is None):
@@ -67,7 +82,8 @@ def save_model(
     make_folder(directory)
     with replaced(config_file, directory / WEIGHTS_FILE) as (of_config, of_weights):
         of_config.write((json.dumps(config, indent=2) + "\n").encode())
-        of_weights.write(save(weights))
+        # One entry alone: safetensors writes several in any order, and one model is one file, to the byte.
+        of_weights.write(save(weights, metadata={CHECKSUM: checksum(weights)}))
 
 
 def load_model(
@@ -81,7 +97,7 @@ def load_model(
     """A model from a directory that ``save_model`` or a pre-training run wrote, or from an official checkpoint file.
 
     It stands on the CPU in training mode, as one just created; no layer behaves otherwise in evaluation. Its parameters are
-    float32: weights of 16 bits are widened, float64 is rounded.
+    float32: weights of 16 bits are widened, float64 is rounded, and a warning says so.
 
     A file of weights is a ``.safetensors`` file or what ``torch.save`` wrote: a state dict, or a training checkpoint with one
     under ``model``, ``state_dict``, ``model_state_dict`` or ``module``. Nothing in it is run: beside tensors and plain values
@@ -101,13 +117,11 @@ def load_model(
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: weights alone came without name, lambd or step_size; or a directory came with any of them; or a file is
-            not what its name says.
+            not what its name says, or damaged; or weights are no finite floating-point numbers.
         RuntimeError: the weights do not fit the model; unknown entries count.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
-    if path.is_dir():
+    if os.path.isdir(path):
         if name is not None or lambd is not None or step_size is not None or overrides:
             raise ValueError(
                 f"{path}: its {CONFIG_FILE} says what the model is; pass no name, lambd, step_size or overrides"
@@ -115,6 +129,7 @@ def load_model(
         model = CrateMAE(read_config(path))
         path = path / WEIGHTS_FILE
     else:
+        check_file(path, "no such file or directory")
         missing = [key for key, value in dict(name=name, lambd=lambd, step_size=step_size).items() if value is None]
         if missing:
             raise ValueError(
@@ -137,11 +152,11 @@ def load_weights(model: CrateMAE, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: the model in the directory has other sizes, heads included; or a file is not what its name says.
+        ValueError: the model in the directory has other sizes, heads included; or as for ``load_model``.
         RuntimeError: the weights do not fit the model; unknown entries count.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         config = read_config(path)
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "decoder_depth", "decoder_num_heads"):
             found, wanted = getattr(config, name), getattr(model.config, name)
@@ -241,7 +256,9 @@ def _weights_to_save(model: CrateMAE) -> dict[str, Tensor]:
             )
         if value.is_meta:
             raise ValueError(f"model: {name}: expected values, got none (meta device); load or initialise it first")
-        value = value.contiguous()
+        if objection := objection_to(value, torch.float32):
+            raise ValueError(f"model: {name}: {objection}")
+        value = value.cpu().contiguous()
         memory = value.untyped_storage().data_ptr()
         weights[name] = value.clone() if memory in taken else value
         taken.add(memory)
@@ -266,19 +283,23 @@ def read_config(directory: str | Path) -> ModelConfig:
         )
     unknown = fields.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown:
-        raise ValueError(f"{path}: its model section has {', '.join(sorted(unknown))}, which no ModelConfig has")
+        names = one_line(", ".join(sorted(unknown)))
+        raise ValueError(f"{path}: its model section has {names}, which no ModelConfig has")
     try:
         return ModelConfig(**fields)
     except (TypeError, ValueError) as problem:
-        raise ValueError(f"{path}: model.{problem}") from problem
+        raise ValueError(one_line(f"{path}: model.{problem}")) from problem
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; a model directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    check_file(path, f"no such file; a model directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as problem:
+        content = json.loads(path.read_bytes())
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as problem:  # of no UTF-8, of numbers of 5,000 digits, of 10,000 "["
         raise ValueError(f"{path}: not whole JSON ({problem})") from problem
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object with a model section, got {type(content).__name__}")

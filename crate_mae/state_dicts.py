@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import stat
 import threading
+import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from crate_mae.model import UNUSED_OFFICIAL_ENTRIES, CrateMAE
@@ -26,6 +30,12 @@ ENTRIES = ("model", "state_dict", "model_state_dict", "module")
 # AveragedModel, which wrap whole models.
 _WRAPPED_ANYWHERE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 WRAPPED_AS = (*_WRAPPED_ANYWHERE, "module")
+
+# What weights are kept as; the loaded model's are float32.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# The entry of a safetensors file's metadata in which ``save_model`` writes the ``checksum`` of its weights.
+CHECKSUM = "crc32"
 
 # What a module has in place of a weight that something else computes, and how to be rid of it.
 _COMPUTED_WEIGHTS = {
@@ -51,16 +61,15 @@ _reading = threading.Lock()  # PyTorch keeps one list for the process
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict in a weights file, under the names that it has there; of a training checkpoint, its weights.
 
+    Where the file has checksums, they are compared: that of ``save_model``, and those of ``torch.save``'s archives.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no named tensors, or it does under more than one of ``ENTRIES``.
+        ValueError: it is no regular file, or not whole, or damaged; it holds no named tensors, or it does under more than
+            one of ``ENTRIES``.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
-    except SafetensorError as problem:
-        raise ValueError(f"{path}: not a whole safetensors file ({problem})") from problem
+    check_file(path)
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     if _is_state_dict(state):
         return state
     found = [entry for entry in ENTRIES if isinstance(state, dict) and _is_state_dict(state.get(entry))]
@@ -72,7 +81,59 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _is_state_dict(state: Any) -> bool:
-    return isinstance(state, dict) and bool(state) and all(isinstance(value, Tensor) for value in state.values())
+    entries = state.items() if isinstance(state, dict) else ()
+    return bool(entries) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries)
+
+
+def check_file(path: Path, missing: str = "no such file") -> None:
+    """That there is a file to read: to open a pipe would wait for ever, and some devices never end.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is something else, or out of reach.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: {missing}") from None
+    except (OSError, ValueError) as problem:  # a name with a zero byte is a ValueError
+        raise ValueError(one_line(f"{path}: cannot be read ({_reason(problem)})")) from problem
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise ValueError(f"{path}: expected a file, found {kinds.get(stat.S_IFMT(mode), 'a device')}")
+
+
+def one_line(text: str) -> str:
+    """A message with what a file says in it, such as names of entries, as one line that a terminal can show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def checksum(weights: Mapping[str, Tensor]) -> str:
+    """The CRC-32 of all names, dtypes, shapes and values, by the order of names; eight hexadecimal digits."""
+    crc = 0
+    for name, value in sorted(weights.items()):
+        crc = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), crc)
+        crc = zlib.crc32(value.cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            written = (file.metadata() or {}).get(CHECKSUM)
+    except OSError as problem:
+        raise ValueError(f"{path}: cannot be read ({_reason(problem)})") from problem
+    except Exception as problem:  # beside SafetensorError, what PyTorch makes of a dtype that it has not got
+        raise ValueError(one_line(f"{path}: not a whole safetensors file ({_reason(problem)})")) from problem
+    if written is not None and (found := checksum(state)) != written:
+        raise ValueError(
+            one_line(
+                f"{path}: damaged: {CHECKSUM} of its weights is {found}, and was {written:.40} when they were saved; "
+                f"copy the file again, or take another"
+            )
+        )
+    return state
 
 
 def _read_checkpoint(path: Path) -> Any:
@@ -80,24 +141,45 @@ def _read_checkpoint(path: Path) -> Any:
         # Not those that the caller allows as well: leaving the block would take them back.
         harmless = [known for known in _HARMLESS if known not in torch.serialization.get_safe_globals()]
         try:
+            _check_archive(path)
             with torch.serialization.safe_globals(harmless):
                 return torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
+        except OSError as problem:
+            raise ValueError(f"{path}: cannot be read ({_reason(problem)})") from problem
         except Exception as problem:  # what is no pickle of torch's raises anything, a KeyError for one
             met = re.search(r"GLOBAL (\S+)", str(problem))
             if met is None:
-                raise ValueError(
-                    f"{path}: expected a file that torch.save wrote, whole ({_line(problem)})"
-                ) from problem
+                message = f"expected a file that torch.save wrote, whole ({type(problem).__name__}: {_reason(problem)})"
+                raise ValueError(one_line(f"{path}: {message}")) from problem
             raise ValueError(
-                f"{path}: expected tensors and plain values, found {met[1]}, which may run code and is not loaded: save the "
-                f"state_dict() alone; if you trust the file, torch.load(..., weights_only=False) reads it"
+                one_line(
+                    f"{path}: expected tensors and plain values, found {met[1]:.100}, which may run code and is not loaded; "
+                    f"where the file was made, save the state_dict() alone"
+                )
             ) from problem
 
 
-def _line(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:100]}"
+def _check_archive(path: Path) -> None:
+    """What PyTorch leaves out when it reads an archive: whether its entries are what was written."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch.load tells; before 1.6 it wrote bare pickles, without checksums
+            return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:  # PyTorch writes them uncompressed
+            raise ValueError("its entries claim to be larger than the file")
+        for entry in entries:
+            if entry.CRC:  # not after torch.serialization.set_crc32_options(False)
+                with archive.open(entry) as content:
+                    while content.read(2**20):
+                        pass
+
+
+def _reason(problem: Exception) -> str:
+    """The first sentence of an error, or of the one inside torch.load's, which goes on to advise what may run code."""
+    text = (problem.strerror if isinstance(problem, OSError) else None) or str(problem)
+    inner = re.search(r"WeightsUnpickler error: (.*)", text)
+    return re.split(r"\.?\s*\n|\.\s", inner[1] if inner else text.strip())[0].rstrip(".")[:150]
 
 
 def plain_name(name: str) -> str:
@@ -117,7 +199,7 @@ def plain_names(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Te
     plain_state: dict[str, Tensor] = {}
     for name, plain in names.items():
         if plain in plain_state:
-            raise RuntimeError(f"{source}: {plain} is there twice, once as {name}")
+            raise RuntimeError(one_line(f"{source}: {plain:.200} is there twice, once as {name:.200}"))
         plain_state[plain] = state[name]
     return plain_state
 
@@ -125,22 +207,32 @@ def plain_names(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Te
 def fitting(
     weights: Mapping[str, Tensor], model: CrateMAE, path: Path, *, own: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """The weights by the model's names, where those in ``own`` keep the model's values.
+    """The weights by the model's names, where those in ``own`` keep the model's values. Warns of dtypes that are not the model's.
 
     Raises:
         RuntimeError: they do not fit; in a line, where torch has one for every entry.
-        ValueError: one has other than floating-point values, or none.
+        ValueError: one has other than finite floating-point values, or none.
     """
     expected = model.state_dict()
     found = plain_names(weights, path)
     found = {name: value for name, value in found.items() if name not in UNUSED_OFFICIAL_ENTRIES}
+    for name in sorted(found.keys() & expected.keys() - set(own)):
+        value, wanted = found[name], expected[name]
+        fits = (
+            value.is_nested or value.shape == wanted.shape
+        )  # a nested one has no shape to compare; others are told below
+        if fits and (objection := objection_to(value, wanted.dtype)):
+            raise ValueError(f"{path}: {name}: {objection}")
     found |= {name: expected[name] for name in own if name in found}
     problems = differences(found, expected)
     if not problems:
-        for name, value in found.items():
-            if type(value) not in (Tensor, nn.Parameter) or value.is_meta or not value.is_floating_point():
-                what = f"{type(value).__name__} of {value.dtype} on {value.device}"
-                raise ValueError(f"{path}: {name}: expected a tensor of floating-point numbers, got a {what}")
+        if converted := [name for name, value in found.items() if value.dtype != expected[name].dtype]:
+            dtypes, own_dtypes = (
+                " and ".join(sorted({str(state[name].dtype).removeprefix("torch.") for name in converted}))
+                for state in (found, expected)
+            )
+            counts = f"{len(converted)} of {len(found)} entries are {dtypes}"
+            warnings.warn(f"{path}: {counts}, and become {own_dtypes} in the model", stacklevel=3)
         return found
     token, hint = found.get("cls_token"), ""
     if token is not None and token.ndim and token.shape[-1] != model.config.embed_dim:
@@ -152,8 +244,24 @@ def fitting(
             f"{{k[{len(prefix)}:]: v for k, v in state.items() if k.startswith({prefix!r})}}"
         )
     raise RuntimeError(
-        f"{path}: the weights are not this model's (width {model.config.embed_dim}): {'; '.join(problems)}{hint}"
+        one_line(
+            f"{path}: the weights are not this model's (width {model.config.embed_dim}): {'; '.join(problems)}{hint}"
+        )
     )
+
+
+def objection_to(value: Tensor, dtype: torch.dtype) -> str | None:
+    """Why a tensor cannot be a weight that is ``dtype`` in the model, if it cannot."""
+    dense = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_nested
+    if not dense or value.is_meta or value.dtype not in _DTYPES:
+        kind = "nested tensor" if value.is_nested else type(value).__name__
+        what = f"{kind} of {value.dtype} ({value.layout}, {value.device})"
+        return f"expected a dense tensor of floating-point numbers of 16, 32 or 64 bits, got a {what}"
+    finite = value.to(dtype).isfinite()
+    if finite.all():
+        return None
+    counts = f"{int((~finite).sum())} of {value.numel()} values are not finite"
+    return f"{counts}{f' as {dtype}' if value.dtype != dtype else ''}; take weights from before the training broke down"
 
 
 def _prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
@@ -171,7 +279,7 @@ def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     problems = []
     for what, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
         if names:
-            first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
+            first, more = f"{min(names):.200}", f" and {len(names) - 1} more" if len(names) > 1 else ""
             remedies = (remedy for form, remedy in _COMPUTED_WEIGHTS.items() if re.search(form, first))
             remedy = next(remedies, None) if what == "has unknown" else None
             problems.append(f"{what} {first}{more}{f': {remedy}' if remedy else ''}")

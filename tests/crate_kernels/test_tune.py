@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import no_hang
 
 from benchmarks.parts import run_while_it_tells
 from crate_kernels import tiles, tune
@@ -110,24 +112,95 @@ def test_a_changed_table_is_another_table(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("spoil", "clearable"),
     [
-        lambda text: "",
-        lambda text: text[: len(text) // 2],
-        lambda text: "[1, 2]",
-        lambda text: "{}",
-        lambda text: text.replace('"for"', '"of"'),
-        lambda text: text.replace('"BLOCK_M": 32', '"BLOCK_M": "32"'),
-        lambda text: text.replace('"BLOCK_M": 32', '"BLOCK_M": -32'),
-        lambda text: text.replace('"tiles": [', '"tiles": [1, '),
+        (lambda text: "", True),
+        (lambda text: text[: len(text) // 2], True),
+        (lambda text: "[1, 2]", False),
+        (lambda text: "{}", False),
+        (lambda text: "[" * 10**5, False),
+        (lambda text: text.replace('"for"', '"of"'), False),
+        (lambda text: text.replace('"device": "cpu"', '"device": "c\\npu"'), True),
+        (lambda text: text.replace('"BLOCK_M": 32', '"BLOCK_M": "32"'), True),
+        (lambda text: text.replace('"BLOCK_M": 32', '"BLOCK_M": -32'), True),
+        (lambda text: text.replace('"tiles": [', '"tiles": [1, '), True),
+        (lambda text: text.replace('"tiles": [', '"tiles": [[["project", "plain", 4, 4], {}], '), True),
+        (lambda text: text + " " * 2**20, False),
     ],
-    ids=["empty", "torn", "a list", "an empty object", "no identity", "text for a number", "negative", "no pair"],
+    ids=[
+        "empty",
+        "torn",
+        "a list",
+        "an empty object",
+        "deep",
+        "no identity",
+        "two lines",
+        "text for a number",
+        "negative",
+        "no pair",
+        "twice",
+        "large",
+    ],
 )
-def test_a_spoilt_cache_is_an_error_that_says_how_to_be_rid_of_it(file: Path, spoil) -> None:
+def test_a_spoilt_cache_is_an_error_that_says_how_to_be_rid_of_it(file: Path, spoil, clearable: bool, capsys) -> None:
+    """By --clear, where it begins as a cache, or is empty; anything else may be a file of value that the variable names."""
     save(file)
     file.write_text(spoil(file.read_text()))
-    with pytest.raises(cache.CacheError, match=rf"{file}: not a readable cache.*Delete the file, or .*--clear"):
+    with pytest.raises(cache.CacheError, match=rf"^{file}: not a readable cache") as caught:
         selected()
+    remedy = "Delete the file, or run `python -m crate_kernels.tune --clear`"
+    assert str(caught.value).endswith(remedy if clearable else f"Have {cache.VARIABLE} name another file")
+    assert str(caught.value).isprintable()
+    if clearable:
+        assert tune.main(["--clear"]) == 0 and not file.exists()
+    else:
+        ended_with_2(["--clear"], str(caught.value), capsys)
+        assert file.exists()
+
+
+def ended_with_2(arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(arguments)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and message in told, told
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"BLOCK_M": 24}, "BLOCK_M: expected a power of 2 from 16 to 512, got 24"),
+        ({"BLOCK_K": 8}, "BLOCK_K: expected a power of 2 from 16 to 512, got 8"),
+        ({"BLOCK_N": 1024}, "BLOCK_N: expected a power of 2 from 16 to 512, got 1024"),
+        ({"num_warps": 3}, "num_warps: expected a power of 2 from 1 to 16, got 3"),
+        ({"num_warps": 32}, "num_warps: expected a power of 2 from 1 to 16, got 32"),
+        ({"num_stages": 0}, "num_stages: expected a number from 1 to 8, got 0"),
+        ({"PARTS": 0}, "PARTS: expected a power of 2 from 1 to 8, got 0"),
+        ({"LIBRARY": 2}, "LIBRARY: expected a number from 0 to 1, got 2"),
+        ({"num_ctas": 1}, "expected BLOCK_M, BLOCK_N, .*num_stages, got .*'num_ctas'"),
+    ],
+)
+def test_a_tile_that_no_kernel_takes_is_told_before_a_launch(file: Path, change: dict, told: str) -> None:
+    save(file, OTHER | change)
+    with pytest.raises(
+        cache.CacheError, match=rf"{file}: .*'project', 'plain', 4, 4.: {told}\)\. Delete the file, or run"
+    ):
+        selected()
+
+
+def test_a_tile_of_no_kernel_is_told(file: Path) -> None:
+    cache.write(file, {("project", "plain", 3, 3): OTHER}, CPU)
+    with pytest.raises(cache.CacheError, match=r"'project', 'plain', 3, 3.: no kernel has this key"):
+        selected()
+
+
+def test_every_tile_that_ships_or_that_the_search_finds_can_be_launched(file: Path) -> None:
+    for table in cache.TABLES:
+        for of in table.values():
+            for way in (lambda tile: [tile], tune.neighbours):
+                for tiles_of in itertools.zip_longest(*map(way, of.values())):
+                    held = {key: tile for key, tile in zip(of, tiles_of, strict=True) if tile}
+                    cache.write(file, held, CPU)
+                    assert cache.load(file, CPU) == held
 
 
 def test_writing_is_all_or_nothing(file: Path) -> None:
@@ -340,6 +413,60 @@ def test_a_spoilt_cache_stops_the_command_before_it_tunes_and_can_be_cleared(fil
         with pytest.raises(SystemExit) as stopped:
             tune.main(arguments)
         assert stopped.value.code == 2 and f"{file}: not a readable cache" in capsys.readouterr().err
+    assert tune.main(["--clear"]) == 0 and not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (Path.mkdir, "not a readable cache of tiles (no regular file)"),
+        (os.mkfifo, "not a readable cache of tiles (no regular file)"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a readable cache of tiles (no regular file)"),
+        (lambda path: path.symlink_to(path), "not a readable cache of tiles (Too many levels of symbolic links)"),
+        (lambda path: path.write_text("my thesis"), "not a readable cache of tiles (JSONDecodeError: Expecting value"),
+        (lambda path: path.write_bytes(bytes(100)), "not a readable cache of tiles (JSONDecodeError: Expecting value"),
+    ],
+    ids=["folder", "pipe", "device", "loop", "text", "zeros"],
+)
+@pytest.mark.parametrize("arguments", [["--clear"], ["--show"], []])
+def test_what_is_no_cache_is_told_and_stays(
+    arguments: list[str], make, told: str, file: Path, pretended_device: None, capsys
+) -> None:
+    make(file)
+    before = os.lstat(file)
+    with no_hang():
+        ended_with_2(arguments, f"{file}: {told}", capsys)
+        with pytest.raises(cache.CacheError, match="not a readable cache"):
+            selected()
+    assert os.lstat(file) == before
+
+
+def test_a_cache_that_cannot_be_is_none_and_told_before_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretended_device: None, capsys
+) -> None:
+    (tmp_path / "text").write_text("my thesis")
+    file = tmp_path / "text" / "tiles.json"
+    monkeypatch.setenv(cache.VARIABLE, str(file))
+    assert selected() == SHIPPED
+    assert tune.main(["--clear"]) == 0 and capsys.readouterr().out == f"{file}: there is none\n"
+    monkeypatch.setattr(tune, "problems", lambda *_: pytest.fail("tuned"))
+    ended_with_2([], f"{file}: cannot be written (", capsys)
+
+
+def test_whatever_lies_in_the_own_place_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.delenv(cache.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = cache.location(tiles.this_device())
+    file.parent.mkdir()
+    file.write_bytes(b"\xff\0")
+    assert tune.main(["--clear"]) == 0 and not file.exists()
+
+
+def test_a_cache_in_another_order_is_cleared(file: Path) -> None:
+    save(file)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({name: content[name] for name in ("tiles", "for")}))
+    assert selected() == OTHER
     assert tune.main(["--clear"]) == 0 and not file.exists()
 
 

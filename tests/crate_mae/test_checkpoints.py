@@ -7,6 +7,10 @@ import dataclasses
 import errno
 import fractions
 import json
+import os
+import re
+import tarfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from limits import no_hang
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from support import SMALL, small_model
 from torch import nn
@@ -25,6 +31,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 from crate_mae import CrateMAE, create_model, load_model, load_transform, save_model
+from crate_mae.checkpoints import load_weights
 
 
 def official_state(model: CrateMAE) -> dict[str, torch.Tensor]:
@@ -57,6 +64,14 @@ def test_round_trip_keeps_weights_lambda_and_step_size(tmp_path: Path) -> None:
     save_model(model, tmp_path)
     assert same(load_model(tmp_path), model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_one_model_is_one_file_to_the_byte(tmp_path: Path) -> None:
+    model, files = small_model(), set()
+    for _ in range(10):
+        save_model(model, tmp_path)
+        files.add((tmp_path / "model.safetensors").read_bytes())
+    assert len(files) == 1
 
 
 def test_save_keeps_other_keys_of_the_config(tmp_path: Path) -> None:
@@ -132,6 +147,10 @@ def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:
         ({**state, "_orig_mod.mask_token": torch.ones(1, 1, 32)}, "mask_token is there twice"),
         (with_weight_norm().state_dict(), "remove the parametrization first"),
         ({**state, "rotary": torch.ones(1)}, "has unknown rotary"),
+        (
+            {**state, "mask_token": torch.ones(1).expand(2**20, 2**20)},
+            "mask_token is (1048576, 1048576) and not (1, 1, 32)",
+        ),
         ({name: value for name, value in state.items() if name != "mask_token"}, "lacks mask_token"),
     ]
     for weights, told in cases:
@@ -190,19 +209,61 @@ def test_names_that_wrappers_gave_load(outer: str, inner: str, tmp_path: Path) -
     assert same(load_what_was_saved(state, tmp_path / "weights.pth"), model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_other_dtypes_load_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = small_model().to(dtype)
+@pytest.mark.parametrize("load", [load_model, lambda path: load_weights(small_model(), path)], ids=["model", "weights"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_weights_of_other_dtypes_load_as_float32_and_are_told(
+    dtype: str, load: Callable[[Path], CrateMAE | None], tmp_path: Path
+) -> None:
+    model = small_model().to(getattr(torch, dtype))
     save_model(model, tmp_path)
-    assert same(load_model(tmp_path), model.float())
+    with pytest.warns(UserWarning) as warned:
+        loaded = load(tmp_path)
+    (told,) = warned
+    count = len(model.state_dict()) - (loaded is None)  # positions are no weights
+    expected = f"{tmp_path / 'model.safetensors'}: {count} of 27 entries are {dtype}, and become float32 in the model"
+    assert str(told.message) == expected and told.filename == __file__
+    assert loaded is None or same(loaded, model.float())
 
 
-@pytest.mark.parametrize(
-    ("value", "told"), [(torch.ones(1, 1, 32, dtype=torch.int8), "int8"), (torch.ones(1, 1, 32, device="meta"), "meta")]
-)
-def test_tensors_that_are_no_weights_are_named(value: torch.Tensor, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"mask_token: expected a tensor of floating-point numbers, .*{told}"):
-        load_what_was_saved({**small_model().state_dict(), "mask_token": value}, tmp_path / "weights.pth")
+def test_some_weights_of_another_dtype_are_counted(tmp_path: Path) -> None:
+    state = small_model().state_dict()
+    with pytest.warns(UserWarning, match=r"weights\.pth: 1 of 27 entries are float16, and become"):
+        load_what_was_saved({**state, "mask_token": state["mask_token"].half()}, tmp_path / "weights.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_what_was_saved(state, tmp_path / "weights.pth")
+
+
+def with_nan(dtype: torch.dtype, *values: float) -> torch.Tensor:
+    token = torch.ones(1, 1, 32, dtype=dtype)
+    token[0, 0, : len(values)] = torch.tensor(values, dtype=dtype)
+    return token
+
+
+NAN, INF = float("nan"), float("inf")
+NO_WEIGHTS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "integers": (lambda: torch.ones(1, 1, 32, dtype=torch.int8), "a dense tensor .* got a Tensor of torch.int8"),
+    "booleans": (lambda: torch.ones(1, 1, 32, dtype=torch.bool), "got a Tensor of torch.bool"),
+    "complex": (lambda: torch.ones(1, 1, 32, dtype=torch.complex64), "got a Tensor of torch.complex64"),
+    "8 bits": (lambda: torch.ones(1, 1, 32).to(torch.float8_e4m3fn), "got a Tensor of torch.float8_e4m3fn"),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(1, 1, 32), 0.1, 0, torch.qint8), "torch.qint8"),
+    "sparse": (lambda: torch.ones(1, 1, 32).to_sparse(), "torch.float32 .torch.sparse_coo, cpu"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(1, 32)]), "got a nested tensor"),
+    "meta": (lambda: torch.ones(1, 1, 32, device="meta"), "torch.float32 .torch.strided, meta"),
+    "NaN": (lambda: with_nan(torch.float32, NAN, INF, -INF), "3 of 32 values are not finite; take weights from before"),
+    "NaN in 16 bits": (lambda: with_nan(torch.bfloat16, NAN), "1 of 32 values are not finite as torch.float32; "),
+    "beyond float32": (lambda: with_nan(torch.float64, 1e300), "1 of 32 values are not finite as torch.float32; "),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize", "ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize(("make", "told"), NO_WEIGHTS.values(), ids=NO_WEIGHTS)
+def test_tensors_that_are_no_weights_are_named(make: Callable[[], torch.Tensor], told: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    with pytest.raises(ValueError, match=f"weights.pth: mask_token: .*{told}"):
+        load_what_was_saved({**small_model().state_dict(), "mask_token": make()}, path)
+    with pytest.raises(ValueError, match=f"weights.pth: mask_token: .*{told}"):
+        load_weights(small_model(), path)
 
 
 @pytest.fixture
@@ -346,6 +407,12 @@ def with_another_softmax() -> CrateMAE:
     return model
 
 
+def with_token(value: float) -> CrateMAE:
+    model = small_model().double()
+    model.cls_token.data.fill_(value)
+    return model
+
+
 UNSAVED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another module": (lambda: nn.Linear(2, 2), TypeError, "model: expected a CrateMAE, .* got Linear"),
     "with a head": (WithHead, TypeError, "model: expected a CrateMAE, .* got WithHead"),
@@ -356,6 +423,21 @@ UNSAVED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "pruned": (pruned, ValueError, "0.1.fn.weight_mask .*make the pruning permanent first"),
     "other shape": (with_smaller_positions, ValueError, "decoder_pos_embed is .*17, 32.* and not .*65, 32"),
     "meta": (lambda: small_model().to("meta"), ValueError, "cls_token: expected values, got none"),
+    "diverged": (
+        lambda: with_token(NAN),
+        ValueError,
+        "model: cls_token: 32 of 32 values are not finite as .*; take weights",
+    ),
+    "beyond float32": (
+        lambda: with_token(1e300),
+        ValueError,
+        "cls_token: 32 of 32 values are not finite as torch.float32",
+    ),
+    "8 bits": (
+        lambda: small_model().to(torch.float8_e5m2),
+        ValueError,
+        "cls_token: expected a dense tensor .*float8_e5m2",
+    ),
     "sharded": (lambda: fully_shard(small_model()), ValueError, "cls_token: expected a plain tensor, got a DTensor"),
     "step size": (
         lambda: with_another("step_size", 0.3),
@@ -412,6 +494,110 @@ def test_saving_draws_no_random_numbers(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_flipped_bit_or_two_names_swapped_are_told(tmp_path: Path) -> None:
+    save_model(small_model(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    for place in (begin, len(content) - 1):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ValueError, match=f"{path}: damaged: crc32 of its weights is .{{8}}, and was .{{8}} when"):
+            load_model(tmp_path)
+    one, other = b"decoder_blocks.0.layers.0.0.fn.weight", b"decoder_blocks.0.layers.0.1.fn.qkv.weight"
+    assert one in content[:begin] and other in content[:begin]
+    swapped = content[:begin].replace(one, b"#").replace(other, one).replace(b"#", other)
+    path.write_bytes(swapped + content[begin:])
+    with pytest.raises(ValueError, match="damaged"):
+        load_model(tmp_path)
+
+
+def test_files_without_our_checksum_load(tmp_path: Path) -> None:
+    model, path = small_model(), tmp_path / "model.safetensors"
+    save_model(model, tmp_path)
+    with safe_open(path, "pt") as file:
+        assert file.metadata().keys() == {"crc32"}
+    for metadata in (None, {"format": "pt", "made by": "another"}):
+        save_file(model.state_dict(), path, metadata)
+        assert same(load_model(tmp_path), model)
+
+
+def test_a_flipped_bit_of_an_archive_is_told(tmp_path: Path) -> None:
+    model, path = small_model(**OFFICIAL), tmp_path / "weights.pth"
+    load_what_was_saved(model.state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(model.decoder_pred.weight.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"{path}: expected a file that torch.save wrote, whole \(BadZipFile: Bad CRC"
+    ):
+        load_model(path, "crate_mae_tiny", **OFFICIAL, **SMALL)
+
+
+def test_archives_without_checksums_load(tmp_path: Path) -> None:
+    model = small_model(**OFFICIAL)
+    torch.serialization.set_crc32_options(False)
+    try:
+        assert same(load_what_was_saved(model.state_dict(), tmp_path / "weights.pth"), model)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: torch.save(small_model(), path),
+        lambda path: torch.save({"args": fractions.Fraction(1, 2)}, path),
+        lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path),
+        lambda path: tarfile.open(path, "w").close(),
+        lambda path: path.write_bytes(b"\x80\x02cposix\nsystem\nX\x04\0\0\0true\x85R."),
+    ],
+    ids=["module", "fraction", "script", "tar", "call"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:'torch.load' received a zip")
+def test_no_advice_to_run_what_is_in_a_file(write: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    write(path)
+    with pytest.raises(ValueError, match=f"{path}: expected") as caught:
+        load_model(path, "crate_mae_tiny", **OFFICIAL, **SMALL)
+    message = str(caught.value)
+    assert message.isprintable() and not re.search(r"weights_only\W*(=|to)\W*False|trust|two options", message), message
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (os.mkfifo, "expected a file, found a pipe"),
+        (Path.mkdir, "expected a file, found a folder|its config.json says"),
+        (lambda path: path.symlink_to("/dev/zero"), "expected a file, found a device"),
+        (lambda path: path.symlink_to(path), "cannot be read .Too many levels of symbolic links"),
+        (lambda path: path.symlink_to(path.with_name("nowhere")), "no such file"),
+        (lambda path: path.symlink_to("/dev/null/model"), "no such file"),
+        (Path.touch, "not whole JSON|not a whole safetensors file|expected a file that torch.save wrote"),
+    ],
+    ids=["pipe", "folder", "device", "loop", "dangling", "through a device", "empty"],
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "weights.pth"])
+def test_what_is_no_file_is_told_and_not_waited_for(
+    name: str, make: Callable[[Path], None], told: str, tmp_path: Path
+) -> None:
+    save_model(small_model(), tmp_path)
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    make(path)
+    with no_hang(), pytest.raises((ValueError, FileNotFoundError), match=f"{name}.*: ({told})") as caught:
+        if name == "weights.pth":
+            load_model(path, "crate_mae_tiny", **OFFICIAL, **SMALL)
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [1, "mask\ntoken", "a" * 10**6])
+def test_odd_names_are_told_in_a_line(name: object, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=r"weights\.pth: ") as caught:
+        load_what_was_saved({**small_model().state_dict(), name: torch.ones(1)}, tmp_path / "weights.pth")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_file_that_is_no_checkpoint_is_named(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
@@ -431,6 +617,10 @@ def test_a_file_that_is_no_checkpoint_is_named(suffix: str, tmp_path: Path) -> N
     ("content", "told"),
     [
         ('{"model": ', "not whole JSON"),
+        ("\xff", "not whole JSON"),
+        ("[" * 10**5, "not whole JSON"),
+        ('{"model": ' + "1" * 5000 + "}", "not whole JSON"),
+        ('{"model": {"lambd": 0.5, "step_size": 0.1, "a\\nb": 1}}', r"has a\\nb, which no ModelConfig has"),
         ("[]", "expected a JSON object"),
         ('{"model": {"foo": 1}}', "lacks lambd, step_size"),
         ('{"model": 3}', "model: expected a section"),
@@ -439,9 +629,10 @@ def test_a_file_that_is_no_checkpoint_is_named(suffix: str, tmp_path: Path) -> N
 )
 def test_a_config_that_says_nothing_is_named(content: str, told: str, tmp_path: Path) -> None:
     save_model(small_model(), tmp_path)
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=f"config.json: .*{told}"):
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"config.json: .*{told}") as caught:
         load_model(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_fields_of_a_config_are_named(tmp_path: Path) -> None:
