@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from crate_mae import __version__
 from crate_mae.cli import pretraining, reconstruct
-from crate_mae.data import LostWorkers
+from crate_mae.data import STOPPING, LostWorkers
 from crate_mae.training import NonFiniteLoss, RunStopped
 
 BROKE_DOWN, USER_ERROR = 1, 2
@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LostWorkers, NonFiniteLoss) as error:
         return _fail(error, BROKE_DOWN)
     except RunStopped as error:
+        if argv is None:  # the process ends now, and what Slurm sends next must not change its exit status
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_IGN)
         own_model = any(argument.startswith("--model.") for argument in arguments)
         goes_on = "the same command" if arguments[0] == "demo" and not own_model else "--resume"
         return _fail(f"{error}; {goes_on} goes on", 128 + error.signal)

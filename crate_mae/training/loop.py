@@ -196,6 +196,7 @@ class _Run:
                 "--overwrite starts anew",
                 file=sys.stderr,
             )
+            self._save(picture=True)  # what a run killed between its last state and the files made of it did not write
         loader = ImageLoader(
             self.crops,
             self._batches(self.step, max(self.step, self.total_steps)),
@@ -203,9 +204,9 @@ class _Run:
             pin_memory=self.device.type == "cuda",
             say=_say,
         )
-        _say(self._opening_line())
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc="pretrain", disable=None)
         with stop_requests() as stop, progress, self._breakdown_told(), self._saved_all_the_same():
+            _say(self._opening_line())
             if not self.record.validated:
                 self._validate_and_save(stop)
             with contextlib.closing(iter(loader)) as batches:

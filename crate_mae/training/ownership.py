@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from crate_mae.files import make_folder
+from crate_mae.files import make_folder, sync_folder
 
 try:
     import fcntl
@@ -39,6 +39,9 @@ def owned(folder: Path) -> Iterator[None]:
     """
     try:
         made = make_folder(folder)
+        if not made:  # by a run that may have been killed before its entry was on the disk
+            with contextlib.suppress(PermissionError):
+                sync_folder(folder.parent)
     except OSError as error:
         raise type(error)(f"--out {folder}: {error}") from error
     path = folder / LOCK
