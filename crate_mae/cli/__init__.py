@@ -7,12 +7,13 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from crate_mae import __version__
 from crate_mae.cli import pretraining, reconstruct
 from crate_mae.cli.errors import nearest, one_line, outcome, worded
-from crate_mae.cli.settings import EndlessSettings, check_finite
+from crate_mae.cli.settings import check_argument, load
 from crate_mae.training import RunStopped
 
 DEBUG = "--debug"
@@ -59,16 +60,17 @@ def _run(arguments: list[str]) -> str:
     if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         given = arguments[0]
         raise ValueError(f"expected a command, one of {', '.join(COMMANDS)}, got {given!r}{nearest(given, COMMANDS)}")
+    option = ""
     for argument in arguments:
-        try:
-            check_finite(argument.partition("=")[2] if argument.startswith("--") else argument)
-        except EndlessSettings as error:
-            raise ValueError(f"{argument}: {error}") from None
+        if argument.startswith("--"):
+            option, _, argument = argument.partition("=")
+        check_argument(option, argument)
     defaults: dict[str, object] = {}
     options = ["--help", "--version", DEBUG]
     try:
         if arguments[0] in ("pretrain", "demo"):
             arguments, defaults = pretraining.read_ahead(arguments)
+        set_loader("yaml", load, (yaml.YAMLError, ValueError))
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         parser = ArgumentParser(
             prog="crate-mae",

@@ -20,25 +20,35 @@ _LONGEST = 400
 _OF_THE_DISK = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
 
 _WORDING = (
-    (r"^(argument|Parser key|Unexpected) \"?(?P<name>[\w.-]+)\"?: ", r"\g<name>: "),
-    (r"Expected a <class 'int'>\. Got value: ", "expected a whole number, got "),
-    (r"Expected a <class 'float'>\. Got value: ", "expected a number, got "),
-    (r"Expected a <class 'bool'>\. Got value: ", "expected true or false, got "),
-    (r"Expected a typing\.Literal\[(.*)\]\. Got value: ", r"expected one of \1, got "),
-    (r"invalid choice: '(.*)' \(choose from (.*)\)", r"expected one of \2, got \1"),
-    (r"arguments are required: (pretrain|demo)\.(\w+)", r"arguments are required: --\2"),
-    (r"Subcommand '(\w+)' does not accept option '(.*)'", r"\1 has no setting \2"),
+    (r'^(argument|Parser key) "?(?P<name>[\w.-]+)"?: ', r"\g<name>: "),
+    (r"Does not validate against any of .*tuple\[int, int\].*Given value: ?", "expected a whole number, or two, got "),
+    (r"Expected a <class 'int'>", "expected a whole number"),
+    (r"Expected a <class 'float'>", "expected a number"),
+    (r"Expected a <class 'bool'>", "expected true or false"),
+    (r"Expected a <class 'str'>", "expected text"),
+    (r"Expected a (<class ')?tuple('>)?", "expected a list"),
+    (r"Expected a typing\.Literal\[(.*)\](?=\. Got)", r"expected one of \1"),
+    (r"\. Got value: ?", ", got "),
+    (r"invalid choice: (.*) \(choose from (.*)\)$", r"expected one of \2, got \1"),
+    (r"(?<=: )(.*) not among choices \[(.*)\]$", r"expected one of \2, got \1"),
+    (r"(?<=required: )(pretrain|demo)\.", "--"),
+    (r", got $", ", got nothing"),
 )
 """What the parsers say, and how it reads in the words of all other messages."""
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """The end of a message, that asks whether the most similar name was meant; empty where none is similar."""
-    found = get_close_matches(given, list(known), n=1)
+    """The end of a message, that asks whether the most similar name was meant; empty where none is similar.
+
+    An option without its section, such as --batch_size, stands for the one that ends so.
+    """
+    names = list(known)
+    inner = [name for name in names if "." in name and name.endswith("." + given.lstrip("-"))]
+    found = inner or get_close_matches(given, names, n=1, cutoff=0.8 if given.startswith("--") else 0.6)
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def worded(error: ArgumentError | TypeError, options: Iterable[str]) -> ValueError:
+def worded(error: ArgumentError, options: Iterable[str]) -> ValueError:
     """A parser's error in our words, with the nearest of the names that could have been meant.
 
     Args:
@@ -51,7 +61,7 @@ def worded(error: ArgumentError | TypeError, options: Iterable[str]) -> ValueErr
         message += nearest(unknown[1], options)
     elif choice := re.search(r"expected one of (.*), got (.*)", message):
         choices = re.findall(r"'([^']*)'", choice[1])
-        message = message.replace(choice[1], ", ".join(choices)) + nearest(choice[2], choices)
+        message = message.replace(choice[1], ", ".join(choices)) + nearest(choice[2].strip("'"), choices)
     return ValueError(message)
 
 

@@ -40,7 +40,7 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     early, _ = _early_parser().parse_known_args(options)
     for section in sorted(SECTIONS):
         for settings in getattr(early, section):
-            read_settings(settings, section, option=f"--{section}: ")
+            read_settings(settings, section, option=f"--{section}")
     is_demo = command == "demo"
     if is_demo and early.out is None:
         early.out = DEMO_FOLDER
@@ -68,6 +68,8 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     if init is not None and init.is_dir():
         defaults |= _defaults_of(init, published)
     elif init is not None and init.exists():  # the run refuses what there is not
+        if not init.is_file():  # a pipe would be waited for
+            raise ValueError(f"--init {init}: expected the folder of a run, or a file of weights")
         _refuse_without_meaning(init, configs, explicit)
     return [command, *options], defaults
 
@@ -103,6 +105,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
 def _way_to_go_on(out: Path) -> list[str]:
     """The option with which a demo run in `out` before goes on; none for what is no demo, which no demo shall touch."""
     try:
+        check_json(out / CONFIG_FILE)
         if not (out / CONFIG_FILE).exists() or read_config(out) != demo_config(out).model:
             return []
     except ValueError:
@@ -168,6 +171,14 @@ def _defaults_of(init: Path, published: ModelConfig | None) -> dict[str, Any]:
                 f"architecture: its {name} is {asked}, but the model in --init {init} has {has}; leave one of them out"
             )
     images = json.loads((init / CONFIG_FILE).read_text(encoding="utf-8")).get("images", {})
+    if not isinstance(images, dict):
+        raise ValueError(f"--init: {init / CONFIG_FILE}: images: expected a section of settings, got {images!r}")
+    for name in {"mean", "std"} & images.keys():
+        values = images[name]
+        if not (isinstance(values, list) and all(isinstance(value, int | float) for value in values)):
+            raise ValueError(
+                f"--init: {init / CONFIG_FILE}: images.{name}: expected a number for each channel, got {values!r}"
+            )
     return {"model": dataclasses.asdict(model)} | {
         f"images.{name}": images[name] for name in {"mean", "std"} & images.keys()
     }

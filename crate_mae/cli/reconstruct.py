@@ -42,6 +42,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         ValueError: an argument cannot be used, or an image not be read; the message names it.
     """
     settings = chosen.reconstruct
+    for path in (settings.run, settings.out, *settings.images):
+        path_of(str(path))
     _refuse_output(settings.out, settings.images)
     if not 0 <= settings.seed <= MAX_SEED:
         raise ValueError(f"--seed: expected 0 to 2**64 - 1, got {settings.seed}")
@@ -94,6 +96,8 @@ def _refuse_output(out: Path, images: list[Path]) -> None:
 
 
 def _read(path: Path, channels: int) -> Image.Image:
+    if path.is_fifo():  # which would be waited for
+        raise ValueError(f"{path}: IMAGE: expected files of photographs")
     try:
         return read_image(path, channels)
     except UnreadableImage as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from crate_mae.training import PretrainConfig
 SECTIONS = {f.name for f in dataclasses.fields(PretrainConfig) if f.default_factory is not dataclasses.MISSING}
 PATHS = [f.name for f in dataclasses.fields(PretrainConfig) if f.name not in SECTIONS]
 
-_SECTION_FIELDS = {
-    name: [field.name for field in dataclasses.fields(default)]
-    for name, default in vars(PretrainConfig(out=Path())).items()
-    if name in SECTIONS
+_TYPES = {
+    section: {field.name: field.type for field in dataclasses.fields(default)}
+    for section, default in vars(PretrainConfig(out=Path())).items()
+    if section in SECTIONS
 }
+"""Of the settings of each section."""
+
+_load_yaml = get_loader("yaml")
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -31,6 +35,36 @@ _LARGEST_FILE, _MOST_VALUES, _DEEPEST = 2**20, 10_000, 20
 
 class EndlessSettings(ValueError):
     """YAML that holds itself, or that is small and stands for very much."""
+
+
+def check_argument(option: str, value: str) -> None:
+    """Refuse what the parser, which reads values as YAML, would spend for ever on, or fail on without a message.
+
+    Raises:
+        ValueError: it is endless, or a number beyond all floats.
+    """
+    try:
+        numbers = load(value)
+    except EndlessSettings as error:
+        raise ValueError(f"{option or value}: {error}") from None
+    except Exception:  # no YAML: the parser says so where it must be
+        return
+    _check_magnitude(option, numbers)
+
+
+def load(text: str) -> Any:
+    """What the text says, in JSON or YAML.
+
+    Raises:
+        EndlessSettings: a ValueError, as of `check_finite`.
+        yaml.YAMLError, ValueError: it is neither, or has a name twice in one place.
+    """
+    check_finite(text)
+    if text.lstrip().startswith("{"):  # JSON writes what is beyond 16 bits, such as emojis in a path, as YAML does not
+        with suppress(json.JSONDecodeError, RecursionError):
+            return json.loads(text, object_pairs_hook=_without_repetition)
+    _refuse_repeated(yaml.compose(text, Loader=_LOADER))
+    return _load_yaml(text)
 
 
 def check_finite(text: str) -> None:
@@ -63,28 +97,27 @@ def check_finite(text: str) -> None:
         pass
 
 
-def read_settings(config: str, section: str | None = None, *, option: str = "") -> dict[str, Any]:
+def read_settings(config: str, section: str | None = None, *, option: str = "--config") -> dict[str, Any]:
     """What an option such as --config names: a file, or settings written out in its place.
 
     Args:
         section: whose settings alone these are.
-        option: in front of messages.
+        option: which names it.
 
     Raises:
         ValueError: it cannot be read, or has something that is no setting: the parser would let other options hide a section
             that is none, import what `class_path` names, or fail without a message.
     """
     of_file = os.path.isfile(config)
-    where = option + (config if of_file or not option else "")
+    where = config if of_file else option
     text = _text_of(Path(config)) if of_file else config
     try:
-        check_finite(text)
-        _refuse_repeated(yaml.compose(text, Loader=_LOADER))
-        settings = get_loader("yaml")(text) if text.strip() else None
+        settings = load(text) if text.strip() else None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{where} holds neither JSON nor YAML that can be read: {error}") from None
+        raise ValueError(f"{where}: cannot be read as JSON or YAML: {error}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{option}{config} is no file of settings, such as the config.json of a run")
+        named = config if of_file else f"{option}: {config!r}"
+        raise ValueError(f"{named} is no file of settings, such as the config.json of a run")
     for name in [name for name in settings if isinstance(name, str) and "." in name]:  # run.seed is seed in run, too
         outer, _, inner = name.partition(".")
         within = settings.setdefault(outer, {})
@@ -102,6 +135,8 @@ def check_json(file: Path) -> None:
     """
     if not file.exists():
         return
+    if not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"{file}: expected a file")
     try:
         text = _text_of(file)
         check_finite(text)
@@ -116,17 +151,26 @@ def path_of(text: str) -> Path:
     Raises:
         ValueError: no file can be called that.
     """
-    if not text or "\0" in text:
-        raise ValueError(f"expected the name of a file or folder, got {text!r}")
+    if not _is_path(text):
+        raise ValueError(f"expected the name of a file or folder, in UTF-8, got {text!r}")
     return Path(text)
+
+
+def _is_path(text: Any) -> bool:
+    return isinstance(text, str) and text == text.encode(errors="ignore").decode() and "\0" not in text and bool(text)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is given twice")
+    return dict(pairs)
 
 
 def _refuse_repeated(node: yaml.Node | None) -> None:
     """Refuse names given twice in one place, of which readers take the last without a word."""
     if isinstance(node, yaml.MappingNode):
-        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{twice[0]} is given twice")
+        _without_repetition([(name.value, None) for name, _ in node.value if isinstance(name, yaml.ScalarNode)])
     if isinstance(node, yaml.CollectionNode):
         for each in node.value:
             for part in each if isinstance(each, tuple) else (each,):
@@ -141,7 +185,10 @@ def _text_of(file: Path) -> str:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
     if len(content) > _LARGEST_FILE:
         raise ValueError(f"{file} has more than {_LARGEST_FILE:,} bytes, and settings have not")
-    return content.decode()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from None
 
 
 def _check_names(settings: dict[Any, Any], where: str) -> None:
@@ -150,20 +197,24 @@ def _check_names(settings: dict[Any, Any], where: str) -> None:
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {name}: expected a section of settings, got {value!r}")
             for inner, each in value.items():
-                if inner not in _SECTION_FIELDS[name]:
-                    raise _unknown(where, f"{name}.{inner}", [f"{name}.{field}" for field in _SECTION_FIELDS[name]])
-                if isinstance(each, dict | set | bytes):
+                if inner not in _TYPES[name]:
+                    hint = nearest(str(inner), _TYPES[name]).replace("mean ", f"mean {name}.")
+                    raise ValueError(f"{where}: {name}.{inner}: no such setting{hint}")
+                if isinstance(each, dict | set | bytes) or (each is None and "None" not in _TYPES[name][inner]):
                     raise ValueError(f"{where}: {name}.{inner}: expected a value, got {each!r}")
+                _check_magnitude(f"{where}: {name}.{inner}", each)
         elif name in PATHS:
-            if value is not None and not (isinstance(value, str) and value and "\0" not in value):
+            if value is not None and not _is_path(value):
                 raise ValueError(f"{where}: {name}: expected the name of a file or folder, got {value!r}")
         elif name in ("resume", "overwrite", "config"):
             if value:  # --print_config writes them
                 raise ValueError(f"{where}: {name}: expected on the command line alone, as --{name}")
         elif name != "architecture":
-            known = [*SECTIONS, *PATHS, "architecture"]
-            raise _unknown(where, name, known)
+            hint = nearest(str(name), [*SECTIONS, *PATHS, "architecture"])
+            raise ValueError(f"{where}: {name}: no such setting{hint}")
 
 
-def _unknown(where: str, name: Any, known: list[str]) -> ValueError:
-    return ValueError(f"{where}: {name}: no such setting{nearest(str(name), known)}")
+def _check_magnitude(where: str, value: Any) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int) and abs(number) > 10**300:
+            raise ValueError(f"{where}: expected a smaller number, got one of {len(str(number))} digits")
