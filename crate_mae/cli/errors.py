@@ -74,11 +74,9 @@ def outcome(error: BaseException) -> tuple[str, int]:
     if isinstance(error, NonFiniteLoss):
         return str(error), BROKE_DOWN
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
-        return (
-            f"out of memory: a lower --schedule.batch_size needs less, and so do --run.recompute true and --run.stream 16bit "
-            f"({_first_sentence(error)})",
-            BROKE_DOWN,
-        )
+        asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        remedy = "a lower --schedule.batch_size needs less, and so do --run.recompute true and --run.stream 16bit"
+        return f"out of memory: {remedy}{asked and f' ({asked[0].lower()})' or ''}", BROKE_DOWN
     if isinstance(error, OSError):
         of_the_disk = error.errno in _OF_THE_DISK or str(error).startswith("cannot write")
         return str(error), BROKE_DOWN if of_the_disk else USER_ERROR
@@ -94,7 +92,3 @@ def one_line(message: str) -> str:
     if len(line) <= _LONGEST:
         return line
     return f"{line[: _LONGEST // 2]} ... {line[5 - _LONGEST // 2 :]}"
-
-
-def _first_sentence(error: BaseException) -> str:
-    return re.split(r"\. |\n", str(error) or type(error).__name__)[0]

@@ -38,17 +38,17 @@ class EndlessSettings(ValueError):
 
 
 def check_argument(option: str, value: str) -> None:
-    """Refuse what the parser, which reads values as YAML, would spend for ever on, or fail on without a message.
+    """Refuse what the parser, which reads values as YAML, would spend for ever on, or fail on without naming the option.
 
     Raises:
-        ValueError: it is endless, or a number beyond all floats.
+        ValueError: it is endless, or no text, or a number beyond all floats.
     """
     try:
         numbers = load(value)
-    except EndlessSettings as error:
-        raise ValueError(f"{option or value}: {error}") from None
-    except Exception:  # no YAML: the parser says so where it must be
+    except yaml.YAMLError:  # the parser says so where it must be YAML
         return
+    except Exception as error:  # endless, or a tag on what has no such form, or no text
+        raise ValueError(f"{option or value}: cannot be read: {error}") from None
     _check_magnitude(option, numbers)
 
 
@@ -113,7 +113,7 @@ def read_settings(config: str, section: str | None = None, *, option: str = "--c
     text = _text_of(Path(config)) if of_file else config
     try:
         settings = load(text) if text.strip() else None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
+    except Exception as error:  # constructors of tags such as !!timestamp raise whatever there is
         raise ValueError(f"{where}: cannot be read as JSON or YAML: {error}") from None
     if not isinstance(settings, dict):
         named = config if of_file else f"{option}: {config!r}"
