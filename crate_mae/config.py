@@ -92,7 +92,7 @@ class ModelConfig:
             raise ValueError(f"step_size: expected above 0 and, times lambd, a finite float32, got {self.step_size}")
         if self.norm_pix_loss and self.patch_size**2 * self.in_chans == 1:
             raise ValueError(
-                "norm_pix_loss: expected patches of two values or more, got patch_size 1 and in_chans 1; one value has no variance"
+                "norm_pix_loss: expected patches of two values or more, got patch_size 1 and in_chans 1; one has no variance"
             )
         grid_of(self.image_shape, self.patch_size)
 

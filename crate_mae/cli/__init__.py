@@ -12,11 +12,9 @@ from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from crate_mae import __version__
 from crate_mae.cli import pretraining, reconstruct
-from crate_mae.cli.errors import nearest, one_line, outcome, worded
+from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, worded
 from crate_mae.cli.settings import check_argument, load
 from crate_mae.training import RunStopped
-
-DEBUG = "--debug"
 
 COMMANDS = ("pretrain", "demo", "reconstruct")
 
@@ -75,7 +73,7 @@ def _run(arguments: list[str]) -> str:
         parser = ArgumentParser(
             prog="crate-mae",
             description="CRATE-MAE, a white-box masked auto-encoder.",
-            epilog=f"{DEBUG}, anywhere, shows where an error came from.",
+            epilog=DEBUG_HELP,
             version=__version__,
             exit_on_error=False,
             allow_abbrev=False,  # what is read ahead has whole names only, and so both read the same

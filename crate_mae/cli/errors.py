@@ -15,6 +15,9 @@ from crate_mae.training import NonFiniteLoss, RunStopped
 
 BROKE_DOWN, USER_ERROR, BUG, BY_SIGNAL = 1, 2, 70, 128
 
+DEBUG = "--debug"
+DEBUG_HELP = f"{DEBUG}, anywhere among the arguments, shows where an error came from."
+
 _LONGEST = 400
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
@@ -37,15 +40,18 @@ _WORDING = (
 """What the parsers say, and how it reads in the words of all other messages."""
 
 
-def nearest(given: str, known: Iterable[str]) -> str:
+def nearest(given: str, known: Iterable[str], *, prefix: str = "") -> str:
     """The end of a message, that asks whether the most similar name was meant; empty where none is similar.
 
     An option without its section, such as --batch_size, stands for the one that ends so.
+
+    Args:
+        prefix: of the name in the message.
     """
     names = list(known)
     inner = [name for name in names if "." in name and name.endswith("." + given.lstrip("-"))]
     found = inner or get_close_matches(given, names, n=1, cutoff=0.8 if given.startswith("--") else 0.6)
-    return f"; did you mean {found[0]}?" if found else ""
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
 def worded(error: ArgumentError, options: Iterable[str]) -> ValueError:
@@ -74,9 +80,9 @@ def outcome(error: BaseException) -> tuple[str, int]:
     if isinstance(error, NonFiniteLoss):
         return str(error), BROKE_DOWN
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
-        asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         remedy = "a lower --schedule.batch_size needs less, and so do --run.recompute true and --run.stream 16bit"
-        return f"out of memory: {remedy}{asked and f' ({asked[0].lower()})' or ''}", BROKE_DOWN
+        asked = re.search(r"allocate [\d.]+ \w+", str(error))
+        return f"out of memory: {remedy}{f' (tried to {asked[0]})' if asked else ''}", BROKE_DOWN
     if isinstance(error, OSError):
         of_the_disk = error.errno in _OF_THE_DISK or str(error).startswith("cannot write")
         return str(error), BROKE_DOWN if of_the_disk else USER_ERROR

@@ -15,6 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import CONFIG_FILE, read_config
+from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.lists import with_lists_joined
 from crate_mae.cli.settings import PATHS, SECTIONS, check_json, path_of, read_settings
 from crate_mae.config import ModelConfig
@@ -82,7 +83,9 @@ def add_commands(commands: ArgumentParser, defaults: dict[str, Any]) -> dict[str
         choices=sorted(MODELS),
         help="Published size to start from; --model.* go over it, and a --config of another size is refused.",
     )
-    commands.add_subcommand("pretrain", pretrain_parser, help="Learn to reconstruct masked images from a folder of them.")
+    commands.add_subcommand(
+        "pretrain", pretrain_parser, help="Learn to reconstruct masked images from a folder of them."
+    )
     commands.add_subcommand(
         "demo",
         demo_parser,
@@ -220,7 +223,7 @@ def _published_model(
 
 
 def _pretrain_parser(defaults: dict[str, object]) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(epilog=DEBUG_HELP, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="File of settings, such as the config.json of another run.")
     parser.add_argument(
         "--resume",

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 
 from crate_mae.checkpoints import CONFIG_FILE, load_model, read_normalization
+from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.settings import check_json, path_of
 from crate_mae.config import grid_of
 from crate_mae.data import Normalization, UnreadableImage, centre_crop, image_to_tensor, read_image
@@ -23,7 +24,7 @@ from crate_mae.training.precision import choose_device
 
 def add_command(commands: ArgumentParser) -> ArgumentParser:
     """Add `reconstruct` to the commands; returns its parser."""
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(epilog=DEBUG_HELP, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run, such as runs/demo.")
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="Image files; their centre is taken.")
     parser.add_argument("--out", type=Path, default=Path("reconstructed.png"), help="File for the picture.")
@@ -53,7 +54,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     model = _model(settings.run).to(device)
     rows, columns = grid_of(model.config.image_shape, model.config.patch_size)
     mask_ratio = _trained_ratio(settings.run) if settings.mask_ratio is None else settings.mask_ratio
-    if not 0 < mask_ratio < 1 or int(rows * columns * (1 - mask_ratio)) == 0:
+    if not (0 < mask_ratio < 1 and 0 < int(rows * columns * (1 - mask_ratio)) < rows * columns):
         raise ValueError(
             f"--mask_ratio: expected above 0, and to leave one patch of {rows * columns} visible, got {mask_ratio}"
         )
@@ -108,7 +109,9 @@ def _normalization(run: Path) -> Normalization:
     try:
         return read_normalization(run)
     except TypeError as error:  # what is there are no numbers
-        raise ValueError(f"{run / CONFIG_FILE}: images: expected mean and std, a number for each channel: {error}") from None
+        raise ValueError(
+            f"{run / CONFIG_FILE}: images: expected mean and std, a number for each channel: {error}"
+        ) from None
 
 
 def _model(run: Path) -> CrateMAE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,9 @@ def _is_path(text: Any) -> bool:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]} is given twice")
+    times = Counter(name for name, _ in pairs)
+    if len(times) < len(pairs):
+        raise ValueError(f"{times.most_common(1)[0][0]} is given twice")
     return dict(pairs)
 
 
@@ -198,7 +199,7 @@ def _check_names(settings: dict[Any, Any], where: str) -> None:
                 raise ValueError(f"{where}: {name}: expected a section of settings, got {value!r}")
             for inner, each in value.items():
                 if inner not in _TYPES[name]:
-                    hint = nearest(str(inner), _TYPES[name]).replace("mean ", f"mean {name}.")
+                    hint = nearest(str(inner), _TYPES[name], prefix=f"{name}.")
                     raise ValueError(f"{where}: {name}.{inner}: no such setting{hint}")
                 if isinstance(each, dict | set | bytes) or (each is None and "None" not in _TYPES[name][inner]):
                     raise ValueError(f"{where}: {name}.{inner}: expected a value, got {each!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from crate_mae.config import ModelConfig, fits_float32
+from crate_mae.config import ModelConfig, fits_float32, grid_of
 from crate_mae.data import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -166,6 +167,9 @@ class PretrainConfig:
                 raise ValueError(
                     f"out: expected another folder than {name}, got {self.out}; a run's pictures are no photographs"
                 )
+        patches, ratio = math.prod(grid_of(self.model.image_shape, self.model.patch_size)), self.schedule.mask_ratio
+        if int(patches * (1 - ratio)) == patches:
+            raise ValueError(f"schedule.mask_ratio: {ratio} leaves no patch of {patches} to reconstruct")
         epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
         if warmup >= epochs:
             raise ValueError(

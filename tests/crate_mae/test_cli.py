@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import io
 import itertools
 import json
 import os
@@ -435,6 +436,7 @@ class TestReconstruct:
             ("{run} {image} --out picture.foo", "--out: expected a name"),
             ("{run} {image} --out {run}/nowhere/a.png", "--out {run}/nowhere/a.png: there is no folder"),
             ("{run} {image} --mask_ratio 0.95", "--mask_ratio: expected above 0, and to leave one patch of 16 visible"),
+            ("{run} {image} --mask_ratio 1e-300", "--mask_ratio: expected above 0"),
             ("{run} {image} --seed -1", "--seed: expected 0 to 2**64 - 1"),
             ("{run} {image} --seed 18446744073709551616", "--seed: expected 0 to 2**64 - 1"),
             ("{run} {image} --sed 1", "did you mean --seed?"),
@@ -496,14 +498,23 @@ def test_divergence_is_reported(run, capsys):
         ("pretrain --out {out} --model.img_size big", "--model.img_size: expected a whole number of pixels, or two"),
         ("pretrain --out {out} --resume", "nothing to resume"),
         ("demo --out {out} --schedule.batch_size 5000", "lower --schedule.batch_size"),
-        ("pretrian --out {out}", "expected a command, one of pretrain, demo, reconstruct, got 'pretrian'; did you mean pretr"),
+        (
+            "pretrian --out {out}",
+            "expected a command, one of pretrain, demo, reconstruct, got 'pretrian'; did you mean pretr",
+        ),
         ("pretrain --out {out} --optimzer.base_lr 1", "--optimzer.base_lr 1; did you mean --optimizer.base_lr?"),
         ("pretrain --out {out} --optimizer.baselr 1", "did you mean --optimizer.base_lr?"),
         ("pretrain --out {out} --batch_size 4", "did you mean --schedule.batch_size?"),
-        ("pretrain --out {out} --run.precision bf16", "expected one of auto, float32, bfloat16, got bf16; did you mean bfl"),
+        (
+            "pretrain --out {out} --run.precision bf16",
+            "expected one of auto, float32, bfloat16, got bf16; did you mean bfl",
+        ),
         ("pretrain --out {out} --architecture crate_mae_bse", "did you mean crate_mae_base?"),
         ("pretrain --out {out} --config optimizer:{{baselr:1}}", "is no file of settings"),
-        ('pretrain --out {out} --config {{"optimizer":{{"baselr":1}}}}', "no such setting; did you mean optimizer.base_lr?"),
+        (
+            'pretrain --out {out} --config {{"optimizer":{{"baselr":1}}}}',
+            "no such setting; did you mean optimizer.base_lr?",
+        ),
         ('pretrain --out {out} --config {{"modle":{{}}}}', "modle: no such setting; did you mean model?"),
         ('pretrain --out {out} --config {{"architecture":"crate_mae_bse"}}', "did you mean crate_mae_base?"),
         ('pretrain --out {out} --config {{"run":{{"seed":1,"seed":2}}}}', "seed is given twice"),
@@ -513,10 +524,17 @@ def test_divergence_is_reported(run, capsys):
         ("pretrain --out= --data {out}", "--out: expected the name of a file or folder, in UTF-8, got ''"),
         ("pretrain --out {out} --data=", "--data: expected the name of a file or folder, in UTF-8, got ''"),
         ("pretrain --out {out}\0", "--out: expected the name of a file or folder"),
-        ("pretrain --out {out} --init /dev/zero --model.lambd 1 --model.step_size 1", "--init /dev/zero: expected the folder"),
+        (
+            "pretrain --out {out} --init /dev/zero --model.lambd 1 --model.step_size 1",
+            "--init /dev/zero: expected the folder",
+        ),
         ("pretrain --out {out} --config /dev/zero", "/dev/zero' is no file of settings"),
         ("pretrain --out {out} --run /dev/zero", "/dev/zero' is no file of settings"),
         ("pretrain --out {out} --run.device " + 9999 * "x", "run.device: expected auto or one of cpu"),
+        (
+            "pretrain --out {out} --schedule.mask_ratio 1e-300",
+            "mask_ratio: 1e-300 leaves no patch of 196 to reconstruct",
+        ),
         ("pretrain --out {out} --resume bset", "--resume: expected nothing, best or the number of a step"),
         ("pretrain --out {out} --resume=0", "--resume: expected nothing, best or the number of a step"),
         ("pretrain --out {out} --resume -5", "--resume: expected nothing, best or the number of a step"),
@@ -717,7 +735,9 @@ class TestExitStatus:
         assert says in printed
         assert printed.startswith("crate-mae: ") and printed.count("\n") == 1
 
-    @pytest.mark.parametrize("error", [KeyError("images"), ValueError("run.seed: expected"), stopped_by(signal.SIGTERM)])
+    @pytest.mark.parametrize(
+        "error", [KeyError("images"), ValueError("run.seed: expected"), stopped_by(signal.SIGTERM)]
+    )
     def test_debug_shows_where_and_ends_the_same(self, failing, error):
         ended, line = failing(error)
         again, printed = failing(error, "--debug", "--run.seed", "3")
@@ -769,16 +789,32 @@ def test_a_run_is_not_overwritten_by_accident(run, capsys):
     assert run("--overwrite") == 0
 
 
-def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
-    class CtrlC:
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ImportError("libc.so:\nno such file"), 70, "ImportError: libc.so: no such file; --debug shows where"),
+    ],
+)
+def test_what_ends_the_imports_is_one_line(monkeypatch, capsys, error, status, says):
+    class Broken:
         def find_spec(self, name, path=None, target=None):
             if name == "crate_mae.cli":
-                raise KeyboardInterrupt
+                raise error
 
     monkeypatch.delitem(sys.modules, "crate_mae.cli")
-    monkeypatch.setattr(sys, "meta_path", [CtrlC(), *sys.meta_path])
-    assert crate_mae.__main__.main() == 130
-    assert capsys.readouterr().err == "crate-mae: interrupted\n"
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert crate_mae.__main__.main() == status
+    assert capsys.readouterr().err == f"crate-mae: {says}\n"
+
+
+def test_a_terminal_without_the_letters_of_a_path_is_written_to(chosen, out, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("crate_mae.cli.pretraining._report", lambda result: "runs/\N{TULIP}")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["pretrain", "--out", str(out)]) == 0
+    sys.stdout.flush()
+    assert written.getvalue() == b"runs/\\U0001f337\n"
 
 
 def test_an_implementation_that_cannot_run_is_one_line(out):

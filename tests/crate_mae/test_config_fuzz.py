@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 pytest.importorskip("jsonargparse")
-hypothesis = pytest.importorskip("hypothesis")
+pytest.importorskip("hypothesis")
 
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -30,8 +30,42 @@ LEAVES = [
 MARKER = "code was run"
 
 PIECES = [
-    *("&a ", "*a", "&a [*a]", "<<: *a", "? ", ": ", "- ", "!!", "---\n", "...\n", "%YAML 1.1\n", "|\n", ">\n", "#", "\t", "\0"),
-    *("[", "]", "{", "}", '"', "'", "\\", "\\ud83d", "\n", ",", "!!binary ", "!!set ", "!!timestamp ", "!!omap [", "null", "~"),
+    *(
+        "&a ",
+        "*a",
+        "&a [*a]",
+        "<<: *a",
+        "? ",
+        ": ",
+        "- ",
+        "!!",
+        "---\n",
+        "...\n",
+        "%YAML 1.1\n",
+        "|\n",
+        ">\n",
+        "#",
+        "\t",
+        "\0",
+    ),
+    *(
+        "[",
+        "]",
+        "{",
+        "}",
+        '"',
+        "'",
+        "\\",
+        "\\ud83d",
+        "\n",
+        ",",
+        "!!binary ",
+        "!!set ",
+        "!!timestamp ",
+        "!!omap [",
+        "null",
+        "~",
+    ),
     *(".nan", "-.inf", "1e999", "0x" + "f" * 400, "9" * 5000, "1:" * 300 + "1", "[" * 1000, "{a: " * 1000),
     f"!!python/object/apply:os.system ['touch \"{MARKER}\"']",
     f"!!python/object/new:os.mkdir ['{MARKER}']",
