@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 
 def main() -> int:
-    """Run `crate_mae.cli.main`; what ends the imports before it is one line, too."""
+    """Run `crate_mae.cli.main`; what ends the imports before it is one line, too, with the exit status of its table."""
     try:
         from crate_mae.cli import main as command
-    except KeyboardInterrupt:
-        print("crate-mae: interrupted", file=sys.stderr)
-        return 130
-    except ValueError as error:
-        if "CRATE_KERNELS_IMPL" not in str(error):  # which crate_kernels reads when it is imported
-            raise
-        print(f"crate-mae: {error}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            message, status = "interrupted", 130
+        elif "CRATE_KERNELS_IMPL" in str(error):  # which crate_kernels reads when it is imported
+            message, status = str(error), 2
+        else:
+            message, status = f"{type(error).__name__}: {error}; --debug shows where", 70
+        print(f"crate-mae: {' '.join(message.split())}", file=sys.stderr)
+        return status
     return command()
 
 

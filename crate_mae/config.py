@@ -24,6 +24,17 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+_LARGEST = 2**16
+"""Of every size: beyond all uses, and small enough that what is made of them can be counted."""
+
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+
+
+def fits_float32(*values: float) -> bool:
+    """Whether all are finite numbers in float32, in which models compute."""
+    return all(abs(value) <= _LARGEST_FLOAT32 for value in values)  # which no NaN is
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The sizes and constants of a CRATE-MAE model, saved with its weights.
@@ -63,20 +74,26 @@ class ModelConfig:
         if not isinstance(self.img_size, int):  # JSON has lists where we have tuples
             object.__setattr__(self, "img_size", tuple(self.img_size))
         for name in ("patch_size", "in_chans", "embed_dim", "num_heads", "decoder_num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= _LARGEST:
+                raise ValueError(f"{name}: expected at least 1 and at most {_LARGEST}, got {getattr(self, name)}")
         for name in ("depth", "decoder_depth"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= _LARGEST:
+                raise ValueError(f"{name}: expected at least 0 and at most {_LARGEST}, got {getattr(self, name)}")
+        if max(self.image_shape) > _LARGEST:
+            raise ValueError(f"img_size: expected at most {_LARGEST} pixels a side, got {self.img_size}")
         for name in ("num_heads", "decoder_num_heads"):
             if self.embed_dim % getattr(self, name):
                 raise ValueError(f"{name}: expected a divisor of embed_dim {self.embed_dim}, got {getattr(self, name)}")
         if self.embed_dim % 4:
             raise ValueError(f"embed_dim: expected a multiple of 4 for sine-cosine positions, got {self.embed_dim}")
-        if self.lambd < 0:
-            raise ValueError(f"lambd: expected at least 0, got {self.lambd}")
-        if self.step_size <= 0:
-            raise ValueError(f"step_size: expected above 0, got {self.step_size}")
+        if not (self.lambd >= 0 and fits_float32(self.lambd)):
+            raise ValueError(f"lambd: expected at least 0 and a finite float32, got {self.lambd}")
+        if not (self.step_size > 0 and fits_float32(self.step_size, self.step_size * self.lambd)):
+            raise ValueError(f"step_size: expected above 0 and, times lambd, a finite float32, got {self.step_size}")
+        if self.norm_pix_loss and self.patch_size**2 * self.in_chans == 1:
+            raise ValueError(
+                "norm_pix_loss: expected patches of two values or more, got patch_size 1 and in_chans 1; one has no variance"
+            )
         grid_of(self.image_shape, self.patch_size)
 
     @property

@@ -12,7 +12,7 @@ fuzzed = settings(
     max_examples=int(os.environ.get("CRATE_MAE_FUZZ", "60")),
     deadline=None,
     derandomize="CRATE_MAE_FUZZ" not in os.environ,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 

@@ -4,63 +4,98 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import suppress
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from crate_mae import __version__
 from crate_mae.cli import pretraining, reconstruct
-from crate_mae.data import STOPPING, LostWorkers
-from crate_mae.training import NonFiniteLoss, RunStopped
+from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, worded
+from crate_mae.cli.settings import check_argument, load
+from crate_mae.data import STOPPING
+from crate_mae.training import RunStopped
 
-BROKE_DOWN, USER_ERROR = 1, 2
+COMMANDS = ("pretrain", "demo", "reconstruct")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 0, 1 (training broke down), 2 (a user's mistake) or 128 + n (stopped by signal n)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run the command; an error is one line on stderr, and with --debug anywhere among the arguments its traceback, too.
+
+    Returns:
+        The exit status.
+
+        ======= ========================================================================================================
+        0       Done.
+        1       Training broke down: values that are not finite, the disk, lost processes, no memory.
+        2       A user's mistake: an option, a setting, a file or folder.
+        70      A bug of ours: an error that nobody foresaw.
+        128 + n Ended by signal n, such as 130 by Ctrl-C; a run was saved, or the line says otherwise.
+        ======= ========================================================================================================
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = [argument for argument in given if argument != DEBUG]
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        report = _run(arguments)
-    except (ArgumentError, ValueError, OSError) as error:
-        return _fail(error, USER_ERROR)
-    except (LostWorkers, NonFiniteLoss) as error:
-        return _fail(error, BROKE_DOWN)
-    except RunStopped as error:
-        if argv is None:  # the process ends now, and what Slurm sends next must not change its exit status
+        print(_run(arguments))
+    except (Exception, KeyboardInterrupt) as error:
+        if DEBUG in given:
+            traceback.print_exc()
+        message, status = outcome(error)
+        if (
+            status > 128 and argv is None
+        ):  # the process ends now, and what Slurm sends next must not change its exit status
             for number in STOPPING:
                 signal.signal(number, signal.SIG_IGN)
-        own_model = any(argument.startswith("--model.") for argument in arguments)
-        goes_on = "the same command" if arguments[0] == "demo" and not own_model else "--resume"
-        return _fail(f"{error}; {goes_on} goes on", 128 + error.signal)
-    except KeyboardInterrupt as error:
-        return _fail("interrupted; what was saved before is kept", 128 + getattr(error, "signal", signal.SIGINT))
-    print(report)
+        if isinstance(error, RunStopped):
+            own_model = any(argument.startswith("--model.") for argument in arguments)
+            goes_on = "the same command" if arguments[0] == "demo" and not own_model else "--resume"
+            message = f"{message}; {goes_on} goes on"
+        with suppress(OSError):  # of a terminal that is gone; the exit status tells
+            print(f"crate-mae: {one_line(message)}", file=sys.stderr, flush=True)
+        return status
     return 0
 
 
 def _run(arguments: list[str]) -> str:
     if not arguments:
-        raise ValueError("expected a command: pretrain, demo or reconstruct; --help explains them")
+        raise ValueError(f"expected a command: {', '.join(COMMANDS)}; --help explains them")
+    if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        given = arguments[0]
+        raise ValueError(f"expected a command, one of {', '.join(COMMANDS)}, got {given!r}{nearest(given, COMMANDS)}")
+    option = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            option, _, argument = argument.partition("=")
+        check_argument(option, argument)
     defaults: dict[str, object] = {}
-    if arguments[:1] in (["pretrain"], ["demo"]):
-        arguments, defaults = pretraining.read_ahead(arguments)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="crate-mae",
-        description="CRATE-MAE, a white-box masked auto-encoder.",
-        version=__version__,
-        exit_on_error=False,
-        allow_abbrev=False,  # what is read ahead has whole names only, and so both read the same
-    )
-    commands = parser.add_subcommands()
-    pretraining.add_commands(commands, defaults)
-    reconstruct.add_command(commands)
-    chosen = parser.parse_args(arguments)
+    options = ["--help", "--version", DEBUG]
+    try:
+        if arguments[0] in ("pretrain", "demo"):
+            arguments, defaults = pretraining.read_ahead(arguments)
+        set_loader("yaml", load, (yaml.YAMLError, ValueError))
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        parser = ArgumentParser(
+            prog="crate-mae",
+            description="CRATE-MAE, a white-box masked auto-encoder.",
+            epilog=DEBUG_HELP,
+            version=__version__,
+            exit_on_error=False,
+            allow_abbrev=False,  # what is read ahead has whole names only, and so both read the same
+        )
+        commands = parser.add_subcommands()
+        parsers = {
+            **pretraining.add_commands(commands, defaults),
+            "reconstruct": reconstruct.add_command(commands),
+        }
+        if arguments[0] in parsers:
+            options = [*parsers[arguments[0]]._option_string_actions, DEBUG]
+        chosen = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise worded(error, options) from error
     command = reconstruct.run if chosen.subcommand == "reconstruct" else pretraining.run
     return command(parser, chosen)
-
-
-def _fail(error: Exception | str, status: int) -> int:
-    print(f"crate-mae: {' '.join(str(error).split())}", file=sys.stderr)
-    return status

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
+import json
+import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader
+from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import CONFIG_FILE, read_config
+from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.lists import with_lists_joined
+from crate_mae.cli.settings import PATHS, SECTIONS, check_json, path_of, read_settings
 from crate_mae.config import ModelConfig
 from crate_mae.demo import summarise
 from crate_mae.registry import MODELS
@@ -25,8 +27,6 @@ from crate_mae.training.run_folder import has_state, stopped_early
 
 PUBLISHED = ("embed_dim", "depth", "num_heads", "decoder_depth", "decoder_num_heads")
 """What sets the published sizes apart."""
-
-SECTIONS = {f.name for f in dataclasses.fields(PretrainConfig) if f.default_factory is not dataclasses.MISSING}
 
 DEMO_FOLDER = Path("runs/demo")
 
@@ -39,13 +39,16 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     """
     command, *options = with_lists_joined(arguments)
     early, _ = _early_parser().parse_known_args(options)
+    for section in sorted(SECTIONS):
+        for settings in getattr(early, section):
+            read_settings(settings, section, option=f"--{section}")
     is_demo = command == "demo"
     if is_demo and early.out is None:
         early.out = DEMO_FOLDER
         options.append(f"--out={DEMO_FOLDER}")  # over what the config of a run there says, which may have been moved
     if is_demo and not (early.resume or early.overwrite or {"-h", "--help"} & set(options)):
         way = _way_to_go_on(early.out)
-        early.resume = way == ["--resume"]
+        early.resume = "--resume" in way
         options += way
     if early.resume and early.out is not None and (early.out / CONFIG_FILE).exists():
         # First among the options, so that everything else given goes over what the run was started with.
@@ -53,10 +56,10 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
         options = [f"--config={config}", *options]
         early.config = [config, *early.config]
         try:
-            _settings_in(config)
+            read_settings(config)
         except ValueError as error:
             raise ValueError(f"{error}; --resume needs it: mend it, or start anew with --overwrite") from None
-    configs = {config: _settings_in(config) for config in early.config}
+    configs = {config: read_settings(config) for config in early.config}
     defaults = dataclasses.asdict(demo_config(DEMO_FOLDER)) if is_demo else {}
     init = None if early.resume else _init(early.init, configs)
     explicit = {option.split("=")[0].removeprefix("--model.") for option in options if option.startswith("--model.")}
@@ -66,24 +69,29 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     if init is not None and init.is_dir():
         defaults |= _defaults_of(init, published)
     elif init is not None and init.exists():  # the run refuses what there is not
+        if not init.is_file():  # a pipe would be waited for
+            raise ValueError(f"--init {init}: expected the folder of a run, or a file of weights")
         _refuse_without_meaning(init, configs, explicit)
     return [command, *options], defaults
 
 
-def add_commands(commands: ArgumentParser, defaults: dict[str, Any]) -> None:
-    """Add `pretrain` and `demo` to the commands."""
-    parser = _pretrain_parser(defaults)
-    parser.add_argument(
+def add_commands(commands: ArgumentParser, defaults: dict[str, Any]) -> dict[str, ArgumentParser]:
+    """Add `pretrain` and `demo` to the commands; returns their parsers."""
+    pretrain_parser, demo_parser = _pretrain_parser(defaults), _pretrain_parser(defaults)
+    pretrain_parser.add_argument(
         "--architecture",
         choices=sorted(MODELS),
         help="Published size to start from; --model.* go over it, and a --config of another size is refused.",
     )
-    commands.add_subcommand("pretrain", parser, help="Learn to reconstruct masked images from a folder of them.")
+    commands.add_subcommand(
+        "pretrain", pretrain_parser, help="Learn to reconstruct masked images from a folder of them."
+    )
     commands.add_subcommand(
         "demo",
-        _pretrain_parser(defaults),
+        demo_parser,
         help="Pre-train a small CRATE-MAE on the photographs shipped with the package; minutes on two CPU cores.",
     )
+    return {"pretrain": pretrain_parser, "demo": demo_parser}
 
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:
@@ -100,6 +108,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
 def _way_to_go_on(out: Path) -> list[str]:
     """The option with which a demo run in `out` before goes on; none for what is no demo, which no demo shall touch."""
     try:
+        check_json(out / CONFIG_FILE)
         if not (out / CONFIG_FILE).exists() or read_config(out) != demo_config(out).model:
             return []
     except ValueError:
@@ -112,34 +121,37 @@ def _way_to_go_on(out: Path) -> list[str]:
     return ["--overwrite"] if stopped_early(out) else []
 
 
+def _path(text: str) -> Path:
+    try:
+        return path_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _resume_from(text: str | bool | int) -> str | bool | int:
+    """True for the last saved state, "best", or the number of a step."""
+    if isinstance(text, bool | int) or text == "best":
+        return text
+    if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"expected nothing, best or the number of a step, 1 or more, got {text!r}")
+    return int(text)
+
+
+_RESUME: dict[str, Any] = dict(nargs="?", const=True, default=False, type=_resume_from, metavar="best|STEP")
+
+
 def _early_parser() -> argparse.ArgumentParser:
     """The options that decide the defaults of the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--architecture")
     parser.add_argument("--config", action="append", default=[])
-    parser.add_argument("--init", type=Path)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--resume", action="store_true")
+    for name in PATHS:
+        parser.add_argument(f"--{name}", type=_path)
+    for section in SECTIONS:
+        parser.add_argument(f"--{section}", action="append", default=[])
+    parser.add_argument("--resume", **_RESUME)
     parser.add_argument("--overwrite", action="store_true")
     return parser
-
-
-def _settings_in(config: str) -> dict[str, Any]:
-    """What --config names: a file, or settings written out in its place.
-
-    Raises:
-        ValueError: a section is no section; the parser would let other options hide it, or fail without a message.
-    """
-    try:
-        settings = get_loader("yaml")(Path(config).read_text(encoding="utf-8") if os.path.isfile(config) else config)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} holds neither JSON nor YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{config} is no file of settings, such as the config.json of a run")
-    for section in SECTIONS & settings.keys():
-        if not isinstance(settings[section], dict):
-            raise ValueError(f"{config}: {section}: expected a section of settings, got {settings[section]!r}")
-    return settings
 
 
 def _init(init: Path | None, configs: dict[str, dict[str, Any]]) -> Path | None:
@@ -151,6 +163,7 @@ def _init(init: Path | None, configs: dict[str, dict[str, Any]]) -> Path | None:
 def _defaults_of(init: Path, published: ModelConfig | None) -> dict[str, Any]:
     """What the model in a folder is, and how its images were standardised, if the folder says that."""
     try:
+        check_json(init / CONFIG_FILE)
         model = read_config(init)
     except (OSError, ValueError) as error:
         raise ValueError(f"--init: {error}") from error
@@ -160,7 +173,15 @@ def _defaults_of(init: Path, published: ModelConfig | None) -> dict[str, Any]:
             raise ValueError(
                 f"architecture: its {name} is {asked}, but the model in --init {init} has {has}; leave one of them out"
             )
-    images = _settings_in(str(init / CONFIG_FILE)).get("images", {})
+    images = json.loads((init / CONFIG_FILE).read_text(encoding="utf-8")).get("images", {})
+    if not isinstance(images, dict):
+        raise ValueError(f"--init: {init / CONFIG_FILE}: images: expected a section of settings, got {images!r}")
+    for name in {"mean", "std"} & images.keys():
+        values = images[name]
+        if not (isinstance(values, list) and all(isinstance(value, int | float) for value in values)):
+            raise ValueError(
+                f"--init: {init / CONFIG_FILE}: images.{name}: expected a number for each channel, got {values!r}"
+            )
     return {"model": dataclasses.asdict(model)} | {
         f"images.{name}": images[name] for name in {"mean", "std"} & images.keys()
     }
@@ -202,9 +223,13 @@ def _published_model(
 
 
 def _pretrain_parser(defaults: dict[str, object]) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(epilog=DEBUG_HELP, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="File of settings, such as the config.json of another run.")
-    parser.add_argument("--resume", action="store_true", help="Go on with the run in --out, from its last saved state.")
+    parser.add_argument(
+        "--resume",
+        **_RESUME,
+        help="Go on with the run in --out, from its last saved state, from that of the best validation, or of a step.",
+    )
     parser.add_argument("--overwrite", action="store_true", help="Delete the run in --out and start anew.")
     parser.add_class_arguments(PretrainConfig)
     parser.set_defaults(defaults)
@@ -219,6 +244,10 @@ def _report(result: PretrainResult) -> str:
             "Mean squared error on the removed patches of validation images, in normalised pixels:",
             f"  mean of the visible patches       {fill:.4f}",
             f"  best Gaussian blur of the visible {blur:.4f}   (sigma {sigma:g} pixels)",
-            f"  reconstruction                    {error:.4f}   ({error / fill - 1:+.0%} and {error / blur - 1:+.0%})",
+            f"  reconstruction                    {error:.4f}   ({_compared(error, fill)} and {_compared(error, blur)})",
         ]
     return "\n".join(lines)
+
+
+def _compared(error: float, other: float) -> str:
+    return f"{error / other - 1:+.0%}" if other else "n/a"  # nothing is lost in images of one colour

@@ -10,18 +10,21 @@ from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 
 from crate_mae.checkpoints import CONFIG_FILE, load_model, read_normalization
+from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.settings import check_json, path_of
 from crate_mae.config import grid_of
-from crate_mae.data import UnreadableImage, centre_crop, image_to_tensor, read_image
+from crate_mae.data import Normalization, UnreadableImage, centre_crop, image_to_tensor, read_image
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import reconstruction_sheet
 from crate_mae.training import Validation
+from crate_mae.training.config import MAX_SEED
 from crate_mae.training.precision import choose_device
 
 
-def add_command(commands: ArgumentParser) -> None:
-    """Add `reconstruct` to the commands."""
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+def add_command(commands: ArgumentParser) -> ArgumentParser:
+    """Add `reconstruct` to the commands; returns its parser."""
+    parser = ArgumentParser(epilog=DEBUG_HELP, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run, such as runs/demo.")
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="Image files; their centre is taken.")
     parser.add_argument("--out", type=Path, default=Path("reconstructed.png"), help="File for the picture.")
@@ -29,6 +32,7 @@ def add_command(commands: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="Fixes which patches are removed.")
     parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
     commands.add_subcommand("reconstruct", parser, help="Show what a run's model makes of images of your own.")
+    return parser
 
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:
@@ -39,15 +43,18 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         ValueError: an argument cannot be used, or an image not be read; the message names it.
     """
     settings = chosen.reconstruct
+    for path in (settings.run, settings.out, *settings.images):
+        path_of(str(path))
     _refuse_output(settings.out, settings.images)
-    if settings.seed < 0:
-        raise ValueError(f"--seed: expected 0 or more, got {settings.seed}")
+    if not 0 <= settings.seed <= MAX_SEED:
+        raise ValueError(f"--seed: expected 0 to 2**64 - 1, got {settings.seed}")
     device = choose_device(settings.device, "--device")
-    normalization = read_normalization(settings.run)
+    check_json(settings.run / CONFIG_FILE)
+    normalization = _normalization(settings.run)
     model = _model(settings.run).to(device)
     rows, columns = grid_of(model.config.image_shape, model.config.patch_size)
     mask_ratio = _trained_ratio(settings.run) if settings.mask_ratio is None else settings.mask_ratio
-    if not 0 < mask_ratio < 1 or int(rows * columns * (1 - mask_ratio)) == 0:
+    if not (0 < mask_ratio < 1 and 0 < int(rows * columns * (1 - mask_ratio)) < rows * columns):
         raise ValueError(
             f"--mask_ratio: expected above 0, and to leave one patch of {rows * columns} visible, got {mask_ratio}"
         )
@@ -62,7 +69,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             patches=rows * columns,
             mask_ratio=mask_ratio,
             batch_size=1,
-            seed=settings.seed + index,
+            seed=(settings.seed + index) % (MAX_SEED + 1),
         )
         for index, image in enumerate(pixels)
     ]
@@ -90,10 +97,21 @@ def _refuse_output(out: Path, images: list[Path]) -> None:
 
 
 def _read(path: Path, channels: int) -> Image.Image:
+    if path.is_fifo():  # which would be waited for
+        raise ValueError(f"{path}: IMAGE: expected files of photographs")
     try:
         return read_image(path, channels)
     except UnreadableImage as error:
         raise UnreadableImage(path, error.reason, "IMAGE: expected files of photographs") from error
+
+
+def _normalization(run: Path) -> Normalization:
+    try:
+        return read_normalization(run)
+    except TypeError as error:  # what is there are no numbers
+        raise ValueError(
+            f"{run / CONFIG_FILE}: images: expected mean and std, a number for each channel: {error}"
+        ) from None
 
 
 def _model(run: Path) -> CrateMAE:
@@ -106,4 +124,7 @@ def _model(run: Path) -> CrateMAE:
 def _trained_ratio(run: Path) -> float:
     """The share of patches removed in training; of a model alone, what is usual."""
     schedule = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8")).get("schedule", {})
-    return schedule.get("mask_ratio", 0.75)
+    ratio = schedule.get("mask_ratio", 0.75) if isinstance(schedule, dict) else schedule
+    if not isinstance(ratio, int | float):
+        raise ValueError(f"{run / CONFIG_FILE}: schedule.mask_ratio: expected a number, got {ratio!r}")
+    return ratio

@@ -103,7 +103,8 @@ def summary_picture(
 def _draw_curves(canvas: Canvas, box: Box, curves: Curves) -> None:
     _draw_title(canvas, box, "Error on removed patches", "mean squared, in normalised pixels; validation photographs")
     errors = [error for _, error in curves.validation]
-    highest = 1.1 * max(curves.mean_fill, curves.blur)
+    # Of images of one colour, nothing is lost by the others.
+    highest = 1.1 * (max(curves.mean_fill, curves.blur) or max(errors) or 1.0)
     lowest = 0.9 * min(*errors, curves.blur)
     canvas.curves(
         box,
@@ -145,7 +146,7 @@ def _draw_classes(canvas: Canvas, box: Box, classes: Classes) -> None:
         mean, deviation = fmean(before), stdev(before)
         random = Bar(mean, _RANDOM, f"{mean:.0%}", deviation)
         groups.append((name, [random, Bar(after, _MODEL, f"{after:.0%}")]))
-    highest = 1.25 * max(bar.value for _, bars in groups for bar in bars)
+    highest = 1.25 * max(chance, *(bar.value for _, bars in groups for bar in bars))
     canvas.bars(box, groups, highest=highest, level=Level(chance, _FILL, "chance"))
 
 

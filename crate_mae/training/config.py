@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from crate_mae.config import ModelConfig
+from crate_mae.config import ModelConfig, fits_float32, grid_of
 from crate_mae.data import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -102,6 +103,9 @@ class RunConfig:
     """Validation images shown in reconstructions.png."""
 
 
+MAX_SEED = 2**64 - 1
+"""The largest that torch's generators take."""
+
 _POSITIVE = (lambda value: value > 0, "above 0")
 _NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 _AT_LEAST_ONE = (lambda value: value >= 1, "1 or more")
@@ -110,19 +114,19 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "images.crop_scale": (lambda scale: 0 < scale[0] <= scale[1] <= 1, "0 < least <= largest <= 1"),
     "images.crop_ratio": (lambda ratio: 0 < ratio[0] <= ratio[1], "0 < least <= largest"),
     "images.val_fraction": (lambda fraction: 0 <= fraction < 1, "at least 0 and below 1"),
-    "images.cache_mb": _NOT_NEGATIVE,
+    "images.cache_mb": (lambda size: 0 <= size < 2**31, "0 or more, and below 2**31"),
     "images.num_workers": _NOT_NEGATIVE,
     "optimizer.base_lr": _POSITIVE,
     "optimizer.betas": (lambda betas: all(0 <= beta < 1 for beta in betas), "two values, at least 0 and below 1"),
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.clip_grad": _NOT_NEGATIVE,
-    "schedule.epochs": _AT_LEAST_ONE,
+    "schedule.epochs": (lambda epochs: 1 <= epochs <= 10**6, "1 to a million"),
     "schedule.warmup_epochs": _NOT_NEGATIVE,
     "schedule.min_lr": _NOT_NEGATIVE,
-    "schedule.batch_size": _AT_LEAST_ONE,
+    "schedule.batch_size": (lambda size: 1 <= size < 2**31, "1 or more, and below 2**31"),
     "schedule.mask_ratio": (lambda ratio: 0 < ratio < 1, "above 0 and below 1"),
     "run.threads": _NOT_NEGATIVE,
-    "run.seed": _NOT_NEGATIVE,
+    "run.seed": (lambda seed: 0 <= seed <= MAX_SEED, "0 to 2**64 - 1"),
     "run.log_every": _AT_LEAST_ONE,
     "run.save_every": _AT_LEAST_ONE,
     "run.save_minutes": _NOT_NEGATIVE,
@@ -152,6 +156,9 @@ class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        for name, value in _numbers(self):
+            if not fits_float32(value):
+                raise ValueError(f"{name}: expected finite numbers, in float32, too, got {value}")
         for name, (holds, expected) in _LIMITS.items():
             value = attrgetter(name)(self)
             if not holds(value):
@@ -166,6 +173,9 @@ class PretrainConfig:
                 raise ValueError(
                     f"out: expected another folder than {name}, got {self.out}; a run's pictures are no photographs"
                 )
+        patches, ratio = math.prod(grid_of(self.model.image_shape, self.model.patch_size)), self.schedule.mask_ratio
+        if int(patches * (1 - ratio)) == patches:
+            raise ValueError(f"schedule.mask_ratio: {ratio} leaves no patch of {patches} to reconstruct")
         epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
         if warmup >= epochs:
             raise ValueError(
@@ -173,6 +183,11 @@ class PretrainConfig:
                 "the peak learning rate would never be reached"
             )
         peak = self.optimizer.base_lr * self.schedule.batch_size / 256
+        if not fits_float32(peak, peak * self.optimizer.weight_decay):
+            raise ValueError(
+                f"optimizer.base_lr: expected a peak learning rate, optimizer.base_lr * schedule.batch_size / 256, and its "
+                f"product with optimizer.weight_decay that are finite in float32, got {self.optimizer.base_lr:g}"
+            )
         if self.schedule.min_lr > peak:
             raise ValueError(
                 f"schedule.min_lr: expected at most the peak learning rate {peak:g} "
@@ -182,6 +197,15 @@ class PretrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json, in the form that `--config` takes; paths absolute, to mean the same anywhere."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=os.path.abspath))
+
+
+def _numbers(config: PretrainConfig) -> Iterator[tuple[str, float]]:
+    """The numbers with fractions among the settings, by the names of the settings."""
+    for section, fields in dataclasses.asdict(config).items():
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float):
+                    yield f"{section}.{name}", number
 
 
 @contextmanager

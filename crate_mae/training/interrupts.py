@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from crate_mae.data import STOPPING
 
@@ -60,7 +60,8 @@ class StopRequest:
             self.signal = self.signal or number
             self._at, self._warned = now, is_warning
         if first:
-            os.write(2, _SAID)  # not by print: the signal may have come in the middle of one
+            with suppress(OSError):  # SIGHUP comes of a terminal that is gone
+                os.write(2, _SAID)  # not by print: the signal may have come in the middle of one
 
 
 @contextmanager

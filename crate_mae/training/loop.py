@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ from crate_mae.training.precision import (
     check_implementation,
     check_single_process,
     check_threads,
+    check_workers,
     choose_device,
     choose_precision,
     cpu_threads,
@@ -112,6 +114,7 @@ class _Run:
         self.precision = choose_precision(config.run.precision, self.device)
         check_implementation(self.device, self.precision)
         check_threads(config.run.threads)
+        check_workers(config.images.num_workers)
         if config.run.compile:
             check_compiler(self.device)
         if config.run.stream == "16bit" and self.precision == "float32":
@@ -350,7 +353,8 @@ class _Run:
         try:
             yield
         except NonFiniteLoss as error:
-            error.args = (f"{error}{self._cause(error)}; {self.record.saved()}",)
+            remedy = "try a lower --optimizer.base_lr, a longer --schedule.warmup_epochs or --run.precision float32"
+            error.args = (f"{error}{self._cause(error)}; {remedy}; {self.record.saved()}",)
             raise
         except OSError as error:
             told = type(error)(f"{error}; {self.record.saved()}")
@@ -379,8 +383,9 @@ class _Run:
             )
         except (OSError, RuntimeError, UnreadableImage) as problem:  # of which the error itself must not be lost
             first = f"not found out ({problem})"
-        shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more, all in {BREAKDOWN}" if len(paths) > 3 else "")
-        return f"; not finite first: {first}; images: {shown}"
+        shown = ", ".join(os.path.relpath(path, self.train_folder.root) for path in paths[:3])
+        more = f" and {len(paths) - 3} more, all in {BREAKDOWN}" if len(paths) > 3 else ""
+        return f"; not finite first: {first}; images: {shown}{more}"
 
     def _opening_line(self) -> str:
         config, held_out = self.config, len(self.val_folder) if self.val_folder else 0
@@ -405,5 +410,6 @@ class _Run:
 
 def _say(line: str) -> None:
     """A line on stdout that leaves the progress bar whole, and is there at once in a file, too."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # a terminal that is gone, or a pipe that nobody reads, is no reason to end
+        tqdm.write(line)
+        sys.stdout.flush()

@@ -140,10 +140,7 @@ class NonFiniteLoss(RuntimeError):
 
     def __init__(self, step: int, loss: float, grad_norm: float, weights: str = "") -> None:
         what = f"weights of {weights} are not finite after it" if weights else f"loss {loss}, gradient norm {grad_norm}"
-        super().__init__(
-            f"step {step}: {what}; "
-            "try a lower --optimizer.base_lr, a longer --schedule.warmup_epochs or --run.precision float32"
-        )
+        super().__init__(f"step {step}: {what}")
         self.step, self.loss, self.grad_norm, self.weights = step, loss, grad_norm, weights
 
 

@@ -100,6 +100,17 @@ def check_threads(count: int) -> None:
         raise ValueError(f"--run.threads: expected 0 to {cpus}, the CPUs of this machine, got {count}")
 
 
+def check_workers(count: int) -> None:
+    """Refuse more loader processes than a machine could feed: each takes memory, and their start minutes.
+
+    Raises:
+        ValueError: there are more than 8 for each CPU.
+    """
+    most = 8 * (os.cpu_count() or 1)
+    if count > most:
+        raise ValueError(f"--images.num_workers: expected 0 to {most}, 8 for each CPU of this machine, got {count}")
+
+
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
     """Compute on `count` CPU threads inside the block; 0 changes nothing."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
+import io
 import itertools
 import json
 import os
@@ -26,9 +28,19 @@ import crate_mae.__main__
 from crate_mae.checkpoints import read_normalization
 from crate_mae.cli import main
 from crate_mae.config import ModelConfig
-from crate_mae.data import centre_crop, image_to_tensor
+from crate_mae.data import LostWorkers, centre_crop, image_to_tensor
 from crate_mae.model import CrateMAE
-from crate_mae.training import PretrainConfig, RunConfig, ScheduleConfig, Validation, build_optimizer, demo_config
+from crate_mae.training import (
+    PretrainConfig,
+    RunConfig,
+    RunStopped,
+    ScheduleConfig,
+    Validation,
+    build_optimizer,
+    demo_config,
+)
+from crate_mae.training.interrupts import EndedAtOnce
+from crate_mae.training.precision import check_workers
 from crate_mae.training.run_folder import has_state
 from crate_mae.training.states import saved_states
 
@@ -429,7 +441,10 @@ class TestReconstruct:
             ("{run} {image} --out picture.foo", "--out: expected a name"),
             ("{run} {image} --out {run}/nowhere/a.png", "--out {run}/nowhere/a.png: there is no folder"),
             ("{run} {image} --mask_ratio 0.95", "--mask_ratio: expected above 0, and to leave one patch of 16 visible"),
-            ("{run} {image} --seed -1", "--seed: expected 0 or more"),
+            ("{run} {image} --mask_ratio 1e-300", "--mask_ratio: expected above 0"),
+            ("{run} {image} --seed -1", "--seed: expected 0 to 2**64 - 1"),
+            ("{run} {image} --seed 18446744073709551616", "--seed: expected 0 to 2**64 - 1"),
+            ("{run} {image} --sed 1", "did you mean --seed?"),
             ("{run} {image} --device meta", "--device: expected auto or one of cpu"),
         ],
     )
@@ -488,14 +503,277 @@ def test_divergence_is_reported(run, capsys):
         ("pretrain --out {out} --model.img_size big", "--model.img_size: expected a whole number of pixels, or two"),
         ("pretrain --out {out} --resume", "nothing to resume"),
         ("demo --out {out} --schedule.batch_size 5000", "lower --schedule.batch_size"),
+        (
+            "pretrian --out {out}",
+            "expected a command, one of pretrain, demo, reconstruct, got 'pretrian'; did you mean pretr",
+        ),
+        ("pretrain --out {out} --optimzer.base_lr 1", "--optimzer.base_lr 1; did you mean --optimizer.base_lr?"),
+        ("pretrain --out {out} --optimizer.baselr 1", "did you mean --optimizer.base_lr?"),
+        ("pretrain --out {out} --batch_size 4", "did you mean --schedule.batch_size?"),
+        (
+            "pretrain --out {out} --run.precision bf16",
+            "expected one of auto, float32, bfloat16, got bf16; did you mean bfl",
+        ),
+        ("pretrain --out {out} --architecture crate_mae_bse", "did you mean crate_mae_base?"),
+        ("pretrain --out {out} --config optimizer:{{baselr:1}}", "is no file of settings"),
+        (
+            'pretrain --out {out} --config {{"optimizer":{{"baselr":1}}}}',
+            "no such setting; did you mean optimizer.base_lr?",
+        ),
+        ('pretrain --out {out} --config {{"modle":{{}}}}', "modle: no such setting; did you mean model?"),
+        ('pretrain --out {out} --config {{"architecture":"crate_mae_bse"}}', "did you mean crate_mae_base?"),
+        ('pretrain --out {out} --config {{"run":{{"seed":1,"seed":2}}}}', "seed is given twice"),
+        ('pretrain --out {out} --config {{"run":{{"seed":null}}}}', "run.seed: expected a value, got None"),
+        ('pretrain --out {out} --config {{"resume":true}}', "resume: expected on the command line alone"),
+        ('pretrain --out {out} --config {{"init":5}}', "init: expected the name of a file or folder"),
+        ("pretrain --out= --data {out}", "--out: expected the name of a file or folder, in UTF-8, got ''"),
+        ("pretrain --out {out} --data=", "--data: expected the name of a file or folder, in UTF-8, got ''"),
+        ("pretrain --out {out}\0", "--out: expected the name of a file or folder"),
+        (
+            "pretrain --out {out} --init /dev/zero --model.lambd 1 --model.step_size 1",
+            "--init /dev/zero: expected the folder",
+        ),
+        ("pretrain --out {out} --config /dev/zero", "/dev/zero' is no file of settings"),
+        ("pretrain --out {out} --run /dev/zero", "/dev/zero' is no file of settings"),
+        ("pretrain --out {out} --run.device " + 9999 * "x", "run.device: expected auto or one of cpu"),
+        (
+            "pretrain --out {out} --schedule.mask_ratio 1e-300",
+            "mask_ratio: 1e-300 leaves no patch of 196 to reconstruct",
+        ),
+        ("pretrain --out {out} --resume bset", "--resume: expected nothing, best or the number of a step"),
+        ("pretrain --out {out} --resume=0", "--resume: expected nothing, best or the number of a step"),
+        ("pretrain --out {out} --resume -5", "--resume: expected nothing, best or the number of a step"),
     ],
 )
 def test_a_users_mistake_is_one_line(arguments, says, out, capsys):
-    assert main(arguments.format(out=out).split()) == 2
+    assert main(arguments.format(out=out).split(" ") if arguments else []) == 2
     error = capsys.readouterr().err
     assert says in error
-    assert error.startswith("crate-mae: ") and error.count("\n") == 1
+    assert error.startswith("crate-mae: ") and error.count("\n") == 1 and len(error) <= 420
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("run.seed", 2**64),
+        ("optimizer.base_lr", 1e300),
+        ("optimizer.base_lr", 10**400),
+        ("optimizer.base_lr", float("nan")),
+        ("optimizer.weight_decay", float("inf")),
+        ("optimizer.clip_grad", float("inf")),
+        ("schedule.warmup_epochs", float("nan")),
+        ("run.save_minutes", float("inf")),
+        ("schedule.epochs", 10**30),
+        ("schedule.batch_size", 10**400),
+        ("images.cache_mb", 10**30),
+        ("images.mean", [1e39, 0, 0]),
+        ("images.std", [10**400, 1, 1]),
+        ("model.lambd", float("nan")),
+        ("model.step_size", float("inf")),
+        ("model.embed_dim", 12 * 10**30),
+        ("model.depth", 10**30),
+        ("model.img_size", 16 * 10**30),
+    ],
+)
+@pytest.mark.parametrize("resumed", [False, True], ids=["option", "config.json"])
+def test_numbers_beyond_all_use_are_refused_by_name(chosen, tmp_path, out, capsys, option, value, resumed):
+    section, name = option.split(".")
+    if resumed:
+        write_config(out, **{section: {name: value}})
+        options = ["--resume"]
+    else:
+        text = json.dumps(value).replace("NaN", ".nan").replace("Infinity", ".inf")
+        options = [f"--{option}={text}"]
+    assert main(["pretrain", "--out", str(out), *options]) == 2
+    error = capsys.readouterr().err
+    assert f"{option}: expected" in error and error.count("\n") == 1 and len(error) <= 420
+    assert not chosen
+
+
+def test_a_rate_that_float32_cannot_hold_is_refused(chosen, out, capsys):
+    rate = ["--optimizer.base_lr", "1e38", "--schedule.warmup_epochs", "0"]
+    assert main(["pretrain", "--out", str(out), *rate, "--schedule.batch_size", "2048"]) == 2
+    assert main(["pretrain", "--out", str(out), *rate, "--optimizer.weight_decay", "100"]) == 2
+    assert capsys.readouterr().err.count("optimizer.base_lr: expected a peak learning rate") == 2
+    assert main(["pretrain", "--out", str(out), *rate]) == 0
+
+
+def test_the_variance_of_one_value_is_no_target():
+    with pytest.raises(ValueError, match="norm_pix_loss: expected patches of two values or more"):
+        ModelConfig(patch_size=1, in_chans=1, norm_pix_loss=True)
+    assert ModelConfig(patch_size=1, in_chans=2, norm_pix_loss=True).norm_pix_loss
+
+
+def test_more_workers_than_a_machine_could_feed_are_refused():
+    most = 8 * os.cpu_count()
+    check_workers(most)
+    with pytest.raises(ValueError, match=f"--images.num_workers: expected 0 to {most}, .*, got {most + 1}"):
+        check_workers(most + 1)
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join(9 * ['*' + before])}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: &a [*a]", "*a refers to itself"),
+        ("&a {run: *a}", "*a refers to itself"),
+        ("run: &b {seed: [1, &c {x: *b}]}", "*b refers to itself"),
+        (BOMB, "more than 10,000 values"),
+        ("[" * 100_000, "nested more than 20 deep"),
+        ('{"run":' * 100_000, "nested more than 20 deep"),
+    ],
+    ids=["list", "mapping", "far", "bomb", "lists", "JSON"],
+)
+def test_endless_settings_are_refused(chosen, out, tmp_path, capsys, text, says):
+    out.mkdir()
+    (out / "config.json").write_text(text)
+    file, elsewhere = str(out / "config.json"), ["pretrain", "--out", str(tmp_path / "elsewhere")]
+    for named, arguments in [
+        (file, [*elsewhere, "--config", file]),
+        (file, [*elsewhere, "--init", str(out)]),
+        (file, ["pretrain", "--out", str(out), "--resume"]),
+        (file, ["reconstruct", str(out), "image.png"]),
+        ("--config", [*elsewhere, "--config", text]),
+        ("--run.seed", [*elsewhere, "--run.seed", text]),
+        ("--run", [*elsewhere, f"--run={text}"]),
+    ]:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert named in error and says in error and error.count("\n") == 1
+    assert not chosen
+
+
+def test_what_is_no_file_is_not_waited_for(chosen, out, photographs, tmp_path, capsys):
+    """A pipe that nobody writes to would be read without end."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    crate_mae.save_model(CrateMAE(SMALLEST), out, mean=[0.5] * 3, std=[0.5] * 3)
+    pretrain, weights = ["pretrain", "--out", str(tmp_path / "run2")], ["--model.lambd=1", "--model.step_size=1"]
+    assert main([*pretrain, "--config", str(pipe)]) == main([*pretrain, "--init", str(pipe), *weights]) == 2
+    assert main(["reconstruct", str(out), str(pipe), "--out", str(tmp_path / "picture.png")]) == 2
+    (out / "config.json").unlink()
+    os.mkfifo(out / "config.json")
+    assert main(["reconstruct", str(out), str(pipe)]) == main([*pretrain, "--init", str(out)]) == 2
+    assert main(["pretrain", "--out", str(out), "--resume"]) == 2
+    assert capsys.readouterr().err.count("\n") == 6
+    assert not chosen
+
+
+@pytest.mark.parametrize(
+    ("options", "resume"),
+    [
+        ([], False),
+        (["--resume"], True),
+        (["--resume", "--run.seed", "3"], True),
+        (["--resume", "best", "--run.seed", "3"], "best"),
+        (["--resume=best"], "best"),
+        (["--run.seed", "3", "--resume", "120"], 120),
+    ],
+)
+def test_what_to_resume_from(out, monkeypatch, options, resume):
+    asked = []
+    monkeypatch.setattr("crate_mae.cli.pretraining.pretrain", lambda config, **how: asked.append((config, how)))
+    monkeypatch.setattr("crate_mae.cli.pretraining._report", lambda result: "")
+    write_config(out, schedule={"epochs": 70})
+    assert main(["pretrain", "--out", str(out), *options]) == 0
+    ((config, how),) = asked
+    assert how == {"resume": resume, "overwrite": False} and type(how["resume"]) is type(resume)
+    assert config.schedule.epochs == (70 if resume else 800), "a resumed run has the settings that it has"
+    assert config.run.seed == 3 * ("--run.seed" in options)
+    assert not {"resume", "overwrite", "config"} & config.to_dict().keys()
+
+
+def test_a_run_in_a_folder_of_any_script_is_resumed(chosen, tmp_path):
+    out = tmp_path / "\N{SEEDLING} Läufe"
+    write_config(out, **dataclasses.replace(demo_config(out), data=out / "\N{TULIP}").to_dict())
+    assert main(["pretrain", "--out", str(out), "--resume"]) == 0
+    assert chosen[0].data == out / "\N{TULIP}"
+
+
+class TestExitStatus:
+    @pytest.fixture
+    def failing(self, monkeypatch, out, capfd):
+        def failing(error: BaseException, *more: str) -> tuple[int, str]:
+            def pretrain(config, **how):
+                raise error
+
+            monkeypatch.setattr("crate_mae.cli.pretraining.pretrain", pretrain)
+            status = main(["pretrain", "--out", str(out), *more])
+            return status, capfd.readouterr().err
+
+        return failing
+
+    @pytest.mark.parametrize(
+        ("error", "status", "says"),
+        [
+            (KeyError("images"), 70, "KeyError: 'images'; this is a bug: --debug shows where"),
+            (RecursionError("too deep"), 70, "RecursionError: too deep; this is a bug"),
+            (RuntimeError("two\nlines"), 70, "RuntimeError: two lines; this is a bug"),
+            (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 1, "a lower --schedule.batch_size needs less"),
+            (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 1, "--run.recompute true"),
+            (MemoryError(), 1, "--run.stream 16bit"),
+            (OSError(errno.ENOSPC, "No space left on device", "state.pt"), 1, "No space left on device"),
+            (OSError(errno.EROFS, "Read-only file system", "state.pt"), 1, "Read-only file system"),
+            (PermissionError("cannot write state.pt: Permission denied"), 1, "cannot write state.pt"),
+            (FileNotFoundError(errno.ENOENT, "No such file", "state.pt"), 2, "No such file"),
+            (ValueError("schedule: \x1b[31mred\x00"), 2, "schedule: \\x1b[31mred\\x00"),
+            (RunStopped("stopped at step 1 of 4", signal.SIGTERM), 143, "stopped at step 1 of 4; --resume goes on"),
+            (RunStopped("stopped at step 1 of 4", signal.SIGUSR1), 138, "stopped at step 1 of 4; --resume goes on"),
+            (LostWorkers("lost 3 times in a row"), 1, "lost 3 times in a row"),
+            (EndedAtOnce(signal.SIGTERM), 143, "interrupted"),
+            (KeyboardInterrupt(), 130, "interrupted"),
+        ],
+    )
+    def test_of_each_error(self, failing, error, status, says):
+        ended, printed = failing(error)
+        assert ended == status
+        assert says in printed
+        assert printed.startswith("crate-mae: ") and printed.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        "error", [KeyError("images"), ValueError("run.seed: expected"), RunStopped("stopped", signal.SIGTERM)]
+    )
+    def test_debug_shows_where_and_ends_the_same(self, failing, error):
+        ended, line = failing(error)
+        again, printed = failing(error, "--debug", "--run.seed", "3")
+        assert again == ended
+        assert "Traceback (most recent call last)" in printed and "test_cli.py" in printed
+        assert printed.endswith("\n" + line)
+
+    def test_memory_that_there_is_not(self, failing):
+        """In the allocator's own words, which may change."""
+        with pytest.raises(RuntimeError) as error:
+            torch.empty(2**60, dtype=torch.uint8)
+        status, printed = failing(error.value)
+        assert status == 1
+        assert "out of memory: a lower --schedule.batch_size" in printed and f"allocate {2**60} bytes" in printed
+
+    @pytest.mark.parametrize("place", [0, 1, 3])
+    def test_debug_may_stand_anywhere(self, out, capsys, place):
+        arguments = ["pretrain", "--out", str(out), "--run.seed", "many"]
+        assert main([*arguments[:place], "--debug", *arguments[place:]]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("Traceback")
+        assert error.splitlines()[-1] == "crate-mae: run.seed: expected a whole number, got many"
+
+
+@pytest.mark.parametrize("command", ["pretrain", "demo"])
+def test_images_of_one_colour_are_learnt_too(photographs, tmp_path, out, capsys, command):
+    """Filled or blurred, they have no error: there is nothing to compare with."""
+    grey = tmp_path / "grey"
+    grey.mkdir()
+    for name in "ab":
+        Image.new("RGB", (40, 36), (0, 0, 0)).save(grey / f"{name}.png")
+    std = ["--images.mean", "0,0,0", "--images.std", "1,1,1"]  # so that the colour is a number that means no rounding
+    assert main([command, "--data", str(photographs), "--val", str(grey), "--out", str(out), *TINY, *std]) == 0
+    assert "(n/a and n/a)" in capsys.readouterr().out
+    assert (out / "summary.png").exists() == (command == "demo")
+    assert main(["reconstruct", str(out), str(grey / "a.png"), "--out", str(tmp_path / "picture.png")]) == 0
 
 
 def test_a_broken_image_is_named(run, photographs, capsys):
@@ -511,16 +789,32 @@ def test_a_run_is_not_overwritten_by_accident(run, capsys):
     assert run("--overwrite") == 0
 
 
-def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
-    class CtrlC:
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ImportError("libc.so:\nno such file"), 70, "ImportError: libc.so: no such file; --debug shows where"),
+    ],
+)
+def test_what_ends_the_imports_is_one_line(monkeypatch, capsys, error, status, says):
+    class Broken:
         def find_spec(self, name, path=None, target=None):
             if name == "crate_mae.cli":
-                raise KeyboardInterrupt
+                raise error
 
     monkeypatch.delitem(sys.modules, "crate_mae.cli")
-    monkeypatch.setattr(sys, "meta_path", [CtrlC(), *sys.meta_path])
-    assert crate_mae.__main__.main() == 130
-    assert capsys.readouterr().err == "crate-mae: interrupted\n"
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert crate_mae.__main__.main() == status
+    assert capsys.readouterr().err == f"crate-mae: {says}\n"
+
+
+def test_a_terminal_without_the_letters_of_a_path_is_written_to(chosen, out, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("crate_mae.cli.pretraining._report", lambda result: "runs/\N{TULIP}")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["pretrain", "--out", str(out)]) == 0
+    sys.stdout.flush()
+    assert written.getvalue() == b"runs/\\U0001f337\n"
 
 
 def test_an_implementation_that_cannot_run_is_one_line(out):

@@ -321,7 +321,7 @@ class TestBreakdown:
         paths = ImageFolder(config.data).paths
         batch = [str(paths[index]) for index in epoch_order(12, config.run.seed, 1)[6:9]]
         assert found["step"] == 7 and found["images"] == batch
-        assert all(path in str(raised.value) for path in batch)
+        assert all(Path(path).name in str(raised.value) for path in batch)
 
     def test_names_weights_that_went_bad(self, config, monkeypatch):
         step = torch.optim.AdamW.step

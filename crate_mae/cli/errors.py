@@ -1,0 +1,101 @@
+"""What the command says of an error, in one line, and the exit status it ends with."""
+
+from __future__ import annotations
+
+import errno
+import re
+import signal
+from argparse import ArgumentError
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+import torch
+
+from crate_mae.data import LostWorkers
+from crate_mae.training import NonFiniteLoss, RunStopped
+
+BROKE_DOWN, USER_ERROR, BUG, BY_SIGNAL = 1, 2, 70, 128
+
+DEBUG = "--debug"
+DEBUG_HELP = f"{DEBUG}, anywhere among the arguments, shows where an error came from."
+
+_LONGEST = 600
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
+
+_WORDING = (
+    (r'^(argument|Parser key) "?(?P<name>[\w.-]+)"?: ', r"\g<name>: "),
+    (r"Does not validate against any of .*tuple\[int, int\].*Given value: ?", "expected a whole number, or two, got "),
+    (r"Expected a <class 'int'>", "expected a whole number"),
+    (r"Expected a <class 'float'>", "expected a number"),
+    (r"Expected a <class 'bool'>", "expected true or false"),
+    (r"Expected a <class 'str'>", "expected text"),
+    (r"Expected a (<class ')?tuple('>)?", "expected a list"),
+    (r"Expected a typing\.Literal\[(.*)\](?=\. Got)", r"expected one of \1"),
+    (r"\. Got value: ?", ", got "),
+    (r"invalid choice: (.*) \(choose from (.*)\)$", r"expected one of \2, got \1"),
+    (r"(?<=: )(.*) not among choices \[(.*)\]$", r"expected one of \2, got \1"),
+    (r"(?<=required: )(pretrain|demo)\.", "--"),
+    (r", got $", ", got nothing"),
+)
+"""What the parsers say, and how it reads in the words of all other messages."""
+
+
+def nearest(given: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """The end of a message, that asks whether the most similar name was meant; empty where none is similar.
+
+    An option without its section, such as --batch_size, stands for the one that ends so.
+
+    Args:
+        prefix: of the name in the message.
+    """
+    names = list(known)
+    inner = [name for name in names if "." in name and name.endswith("." + given.lstrip("-"))]
+    found = inner or get_close_matches(given, names, n=1, cutoff=0.8 if given.startswith("--") else 0.6)
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
+
+
+def worded(error: ArgumentError, options: Iterable[str]) -> ValueError:
+    """A parser's error in our words, with the nearest of the names that could have been meant.
+
+    Args:
+        options: of the command.
+    """
+    message = " ".join(str(error).split())
+    for pattern, words in _WORDING:
+        message = re.sub(pattern, words, message)
+    if unknown := re.match(r"unrecognized arguments: (--[^\s=]*)", message):
+        message += nearest(unknown[1], options)
+    elif choice := re.search(r"expected one of (.*), got (.*)", message):
+        choices = re.findall(r"'([^']*)'", choice[1])
+        message = message.replace(choice[1], ", ".join(choices)) + nearest(choice[2].strip("'"), choices)
+    return ValueError(message)
+
+
+def outcome(error: BaseException) -> tuple[str, int]:
+    """What to say of an error, and the exit status."""
+    if isinstance(error, RunStopped):
+        return str(error), BY_SIGNAL + error.signal
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was saved before is kept", BY_SIGNAL + getattr(error, "signal", signal.SIGINT)
+    if isinstance(error, NonFiniteLoss | LostWorkers):
+        return str(error), BROKE_DOWN
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+        remedy = "a lower --schedule.batch_size needs less, and so do --run.recompute true and --run.stream 16bit"
+        asked = re.search(r"allocate [\d.]+ \w+", str(error))
+        return f"out of memory: {remedy}{f' (tried to {asked[0]})' if asked else ''}", BROKE_DOWN
+    if isinstance(error, OSError):
+        of_the_disk = error.errno in _OF_THE_DISK or str(error).startswith("cannot write")
+        return str(error), BROKE_DOWN if of_the_disk else USER_ERROR
+    if isinstance(error, ValueError):
+        return str(error), USER_ERROR
+    return f"{type(error).__name__}: {error}; this is a bug: --debug shows where", BUG
+
+
+def one_line(message: str) -> str:
+    """The message without line breaks and control characters; of a long one, beginning and end."""
+    line = " ".join(message.split())
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    if len(line) <= _LONGEST:
+        return line
+    return f"{line[: _LONGEST // 2]} ... {line[5 - _LONGEST // 2 :]}"

@@ -1,0 +1,221 @@
+"""Settings as files and command lines hold them: YAML, of which JSON is a part, read without following it for ever."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader
+
+from crate_mae.cli.errors import nearest
+from crate_mae.training import PretrainConfig
+
+SECTIONS = {f.name for f in dataclasses.fields(PretrainConfig) if f.default_factory is not dataclasses.MISSING}
+PATHS = [f.name for f in dataclasses.fields(PretrainConfig) if f.name not in SECTIONS]
+
+_TYPES = {
+    section: {field.name: field.type for field in dataclasses.fields(default)}
+    for section, default in vars(PretrainConfig(out=Path())).items()
+    if section in SECTIONS
+}
+"""Of the settings of each section."""
+
+_load_yaml = get_loader("yaml")
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+_LARGEST_FILE, _MOST_VALUES, _DEEPEST = 2**20, 10_000, 20
+"""Far beyond what settings need: bytes, values once all references are followed, and how deep they are nested."""
+
+
+class EndlessSettings(ValueError):
+    """YAML that holds itself, or that is small and stands for very much."""
+
+
+def check_argument(option: str, value: str) -> None:
+    """Refuse what the parser, which reads values as YAML, would spend for ever on, or fail on without naming the option.
+
+    Raises:
+        ValueError: it is endless, or no text, or a number beyond all floats.
+    """
+    try:
+        numbers = load(value)
+    except yaml.YAMLError:  # the parser says so where it must be YAML
+        return
+    except Exception as error:  # endless, or a tag on what has no such form, or no text
+        raise ValueError(f"{option or value}: cannot be read: {error}") from None
+    _check_magnitude(option, numbers)
+
+
+def load(text: str) -> Any:
+    """What the text says, in JSON or YAML.
+
+    Raises:
+        EndlessSettings: a ValueError, as of `check_finite`.
+        yaml.YAMLError, ValueError: it is neither, or has a name twice in one place.
+    """
+    check_finite(text)
+    if text.lstrip().startswith("{"):  # JSON writes what is beyond 16 bits, such as emojis in a path, as YAML does not
+        with suppress(json.JSONDecodeError, RecursionError):
+            return json.loads(text, object_pairs_hook=_without_repetition)
+    _refuse_repeated(yaml.compose(text, Loader=_LOADER))
+    return _load_yaml(text)
+
+
+def check_finite(text: str) -> None:
+    """Refuse YAML on which its readers would spend for ever, or all of the stack; what is no YAML is left to them.
+
+    Raises:
+        EndlessSettings: it refers to itself, stands for too many values, or is nested too deep.
+    """
+    sizes: dict[str, int] = {}  # of what each anchor names, in values
+    opened: list[tuple[str | None, int]] = []  # collections around the event: anchor, and the values before it
+    values = 0
+    try:
+        for event in yaml.parse(text, Loader=_LOADER):
+            if isinstance(event, yaml.CollectionEndEvent):
+                anchor, before = opened.pop()
+                if anchor:
+                    sizes[anchor] = values - before
+            elif isinstance(event, yaml.NodeEvent):
+                anchor = event.anchor
+                if isinstance(event, yaml.CollectionStartEvent):
+                    opened.append((anchor, values))
+                elif isinstance(event, yaml.AliasEvent) and anchor in [name for name, _ in opened]:
+                    raise EndlessSettings(f"*{anchor} refers to itself")
+                values += sizes.get(anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
+            if len(opened) > _DEEPEST:
+                raise EndlessSettings(f"nested more than {_DEEPEST} deep")
+            if values > _MOST_VALUES:
+                raise EndlessSettings(f"more than {_MOST_VALUES:,} values")
+    except (yaml.YAMLError, UnicodeError):
+        pass
+
+
+def read_settings(config: str, section: str | None = None, *, option: str = "--config") -> dict[str, Any]:
+    """What an option such as --config names: a file, or settings written out in its place.
+
+    Args:
+        section: whose settings alone these are.
+        option: which names it.
+
+    Raises:
+        ValueError: it cannot be read, or has something that is no setting: the parser would let other options hide a section
+            that is none, import what `class_path` names, or fail without a message.
+    """
+    of_file = os.path.isfile(config)
+    where = config if of_file else option
+    text = _text_of(Path(config)) if of_file else config
+    try:
+        settings = load(text) if text.strip() else None
+    except Exception as error:  # constructors of tags such as !!timestamp raise whatever there is
+        raise ValueError(f"{where}: cannot be read as JSON or YAML: {error}") from None
+    if not isinstance(settings, dict):
+        named = config if of_file else f"{option}: {config!r}"
+        raise ValueError(f"{named} is no file of settings, such as the config.json of a run")
+    for name in [name for name in settings if isinstance(name, str) and "." in name]:  # run.seed is seed in run, too
+        outer, _, inner = name.partition(".")
+        within = settings.setdefault(outer, {})
+        if isinstance(within, dict):
+            within[inner] = settings.pop(name)
+    _check_names({section: settings} if section else settings, where)
+    return settings
+
+
+def check_json(file: Path) -> None:
+    """Refuse a file of a model's settings, if it is there, that is no JSON, or on which a reader would spend too much.
+
+    Raises:
+        ValueError: it is; the message names it.
+    """
+    if not file.exists():
+        return
+    if not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"{file}: expected a file")
+    try:
+        text = _text_of(file)
+        check_finite(text)
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not whole JSON ({error})") from None
+
+
+def path_of(text: str) -> Path:
+    """A path as an option gives it.
+
+    Raises:
+        ValueError: no file can be called that.
+    """
+    if not _is_path(text):
+        raise ValueError(f"expected the name of a file or folder, in UTF-8, got {text!r}")
+    return Path(text)
+
+
+def _is_path(text: Any) -> bool:
+    return isinstance(text, str) and text == text.encode(errors="ignore").decode() and "\0" not in text and bool(text)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    times = Counter(name for name, _ in pairs)
+    if len(times) < len(pairs):
+        raise ValueError(f"{times.most_common(1)[0][0]} is given twice")
+    return dict(pairs)
+
+
+def _refuse_repeated(node: yaml.Node | None) -> None:
+    """Refuse names given twice in one place, of which readers take the last without a word."""
+    if isinstance(node, yaml.MappingNode):
+        _without_repetition([(name.value, None) for name, _ in node.value if isinstance(name, yaml.ScalarNode)])
+    if isinstance(node, yaml.CollectionNode):
+        for each in node.value:
+            for part in each if isinstance(each, tuple) else (each,):
+                _refuse_repeated(part)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(_LARGEST_FILE + 1)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    if len(content) > _LARGEST_FILE:
+        raise ValueError(f"{file} has more than {_LARGEST_FILE:,} bytes, and settings have not")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from None
+
+
+def _check_names(settings: dict[Any, Any], where: str) -> None:
+    for name, value in settings.items():
+        if name in SECTIONS:
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {name}: expected a section of settings, got {value!r}")
+            for inner, each in value.items():
+                if inner not in _TYPES[name]:
+                    hint = nearest(str(inner), _TYPES[name], prefix=f"{name}.")
+                    raise ValueError(f"{where}: {name}.{inner}: no such setting{hint}")
+                if isinstance(each, dict | set | bytes) or (each is None and "None" not in _TYPES[name][inner]):
+                    raise ValueError(f"{where}: {name}.{inner}: expected a value, got {each!r}")
+                _check_magnitude(f"{where}: {name}.{inner}", each)
+        elif name in PATHS:
+            if value is not None and not _is_path(value):
+                raise ValueError(f"{where}: {name}: expected the name of a file or folder, got {value!r}")
+        elif name in ("resume", "overwrite", "config"):
+            if value:  # --print_config writes them
+                raise ValueError(f"{where}: {name}: expected on the command line alone, as --{name}")
+        elif name != "architecture":
+            hint = nearest(str(name), [*SECTIONS, *PATHS, "architecture"])
+            raise ValueError(f"{where}: {name}: no such setting{hint}")
+
+
+def _check_magnitude(where: str, value: Any) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int) and abs(number) > 10**300:
+            raise ValueError(f"{where}: expected a smaller number, got one of {len(str(number))} digits")
