@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import itertools
 import json
 import math
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -495,3 +498,27 @@ class TestWorkers:
                 pretrain(config)
         pretrain(config, resume=True)
         assert_as_if_nothing_had_happened(config.out, whole)
+
+
+class TestTerminal:
+    """That is gone, with whoever had opened it."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def test_a_run_goes_on_without(self, config, whole, monkeypatch):
+        monkeypatch.setattr("sys.stdout", self.Gone())
+        pretrain(config)
+        assert_as_if_nothing_had_happened(config.out, whole)
+
+    def test_its_hangup_is_saved(self, config, monkeypatch):
+        def gone(descriptor: int, text: bytes) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        interrupt_after(monkeypatch, 5, signal.SIGHUP)
+        monkeypatch.setattr("sys.stdout", self.Gone())
+        monkeypatch.setattr("crate_mae.training.interrupts.os", SimpleNamespace(write=gone))
+        with pytest.raises(RunStopped, match="step 6 of 12") as raised:
+            pretrain(config)
+        assert raised.value.signal == signal.SIGHUP and saved_steps(config.out)[0] == 6
