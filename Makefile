@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	touch $@
 
 test: $(VENV)/.installed lint
-	@echo "The tests take about 8 minutes on two idle cores, and as much longer as other work makes them wait."
+	@echo "The tests take about 15 minutes on two idle cores, and as much longer as other work makes them wait."
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.installed
