@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from crate_mae.files import replaced, write_json
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import reconstruction_sheet
 from crate_mae.registry import count_parameters
-from crate_mae.training.breakdown import first_bad
+from crate_mae.training.breakdown import cause
 from crate_mae.training.config import PretrainConfig, of_section
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.interrupts import RunStopped, StopRequest, stop_requests
@@ -362,30 +361,13 @@ class _Run:
             raise told from error
 
     def _cause(self, error: NonFiniteLoss) -> str:
-        """Of a step that was not finite: what was so first, found by taking it again, and its images; in words and in a file."""
-        if error.weights:
-            return ""
         [batch] = self._batches(error.step - 1, error.step)
-        paths = [str(self.train_folder.paths[index]) for _, index in batch]
-        try:
-            pixels = torch.stack([self.crops[key] for key in batch])
-            first = first_bad(self.model, lambda: self._loss(self.model, pixels, error.step - 1))
-            first = first or "nothing, when the step was taken again"
-            write_json(
-                self.config.out / BREAKDOWN,
-                {
-                    "step": error.step,
-                    "loss": str(error.loss),
-                    "grad_norm": str(error.grad_norm),
-                    "first": first,
-                    "images": paths,
-                },
-            )
-        except (OSError, RuntimeError, UnreadableImage) as problem:  # of which the error itself must not be lost
-            first = f"not found out ({problem})"
-        shown = ", ".join(os.path.relpath(path, self.train_folder.root) for path in paths[:3])
-        more = f" and {len(paths) - 3} more, all in {BREAKDOWN}" if len(paths) > 3 else ""
-        return f"; not finite first: {first}; images: {shown}{more}"
+
+        def again() -> torch.Tensor:
+            return self._loss(self.model, torch.stack([self.crops[key] for key in batch]), error.step - 1)
+
+        paths = [self.train_folder.paths[index] for _, index in batch]
+        return cause(error, self.model, again, paths, self.train_folder.root, self.config.out / BREAKDOWN)
 
     def _opening_line(self) -> str:
         config, held_out = self.config, len(self.val_folder) if self.val_folder else 0
