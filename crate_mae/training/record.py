@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ class Record:
     def go_on_from(self, wanted: bool | str | int) -> str:
         """Take up the state that `pretrain` calls so; returns what was restored, and what could not be, in words."""
         folder = self.config.out / STATES
-        state, passed_over = read_state(folder, wanted, lambda state: check_fits(state, self.model, self.optimizer))
+        state, passed_over = read_state(folder, wanted, self._check_fits)
         if state["images"] != self.images:
             raise ValueError(f"{folder} is of a run on other images: {other_images(self.config)}")
         not_restored = restore(state, self.model, self.optimizer)
@@ -83,6 +84,11 @@ class Record:
             )
         without = f", without {' and '.join(not_restored)}" if not_restored else ""
         return f"from step {self.step} (weights, optimizer, random numbers restored{without})"
+
+    def _check_fits(self, state: dict[str, Any]) -> None:
+        check_fits(state, self.model, self.optimizer)
+        StepMeter().load_state(state["meter"], torch.device("cpu"))
+        DivergenceWatch(**state["watch"])
 
     def tidy(self) -> None:
         """Remove what a run that was killed left behind: unfinished files, and rows that the steps to come log again."""

@@ -144,10 +144,11 @@ def random_state() -> dict[str, Any]:
 
 
 def check_fits(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse the state of another model than this one.
+    """Refuse a state that could not be restored, or not all of it.
 
     Raises:
-        ValueError: its weights, or the optimizer's means of them, have other names, shapes or types.
+        Exception: a ValueError if its weights, or the optimizer's means of them, have other names, shapes or types than these; or
+            what the generators of random numbers say of states that are none of theirs.
     """
     expected = model.state_dict()
     if problems := differences(state["model"], expected):
@@ -163,6 +164,7 @@ def check_fits(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.O
     for name, found, wanted in tensors:
         if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(f"its {name} is none of {wanted.dtype}, {tuple(wanted.shape)}")
+    _set_generators(state["random"], torch.Generator(), np.random.RandomState(), random.Random())
 
 
 def restore(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -173,13 +175,17 @@ def restore(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Opti
     model.load_state_dict(state["model"])
     settings = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["optimizer"], "param_groups": settings})
-    generators = state["random"]
-    torch.set_rng_state(generators["torch"])
-    algorithm, keys, *rest = generators["numpy"]
-    np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), *rest))
-    random.setstate(generators["python"])
-    had, has = len(generators["cuda"]), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    _set_generators(state["random"], torch.default_generator, np.random, random)
+    of_cuda = state["random"]["cuda"]
+    had, has = len(of_cuda), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if had == has:
-        torch.cuda.set_rng_state_all(generators["cuda"])
+        torch.cuda.set_rng_state_all(of_cuda)
         return []
     return [f"the random numbers of CUDA (of {had} devices; here are {has})"]
+
+
+def _set_generators(states: dict[str, Any], of_torch: torch.Generator, of_numpy: Any, of_python: Any) -> None:
+    of_torch.set_state(states["torch"])
+    algorithm, keys, *rest = states["numpy"]
+    of_numpy.set_state((algorithm, np.array(keys, dtype=np.uint32), *rest))
+    of_python.setstate(states["python"])
