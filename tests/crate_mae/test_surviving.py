@@ -23,6 +23,7 @@ import torch
 from tiny_runs import TINY, assert_same_weights, die_after, interrupt_after, metric_lines, saved_steps, weights
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from crate_mae import files
 from crate_mae.data import ImageFolder, ImageLoader, LostWorkers, epoch_order, in_order
 from crate_mae.model import CrateMAE, DecoderBlock
 from crate_mae.training import NonFiniteLoss, PretrainConfig, RunStopped, pretrain, warmup_cosine
@@ -376,6 +377,19 @@ class TestSignals:
         with pytest.raises(EndedAtOnce) as raised:
             stop.take(signal.SIGINT)
         assert raised.value.signal == signal.SIGINT
+
+    def test_the_second_ends_it_at_once_while_it_saves(self, config, monkeypatch):
+        """torch makes errors of its own of what comes while it writes."""
+        write, calls = files.os.write, itertools.count()
+
+        def interrupted(descriptor, data):
+            if next(calls) == 20:
+                raise EndedAtOnce(signal.SIGTERM)
+            return write(descriptor, data)
+
+        monkeypatch.setattr(files.os, "write", interrupted)
+        with pytest.raises(EndedAtOnce):
+            pretrain(config)
 
     def test_what_comes_twice_at_once_is_one(self, clock):
         stop = StopRequest()
