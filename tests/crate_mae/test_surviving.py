@@ -439,17 +439,24 @@ class TestOwner:
             os.kill(child, signal.SIGKILL)
             process.stdout.close()
 
-    @pytest.mark.parametrize("holder", ["alive", "dead", "elsewhere", "nonsense"])
+    def test_a_link_in_the_place_of_the_lock_is_not_followed(self, tmp_path):
+        (tmp_path / "mine").write_text("words")
+        (tmp_path / LOCK).symlink_to("mine")
+        with pytest.raises(OSError, match=re.escape(LOCK)), owned(tmp_path):
+            pass
+        assert (tmp_path / "mine").read_text() == "words"
+
+    @pytest.mark.parametrize("holder", ["alive", "dead", "own number", "elsewhere", "nonsense"])
     def test_without_locks_the_file_decides(self, tmp_path, monkeypatch, holder):
         monkeypatch.setattr("crate_mae.training.ownership.fcntl", None)
         gone = subprocess.Popen(["true"])
         gone.wait()
-        pid = os.getppid() if holder == "alive" else gone.pid
+        pid = {"alive": os.getppid(), "own number": os.getpid()}.get(holder, gone.pid)
         host = "elsewhere" if holder == "elsewhere" else socket.gethostname()
         text = "[1" if holder == "nonsense" else json.dumps({"host": host, "pid": pid, "since": "today"})
         (tmp_path / LOCK).write_text(text)
         if holder in ("alive", "elsewhere"):
-            with pytest.raises(BlockingIOError, match=f"process {pid} on {host}"), owned(tmp_path):
+            with pytest.raises(BlockingIOError, match=f"process {pid} on {host}.*delete {LOCK}"), owned(tmp_path):
                 pass
         else:
             with owned(tmp_path):
