@@ -381,7 +381,7 @@ class _Run:
                     "images": paths,
                 },
             )
-        except (OSError, RuntimeError, UnreadableImage) as problem:  # of which the error itself must not be lost
+        except Exception as problem:  # of which the error itself must not be lost
             first = f"not found out ({problem})"
         shown = ", ".join(os.path.relpath(path, self.train_folder.root) for path in paths[:3])
         more = f" and {len(paths) - 3} more, all in {BREAKDOWN}" if len(paths) > 3 else ""
