@@ -160,6 +160,16 @@ class TestStates:
         assert len(said) == 1 and str(newest) in said[0] and "weights_only" not in said[0]
         assert_as_if_nothing_had_happened(config.out, whole)
 
+    def test_one_that_cannot_be_read_pushes_no_other_out(self, config, monkeypatch):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 9)
+            with pytest.raises(RunStopped):
+                pretrain(config)
+        assert saved_steps(config.out) == [10, 8]
+        self.damage(config.out / "states" / "step_10.pt", "cut")
+        pretrain(config, resume=True)
+        assert saved_steps(config.out) == [12, 8]
+
     def test_where_none_can_be_read_each_is_named_in_a_line(self, config):
         pretrain(config)
         for state in saved_states(config.out / "states"):
@@ -213,6 +223,14 @@ class TestStates:
         pretrain(config, resume=True)
         assert "removed 6 broken lines of metrics.jsonl" in capsys.readouterr().out
         assert rows(config.out) == rows(whole)
+
+
+def test_a_last_row_without_an_end_does_not_swallow_the_next(config, whole):
+    pretrain(change(config, schedule__epochs=2))
+    log = config.out / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().rstrip())
+    pretrain(config, resume=True)
+    assert [row["step"] for row in rows(config.out)] == [row["step"] for row in rows(whole)]
 
 
 def test_settings_of_the_optimizer_are_those_given_at_the_resume(config, monkeypatch):
@@ -326,6 +344,12 @@ class TestBreakdown:
         batch = [str(paths[index]) for index in epoch_order(12, config.run.seed, 1)[6:9]]
         assert found["step"] == 7 and found["images"] == batch
         assert all(Path(path).name in str(raised.value) for path in batch)
+
+    def test_what_the_second_pass_meets_does_not_hide_it(self, config, monkeypatch):
+        self.poison_after(monkeypatch, 6)
+        monkeypatch.setattr("crate_mae.training.loop.first_bad", lambda *_: {}["lost"])
+        with pytest.raises(NonFiniteLoss, match=r"step 7: loss nan.*not found out \('lost'\).*step_4\.pt"):
+            pretrain(config)
 
     def test_names_weights_that_went_bad(self, config, monkeypatch):
         step = torch.optim.AdamW.step
