@@ -20,10 +20,11 @@ _UNFINISHED = ".{}.partial"
 
 
 class _Output(io.RawIOBase):
-    """A new file whose first error is kept, since the libraries that write to it raise errors of their own in its place."""
+    """A new file whose first error is kept, since the libraries that write to it raise errors of their own in its place; so is an
+    interruption, which comes where signals find the process: mostly here."""
 
     def __init__(self, path: Path) -> None:
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def writable(self) -> bool:
@@ -41,7 +42,7 @@ class _Output(io.RawIOBase):
     def write(self, data: Any) -> int:
         try:
             return _write_all(self._descriptor, data)
-        except OSError as error:
+        except BaseException as error:
             self.error = self.error or error
             raise
 
@@ -71,7 +72,7 @@ def replaced(*paths: Path) -> Iterator[Any]:
         except Exception as error:
             for path, file in files.items():
                 if file.error:
-                    raise _named(file.error, path) from error
+                    raise (_named(file.error, path) if isinstance(file.error, OSError) else file.error) from error
             raise
         for path, file in files.items():
             with _naming(path):

@@ -171,7 +171,7 @@ class ImageLoader:
         if not self._settings["num_workers"]:
             yield from loader
             return
-        others, batches, why = set(multiprocessing.active_children()), None, ""
+        others, workers, batches, why = set(multiprocessing.active_children()), set(), None, ""
         with contextlib.ExitStack() as until_the_end:
             try:
                 try:

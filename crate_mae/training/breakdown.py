@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from crate_mae.data import UnreadableImage
 from crate_mae.files import write_json
 from crate_mae.model import CrateMAE
 from crate_mae.training.metrics import NonFiniteLoss
@@ -38,7 +37,7 @@ def cause(
         first = first_bad(model, loss_of_step) or "nothing, when the step was taken again"
         numbers = {"step": error.step, "loss": str(error.loss), "grad_norm": str(error.grad_norm)}
         write_json(file, numbers | {"first": first, "images": [str(path) for path in images]})
-    except (OSError, RuntimeError, UnreadableImage) as problem:  # the error itself must not be lost by it
+    except Exception as problem:  # the error itself must not be lost by it
         first = f"not found out ({problem})"
     shown = ", ".join(os.path.relpath(path, root) for path in images[:_SHOWN])
     more = f" and {len(images) - _SHOWN} more, all in {file.name}" if len(images) > _SHOWN else ""

@@ -66,12 +66,16 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """What SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 set instead of ending the process; a second one ends it at once."""
+    """What SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 set instead of ending the process; a second one ends it at once.
+
+    Those that are ignored stay so: nohup keeps SIGHUP from a run, and shells SIGINT from what they start in the background.
+    """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.take) for number in STOPPING}
+    heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop.take) for number in heard}
     try:
         yield stop
     finally:

@@ -37,12 +37,13 @@ class MetricsLog:
         """
         if not self.path.exists():
             return 0
-        lines = self.path.read_bytes().splitlines()
+        content = self.path.read_bytes()
+        lines = content.splitlines()
         values = [_values_of(line) for line in lines]
-        kept = [line for line, value in zip(lines, values, strict=True) if value and belongs(value)]
-        if len(kept) < len(lines):
+        kept = b"".join(line + b"\n" for line, value in zip(lines, values, strict=True) if value and belongs(value))
+        if kept != content:  # also where the last line has no end, which the next would become a part of
             with replaced(self.path) as file:
-                file.write(b"".join(line + b"\n" for line in kept))
+                file.write(kept)
         return values.count(None)
 
 

@@ -23,6 +23,8 @@ LOCK = ".lock"
 
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # the file is written over, and where a link leads to may be anything
+
 _held: set[int] = set()
 
 
@@ -65,12 +67,11 @@ def owned(folder: Path) -> Iterator[None]:
 
 def _take(path: Path, folder: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         try:
-            if _is_held(descriptor):
-                raise BlockingIOError(
-                    f"--out {folder}: {_named(_holder(descriptor))} writes to it; wait for its end, or name another folder"
-                )
+            if remedy := _is_held(descriptor):
+                holder = _named(_holder(descriptor))
+                raise BlockingIOError(f"--out {folder}: {holder} writes to it; {remedy}, or name another folder")
             with contextlib.suppress(FileNotFoundError):  # its owner removed it after we had opened it
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor
@@ -80,19 +81,21 @@ def _take(path: Path, folder: Path) -> int:
         os.close(descriptor)
 
 
-def _is_held(descriptor: int) -> bool:
-    """Whether another has the lock; if not, this process has it now."""
+def _is_held(descriptor: int) -> str:
+    """What to do where another has the lock; nothing if this process has it now."""
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
+            return ""
     except BlockingIOError:
-        return True
+        return "wait for its end"
     except OSError as error:
         if error.errno not in _CANNOT_LOCK:
             raise
     holder = _holder(descriptor)
-    return bool(holder) and (holder.get("host") != _host() or _is_alive(holder.get("pid")))
+    if not holder or (holder.get("host") == _host() and not _is_alive(holder.get("pid"))):
+        return ""
+    return f"wait for its end (if it was killed, delete {LOCK} there: this file system has no locks that end by themselves)"
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
@@ -111,6 +114,8 @@ def _named(holder: dict[str, Any]) -> str:
 
 
 def _is_alive(pid: Any) -> bool:
+    if pid == os.getpid():  # in containers each run may have the number of the one before
+        return bool(_held)
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, TypeError, OverflowError):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from crate_mae.checkpoints import save_model
+from crate_mae.files import remove
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.divergence import DivergenceWatch
 from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, StepAverages, StepMeter
@@ -58,6 +60,7 @@ class Record:
         self.step, self.validated = 0, True
         self.meter = StepMeter()
         self._watch = DivergenceWatch()
+        self._unreadable: set[Path] = set()
         self._metrics = MetricsLog(config.out / METRICS)
 
     @property
@@ -74,7 +77,8 @@ class Record:
         self.step, self.validated = state["step"], state["validated"]
         self.meter.load_state(state["meter"], next(self.model.parameters()).device)
         self._watch = DivergenceWatch(**state["watch"])
-        for line in passed_over:
+        self._unreadable = set(passed_over)
+        for line in passed_over.values():
             self.say(f"{line}; going on from a state before it")
         if wanted is not True:  # else they make way for the next state
             self._forget_states()
@@ -155,7 +159,10 @@ class Record:
             "validated": self.validated,
         }
         self._metrics.sync()
-        write_state(self.config.out / STATES, state, diverging=bool(self._watch.diverging))
+        written = write_state(self.config.out / STATES, state, diverging=bool(self._watch.diverging))
+        for path in self._unreadable - {written}:  # which must not count among the last ones
+            remove(path)
+        self._unreadable.clear()
         self._forget_states()
         save_model(self.model, self.config.out)
 

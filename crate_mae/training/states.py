@@ -71,8 +71,10 @@ def forget_states(folder: Path, *, step: int, keep: int, best: int | None, is_ke
             remove(state.path)
 
 
-def read_state(folder: Path, wanted: bool | str | int, fits: Callable[[dict[str, Any]], None]) -> tuple[Any, list[str]]:
-    """A state of the run, and what was wrong with newer ones that were passed over, a line each.
+def read_state(
+    folder: Path, wanted: bool | str | int, fits: Callable[[dict[str, Any]], None]
+) -> tuple[Any, dict[Path, str]]:
+    """A state of the run, and what was wrong with newer ones that were passed over, a line for each file.
 
     Args:
         wanted: True for the newest that can be read, "best" for the one with the best validation, or a step.
@@ -82,14 +84,14 @@ def read_state(folder: Path, wanted: bool | str | int, fits: Callable[[dict[str,
         FileNotFoundError: there is no state, or not the one that is wanted.
         ValueError: none of them can be read, or the one that is wanted cannot.
     """
-    states, broken = saved_states(folder), []
+    states, broken = saved_states(folder), {}
     if wanted is not True and wanted != "best":
-        return _read(_of_step(states, int(wanted), folder).path, fits), []
+        return _read(_of_step(states, int(wanted), folder).path, fits), {}
     for saved in states:
         try:
             state = _read(saved.path, fits)
         except ValueError as error:
-            broken.append(str(error))
+            broken[saved.path] = str(error)
             continue
         if wanted != "best":
             return state, broken
@@ -98,7 +100,7 @@ def read_state(folder: Path, wanted: bool | str | int, fits: Callable[[dict[str,
             raise FileNotFoundError(f"nothing to resume: the run in {folder.parent} has validated nothing yet")
         return _read(_of_step(states, best, folder).path, fits), broken
     if broken:
-        raise ValueError(f"none of the states can be read: {'; '.join(broken)}")
+        raise ValueError(f"none of the states can be read: {'; '.join(broken.values())}")
     raise FileNotFoundError(f"nothing to resume: there is no state in {folder}")
 
 

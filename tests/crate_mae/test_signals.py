@@ -111,6 +111,19 @@ def test_slurms_warning_and_its_signal_afterwards_count_as_one(pause, started, c
     assert_saved_and_said(run, signal.SIGUSR1, config.out)
 
 
+def test_a_signal_that_is_ignored_stays_ignored(started, config):
+    """As SIGHUP is by nohup, and SIGINT by shells for what they start in the background."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = started("--schedule.epochs=100")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for(20, run, config.out)
+    run.to_all(signal.SIGHUP)
+    code, _, complained = run.end()
+    assert (code, complained) == (0, "")
+
+
 def test_a_killed_worker_is_replaced(started, config):
     run = started("--schedule.epochs=25")
     wait_for(20, run, config.out)

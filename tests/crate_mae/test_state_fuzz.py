@@ -41,7 +41,7 @@ def read(folder: Path) -> tuple[dict, list[str]]:
         warnings.simplefilter("ignore")  # torch's, of versions of pickle that there are not
         state, passed_over = read_state(folder, True, lambda state: check_fits(state, model, optimizer))
         restore(state, model, optimizer)
-    assert all("\n" not in line and "weights_only" not in line and len(line) < 600 for line in passed_over)
+    assert all("\n" not in line and "weights_only" not in line and len(line) < 600 for line in passed_over.values())
     return state, passed_over
 
 

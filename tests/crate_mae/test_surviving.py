@@ -23,6 +23,7 @@ import torch
 from tiny_runs import TINY, assert_same_weights, die_after, interrupt_after, metric_lines, saved_steps, weights
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from crate_mae import files
 from crate_mae.data import ImageFolder, ImageLoader, LostWorkers, epoch_order, in_order
 from crate_mae.model import CrateMAE, DecoderBlock
 from crate_mae.training import NonFiniteLoss, PretrainConfig, RunStopped, pretrain, warmup_cosine
@@ -159,6 +160,16 @@ class TestStates:
         assert len(said) == 1 and str(newest) in said[0] and "weights_only" not in said[0]
         assert_as_if_nothing_had_happened(config.out, whole)
 
+    def test_one_that_cannot_be_read_pushes_no_other_out(self, config, monkeypatch):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 9)
+            with pytest.raises(RunStopped):
+                pretrain(config)
+        assert saved_steps(config.out) == [10, 8]
+        self.damage(config.out / "states" / "step_10.pt", "cut")
+        pretrain(config, resume=True)
+        assert saved_steps(config.out) == [12, 8]
+
     def test_where_none_can_be_read_each_is_named_in_a_line(self, config):
         pretrain(config)
         for state in saved_states(config.out / "states"):
@@ -212,6 +223,14 @@ class TestStates:
         pretrain(config, resume=True)
         assert "removed 6 broken lines of metrics.jsonl" in capsys.readouterr().out
         assert rows(config.out) == rows(whole)
+
+
+def test_a_last_row_without_an_end_does_not_swallow_the_next(config, whole):
+    pretrain(change(config, schedule__epochs=2))
+    log = config.out / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().rstrip())
+    pretrain(config, resume=True)
+    assert [row["step"] for row in rows(config.out)] == [row["step"] for row in rows(whole)]
 
 
 def test_settings_of_the_optimizer_are_those_given_at_the_resume(config, monkeypatch):
@@ -326,6 +345,12 @@ class TestBreakdown:
         assert found["step"] == 7 and found["images"] == batch
         assert all(Path(path).name in str(raised.value) for path in batch)
 
+    def test_what_the_second_pass_meets_does_not_hide_it(self, config, monkeypatch):
+        self.poison_after(monkeypatch, 6)
+        monkeypatch.setattr("crate_mae.training.loop.first_bad", lambda *_: {}["lost"])
+        with pytest.raises(NonFiniteLoss, match=r"step 7: loss nan.*not found out \('lost'\).*step_4\.pt"):
+            pretrain(config)
+
     def test_names_weights_that_went_bad(self, config, monkeypatch):
         step = torch.optim.AdamW.step
 
@@ -377,6 +402,19 @@ class TestSignals:
             stop.take(signal.SIGINT)
         assert raised.value.signal == signal.SIGINT
 
+    def test_the_second_ends_it_at_once_while_it_saves(self, config, monkeypatch):
+        """torch makes errors of its own of what comes while it writes."""
+        write, calls = files.os.write, itertools.count()
+
+        def interrupted(descriptor, data):
+            if next(calls) == 20:
+                raise EndedAtOnce(signal.SIGTERM)
+            return write(descriptor, data)
+
+        monkeypatch.setattr(files.os, "write", interrupted)
+        with pytest.raises(EndedAtOnce):
+            pretrain(config)
+
     def test_what_comes_twice_at_once_is_one(self, clock):
         stop = StopRequest()
         stop.take(signal.SIGHUP)
@@ -425,17 +463,24 @@ class TestOwner:
             os.kill(child, signal.SIGKILL)
             process.stdout.close()
 
-    @pytest.mark.parametrize("holder", ["alive", "dead", "elsewhere", "nonsense"])
+    def test_a_link_in_the_place_of_the_lock_is_not_followed(self, tmp_path):
+        (tmp_path / "mine").write_text("words")
+        (tmp_path / LOCK).symlink_to("mine")
+        with pytest.raises(OSError, match=re.escape(LOCK)), owned(tmp_path):
+            pass
+        assert (tmp_path / "mine").read_text() == "words"
+
+    @pytest.mark.parametrize("holder", ["alive", "dead", "own number", "elsewhere", "nonsense"])
     def test_without_locks_the_file_decides(self, tmp_path, monkeypatch, holder):
         monkeypatch.setattr("crate_mae.training.ownership.fcntl", None)
         gone = subprocess.Popen(["true"])
         gone.wait()
-        pid = os.getppid() if holder == "alive" else gone.pid
+        pid = {"alive": os.getppid(), "own number": os.getpid()}.get(holder, gone.pid)
         host = "elsewhere" if holder == "elsewhere" else socket.gethostname()
         text = "[1" if holder == "nonsense" else json.dumps({"host": host, "pid": pid, "since": "today"})
         (tmp_path / LOCK).write_text(text)
         if holder in ("alive", "elsewhere"):
-            with pytest.raises(BlockingIOError, match=f"process {pid} on {host}"), owned(tmp_path):
+            with pytest.raises(BlockingIOError, match=f"process {pid} on {host}.*delete {LOCK}"), owned(tmp_path):
                 pass
         else:
             with owned(tmp_path):
