@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 
 
 def main() -> int:
     """Run `crate_mae.cli.main`; what ends the imports before it is one line, too, with the exit status of its table."""
+    _open_what_is_closed()
     try:
         from crate_mae.cli import main as command
     except (Exception, KeyboardInterrupt) as error:
@@ -21,7 +23,24 @@ def main() -> int:
             message, status = f"{type(error).__name__}: {error}; --debug shows where", 70
         print(f"crate-mae: {' '.join(message.split())}", file=sys.stderr)
         return status
-    return command()
+    status = command()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it any more, which at the exit would be an error again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return status
+
+
+def _open_what_is_closed() -> None:
+    """Where a shell's 2>&- closed a standard stream: else the next file opened, such as a state, would get its lines."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number, which is this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 if __name__ == "__main__":

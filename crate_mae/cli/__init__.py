@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        print(_run(arguments))
+        report = _run(arguments)
+        with suppress(OSError):  # of a pipe that nobody reads: all is done
+            print(report, flush=True)
     except (Exception, KeyboardInterrupt) as error:
         if DEBUG in given:
             traceback.print_exc()

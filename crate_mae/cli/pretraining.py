@@ -128,16 +128,21 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _resume_from(text: str | bool | int) -> str | bool | int:
+class _ResumeFrom:
     """True for the last saved state, "best", or the number of a step."""
-    if isinstance(text, bool | int) or text == "best":
-        return text
-    if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"expected nothing, best or the number of a step, 1 or more, got {text!r}")
-    return int(text)
+
+    def __call__(self, text: str | bool | int) -> str | bool | int:
+        if isinstance(text, bool | int) or text == "best":
+            return text
+        if not re.fullmatch("[0-9]{1,18}", text) or not int(text):
+            raise argparse.ArgumentTypeError(f"expected nothing, best or the number of a step, 1 or more, got {text!r}")
+        return int(text)
+
+    def __repr__(self) -> str:
+        return "best or a number"  # in the help
 
 
-_RESUME: dict[str, Any] = dict(nargs="?", const=True, default=False, type=_resume_from, metavar="best|STEP")
+_RESUME: dict[str, Any] = dict(nargs="?", const=True, default=False, type=_ResumeFrom(), metavar="best|STEP")
 
 
 def _early_parser() -> argparse.ArgumentParser:

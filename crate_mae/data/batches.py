@@ -10,6 +10,7 @@ import contextlib
 import gc
 import itertools
 import multiprocessing
+import pickle
 import signal
 import threading
 import warnings
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from crate_mae.data.folder import ImageFolder, UnreadableImage
+from crate_mae.data.folder import ImageFolder
 from crate_mae.data.transforms import Size, image_to_tensor, random_resized_crop
 
 
@@ -110,7 +111,7 @@ class ImageLoader:
     """Batches of images in their order, whatever becomes of the processes that load them.
 
     A worker that is lost (killed, or out of shared memory) costs time alone: the batches that had not come yet are loaded again
-    by new workers, and `say` is told. An unreadable image is raised as it is, also where a worker meets it.
+    by new workers, and `say` is told. What an image raises is raised as it is, also where a worker meets it.
 
     Args:
         images: by key.
@@ -120,7 +121,7 @@ class ImageLoader:
         say: takes a line for the user.
 
     Raises, when iterated over:
-        UnreadableImage: a file is no image.
+        Exception: an image's, an UnreadableImage as a rule.
         LostWorkers: workers were lost three times, and no batch came between.
     """
 
@@ -142,7 +143,7 @@ class ImageLoader:
             try:
                 with contextlib.closing(self._load(came)) as batches:
                     for batch in batches:
-                        if isinstance(batch, UnreadableImage):
+                        if isinstance(batch, Exception):
                             raise batch
                         yield batch
                         came, lost = came + 1, 0
@@ -156,7 +157,7 @@ class ImageLoader:
                     ) from None
                 self.say(f"a process that loads images was lost ({error}); started again")
 
-    def _load(self, first: int) -> Iterator[torch.Tensor | UnreadableImage]:
+    def _load(self, first: int) -> Iterator[torch.Tensor | Exception]:
         """Batches from number `first` on, by workers that are gone when it ends."""
         loader = DataLoader(
             _ErrorsAsItems(self.images),
@@ -176,8 +177,11 @@ class ImageLoader:
             try:
                 try:
                     batches = iter(loader)
-                finally:
+                    workers = set(batches._workers)
+                except (RuntimeError, OSError):
                     workers = set(multiprocessing.active_children()) - others
+                    raise
+                finally:
                     until_the_end.enter_context(_losses_met_at_the_next_batch())
                 yield from batches
             except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells that a worker was lost, or failed
@@ -220,7 +224,8 @@ class _From(Sampler[Sequence[Any]]):
 
 
 class _ErrorsAsItems(Dataset[Any]):
-    """What a worker raises would come as a text with its traceback: an unreadable image travels in the place of the batch."""
+    """What images raise would come from a worker as a text with its traceback, like the loss of one: it travels in the place of
+    the batch."""
 
     def __init__(self, images: Dataset[torch.Tensor]) -> None:
         self.images = images
@@ -228,15 +233,18 @@ class _ErrorsAsItems(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Any) -> torch.Tensor | UnreadableImage:
+    def __getitem__(self, key: Any) -> torch.Tensor | Exception:
         try:
             return self.images[key]
-        except UnreadableImage as error:
-            return error
+        except Exception as error:
+            try:
+                return pickle.loads(pickle.dumps(error))  # as it would come from a worker
+            except Exception:
+                return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _batch_or_error(items: list[torch.Tensor | UnreadableImage]) -> torch.Tensor | UnreadableImage:
-    return next((item for item in items if isinstance(item, UnreadableImage)), None) or default_collate(items)
+def _batch_or_error(items: list[torch.Tensor | Exception]) -> torch.Tensor | Exception:
+    return next((item for item in items if isinstance(item, Exception)), None) or default_collate(items)
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

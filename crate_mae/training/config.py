@@ -98,7 +98,7 @@ class RunConfig:
     keep_states: int = 2
     """States to resume from that are kept: so many of the last ones, and that of the best validation."""
     keep_every: int = 0
-    """Epochs between states that are kept for good; 0 keeps none."""
+    """Epochs between states that are kept besides, while this setting is; 0 keeps none."""
     pictures: int = 8
     """Validation images shown in reconstructions.png."""
 

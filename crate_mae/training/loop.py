@@ -47,7 +47,14 @@ from crate_mae.training.precision import (
     cpu_threads,
 )
 from crate_mae.training.record import Record
-from crate_mae.training.run_folder import BREAKDOWN, PICTURE, check_run_folder, clear_run_folder, refuse_unwritable
+from crate_mae.training.run_folder import (
+    BREAKDOWN,
+    PICTURE,
+    changed_settings,
+    check_run_folder,
+    clear_run_folder,
+    refuse_unwritable,
+)
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.validation import CentreCropped, Validation, ValidationErrors
 
@@ -90,6 +97,8 @@ def pretrain(
         NonFiniteLoss: training broke down; the last state saved is kept.
         RunStopped: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the state has been saved.
     """
+    if not (resume == "best" or isinstance(resume, int)):
+        raise ValueError(f'resume: expected True, False, "best" or the number of a step, got {resume!r}')
     if resume is not False and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     check_single_process()
@@ -176,12 +185,18 @@ class _Run:
             self.model,
             self.optimizer,
             images=self.train_folder.fingerprint(),
+            image_count=len(self.train_folder),
             steps_per_epoch=self.steps_per_epoch,
             say=_say,
         )
         self.start = f"from the weights of {config.init}" if config.init else "from the start"
+        self.changed = ""
         if resume is not False:
-            self.start = self.record.go_on_from(resume)
+            self.start, self.changed = self.record.go_on_from(resume), changed_settings(config)
+        if self.step > self.total_steps:
+            raise ValueError(
+                f"schedule.epochs: the run in {config.out} has done {self.step / self.steps_per_epoch:g}, got {schedule.epochs}"
+            )
         self.saved_at = time.monotonic()
 
     @property
@@ -190,7 +205,7 @@ class _Run:
 
     def train(self) -> PretrainResult:
         self.record.tidy()
-        if self.step < self.total_steps or not self.record.validated:
+        if self.step < self.total_steps or self._pending():
             write_json(self.config.out / CONFIG_FILE, self.config.to_dict())
         else:  # the settings of steps that were never taken must not pass for the run's
             print(
@@ -209,10 +224,13 @@ class _Run:
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc="pretrain", disable=None)
         with stop_requests() as stop, progress, self._breakdown_told(), self._saved_all_the_same():
             _say(self._opening_line())
-            if not self.record.validated:
+            if self.changed:
+                _say(f"changed since it was started: {self.changed}")
+            if self._pending():
                 self._validate_and_save(stop)
             with contextlib.closing(iter(loader)) as batches:
                 self._take_steps(batches, progress, stop)
+        self.record.told_at_the_end()
         if self.errors is None and self.validation:
             self.errors = self.validation(self.model)
         return PretrainResult(self.config.out, self.step, self.errors)
@@ -245,11 +263,14 @@ class _Run:
 
     def _validate_and_save(self, stop: StopRequest) -> None:
         """What a stop keeps from being done is done when the run is resumed."""
-        self.record.validated = False
-        self.record.validated = self._validate(stop)
-        self._save(picture=self.record.validated)
-        if not self.record.validated:
+        done = self._validate(stop)
+        self._save(picture=done)
+        if not done:
             self._stop(stop)
+
+    def _pending(self) -> bool:
+        """Whether the run goes on from a step whose validation is due, and was not done."""
+        return self.step > 0 and self.validation is not None and self._validation_is_due() and not self.record.validated
 
     def _stop(self, stop: StopRequest) -> None:
         assert stop.signal is not None
@@ -340,10 +361,10 @@ class _Run:
             saved = f"step {self.step} of {self.total_steps} is saved in {self.config.out}"
             if isinstance(error, LostWorkers):
                 raise LostWorkers(f"{error}; {saved}, and --resume goes on") from None
-            remedy = (
-                f"{saved}: put a readable image in its place, and --resume goes on exactly; without it, the training images "
-                "would be others, for a new run"
-            )
+            remedy = f"{saved}: put a readable image in its place, and --resume goes on exactly; without it, the training images "
+            remedy += "would be others, for a new run"
+            if not error.path.is_relative_to(self.train_folder.root):
+                remedy = f"{saved}: remove it, or put a readable image in its place, and --resume goes on"
             raise UnreadableImage(error.path, error.reason, remedy) from None
 
     @contextlib.contextmanager
@@ -352,7 +373,11 @@ class _Run:
         try:
             yield
         except NonFiniteLoss as error:
-            remedy = "try a lower --optimizer.base_lr, a longer --schedule.warmup_epochs or --run.precision float32"
+            rate, exact = (
+                self.config.optimizer.base_lr,
+                "" if self.precision == "float32" else ", or --run.precision float32",
+            )
+            remedy = f"--resume with an --optimizer.base_lr below {rate:g}, a longer --schedule.warmup_epochs{exact} may help"
             error.args = (f"{error}{self._cause(error)}; {remedy}; {self.record.saved()}",)
             raise
         except OSError as error:

@@ -114,6 +114,8 @@ def _named(holder: dict[str, Any]) -> str:
 
 
 def _is_alive(pid: Any) -> bool:
+    if not isinstance(pid, int) or pid <= 0:
+        return False
     if pid == os.getpid():  # in containers each run may have the number of the one before
         return bool(_held)
     try:

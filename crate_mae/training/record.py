@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from crate_mae.checkpoints import save_model
+from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, save_model
 from crate_mae.files import remove
+from crate_mae.model import CrateMAE
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.divergence import DivergenceWatch
 from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, StepAverages, StepMeter
-from crate_mae.training.run_folder import BEST, METRICS, STATES, other_images, remove_leftovers
+from crate_mae.training.run_folder import BEST, BREAKDOWN, METRICS, STATES, other_images, remove_leftovers
 from crate_mae.training.states import (
     check_fits,
     forget_states,
@@ -36,28 +37,29 @@ class Record:
     same however often it was interrupted. It is on the disk after the rows before it and before what else is made of it.
 
     Args:
-        images: the fingerprint of the images to train on. Their order and crops are functions of the seed and the step.
+        images, image_count: the fingerprint of the images to train on, and how many they are. Their order and crops are
+            functions of the seed and the step.
         say: takes a line for the user.
 
     Attributes:
         step: optimiser steps taken.
-        validated: False while the validation that is due at this step is not done.
         meter: what was gathered since the last row.
     """
 
     def __init__(
         self,
         config: PretrainConfig,
-        model: nn.Module,
+        model: CrateMAE,
         optimizer: torch.optim.Optimizer,
         *,
         images: str,
+        image_count: int,
         steps_per_epoch: int,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
-        self.images, self.steps_per_epoch, self.say = images, steps_per_epoch, say
-        self.step, self.validated = 0, True
+        self.images, self.image_count, self.steps_per_epoch, self.say = images, image_count, steps_per_epoch, say
+        self.step = 0
         self.meter = StepMeter()
         self._watch = DivergenceWatch()
         self._unreadable: set[Path] = set()
@@ -67,21 +69,28 @@ class Record:
     def epoch(self) -> float:
         return self.step / self.steps_per_epoch
 
+    @property
+    def validated(self) -> bool:
+        """Whether the validation of this step is done."""
+        return self._watch.last_step == self.step
+
     def go_on_from(self, wanted: bool | str | int) -> str:
         """Take up the state that `pretrain` calls so; returns what was restored, and what could not be, in words."""
         folder = self.config.out / STATES
         state, passed_over = read_state(folder, wanted, self._check_fits)
         if state["images"] != self.images:
-            raise ValueError(f"{folder} is of a run on other images: {other_images(self.config)}")
+            why = other_images(self.config, state["image_count"], self.image_count)
+            raise ValueError(f"{folder} is of a run on other images: {why}")
         not_restored = restore(state, self.model, self.optimizer)
-        self.step, self.validated = state["step"], state["validated"]
+        self.step = state["step"]
         self.meter.load_state(state["meter"], next(self.model.parameters()).device)
         self._watch = DivergenceWatch(**state["watch"])
         self._unreadable = set(passed_over)
         for line in passed_over.values():
             self.say(f"{line}; going on from a state before it")
-        if wanted is not True:  # else they make way for the next state
-            self._forget_states()
+        if wanted is not True and (forgotten := self._forget_states()):  # else they make way for the next state
+            self.say(f"forgot {', '.join(path.name for path in forgotten)}")
+        self._write_best_again()
         if self._watch.diverging:
             self.say(
                 f"the state of step {self.step} is of a run that diverges: {self._watch.diverging}{self._way_back()}"
@@ -99,7 +108,10 @@ class Record:
         if leftovers := remove_leftovers(self.config.out):
             names = ", ".join(str(path.relative_to(self.config.out)) for path in leftovers)
             self.say(f"removed what was never finished: {names}")
-        # Of the state's own step, all but a validation that it says is still to be done.
+        remove(self.config.out / BREAKDOWN)
+        if self.step and not self._metrics.path.exists():
+            self.say(f"there is no {METRICS}: the rows of the steps so far are lost")
+        # Of the state's own step, all but a validation that came after it.
         broken = self._metrics.keep(
             lambda row: row["step"] < self.step or (row["step"] == self.step and (self.validated or "loss" in row))
         )
@@ -128,10 +140,12 @@ class Record:
 
     def log_validation(self, errors: ValidationErrors) -> None:
         """Write the row of a validation, and the weights if they are the best so far."""
+        if self._watch.measures_anew(errors):
+            self.say(f"step {self.step}: validations are of other images or masks than before: the best starts over")
         with self._divergence_told():
             is_best = self._watch.validated(self.step, errors)
         if is_best:
-            save_model(self.model, self.config.out / BEST, mean=self.config.images.mean, std=self.config.images.std)
+            self._write_best(self.model)
         diverging = {"diverging": True} if self._watch.of_validation else {}
         self._metrics.append(step=self.step, epoch=int(self.epoch), **errors._asdict(), **diverging)
 
@@ -142,6 +156,8 @@ class Record:
             NonFiniteLoss: as of `log`; what broke down takes the place of nothing.
             OSError: it could not be written; it names the file, and older states are there still.
         """
+        if not self.config.out.is_dir():  # nothing of it shall be made again without the rest
+            raise FileNotFoundError(f"cannot write {self.config.out}: the folder is gone")
         meter = self.meter.state()
         finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).tolist()
         for (name, _), is_finite in zip(self.model.named_parameters(), finite, strict=True):
@@ -153,10 +169,10 @@ class Record:
             "step": self.step,
             "epoch": int(self.epoch),
             "images": self.images,
+            "image_count": self.image_count,
             "random": random_state(),
             "meter": meter,
             "watch": self._watch.state(),
-            "validated": self.validated,
         }
         self._metrics.sync()
         written = write_state(self.config.out / STATES, state, diverging=bool(self._watch.diverging))
@@ -176,9 +192,33 @@ class Record:
         every = self.config.run.keep_every * self.steps_per_epoch
         return every > 0 and step % every == 0
 
-    def _forget_states(self) -> None:
+    def told_at_the_end(self) -> None:
+        """Say that the run has come to its end diverging, if it has."""
+        if self._watch.diverging:
+            self.say(f"the run ended diverging: {self._watch.diverging}{self._way_back()}")
+
+    def _forget_states(self) -> list[Path]:
         keep, best = self.config.run.keep_states, self._watch.best_step
-        forget_states(self.config.out / STATES, step=self.step, keep=keep, best=best, is_kept=self.is_kept)
+        return forget_states(self.config.out / STATES, step=self.step, keep=keep, best=best, is_kept=self.is_kept)
+
+    def _write_best(self, model: CrateMAE) -> None:
+        save_model(model, self.config.out / BEST, mean=self.config.images.mean, std=self.config.images.std)
+
+    def _write_best_again(self) -> None:
+        """The best model may be lost or damaged, or of a step that was forgotten."""
+        step, folder, model = self._watch.best_step, self.config.out / BEST, self.model
+        if step is not None and step != self.step:
+            try:
+                model = copy.deepcopy(self.model)
+                model.load_state_dict(read_state(self.config.out / STATES, step, self._check_fits)[0]["model"])
+            except (OSError, ValueError) as error:
+                self.say(f"the best model so far is lost: {error}")
+                self._watch.best_step = self._watch.best_val_loss = step = None
+        if step is not None:
+            self._write_best(model)
+        else:
+            remove(folder / WEIGHTS_FILE)
+            remove(folder / CONFIG_FILE)
 
     @contextlib.contextmanager
     def _divergence_told(self) -> Iterator[None]:
@@ -190,5 +230,6 @@ class Record:
             self.say(f"step {self.step}: no longer diverging")
 
     def _way_back(self) -> str:
-        best = self._watch.best_step
-        return "" if best is None else f"; to go back to the best validation, --resume best (step {best})"
+        best, rate = self._watch.best_step, self.config.optimizer.base_lr
+        lower = f"with an --optimizer.base_lr below {rate:g}"
+        return "" if best is None else f"; to go back to the best validation, of step {best}, --resume best, {lower}"

@@ -6,6 +6,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from crate_mae.files import remove, remove_unfinished
@@ -98,13 +99,34 @@ def _refuse_other_run(config: PretrainConfig) -> None:
             )
 
 
-def other_images(config: PretrainConfig) -> str:
-    """Why the images to train on may be others than those of the run in its folder, in words."""
-    saved, asked = json.loads((config.out / CONFIG_FILE).read_text(encoding="utf-8")), config.to_dict()
-    had, gets = ({**settings, "images.val_fraction": settings["images"]["val_fraction"]} for settings in (saved, asked))
+def changed_settings(config: PretrainConfig) -> str:
+    """The settings that the run in the folder had otherwise, in words."""
+    had, has = _settings_of_run(config), _by_name(config.to_dict())
+    changes = [f"{name} {had[name]} -> {has[name]}" for name in has if name in had and had[name] != has[name]]
+    return ", ".join(change for change in changes if not change.startswith("out "))
+
+
+def other_images(config: PretrainConfig, had: int, has: int) -> str:
+    """Why the images to train on, so many now, may be others than those of the run in the folder, in words."""
+    before, now = _settings_of_run(config), _by_name(config.to_dict())
     changed = [
-        f"{name} was {had[name]}, got {gets[name]}"
+        f"{name} was {before.get(name)}, got {now[name]}"
         for name in ("data", "val", "images.val_fraction")
-        if had.get(name) != gets[name]
+        if before.get(name) != now[name]
     ]
-    return "; ".join(changed) or "files were added, removed or renamed since; put them back"
+    return "; ".join(changed) or (
+        f"files were added, removed or renamed since, {had} there were and {has} there are; put them back"
+    )
+
+
+def _settings_of_run(config: PretrainConfig) -> dict[str, Any]:
+    return _by_name(json.loads((config.out / CONFIG_FILE).read_text(encoding="utf-8")))
+
+
+def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
+    named = {}
+    for name, value in settings.items():
+        named |= (
+            {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    return named

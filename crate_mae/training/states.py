@@ -16,11 +16,11 @@ from torch import nn
 from crate_mae.files import make_folder, remove, replaced
 from crate_mae.state_dicts import differences
 
-_NAME = re.compile(r"step_(\d+)(_diverging)?\.pt")
+_NAME = re.compile(r"step_(0|[1-9][0-9]*)(_diverging)?\.pt")
 
 _PARTS = {
-    "model": dict, "optimizer": dict, "step": int, "epoch": int, "images": str, "random": dict, "meter": dict, "watch": dict,
-    "validated": bool,
+    "model": dict, "optimizer": dict, "step": int, "epoch": int, "images": str, "image_count": int, "random": dict, "meter": dict,
+    "watch": dict,
 }  # fmt: skip
 """What a state holds, and of which type."""
 
@@ -36,7 +36,7 @@ class SavedState(NamedTuple):
 def saved_states(folder: Path) -> list[SavedState]:
     """The states in a folder, the newest first; of one step, the one that does not diverge."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    found = [(match, path) for path in paths if (match := _NAME.fullmatch(path.name))]
+    found = [(match, path) for path in paths if (match := _NAME.fullmatch(path.name)) and path.is_file()]
     states = [SavedState(int(match[1]), match[2] is not None, path) for match, path in found]
     return sorted(states, key=lambda state: (-state.step, state.diverging))
 
@@ -48,14 +48,18 @@ def write_state(folder: Path, state: dict[str, Any], *, diverging: bool) -> Path
         OSError: it could not be written; what was there before is there still.
     """
     make_folder(folder)
-    path = folder / f"step_{state['step']}{'_diverging' if diverging else ''}.pt"
+    names = [f"step_{state['step']}{mark}.pt" for mark in ("", "_diverging")]
+    path, other = (folder / name for name in (reversed(names) if diverging else names))
     with replaced(path) as file:
         torch.save(state, file)
+    remove(other)
     return path
 
 
-def forget_states(folder: Path, *, step: int, keep: int, best: int | None, is_kept: Callable[[int], bool]) -> None:
-    """Delete the states that are not to be kept at `step`.
+def forget_states(
+    folder: Path, *, step: int, keep: int, best: int | None, is_kept: Callable[[int], bool]
+) -> list[Path]:
+    """Delete the states that are not to be kept at `step`; returns them.
 
     Those stay that do not diverge and are among the last `keep` of these, the best one, or `is_kept`; and, until a state that
     does not diverge has followed, the last `keep` that do. Of steps after this one, nothing is left: a run that went back to an
@@ -66,9 +70,10 @@ def forget_states(folder: Path, *, step: int, keep: int, best: int | None, is_ke
     newest = sound[0].step if sound else -1
     stay = {*sound[:keep], *(state for state in sound if state.step == best or is_kept(state.step))}
     stay.update([state for state in past if state.diverging and state.step > newest][:keep])
-    for state in saved_states(folder):
-        if state not in stay:
-            remove(state.path)
+    forgotten = [state.path for state in saved_states(folder) if state not in stay]
+    for path in forgotten:
+        remove(path)
+    return forgotten
 
 
 def read_state(

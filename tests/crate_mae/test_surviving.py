@@ -191,14 +191,47 @@ class TestStates:
         assert pretrain(longer, resume="best").steps == 16
         assert f"from step {best}" in capsys.readouterr().out
 
-    def test_what_came_later_is_gone_at_once(self, config, monkeypatch):
+    def test_what_came_later_is_gone_at_once_the_best_model_too(self, config, monkeypatch, capsys):
+        config = change(config, run__keep_states=3)
         pretrain(config)
+        validations = {row["step"]: row["val_loss"] for row in rows(config.out) if "val_loss" in row}
+        assert min(validations, key=validations.__getitem__) == 12
         with monkeypatch.context() as patch:
             die_after(patch, 0)
             with pytest.raises(MemoryError):
                 pretrain(change(config, schedule__epochs=4), resume=8)
-        assert saved_steps(config.out) == [8]
+        assert "forgot step_12.pt" in capsys.readouterr().out
+        assert saved_steps(config.out) == [8, 4]
         assert metric_lines(config.out)[-1]["step"] == 8
+        best = min((4, 8), key=validations.__getitem__)
+        state = torch.load(config.out / "states" / f"step_{best}.pt", weights_only=True)
+        assert_same_weights(weights(config.out / "best"), state["model"])
+
+    def test_a_best_model_that_is_lost_is_written_again(self, config, whole):
+        pretrain(config)
+        (config.out / "best" / "model.safetensors").write_bytes(b"lost")
+        pretrain(config, resume=True)
+        assert_same_weights(weights(config.out / "best"), weights(whole / "best"))
+
+    @pytest.mark.parametrize("resume", ["latest", None, 1.5])
+    def test_what_is_no_state_to_resume_from_is_named(self, config, resume):
+        with pytest.raises(ValueError, match="resume: expected True"):
+            pretrain(config, resume=resume)
+
+    def test_a_run_cannot_be_shorter_than_it_is(self, config):
+        pretrain(config)
+        with pytest.raises(ValueError, match=r"schedule\.epochs: the run .* has done 3, got 2"):
+            pretrain(change(config, schedule__epochs=2), resume=True)
+
+    def test_a_run_that_ends_where_it_was_stopped_is_validated(self, config, monkeypatch):
+        longer = change(config, schedule__epochs=5, run__save_every=5)
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 7)
+            with pytest.raises(RunStopped, match="step 8 of 20"):
+                pretrain(longer)
+        pretrain(change(longer, schedule__epochs=2), resume=True)
+        assert [row["step"] for row in rows(config.out) if "val_loss" in row] == [8]
+        assert json.loads((config.out / "config.json").read_text())["schedule"]["epochs"] == 2
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_what_killed_saves_left_is_removed(self, config, capsys, overwrite):
@@ -273,7 +306,11 @@ class TestDivergence:
         capsys.readouterr()
         pretrain(change(longer, optimizer__base_lr=1e4, schedule__warmup_epochs=0), resume=True)
         said = capsys.readouterr().out
-        assert re.search(rf"diverging: loss .*--resume best \(step {best['step']}\)", said)
+        assert re.search(
+            rf"diverging: loss .*of step {best['step']}, --resume best, with an --optimizer.base_lr below", said
+        )
+        assert "changed since it was started: optimizer.base_lr 0.2 -> 10000.0, schedule.epochs 4 -> 5" in said
+        assert re.search(r"the run ended diverging: ", said)
         assert best["step"] in saved_steps(config.out)
         diverged = [row for row in rows(config.out) if row.get("diverging")]
         assert any("val_loss" in row for row in diverged) and any("loss" in row for row in diverged)
@@ -296,24 +333,39 @@ class TestDivergence:
             assert not watch.diverging
 
     @pytest.mark.parametrize("averages", [(11.0, 1.0), (1.0, 101.0)], ids=["loss", "gradient"])
-    def test_a_jump_is_and_a_new_level_is_none_after_a_while(self, averages):
+    def test_a_jump_is_until_it_is_back(self, averages):
         watch = DivergenceWatch()
         watch.read(self.averages(1.0))
-        for reading in range(100):
+        for _ in range(100):
             watch.read(self.averages(*averages))
-            if reading == 0:
-                assert watch.diverging
+            assert watch.diverging
+        watch.read(self.averages(2.0))
         assert not watch.diverging
 
-    def test_a_validation_far_above_the_mean_fill_is_and_no_best(self):
+    def test_a_validation_far_above_the_best_and_the_mean_fill_is_and_no_best(self):
         watch, errors = DivergenceWatch(), ValidationErrors(1.2, 1.0, 0.9, 4.0)
         assert watch.validated(1, errors) and not watch.diverging
-        assert not watch.validated(2, errors._replace(val_loss=50.0)) and watch.diverging
-        assert not watch.validated(3, errors._replace(val_loss=1.3)) and not watch.diverging
+        assert not watch.validated(2, errors._replace(val_loss=3.7)) and watch.diverging
+        assert not watch.validated(3, errors._replace(val_loss=3.5)) and not watch.diverging
         assert watch.validated(4, errors._replace(val_loss=1.1)) and watch.best_step == 4
-        # Images of one colour are filled without error.
-        watch = DivergenceWatch(best_step=1, best_val_loss=0.1)
-        assert watch.validated(2, errors._replace(val_loss=0.09, mean_fill_loss=0.0)) and not watch.diverging
+        # Images of almost one colour are filled with almost no error, however well a model learns.
+        for fill in (0.008, 0.0):
+            watch = DivergenceWatch()
+            for step, error in enumerate((3.9, 3.1, 2.8)):
+                assert (
+                    watch.validated(step, errors._replace(val_loss=error, mean_fill_loss=fill)) and not watch.diverging
+                )
+
+    def test_the_best_starts_over_with_another_measure(self, config, capsys):
+        pretrain(config)
+        harder = change(config, schedule__epochs=5, schedule__mask_ratio=0.9)
+        pretrain(harder, resume=True)
+        assert "the best starts over" in capsys.readouterr().out
+        validations = {row["step"]: row["val_loss"] for row in rows(config.out) if "val_loss" in row}
+        best = min((16, 20), key=validations.__getitem__)
+        state = torch.load(config.out / "states" / f"step_{best}.pt", weights_only=True)
+        assert state["watch"]["best_step"] == best
+        assert_same_weights(weights(config.out / "best"), state["model"])
 
 
 class TestBreakdown:
@@ -347,7 +399,7 @@ class TestBreakdown:
 
     def test_what_the_second_pass_meets_does_not_hide_it(self, config, monkeypatch):
         self.poison_after(monkeypatch, 6)
-        monkeypatch.setattr("crate_mae.training.loop.first_bad", lambda *_: {}["lost"])
+        monkeypatch.setattr("crate_mae.training.breakdown.first_bad", lambda *_: {}["lost"])
         with pytest.raises(NonFiniteLoss, match=r"step 7: loss nan.*not found out \('lost'\).*step_4\.pt"):
             pretrain(config)
 
