@@ -147,3 +147,15 @@ def test_a_folder_has_one_run_at_a_time(started, config):
     code, said, complained = started("--overwrite", "--schedule.epochs=2").end()
     assert code == 0, complained
     assert (config.out / "states/step_8.pt").exists()
+
+
+@pytest.mark.parametrize("streams", ["1>&-", "2>&-", "0<&- 1>&- 2>&-", "| true"])
+def test_a_run_goes_on_without_anybody_who_reads(streams, config, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(config.to_dict()))
+    command = f'"{sys.executable}" -m crate_mae pretrain --config="{file}" {streams}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert saved_steps(config.out)[0] == 12
+    assert (config.out / "reconstructions.png").exists()

@@ -8,13 +8,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from tiny_runs import TINY, assert_same_weights, die_after, interrupt_after, met
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from crate_mae import files
-from crate_mae.data import ImageFolder, ImageLoader, LostWorkers, epoch_order, in_order
+from crate_mae.data import ImageFolder, ImageLoader, LostWorkers, UnreadableImage, epoch_order, in_order
 from crate_mae.model import CrateMAE, DecoderBlock
 from crate_mae.training import NonFiniteLoss, PretrainConfig, RunStopped, pretrain, warmup_cosine
 from crate_mae.training.divergence import DivergenceWatch
@@ -436,6 +437,27 @@ class TestBreakdown:
         assert not torch.equal(seen[3], seen[2])
         assert all(torch.equal(later, seen[3]) for later in seen[4:])
 
+    def test_is_no_longer_told_once_the_run_goes_on(self, config, monkeypatch):
+        with monkeypatch.context() as patch:
+            self.poison_after(patch, 6)
+            with pytest.raises(NonFiniteLoss):
+                pretrain(config)
+        assert (config.out / "breakdown.json").exists()
+        pretrain(config, resume=True)
+        assert not (config.out / "breakdown.json").exists()
+
+
+def test_what_to_do_about_an_image_depends_on_whose_it_is(config, tmp_path):
+    shutil.copytree(config.data, tmp_path / "val")
+    config = change(config, val=tmp_path / "val", images__cache_mb=0)
+    for folder, told in ((config.val, "remove it, or put"), (config.data, "would be others")):
+        broken = ImageFolder(folder).paths[3]
+        sound = broken.read_bytes()
+        broken.write_bytes(sound[:200])
+        with pytest.raises(UnreadableImage, match=told):
+            pretrain(config, overwrite=True)
+        broken.write_bytes(sound)
+
 
 class TestSignals:
     @pytest.fixture
@@ -569,15 +591,30 @@ class TestWorkers:
         return [int(key) for batch in loader for key in batch], said
 
     def test_lost_ones_cost_no_batch(self, tmp_path):
-        before = threading.active_count(), signal.getsignal(signal.SIGCHLD)
+        others = set(multiprocessing.active_children())
         keys, said = self.batches(Mortal(tmp_path, {0, 5, 11}, always=False))
         assert keys == list(range(12))
         assert 1 <= len(said) <= 3 and all("started again" in line and "\n" not in line for line in said)
-        assert threading.active_count() == before[0]
+        assert not set(multiprocessing.active_children()) - others
 
     def test_a_batch_that_kills_each_is_given_up(self, tmp_path):
         with pytest.raises(LostWorkers, match=r"3 times in a row.*--images\.num_workers"):
             self.batches(Mortal(tmp_path, {7}, always=True))
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    @pytest.mark.parametrize("error", [RuntimeError("sizes"), FileNotFoundError("gone"), KeyError("name")], ids=repr)
+    def test_what_images_raise_is_no_loss(self, num_workers, error):
+        class Failing(Mortal):
+            def __getitem__(self, key):
+                raise error
+
+        said = []
+        loader = ImageLoader(
+            Failing(Path(), set(), always=False), in_order(12, 2), num_workers=num_workers, say=said.append
+        )
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            next(iter(loader))
+        assert not said
 
     def test_a_run_that_loses_them_all_is_saved(self, config, whole, monkeypatch):
         config = change(config, images__num_workers=1, images__cache_mb=0)
