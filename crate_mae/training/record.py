@@ -63,6 +63,7 @@ class Record:
         self.meter = StepMeter()
         self._watch = DivergenceWatch()
         self._unreadable: set[Path] = set()
+        self._going_back = False
         self._metrics = MetricsLog(config.out / METRICS)
 
     @property
@@ -88,9 +89,7 @@ class Record:
         self._unreadable = set(passed_over)
         for line in passed_over.values():
             self.say(f"{line}; going on from a state before it")
-        if wanted is not True and (forgotten := self._forget_states()):  # else they make way for the next state
-            self.say(f"forgot {', '.join(path.name for path in forgotten)}")
-        self._write_best_again()
+        self._going_back = wanted is not True
         if self._watch.diverging:
             self.say(
                 f"the state of step {self.step} is of a run that diverges: {self._watch.diverging}{self._way_back()}"
@@ -104,11 +103,14 @@ class Record:
         DivergenceWatch(**state["watch"])
 
     def tidy(self) -> None:
-        """Remove what a run that was killed left behind: unfinished files, and rows that the steps to come log again."""
+        """Remove what belongs to none of the steps taken: unfinished files, and rows, states and a best model of later steps."""
         if leftovers := remove_leftovers(self.config.out):
             names = ", ".join(str(path.relative_to(self.config.out)) for path in leftovers)
             self.say(f"removed what was never finished: {names}")
         remove(self.config.out / BREAKDOWN)
+        if self._going_back and (forgotten := self._forget_states()):  # else they make way for the next state
+            self.say(f"forgot {', '.join(path.name for path in forgotten)}")
+        self._write_best_again()
         if self.step and not self._metrics.path.exists():
             self.say(f"there is no {METRICS}: the rows of the steps so far are lost")
         # Of the state's own step, all but a validation that came after it.
