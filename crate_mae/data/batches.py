@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from crate_mae.data.folder import ImageFolder
 from crate_mae.data.transforms import Size, image_to_tensor, random_resized_crop
@@ -237,6 +237,8 @@ class _ErrorsAsItems(Dataset[Any]):
         try:
             return self.images[key]
         except Exception as error:
+            if get_worker_info() is None:
+                raise
             try:
                 return pickle.loads(pickle.dumps(error))  # as it would come from a worker
             except Exception:

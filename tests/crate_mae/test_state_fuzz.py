@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")  # lacking where nothing can be installed, as on some GPU machines
+
 from fuzzing import fuzzed, spoilt
 from hypothesis import given
 from hypothesis import strategies as st
