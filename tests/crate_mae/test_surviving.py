@@ -285,6 +285,16 @@ def test_settings_of_the_optimizer_are_those_given_at_the_resume(config, monkeyp
     assert {(betas, decay) for [_, (_, betas, decay)] in groups} == {((0.1, 0.2), 0.0)}
 
 
+def test_a_state_holds_no_setting(config):
+    """So that none can go over what is given at a resume."""
+    pretrain(config)
+    state = torch.load(config.out / "states" / "step_12.pt", weights_only=True)
+    of_images = {"images", "image_count"}
+    assert state.keys() == {"model", "optimizer", "step", "epoch", "random", "meter", "watch", *of_images}
+    assert {name for kept in state["optimizer"].values() for name in kept} == {"step", "exp_avg", "exp_avg_sq"}
+    assert state["meter"].keys() == {"steps", "values"}
+
+
 @pytest.mark.parametrize("name", ["data", "val_fraction"])
 def test_other_images_are_refused_by_the_setting_that_chose_them(config, tmp_path, name):
     config = dataclasses.replace(config, val=None)
