@@ -86,10 +86,15 @@ class ModelConfig:
                 raise ValueError(f"{name}: expected a divisor of embed_dim {self.embed_dim}, got {getattr(self, name)}")
         if self.embed_dim % 4:
             raise ValueError(f"embed_dim: expected a multiple of 4 for sine-cosine positions, got {self.embed_dim}")
-        if not (self.lambd >= 0 and fits_float32(self.lambd)):
-            raise ValueError(f"lambd: expected at least 0 and a finite float32, got {self.lambd}")
-        if not (self.step_size > 0 and fits_float32(self.step_size, self.step_size * self.lambd)):
-            raise ValueError(f"step_size: expected above 0 and, times lambd, a finite float32, got {self.step_size}")
+        if self.lambd < 0:
+            raise ValueError(f"lambd: expected at least 0, got {self.lambd}")
+        if self.step_size <= 0:
+            raise ValueError(f"step_size: expected above 0, got {self.step_size}")
+        if not fits_float32(self.lambd):
+            raise ValueError(f"lambd: expected a number that is finite in float32, got {self.lambd}")
+        if not fits_float32(self.step_size, self.step_size * self.lambd):
+            what = "a number that is finite in float32, times lambd, too"
+            raise ValueError(f"step_size: expected {what}, got {self.step_size}")
         if self.norm_pix_loss and self.patch_size**2 * self.in_chans == 1:
             raise ValueError(
                 "norm_pix_loss: expected patches of two values or more, got patch_size 1 and in_chans 1; one has no variance"

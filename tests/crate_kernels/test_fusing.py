@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from random import Random
@@ -380,8 +381,8 @@ DRAWS = given(
     number=st.integers(0, 2**31),
     swap_first=st.booleans(),
 )
-# 300 draws each, in parts that can run side by side.
-PARTS, OF_A_PART = range(4), settings(max_examples=75, deadline=None, database=None, phases=[Phase.generate])
+# 300 draws, in parts that can run side by side; a third of them in the interpreter, unless CRATE_KERNELS_DRAWS says how many.
+PARTS, EACH = range(4), {"composed": 75, "triton": int(os.environ.get("CRATE_KERNELS_DRAWS", "100")) // 4}
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -390,7 +391,7 @@ PARTS, OF_A_PART = range(4), settings(max_examples=75, deadline=None, database=N
 )
 def test_drawn_edits(implementation: str, dtype: torch.dtype, margin: float, part: int) -> None:
     @seed(part)
-    @OF_A_PART
+    @settings(max_examples=EACH[implementation], deadline=None, database=None, phases=[Phase.generate])
     @DRAWS
     def draw(kind: str, names: list[str], number: int, swap_first: bool) -> None:
         with crate_kernels.use(implementation):

@@ -115,7 +115,7 @@ def test_a_signal_that_is_ignored_stays_ignored(started, config):
     """As SIGHUP is by nohup, and SIGINT by shells for what they start in the background."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        run = started("--schedule.epochs=100")
+        run = started("--schedule.epochs=25")
     finally:
         signal.signal(signal.SIGHUP, before)
     wait_for(20, run, config.out)
@@ -149,7 +149,7 @@ def test_a_folder_has_one_run_at_a_time(started, config):
     assert (config.out / "states/step_8.pt").exists()
 
 
-@pytest.mark.parametrize("streams", ["1>&-", "2>&-", "0<&- 1>&- 2>&-", "| true"])
+@pytest.mark.parametrize("streams", ["0<&- 1>&- 2>&-", "| true"])
 def test_a_run_goes_on_without_anybody_who_reads(streams, config, tmp_path):
     file = tmp_path / "settings.json"
     file.write_text(json.dumps(config.to_dict()))
