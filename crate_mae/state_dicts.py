@@ -141,7 +141,7 @@ def _read_checkpoint(path: Path) -> Any:
         # Not those that the caller allows as well: leaving the block would take them back.
         harmless = [known for known in _HARMLESS if known not in torch.serialization.get_safe_globals()]
         try:
-            _check_archive(path)
+            check_archive(path)
             with torch.serialization.safe_globals(harmless):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except OSError as problem:
@@ -159,11 +159,18 @@ def _read_checkpoint(path: Path) -> Any:
             ) from problem
 
 
-def _check_archive(path: Path) -> None:
-    """What PyTorch leaves out when it reads an archive: whether its entries are what was written."""
+def check_archive(path: Path) -> bool:
+    """What PyTorch leaves out when it reads an archive: whether its entries are what was written.
+
+    Returns:
+        Whether it is one; before 1.6 PyTorch wrote bare pickles, without checksums.
+
+    Raises:
+        Exception: it is not whole; a zipfile.BadZipFile or ValueError as a rule.
+    """
     with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # as torch.load tells; before 1.6 it wrote bare pickles, without checksums
-            return
+        if file.read(4) != b"PK\x03\x04":  # as torch.load tells
+            return False
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > path.stat().st_size:  # PyTorch writes them uncompressed
@@ -173,6 +180,7 @@ def _check_archive(path: Path) -> None:
                 with archive.open(entry) as content:
                     while content.read(2**20):
                         pass
+    return True
 
 
 def _reason(problem: Exception) -> str:

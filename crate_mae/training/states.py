@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from crate_mae.files import make_folder, remove, replaced
-from crate_mae.state_dicts import differences
+from crate_mae.state_dicts import check_archive, differences
 
 _NAME = re.compile(r"step_(0|[1-9][0-9]*)(_diverging)?\.pt")
 
@@ -119,13 +119,8 @@ def _of_step(states: Sequence[SavedState], step: int, folder: Path) -> SavedStat
 
 def _read(path: Path, fits: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     try:
-        if not path.is_file() or not zipfile.is_zipfile(path):
+        if not check_archive(path):
             raise ValueError("no file that a run wrote, or a part of one")
-        with zipfile.ZipFile(path) as archive:  # which has checksums that torch does not look at
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("an archive that says it is larger than it is")
-            if damaged := archive.testzip():
-                raise ValueError(f"damaged at {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, kind in _PARTS.items():
             if not isinstance(state, dict) or not isinstance(state.get(name), kind):
@@ -134,7 +129,8 @@ def _read(path: Path, fits: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
             raise ValueError(f"it is of step {state['step']}")
         fits(state)
     except Exception as error:  # what is no state of ours may raise anything, with advice to trust it
-        why = str(error) if isinstance(error, (ValueError, OSError)) else type(error).__name__
+        told = isinstance(error, (ValueError, OSError, zipfile.BadZipFile))
+        why = str(error) if told else type(error).__name__
         raise ValueError(f"cannot read {path}: {' '.join(why.split())[:300]}") from error
     return state
 
