@@ -11,6 +11,7 @@ from difflib import get_close_matches
 
 import torch
 
+from crate_mae import state_dicts
 from crate_mae.data import LostWorkers
 from crate_mae.training import NonFiniteLoss, RunStopped
 
@@ -94,8 +95,7 @@ def outcome(error: BaseException) -> tuple[str, int]:
 
 def one_line(message: str) -> str:
     """The message without line breaks and control characters; of a long one, beginning and end."""
-    line = " ".join(message.split())
-    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    line = state_dicts.one_line(" ".join(message.split()))
     if len(line) <= _LONGEST:
         return line
     return f"{line[: _LONGEST // 2]} ... {line[5 - _LONGEST // 2 :]}"

@@ -169,7 +169,6 @@ class Record:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],  # and no settings, which are the configuration's
             "step": self.step,
-            "epoch": int(self.epoch),
             "images": self.images,
             "image_count": self.image_count,
             "random": random_state(),

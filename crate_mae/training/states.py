@@ -19,7 +19,7 @@ from crate_mae.state_dicts import check_archive, differences
 _NAME = re.compile(r"step_(0|[1-9][0-9]*)(_diverging)?\.pt")
 
 _PARTS = {
-    "model": dict, "optimizer": dict, "step": int, "epoch": int, "images": str, "image_count": int, "random": dict, "meter": dict,
+    "model": dict, "optimizer": dict, "step": int, "images": str, "image_count": int, "random": dict, "meter": dict,
     "watch": dict,
 }  # fmt: skip
 """What a state holds, and of which type."""

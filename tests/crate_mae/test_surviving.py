@@ -290,7 +290,7 @@ def test_a_state_holds_no_setting(config):
     pretrain(config)
     state = torch.load(config.out / "states" / "step_12.pt", weights_only=True)
     of_images = {"images", "image_count"}
-    assert state.keys() == {"model", "optimizer", "step", "epoch", "random", "meter", "watch", *of_images}
+    assert state.keys() == {"model", "optimizer", "step", "random", "meter", "watch", *of_images}
     assert {name for kept in state["optimizer"].values() for name in kept} == {"step", "exp_avg", "exp_avg_sq"}
     assert state["meter"].keys() == {"steps", "values"}
 
