@@ -1,0 +1,64 @@
+"""Index files: arrays that took long to gather, kept for the next time, and whether they are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from crate_mae.files import make_folder, replaced
+
+_CHECKSUM = "crc32"
+
+
+def cache_file(kind: str, of: str) -> Path:
+    """Where the index of something of this kind is kept for this user: in $XDG_CACHE_HOME/crate_mae, or else ~/.cache/crate_mae.
+
+    Args:
+        kind: such as "folder".
+        of: what it is of, such as an absolute path.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "crate_mae")
+    return root / f"{kind}_{hashlib.sha256(os.fsencode(of)).hexdigest()[:32]}.safetensors"
+
+
+def write_index(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> bool:
+    """Keep arrays, with a checksum; what was there before is there until they are. False where they cannot be kept.
+
+    A full or read-only disk is no reason to end: an index is gathered anew where there is none.
+    """
+    with contextlib.suppress(OSError):
+        make_folder(path.parent)
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        content = save(arrays, {**about, _CHECKSUM: str(_checksum(arrays, about))})
+        with replaced(path) as file:
+            file.write(content)
+        return True
+    return False
+
+
+def read_index(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
+    """The arrays and what was said about them; None where there is no such file, or it is not whole."""
+    try:
+        with safe_open(path, framework="np") as file:
+            about = dict(file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError):
+        return None
+    return (arrays, about) if about.pop(_CHECKSUM, None) == str(_checksum(arrays, about)) else None
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> int:
+    crc = zlib.crc32(repr(sorted(about.items())).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc)
+    return crc

@@ -1,0 +1,138 @@
+"""What images come from: the interface that all sources have, and parts of a source."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+CAUSES = {
+    "vanished": "no longer there, or its shard is not",
+    "no permission": "may not be read",
+    "no file": "a folder, a pipe or a device under the name of an image",
+    "empty": "of no bytes",
+    "no image": "in no format that Pillow opens",
+    "truncated": "cut short",
+    "too large": "of more pixels than Pillow takes for harmless, or of a side that no crop can be made of",
+    "damaged": "whatever else its decoder cannot make sense of",
+    "read error": "of the disk or the network",
+}
+"""Why an image cannot be read, and what each cause means."""
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be had.
+
+    Attributes:
+        name: where it is, as `Source.name` has it.
+        cause: one of `CAUSES`.
+        reason: what was said of it by who tried to read it.
+        remedy: what to do.
+    """
+
+    def __init__(
+        self, name: object, cause: str, reason: str, remedy: str = "remove it, or put a readable one in its place"
+    ) -> None:
+        reason = " ".join(reason.split())
+        super().__init__(str(name), cause, reason, remedy)  # all of them, to be pickled between processes
+        self.name, self.cause, self.reason, self.remedy = str(name), cause, reason, remedy
+
+    def __str__(self) -> str:
+        return f"cannot read the image {self.name} ({self.cause}: {self.reason}); {self.remedy}"
+
+
+class Source(ABC):
+    """Images by their number, 0 to len - 1, the same each time that it is opened.
+
+    A source is handed to worker processes, by fork or pickled, and read by many threads: it holds no open file that would not
+    survive that.
+
+    Attributes:
+        classes: names of the classes, sorted; [""] where there are none.
+    """
+
+    classes: Sequence[str] = ("",)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def image(self, index: int) -> Image.Image:
+        """The image as it is stored: its header is read, and its pixels need not be, so that a decoder can be told what is
+        wanted of them (`reading`).
+
+        Raises:
+            UnreadableImage: it cannot be had, or it is none.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Where the image is, for people: a path, a shard and what is in it."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hexadecimal digest: sources with one fingerprint have the same images in the same order, as far as names tell."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [len]: the number of each image's class."""
+        return np.zeros(len(self), dtype=np.int32)
+
+    def remarks(self) -> list[str]:
+        """What its user should know, in short phrases: what was left out, and why; the memory that its index takes."""
+        return []
+
+
+class Subset(Source):
+    """Some images of a source.
+
+    Args:
+        source: of all of them.
+        indices: their numbers in it; kept as they are, 4 bytes each.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray | Sequence[int]) -> None:
+        self.source, self.indices = source, np.asarray(indices, dtype=np.uint32)
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> Image.Image:
+        return self.source.image(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.source.fingerprint().encode() + self.indices.tobytes()).hexdigest()
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.source.labels[self.indices]
+
+    def remarks(self) -> list[str]:
+        return self.source.remarks()
+
+
+def split(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """Two disjoint parts, the second holding `fraction` of the images, at least one, drawn with `seed`.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    held_out = max(1, round(fraction * len(source)))
+    if held_out >= len(source):
+        raise ValueError(f"{len(source)} images leave none to train on after {held_out} for validation")
+    order = shuffled(len(source), np.random.default_rng(seed))
+    return Subset(source, np.sort(order[held_out:])), Subset(source, np.sort(order[:held_out]))
+
+
+def shuffled(count: int, rng: np.random.Generator) -> np.ndarray:
+    """uint32 [count]: the numbers 0 to count - 1 in an order drawn with `rng`."""
+    order = np.arange(count, dtype=np.uint32)
+    rng.shuffle(order)
+    return order
