@@ -56,11 +56,15 @@ class Validation:
         self.normalization = normalization
         self.mask_ratio = mask_ratio
         self.precision = precision
-        self.noise = mask_noise(len(images), patches, seed)
-        self._batch_size = batch_size
+        self.patches, self.seed = patches, seed
         batches = in_order(len(images), batch_size)
         self._loader = ImageLoader(images, batches, num_workers=num_workers, say=say, unreadable=unreadable)
         self._fill_errors: Counter[str | float] = Counter()
+
+    @property
+    def noise(self) -> torch.Tensor:
+        """As of `mask_noise`, of all images."""
+        return mask_noise(len(self.images), self.patches, self.seed)
 
     def __call__(self, model: CrateMAE) -> ValidationErrors:
         """The errors of a model, which is in the mode it was in when this returns."""
@@ -77,7 +81,9 @@ class Validation:
         first = not self._fill_errors  # which no model changes: they are measured once
         sums: Counter[str | float] = Counter()
         removed = 0.0
-        for pixels, noise in zip(self._loader, self.noise.split(self._batch_size), strict=True):
+        generator = torch.Generator().manual_seed(self.seed)  # batch by batch, since of millions of images it is large
+        for pixels in self._loader:
+            noise = torch.rand(len(pixels), self.patches, generator=generator)
             if stopped():
                 model.train(was_training)
                 return None
