@@ -347,12 +347,16 @@ def _by_suffix(others: Counter[bytes]) -> str:
         f"{count:,} .{suffix.decode()}" if suffix else f"{count:,} suffixless" for suffix, count in ranked[:3]
     )
     left = sum(count for _, count in ranked[3:])
-    return f"{said} files" + (f" and {left:,} others" if left else "")
+    return f"{said} files{_and_others(left)}"
 
 
 def _some(paths: Sequence[bytes]) -> str:
     said = ", ".join(printable(path) or "." for path in paths[:3])
-    return said + (f" and {len(paths) - 3:,} others" if len(paths) > 3 else "")
+    return said + _and_others(len(paths) - 3)
+
+
+def _and_others(count: int) -> str:
+    return f" and {count:,} other{'s' * (count > 1)}" if count > 0 else ""
 
 
 def _split(texts: bytes) -> list[bytes]:
