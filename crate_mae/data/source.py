@@ -109,7 +109,7 @@ class Source(ABC):
 
 
 class Subset(Source):
-    """Some images of a source.
+    """Some images of a source; an epoch visits each once, also where an epoch of the source itself would not.
 
     Args:
         source: of all of them.
