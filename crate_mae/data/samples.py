@@ -80,9 +80,9 @@ class PretrainImages(Dataset[Sample]):
         flip, blur, solarize = rng.random(3) < (self.flip / 2, self.blur, self.solarize)
         sigma = rng.uniform(*BLUR_SIGMAS) if blur else 0.0
         index = stand_in[0] if stand_in else index
-        image, name = self.source.image(index), self.source.name(index)
+        image = self.source.image(index)
         box = draw_box(shown_size(image), rng, scale=self.scale, ratio=self.ratio)
-        pixels = part(image, box, self.size, self.channels, name)
+        pixels = part(image, box, self.size, self.channels, _Name(self.source, index))
         return Sample(pixels, noise, bool(flip), sigma, bool(solarize))
 
     def instead(self, key: tuple[int, ...], attempt: int) -> tuple[int, int, int]:
@@ -105,10 +105,20 @@ class CentreCropped(Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         image = self.source.image(index)
         box = centred_box(shown_size(image), self.size[1] / self.size[0])
-        return part(image, box, self.size, self.channels, self.source.name(index))
+        return part(image, box, self.size, self.channels, _Name(self.source, index))
 
     def instead(self, index: int, attempt: int) -> int:
         return int(np.random.default_rng((index, attempt)).integers(len(self)))
+
+
+class _Name:
+    """An image's name, which some sources would have to read for, and only errors need."""
+
+    def __init__(self, source: Source, index: int) -> None:
+        self.source, self.index = source, index
+
+    def __str__(self) -> str:
+        return self.source.name(self.index)
 
 
 def readable(images: Any, key: Any) -> tuple[Any, list[UnreadableImage]]:
