@@ -73,7 +73,7 @@ def decoded_if_small(source: Source, channels: int, most_bytes: int) -> Source:
 def _bytes_of(source: Source, index: int, channels: int) -> int:
     """What the image takes decoded: as Pillow keeps it, 1 byte a pixel or 4."""
     try:
-        width, height = shown_size(source.image(index))
+        width, height = shown_size(source.image(index), source.name(index))
     except UnreadableImage:
         return 0
     return width * height * (1 if channels == 1 else 4)

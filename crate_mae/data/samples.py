@@ -80,9 +80,9 @@ class PretrainImages(Dataset[Sample]):
         flip, blur, solarize = rng.random(3) < (self.flip / 2, self.blur, self.solarize)
         sigma = rng.uniform(*BLUR_SIGMAS) if blur else 0.0
         index = stand_in[0] if stand_in else index
-        image = self.source.image(index)
-        box = draw_box(shown_size(image), rng, scale=self.scale, ratio=self.ratio)
-        pixels = part(image, box, self.size, self.channels, _Name(self.source, index))
+        image, name = self.source.image(index), _Name(self.source, index)
+        box = draw_box(shown_size(image, name), rng, scale=self.scale, ratio=self.ratio)
+        pixels = part(image, box, self.size, self.channels, name)
         return Sample(pixels, noise, bool(flip), sigma, bool(solarize))
 
     def instead(self, key: tuple[int, ...], attempt: int) -> tuple[int, int, int]:
@@ -103,9 +103,9 @@ class CentreCropped(Dataset[torch.Tensor]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        image = self.source.image(index)
-        box = centred_box(shown_size(image), self.size[1] / self.size[0])
-        return part(image, box, self.size, self.channels, _Name(self.source, index))
+        image, name = self.source.image(index), _Name(self.source, index)
+        box = centred_box(shown_size(image, name), self.size[1] / self.size[0])
+        return part(image, box, self.size, self.channels, name)
 
     def instead(self, index: int, attempt: int) -> int:
         return int(np.random.default_rng((index, attempt)).integers(len(self)))
