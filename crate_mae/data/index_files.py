@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from safetensors.numpy import save
 
 from crate_mae.files import make_folder, replaced
 
-_CHECKSUM = "crc32"
+_ABOUT, _CHECKSUM = "about", "crc32"
 
 
 def cache_file(kind: str, of: str) -> Path:
@@ -50,7 +51,9 @@ def save_index(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str,
         OSError: it cannot be written.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    content = save(arrays, {**about, _CHECKSUM: str(_checksum(arrays, about))})
+    # In one text, since safetensors puts several in an order that changes: the same index is the same bytes.
+    text = json.dumps({**about, _CHECKSUM: str(_checksum(arrays, about))}, sort_keys=True)
+    content = save(arrays, {_ABOUT: text})
     with replaced(path, alone=False) as file:
         file.write(content)
 
@@ -59,9 +62,9 @@ def read_index(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]] | Non
     """The arrays and what was said about them; None where there is no such file, or it is not whole."""
     try:
         with safe_open(path, framework="np") as file:
-            about = dict(file.metadata() or {})
+            about = json.loads((file.metadata() or {})[_ABOUT])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, KeyError, SafetensorError):
         return None
     return (arrays, about) if about.pop(_CHECKSUM, None) == str(_checksum(arrays, about)) else None
 
