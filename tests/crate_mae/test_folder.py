@@ -22,7 +22,6 @@ from crate_mae.data import FLOWERS, ImageFolder, UnreadableImage, compare, listi
 from crate_mae.data.index_files import read_index, write_index
 from crate_mae.data.listing import holds_images
 from crate_mae.data.paths import PathList
-from crate_mae.data.source import split
 from crate_mae.files import replaced
 
 
@@ -200,14 +199,14 @@ class TestListing:
 
     def test_a_split_is_a_partition_fixed_by_the_seed(self, tmp_path):
         images = ImageFolder(touch(tmp_path, *(f"{index}.png" for index in range(10))))
-        train, val = split(images, 0.3, seed=1)
+        train, val = images.split(0.3, seed=1)
         names = [[part.name(index) for index in range(len(part))] for part in (train, val)]
         assert len(val) == 3 and all(part == sorted(part) for part in names)
         assert sorted(names[0] + names[1]) == [images.name(index) for index in range(10)]
-        assert split(images, 0.3, seed=1)[1].fingerprint() == val.fingerprint()
-        assert split(images, 0.3, seed=2)[1].fingerprint() != val.fingerprint()
+        assert images.split(0.3, seed=1)[1].fingerprint() == val.fingerprint()
+        assert images.split(0.3, seed=2)[1].fingerprint() != val.fingerprint()
         with pytest.raises(ValueError, match="validation"):
-            split(ImageFolder(touch(tmp_path / "other", "only.png")), 0.5, seed=0)
+            ImageFolder(touch(tmp_path / "other", "only.png")).split(0.5, seed=0)
 
     @pytest.mark.parametrize(
         ("names", "holds"),
