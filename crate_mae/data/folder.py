@@ -6,17 +6,15 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from crate_mae.data.listing import list_images, memory_remarks
 from crate_mae.data.paths import PathList, differing, printable
 from crate_mae.data.reading import IMAGE_SUFFIXES, open_file
-from crate_mae.data.source import Source, UnreadableImage
+from crate_mae.data.source import Source
 
 FLOWERS = Path(__file__).parent / "flowers"
 """The photographs shipped with the package, in `train` and `val`; see SOURCE.md there for licence and origin."""
-
-COLOUR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class ImageFolder(Source):
@@ -55,14 +53,15 @@ class ImageFolder(Source):
         return len(self._images)
 
     def image(self, index: int) -> Image.Image:
-        return open_file(self.path(index), self.name(index))
+        path = self._path(index)
+        return open_file(os.fsdecode(path), printable(path))
 
     def name(self, index: int) -> str:
         """The image's path as text that can be printed: what is no UTF-8, or no character to print, as backslash escapes."""
-        return printable(os.path.join(os.fsencode(self.root), self._images[index]))
+        return printable(self._path(index))
 
     def path(self, index: int) -> Path:
-        return self.root / os.fsdecode(self._images[index])
+        return Path(os.fsdecode(self._path(index)))
 
     def fingerprint(self) -> str:
         """The SHA-256 of the relative paths in their order, each ended by a NUL byte."""
@@ -83,20 +82,10 @@ class ImageFolder(Source):
         """
         self._images.save(path)
 
+    def _path(self, index: int) -> bytes:
+        return os.path.join(os.fsencode(self.root), self._images[index])
+
 
 def compare(kept: ImageFolder, now: ImageFolder) -> tuple[int, int]:
     """How many images of a list that was kept are gone, and how many are new, by their relative paths."""
     return differing(kept._images, now._images)
-
-
-def read_image(path: Path, channels: int) -> Image.Image:
-    """The image in a file, upright (EXIF orientation applied), in the colour mode of so many channels.
-
-    Raises:
-        UnreadableImage: a ValueError: the file is no readable image.
-    """
-    with open_file(path) as image:
-        try:
-            return ImageOps.exif_transpose(image).convert(COLOUR_MODES[channels])
-        except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
-            raise UnreadableImage(path, "damaged", str(error)) from error

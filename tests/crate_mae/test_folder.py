@@ -125,20 +125,10 @@ class TestListing:
 
     def test_what_is_no_image_is_told(self, tmp_path, listed):
         touch(
-            tmp_path, "shots.jpg/1.png", "gone.jpg -> nowhere", "b/self.jpg -> self.jpg", "x.png -> b/2.png", "b/2.png"
+            tmp_path, "shots.jpg/1.png", "gone.jpg -> nowhere", "b/self.jpg -> self.jpg", "b/1.png -> 2.png", "b/2.png"
         )
-        touch(
-            tmp_path,
-            "1.txt",
-            "2.TXT",
-            "3.txt -> 1.txt",
-            "a/4.xcf",
-            "a/5.csv",
-            "README",
-            "six.a b",
-            ".hidden.txt",
-            "a/7.7",
-        )
+        others = "README|six.a b|1.txt|2.TXT|3.txt -> 1.txt|a/4.xcf|a/5.csv|a/7.7|.hidden.txt"
+        touch(tmp_path, *others.split("|"))
         os.mkfifo(tmp_path / "fifo.jpg")
         os.mkfifo(tmp_path / "fifo")
         touch(tmp_path, "piped.jpg -> fifo")
@@ -148,7 +138,7 @@ class TestListing:
             touch(tmp_path, f"{name}/1.jpg")
             (tmp_path / name).chmod(0o300)
         images = ImageFolder(tmp_path)
-        assert found(images) == ["b/2.png", "shots.jpg/1.png", "x.png"]
+        assert found(images) == ["b/1.png", "b/2.png", "shots.jpg/1.png"]
         assert images.remarks() == [
             "folders that cannot be listed (4): c, d, e and 1 other",
             "links that lead nowhere (2): b/self.jpg, gone.jpg",
@@ -169,6 +159,7 @@ class TestListing:
             (["real/loop -> ..", "loop -> ."], "real/x/1.jpg", "loop, real/loop"),
             (["a -> real/x", "real/b -> x"], "real/x/1.jpg", "a, real/b"),  # real folders before links
             (["b -> {out}", "a -> {out}"], "a/in/2.jpg real/x/1.jpg", "b"),  # then in their order
+            (["z -> {out}", "real/a -> {out}"], "real/a/in/2.jpg real/x/1.jpg", "z"),  # wherever they are
             (["a -> b", "b -> {out}"], "a/in/2.jpg real/x/1.jpg", "b"),  # one link as far as a route goes
             (["a -> {out}", "b -> {out}/in"], "b/2.jpg real/x/1.jpg", "a/in"),  # fewest folders after the link
             (["b/c/d -> {out}/in", "{out}/e -> {over}", "b/c/z -> {over}"], "b/c/d/2.jpg b/c/z/3.jpg real/x/1.jpg", ""),
@@ -211,7 +202,7 @@ class TestListing:
         train, val = images.split(0.3, seed=1)
         names = [[part.name(index) for index in range(len(part))] for part in (train, val)]
         assert len(val) == 3 and all(part == sorted(part) for part in names)
-        assert sorted(sum(names, [])) == [images.name(index) for index in range(10)]
+        assert sorted(names[0] + names[1]) == [images.name(index) for index in range(10)]
         assert images.split(0.3, seed=1)[1].fingerprint() == val.fingerprint()
         assert images.split(0.3, seed=2)[1].fingerprint() != val.fingerprint()
         with pytest.raises(ValueError, match="validation"):
@@ -219,7 +210,12 @@ class TestListing:
 
     @pytest.mark.parametrize(
         ("names", "holds"),
-        [(["a/b/1.jpg"], True), (["x.png -> a", "a/1"], False), (["1.jpg/1.txt", "a/l -> .."], False), ([], False)],
+        [
+            (["a/b/1.jpg"], True),
+            (["x.png -> a", "a/1", "y.png -> nowhere"], False),
+            (["1.jpg/1.txt", *(f"a/{n} -> .." for n in range(9))], False),
+            ([], False),
+        ],
     )
     def test_whether_a_folder_holds_images(self, tmp_path, listed, names, holds):
         touch(tmp_path, "closed/1.png", *names)
@@ -233,13 +229,16 @@ class TestListing:
 
 @pytest.mark.usefixtures("kept")
 class TestKeptIndex:
-    def test_only_what_changed_is_listed_again(self, tmp_path, listed):
+    def test_only_what_changed_is_listed_again(self, tmp_path, cache, listed):
         touch(tmp_path, *(f"{folder}/{index}.jpg" for folder in range(20) for index in range(3)))
         settle()
         first = ImageFolder(tmp_path)
         assert len(listed) == 21
         listed.clear()
+        place = next(cache.rglob("*.safetensors"))
+        written = place.stat().st_ino
         assert state(ImageFolder(tmp_path)) == state(first) and not listed
+        assert place.stat().st_ino == written
         touch(tmp_path, "7/new.jpg")
         settle()
         assert "7/new.jpg" in found(ImageFolder(tmp_path))
@@ -252,6 +251,24 @@ class TestKeptIndex:
         listed.clear()
         ImageFolder(tmp_path)
         assert len(listed) == 2
+
+    def test_the_clock_of_the_file_system_may_be_behind(self, tmp_path, monkeypatch):
+        now = time.time_ns
+        monkeypatch.setattr(time, "time_ns", lambda: now() + 3600 * 10**9)
+        touch(tmp_path, "1.jpg")
+        settle()
+        ImageFolder(tmp_path)
+        touch(tmp_path, "2.jpg")
+        assert len(ImageFolder(tmp_path)) == 2
+
+    def test_an_index_of_other_suffixes_is_made_anew(self, tmp_path, monkeypatch):
+        touch(tmp_path, "1.jpg", "2.png")
+        settle()
+        with monkeypatch.context() as patch:
+            patch.setattr(listing, "IMAGE_SUFFIXES", {".png"})
+            patch.setattr(listing, "_SUFFIXES", {b"png"})
+            assert len(ImageFolder(tmp_path)) == 1
+        assert len(ImageFolder(tmp_path)) == 2
 
     def test_small_folders_leave_nothing_in_the_cache(self, tmp_path, monkeypatch, cache):
         monkeypatch.setattr(listing, "_WORTH_KEEPING", 3)
@@ -268,11 +285,10 @@ class TestKeptIndex:
             lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
             lambda path: write_index(path, {"names": np.zeros(3)}, {}),
             lambda path: write_index(path, read_index(path)[0], {**read_index(path)[1], "format": "folders 0"}),
-            lambda path: write_index(path, read_index(path)[0], {**read_index(path)[1], "suffixes": ".png"}),
             lambda path: (path.unlink(), path.mkdir()),
             lambda path: (shutil.rmtree(path.parent), path.parent.touch()),
         ],
-        ids=["cut", "empty", "flipped", "foreign", "older", "suffixes", "folder", "unwritable"],
+        ids=["cut", "empty", "flipped", "foreign", "older", "folder", "unwritable"],
     )
     def test_an_index_that_is_of_no_use_is_made_anew(self, tmp_path, cache, listed, spoil):
         touch(tmp_path, "a/1.jpg", "2.jpg")
