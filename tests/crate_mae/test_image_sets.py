@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from crate_mae.data import ImageFolder, Source
 from crate_mae.training import ImagesConfig, PretrainConfig
 from crate_mae.training.image_sets import image_sets
 
@@ -25,8 +26,16 @@ def make(root: Path, folders: str) -> Path:
 
 def folders_used(root: Path, **options: object) -> tuple[str, str | None, str]:
     """The folders trained and validated on, relative to `root`, and what is said of them."""
-    train, val, said = image_sets(dataclasses.replace(PLAIN, **options))
-    return str(train.root.relative_to(root)), None if val is None else str(val.root.relative_to(root)), said
+    sets = image_sets(dataclasses.replace(PLAIN, **options))
+    train, val = (source and str(folder_of(source).relative_to(root)) for source in sets[:2])
+    return train, val, "; ".join(sets.said)
+
+
+def folder_of(source: Source) -> Path:
+    """Of images that may be decoded, or a part."""
+    while not isinstance(source, ImageFolder):
+        source = source.source
+    return source.root
 
 
 @pytest.mark.parametrize(
@@ -51,7 +60,7 @@ def test_the_parts_of_a_data_set_are_told_apart(tmp_path, held, train, val, said
 
 def test_a_part_held_out_is_of_the_training_part(tmp_path):
     config = dataclasses.replace(PLAIN, data=make(tmp_path, "train test"), images=ImagesConfig(val_fraction=0.5))
-    train, val, _ = image_sets(config)
+    train, val, *_ = image_sets(config)
     assert (len(train), len(val)) == (1, 1)
     assert image_sets(dataclasses.replace(config, images=ImagesConfig(val_fraction=0.0))).val is None
 

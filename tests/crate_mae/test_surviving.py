@@ -310,7 +310,7 @@ def test_other_images_are_refused_by_the_setting_that_chose_them(config, tmp_pat
     pretrain(config)
     if name == "data":
         (tmp_path / "elsewhere").mkdir()
-        for path in config.data.iterdir():
+        for path in Path(config.data).iterdir():
             (tmp_path / "elsewhere" / f"other_{path.name}").write_bytes(path.read_bytes())
     other = {"data": {"data": tmp_path / "elsewhere"}, "val_fraction": {"images__val_fraction": 0.5}}[name]
     with pytest.raises(ValueError, match=rf"other images: .*{name} was .*, got "):
@@ -344,7 +344,7 @@ class TestDivergence:
         assert all(value.isfinite().all() for value in best_model.values())
 
     def averages(self, loss: float, grad_norm: float = 1.0) -> StepAverages:
-        return StepAverages(loss, grad_norm, 1.0)
+        return StepAverages(loss, grad_norm, 1.0, 0.0)
 
     def test_learning_is_none(self):
         watch = DivergenceWatch()

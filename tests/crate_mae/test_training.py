@@ -398,8 +398,9 @@ class TestRun:
             pretrain(other, resume=True)
 
     def test_resuming_on_other_images_is_refused(self, config):
+        config = dataclasses.replace(config, images=dataclasses.replace(config.images, max_unreadable=0.0))
         pretrain(config)
-        (config.data / "00.png").rename(config.data / "99.png")
+        (Path(config.data) / "00.png").rename(Path(config.data) / "99.png")
         with pytest.raises(ValueError, match="other images"):
             pretrain(config, resume=True)
 
@@ -421,10 +422,10 @@ class TestRun:
         now = iter([0.0, 10.0, 40.0, 40.0, 60.0])
         monkeypatch.setattr("crate_mae.training.metrics.time.perf_counter", lambda: next(now))
         lines = ProgressLines(4, 104)
-        assert lines.after(8, torch.tensor(math.nan), 1e-3, batch=8) is None
-        line = lines.after(24, torch.tensor(0.5), 1e-3, batch=8)  # 20 steps in 40 s, 80 to go
-        assert line == "step 24/104: loss 0.5000, lr 1.00e-03, 4.0 images/s, 0:02:40 left"
-        assert lines.after(25, torch.tensor(0.5), 1e-3, batch=8) is None  # 20 s later
+        assert lines.after(8, torch.tensor(math.nan), 1e-3, batch=8, waited=4.0) is None
+        line = lines.after(24, torch.tensor(0.5), 1e-3, batch=8, waited=10.0)  # 20 steps in 40 s, 80 to go
+        assert line == "step 24/104: loss 0.5000, lr 1.00e-03, 4.0 images/s, 25% of the time waiting for images, 0:02:40 left"
+        assert lines.after(25, torch.tensor(0.5), 1e-3, batch=8, waited=10.0) is None  # 20 s later
 
     def test_a_gradient_that_overflows_counts_as_diverging(self):
         meter = StepMeter()
@@ -446,7 +447,7 @@ class TestRun:
 
     def test_one_image_cannot_be_split(self, config, tmp_path):
         (tmp_path / "one").mkdir()
-        (config.data / "00.png").rename(tmp_path / "one" / "00.png")
+        (Path(config.data) / "00.png").rename(tmp_path / "one" / "00.png")
         config = dataclasses.replace(config, data=tmp_path / "one", val=None)
         with pytest.raises(ValueError, match=r"--data: .*give --val or --images\.val_fraction 0"):
             pretrain(config)
