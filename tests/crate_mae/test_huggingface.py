@@ -212,9 +212,13 @@ def test_a_fingerprint_tells_content_and_order_and_nothing_else(tmp_path, cache,
     assert HuggingFaceImages(str(tmp_path / "a.parquet")).fingerprint() == first
     assert fingerprint("b.parquet", range(4), batch_size=1) == first
     assert len({first, fingerprint("c.parquet", [1, 0, 2, 3]), fingerprint("d.parquet", [0, 1, 2])}) == 3
-    parts = {HuggingFaceImages(str(tmp_path / "a.parquet"), split=f"train[{part}]").fingerprint() for part in (":2", "2:")}
+    parts = {
+        HuggingFaceImages(str(tmp_path / "a.parquet"), split=f"train[{part}]").fingerprint() for part in (":2", "2:")
+    }
     assert len(parts) == 2
-    script = "import sys; from crate_mae.data.huggingface import HuggingFaceImages as S; print(S(sys.argv[1]).fingerprint())"
+    script = (
+        "import sys; from crate_mae.data.huggingface import HuggingFaceImages as S; print(S(sys.argv[1]).fingerprint())"
+    )
     surroundings = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "third_cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", script, str(tmp_path / "a.parquet")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env=surroundings).stdout
