@@ -86,8 +86,17 @@ class Files:
 
 
 def prepare(source: Source, count: int, batch: int, seed: int, out: Path) -> Files:
-    """At most so many images of a source, evenly from all of it, packed and unpacked."""
-    chosen = AsWanted(source, np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
+    """Whole batches of at most so many images of a source, taken evenly from all of it, packed and unpacked.
+
+    Raises:
+        SystemExit: there is no whole batch of them, or one cannot be read.
+    """
+    count = min(count, len(source)) // batch * batch
+    if not count:
+        raise SystemExit(
+            f"--batch {batch}: expected no more than --images, and than --data holds, which is {len(source)}"
+        )
+    chosen = AsWanted(source, np.linspace(0, len(source) - 1, count).round().astype(int))
     enlarged = sum(min(source.image(index).size) < SHORT_SIDE for index in chosen.indices.tolist())
     packed = pack(chosen, out / "packed", PackSettings(short_side=SHORT_SIDE), say=lambda line: None)
     if packed.unreadable:
@@ -104,7 +113,7 @@ def prepare(source: Source, count: int, batch: int, seed: int, out: Path) -> Fil
     sizes = [image.size for image in map(Image.open, paths)]
     draws = [draw(seed, index, size) for index, size in enumerate(sizes)]
     order = np.random.default_rng((seed, 0)).permutation(len(paths)).tolist()
-    batches = [order[first : first + batch] for first in range(0, len(order) - len(order) % batch or 1, batch)]
+    batches = [order[first : first + batch] for first in range(0, count, batch)]
     kilobytes = mean(path.stat().st_size for path in paths) / 1e3
     about = f"{len(paths)} JPEGs of quality 92, {'x'.join(f'{mean(side):.0f}' for side in zip(*sizes, strict=True))}"
     about += f" pixels and {kilobytes:.0f} kB in the mean" + (f", {enlarged} of them enlarged" if enlarged else "")
@@ -322,7 +331,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     record = Record(torch.device("cpu"), arguments.seed, arguments.json)
     # Indices and what the datasets library makes of Parquet are kept as long as the files that they are of, no longer.
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, dict.fromkeys(CACHES, folder)):
-        source = open_source(arguments.data, "--data")
+        try:
+            source = open_source(arguments.data, "--data")
+        except (OSError, ValueError) as problem:
+            raise SystemExit(f"--data {arguments.data}: {in_one_line(problem)}") from None
         files = prepare(source, arguments.images, arguments.batch, arguments.seed, Path(folder))
         measure(record, files, arguments.providers, arguments.rounds)
         if arguments.workers:

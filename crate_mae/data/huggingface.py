@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,8 +194,9 @@ def _digest(images: datasets.Dataset, column: str) -> str:
             parts = dict(zip([field.name for field in chunk.type], chunk.flatten(), strict=True))
         found = pc.fill_null(pc.binary_length(parts["bytes"]).cast(pa.int64()), -1)
         lengths.update(found.to_numpy(zero_copy_only=False).tobytes())
-        for path in parts["path"].to_pylist() if "path" in parts else ():
-            paths.update(os.fsencode(os.path.basename(path or "")) + b"\n")
+        if "path" in parts:
+            last = pc.replace_substring_regex(pc.fill_null(parts["path"], ""), ".*/", "")
+            paths.update("".join(f"{name}\n" for name in last.to_pylist()).encode())
     if images._indices is not None:  # rows that were chosen or shuffled, and not written anew
         for chunk in images._indices.column(0).chunks:
             rows.update(chunk.to_numpy(zero_copy_only=False).tobytes())
