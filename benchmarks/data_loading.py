@@ -5,8 +5,8 @@
 
 The images of ``--data`` are made JPEGs of quality 92 with a short side of 256 pixels, and packed; the same bytes are put into a
 folder and a Parquet file. Every loader makes batches of 224 x 224 pixels of them, from the same crops, on one thread. The
-yardstick is Pillow that decodes the files and does nothing else: a ratio is the share of its speed. A loader that leaves the flip
-to the device is spared it here.
+yardstick is Pillow that decodes the files and does nothing else: a ratio is the share of its speed. Ours draws masks, too, and
+leaves flips to the device.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from crate_mae.data.packing import PackSettings, pack
-from crate_mae.data.shards import TarShards, shard_paths
-from crate_mae.data.specification import open_source
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -35,14 +32,25 @@ from benchmarks import harness
 from benchmarks.command_line import positive
 from benchmarks.peers import Absent
 from benchmarks.records import Record, in_one_line
-from crate_mae.data import FLOWERS, ImageFolder, ImageLoader, PretrainImages
-from crate_mae.data.huggingface import HuggingFaceImages
-from crate_mae.data.reading import whole
-from crate_mae.data.source import Source, Subset
-from crate_mae.data.synthetic import SyntheticImages
-from crate_mae.data.transforms import Box, draw_box
+from crate_mae.data import (
+    FLOWERS,
+    HuggingFaceImages,
+    ImageFolder,
+    ImageLoader,
+    PretrainImages,
+    Source,
+    Subset,
+    SyntheticImages,
+    TarShards,
+    open_source,
+    samples,
+    shard_paths,
+    whole,
+)
+from crate_mae.data.packing import PackSettings, pack
+from crate_mae.data.transforms import Box
 
-SHORT_SIDE, SIZE = 256, (224, 224)
+SHORT_SIDE, SIZE, PATCHES = 256, (224, 224), 14 * 14
 BASELINE = "pillow"
 ONE_PROCESS = "one process"
 CACHES = ("XDG_CACHE_HOME", "HF_DATASETS_CACHE")
@@ -65,7 +73,7 @@ class AsWanted(Subset):
 class Files:
     """The same JPEG files, in the same order, in every form.
 
-    draws: of each the crop and whether it is flipped, as ``PretrainImages`` draws them in epoch 0.
+    draws: of each the crop and whether it is flipped, as ours draws them in epoch 0.
     about: in words.
     """
 
@@ -111,8 +119,8 @@ def prepare(source: Source, count: int, batch: int, seed: int, out: Path) -> Fil
                 paths.append(folder / f"{len(paths):06}.jpg")
                 paths[-1].write_bytes(members.extractfile(member).read())
     sizes = [image.size for image in map(Image.open, paths)]
-    draws = [draw(seed, index, size) for index, size in enumerate(sizes)]
-    order = np.random.default_rng((seed, 0)).permutation(len(paths)).tolist()
+    draws = drawn(TarShards(shards, progress=False), seed)
+    order = np.random.default_rng((seed, 0)).permutation(count).tolist()
     batches = [order[first : first + batch] for first in range(0, count, batch)]
     kilobytes = mean(path.stat().st_size for path in paths) / 1e3
     about = f"{len(paths)} JPEGs of quality 92, {'x'.join(f'{mean(side):.0f}' for side in zip(*sizes, strict=True))}"
@@ -120,9 +128,11 @@ def prepare(source: Source, count: int, batch: int, seed: int, out: Path) -> Fil
     return Files(folder.parent, paths, shards, out / "images.parquet", draws, batches, seed, about)
 
 
-def draw(seed: int, index: int, size: tuple[int, int]) -> tuple[Box, bool]:
-    rng = np.random.default_rng((seed, 0, index))
-    return draw_box(size, rng), rng.random() < 0.5
+def drawn(source: Source, seed: int) -> list[tuple[Box, bool]]:
+    """Which part of each image ours takes, and whether it is flipped."""
+    with patch.object(samples, "part", lambda image, box, *_: box):
+        found = [PretrainImages(source, SIZE, seed, patches=PATCHES)[0, index] for index in range(len(source))]
+    return [(sample.pixels, sample.flip) for sample in found]
 
 
 def write_parquet(files: Files) -> None:
@@ -147,9 +157,9 @@ Loader = Callable[[], Iterable[Tensor]]
 
 def ours(source: Source, files: Files, workers: int = 0, epochs: int = 1) -> Loader:
     """The loader that training uses."""
-    images = PretrainImages(source, SIZE, files.seed)
+    images = PretrainImages(source, SIZE, files.seed, patches=PATCHES)
     keys = [[(epoch, index) for index in batch] for epoch in range(epochs) for batch in files.batches]
-    return lambda: ImageLoader(images, keys, num_workers=workers)
+    return lambda: (batch.pixels for batch in ImageLoader(images, keys, num_workers=workers))
 
 
 def of_synthetic(files: Files) -> Source:
@@ -254,24 +264,27 @@ def decode(files: Files) -> None:
                 image.load()
 
 
-def check(name: str, loader: Loader, files: Files, read: Callable[[int], Image.Image]) -> dict[str, float]:
-    """The relative error of the first batch to Pillow's crops of what ``read`` gives, flipped or not.
+def check(name: str, loader: Loader, wanted: Sequence[Tensor]) -> dict[str, float]:
+    """The largest relative error of an image in the first batch.
 
     Raises:
         ValueError: it is no such batch, or too far off.
     """
-    batch, wanted = next(iter(loader())), files.batches[0]
+    batch = next(iter(loader()))
     if batch.dtype != torch.uint8 or batch.shape != (len(wanted), 3, *SIZE):
         raise ValueError(f"{name}: expected uint8 {[len(wanted), 3, *SIZE]}, got {batch.dtype} {list(batch.shape)}")
-    images = [read(index) for index in wanted]
-    boxes = [draw(files.seed, index, image.size)[0] for index, image in zip(wanted, images, strict=True)]
-    truth = [crop_by_pillow(image, box, flip=False) for image, box in zip(images, boxes, strict=True)]
-    errors = [harness.relative_error(found, each) for found, each in zip(batch, truth, strict=True)]
-    flipped = [harness.relative_error(found, each.flip(-1)) for found, each in zip(batch, truth, strict=True)]
-    error = max(map(min, errors, flipped))
+    error = max(map(harness.relative_error, batch, wanted))
     if not error <= TOLERANCE:
         raise ValueError(f"{name}: an image is {error:.1e} off, relative; allowed are {TOLERANCE:.1e}")
     return {"images": error}
+
+
+def first_crops(files: Files, source: Source | None) -> list[Tensor]:
+    """What the first batch should be, by Pillow: of a source of ours, which leaves flips to the device, or of the files."""
+    if source is None:
+        return [crop_by_pillow(Image.open(files.paths[index]), *files.draws[index]) for index in files.batches[0]]
+    draws = drawn(source, files.seed)
+    return [crop_by_pillow(source.image(index), draws[index][0], flip=False) for index in files.batches[0]]
 
 
 def measure(record: Record, files: Files, names: Sequence[str], rounds: int) -> None:
@@ -285,13 +298,15 @@ def measure(record: Record, files: Files, names: Sequence[str], rounds: int) -> 
             continue
         visits = files.in_order if name in IN_ORDER else files
         try:
-            source = OURS[name](files) if name in OURS else None
-            loader = OTHERS[name](visits) if source is None else ours(source, files)
+            if name in OURS:
+                source = OURS[name](files)
+                loader = ours(source, files)
+            else:
+                source, loader = None, OTHERS[name](visits)
         except Absent as problem:
             record.add(**common, provider=name, unavailable=str(problem))
             continue
-        read = source.image if name == "synthetic" else lambda index: Image.open(files.paths[index]).convert("RGB")
-        errors[name] = check(name, loader, visits, read)
+        errors[name] = check(name, loader, first_crops(visits, source))
         providers[name] = lambda loader=loader: sum(len(batch) for batch in loader())
     times = harness.time_interleaved(providers, torch.device("cpu"), rounds=rounds)
     count = sum(map(len, files.batches))
@@ -332,8 +347,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     # Indices and what the datasets library makes of Parquet are kept as long as the files that they are of, no longer.
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, dict.fromkeys(CACHES, folder)):
         try:
-            source = open_source(arguments.data, "--data")
-        except (OSError, ValueError) as problem:
+            source = open_source(arguments.data)
+        except (OSError, ValueError, ImportError) as problem:
             raise SystemExit(f"--data {arguments.data}: {in_one_line(problem)}") from None
         files = prepare(source, arguments.images, arguments.batch, arguments.seed, Path(folder))
         measure(record, files, arguments.providers, arguments.rounds)
