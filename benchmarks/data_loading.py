@@ -105,11 +105,13 @@ def prepare(source: Source, count: int, batch: int, seed: int, out: Path) -> Fil
             f"--batch {batch}: expected no more than --images, and than --data holds, which is {len(source)}"
         )
     chosen = AsWanted(source, np.linspace(0, len(source) - 1, count).round().astype(int))
-    enlarged = sum(min(source.image(index).size) < SHORT_SIDE for index in chosen.indices.tolist())
-    packed = pack(chosen, out / "packed", PackSettings(short_side=SHORT_SIDE), say=lambda line: None)
+    settings = PackSettings(short_side=SHORT_SIDE)
+    packed = pack(chosen, out / "packed", settings, max_unreadable=1, say=lambda line: None)
     if packed.unreadable:
         raise SystemExit(f"--data: {len(packed.unreadable)} images cannot be read, {packed.unreadable[0].name} for one")
+    enlarged = sum(min(source.image(index).size) < SHORT_SIDE for index in chosen.indices.tolist())
     shards = shard_paths(str(out / "packed"))
+    images = TarShards(shards, progress=False)
     folder = out / "folder" / "photographs"  # torchvision wants a folder for each class
     folder.mkdir(parents=True)
     paths = []
@@ -118,14 +120,13 @@ def prepare(source: Source, count: int, batch: int, seed: int, out: Path) -> Fil
             for member in members:
                 paths.append(folder / f"{len(paths):06}.jpg")
                 paths[-1].write_bytes(members.extractfile(member).read())
-    sizes = [image.size for image in map(Image.open, paths)]
-    draws = drawn(TarShards(shards, progress=False), seed)
+    sizes = [images.image(index).size for index in range(count)]
     order = np.random.default_rng((seed, 0)).permutation(count).tolist()
     batches = [order[first : first + batch] for first in range(0, count, batch)]
     kilobytes = mean(path.stat().st_size for path in paths) / 1e3
     about = f"{len(paths)} JPEGs of quality 92, {'x'.join(f'{mean(side):.0f}' for side in zip(*sizes, strict=True))}"
     about += f" pixels and {kilobytes:.0f} kB in the mean" + (f", {enlarged} of them enlarged" if enlarged else "")
-    return Files(folder.parent, paths, shards, out / "images.parquet", draws, batches, seed, about)
+    return Files(folder.parent, paths, shards, out / "images.parquet", drawn(images, seed), batches, seed, about)
 
 
 def drawn(source: Source, seed: int) -> list[tuple[Box, bool]]:
@@ -366,9 +367,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help="what crate-mae's --data may name; by default the shipped photographs, which are so small that they are enlarged",
     )
-    parser.add_argument("--images", type=positive, default=512, help="at most so many of it")
+    parser.add_argument("--images", type=positive, default=256, help="at most so many of it")
     parser.add_argument("--batch", type=positive, default=64)
-    parser.add_argument("--rounds", type=positive, default=11, help="over all images by each loader, in turns")
+    parser.add_argument("--rounds", type=positive, default=15, help="over all images by each loader, in turns")
     parser.add_argument("--workers", type=positive, help="measure the loader with so many processes, too")
     parser.add_argument(
         "--providers", nargs="+", choices=PROVIDERS, metavar="NAME", default=PROVIDERS, help=", ".join(PROVIDERS)

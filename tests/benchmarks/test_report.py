@@ -257,7 +257,7 @@ def loaded(provider: str, speed: float, ratio: float, **values: Any) -> dict[str
     row = dict(
         operator="data_loading", mode="one process", provider=provider, shape=[64, 3, 224, 224], baseline="pillow"
     )
-    row |= dict(data="9 JPEGs", images_per_second=speed, ratio=spread(ratio), ms=spread(1e3 / speed))
+    row |= dict(dtype="uint8", data="9 JPEGs", images_per_second=speed, ratio=spread(ratio), ms=spread(1e3 / speed))
     return {**row, **COMMIT, **CPU, "threads": 1, **values}
 
 
