@@ -40,7 +40,7 @@ class Row(TypedDict, total=False):
     data: str  # the files that images were loaded from, in words
     provider: str
     baseline: str  # the provider that ``ratio`` compares with
-    timed_by: str  # "CUDA graph", "events", "host clock"
+    timed_by: str  # "CUDA graph", "events", "host clock", "processor time"
     input_sets: int  # that take turns, so that the L2 cache is cold
     rounds: int  # timed turns
     ms: dict[str, float]  # p20, p50, p80 of one pass over one input set
