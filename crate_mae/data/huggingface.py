@@ -120,6 +120,8 @@ def _opened(what: str, split: str, name: str | None) -> datasets.Dataset:
             return _saved(library.load_from_disk(str(path)), split)
         if file:
             return library.load_dataset(_FILES[path.suffix], data_files={"train": str(path)}, split=split)
+        if path.is_file():
+            raise ValueError(f"expected a file that ends in {' or '.join(_FILES)}, or a folder")
         if what and path.exists():
             return library.load_dataset(str(path), name, split=split)
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", what) or path.suffix in _FILES:

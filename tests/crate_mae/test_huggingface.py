@@ -272,6 +272,9 @@ def test_files_that_cannot_be_opened(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"no table")
     with pytest.raises(ValueError, match=r"broken.parquet: .*Parquet"):
         HuggingFaceImages(str(tmp_path / "broken.parquet"))
+    (tmp_path / "table.csv").write_text("image")
+    with pytest.raises(ValueError, match=r"table.csv: expected a file that ends in .parquet or .arrow, or a folder"):
+        HuggingFaceImages(str(tmp_path / "table.csv"))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(FileNotFoundError, match=f"dataset {tmp_path}/nothing: "):
         HuggingFaceImages(str(tmp_path / "nothing"))
