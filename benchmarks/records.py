@@ -29,15 +29,18 @@ class Row(TypedDict, total=False):
     work, has a row too: ``unavailable`` says why, and there are no times.
     """
 
-    operator: str  # "attention", ...; "training_step", "memory"; "ceilings": what the device reaches
+    operator: str  # "attention", ...; "training_step", "memory", "data_loading"; "ceilings": what the device reaches
     model: str  # of a whole step
     overrides: dict[str, Any]  # of the model's configuration
     shape: dict[str, int] | list[int]  # batch, tokens, width, heads; of images [batch, channels, height, width]
     dtype: str  # of ``harness.DTYPES``; under autocast where it has 16 bits
-    mode: str  # "forward", "backward", "forward+backward", ...; of memory "peak", "saved for backward", "largest batch"
+    # "forward", "backward", "forward+backward", ...; of memory "peak", "saved for backward", "largest batch"; of data loading
+    # "one process", "2 workers".
+    mode: str
+    data: str  # the files that images were loaded from, in words
     provider: str
     baseline: str  # the provider that ``ratio`` compares with
-    timed_by: str  # "CUDA graph", "events", "host clock"
+    timed_by: str  # "CUDA graph", "events", "host clock", "processor time"
     input_sets: int  # that take turns, so that the L2 cache is cold
     rounds: int  # timed turns
     ms: dict[str, float]  # p20, p50, p80 of one pass over one input set

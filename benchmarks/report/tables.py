@@ -52,6 +52,15 @@ NAMES = {
         }.items()
     },
     "triton library": "triton, PyTorch's products",
+    "pillow": "Pillow, decoding alone",
+    "packed": "packed shards",
+    "folder": "folder",
+    "parquet": "Hugging Face dataset, Parquet",
+    "synthetic": "synthetic images, nothing to decode",
+    "torchvision": "torchvision's ImageFolder and v2 transforms",
+    "webdataset": "webdataset, cropped by Pillow",
+    "datasets": "Hugging Face's own decoding, cropped by Pillow",
+    "pillow crop": "Pillow, decoding, cropping and resizing",
 }
 OPERATORS = {
     "training_step": "Training step",
@@ -63,6 +72,7 @@ OPERATORS = {
     "norm_linear": "LayerNorm and product",
     "overcomplete_ista": "Overcomplete ISTA",
     "memory": "Memory",
+    "data_loading": "Data loading",
     "ceilings": "Ceilings of this device",
 }
 
@@ -177,8 +187,13 @@ def report(results: Sequence[Results], document: Path, plots: Callable[[Results]
 
 
 def targets_of(results: Results) -> list[tuple[Target, list[Case]]]:
-    device = "cuda" if results.on_cuda else "cpu"
-    return [(target, list(target.measure(results.rows))) for target in TARGETS if target.device == device]
+    found = [target for target in TARGETS if target.device == ("cuda" if results.on_cuda else "cpu")]
+    threads = {target.threads for target in found} & {row.get("threads") for row in results.rows}
+    return [
+        (target, list(target.measure(results.rows)))
+        for target in found
+        if target.threads is None or target.threads in threads
+    ]
 
 
 def targets_table(results: Results, links: Links) -> str:
@@ -219,6 +234,7 @@ def operator_table(rows: Sequence[Row], links: Links) -> str:
         "shape": describe_shape,
         "dtype": lambda row: row.get("dtype") or "",
         "mode": lambda row: row.get("mode") or "",
+        "data": lambda row: row.get("data") or "",
         "provider": lambda row: name_of(row["provider"]),
         "ms": _spread_of("ms"),
         "ratio": _spread_of("ratio"),
@@ -281,6 +297,8 @@ def readme_part(results: Sequence[Results], readme: Path) -> str:
         parts.append(f"**{each.device}** ({surroundings(each.rows)}; [report]({links.path('report.md')})):")
         if steps:
             parts.append(steps_table(steps, links))
+        if loading := [row for row in select(each.rows, operator="data_loading") if not absent(row)]:
+            parts.append(loading_table(loading, links))
         parts.append(short_targets_table(each, links))
     layers = layers_table(results, readme)
     parts += [layers] if layers else []
@@ -327,6 +345,16 @@ def steps_table(rows: Sequence[Row], links: Links) -> str:
         table.append([f"`{model}`", mode, dtype, batch, *cells, ", ".join(f"`{each}`" for each in commits)])
     headings = [f"{name_of(provider)}, ms" for provider in providers]
     return markdown(["model", "step", "dtype", "batch", *headings, "commit"], table)
+
+
+def loading_table(rows: Sequence[Row], links: Links) -> str:
+    """Images a second of each loader, and its share of what Pillow alone decodes in the same turns."""
+    lines = []
+    for row in sorted(rows, key=row_order):
+        share = f"{number(row['ratio']['p50'])} ({spread(row['ratio'])})" if row.get("ratio") else ""
+        speed = links.line(row, number(row["images_per_second"]))
+        lines.append([name_of(row["provider"]), row["mode"], speed, share, row["data"], f"`{commit(row)}`"])
+    return markdown(["images from", "in", "images/s", "share of Pillow's", "files", "commit"], lines)
 
 
 def _step_cell(row: Row, links: Links) -> str:

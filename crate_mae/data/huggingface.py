@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +120,8 @@ def _opened(what: str, split: str, name: str | None) -> datasets.Dataset:
             return _saved(library.load_from_disk(str(path)), split)
         if file:
             return library.load_dataset(_FILES[path.suffix], data_files={"train": str(path)}, split=split)
+        if path.is_file():
+            raise ValueError(f"expected a file that ends in {' or '.join(_FILES)}, or a folder")
         if what and path.exists():
             return library.load_dataset(str(path), name, split=split)
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", what) or path.suffix in _FILES:
@@ -195,8 +196,9 @@ def _digest(images: datasets.Dataset, column: str) -> str:
             parts = dict(zip([field.name for field in chunk.type], chunk.flatten(), strict=True))
         found = pc.fill_null(pc.binary_length(parts["bytes"]).cast(pa.int64()), -1)
         lengths.update(found.to_numpy(zero_copy_only=False).tobytes())
-        for path in parts["path"].to_pylist() if "path" in parts else ():
-            paths.update(os.fsencode(os.path.basename(path or "")) + b"\n")
+        if "path" in parts:
+            last = pc.replace_substring_regex(pc.fill_null(parts["path"], ""), ".*/", "")
+            paths.update("".join(f"{name}\n" for name in last.to_pylist()).encode())
     if images._indices is not None:  # rows that were chosen or shuffled, and not written anew
         for chunk in images._indices.column(0).chunks:
             rows.update(chunk.to_numpy(zero_copy_only=False).tobytes())

@@ -253,6 +253,28 @@ def test_the_step_on_a_cpu_counts_on_two_cores_alone():
     )
 
 
+def loaded(provider: str, speed: float, ratio: float, **values: Any) -> dict[str, Any]:
+    row = dict(
+        operator="data_loading", mode="one process", provider=provider, shape=[64, 3, 224, 224], baseline="pillow"
+    )
+    row |= dict(dtype="uint8", data="9 JPEGs", images_per_second=speed, ratio=spread(ratio), ms=spread(1e3 / speed))
+    return {**row, **COMMIT, **CPU, "threads": 1, **values}
+
+
+def test_data_loading_counts_on_one_core_alone_and_is_shown(place):
+    share, speed = "images a second of one core, of what Pillow alone decodes", "images a second of one core"
+    rows = [loaded("pillow", 1500, 1), loaded("packed", 900, 0.6), loaded("packed", 1700, 1.1, mode="2 workers")]
+    assert answers(share, rows) == {"packed shards": 0.6}
+    assert answers(speed, rows) == {"packed shards": 900}
+    assert answers(speed, [row | {"threads": 2} for row in rows]) == {"packed shards": None}
+    write(place["results"] / "cpu", [*rows, step("reference", 4, 1, 8, **CPU)])
+    assert run(place) == 0
+    of_one, of_two = place["readme"].read_text().split("**Some CPU, 2 threads**")
+    assert "**Some CPU, 1 threads**" in of_one and "training step" not in of_one and speed not in of_two
+    assert "| packed shards | one process | [900](results/cpu/rows.jsonl#L2) | 0.6 (0.54 to 0.66) | 9 JPEGs |" in of_one
+    assert f"| {speed} | 700 images/s | 1000 images/s | packed shards: [900 images/s]" in of_one
+
+
 def test_an_absent_peer_is_named_with_its_reason():
     rows = [step("triton", 5, 2), lacking(step("best composed", 1, 1), "no C compiler")]
     (found,) = targets.step_against(targets.BEST_COMPOSED, [256])(numbered(rows))

@@ -212,9 +212,13 @@ def test_a_fingerprint_tells_content_and_order_and_nothing_else(tmp_path, cache,
     assert HuggingFaceImages(str(tmp_path / "a.parquet")).fingerprint() == first
     assert fingerprint("b.parquet", range(4), batch_size=1) == first
     assert len({first, fingerprint("c.parquet", [1, 0, 2, 3]), fingerprint("d.parquet", [0, 1, 2])}) == 3
-    parts = {HuggingFaceImages(str(tmp_path / "a.parquet"), split=f"train[{part}]").fingerprint() for part in (":2", "2:")}
+    parts = {
+        HuggingFaceImages(str(tmp_path / "a.parquet"), split=f"train[{part}]").fingerprint() for part in (":2", "2:")
+    }
     assert len(parts) == 2
-    script = "import sys; from crate_mae.data.huggingface import HuggingFaceImages as S; print(S(sys.argv[1]).fingerprint())"
+    script = (
+        "import sys; from crate_mae.data.huggingface import HuggingFaceImages as S; print(S(sys.argv[1]).fingerprint())"
+    )
     surroundings = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "third_cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", script, str(tmp_path / "a.parquet")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env=surroundings).stdout
@@ -268,6 +272,9 @@ def test_files_that_cannot_be_opened(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"no table")
     with pytest.raises(ValueError, match=r"broken.parquet: .*Parquet"):
         HuggingFaceImages(str(tmp_path / "broken.parquet"))
+    (tmp_path / "table.csv").write_text("image")
+    with pytest.raises(ValueError, match=r"table.csv: expected a file that ends in .parquet or .arrow, or a folder"):
+        HuggingFaceImages(str(tmp_path / "table.csv"))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(FileNotFoundError, match=f"dataset {tmp_path}/nothing: "):
         HuggingFaceImages(str(tmp_path / "nothing"))
