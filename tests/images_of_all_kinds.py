@@ -46,7 +46,7 @@ def write_bad(folder: Path) -> dict[str, str]:
 
 
 def write_bad_files(folder: Path) -> dict[str, str]:
-    """Make what only a file system has; returns the causes by name. "secret.png" is left out where it can be read all the same."""
+    """Make what only a file system has; returns the causes by name; "secret.png" is left out for who may read it."""
     (folder / "folder.png").mkdir()
     causes = {"folder.png": "no file"}
     if hasattr(os, "mkfifo"):
@@ -176,7 +176,7 @@ def _png_kinds() -> None:
     _add("rgba_16.png", png(rgba.astype(np.uint16) * 257, 16, 6), over_white(RGB, ALPHA), 1)
     la_16 = np.dstack([GREY, ALPHA]).astype(np.uint16) * 257
     _add("grey_alpha_16.png", png(la_16, 16, 4), over_white(_three(GREY), ALPHA), 1)
-    hole = (GREY == GREY[3, 4])[..., None]
+    hole = np.equal(GREY, GREY[3, 4])[..., None]
     for depth in (2, 4, 8, 16):  # one grey level is transparent
         levels = (GREY.astype(np.uint16) * 257) >> (16 - depth)
         clear = int(levels[3, 4])
@@ -185,7 +185,7 @@ def _png_kinds() -> None:
             seen = np.where(hole, 255, _three(GREY))
         _add(f"clear_grey_{depth}.png", png(levels, depth, 0, chunks=chunk(b"tRNS", struct.pack(">H", clear))), seen)
     clear = struct.pack(">3H", *map(int, RGB[3, 4]))
-    hole = (RGB == RGB[3, 4]).all(axis=2, keepdims=True)
+    hole = np.equal(RGB, RGB[3, 4]).all(axis=2, keepdims=True)
     _add("clear_rgb.png", png(RGB, 8, 2, chunks=chunk(b"tRNS", clear)), np.where(hole, 255, RGB))
     clear = struct.pack(">3H", *(int(value) * 257 for value in RGB[3, 4]))
     wide = RGB.astype(np.uint16) * 257
@@ -238,7 +238,7 @@ def _tiff_kinds() -> None:
 
     image, rgba = Image.fromarray(RGB), Image.fromarray(np.dstack([RGB, ALPHA]))
     _add("cmyk.tif", saved(image.convert("CMYK"), "TIFF"), RGB)
-    _add("ycbcr.tif", saved(image.convert("YCbCr"), "TIFF"), RGB, 2)
+    _add("ycbcr.tif", saved(image.convert("YCbCr"), "TIFF"), RGB, 3)
     _add("rgbx.tif", saved(image.convert("RGBX"), "TIFF"), RGB)
     _add("rgba_lzw.tif", saved(rgba, "TIFF", compression="tiff_lzw"), over_white(RGB, ALPHA), 1)
     lab = np.dstack([GREY, np.zeros_like(RGB[..., :2])])  # without colour: L* alone, at 255 steps
@@ -278,7 +278,7 @@ def _other_kinds() -> None:
         wide = Image.fromarray(GREY.astype(np.uint16) * 257)
         _add("grey_16.j2k", saved(wide, "JPEG2000", no_jp2=True), _three(GREY))
     if features.check("avif"):
-        _add("rgb.avif", saved(image, "AVIF", quality=100), RGB, 6)
+        _add("rgb.avif", saved(image, "AVIF", quality=100, subsampling="4:4:4"), RGB, 6)
 
     best = {"quality": 100, "subsampling": 0}
     _add("rgb.jpg", saved(image, "JPEG", **best), RGB, 4)

@@ -16,6 +16,43 @@ Size = tuple[int, int]
 """(height, width), in the order of tensor dimensions."""
 
 
+Box = tuple[int, int, int, int]
+"""(left, top, right, bottom) in pixels, the last two beyond the part, as Pillow has them."""
+
+
+def draw_box(
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """A random part of an image of this size, (width, height).
+
+    The part covers a fraction of the area uniform in `scale`, with width / height log-uniform in `ratio`. Ten draws
+    are tried for one that fits; failing that, the largest centred part whose ratio is nearest to `ratio` is taken.
+    """
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = int(rng.integers(width - box_width + 1))
+            top = int(rng.integers(height - box_height + 1))
+            return left, top, left + box_width, top + box_height
+    return centred_box(size, min(max(width / height, ratio[0]), ratio[1]))
+
+
+def centred_box(size: tuple[int, int], aspect: float) -> Box:
+    """The largest centred part with width / height = aspect of an image of this size, (width, height)."""
+    width, height = size
+    box_width = max(1, min(width, round(height * aspect)))
+    box_height = max(1, min(height, round(width / aspect)))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
+
+
 def random_resized_crop(
     image: Image.Image,
     size: Size,
@@ -24,27 +61,14 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Image.Image:
-    """A random part of the image, resized to `size` with bicubic interpolation.
-
-    The part covers a fraction of the area uniform in `scale`, with width / height log-uniform in `ratio`. Ten draws
-    are tried for one that fits; failing that, the largest centred part whose ratio is nearest to `ratio` is taken.
-    """
-    width, height = image.size
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = int(rng.integers(width - crop_width + 1))
-            top = int(rng.integers(height - crop_height + 1))
-            return _resized_part(image, (left, top, crop_width, crop_height), size)
-    return _resized_part(image, _centred_part(image, min(max(width / height, ratio[0]), ratio[1])), size)
+    """A random part of the image (`draw_box`), resized to `size` with bicubic interpolation."""
+    return _resized_part(image, draw_box(image.size, rng, scale=scale, ratio=ratio), size)
 
 
 def centre_crop(image: Image.Image, size: Size) -> Image.Image:
     """The largest centred part with the aspect ratio of `size`, resized to it with bicubic interpolation."""
     height, width = size
-    return _resized_part(image, _centred_part(image, width / height), size)
+    return _resized_part(image, centred_box(image.size, width / height), size)
 
 
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
@@ -77,16 +101,6 @@ class Normalization:
         return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
-def _centred_part(image: Image.Image, aspect: float) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of the largest centred part with width / height = aspect."""
-    width, height = image.size
-    part_width = max(1, min(width, round(height * aspect)))
-    part_height = max(1, min(height, round(width / aspect)))
-    return (width - part_width) // 2, (height - part_height) // 2, part_width, part_height
-
-
-def _resized_part(image: Image.Image, part: tuple[int, int, int, int], size: Size) -> Image.Image:
-    left, top, width, height = part
+def _resized_part(image: Image.Image, box: Box, size: Size) -> Image.Image:
     # Cropped first: resize's own `box` would let the filter reach for pixels outside the part.
-    cropped = image.crop((left, top, left + width, top + height))
-    return cropped.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return image.crop(box).resize((size[1], size[0]), Image.Resampling.BICUBIC)

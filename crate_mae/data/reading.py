@@ -1,0 +1,402 @@
+"""Image files to pixels: any mode and depth that Pillow opens, upright, and decoded no further than a crop needs.
+
+What comes out has 8 bits a channel. Deeper pixels are scaled by their range rather than clipped to 255, as Pillow's `convert`
+does:
+
+- 16 bits without a sign, and the 12 bits of some TIFFs: their upper 8, as Pillow itself takes them of deep colour images.
+- Floats, integers with a sign and those of 32 bits: black is the least and white the most, as the file's SMinSampleValue and
+  SMaxSampleValue tell it (TIFF); else 0 and 1 for floats that all lie between; else the least and the most of the image's own
+  finite pixels. Where there is no number (NaN) it is black.
+
+Transparent pixels are seen over white, as in a browser, unless four channels are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import io
+import math
+import os
+import re
+import stat
+import struct
+import warnings
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+from crate_mae.data.source import UnreadableImage
+from crate_mae.data.transforms import Box, Size
+
+COLOUR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+# Left out, though Pillow knows them: what it hands to another program (.eps, .ps, .wmf, .emf) or to a library that is not there
+# (.bufr, .grib, .hdf, .h5, .mpg), .pdf, which it only writes, films (.fli, .flc), cursors and systems' icons (.cur, .icns),
+# textures of games (.dds, .blp, .ftc, .gbr), measurements (.fits, .im), and names that as often mean raw pixels (.rgb, .bw).
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg",
+    ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".ras",
+    ".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
+})
+# fmt: on
+"""Lower-case suffixes of the still images that Pillow opens by itself."""
+
+_BY_OTHER_PROGRAMS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+_IN_MEMORY = 64 * 2**20
+"""Bytes up to which a file is read at once: it is faster, and no descriptor stays open with the image."""
+
+_NOT_THE_FILES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_CAUSES_OF_ERRORS = {
+    errno.ENOENT: "vanished",
+    errno.ENOTDIR: "vanished",
+    errno.ELOOP: "vanished",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.ENXIO: "no file",  # a socket
+    errno.EISDIR: "no file",
+}
+_CUT_SHORT = re.compile(
+    "truncat|end of (file|data|image)|EOF|requires a buffer|not enough|not large enough", re.IGNORECASE
+)
+
+_ORIENTATION, _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = (
+    0x0112,
+    256,
+    257,
+    258,
+    262,
+    339,
+)  # tags of TIFF and EXIF
+_LEAST, _MOST = 340, 341
+_MIRRORED = {1: "", 2: "x", 3: "xy", 4: "y", 5: "", 6: "x", 7: "xy", 8: "y"}
+"""How EXIF orientations are undone: the two axes are swapped from 5 on, then these are mirrored."""
+
+# Of files that are read all the same: Pillow raises an error by itself where one claims more than twice as many pixels.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data|Truncated File Read", UserWarning)
+
+
+def open_file(path: str | os.PathLike[str], name: str = "") -> Image.Image:
+    """The image in a regular file; a pipe, a device or a folder of that name is not waited for.
+
+    Args:
+        path: of the file.
+        name: what messages call it; the path by default.
+
+    Raises:
+        UnreadableImage: as of `open_image`; or there is no such file, or it cannot be read.
+        OSError, MemoryError: this process has too many files open, or too little memory.
+    """
+    name = name or os.fspath(path)
+    flags = (getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    with contextlib.ExitStack() as on_error, _errors_named(name):
+        descriptor = os.open(path, sum(flags, os.O_RDONLY))
+        file = on_error.enter_context(os.fdopen(descriptor, "rb", closefd=True))
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise UnreadableImage(name, "no file", "not a regular file")
+        if about.st_size <= _IN_MEMORY:
+            return open_image(file.read(), name)
+        image = open_image(file, name)
+        on_error.pop_all()
+        return image
+
+
+def open_image(file: BinaryIO | bytes, name: str) -> Image.Image:
+    """The image in a file or its bytes: its header is read, and its pixels are when they are asked for.
+
+    Args:
+        file: a file that can be sought in; it must stay open as long as the image, and does if only the image holds it.
+        name: what messages call it.
+
+    Raises:
+        UnreadableImage: it is no image, or its header is not whole, or it claims too many pixels.
+        OSError, MemoryError: this process has too many files open, or too little memory.
+    """
+    with _errors_named(name):
+        if isinstance(file, bytes):
+            if not file:
+                raise UnreadableImage(name, "empty", "of 0 bytes")
+            file = io.BytesIO(file)
+        try:
+            return Image.open(file, formats=_formats())
+        except Exception as error:
+            if _is_not_the_files_fault(error):
+                raise
+            raise _objection(file, name, error) from error
+
+
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of the image when it is upright, which its pixels need not be decoded for."""
+    width, height = image.size
+    tags = getattr(image, "tag_v2", {})
+    if tags and getattr(
+        image, "tile", None
+    ):  # Pillow 11 and newer give this of upright TIFFs, others after decoding alone
+        width, height = tags[_WIDTH], tags[_HEIGHT]
+    return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def whole(image: Image.Image, channels: int, name: str) -> Image.Image:
+    """All of the image: upright, in 8 bits, in mode L, RGB or RGBA for 1, 3 or 4 channels.
+
+    Args:
+        image: of any mode; it is decoded, if it was not, and else left as it is.
+        channels: 1, 3 or 4.
+        name: what messages call it.
+
+    Raises:
+        UnreadableImage: its pixels cannot be decoded.
+        OSError, MemoryError: as of `open_image`.
+    """
+    mode = _mode_of(channels)
+    with _errors_named(name):
+        _decode(image)
+        pixels = _in_mode(_in_eight_bits(image), mode)
+        orientation = _orientation(image)
+        if orientation >= 5:
+            pixels = pixels.transpose(Image.Transpose.TRANSPOSE)
+        if "x" in _MIRRORED[orientation]:
+            pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if "y" in _MIRRORED[orientation]:
+            pixels = pixels.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        return pixels.copy() if pixels is image else pixels
+
+
+def part(image: Image.Image, box: Box, size: Size, channels: int, name: str) -> torch.Tensor:
+    """A part of the upright image, resized with bicubic interpolation as if it were an image of its own.
+
+    A JPEG that was not decoded yet is decoded at 1/2, 1/4 or 1/8 of its scale where the part then still has as many pixels as
+    are wanted. With 4 channels colours are weighted by their opacity: those of transparent pixels do not bleed.
+
+    Args:
+        image: of any mode; it may be asked for further parts.
+        box: (left, top, right, bottom) in pixels of the upright image (`shown_size`).
+        size: (height, width) of the result.
+        channels: 1, 3 or 4.
+        name: what messages call it.
+
+    Returns:
+        uint8 [channels, height, width]; in memory the channels of a pixel may lie side by side (channels last), as this is how
+        they come, and a device brings them into any other order faster.
+
+    Raises:
+        UnreadableImage: its pixels cannot be decoded.
+        ValueError: the box is empty, or not within the image.
+        OSError, MemoryError: as of `open_image`.
+    """
+    mode, (width, height) = _mode_of(channels), shown_size(image)
+    if not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        raise ValueError(f"box: expected a part of an image of {width} x {height} pixels, got {tuple(box)}")
+    with _errors_named(name):
+        scale, image = _at_reduced_scale(image, box, size)
+        _decode(image)
+        orientation = _orientation(image)
+        left, top, right, bottom = _as_stored(box, (width, height), orientation)
+        inner = (left / scale, top / scale, right / scale, bottom / scale)
+        outer = (*map(math.floor, inner[:2]), *map(math.ceil, inner[2:]))
+        pixels = _in_mode(_in_eight_bits(image).crop(outer), mode)
+    inner = (inner[0] - outer[0], inner[1] - outer[1], inner[2] - outer[0], inner[3] - outer[1])
+    result = _resized(pixels, inner, size if orientation < 5 else size[::-1])
+    if orientation >= 5:
+        result = result.transpose(1, 2)
+    if mirrored := _MIRRORED[orientation]:
+        result = result.flip([{"y": 1, "x": 2}[axis] for axis in mirrored])
+    return result
+
+
+def _resized(pixels: Image.Image, box: tuple[float, float, float, float], size: Size) -> torch.Tensor:
+    """PyTorch's filter is Pillow's, three times as fast; Pillow's alone knows opacity, and boxes that cut through pixels."""
+    if pixels.mode == "RGBA" or box != (0, 0, *pixels.size):
+        pixels = pixels.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
+    values = np.array(pixels)
+    result = torch.from_numpy(values.reshape(1, *values.shape[:2], -1)).permute(0, 3, 1, 2)
+    if result.shape[2:] != size:
+        result = torch.nn.functional.interpolate(result, size, mode="bicubic", antialias=True)
+    return result[0]
+
+
+def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Image.Image]:
+    """(s, an image of 1/s of the scale); `draft` changes what it is asked of, so that this is another one where s is above 1."""
+    if image.format not in ("JPEG", "MPO") or not getattr(image, "tile", None):
+        return 1, image
+    (height, width), (left, top, right, bottom) = size, box
+    fitting = min((right - left) // width, (bottom - top) // height)
+    if fitting < 2:
+        return 1, image
+    scale = 8 if fitting >= 8 else 4 if fitting >= 4 else 2
+    reduced = Image.open(image.fp, formats=("JPEG",))
+    reduced.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
+    return scale, reduced
+
+
+def _as_stored(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """Where a part of the upright image of this size (width, height) is stored."""
+    (left, top, right, bottom), (width, height) = box, size
+    if "x" in _MIRRORED[orientation]:
+        left, right = width - right, width - left
+    if "y" in _MIRRORED[orientation]:
+        top, bottom = height - bottom, height - top
+    return (left, top, right, bottom) if orientation < 5 else (top, left, bottom, right)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Its EXIF orientation, 1 to 8; 1 where it tells none, or none that there is. No other tag matters."""
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except Exception as error:
+        if _is_not_the_files_fault(error):
+            raise
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _decode(image: Image.Image) -> None:
+    """Load its pixels; and bring the value that a PNG calls transparent to the depth that Pillow brings the pixels to."""
+    clear, tile = image.info.get("transparency"), getattr(image, "tile", None)
+    stored_as = tile[0][3] if clear is not None and tile else ""
+    image.load()
+    if stored_as in ("L;2", "L;4"):
+        image.info["transparency"] = clear * (85 if stored_as == "L;2" else 17)
+    elif stored_as == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Colours of 8 bits in L, RGB or RGBA."""
+    clear = "transparency" in image.info
+    if image.mode == mode and not clear:
+        return image
+    if clear or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        if image.mode == "La":  # which Pillow converts to no other
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        if mode == "RGBA":
+            return image
+        seen = Image.new("RGB", image.size, "white")
+        seen.paste(image, mask=image)
+        image = seen
+    elif image.mode not in ("1", "L", "P", "RGB"):  # YCbCr, CMYK, LAB, HSV, RGBX
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """The image, or L or LA of one whose pixels are deeper; by the range of all of it, which its parts share."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    tags: Any = getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        grey = values >> (4 if _first(tags.get(_BITS)) == 12 else 8)
+    elif image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, as Pillow scales all of PPM's depths to
+        grey = values >> 8
+    else:
+        if image.mode == "I" and tags and _first(tags.get(_SAMPLE_FORMAT, 1)) == 1:
+            values = values.view(np.uint32)
+        grey = _measured(values, _first(tags.get(_LEAST)), _first(tags.get(_MOST)))
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow sees to in 8 bits alone
+        grey = 255 - grey
+    result = Image.fromarray(grey.astype(np.uint8))
+    if (clear := image.info.get("transparency")) is not None:
+        result.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return result
+
+
+def _measured(values: np.ndarray, least: float | None, most: float | None) -> np.ndarray:
+    """Values of any range in 0 to 255."""
+    finite = values[np.isfinite(values)]
+    if least is None or most is None or not -math.inf < least < most < math.inf:
+        least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        if values.dtype.kind == "f" and least >= 0 and most <= 1:
+            least, most = 0.0, 1.0
+    scaled = (values.astype(np.float64) - least) * (255 / ((most - least) or 1))
+    return np.rint(np.clip(np.nan_to_num(scaled, nan=0, posinf=255, neginf=0), 0, 255))
+
+
+def _first(value: Any) -> Any:
+    """Of a tag that has one value, or one for each channel."""
+    return value[0] if isinstance(value, tuple) and value else value
+
+
+def _mode_of(channels: int) -> str:
+    if channels not in COLOUR_MODES:
+        raise ValueError(f"channels: image files give {sorted(COLOUR_MODES)} channels, not {channels}")
+    return COLOUR_MODES[channels]
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """What Pillow decodes by itself, the most usual first."""
+    Image.init()
+    return tuple(sorted(set(Image.ID) - _BY_OTHER_PROGRAMS, key=lambda name: (name != "JPEG", Image.ID.index(name))))
+
+
+def _is_not_the_files_fault(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILES_FAULT
+
+
+@contextlib.contextmanager
+def _errors_named(name: str) -> Iterator[None]:
+    """Pillow's decoders raise whatever a broken file leads them to: all of it becomes an UnreadableImage of this name."""
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except Exception as error:
+        if _is_not_the_files_fault(error):
+            raise
+        raise UnreadableImage(name, _cause(error), _spoken(error)) from error
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return "too large"
+    if getattr(error, "errno", None) is not None:
+        return _CAUSES_OF_ERRORS.get(error.errno, "read error")
+    ended = (EOFError, IndexError, struct.error)
+    if isinstance(error, ended) or isinstance(error.__cause__, ended) or _CUT_SHORT.search(str(error)):
+        return "truncated"
+    return "damaged"
+
+
+def _spoken(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _objection(file: BinaryIO, name: str, error: Exception) -> UnreadableImage:
+    """Why Pillow does not open this file, which it does not tell itself where the header is to blame."""
+    if not isinstance(error, PIL.UnidentifiedImageError):
+        cause, reason = _cause(error), _spoken(error)
+    else:
+        cause, reason = "no image", f"in no format that Pillow {PIL.__version__} opens"
+        for format in _formats():
+            factory, accept = Image.OPEN[format]
+            file.seek(0)
+            answer = accept and accept(file.read(16))
+            if isinstance(answer, str):  # known, and not built into this Pillow
+                reason = answer
+            elif answer:
+                try:
+                    file.seek(0)
+                    factory(file, "")
+                except Exception as told:
+                    cause, reason = _cause(told), f"{format}: {_spoken(told)}"
+                    break
+    file.seek(0)
+    start = file.read(8)
+    if (
+        cause == "damaged"
+        and start[:4] == b"RIFF"
+        and int.from_bytes(start[4:], "little") + 8 > file.seek(0, io.SEEK_END)
+    ):
+        cause = "truncated"  # WebP, whose decoder says no more than that it fails
+    return UnreadableImage(name, cause, reason)
