@@ -13,6 +13,7 @@ import torch
 
 from crate_mae import state_dicts
 from crate_mae.data import LostWorkers
+from crate_mae.data.unreadable import TooManyUnreadable
 from crate_mae.training import NonFiniteLoss, RunStopped
 
 BROKE_DOWN, USER_ERROR, BUG, BY_SIGNAL = 1, 2, 70, 128
@@ -79,7 +80,7 @@ def outcome(error: BaseException) -> tuple[str, int]:
         return str(error), BY_SIGNAL + error.signal
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was saved before is kept", BY_SIGNAL + getattr(error, "signal", signal.SIGINT)
-    if isinstance(error, NonFiniteLoss | LostWorkers):
+    if isinstance(error, NonFiniteLoss | LostWorkers | TooManyUnreadable):
         return str(error), BROKE_DOWN
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
         remedy = "a lower --schedule.batch_size needs less, and so do --run.recompute true and --run.stream 16bit"

@@ -123,7 +123,7 @@ class _Scan:
         if self.left_out:
             remarks.append("beside images: " + ", ".join(f"{n:,} {what}" for what, n in sorted(self.left_out.items())))
         keys = [self.numbers.get(_key(name)) for name in self.names]
-        folders = [text_of(parts[0]) if len(parts := _parts(name)) > 1 else None for name in self.names]
+        folders = [printable(parts[0]) if len(parts := _parts(name)) > 1 else None for name in self.names]
         numbered, number_names = _numbered(keys)
         sorted_into, folder_names = _numbered(folders)
         arrays = {
@@ -163,7 +163,7 @@ class _Scan:
     def _take(self, member: tarfile.TarInfo) -> None:
         name = member.name.encode("utf-8", "surrogateescape")
         parts = _parts(name)
-        suffix = os.path.splitext(text_of(parts[-1]))[1].lower() if parts else ""
+        suffix = os.path.splitext(printable(parts[-1]))[1].lower() if parts else ""
         if member.isdir():
             return
         if any(part.startswith(b".") for part in parts) or not parts:
@@ -206,9 +206,12 @@ class _Scan:
                     self._add(name, self.offsets[place], self.sizes[place])
 
 
-def text_of(name: bytes) -> str:
-    """A member's name, which need not be UTF-8, as Python has such names of files."""
-    return name.decode("utf-8", "surrogateescape")
+def printable(path: bytes) -> str:
+    """A path as text for people, on one line and in UTF-8 whatever is in it: the rest as backslash escapes."""
+    text = path.decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _parts(name: bytes) -> list[bytes]:

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crate_mae.data.reading import open_image
-from crate_mae.data.shard_index import ShardIndex, scanned, shard_index, text_of
+from crate_mae.data.shard_index import ShardIndex, printable, scanned, shard_index
 from crate_mae.data.source import Source, UnreadableImage
 
 _MOST_SHARDS = 1_000_000
@@ -127,7 +127,7 @@ class TarShards(Source):
         return open_image(data, name)
 
     def name(self, index: int) -> str:
-        return f"{self.paths[self._shard(index)]}/{text_of(self._member(index))}"
+        return printable(os.fsencode(self.paths[self._shard(index)]) + b"/" + self._member(index))
 
     def fingerprint(self) -> str:
         if not self._fingerprint:
@@ -156,7 +156,8 @@ class TarShards(Source):
 
     def _indices(self, progress: bool) -> list[ShardIndex]:
         bar = tqdm(total=len(self.paths), unit="shard", desc="index", delay=1, disable=None if progress else True)
-        with bar, ThreadPoolExecutor(min(16, len(self.paths))) as threads:
+        # Few threads: they wait for a disk together, and take turns at the headers.
+        with bar, ThreadPoolExecutor(8) as threads:
             indices = []
             try:
                 for index in threads.map(shard_index, self.paths):
@@ -275,3 +276,11 @@ def _labels(indices: list[ShardIndex], by: str) -> tuple[list[str], np.ndarray]:
     place = {name: number for number, name in enumerate(classes)}
     tables = [np.array([place.get(name, 0) for name in own], dtype=np.int32) for own in names]
     return classes, _joined(table[index.arrays[by]] for table, index in zip(tables, indices, strict=True))
+
+
+def shards_in(source: Source) -> list[TarShards]:
+    """The tar shards that a source consists of, or is a part or a mixture of."""
+    if isinstance(source, TarShards):
+        return [source]
+    inner = [*getattr(source, "sources", ()), *([source.source] if hasattr(source, "source") else ())]
+    return [shards for each in inner for shards in shards_in(each)]
