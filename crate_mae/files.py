@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,15 +54,21 @@ class _Output(io.RawIOBase):
 
 
 @contextmanager
-def replaced(*paths: Path) -> Iterator[Any]:
+def replaced(*paths: Path, alone: bool = True) -> Iterator[Any]:
     """A binary file to write to for each path (of one path, the file itself), which takes that place when the block ends.
 
     All are whole and synced before the first takes its place; an error leaves what was there.
 
+    Args:
+        paths: of the files.
+        alone: nobody else writes them at the same time. Otherwise the unfinished files have names of their own, and a writer that
+            is killed leaves one that the next does not take up.
+
     Raises:
         OSError: one could not be written; it names the path and says why, whatever the block made of that.
     """
-    unfinished = {path: path.with_name(_UNFINISHED.format(path.name)) for path in paths}
+    own = "" if alone else f".{secrets.token_hex(4)}"
+    unfinished = {path: path.with_name(_UNFINISHED.format(path.name + own)) for path in paths}
     files: dict[Path, _Output] = {}
     try:
         for path, temporary in unfinished.items():

@@ -11,7 +11,9 @@ from crate_mae.data.batches import (
     epoch_order,
     in_order,
 )
-from crate_mae.data.folder import COLOUR_MODES, FLOWERS, IMAGE_SUFFIXES, ImageFolder, UnreadableImage, read_image
+from crate_mae.data.folder import COLOUR_MODES, FLOWERS, ImageFolder, compare, read_image
+from crate_mae.data.reading import IMAGE_SUFFIXES
+from crate_mae.data.source import UnreadableImage
 from crate_mae.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -36,6 +38,7 @@ __all__ = [
     "PretrainImages",
     "UnreadableImage",
     "centre_crop",
+    "compare",
     "epoch_order",
     "image_to_tensor",
     "in_order",

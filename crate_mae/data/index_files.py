@@ -30,18 +30,29 @@ def cache_file(kind: str, of: str) -> Path:
 
 
 def write_index(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> bool:
-    """Keep arrays, with a checksum; what was there before is there until they are. False where they cannot be kept.
+    """Keep arrays as `save_index` does. False where they cannot be kept.
 
     A full or read-only disk is no reason to end: an index is gathered anew where there is none.
     """
     with contextlib.suppress(OSError):
         make_folder(path.parent)
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        content = save(arrays, {**about, _CHECKSUM: str(_checksum(arrays, about))})
-        with replaced(path) as file:
-            file.write(content)
+        save_index(path, arrays, about)
         return True
     return False
+
+
+def save_index(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
+    """Write arrays to a file, with a checksum; what was there before is there until they are.
+
+    Several processes may do so at once: each file is whole, and the last one stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    content = save(arrays, {**about, _CHECKSUM: str(_checksum(arrays, about))})
+    with replaced(path, alone=False) as file:
+        file.write(content)
 
 
 def read_index(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:

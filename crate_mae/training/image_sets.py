@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from crate_mae.data import COLOUR_MODES, FLOWERS, IMAGE_SUFFIXES, ImageFolder
+from crate_mae.data import COLOUR_MODES, FLOWERS, ImageFolder
+from crate_mae.data.listing import holds_images
 from crate_mae.training.config import PretrainConfig
 
 _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -74,7 +75,7 @@ def _parts_of(option: str, root: Path) -> dict[str, Path]:
         part = next((part for part, names in _PARTS.items() if path.name.lower() in names and path.is_dir()), None)
         if part:
             found[part].append(path)
-        elif not path.name.startswith(".") and _holds_images(path):
+        elif not path.name.startswith(".") and holds_images(path):
             others.append(path)
     found = {part: paths for part, paths in found.items() if paths}
     if "train" not in found or (others and len(found) == 1):  # a class may be called train, one of vehicles
@@ -89,8 +90,3 @@ def _parts_of(option: str, root: Path) -> dict[str, Path]:
 
 def _names(paths: Iterable[Path]) -> str:
     return ", ".join(path.name for path in paths)
-
-
-def _holds_images(path: Path) -> bool:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
