@@ -45,7 +45,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     out = asked.out and path_of(str(asked.out))
     if out and not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
-    source = open_source(asked.source, "SOURCE")
+    source = open_source(asked.source)
     with stop_requests(STOPPING) as stop:
         try:
             report = check(source, workers=workers_of(asked.workers), should_stop=lambda: bool(stop))

@@ -69,7 +69,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     asked = chosen.pack
     out = path_of(str(asked.out))
     settings = PackSettings(asked.short_side, bytes_of(asked.shard_size), asked.quality, asked.name)
-    source = open_source(asked.source, "SOURCE")
+    source = open_source(asked.source)
     with owned(out, "OUT"), stop_requests(STOPPING) as stop:
         try:
             packed = pack(

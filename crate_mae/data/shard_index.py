@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from crate_mae.data.index_files import cache_file, read_index, write_index
+from crate_mae.data.paths import printable
 from crate_mae.data.reading import IMAGE_SUFFIXES
 
 INDEX_SUFFIX = ".index"
@@ -204,14 +205,6 @@ class _Scan:
                     self.left_out["hard links to no image of the shard"] += 1
                 else:
                     self._add(name, self.offsets[place], self.sizes[place])
-
-
-def printable(path: bytes) -> str:
-    """A path as text for people, on one line and in UTF-8 whatever is in it: the rest as backslash escapes."""
-    text = path.decode("utf-8", "backslashreplace")
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _parts(name: bytes) -> list[bytes]:

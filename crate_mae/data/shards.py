@@ -24,8 +24,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from crate_mae.data.reading import open_image
-from crate_mae.data.shard_index import ShardIndex, printable, scanned, shard_index
+from crate_mae.data.paths import printable
+from crate_mae.data.reading import _errors_named, open_image
+from crate_mae.data.shard_index import ShardIndex, scanned, shard_index
 from crate_mae.data.source import Source, UnreadableImage
 
 _MOST_SHARDS = 1_000_000
@@ -114,12 +115,11 @@ class TarShards(Source):
     def image(self, index: int) -> Image.Image:
         shard, name = self._shard(index), self.name(index)
         size = int(self._sizes[index])
-        try:
-            data = self._opened.read(shard, size, int(self._offsets[index]), self._is_unchanged)
-        except _ChangedShard as error:
-            raise UnreadableImage(name, "vanished", str(error), "start again, and the shard is indexed anew") from None
-        except OSError as error:
-            raise UnreadableImage(name, _cause(error), f"the shard: {error.strerror or error}") from error
+        with _errors_named(name):
+            try:
+                data = self._opened.read(shard, size, int(self._offsets[index]), self._is_unchanged)
+            except _ChangedShard as error:
+                raise UnreadableImage(name, "vanished", str(error), "start again, and it is indexed anew") from None
         if len(data) < size:
             raise UnreadableImage(
                 name, "truncated", f"its shard ends after {len(data):,} of its {size:,} bytes", "get the shard again"
@@ -256,12 +256,6 @@ class _Opened:
 
 def _state(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
-
-
-def _cause(error: OSError) -> str:
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return "vanished"
-    return "no permission" if isinstance(error, PermissionError) else "read error"
 
 
 def _joined(arrays: Iterator[np.ndarray]) -> np.ndarray:
