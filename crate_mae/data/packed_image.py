@@ -56,7 +56,7 @@ def packed_image(source: Source, index: int, *, short_side: int, quality: int) -
             pixels = _decoded(image, short_side, name)
             if data and _is_upright_and_still(image):
                 return PackedImage(_SUFFIXES[image.format], data)
-            return _encoded(pixels, quality)
+            return _encoded(pixels, quality, "4:4:4" if is_small else "4:2:0")
     except UnreadableImage as error:
         return Unreadable.of(error)
 
@@ -96,11 +96,11 @@ def _is_upright_and_still(image: Image.Image) -> bool:
         return False
 
 
-def _encoded(pixels: Image.Image, quality: int) -> PackedImage:
+def _encoded(pixels: Image.Image, quality: int, subsampling: str) -> PackedImage:
     pixels.info.clear()  # comments and profiles, which the encoders would write
     file = io.BytesIO()
     if pixels.mode == "RGBA" or max(pixels.size) > _LONGEST_JPEG:
         pixels.save(file, "PNG")
         return PackedImage(".png", file.getvalue())
-    pixels.save(file, "JPEG", quality=quality)
+    pixels.save(file, "JPEG", quality=quality, subsampling=subsampling)
     return PackedImage(".jpg", file.getvalue())
