@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from crate_mae.config import ModelConfig
-from crate_mae.data.folder import COLOUR_MODES
-from crate_mae.data.transforms import Normalization, centre_crop, image_to_tensor
+from crate_mae.data.reading import COLOUR_MODES, part, shown_size
+from crate_mae.data.transforms import Normalization, centred_box
 from crate_mae.files import make_folder, replaced
 from crate_mae.model import CrateMAE
 from crate_mae.registry import create_model
@@ -171,9 +171,10 @@ def load_transform(directory: str | Path) -> Callable[[Image.Image], Tensor]:
     """What turns a photograph into a model's input, as validation does in the pre-training run that wrote ``directory``.
 
     Returns:
-        A function of a Pillow image: upright, in the model's colours, its largest centred part resized to the model's image size,
-        (pixels / 255 - mean) / std with the run's numbers; a float32 tensor [channels, height, width]. It raises a TypeError
-        for anything but a Pillow image.
+        A function of a Pillow image of any mode: upright, in the model's colours, its largest centred part resized to the model's
+        image size (``crate_mae.data.reading``), (pixels / 255 - mean) / std with the run's numbers; a float32 tensor [channels,
+        height, width]. It raises a TypeError for anything but a Pillow image, and an UnreadableImage, which is a ValueError, for
+        one whose file is broken.
 
     Raises:
         FileNotFoundError: there is no ``config.json``.
@@ -186,8 +187,10 @@ def load_transform(directory: str | Path) -> Callable[[Image.Image], Tensor]:
             raise TypeError(
                 f"image: expected a Pillow image, as PIL.Image.open gives of a file, got {type(image).__name__}"
             )
-        upright = ImageOps.exif_transpose(image).convert(COLOUR_MODES[model.in_chans])
-        return normalization(image_to_tensor(centre_crop(upright, model.image_shape)))
+        height, width = model.image_shape
+        name = str(getattr(image, "filename", "") or "given")
+        box = centred_box(shown_size(image, name), width / height)
+        return normalization(part(image, box, model.image_shape, model.in_chans, name))
 
     return transform
 

@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset
 
 from crate_mae.checkpoints import load_model
 from crate_mae.config import grid_of
-from crate_mae.data import ImageFolder, Normalization
+from crate_mae.data import CentreCropped, Normalization, Source, Subset
 from crate_mae.evaluation import class_accuracies, pooled_features, zeros_by_layer
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
@@ -21,8 +21,9 @@ from crate_mae.registry import count_parameters
 from crate_mae.training import PretrainConfig, PretrainResult
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.precision import choose_device, cpu_threads
-from crate_mae.training.run_folder import METRICS, SUMMARY
-from crate_mae.training.validation import CentreCropped, mask_noise
+from crate_mae.training.run_folder import METRICS, SUMMARY, UNREADABLE
+from crate_mae.training.unreadable import listed
+from crate_mae.training.validation import mask_noise
 
 RANDOM_SEEDS = range(5)
 """Of the encoders with random weights that the trained one stands beside."""
@@ -40,15 +41,16 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
     Classes are found among all images, by labels of others; pre-training saw those to train on too, and no label. Without
     validation images nothing is drawn; without classes, or with too few images of one, the page does without them.
     """
-    train, val, _ = image_sets(config)
+    train, val, *_ = image_sets(config)
     if result.errors is None or val is None:
         return []
+    train, val = (_without(source, listed(config.out / UNREADABLE)) for source in (train, val))
     with cpu_threads(config.run.threads):
         device = choose_device(config.run.device)
         model = load_model(config.out).to(device).eval()
         random = [_random_model(model, seed).to(device) for seed in RANDOM_SEEDS]
         normalization = Normalization(config.images.mean, config.images.std, config.model.in_chans)
-        shown = CentreCropped(val, config.model.image_shape)
+        shown = CentreCropped(val, config.model.image_shape, config.model.in_chans)
         sparsity = Sparsity(*(zeros_by_layer(each, shown, normalization) for each in (model, random[0])))
         classes = _classes(model, random, train, val, normalization)
         chosen = np.linspace(0, len(shown) - 1, min(ROWS, len(shown))).round().astype(int).tolist()
@@ -72,6 +74,12 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
     return [f"On one page: {config.out / SUMMARY}", *([] if classes is None else _lines(classes))]
 
 
+def _without(source: Source, names: set[str]) -> Source:
+    return (
+        Subset(source, [index for index in range(len(source)) if source.name(index) not in names]) if names else source
+    )
+
+
 def _random_model(like: CrateMAE, seed: int) -> CrateMAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -79,12 +87,14 @@ def _random_model(like: CrateMAE, seed: int) -> CrateMAE:
 
 
 def _classes(
-    model: CrateMAE, random: list[CrateMAE], train: ImageFolder, val: ImageFolder, normalization: Normalization
+    model: CrateMAE, random: list[CrateMAE], train: Source, val: Source, normalization: Normalization
 ) -> Classes | None:
-    labels = torch.tensor(train.labels + val.labels)
+    labels = torch.from_numpy(np.concatenate([train.labels, val.labels])).long()
     if train.classes != val.classes or len(train.classes) < 2 or labels.bincount().min() < FOLDS:
         return None
-    images = ConcatDataset([CentreCropped(folder, model.config.image_shape) for folder in (train, val)])
+    images = ConcatDataset(
+        [CentreCropped(source, model.config.image_shape, model.config.in_chans) for source in (train, val)]
+    )
     trained, *others = (
         class_accuracies(pooled_features(each, images, normalization), labels, folds=FOLDS) for each in (model, *random)
     )

@@ -14,8 +14,9 @@ from PIL import Image
 
 import crate_mae
 from crate_mae.config import ModelConfig
+from crate_mae.data import ImageFolder
 from crate_mae.model import CrateMAE
-from crate_mae.training import OptimizerConfig, PretrainConfig, RunConfig, ScheduleConfig
+from crate_mae.training import ImagesConfig, OptimizerConfig, PretrainConfig, RunConfig, ScheduleConfig
 from crate_mae.training.states import saved_states
 
 TINY = ModelConfig(
@@ -36,13 +37,20 @@ def write_photographs(folder: Path) -> Path:
 def tiny_config(out: Path, photographs: Path) -> PretrainConfig:
     return PretrainConfig(
         out=out,
-        data=photographs,
-        val=photographs,
+        data=str(photographs),
+        val=str(photographs),
         model=TINY,
+        images=ImagesConfig(num_workers=0),
         optimizer=OptimizerConfig(base_lr=0.2),
         schedule=ScheduleConfig(epochs=3, warmup_epochs=1, batch_size=3),
         run=RunConfig(device="cpu", precision="float32", threads=1, log_every=2, save_every=1, pictures=2),
     )
+
+
+def visited(config: PretrainConfig, epoch: int) -> list[Path]:
+    """The photographs in the order in which an epoch comes to them."""
+    folder = ImageFolder(config.data)
+    return [Path(folder.name(index)) for index in folder.epoch(config.run.seed, epoch)[1]]
 
 
 def metric_lines(out: Path) -> list[dict]:

@@ -13,8 +13,7 @@ import torch
 
 from crate_mae import state_dicts
 from crate_mae.data import LostWorkers
-from crate_mae.data.unreadable import TooManyUnreadable
-from crate_mae.training import NonFiniteLoss, RunStopped
+from crate_mae.training import NonFiniteLoss, RunStopped, TooManyUnreadable
 
 BROKE_DOWN, USER_ERROR, BUG, BY_SIGNAL = 1, 2, 70, 128
 

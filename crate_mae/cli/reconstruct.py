@@ -13,7 +13,9 @@ from crate_mae.checkpoints import CONFIG_FILE, load_model, read_normalization
 from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.settings import check_json, path_of
 from crate_mae.config import grid_of
-from crate_mae.data import Normalization, UnreadableImage, centre_crop, image_to_tensor, read_image
+from crate_mae.data.reading import open_file, part, shown_size
+from crate_mae.data.source import UnreadableImage
+from crate_mae.data.transforms import Normalization, Size, centred_box
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import reconstruction_sheet
@@ -59,8 +61,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             f"--mask_ratio: expected above 0, and to leave one patch of {rows * columns} visible, got {mask_ratio}"
         )
 
-    images = [_read(path, model.config.in_chans) for path in settings.images]
-    pixels = [image_to_tensor(centre_crop(image, model.config.image_shape)) for image in images]
+    pixels = [_centre(path, model.config.image_shape, model.config.in_chans) for path in settings.images]
     # One measure an image, so that each has an error of its own, in the unit of pre-training's.
     measures = [
         Validation(
@@ -96,13 +97,13 @@ def _refuse_output(out: Path, images: list[Path]) -> None:
         raise ValueError(f"--out: {out} is one of the images, and would be overwritten")
 
 
-def _read(path: Path, channels: int) -> Image.Image:
-    if path.is_fifo():  # which would be waited for
-        raise ValueError(f"{path}: IMAGE: expected files of photographs")
+def _centre(path: Path, size: Size, channels: int) -> torch.Tensor:
     try:
-        return read_image(path, channels)
+        image = open_file(path)
+        box = centred_box(shown_size(image, str(path)), size[1] / size[0])
+        return part(image, box, size, channels, str(path))
     except UnreadableImage as error:
-        raise UnreadableImage(path, error.reason, "IMAGE: expected files of photographs") from error
+        raise UnreadableImage(path, error.cause, error.reason, "IMAGE: expected files of photographs") from error
 
 
 def _normalization(run: Path) -> Normalization:

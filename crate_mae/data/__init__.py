@@ -1,27 +1,22 @@
-"""Images for pre-training: folders of photographs, augmentation, batches, and the photographs shipped along."""
+"""Images for pre-training: their sources, how they are read and cut, batches, and the photographs shipped along."""
 
 from __future__ import annotations
 
-from crate_mae.data.batches import (
-    STOPPING,
-    BatchSampler,
-    ImageLoader,
-    LostWorkers,
-    PretrainImages,
-    epoch_order,
-    in_order,
-)
-from crate_mae.data.folder import COLOUR_MODES, FLOWERS, ImageFolder, compare, read_image
-from crate_mae.data.reading import IMAGE_SUFFIXES
-from crate_mae.data.source import UnreadableImage
-from crate_mae.data.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Normalization,
-    centre_crop,
-    image_to_tensor,
-    random_resized_crop,
-)
+from crate_mae.data.augmentation import augmented
+from crate_mae.data.batches import BatchSampler, in_order
+from crate_mae.data.decoded import decoded_if_small
+from crate_mae.data.folder import FLOWERS, ImageFolder, compare
+from crate_mae.data.huggingface import HuggingFaceImages
+from crate_mae.data.listing import holds_images
+from crate_mae.data.loader import STOPPING, ImageLoader, LostWorkers
+from crate_mae.data.mixture import Mixture
+from crate_mae.data.reading import COLOUR_MODES, IMAGE_SUFFIXES, open_file, open_image, part, shown_size, whole
+from crate_mae.data.samples import CentreCropped, PretrainImages, Sample, readable, readable_items
+from crate_mae.data.shards import TarShards, shard_paths
+from crate_mae.data.source import Source, Subset, UnreadableImage
+from crate_mae.data.specification import absolute, open_source
+from crate_mae.data.synthetic import SyntheticImages
+from crate_mae.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Normalization, centred_box, draw_box
 
 __all__ = [
     "COLOUR_MODES",
@@ -31,17 +26,35 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "STOPPING",
     "BatchSampler",
+    "CentreCropped",
+    "HuggingFaceImages",
     "ImageFolder",
     "ImageLoader",
     "LostWorkers",
+    "Mixture",
     "Normalization",
     "PretrainImages",
+    "Sample",
+    "Source",
+    "Subset",
+    "SyntheticImages",
+    "TarShards",
     "UnreadableImage",
-    "centre_crop",
+    "absolute",
+    "augmented",
+    "centred_box",
     "compare",
-    "epoch_order",
-    "image_to_tensor",
+    "decoded_if_small",
+    "draw_box",
+    "holds_images",
     "in_order",
-    "random_resized_crop",
-    "read_image",
+    "open_file",
+    "open_image",
+    "open_source",
+    "part",
+    "readable",
+    "readable_items",
+    "shard_paths",
+    "shown_size",
+    "whole",
 ]

@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-from crate_mae.data.batches import STOPPING, LostWorkers
+from crate_mae.data.loader import STOPPING, LostWorkers
 from crate_mae.data.source import Source
 
 _Result = TypeVar("_Result")

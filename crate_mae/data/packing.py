@@ -338,7 +338,8 @@ def _class_folders(classes: list[str]) -> list[str]:
 
 
 def _stem(name: str) -> str:
-    """Of an image's name what can be part of any file's: no folder, no suffix, and no dot, at which WebDataset would part it."""
+    """Of an image's name letters and digits alone, without folders and suffix: it is a file's name anywhere, and WebDataset parts
+    names at their first dot."""
     stem, suffix = os.path.splitext(name.rpartition("/")[2])
-    stem = re.sub(r'[.:*?"<>|\\\s\x00-\x1f\x7f]', "_", stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix)
-    return stem.encode("utf-8", "replace")[:_LONGEST_STEM].decode("utf-8", "ignore")
+    stem = re.sub(r"[^\w-]+", "_", stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix)
+    return stem.strip("_").encode()[:_LONGEST_STEM].decode("utf-8", "ignore")

@@ -82,6 +82,11 @@ _MIRRORED = {1: "", 2: "x", 3: "xy", 4: "y", 5: "", 6: "x", 7: "xy", 8: "y"}
 # Of files that are read all the same: Pillow raises an error by itself where one claims more than twice as many pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data|Truncated File Read", UserWarning)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(
+        b"0", dtype=torch.uint8
+    )  # PyTorch warns once a process that bytes cannot be written to, which nobody does
 
 
 def open_file(path: str | os.PathLike[str], name: str = "") -> Image.Image:
@@ -134,8 +139,17 @@ def open_image(file: BinaryIO | bytes, name: str) -> Image.Image:
             raise _objection(file, name, error) from error
 
 
-def shown_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of the image when it is upright, which its pixels need not be decoded for."""
+def shown_size(image: Image.Image, name: str = "an image") -> tuple[int, int]:
+    """(width, height) of the image when it is upright.
+
+    A PNG is decoded for it where its header has no EXIF, which may follow the pixels; of others the header is enough.
+
+    Raises:
+        UnreadableImage: of this name; its pixels cannot be decoded.
+    """
+    if image.format == "PNG" and "exif" not in image.info:
+        with _errors_named(name):
+            _decode(image)
     width, height = image.size
     tags = getattr(image, "tag_v2", {})
     if tags and getattr(
@@ -174,8 +188,8 @@ def whole(image: Image.Image, channels: int, name: str) -> Image.Image:
 def part(image: Image.Image, box: Box, size: Size, channels: int, name: str) -> torch.Tensor:
     """A part of the upright image, resized with bicubic interpolation as if it were an image of its own.
 
-    A JPEG that was not decoded yet is decoded at 1/2, 1/4 or 1/8 of its scale where the part then still has as many pixels as
-    are wanted. With 4 channels colours are weighted by their opacity: those of transparent pixels do not bleed.
+    A JPEG that was not decoded yet is decoded at 1/2, 1/4 or 1/8 of its scale where the part then still has twice as many pixels
+    as are wanted on both sides; with fewer the result differs visibly from that of the full scale. With 4 channels colours are weighted by their opacity: those of transparent pixels do not bleed.
 
     Args:
         image: of any mode; it may be asked for further parts.
@@ -193,7 +207,7 @@ def part(image: Image.Image, box: Box, size: Size, channels: int, name: str) -> 
         ValueError: the box is empty, or not within the image.
         OSError, MemoryError: as of `open_image`.
     """
-    mode, (width, height) = _mode_of(channels), shown_size(image)
+    mode, (width, height) = _mode_of(channels), shown_size(image, name)
     if not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
         raise ValueError(f"box: expected a part of an image of {width} x {height} pixels, got {tuple(box)}")
     with _errors_named(name):
@@ -217,11 +231,11 @@ def _resized(pixels: Image.Image, box: tuple[float, float, float, float], size: 
     """PyTorch's filter is Pillow's, three times as fast; Pillow's alone knows opacity, and boxes that cut through pixels."""
     if pixels.mode == "RGBA" or box != (0, 0, *pixels.size):
         pixels = pixels.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
-    values = np.array(pixels)
-    result = torch.from_numpy(values.reshape(1, *values.shape[:2], -1)).permute(0, 3, 1, 2)
-    if result.shape[2:] != size:
-        result = torch.nn.functional.interpolate(result, size, mode="bicubic", antialias=True)
-    return result[0]
+    values = torch.frombuffer(pixels.tobytes(), dtype=torch.uint8)  # not copied again, as np.array would
+    result = values.view(1, pixels.height, pixels.width, -1).permute(0, 3, 1, 2)
+    if pixels.size == size[::-1]:
+        return result[0].clone()
+    return torch.nn.functional.interpolate(result, size, mode="bicubic", antialias=True)[0]
 
 
 def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Image.Image]:
@@ -229,7 +243,7 @@ def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Im
     if image.format not in ("JPEG", "MPO") or not getattr(image, "tile", None):
         return 1, image
     (height, width), (left, top, right, bottom) = size, box
-    fitting = min((right - left) // width, (bottom - top) // height)
+    fitting = min((right - left) // (2 * width), (bottom - top) // (2 * height))
     if fitting < 2:
         return 1, image
     scale = 8 if fitting >= 8 else 4 if fitting >= 4 else 2

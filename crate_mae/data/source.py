@@ -85,9 +85,31 @@ class Source(ABC):
         """What its user should know, in short phrases: what was left out, and why; the memory that its index takes."""
         return []
 
+    def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """What an epoch of a run with this seed visits, in its order: a function of the two alone.
+
+        Returns:
+            uint32 [len] and uint32 [len]: of each visit the pass over the images that it belongs to, which together with the
+            image decides how it is cropped, and the image's number. Here an epoch is a pass, and visits each image once.
+        """
+        indices = shuffled(len(self), np.random.default_rng((seed, epoch)))
+        return np.broadcast_to(np.uint32(epoch), len(self)), indices
+
+    def split(self, fraction: float, seed: int) -> tuple[Source, Source]:
+        """Two disjoint parts, the second holding `fraction` of the images, at least one, drawn with `seed`.
+
+        Raises:
+            ValueError: nothing would be left to train on.
+        """
+        held_out = max(1, round(fraction * len(self)))
+        if held_out >= len(self):
+            raise ValueError(f"{len(self)} images leave none to train on after {held_out} for validation")
+        order = shuffled(len(self), np.random.default_rng(seed))
+        return Subset(self, np.sort(order[held_out:])), Subset(self, np.sort(order[:held_out]))
+
 
 class Subset(Source):
-    """Some images of a source.
+    """Some images of a source; an epoch visits each once, also where an epoch of the source itself would not.
 
     Args:
         source: of all of them.
@@ -116,19 +138,6 @@ class Subset(Source):
 
     def remarks(self) -> list[str]:
         return self.source.remarks()
-
-
-def split(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
-    """Two disjoint parts, the second holding `fraction` of the images, at least one, drawn with `seed`.
-
-    Raises:
-        ValueError: nothing would be left to train on.
-    """
-    held_out = max(1, round(fraction * len(source)))
-    if held_out >= len(source):
-        raise ValueError(f"{len(source)} images leave none to train on after {held_out} for validation")
-    order = shuffled(len(source), np.random.default_rng(seed))
-    return Subset(source, np.sort(order[held_out:])), Subset(source, np.sort(order[:held_out]))
 
 
 def shuffled(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crate_mae.data.augmentation import gaussian
+
 BLUR_SIGMAS = tuple(eighths / 8 for eighths in (2, 3, 4, 5, 6, 7, 8, 10, 12))
 """Widths of the Gaussian blurs that are tried, in sides of a patch; with three of four removed the best is about 5/8."""
 
@@ -34,16 +36,10 @@ def blurred_visible(images: Tensor, visible: Tensor, sigma: float) -> Tensor:
     """
     if sigma <= 0:
         raise ValueError(f"sigma: expected a number of pixels above 0, got {sigma}")
-    rows, columns = (_gaussian(side, sigma, images) for side in images.shape[-2:])
+    rows, columns = (gaussian(side, sigma, images) for side in images.shape[-2:])
     visible = visible.to(images.dtype)
     weights = rows @ visible @ columns
     means = (images * visible).sum((-2, -1), keepdim=True) / visible.sum((-2, -1), keepdim=True)
     # Off the mean and back onto it: so rounding of small weights, too, pulls towards the mean.
     around = rows @ ((images - means) * visible) @ columns
     return means + around / weights.clamp_min(torch.finfo(images.dtype).tiny)
-
-
-def _gaussian(side: int, sigma: float, like: Tensor) -> Tensor:
-    """[side, side]: exp(-distance^2 / (2 sigma^2)) of every two places on a line of pixels."""
-    place = torch.arange(side, device=like.device, dtype=like.dtype)
-    return (-((place[:, None] - place) ** 2) / (2 * sigma**2)).exp()

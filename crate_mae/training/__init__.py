@@ -15,6 +15,7 @@ from crate_mae.training.loop import PretrainResult, pretrain
 from crate_mae.training.metrics import NonFiniteLoss
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.schedule import warmup_cosine
+from crate_mae.training.unreadable import TooManyUnreadable
 from crate_mae.training.validation import Validation, ValidationErrors
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RunConfig",
     "RunStopped",
     "ScheduleConfig",
+    "TooManyUnreadable",
     "Validation",
     "ValidationErrors",
     "build_optimizer",

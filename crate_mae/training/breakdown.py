@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,15 +19,14 @@ def cause(
     error: NonFiniteLoss,
     model: CrateMAE,
     loss_of_step: Callable[[], torch.Tensor],
-    images: Sequence[Path],
-    root: Path,
+    images: Sequence[str],
     file: Path,
 ) -> str:
     """What was not finite first, and in which images, in words that go on from the error's; all of it in a file, too.
 
     Args:
         model, loss_of_step: as of `first_bad`.
-        images: of the step, under `root`.
+        images: names of those of the step.
         file: to write, as JSON.
     """
     if error.weights:
@@ -36,10 +34,10 @@ def cause(
     try:
         first = first_bad(model, loss_of_step) or "nothing, when the step was taken again"
         numbers = {"step": error.step, "loss": str(error.loss), "grad_norm": str(error.grad_norm)}
-        write_json(file, numbers | {"first": first, "images": [str(path) for path in images]})
+        write_json(file, numbers | {"first": first, "images": list(images)})
     except Exception as problem:  # the error itself must not be lost by it
         first = f"not found out ({problem})"
-    shown = ", ".join(os.path.relpath(path, root) for path in images[:_SHOWN])
+    shown = ", ".join(images[:_SHOWN])
     more = f" and {len(images) - _SHOWN} more, all in {file.name}" if len(images) > _SHOWN else ""
     return f"; not finite first: {first}; images: {shown}{more}"
 

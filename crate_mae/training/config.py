@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from crate_mae.config import ModelConfig, fits_float32, grid_of
-from crate_mae.data import IMAGENET_MEAN, IMAGENET_STD
+from crate_mae.data import IMAGENET_MEAN, IMAGENET_STD, absolute
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,18 @@ class ImagesConfig:
     """Least and largest width / height of a random crop."""
     flip: bool = True
     """Mirror half of the training images."""
+    blur: float = 0.0
+    """Fraction of the training images that a Gaussian blurs, with a width of 0.1 to 2 pixels."""
+    solarize: float = 0.0
+    """Fraction of the training images whose brighter half is inverted."""
     val_fraction: float = 0.1
     """Fraction of the images held out for validation where no folder for it is given; 0 for none."""
     cache_mb: int = 512
     """Decode images once and keep them if they take less than this many MiB; 0 decodes them each time."""
-    num_workers: int = 0
-    """Processes that load images beside the training one."""
+    num_workers: int | Literal["auto"] = "auto"
+    """Processes that load images beside the training one; "auto" takes the cores that nothing else computes on, at most 16."""
+    max_unreadable: float = 0.01
+    """Fraction of the images that may turn out unreadable before the run stops, rounded up to a whole image; others stand in."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,10 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "images.crop_ratio": (lambda ratio: 0 < ratio[0] <= ratio[1], "0 < least <= largest"),
     "images.val_fraction": (lambda fraction: 0 <= fraction < 1, "at least 0 and below 1"),
     "images.cache_mb": (lambda size: 0 <= size < 2**31, "0 or more, and below 2**31"),
-    "images.num_workers": _NOT_NEGATIVE,
+    "images.num_workers": (lambda count: count == "auto" or count >= 0, "auto, or 0 or more"),
+    "images.max_unreadable": (lambda fraction: 0 <= fraction <= 1, "0 to 1"),
+    "images.blur": (lambda fraction: 0 <= fraction <= 1, "0 to 1"),
+    "images.solarize": (lambda fraction: 0 <= fraction <= 1, "0 to 1"),
     "optimizer.base_lr": _POSITIVE,
     "optimizer.betas": (lambda betas: all(0 <= beta < 1 for beta in betas), "two values, at least 0 and below 1"),
     "optimizer.weight_decay": _NOT_NEGATIVE,
@@ -142,11 +151,12 @@ class PretrainConfig:
 
     out: Path
     """Folder for metrics.jsonl, config.json, model.safetensors, states/, best/ and reconstructions.png."""
-    data: Path | None = None
-    """Folder of images to train on, flat or with class sub-folders; of train/ and val/ in it, one is for each. Without it, the
-    photographs shipped along."""
-    val: Path | None = None
-    """Folder of images to validate on; without it, a part of the training images is held out."""
+    data: str | None = None
+    """Images to train on: a folder, flat or with class sub-folders, of train/ and val/ in which one is for each; tar shards,
+    name-{000000..000099}.tar or a folder of them; hf:NAME, a data set of Hugging Face; synthetic:COUNT; several with weights,
+    "2 photos + 1 shards". Without it, the photographs shipped along."""
+    val: str | None = None
+    """Images to validate on, likewise; without it, a part of the training images is held out."""
     init: Path | None = None
     """Folder of a run, or file of weights, to start from; without it, from random weights. A run also gives the model's sizes."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -169,6 +179,8 @@ class PretrainConfig:
             )
         for name in ("data", "val"):
             folder = getattr(self, name)
+            if folder is not None and not isinstance(folder, str):
+                object.__setattr__(self, name, folder := os.fspath(folder))
             if folder is not None and os.path.realpath(folder) == os.path.realpath(self.out):
                 raise ValueError(
                     f"out: expected another folder than {name}, got {self.out}; a run's pictures are no photographs"
@@ -196,7 +208,8 @@ class PretrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json, in the form that `--config` takes; paths absolute, to mean the same anywhere."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=os.path.abspath))
+        values = json.loads(json.dumps(dataclasses.asdict(self), default=os.path.abspath))
+        return values | {name: absolute(values[name]) for name in ("data", "val") if values[name] is not None}
 
 
 def _numbers(config: PretrainConfig) -> Iterator[tuple[str, float]]:

@@ -2,60 +2,107 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from crate_mae.data import COLOUR_MODES, FLOWERS, ImageFolder
-from crate_mae.data.listing import holds_images
+from crate_mae.data import (
+    COLOUR_MODES,
+    FLOWERS,
+    ImageFolder,
+    Source,
+    compare,
+    decoded_if_small,
+    holds_images,
+    open_source,
+)
+from crate_mae.data.specification import is_folder
 from crate_mae.training.config import PretrainConfig
 
 _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 class ImageSets(NamedTuple):
-    """Images to train on; to validate on, if any; and what became of the parts of `data`, in words, if it has any."""
+    """The images of a run.
 
-    train: ImageFolder
-    val: ImageFolder | None
-    parts: str
+    Attributes:
+        train: to train on.
+        val: to validate on, if any are.
+        said: what a user should know of them, in words: what became of the parts of `data`, what was left out.
+        listed: what `data` names, where that is a folder, whose list a run keeps: of all images, before any were held out.
+    """
+
+    train: Source
+    val: Source | None
+    said: list[str]
+    listed: ImageFolder | None
 
 
-def image_sets(config: PretrainConfig) -> ImageSets:
+def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
     """The images of a run, from its `data` and `val`.
 
     A folder with a data set in its usual parts, such as train/, val/ and test/, stands for the part that the option is for.
 
+    Args:
+        kept: the list that a run has kept of its images. It goes on with them if some of them are gone meanwhile, not more than
+            may be unreadable, and whatever was added.
+
     Raises:
-        FileNotFoundError: there is no such folder, or no image in it.
-        ValueError: the parts are ambiguous, or there are too few images, or the model takes no photographs.
+        OSError: what an option names is not there, or holds no image.
+        ValueError: it is ambiguous, or there are too few images, or the model takes no photographs.
+        ImportError: a library that it needs is missing.
     """
     channels = config.model.in_chans
     if channels not in COLOUR_MODES:
         raise ValueError(f"model.in_chans: image files give {sorted(COLOUR_MODES)} channels, got {channels}")
-
-    def folder(option: str, root: Path) -> ImageFolder:
-        try:
-            return ImageFolder(root, channels=channels, cache_bytes=config.images.cache_mb * 2**20)
-        except OSError as error:
-            raise type(error)(f"{option}: {error}") from error
-
-    data = config.data or FLOWERS
-    parts = _parts_of("--data", data)
+    data = config.data if config.data is not None else str(FLOWERS)
+    parts = _parts_of("--data", Path(data)) if is_folder(data) else {}
     train_root = parts.get("train", data)
-    val_root = _val_root(config.val) if config.val else parts.get("val")
-    uses = {train_root: "to train on", val_root: "to validate on"}
-    said = ", ".join(f"{part.name}/ {uses.get(part, 'left out')}" for part in parts.values())
-    said = f"of {data}, {said}" if said and config.data else ""
-    train = folder("--data", train_root)
+    val_root = config.val and (_val_root(Path(config.val)) if is_folder(config.val) else config.val)
+    val_root = val_root or parts.get("val")
+    uses = {str(train_root): "to train on", str(val_root): "to validate on"}
+    said = ", ".join(f"{part.name}/ {uses.get(str(part), 'left out')}" for part in parts.values())
+    said = [f"of {data}, {said}"] if said and config.data else []
+
+    train: Source = _opened("--data", train_root)
+    listed = train if isinstance(train, ImageFolder) else None
+    if listed and kept and kept.exists():
+        train = listed = _as_it_began(listed, kept, config.images.max_unreadable, said)
+    said += train.remarks()
+    val = None
     if val_root is not None:
-        return ImageSets(train, folder("--val", val_root), said)
-    if not config.images.val_fraction:
-        return ImageSets(train, None, said)
+        val = _opened("--val", val_root)
+        said += [f"to validate on: {remark}" for remark in val.remarks()]
+    elif config.images.val_fraction:
+        try:
+            train, val = train.split(config.images.val_fraction, config.run.seed)
+        except ValueError as error:
+            raise ValueError(f"--data: {data}: {error}; give --val or --images.val_fraction 0") from error
+    most = config.images.cache_mb * 2**20
+    train = decoded_if_small(train, channels, most)
+    return ImageSets(train, val and decoded_if_small(val, channels, most), said, listed)
+
+
+def _opened(option: str, what: str | Path) -> Source:
     try:
-        return ImageSets(*train.split(config.images.val_fraction, config.run.seed), said)
-    except ValueError as error:
-        raise ValueError(f"--data: {error}; give --val or --images.val_fraction 0") from error
+        return open_source(what)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{option}: {error}") from error
+
+
+def _as_it_began(now: ImageFolder, kept: Path, most: float, said: list[str]) -> ImageFolder:
+    """The folder with the images that a run has had from its beginning, if that is a matter of few; else as it is now."""
+    began = ImageFolder(now.root, kept=kept)
+    if began.fingerprint() == now.fingerprint():
+        return now
+    gone, new = compare(began, now)
+    if gone > math.ceil(most * len(began)):
+        return now
+    said.append(
+        f"since the run began {gone} of its {len(began)} images are gone and {new} are new; it goes on with those it had"
+    )
+    return began
 
 
 def _val_root(root: Path) -> Path:

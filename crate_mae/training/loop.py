@@ -18,11 +18,13 @@ from crate_mae.checkpoints import CONFIG_FILE, load_weights
 from crate_mae.config import grid_of
 from crate_mae.data import (
     BatchSampler,
+    CentreCropped,
     ImageLoader,
     LostWorkers,
     Normalization,
     PretrainImages,
     UnreadableImage,
+    readable_items,
 )
 from crate_mae.files import replaced, write_json
 from crate_mae.model import CrateMAE
@@ -30,6 +32,7 @@ from crate_mae.pictures import reconstruction_sheet
 from crate_mae.registry import count_parameters
 from crate_mae.training.breakdown import cause
 from crate_mae.training.config import PretrainConfig, of_section
+from crate_mae.training.feed import Feed, workers_for
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.interrupts import RunStopped, StopRequest, stop_requests
 from crate_mae.training.metrics import NonFiniteLoss, ProgressLines
@@ -49,17 +52,17 @@ from crate_mae.training.precision import (
 from crate_mae.training.record import Record
 from crate_mae.training.run_folder import (
     BREAKDOWN,
+    IMAGES,
     PICTURE,
+    UNREADABLE,
     changed_settings,
     check_run_folder,
     clear_run_folder,
     refuse_unwritable,
 )
 from crate_mae.training.schedule import warmup_cosine
-from crate_mae.training.validation import CentreCropped, Validation, ValidationErrors
-
-_MASK_STREAM = 1
-"""Sets the random numbers of the masks apart from those of the image order, which have the same seed."""
+from crate_mae.training.unreadable import TooManyUnreadable, UnreadableImages
+from crate_mae.training.validation import Validation, ValidationErrors
 
 
 class PretrainResult(NamedTuple):
@@ -92,7 +95,9 @@ def pretrain(
         NotADirectoryError, PermissionError: `config.out` cannot be written to.
         OSError: it could not be written to any more, as when the disk is full; the last state saved is kept.
         ValueError: a setting cannot be used, or no state be read; the message names it.
-        UnreadableImage: a ValueError: a file is no image; if training had begun, the state has been saved.
+        TooManyUnreadable: more images than `images.max_unreadable` cannot be read; the state has been saved.
+        UnreadableImage: a ValueError: none of a hundred images tried can be read.
+        ImportError: a library that `config.data` needs is missing.
         LostWorkers: processes that load images died again and again; the state has been saved.
         NonFiniteLoss: training broke down; the last state saved is kept.
         RunStopped: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the state has been saved.
@@ -141,31 +146,43 @@ class _Run:
         images, schedule = config.images, config.schedule
         with of_section("images"):
             self.normalization = Normalization(images.mean, images.std, config.model.in_chans)
-        self.train_folder, self.val_folder, self.parts = image_sets(config)
-        if schedule.batch_size > len(self.train_folder):
+        self.images = image_sets(config, config.out / IMAGES if resume is not False else None)
+        self.train_images, self.val_images = self.images.train, self.images.val
+        if schedule.batch_size > len(self.train_images):
             raise ValueError(
-                f"schedule.batch_size: expected 1 to {len(self.train_folder)}, the number of training images, "
+                f"schedule.batch_size: expected 1 to {len(self.train_images)}, the number of training images, "
                 f"got {schedule.batch_size}; lower --schedule.batch_size"
             )
-        self.steps_per_epoch = len(self.train_folder) // schedule.batch_size
+        self.steps_per_epoch = len(self.train_images) // schedule.batch_size
         self.total_steps = schedule.epochs * self.steps_per_epoch
         self.optimizer = build_optimizer(self.model, config.optimizer, schedule.batch_size)
         self.peak_lr = self.optimizer.param_groups[0]["lr"]
         size = config.model.image_shape
+        rows, columns = grid_of(size, config.model.patch_size)
+        self.patches = rows * columns
         self.crops = PretrainImages(
-            self.train_folder,
+            self.train_images,
             size,
             config.run.seed,
+            channels=config.model.in_chans,
+            patches=self.patches,
             scale=images.crop_scale,
             ratio=images.crop_ratio,
             flip=images.flip,
+            blur=images.blur,
+            solarize=images.solarize,
         )
-        rows, columns = grid_of(size, config.model.patch_size)
-        self.patches = rows * columns
+        self.unreadable = UnreadableImages(
+            config.out / UNREADABLE,
+            len(self.train_images) + len(self.val_images or ()),
+            images.max_unreadable,
+            _say,
+        )
+        self.num_workers = workers_for(images.num_workers, self.device, config.run.threads)
         if int(self.patches * (1 - schedule.mask_ratio)) == 0:
             raise ValueError(f"schedule.mask_ratio: {schedule.mask_ratio} leaves no patch of {self.patches} visible")
-        self.shown = CentreCropped(self.val_folder or self.train_folder, size)
-        self.validation = self.val_folder and Validation(
+        self.shown = CentreCropped(self.val_images or self.train_images, size, config.model.in_chans)
+        self.validation = self.val_images and Validation(
             self.shown,
             self.normalization,
             patches=self.patches,
@@ -173,8 +190,9 @@ class _Run:
             batch_size=schedule.batch_size,
             seed=config.run.seed,
             precision=self.precision,
-            num_workers=images.num_workers,
+            num_workers=self.num_workers,
             say=_say,
+            unreadable=self.unreadable,
         )
 
         self.errors: ValidationErrors | None = None
@@ -184,8 +202,8 @@ class _Run:
             config,
             self.model,
             self.optimizer,
-            images=self.train_folder.fingerprint(),
-            image_count=len(self.train_folder),
+            images=self.train_images.fingerprint(),
+            image_count=len(self.train_images),
             steps_per_epoch=self.steps_per_epoch,
             say=_say,
         )
@@ -206,6 +224,8 @@ class _Run:
     def train(self) -> PretrainResult:
         self.record.tidy()
         if self.step < self.total_steps or self._pending():
+            if self.images.listed:
+                self.images.listed.save_list(self.config.out / IMAGES)
             write_json(self.config.out / CONFIG_FILE, self.config.to_dict())
         else:  # the settings of steps that were never taken must not pass for the run's
             print(
@@ -217,41 +237,50 @@ class _Run:
         loader = ImageLoader(
             self.crops,
             self._batches(self.step, max(self.step, self.total_steps)),
-            num_workers=self.config.images.num_workers,
+            num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
             say=_say,
+            unreadable=self.unreadable,
         )
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc="pretrain", disable=None)
         with stop_requests() as stop, progress, self._breakdown_told(), self._saved_all_the_same():
             _say(self._opening_line())
+            for said in self.images.said:
+                _say(said)
             if self.changed:
                 _say(f"changed since it was started: {self.changed}")
             if self._pending():
                 self._validate_and_save(stop)
             with contextlib.closing(iter(loader)) as batches:
-                self._take_steps(batches, progress, stop)
+                self._take_steps(Feed(batches, self.device), progress, stop)
         self.record.told_at_the_end()
+        if counted := self.unreadable.counted():
+            _say(
+                f"images that could not be read, others stood in: {counted}; they are listed in {self.unreadable.file}"
+            )
         if self.errors is None and self.validation:
             self.errors = self.validation(self.model)
         return PretrainResult(self.config.out, self.step, self.errors)
 
     def _batches(self, start_step: int, end_step: int) -> BatchSampler:
-        count, batch_size = len(self.train_folder), self.config.schedule.batch_size
-        return BatchSampler(count, batch_size, self.config.run.seed, start_step=start_step, end_step=end_step)
+        batch_size, seed = self.config.schedule.batch_size, self.config.run.seed
+        return BatchSampler(self.train_images, batch_size, seed, start_step=start_step, end_step=end_step)
 
-    def _take_steps(self, batches: Iterator[torch.Tensor], progress: tqdm, stop: StopRequest) -> None:
+    def _take_steps(self, feed: Feed, progress: tqdm, stop: StopRequest) -> None:
         lines = ProgressLines(self.step, self.total_steps) if progress.disable else None
         self.record.meter.restart_clock()
-        for pixels in batches:
-            loss = self._take_step(pixels)
+        for pixels, noise in feed:
+            self.record.meter.waited = feed.waited
+            loss = self._take_step(pixels, noise)
             progress.update()
-            if lines and not stop and (line := lines.after(self.step, loss, self._lr, len(pixels))):
+            if lines and not stop and (line := lines.after(self.step, loss, self._lr, len(pixels), feed.waited)):
                 _say(line)
             due = self._validation_is_due()
             if due or self.step % self.config.run.log_every == 0:
                 averages = self.record.log(self._lr)
                 progress.set_postfix_str(
-                    f"loss {averages.loss:.4f}, lr {self._lr:.2e}, {averages.images_per_second:.0f} images/s",
+                    f"loss {averages.loss:.4f}, lr {self._lr:.2e}, {averages.images_per_second:.0f} images/s, "
+                    f"{averages.waiting:.0%} waiting for images",
                     refresh=False,
                 )
             if due:
@@ -276,7 +305,7 @@ class _Run:
         assert stop.signal is not None
         raise RunStopped(f"stopped at step {self.step} of {self.total_steps}, saved in {self.config.out}", stop.signal)
 
-    def _take_step(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _take_step(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """One optimiser step; returns its loss."""
         schedule = self.config.schedule
         lr = warmup_cosine(
@@ -288,7 +317,7 @@ class _Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._loss(self.forward, pixels, self.step)
+        loss = self._loss(self.forward, pixels, noise)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         longest = self.config.optimizer.clip_grad or float("inf")
@@ -301,10 +330,9 @@ class _Run:
         self.record.step += 1
         return loss.detach()
 
-    def _loss(self, forward: Callable[..., Any], pixels: torch.Tensor, step: int) -> torch.Tensor:
-        images = self.normalization(pixels.to(self.device, non_blocking=True))
+    def _loss(self, forward: Callable[..., Any], pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        images = self.normalization(pixels)
         with autocast(self.precision, self.device):
-            noise = self._mask_noise(len(images), step)
             return forward(images, mask_ratio=self.config.schedule.mask_ratio, noise=noise).loss
 
     @property
@@ -322,11 +350,6 @@ class _Run:
     def _save_is_due(self) -> bool:
         minutes = self.config.run.save_minutes
         return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
-
-    def _mask_noise(self, batch: int, step: int) -> torch.Tensor:
-        """Drawn on the CPU for each step anew, so that masks depend neither on the device nor on interruptions."""
-        rng = np.random.default_rng((self.config.run.seed, _MASK_STREAM, step))
-        return torch.from_numpy(rng.random((batch, self.patches), dtype=np.float32)).to(self.device, non_blocking=True)
 
     def _validate(self, stop: StopRequest) -> bool:
         """Returns whether it was done before a stop was asked for."""
@@ -356,16 +379,12 @@ class _Run:
         """Save the state where images cannot be loaded, and say so."""
         try:
             yield
-        except (UnreadableImage, LostWorkers) as error:
+        except (TooManyUnreadable, UnreadableImage, LostWorkers) as error:
             self._save(picture=False)
-            saved = f"step {self.step} of {self.total_steps} is saved in {self.config.out}"
-            if isinstance(error, LostWorkers):
-                raise LostWorkers(f"{error}; {saved}, and --resume goes on") from None
-            remedy = f"{saved}: put a readable image in its place, and --resume goes on exactly; without it, the training images "
-            remedy += "would be others, for a new run"
-            if not error.path.is_relative_to(self.train_folder.root):
-                remedy = f"{saved}: remove it, or put a readable image in its place, and --resume goes on"
-            raise UnreadableImage(error.path, error.reason, remedy) from None
+            saved = f"step {self.step} of {self.total_steps} is saved in {self.config.out}, and --resume goes on"
+            if isinstance(error, UnreadableImage):
+                raise UnreadableImage(error.name, error.cause, error.reason, saved) from None
+            raise type(error)(f"{error}; {saved}") from None
 
     @contextlib.contextmanager
     def _breakdown_told(self) -> Iterator[None]:
@@ -386,29 +405,32 @@ class _Run:
             raise told from error
 
     def _cause(self, error: NonFiniteLoss) -> str:
-        [batch] = self._batches(error.step - 1, error.step)
+        batches = self._batches(error.step - 1, error.step)
 
         def again() -> torch.Tensor:
-            return self._loss(self.model, torch.stack([self.crops[key] for key in batch]), error.step - 1)
+            loader = ImageLoader(self.crops, batches, unreadable=lambda errors: None)
+            [(pixels, noise)] = Feed(loader, self.device)
+            return self._loss(self.model, pixels, noise)
 
-        paths = [self.train_folder.paths[index] for _, index in batch]
-        return cause(error, self.model, again, paths, self.train_folder.root, self.config.out / BREAKDOWN)
+        names = [self.train_images.name(index) for [*keys] in batches for _, index in keys]
+        return cause(error, self.model, again, names, self.config.out / BREAKDOWN)
 
     def _opening_line(self) -> str:
-        config, held_out = self.config, len(self.val_folder) if self.val_folder else 0
+        config, held_out = self.config, len(self.val_images or ())
+        workers = f", loaded by {self.num_workers} processes" if self.num_workers else ""
         precision = self.precision + " compiled" * config.run.compile
         return (
             f"pretrain: {count_parameters(self.model)[0]:,} parameters ({config.model.depth} + {config.model.decoder_depth} "
-            f"layers of width {config.model.embed_dim}), {len(self.train_folder)} images to train on and {held_out} to "
-            f"validate on, {precision} on {self.device}, {self.steps_per_epoch} steps an epoch, "
-            f"{config.schedule.epochs} epochs, {self.start}, into {config.out}{self.parts and '; '}{self.parts}"
+            f"layers of width {config.model.embed_dim}), {len(self.train_images)} images to train on and {held_out} to "
+            f"validate on{workers}, {precision} on {self.device}, {self.steps_per_epoch} steps an epoch, "
+            f"{config.schedule.epochs} epochs, {self.start}, into {config.out}"
         )
 
     def _picture(self) -> Image.Image:
         count = min(self.config.run.pictures, len(self.shown))
         # Spread over the set, so that every class has its turn.
         chosen = np.linspace(0, len(self.shown) - 1, count).round().astype(int).tolist()
-        pixels = torch.stack([self.shown[index] for index in chosen])
+        pixels = readable_items(self.shown, chosen)
         noise = torch.rand(count, self.patches, generator=torch.Generator().manual_seed(self.config.run.seed))
         return reconstruction_sheet(
             self.model, pixels, self.normalization, mask_ratio=self.config.schedule.mask_ratio, noise=noise

@@ -48,11 +48,12 @@ class MetricsLog:
 
 
 class StepAverages(NamedTuple):
-    """Means over the steps since the last reading."""
+    """Means over the steps since the last reading; `waiting` is the fraction of that time in which images were waited for."""
 
     loss: float
     grad_norm: float
     images_per_second: float
+    waiting: float
 
 
 class StepMeter:
@@ -60,17 +61,21 @@ class StepMeter:
 
     Reading a number from a GPU waits for all work queued there, so it is done once every so many steps; a value that
     is not finite is still traced to the step it came from.
+
+    Attributes:
+        waited: seconds for which images were waited for, in all; set by who waits.
     """
 
     def __init__(self) -> None:
         self._steps: list[int] = []
         self._values: list[torch.Tensor] = []
         self._images_since = 0
+        self.waited = 0.0
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """What took time until now was no step, and the rate is of the images from now on."""
-        self._started, self._images_since = time.perf_counter(), 0
+        self._started, self._images_since, self._waited_before = time.perf_counter(), 0, self.waited
 
     def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, images: int) -> torch.Tensor:
         """Returns whether loss or gradient norm were not finite, as a float32 1 or 0 on the device."""
@@ -97,7 +102,12 @@ class StepMeter:
         rows = self.check()
         elapsed = time.perf_counter() - self._started
         losses, grad_norms = zip(*rows, strict=True)
-        averages = StepAverages(sum(losses) / len(rows), sum(grad_norms) / len(rows), self._images_since / elapsed)
+        averages = StepAverages(
+            sum(losses) / len(rows),
+            sum(grad_norms) / len(rows),
+            self._images_since / elapsed,
+            (self.waited - self._waited_before) / elapsed,
+        )
         self._steps, self._values = [], []
         self.restart_clock()
         return averages
@@ -116,19 +126,24 @@ class ProgressLines:
 
     def __init__(self, step: int, total_steps: int, *, seconds: float = 30.0) -> None:
         self.step, self.total_steps, self.seconds = step, total_steps, seconds
-        self._began = time.perf_counter()
+        self._began, self._waited_before = time.perf_counter(), 0.0
 
-    def after(self, step: int, loss: torch.Tensor, lr: float, batch: int) -> str | None:
-        """The line due after `step`, if one is; only then is `loss`, that step's own, read from the device."""
+    def after(self, step: int, loss: torch.Tensor, lr: float, batch: int, waited: float) -> str | None:
+        """The line due after `step`, if one is; only then is `loss`, that step's own, read from the device.
+
+        Args:
+            waited: seconds for which images were waited for since the run began.
+        """
         elapsed = time.perf_counter() - self._began
         if elapsed < self.seconds:
             return None
         steps_per_second = (step - self.step) / elapsed
         left = timedelta(seconds=round((self.total_steps - step) / steps_per_second))
-        self.step, self._began = step, time.perf_counter()
+        waiting = (waited - self._waited_before) / elapsed
+        self.step, self._began, self._waited_before = step, time.perf_counter(), waited
         return (
             f"step {step}/{self.total_steps}: loss {loss.item():.4f}, lr {lr:.2e}, "
-            f"{steps_per_second * batch:.1f} images/s, {left} left"
+            f"{steps_per_second * batch:.1f} images/s, {waiting:.0%} of the time waiting for images, {left} left"
         )
 
 

@@ -100,14 +100,14 @@ def check_threads(count: int) -> None:
         raise ValueError(f"--run.threads: expected 0 to {cpus}, the CPUs of this machine, got {count}")
 
 
-def check_workers(count: int) -> None:
+def check_workers(count: int | str) -> None:
     """Refuse more loader processes than a machine could feed: each takes memory, and their start minutes.
 
     Raises:
         ValueError: there are more than 8 for each CPU.
     """
     most = 8 * (os.cpu_count() or 1)
-    if count > most:
+    if count != "auto" and int(count) > most:
         raise ValueError(f"--images.num_workers: expected 0 to {most}, 8 for each CPU of this machine, got {count}")
 
 

@@ -136,6 +136,7 @@ class Record:
             lr=lr,
             grad_norm=averages.grad_norm,
             images_per_second=averages.images_per_second,
+            waiting=averages.waiting,
             **({"diverging": True} if self._watch.of_steps else {}),
         )
         return averages

@@ -14,8 +14,10 @@ from crate_mae.training.config import PretrainConfig
 from crate_mae.training.states import saved_states
 
 METRICS, PICTURE, BREAKDOWN = "metrics.jsonl", "reconstructions.png", "breakdown.json"
+UNREADABLE, IMAGES = "unreadable.txt", "images.safetensors"
+"""The images that could not be read, and the names of all in the order of the run, where they are of a folder."""
 STATES, BEST = "states", "best"
-RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, PICTURE, BREAKDOWN)
+RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, PICTURE, BREAKDOWN, UNREADABLE, IMAGES)
 SUMMARY = "summary.png"
 """Written by the demo alone."""
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
-from crate_mae.data import ImageFolder, ImageLoader, Normalization, centre_crop, image_to_tensor, in_order
-from crate_mae.data.transforms import Size
+from crate_mae.data import ImageLoader, Normalization, UnreadableImage, in_order
 from crate_mae.evaluation import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
 from crate_mae.model import CrateMAE, MAEOutput
 from crate_mae.pictures import predicted_patches
@@ -36,19 +35,6 @@ class ValidationErrors(NamedTuple):
     blur_sigma: float
 
 
-class CentreCropped(Dataset[torch.Tensor]):
-    """The images of a folder, uncut by chance: uint8 [channels, height, width]."""
-
-    def __init__(self, folder: ImageFolder, size: Size) -> None:
-        self.folder, self.size = folder, size
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return image_to_tensor(centre_crop(self.folder.image(index), self.size))
-
-
 class Validation:
     """Measures a model on the same images with the same masks each time, so that epochs can be compared."""
 
@@ -64,15 +50,21 @@ class Validation:
         precision: str = "float32",
         num_workers: int = 0,
         say: Callable[[str], None] = warnings.warn,
+        unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
     ) -> None:
         self.images = images
         self.normalization = normalization
         self.mask_ratio = mask_ratio
         self.precision = precision
-        self.noise = mask_noise(len(images), patches, seed)
-        self._batch_size = batch_size
-        self._loader = ImageLoader(images, in_order(len(images), batch_size), num_workers=num_workers, say=say)
+        self.patches, self.seed = patches, seed
+        batches = in_order(len(images), batch_size)
+        self._loader = ImageLoader(images, batches, num_workers=num_workers, say=say, unreadable=unreadable)
         self._fill_errors: Counter[str | float] = Counter()
+
+    @property
+    def noise(self) -> torch.Tensor:
+        """As of `mask_noise`, of all images."""
+        return mask_noise(len(self.images), self.patches, self.seed)
 
     def __call__(self, model: CrateMAE) -> ValidationErrors:
         """The errors of a model, which is in the mode it was in when this returns."""
@@ -89,7 +81,9 @@ class Validation:
         first = not self._fill_errors  # which no model changes: they are measured once
         sums: Counter[str | float] = Counter()
         removed = 0.0
-        for pixels, noise in zip(self._loader, self.noise.split(self._batch_size), strict=True):
+        generator = torch.Generator().manual_seed(self.seed)  # batch by batch, since of millions of images it is large
+        for pixels in self._loader:
+            noise = torch.rand(len(pixels), self.patches, generator=generator)
             if stopped():
                 model.train(was_training)
                 return None

@@ -187,7 +187,8 @@ def left_in(out: Path) -> Left:
         else:
             left.others[name] = path.read_bytes()
     for row in left.rows:
-        row.pop("images_per_second", None)
+        for of_time in ("images_per_second", "waiting"):
+            row.pop(of_time, None)
     return left
 
 

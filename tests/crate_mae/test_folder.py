@@ -22,7 +22,7 @@ from crate_mae.data import FLOWERS, ImageFolder, UnreadableImage, compare, listi
 from crate_mae.data.index_files import read_index, write_index
 from crate_mae.data.listing import holds_images
 from crate_mae.data.paths import PathList
-from crate_mae.data.source import split
+pass
 from crate_mae.files import replaced
 
 

@@ -20,6 +20,7 @@ from tiny_runs import (
     interrupt_after,
     metric_lines,
     saved_steps,
+    visited,
     weights,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -30,10 +31,9 @@ from crate_mae.data import (
     FLOWERS,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    CentreCropped,
     ImageFolder,
     Normalization,
-    UnreadableImage,
-    epoch_order,
 )
 from crate_mae.evaluation import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
 from crate_mae.files import replaced
@@ -55,7 +55,6 @@ from crate_mae.training import (
 from crate_mae.training.metrics import ProgressLines, StepMeter
 from crate_mae.training.precision import choose_device, choose_precision
 from crate_mae.training.run_folder import RUN_FILES
-from crate_mae.training.validation import CentreCropped
 
 
 class TestSchedule:
@@ -210,12 +209,12 @@ class TestRun:
         config = dataclasses.replace(config, schedule=ScheduleConfig(epochs=12, warmup_epochs=1, batch_size=3))
         result = pretrain(config)
 
-        assert {path.name for path in config.out.iterdir()} == {*RUN_FILES, "states", "best"} - {"breakdown.json"}
+        assert {path.name for path in config.out.iterdir()} == {*RUN_FILES, "states", "best"} - {"breakdown.json", "unreadable.txt"}
         lines = metric_lines(config.out)
         steps = [line for line in lines if "loss" in line]
         epochs = [line for line in lines if "val_loss" in line]
         assert [line["step"] for line in steps] == list(range(2, 49, 2))
-        assert steps[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second"}
+        assert steps[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "waiting"}
         assert [line["epoch"] for line in epochs] == list(range(1, 13))
         assert len({line["mean_fill_loss"] for line in epochs}) == 1
         assert epochs[-1]["val_loss"] < 0.85 * epochs[0]["val_loss"]
@@ -292,23 +291,7 @@ class TestRun:
         pretrain(config, resume=True)
         assert_same_weights(weights(whole.out), weights(config.out))
 
-    @pytest.mark.parametrize("num_workers", [0, 1])
-    def test_an_unreadable_image_costs_no_step(self, config, tmp_path, num_workers):
-        config = dataclasses.replace(config, images=ImagesConfig(cache_mb=0, num_workers=num_workers))
-        whole = dataclasses.replace(config, out=tmp_path / "whole")
-        pretrain(whole)
-        # The first epoch's last image, so that three steps come before it.
-        broken = ImageFolder(config.data).paths[epoch_order(12, config.run.seed, 0)[-1]]
-        sound = broken.read_bytes()
-        broken.write_bytes(sound[: len(sound) // 2])
-        with pytest.raises(UnreadableImage, match=rf"{broken.name}.*step 3 of 12 is saved.*--resume") as raised:
-            pretrain(config)
-        assert "\n" not in str(raised.value)
-        broken.write_bytes(sound)
-        pretrain(config, resume=True)
-        assert_same_weights(weights(whole.out), weights(config.out))
-
-    def test_an_unreadable_image_does_not_save_what_diverged(self, config, monkeypatch):
+    def test_too_many_unreadable_images_do_not_save_what_diverged(self, config, monkeypatch):
         forward = CrateMAE.forward
 
         def diverging_forward(self, *args, **kwargs):
@@ -317,9 +300,11 @@ class TestRun:
 
         monkeypatch.setattr(CrateMAE, "forward", diverging_forward)
         config = dataclasses.replace(
-            config, images=ImagesConfig(cache_mb=0), run=dataclasses.replace(config.run, log_every=100)
+            config,
+            images=ImagesConfig(cache_mb=0, max_unreadable=0),
+            run=dataclasses.replace(config.run, log_every=100),
         )
-        broken = ImageFolder(config.data).paths[epoch_order(12, config.run.seed, 0)[-1]]
+        broken = visited(config, 0)[-1]
         broken.write_bytes(broken.read_bytes()[:200])
         with pytest.raises(NonFiniteLoss, match="step 1: loss nan"):
             pretrain(config)

@@ -1,0 +1,52 @@
+"""What is done to a batch on the device that trains: flips, blur, solarisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crate_mae.data.samples import Sample
+
+
+def augmented(batch: Sample, device: torch.device) -> Tensor:
+    """The pixels of a batch with all that was drawn for them, uint8 [batch, channels, height, width], on the device.
+
+    In this order, as DINO and DeiT III have it: mirrored, blurred, solarised, which inverts values of 128 and more.
+
+    Args:
+        batch: on the CPU; copied without waiting where its memory is pinned.
+    """
+    pixels, flip = (each.to(device, non_blocking=True) for each in (batch.pixels, batch.flip))
+    pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+    if len(which := batch.blur.nonzero().flatten()):
+        sigma = batch.blur[which].to(device)
+        which = which.to(device)
+        pixels = pixels.index_copy(0, which, blurred(pixels[which], sigma))
+    if batch.solarize.any():
+        solarize = batch.solarize.to(device).view(-1, 1, 1, 1)
+        pixels = torch.where(solarize & (pixels >= 128), 255 - pixels, pixels)
+    return pixels
+
+
+def blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blurs, each of a width of its own; at the edges, of what lies inside.
+
+    Args:
+        pixels: uint8 [batch, channels, height, width].
+        sigma: [batch], standard deviations in pixels, above 0.
+    """
+    sigma = sigma.float().view(-1, 1, 1, 1)
+    rows, columns = (gaussian(side, sigma, like=sigma) for side in pixels.shape[-2:])
+    smooth = rows / rows.sum(-1, keepdim=True) @ pixels.float() @ (columns / columns.sum(-2, keepdim=True))
+    return smooth.round().to(torch.uint8)
+
+
+def gaussian(side: int, sigma: Tensor | float, like: Tensor) -> Tensor:
+    """[..., side, side]: exp(-distance^2 / (2 sigma^2)) of every two places on a line of pixels.
+
+    Args:
+        sigma: in pixels; a number, or a tensor [..., 1, 1].
+        like: of the dtype and on the device of the result.
+    """
+    place = torch.arange(side, device=like.device, dtype=like.dtype)
+    return (-((place[:, None] - place) ** 2) / (2 * sigma**2)).exp()

@@ -1,0 +1,79 @@
+"""Small sets of images, decoded once."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+from PIL import Image
+
+from crate_mae.data.reading import shown_size, whole
+from crate_mae.data.source import Source, UnreadableImage
+
+_SAMPLED = 16
+"""Headers by which it is judged whether a set could be small."""
+
+
+class DecodedImages(Source):
+    """Images of another source, kept decoded, upright and in their colour mode."""
+
+    def __init__(self, source: Source, images: list[Image.Image | UnreadableImage]) -> None:
+        self.source, self.classes = source, source.classes
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, index: int) -> Image.Image:
+        image = self._images[index]
+        if isinstance(image, UnreadableImage):
+            raise copy.copy(image)  # not the one that is kept, which would keep who has met it
+        return image
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.source.labels
+
+    def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.source.epoch(seed, epoch)
+
+    def remarks(self) -> list[str]:
+        return self.source.remarks()
+
+
+def decoded_if_small(source: Source, channels: int, most_bytes: int) -> Source:
+    """The images decoded, where they take at most so much memory together; else the source itself.
+
+    Decoding a small set afresh each epoch costs more than training on it. A large one is told by the headers of a few images; one
+    that looked small and is not, when the next image would be too much.
+    """
+    expected = 0
+    for index in np.linspace(0, len(source) - 1, min(_SAMPLED, len(source))).astype(int).tolist():
+        expected += _bytes_of(source, index, channels)
+    if expected * len(source) > most_bytes * min(_SAMPLED, len(source)):
+        return source
+    images: list[Image.Image | UnreadableImage] = []
+    for index in range(len(source)):
+        most_bytes -= _bytes_of(source, index, channels)
+        if most_bytes < 0:
+            return source
+        try:
+            images.append(whole(source.image(index), channels, source.name(index)))
+        except UnreadableImage as error:
+            images.append(error.with_traceback(None))
+    return DecodedImages(source, images)
+
+
+def _bytes_of(source: Source, index: int, channels: int) -> int:
+    """What the image takes decoded: as Pillow keeps it, 1 byte a pixel or 4."""
+    try:
+        width, height = shown_size(source.image(index))
+    except UnreadableImage:
+        return 0
+    return width * height * (1 if channels == 1 else 4)

@@ -1,0 +1,188 @@
+"""Batches of images in their order, whatever becomes of the processes that load them, and of single images."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import multiprocessing
+import pickle
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+
+from crate_mae.data.batches import BatchSampler
+from crate_mae.data.samples import readable
+from crate_mae.data.source import UnreadableImage
+
+_PATIENCE = 3
+"""Times in a row, without a batch between them, that workers are lost before a loader gives up."""
+
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+"""Signals that ask for an end. Terminals, batch systems and service managers send them to worker processes, too."""
+
+
+class LostWorkers(RuntimeError):
+    """Processes that load images died again and again."""
+
+
+class ImageLoader:
+    """Batches of images in their order, whatever becomes of the processes that load them.
+
+    A worker that is lost (killed, or out of shared memory) costs time alone: the batches that had not come yet are loaded again
+    by new workers, and `say` is told. What an image raises is raised as it is, also where a worker meets it, but one that cannot
+    be read may be left to `unreadable`.
+
+    Args:
+        images: by key; as of `samples.readable`, if `unreadable` is given.
+        batches: the keys of each batch; iterated over again where workers are started again, with the same result.
+        num_workers: processes that load; with 0 this one does.
+        pin_memory: into memory that a GPU reads by itself.
+        say: takes a line for the user.
+        unreadable: told of images that cannot be read, before the batch that has others in their place; it may raise.
+
+    Raises, when iterated over:
+        Exception: an image's, an UnreadableImage as a rule.
+        LostWorkers: workers were lost three times, and no batch came between.
+    """
+
+    def __init__(
+        self,
+        images: Dataset[Any],
+        batches: Iterable[Sequence[Any]],
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        say: Callable[[str], None] = warnings.warn,
+        unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
+    ) -> None:
+        self.images, self.batches, self.say, self.unreadable = images, batches, say, unreadable
+        self._settings = {"num_workers": num_workers, "pin_memory": pin_memory}
+
+    def __iter__(self) -> Iterator[Any]:
+        came = lost = 0
+        while True:
+            try:
+                with contextlib.closing(self._load(came)) as batches:
+                    for batch in batches:
+                        if isinstance(batch, Exception):
+                            raise batch
+                        batch, met = batch
+                        if met and self.unreadable:
+                            self.unreadable(met)
+                        yield batch
+                        came, lost = came + 1, 0
+                return
+            except LostWorkers as error:
+                lost += 1
+                if lost == _PATIENCE:
+                    raise LostWorkers(
+                        f"processes that load images were lost {lost} times in a row, the last time by: {error}; "
+                        "fewer --images.num_workers, or 0, need less memory, in /dev/shm most of all"
+                    ) from None
+                self.say(f"a process that loads images was lost ({error}); started again")
+
+    def _load(self, first: int) -> Iterator[tuple[Any, list[UnreadableImage]] | Exception]:
+        """Batches from number `first` on, by workers that are gone when it ends."""
+        loader = DataLoader(
+            _ErrorsAsItems(self.images, replace=self.unreadable is not None),
+            batch_sampler=_From(self.batches, first),
+            collate_fn=_batch_or_error,
+            worker_init_fn=_leave_signals_to_the_main_process,
+            # The loader draws a seed for its workers. Drawn from the global generator, it would make the random state after a
+            # resumed run differ from an uninterrupted one's.
+            generator=torch.Generator(),
+            **self._settings,
+        )
+        if not self._settings["num_workers"]:
+            yield from loader
+            return
+        others, workers, batches, why = set(multiprocessing.active_children()), set(), None, ""
+        with contextlib.ExitStack() as until_the_end:
+            try:
+                try:
+                    batches = iter(loader)
+                    workers = set(batches._workers)
+                except (RuntimeError, OSError):
+                    workers = set(multiprocessing.active_children()) - others
+                    raise
+                finally:
+                    until_the_end.enter_context(_losses_met_at_the_next_batch())
+                yield from batches
+            except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells that a worker was lost, or failed
+                why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            finally:
+                del batches  # which asks the workers to end, and waits a while
+                if why:
+                    gc.collect()  # for an error that a worker sent holds itself, and the batches
+                for worker in workers:
+                    worker.kill()
+                    worker.join()
+        if why:
+            raise LostWorkers(why)
+
+
+@contextlib.contextmanager
+def _losses_met_at_the_next_batch() -> Iterator[None]:
+    """DataLoader's handler raises as soon as a worker dies, in the middle of whatever the main thread does, such as a step.
+    While it waits for a batch it looks for dead workers, too, which is soon enough."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
+class _From(Sampler[Sequence[Any]]):
+    """Batches from number `first` on."""
+
+    def __init__(self, batches: Iterable[Sequence[Any]], first: int) -> None:
+        self.batches, self.first = batches, first
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        if isinstance(self.batches, BatchSampler):
+            return iter(self.batches.after(self.first))
+        return itertools.islice(self.batches, self.first, None)
+
+
+class _ErrorsAsItems(Dataset[Any]):
+    """What images raise would come from a worker as a text with its traceback, like the loss of one: it travels in the place of
+    the batch."""
+
+    def __init__(self, images: Dataset[Any], *, replace: bool) -> None:
+        self.images, self.replace = images, replace
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Any) -> tuple[Any, list[UnreadableImage]] | Exception:
+        try:
+            return readable(self.images, key) if self.replace else (self.images[key], [])
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            try:
+                return pickle.loads(pickle.dumps(error))  # as it would come from a worker
+            except Exception:
+                return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _batch_or_error(items: list[Any]) -> tuple[Any, list[UnreadableImage]] | Exception:
+    if error := next((item for item in items if isinstance(item, Exception)), None):
+        return error
+    images, met = zip(*items, strict=True)
+    return default_collate(images), [error for errors in met for error in errors]
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # They must outlive what asks the run to end, for it to end on a whole step; the main process ends them, or its own end.
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

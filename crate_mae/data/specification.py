@@ -1,0 +1,125 @@
+"""What `--data` and `--val` name."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from crate_mae.data.folder import ImageFolder
+from crate_mae.data.huggingface import HuggingFaceImages
+from crate_mae.data.mixture import Mixture
+from crate_mae.data.shards import TarShards, shard_paths
+from crate_mae.data.source import Source
+from crate_mae.data.synthetic import SyntheticImages
+
+FORMS = (
+    "a folder of images or of .tar shards, a file such as shards/name-{000000..000099}.tar, hf:NAME, synthetic:COUNT, "
+    'or several with weights, such as "2 photos + 1 hf:NAME"'
+)
+
+_WEIGHTED = re.compile(r"(\d+\.?\d*|\.\d+)\s+(\S.*)")
+
+
+def open_source(what: str | Path) -> Source:
+    """The images that an option names.
+
+    ============================================  =====================================================================
+    ``photos``                                    A folder of images, flat or with class sub-folders.
+    ``shards``                                    A folder of .tar shards, in which no images lie beside them.
+    ``shards/name-{000000..000099}.tar``          Tar shards; braces may be several, or none for one shard.
+    ``hf:NAME,split=train,name=..,column=image``  A data set for the ``datasets`` library: the id of one on the hub, a folder, a
+                                                  .parquet or .arrow file. All after the first comma may be left out.
+    ``synthetic:1000,size=256x341``               So many images made up, height x width, to try and measure what follows them.
+    ``2 photos + 1 shards``                       Several of these, with the share that each has of the samples.
+    ============================================  =====================================================================
+
+    Raises:
+        FileNotFoundError: it is not there, or holds no images.
+        ValueError: it is none of these; or a data set without images.
+        ImportError: a library that is needed for it is missing.
+    """
+    what = str(what)
+    if weighted := _weighted(what):
+        return Mixture([open_source(part) for _, part in weighted], [weight for weight, _ in weighted])
+    kind, colon, rest = what.partition(":")
+    if colon and kind == "hf":
+        name, settings = _settings(what, rest, {"split": str, "name": str, "column": str})
+        return HuggingFaceImages(name, **settings)
+    if colon and kind == "synthetic":
+        count, settings = _settings(what, rest, {"size": _size})
+        if not re.fullmatch("[0-9]{1,12}", count) or not int(count):
+            raise ValueError(f"{what}: expected a number of images, 1 or more, after synthetic:, got {count!r}")
+        return SyntheticImages(int(count), **settings)
+    if _is_shards(what):
+        return TarShards(shard_paths(what))
+    return ImageFolder(what)
+
+
+def absolute(what: str | Path) -> str:
+    """The same in a form that means the same wherever it is read: paths absolute."""
+    what = str(what)
+    if weighted := _weighted(what):
+        return " + ".join(f"{weight:g} {absolute(part)}" for weight, part in weighted)
+    kind, colon, rest = what.partition(":")
+    if colon and kind == "synthetic":
+        return what
+    if colon and kind == "hf":
+        name, comma, settings = rest.partition(",")
+        return f"hf:{os.path.abspath(name) if os.path.exists(name) else name}{comma}{settings}"
+    return os.path.abspath(what)
+
+
+def is_folder(what: str | Path) -> bool:
+    """Whether it names a folder of images, or what could only be one."""
+    what = str(what)
+    return not (_weighted(what) or re.match("(hf|synthetic):", what) or _is_shards(what))
+
+
+def _is_shards(what: str) -> bool:
+    """Whether it names tar shards; a folder does that holds some, and nothing else to be seen but files about them."""
+    if os.path.isdir(what):
+        with os.scandir(what) as entries:
+            seen = [entry for entry in entries if not entry.name.startswith(".")]
+        return any(entry.name.endswith(".tar") for entry in seen) and not any(entry.is_dir() for entry in seen)
+    return what.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))
+
+
+def _weighted(what: str) -> list[tuple[float, str]]:
+    """Weights and what they are of; none where it is one source."""
+    if os.path.exists(what):  # whatever its name looks like
+        return []
+    parts = what.split(" + ")
+    found = [_WEIGHTED.fullmatch(part.strip()) for part in parts]
+    if not any(found):
+        return []
+    if not all(found):
+        lacking = next(part for part, match in zip(parts, found, strict=True) if not match)
+        raise ValueError(f"{what}: expected a weight before each of several sources, such as 1 {lacking.strip()}")
+    return [(float(match[1]), match[2]) for match in found if match]
+
+
+def _settings(what: str, rest: str, known: dict[str, Callable[[str], object]]) -> tuple[str, dict]:
+    """What stands before the first comma, and the settings after it."""
+    first, *given = rest.split(",")
+    settings = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if name not in known or not equals or not value:
+            raise ValueError(
+                f"{what}: expected {', '.join(f'{name}=...' for name in known)} after a comma, got {each!r}"
+            )
+        try:
+            settings[name] = known[name](value)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
+    if not first:
+        raise ValueError(f"{what}: expected a name after the colon")
+    return first, settings
+
+
+def _size(text: str) -> tuple[int, int]:
+    if not (match := re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", text)) or 0 in (sides := (int(match[1]), int(match[2]))):
+        raise ValueError(f"expected size=HEIGHTxWIDTH in pixels, got {text!r}")
+    return sides

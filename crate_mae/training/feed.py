@@ -1,0 +1,66 @@
+"""Batches on their way to the device, and how long was waited for them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from crate_mae.data import Sample, augmented
+
+_MOST_WORKERS = 16
+
+
+class Feed:
+    """Batches on the device, as (pixels, noise): pixels uint8 [batch, channels, height, width] with flips and blurs done, and noise
+    [batch, patches], which fixes the masks.
+
+    On CUDA they are copied on a stream of their own, under the step before, which the host has long queued.
+
+    Attributes:
+        waited: seconds that the host has waited for batches in all; while it waits a GPU still works off what is queued.
+    """
+
+    def __init__(self, batches: Iterable[Sample], device: torch.device) -> None:
+        self.waited = 0.0
+        self._batches, self._device = batches, device
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        batches = iter(self._batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield self._on_device(batch)
+
+    def _on_device(self, batch: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._copying is None:
+            return augmented(batch, self._device), batch.noise
+        with torch.cuda.stream(self._copying):
+            pixels, noise = augmented(batch, self._device), batch.noise.to(self._device, non_blocking=True)
+        step = torch.cuda.current_stream(self._device)
+        step.wait_stream(self._copying)
+        for tensor in (pixels, noise):
+            tensor.record_stream(
+                step
+            )  # its memory is the other stream's, and must not be used again before the step is done
+        return pixels, noise
+
+
+def workers_for(asked: int | str, device: torch.device, threads: int) -> int:
+    """How many processes load images.
+
+    Args:
+        asked: a number, or "auto": one for each core that nothing else computes on, at most 16. On a GPU's machine, the host takes
+            one; on a CPU, training takes as many as it has threads.
+    """
+    if asked != "auto":
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = 1 if device.type != "cpu" else threads or cores
+    return max(0, min(cores - busy, _MOST_WORKERS))

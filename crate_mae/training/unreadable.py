@@ -1,0 +1,78 @@
+"""Images that a run meets and cannot read: counted, named once, and too many in the end."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from crate_mae.data import UnreadableImage
+from crate_mae.data.unreadable import TooManyUnreadable
+from crate_mae.files import append
+
+_SAID_SINGLY = 20
+"""Images that have a line of their own on the screen; the others are counted there."""
+
+
+class UnreadableImages:
+    """The images that cannot be read, of those that this run has met since it was started or resumed.
+
+    Args:
+        file: gets a line for each, of cause, name and reason with tabs between them; those that it has already are not said again.
+        images: how many there are, to train and to validate on.
+        most: the fraction of them that may be unreadable, rounded up to a whole image.
+        say: takes a line for the user.
+    """
+
+    def __init__(self, file: Path, images: int, most: float, say: Callable[[str], None]) -> None:
+        self.file, self.images, self.most, self.say = file, images, most, say
+        self._met: dict[str, str] = {}
+        self._listed: set[str] | None = None
+
+    def __call__(self, errors: Sequence[UnreadableImage]) -> None:
+        """Take note of images that were met.
+
+        Raises:
+            TooManyUnreadable: those met by now are more than are allowed.
+            OSError: they cannot be written down.
+        """
+        for error in errors:
+            if error.name in self._met:
+                continue
+            self._met[error.name] = error.cause
+            if error.name not in self._already_listed():
+                self._listed.add(error.name)
+                append(self.file, f"{error.cause}\t{error.name}\t{error.reason}\n")
+                self._told(error)
+            if len(self._met) > math.ceil(self.most * self.images):
+                raise TooManyUnreadable(
+                    f"{len(self._met)} of {self.images} images cannot be read ({self.counted()}), more than "
+                    f"--images.max_unreadable {self.most:g} allows; they are listed in {self.file}: mend or remove them, or "
+                    "allow more"
+                )
+
+    def counted(self) -> str:
+        """How many there are by cause, in words; nothing where all could be read."""
+        return ", ".join(f"{count} {cause}" for cause, count in Counter(self._met.values()).most_common())
+
+    def _told(self, error: UnreadableImage) -> None:
+        count = len(self._met)
+        if count <= _SAID_SINGLY:
+            self.say(f"cannot read the image {error.name} ({error.cause}: {error.reason}); another stands in for it")
+        elif count & (count - 1) == 0:
+            self.say(f"{count} images cannot be read by now ({self.counted()}); all are in {self.file}")
+
+    def _already_listed(self) -> set[str]:
+        if self._listed is None:
+            self._listed = listed(self.file)
+        return self._listed
+
+
+def listed(file: Path) -> set[str]:
+    """The names of images in such a file; none where there is none."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return set()
+    return {fields[1] for line in lines if len(fields := line.split("\t")) == 3}
