@@ -66,8 +66,9 @@ def _how_to_go_on(arguments: list[str]) -> str:
     if arguments[0] == "check":
         return ""
     own_model = any(argument.startswith("--model.") for argument in arguments)
-    same = arguments[0] == "pack" or (arguments[0] == "demo" and not own_model)
-    return f"; {'the same command' if same else '--resume'} goes on"
+    if not (arguments[0] == "pack" or (arguments[0] == "demo" and not own_model)):
+        return "; --resume goes on"
+    return f"; the same command{' without --overwrite' if '--overwrite' in arguments else ''} goes on"
 
 
 def _run(arguments: list[str]) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -362,6 +363,14 @@ def test_settings_that_mean_nothing_are_refused_by_name(options, photographs, tm
     assert main(["pack", str(photographs), str(tmp_path / "out"), options]) == 2
     assert options.split("=")[0].strip("-") in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr("crate_mae.data.progress._SECONDS", 0.0)
+    lines: list[str] = []
+    pack(ImageFolder(photographs), tmp_path / "out", SMALL, max_unreadable=1, say=lines.append)
+    pattern = r"pack: (\d+)/40 images, [\d,.]+ images/s, 0:00:0\d left"
+    assert [re.fullmatch(pattern, line)[1] for line in lines] == [str(done) for done in range(1, 41)]
 
 
 def test_the_journal_says_what_was_done(photographs, tmp_path):
