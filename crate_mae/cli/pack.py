@@ -54,7 +54,7 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         "--max-unreadable",
         type=float,
         default=0.01,
-        help="Fraction of the images that may be left out because they cannot be read; of a set of any size one may.",
+        help="Fraction of the images that may be left out because they cannot be read, rounded up to a whole image.",
     )
     add_workers(parser)
     parser.add_argument("--overwrite", action="store_true", help="Delete the shards in OUT and start anew.")

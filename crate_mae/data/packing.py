@@ -256,7 +256,7 @@ class _Packing:
                 for each in about.pop("shards")
             ]
             differences = [
-                f"{name} {about[section][name]} there, {value} now"
+                "other images" if name == "fingerprint" else f"{name} {about[section][name]} there, {value} now"
                 for section in self.about
                 for name, value in self.about[section].items()
                 if about[section][name] != value

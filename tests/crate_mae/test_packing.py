@@ -237,7 +237,7 @@ def test_what_is_finished_is_kept_and_what_is_damaged_is_made_anew(photographs, 
     [
         ({"short_side": 40}, "short_side 48 there, 40 now"),
         ({"quality": 90}, "quality 92 there, 90 now"),
-        ({"source": 30}, "images 40 there, 30 now"),
+        ({"source": 30}, "images 40 there, 30 now; other images"),
         ({"journal": "{"}, "damaged"),
         ({"journal": None}, "holds images-000000.tar, of which no pack.json tells"),
     ],
