@@ -75,7 +75,9 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
 
 
 def _without(source: Source, names: set[str]) -> Source:
-    return Subset(source, [index for index in range(len(source)) if source.name(index) not in names]) if names else source
+    return (
+        Subset(source, [index for index in range(len(source)) if source.name(index) not in names]) if names else source
+    )
 
 
 def _random_model(like: CrateMAE, seed: int) -> CrateMAE:

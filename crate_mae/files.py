@@ -152,7 +152,12 @@ def make_folder(path: Path) -> list[Path]:
     for folder in reversed([path, *path.parents]):
         if not folder.is_dir():
             with _naming(folder):
-                os.mkdir(folder)
+                try:
+                    os.mkdir(folder)
+                except FileExistsError:
+                    if folder.is_dir():  # others made it meanwhile
+                        continue
+                    raise
                 sync_folder(folder.parent)
             made.append(folder)
     return made

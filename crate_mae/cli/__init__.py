@@ -13,13 +13,13 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from crate_mae import __version__
-from crate_mae.cli import pretraining, reconstruct
+from crate_mae.cli import check, pack, pretraining, reconstruct
 from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, worded
 from crate_mae.cli.settings import check_argument, load
 from crate_mae.data import STOPPING
 from crate_mae.training import RunStopped
 
-COMMANDS = ("pretrain", "demo", "reconstruct")
+COMMANDS = ("pretrain", "demo", "reconstruct", "pack", "check")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         ======= ========================================================================================================
         0       Done.
-        1       Training broke down: values that are not finite, the disk, lost processes, no memory.
+        1       Training broke down: values that are not finite, the disk, lost processes, no memory. Images that cannot be
+                read: too many of them for `pack`, any for `check`.
         2       A user's mistake: an option, a setting, a file or folder.
         70      A bug of ours: an error that nobody foresaw.
         128 + n Ended by signal n, such as 130 by Ctrl-C; a run was saved, or the line says otherwise.
@@ -54,13 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             for number in STOPPING:
                 signal.signal(number, signal.SIG_IGN)
         if isinstance(error, RunStopped):
-            own_model = any(argument.startswith("--model.") for argument in arguments)
-            goes_on = "the same command" if arguments[0] == "demo" and not own_model else "--resume"
-            message = f"{message}; {goes_on} goes on"
+            message += _how_to_go_on(arguments)
         with suppress(OSError):  # of a terminal that is gone; the exit status tells
             print(f"crate-mae: {one_line(message)}", file=sys.stderr, flush=True)
         return status
     return 0
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
+    if arguments[0] == "check":
+        return ""
+    own_model = any(argument.startswith("--model.") for argument in arguments)
+    if not (arguments[0] == "pack" or (arguments[0] == "demo" and not own_model)):
+        return "; --resume goes on"
+    return f"; the same command{' without --overwrite' if '--overwrite' in arguments else ''} goes on"
 
 
 def _run(arguments: list[str]) -> str:
@@ -93,11 +101,13 @@ def _run(arguments: list[str]) -> str:
         parsers = {
             **pretraining.add_commands(commands, defaults),
             "reconstruct": reconstruct.add_command(commands),
+            "pack": pack.add_command(commands),
+            "check": check.add_command(commands),
         }
         if arguments[0] in parsers:
             options = [*parsers[arguments[0]]._option_string_actions, DEBUG]
         chosen = parser.parse_args(arguments)
     except ArgumentError as error:
         raise worded(error, options) from error
-    command = reconstruct.run if chosen.subcommand == "reconstruct" else pretraining.run
-    return command(parser, chosen)
+    others = {"reconstruct": reconstruct.run, "pack": pack.run, "check": check.run}
+    return others.get(chosen.subcommand, pretraining.run)(parser, chosen)

@@ -49,7 +49,9 @@ class BatchSampler(Sampler[list[Key]]):
         ranks: int = 1,
     ) -> None:
         if not 0 < batch_size <= len(source):
-            raise ValueError(f"batch_size: expected 1 to {len(source)}, the number of training images, got {batch_size}")
+            raise ValueError(
+                f"batch_size: expected 1 to {len(source)}, the number of training images, got {batch_size}"
+            )
         if not 0 <= rank < ranks <= batch_size:
             raise ValueError(f"rank: expected 0 to ranks - 1, and at most {batch_size} ranks, got {rank} of {ranks}")
         self.source, self.batch_size, self.seed = source, batch_size, seed

@@ -84,7 +84,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data|Truncated File Read", UserWarning)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    torch.frombuffer(b"0", dtype=torch.uint8)  # PyTorch warns once a process that bytes cannot be written to, which nobody does
+    torch.frombuffer(
+        b"0", dtype=torch.uint8
+    )  # PyTorch warns once a process that bytes cannot be written to, which nobody does
 
 
 def open_file(path: str | os.PathLike[str], name: str = "") -> Image.Image:
@@ -150,7 +152,9 @@ def shown_size(image: Image.Image, name: str = "an image") -> tuple[int, int]:
             _decode(image)
     width, height = image.size
     tags = getattr(image, "tag_v2", {})
-    if tags and getattr(image, "tile", None):  # Pillow 11 and newer give this of upright TIFFs, others after decoding alone
+    if tags and getattr(
+        image, "tile", None
+    ):  # Pillow 11 and newer give this of upright TIFFs, others after decoding alone
         width, height = tags[_WIDTH], tags[_HEIGHT]
     return (height, width) if _orientation(image) >= 5 else (width, height)
 

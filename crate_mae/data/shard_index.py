@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from crate_mae.data.index_files import cache_file, read_index, write_index
+from crate_mae.data.paths import printable
 from crate_mae.data.reading import IMAGE_SUFFIXES
 
 INDEX_SUFFIX = ".index"
@@ -39,12 +40,14 @@ class ShardIndex:
         arrays: `offsets` int64 and `sizes` uint32 of their data, in bytes; `names`, uint8, one after the other, and int64 `ends`
             in there; `numbered` and `folders`, int32, the class that .cls members and folders give each, -1 where none does.
         classes: names that `numbered` and `folders` number.
-        remarks: what there is beside images.
+        left_out: members that are no images, by what they are.
+        damage: how the shard ends too early; "" if it does not.
     """
 
     arrays: dict[str, np.ndarray]
     classes: dict[str, list[str]]
-    remarks: list[str]
+    left_out: dict[str, int]
+    damage: str
 
     def __len__(self) -> int:
         return len(self.arrays["offsets"])
@@ -68,15 +71,16 @@ def shard_index(path: Path, *, beside: bool = False) -> ShardIndex:
     except OSError as error:
         raise type(error)(f"{path}: {error.strerror}") from error
     known = {"layout": _LAYOUT, "size": str(now.st_size), "mtime_ns": str(now.st_mtime_ns)}
+    known["suffixes"] = " ".join(sorted(IMAGE_SUFFIXES))
     own = path.with_name(path.name + INDEX_SUFFIX)
     for place in (own,) if beside else (own, cache_file("shard", os.path.abspath(path))):
         if found := read_index(place):
             arrays, about = found
             if known.items() <= about.items():
-                return ShardIndex(arrays, json.loads(about["classes"]), json.loads(about["remarks"]))
+                return ShardIndex(arrays, **json.loads(about["rest"]))
     index = scanned(path)
-    about = {"classes": json.dumps(index.classes), "remarks": json.dumps(index.remarks)}
-    write_index(own if beside else cache_file("shard", os.path.abspath(path)), index.arrays, {**known, **about})
+    rest = json.dumps({"classes": index.classes, "left_out": index.left_out, "damage": index.damage})
+    write_index(own if beside else cache_file("shard", os.path.abspath(path)), index.arrays, {**known, "rest": rest})
     return index
 
 
@@ -117,13 +121,9 @@ class _Scan:
         end = self._members(file)
         self._follow_links()
         whole = sum(offset + size <= self.size for offset, size in zip(self.offsets, self.sizes, strict=True))
-        remarks = []
-        if end:
-            remarks.append(f"{end}: {whole:,} whole images, {len(self.names) - whole:,} cut")
-        if self.left_out:
-            remarks.append("beside images: " + ", ".join(f"{n:,} {what}" for what, n in sorted(self.left_out.items())))
+        damage = end and f"{end}: {whole:,} whole images, {len(self.names) - whole:,} cut"
         keys = [self.numbers.get(_key(name)) for name in self.names]
-        folders = [text_of(parts[0]) if len(parts := _parts(name)) > 1 else None for name in self.names]
+        folders = [printable(parts[0]) if len(parts := _parts(name)) > 1 else None for name in self.names]
         numbered, number_names = _numbered(keys)
         sorted_into, folder_names = _numbered(folders)
         arrays = {
@@ -134,7 +134,7 @@ class _Scan:
             "numbered": numbered,
             "folders": sorted_into,
         }
-        return ShardIndex(arrays, {"numbered": number_names, "folders": folder_names}, remarks)
+        return ShardIndex(arrays, {"numbered": number_names, "folders": folder_names}, dict(self.left_out), damage)
 
     def _members(self, file: BinaryIO) -> str:
         """Take all members; returns how the shard ends before its end mark, if it does."""
@@ -163,7 +163,7 @@ class _Scan:
     def _take(self, member: tarfile.TarInfo) -> None:
         name = member.name.encode("utf-8", "surrogateescape")
         parts = _parts(name)
-        suffix = os.path.splitext(text_of(parts[-1]))[1].lower() if parts else ""
+        suffix = os.path.splitext(printable(parts[-1]))[1].lower() if parts else ""
         if member.isdir():
             return
         if any(part.startswith(b".") for part in parts) or not parts:
@@ -204,11 +204,6 @@ class _Scan:
                     self.left_out["hard links to no image of the shard"] += 1
                 else:
                     self._add(name, self.offsets[place], self.sizes[place])
-
-
-def text_of(name: bytes) -> str:
-    """A member's name, which need not be UTF-8, as Python has such names of files."""
-    return name.decode("utf-8", "surrogateescape")
 
 
 def _parts(name: bytes) -> list[bytes]:

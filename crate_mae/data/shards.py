@@ -14,7 +14,7 @@ import re
 import stat
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
@@ -24,14 +24,19 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from crate_mae.data.reading import open_image
-from crate_mae.data.shard_index import ShardIndex, scanned, shard_index, text_of
+from crate_mae.data.paths import printable
+from crate_mae.data.reading import _errors_named, open_image
+from crate_mae.data.shard_index import ShardIndex, scanned, shard_index
 from crate_mae.data.source import Source, UnreadableImage
 
 _MOST_SHARDS = 1_000_000
 
 _MOST_OPEN = 64
 """Descriptors a process keeps."""
+
+
+_MOST_REMARKS = 20
+"""On shards that end too early, one each."""
 
 
 def shard_paths(pattern: str) -> list[Path]:
@@ -82,11 +87,13 @@ class TarShards(Source):
 
     Raises:
         OSError: a shard is not there, or cannot be read; or there is no image in all of them.
-        ValueError: one is no tar, or compressed.
+        ValueError: one is no tar, or compressed; or there is none.
     """
 
     def __init__(self, paths: Sequence[Path], *, progress: bool = True) -> None:
         self.paths = [Path(path) for path in paths]
+        if not self.paths:
+            raise ValueError("paths: expected a shard, got none")
         if missing := [path for path in self.paths if not path.exists()]:
             others = f", and {len(missing) - 1} more of {len(self.paths)}" if len(missing) > 1 else ""
             raise FileNotFoundError(f"no such shard: {missing[0]}{others}")
@@ -100,11 +107,7 @@ class TarShards(Source):
         self._ends = _joined(index.arrays["ends"] + base for index, base in zip(indices, before[:-1], strict=True))
         numbered = any((index.arrays["numbered"] >= 0).any() for index in indices)
         self.classes, self._labels = _labels(indices, "numbered" if numbered else "folders")
-        self._remarks = [
-            f"{path.name}: {remark}"
-            for path, index in zip(self.paths, indices, strict=True)
-            for remark in index.remarks
-        ]
+        self._remarks = _remarks(self.paths, indices)
         self._opened = _Opened(self.paths)
         self._fingerprint = ""
 
@@ -114,12 +117,11 @@ class TarShards(Source):
     def image(self, index: int) -> Image.Image:
         shard, name = self._shard(index), self.name(index)
         size = int(self._sizes[index])
-        try:
-            data = self._opened.read(shard, size, int(self._offsets[index]), self._is_unchanged)
-        except _ChangedShard as error:
-            raise UnreadableImage(name, "vanished", str(error), "start again, and the shard is indexed anew") from None
-        except OSError as error:
-            raise UnreadableImage(name, _cause(error), f"the shard: {error.strerror or error}") from error
+        with _errors_named(name):
+            try:
+                data = self._opened.read(shard, size, int(self._offsets[index]), self._is_unchanged)
+            except _ChangedShard as error:
+                raise UnreadableImage(name, "vanished", str(error), "start again, and it is indexed anew") from None
         if len(data) < size:
             raise UnreadableImage(
                 name, "truncated", f"its shard ends after {len(data):,} of its {size:,} bytes", "get the shard again"
@@ -127,7 +129,7 @@ class TarShards(Source):
         return open_image(data, name)
 
     def name(self, index: int) -> str:
-        return f"{self.paths[self._shard(index)]}/{text_of(self._member(index))}"
+        return printable(os.fsencode(self.paths[self._shard(index)]) + b"/" + self._member(index))
 
     def fingerprint(self) -> str:
         if not self._fingerprint:
@@ -149,6 +151,8 @@ class TarShards(Source):
         return [*self._remarks, f"the index of {len(self.paths):,} shards takes {held / 2**20:,.1f} MiB of memory"]
 
     def _shard(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         return bisect_right(self._firsts, index) - 1
 
     def _member(self, index: int) -> bytes:
@@ -156,7 +160,8 @@ class TarShards(Source):
 
     def _indices(self, progress: bool) -> list[ShardIndex]:
         bar = tqdm(total=len(self.paths), unit="shard", desc="index", delay=1, disable=None if progress else True)
-        with bar, ThreadPoolExecutor(min(16, len(self.paths))) as threads:
+        # Few threads: they wait for a disk together, and take turns at the headers.
+        with bar, ThreadPoolExecutor(8) as threads:
             indices = []
             try:
                 for index in threads.map(shard_index, self.paths):
@@ -174,7 +179,7 @@ class TarShards(Source):
         names = self._names[base : self._ends[end - 1]] if end > first else self._names[:0]
         held = {"offsets": self._offsets[first:end], "sizes": self._sizes[first:end], "names": names}
         try:
-            return scanned(self.paths[shard]).same_images(ShardIndex(held, {}, []))
+            return scanned(self.paths[shard]).same_images(ShardIndex(held, {}, {}, ""))
         except ValueError:
             return False
 
@@ -225,6 +230,7 @@ class _Opened:
             self._start()
         try:
             descriptor = self._descriptor(shard, is_unchanged)
+            size = min(size, max(0, self._known[shard][0] - offset))  # a header may claim any
             data = os.pread(descriptor.number, size, offset)
             while len(data) < size and (more := os.pread(descriptor.number, size - len(data), offset + len(data))):
                 data += more
@@ -257,12 +263,6 @@ def _state(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _cause(error: OSError) -> str:
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return "vanished"
-    return "no permission" if isinstance(error, PermissionError) else "read error"
-
-
 def _joined(arrays: Iterator[np.ndarray]) -> np.ndarray:
     return np.concatenate(list(arrays))
 
@@ -275,3 +275,22 @@ def _labels(indices: list[ShardIndex], by: str) -> tuple[list[str], np.ndarray]:
     place = {name: number for number, name in enumerate(classes)}
     tables = [np.array([place.get(name, 0) for name in own], dtype=np.int32) for own in names]
     return classes, _joined(table[index.arrays[by]] for table, index in zip(tables, indices, strict=True))
+
+
+def _remarks(paths: Sequence[Path], indices: Sequence[ShardIndex]) -> list[str]:
+    damaged = [f"{path}: {index.damage}" for path, index in zip(paths, indices, strict=True) if index.damage]
+    remarks = damaged[:_MOST_REMARKS]
+    if len(damaged) > _MOST_REMARKS:
+        remarks.append(f"and {len(damaged) - _MOST_REMARKS:,} more shards that end too early")
+    left_out = sum((Counter(index.left_out) for index in indices), Counter())
+    if left_out:
+        remarks.append("beside images: " + ", ".join(f"{n:,} {what}" for what, n in sorted(left_out.items())))
+    return remarks
+
+
+def shards_in(source: Source) -> list[TarShards]:
+    """The tar shards that a source consists of, or is a part or a mixture of."""
+    if isinstance(source, TarShards):
+        return [source]
+    inner = [*getattr(source, "sources", ()), *([source.source] if hasattr(source, "source") else ())]
+    return [shards for each in inner for shards in shards_in(each)]

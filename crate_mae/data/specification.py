@@ -107,7 +107,9 @@ def _settings(what: str, rest: str, known: dict[str, Callable[[str], object]]) -
     for each in given:
         name, equals, value = each.partition("=")
         if name not in known or not equals or not value:
-            raise ValueError(f"{what}: expected {', '.join(f'{name}=...' for name in known)} after a comma, got {each!r}")
+            raise ValueError(
+                f"{what}: expected {', '.join(f'{name}=...' for name in known)} after a comma, got {each!r}"
+            )
         try:
             settings[name] = known[name](value)
         except ValueError as error:

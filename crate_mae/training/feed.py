@@ -46,7 +46,9 @@ class Feed:
         step = torch.cuda.current_stream(self._device)
         step.wait_stream(self._copying)
         for tensor in (pixels, noise):
-            tensor.record_stream(step)  # its memory is the other stream's, and must not be used again before the step is done
+            tensor.record_stream(
+                step
+            )  # its memory is the other stream's, and must not be used again before the step is done
         return pixels, noise
 
 

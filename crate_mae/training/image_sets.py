@@ -7,7 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from crate_mae.data import COLOUR_MODES, FLOWERS, ImageFolder, Source, compare, decoded_if_small, holds_images, open_source
+from crate_mae.data import (
+    COLOUR_MODES,
+    FLOWERS,
+    ImageFolder,
+    Source,
+    compare,
+    decoded_if_small,
+    holds_images,
+    open_source,
+)
 from crate_mae.data.specification import is_folder
 from crate_mae.training.config import PretrainConfig
 
@@ -90,7 +99,9 @@ def _as_it_began(now: ImageFolder, kept: Path, most: float, said: list[str]) -> 
     gone, new = compare(began, now)
     if gone > math.ceil(most * len(began)):
         return now
-    said.append(f"since the run began {gone} of its {len(began)} images are gone and {new} are new; it goes on with those it had")
+    said.append(
+        f"since the run began {gone} of its {len(began)} images are gone and {new} are new; it goes on with those it had"
+    )
     return began
 
 

@@ -38,8 +38,9 @@ class EndedAtOnce(KeyboardInterrupt):
 class StopRequest:
     """Whether the run was asked to end, and by which signal first."""
 
-    def __init__(self) -> None:
+    def __init__(self, said: bytes = _SAID) -> None:
         self.signal: int | None = None
+        self._said = said
         self._warned = False
         self._at = 0.0
 
@@ -61,16 +62,19 @@ class StopRequest:
             self._at, self._warned = now, is_warning
         if first:
             with suppress(OSError):  # SIGHUP comes of a terminal that is gone
-                os.write(2, _SAID)  # not by print: the signal may have come in the middle of one
+                os.write(2, self._said)  # not by print: the signal may have come in the middle of one
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(said: bytes = _SAID) -> Iterator[StopRequest]:
     """What SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 set instead of ending the process; a second one ends it at once.
 
     Those that are ignored stay so: nohup keeps SIGHUP from a run, and shells SIGINT from what they start in the background.
+
+    Args:
+        said: to stderr when the first one comes.
     """
-    stop = StopRequest()
+    stop = StopRequest(said)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

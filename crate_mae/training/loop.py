@@ -255,7 +255,9 @@ class _Run:
                 self._take_steps(Feed(batches, self.device), progress, stop)
         self.record.told_at_the_end()
         if counted := self.unreadable.counted():
-            _say(f"images that could not be read, others stood in: {counted}; they are listed in {self.unreadable.file}")
+            _say(
+                f"images that could not be read, others stood in: {counted}; they are listed in {self.unreadable.file}"
+            )
         if self.errors is None and self.validation:
             self.errors = self.validation(self.model)
         return PretrainResult(self.config.out, self.step, self.errors)

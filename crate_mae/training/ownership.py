@@ -29,11 +29,14 @@ _held: set[int] = set()
 
 
 @contextlib.contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def owned(folder: Path, option: str = "--out") -> Iterator[None]:
     """Be the only run that writes to a folder, which is made, and removed again if it is empty in the end.
 
     An advisory lock of the system (flock), which ends with the process however that ends, on a file that says who has it. On file
     systems without such locks what the file says decides: of a process that is gone from this host it is stale.
+
+    Args:
+        option: which names the folder.
 
     Raises:
         BlockingIOError: another process, or another run of this one, has it; the message says which.
@@ -45,9 +48,9 @@ def owned(folder: Path) -> Iterator[None]:
             with contextlib.suppress(PermissionError):
                 sync_folder(folder.parent)
     except OSError as error:
-        raise type(error)(f"--out {folder}: {error}") from error
+        raise type(error)(f"{option} {folder}: {error}") from error
     path = folder / LOCK
-    descriptor = _take(path, folder)
+    descriptor = _take(path, f"{option} {folder}")
     _held.add(descriptor)
     try:
         with contextlib.suppress(OSError):  # on a full disk it is nameless, and holds
@@ -65,13 +68,13 @@ def owned(folder: Path) -> Iterator[None]:
                 os.rmdir(empty)
 
 
-def _take(path: Path, folder: Path) -> int:
+def _take(path: Path, named: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
         try:
             if remedy := _is_held(descriptor):
                 holder = _named(_holder(descriptor))
-                raise BlockingIOError(f"--out {folder}: {holder} writes to it; {remedy}, or name another folder")
+                raise BlockingIOError(f"{named}: {holder} writes to it; {remedy}, or name another folder")
             with contextlib.suppress(FileNotFoundError):  # its owner removed it after we had opened it
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor

@@ -8,14 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crate_mae.data import UnreadableImage
+from crate_mae.data.unreadable import TooManyUnreadable
 from crate_mae.files import append
 
 _SAID_SINGLY = 20
 """Images that have a line of their own on the screen; the others are counted there."""
-
-
-class TooManyUnreadable(RuntimeError):
-    """More images than are allowed cannot be read."""
 
 
 class UnreadableImages:

@@ -1,0 +1,116 @@
+"""One function of each image of a source, worked out by several processes, with the results in the order of the images."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from crate_mae.data.loader import STOPPING, LostWorkers
+from crate_mae.data.source import Source
+
+_Result = TypeVar("_Result")
+
+_AT_ONCE = 8
+"""Images that a process gets together."""
+
+_AHEAD = 3
+"""Times that many, by process, whose results may wait for their turn: what bounds the memory."""
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def each_image(
+    work: Callable[[Source, int], _Result],
+    source: Source,
+    *,
+    first: int = 0,
+    workers: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[_Result]:
+    """The results of `work(source, index)` for each index from `first` on, in this order.
+
+    Closing the iterator, or an error, ends the processes.
+
+    Args:
+        work: a function of a module, or a `functools.partial` of one; what it raises is raised here.
+        workers: processes; with 0 this one does all.
+        should_stop: asked before each result.
+
+    Raises:
+        Stopped: it should.
+        LostWorkers: a process died, as of too little memory.
+    """
+    if not workers:
+        for index in range(first, len(source)):
+            stop_if(should_stop)
+            yield work(source, index)
+        return
+    others = set(multiprocessing.active_children())
+    # A fork shares the source's index; where there is none, each process gets its copy.
+    how = "fork" if sys.platform == "linux" else None
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context(how), initializer=_begin, initargs=(work, source)
+    )
+    pending: deque[Future[list[_Result]]] = deque()
+    starts = iter(range(first, len(source), _AT_ONCE))
+    try:
+        while True:
+            while len(pending) < workers * _AHEAD and (start := next(starts, None)) is not None:
+                pending.append(pool.submit(_some, start, min(start + _AT_ONCE, len(source))))
+            if not pending:
+                return
+            for result in pending.popleft().result():
+                stop_if(should_stop)
+                yield result
+    except BrokenProcessPool:
+        raise LostWorkers(
+            "a process that reads images was lost; fewer --workers need less memory, and 0 reads in the command's own"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+
+
+class Stopped(Exception):
+    """It was asked to end in the middle."""
+
+
+_own: tuple[Callable[[Source, int], Any], Source]
+
+
+def stop_if(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise Stopped("stopped")
+
+
+def _begin(work: Callable[[Source, int], Any], source: Source) -> None:
+    global _own
+    _own = work, source
+    for number in STOPPING:  # which terminals send to all; the main process decides
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A main process that is killed cannot end the others, and a fork keeps open the pipe that they would see closed."""
+    if parent := multiprocessing.parent_process():
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _some(start: int, end: int) -> list[Any]:
+    work, source = _own
+    return [work(source, index) for index in range(start, end)]
