@@ -81,10 +81,14 @@ _MIRRORED = {1: "", 2: "x", 3: "xy", 4: "y", 5: "", 6: "x", 7: "xy", 8: "y"}
 
 # Of files that are read all the same: Pillow raises an error by itself where one claims more than twice as many pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data|Truncated File Read", UserWarning)
+warnings.filterwarnings(
+    "ignore", "(Possibly c|C)orrupt EXIF|Truncated File Read|Tag data larger|Metadata Warning", UserWarning
+)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    torch.frombuffer(b"0", dtype=torch.uint8)  # PyTorch warns once a process that bytes cannot be written to, which nobody does
+    torch.frombuffer(
+        b"0", dtype=torch.uint8
+    )  # PyTorch warns once a process that bytes cannot be written to, which nobody does
 
 
 def open_file(path: str | os.PathLike[str], name: str = "") -> Image.Image:
@@ -100,17 +104,23 @@ def open_file(path: str | os.PathLike[str], name: str = "") -> Image.Image:
     """
     name = name or os.fspath(path)
     flags = (getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-    with contextlib.ExitStack() as on_error, _errors_named(name):
+    with _errors_named(name):
         descriptor = os.open(path, sum(flags, os.O_RDONLY))
-        file = on_error.enter_context(os.fdopen(descriptor, "rb", closefd=True))
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise UnreadableImage(name, "no file", "not a regular file")
-        if about.st_size <= _IN_MEMORY:
-            return open_image(file.read(), name)
-        image = open_image(file, name)
-        on_error.pop_all()
-        return image
+        try:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
+                raise UnreadableImage(name, "no file", "not a regular file")
+            if about.st_size <= _IN_MEMORY:
+                with open(descriptor, "rb", closefd=False) as file:
+                    return open_image(file.read(), name)
+            file = open(os.dup(descriptor), "rb")  # noqa: SIM115; closed when nobody has the image any more
+            try:
+                return open_image(file, name)
+            except BaseException:
+                file.close()
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def open_image(file: BinaryIO | bytes, name: str) -> Image.Image:
@@ -150,7 +160,9 @@ def shown_size(image: Image.Image, name: str = "an image") -> tuple[int, int]:
             _decode(image)
     width, height = image.size
     tags = getattr(image, "tag_v2", {})
-    if tags and getattr(image, "tile", None):  # Pillow 11 and newer give this of upright TIFFs, others after decoding alone
+    if tags and getattr(
+        image, "tile", None
+    ):  # Pillow 11 and newer give this of upright TIFFs, others after decoding alone
         width, height = tags[_WIDTH], tags[_HEIGHT]
     return (height, width) if _orientation(image) >= 5 else (width, height)
 
@@ -185,7 +197,8 @@ def part(image: Image.Image, box: Box, size: Size, channels: int, name: str) -> 
     """A part of the upright image, resized with bicubic interpolation as if it were an image of its own.
 
     A JPEG that was not decoded yet is decoded at 1/2, 1/4 or 1/8 of its scale where the part then still has twice as many pixels
-    as are wanted on both sides; with fewer the result differs visibly from that of the full scale. With 4 channels colours are weighted by their opacity: those of transparent pixels do not bleed.
+    as are wanted on both sides; with fewer the result would differ visibly from that of the full scale. With 4 channels colours
+    are weighted by their opacity: those of transparent pixels do not bleed.
 
     Args:
         image: of any mode; it may be asked for further parts.
