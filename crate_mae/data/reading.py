@@ -53,6 +53,9 @@ _BY_OTHER_PROGRAMS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _IN_MEMORY = 64 * 2**20
 """Bytes up to which a file is read at once: it is faster, and no descriptor stays open with the image."""
 
+_TOLD_BY_THEIR_HEADERS = ("JPEG", "MPO")
+"""Formats that are decoded when a part is asked for, at the scale that it needs."""
+
 _NOT_THE_FILES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _CAUSES_OF_ERRORS = {
     errno.ENOENT: "vanished",
@@ -84,11 +87,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings(
     "ignore", "(Possibly c|C)orrupt EXIF|Truncated File Read|Tag data larger|Metadata Warning", UserWarning
 )
-with warnings.catch_warnings():
+with warnings.catch_warnings():  # PyTorch warns once a process that bytes cannot be written to, which nobody does here
     warnings.simplefilter("ignore")
-    torch.frombuffer(
-        b"0", dtype=torch.uint8
-    )  # PyTorch warns once a process that bytes cannot be written to, which nobody does
+    torch.frombuffer(b"0", dtype=torch.uint8)
 
 
 def open_file(path: str | os.PathLike[str], name: str = "") -> Image.Image:
@@ -109,13 +110,14 @@ def open_file(path: str | os.PathLike[str], name: str = "") -> Image.Image:
         try:
             about = os.fstat(descriptor)
             if not stat.S_ISREG(about.st_mode):
-                raise UnreadableImage(name, "no file", "not a regular file")
+                folder = stat.S_ISDIR(about.st_mode)
+                raise UnreadableImage(name, "no file", "Is a directory" if folder else "not a regular file")
             if about.st_size <= _IN_MEMORY:
                 with open(descriptor, "rb", closefd=False) as file:
                     return open_image(file.read(), name)
-            file = open(os.dup(descriptor), "rb")  # noqa: SIM115; closed when nobody has the image any more
+            file = open(os.dup(descriptor), "rb")  # noqa: SIM115
             try:
-                return open_image(file, name)
+                return open_image(file, name)  # which closes it when nobody has it any more
             except BaseException:
                 file.close()
                 raise
@@ -150,20 +152,17 @@ def open_image(file: BinaryIO | bytes, name: str) -> Image.Image:
 def shown_size(image: Image.Image, name: str = "an image") -> tuple[int, int]:
     """(width, height) of the image when it is upright.
 
-    A PNG is decoded for it where its header has no EXIF, which may follow the pixels; of others the header is enough.
+    The header of a JPEG tells it; others are decoded for it, as a PNG may tell its orientation after its pixels, and a TIFF or an
+    icon have another size than its header says. Who needs no more than the number of pixels has it of `image.size`.
 
     Raises:
         UnreadableImage: of this name; its pixels cannot be decoded.
+        OSError, MemoryError: as of `open_image`.
     """
-    if image.format == "PNG" and "exif" not in image.info:
+    if image.format not in _TOLD_BY_THEIR_HEADERS:
         with _errors_named(name):
             _decode(image)
     width, height = image.size
-    tags = getattr(image, "tag_v2", {})
-    if tags and getattr(
-        image, "tile", None
-    ):  # Pillow 11 and newer give this of upright TIFFs, others after decoding alone
-        width, height = tags[_WIDTH], tags[_HEIGHT]
     return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
@@ -249,7 +248,7 @@ def _resized(pixels: Image.Image, box: tuple[float, float, float, float], size: 
 
 def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Image.Image]:
     """(s, an image of 1/s of the scale); `draft` changes what it is asked of, so that this is another one where s is above 1."""
-    if image.format not in ("JPEG", "MPO") or not getattr(image, "tile", None):
+    if image.format not in _TOLD_BY_THEIR_HEADERS or not getattr(image, "tile", None):
         return 1, image
     (height, width), (left, top, right, bottom) = size, box
     fitting = min((right - left) // (2 * width), (bottom - top) // (2 * height))
@@ -273,6 +272,8 @@ def _as_stored(box: Box, size: tuple[int, int], orientation: int) -> Box:
 
 def _orientation(image: Image.Image) -> int:
     """Its EXIF orientation, 1 to 8; 1 where it tells none, or none that there is. No other tag matters."""
+    if image.format == "TIFF":  # which Pillow has turned as it decoded it
+        return 1
     try:
         value = image.getexif().get(_ORIENTATION)
     except Exception as error:
