@@ -189,7 +189,9 @@ def whole(image: Image.Image, channels: int, name: str) -> Image.Image:
             pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if "y" in _MIRRORED[orientation]:
             pixels = pixels.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        return pixels.copy() if pixels is image else pixels
+        pixels = pixels.copy() if pixels is image else pixels
+        pixels.info = {}  # it is upright now, and its EXIF would have it turned again
+        return pixels
 
 
 def part(image: Image.Image, box: Box, size: Size, channels: int, name: str) -> torch.Tensor:

@@ -66,6 +66,7 @@ class TestEveryKind:
         found = whole(image, 3, name)
         assert shown_size(image) == found.size == expected.shape[1::-1], "and after"
         assert np.abs(np.asarray(found).astype(int) - expected).max() <= TOLERANCE.get(name, 0)
+        assert whole(found, 3, name) == found, "which is not turned again"
 
     @pytest.mark.parametrize("channels", COLOUR_MODES)
     @pytest.mark.parametrize("name", EXOTIC)
