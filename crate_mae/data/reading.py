@@ -181,14 +181,7 @@ def whole(image: Image.Image, channels: int, name: str) -> Image.Image:
     mode = _mode_of(channels)
     with _errors_named(name):
         _decode(image)
-        pixels = _in_mode(_in_eight_bits(image), mode)
-        orientation = _orientation(image)
-        if orientation >= 5:
-            pixels = pixels.transpose(Image.Transpose.TRANSPOSE)
-        if "x" in _MIRRORED[orientation]:
-            pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if "y" in _MIRRORED[orientation]:
-            pixels = pixels.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        pixels = _upright(_in_mode(_in_eight_bits(image), mode), _orientation(image))
         pixels = pixels.copy() if pixels is image else pixels
         pixels.info = {}  # it is upright now, and its EXIF would have it turned again
         return pixels
@@ -224,22 +217,18 @@ def part(image: Image.Image, box: Box, size: Size, channels: int, name: str) -> 
         scale, image = _at_reduced_scale(image, box, size)
         _decode(image)
         orientation = _orientation(image)
-        left, top, right, bottom = _as_stored(box, (width, height), orientation)
-        inner = (left / scale, top / scale, right / scale, bottom / scale)
+        inner = [side / scale for side in _as_stored(box, (width, height), orientation)]
         outer = (*map(math.floor, inner[:2]), *map(math.ceil, inner[2:]))
-        pixels = _in_mode(_in_eight_bits(image).crop(outer), mode)
+        pixels = _upright(_in_mode(_in_eight_bits(image).crop(outer), mode), orientation)
+    if scale == 1:
+        return _resized(pixels, size)
     inner = (inner[0] - outer[0], inner[1] - outer[1], inner[2] - outer[0], inner[3] - outer[1])
-    result = _resized(pixels, inner, size if orientation < 5 else size[::-1])
-    if orientation >= 5:
-        result = result.transpose(1, 2)
-    if mirrored := _MIRRORED[orientation]:
-        result = result.flip([{"y": 1, "x": 2}[axis] for axis in mirrored])
-    return result
+    return _resized(pixels, size, _as_shown(inner, pixels.size, orientation))
 
 
-def _resized(pixels: Image.Image, box: tuple[float, float, float, float], size: Size) -> torch.Tensor:
+def _resized(pixels: Image.Image, size: Size, box: tuple[float, ...] | None = None) -> torch.Tensor:
     """PyTorch's filter is Pillow's, three times as fast; Pillow's alone knows opacity, and boxes that cut through pixels."""
-    if pixels.mode == "RGBA" or box != (0, 0, *pixels.size):
+    if pixels.mode == "RGBA" or box is not None:
         pixels = pixels.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
     values = torch.frombuffer(pixels.tobytes(), dtype=torch.uint8)  # not copied again, as np.array would
     result = values.view(1, pixels.height, pixels.width, -1).permute(0, 3, 1, 2)
@@ -262,14 +251,35 @@ def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Im
     return scale, reduced
 
 
-def _as_stored(box: Box, size: tuple[int, int], orientation: int) -> Box:
+def _upright(pixels: Image.Image, orientation: int) -> Image.Image:
+    if orientation >= 5:
+        pixels = pixels.transpose(Image.Transpose.TRANSPOSE)
+    if "x" in _MIRRORED[orientation]:
+        pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if "y" in _MIRRORED[orientation]:
+        pixels = pixels.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return pixels
+
+
+def _as_stored(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
     """Where a part of the upright image of this size (width, height) is stored."""
+    left, top, right, bottom = _mirrored(box, size, orientation)
+    return (left, top, right, bottom) if orientation < 5 else (top, left, bottom, right)
+
+
+def _as_shown(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
+    """Where a part of what is stored is in the upright image of this size (width, height)."""
+    left, top, right, bottom = box
+    return _mirrored(box if orientation < 5 else (top, left, bottom, right), size, orientation)
+
+
+def _mirrored(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
     (left, top, right, bottom), (width, height) = box, size
     if "x" in _MIRRORED[orientation]:
         left, right = width - right, width - left
     if "y" in _MIRRORED[orientation]:
         top, bottom = height - bottom, height - top
-    return (left, top, right, bottom) if orientation < 5 else (top, left, bottom, right)
+    return left, top, right, bottom
 
 
 def _orientation(image: Image.Image) -> int:

@@ -80,6 +80,7 @@ class TestEveryKind:
             for size in [(9, 7), (box[3] - box[1], box[2] - box[0])]:
                 found = part(image, box, size, channels, name)
                 assert distance(found, cut_and_resized(upright, box, size)) <= 1
+                assert torch.equal(found, part(upright, box, size, channels, name)), "whether it is kept decoded or not"
 
     def test_files_are_read_as_bytes_are(self, tmp_path):
         for name, expected in write_exotic(tmp_path).items():
