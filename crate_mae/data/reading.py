@@ -1,14 +1,6 @@
 """Image files to pixels: any mode and depth that Pillow opens, upright, and decoded no further than a crop needs.
 
-What comes out has 8 bits a channel. Deeper pixels are scaled by their range rather than clipped to 255, as Pillow's `convert`
-does:
-
-- 16 bits without a sign, and the 12 bits of some TIFFs: their upper 8, as Pillow itself takes them of deep colour images.
-- Floats, integers with a sign and those of 32 bits: black is the least and white the most, as the file's SMinSampleValue and
-  SMaxSampleValue tell it (TIFF); else 0 and 1 for floats that all lie between; else the least and the most of the image's own
-  finite pixels. Where there is no number (NaN) it is black.
-
-Transparent pixels are seen over white, as in a browser, unless four channels are asked for.
+What comes out has 8 bits a channel; `pixels` says how deeper ones, and transparent ones, are brought to it.
 """
 
 from __future__ import annotations
@@ -24,17 +16,15 @@ import stat
 import struct
 import warnings
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
 import PIL
 import torch
 from PIL import Image
 
+from crate_mae.data.pixels import COLOUR_MODES, as_shown, as_stored, in_eight_bits, in_mode, upright
 from crate_mae.data.source import UnreadableImage
 from crate_mae.data.transforms import Box, Size
-
-COLOUR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 # Left out, though Pillow knows them: what it hands to another program (.eps, .ps, .wmf, .emf) or to a library that is not there
 # (.bufr, .grib, .hdf, .h5, .mpg), .pdf, which it only writes, films (.fli, .flc), cursors and systems' icons (.cur, .icns),
@@ -70,17 +60,7 @@ _CUT_SHORT = re.compile(
     "truncat|end of (file|data|image)|EOF|requires a buffer|not enough|not large enough", re.IGNORECASE
 )
 
-_ORIENTATION, _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = (
-    0x0112,
-    256,
-    257,
-    258,
-    262,
-    339,
-)  # tags of TIFF and EXIF
-_LEAST, _MOST = 340, 341
-_MIRRORED = {1: "", 2: "x", 3: "xy", 4: "y", 5: "", 6: "x", 7: "xy", 8: "y"}
-"""How EXIF orientations are undone: the two axes are swapped from 5 on, then these are mirrored."""
+_ORIENTATION = 0x0112  # a tag of EXIF
 
 # Of files that are read all the same: Pillow raises an error by itself where one claims more than twice as many pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -92,7 +72,7 @@ with warnings.catch_warnings():  # PyTorch warns once a process that bytes canno
     torch.frombuffer(b"0", dtype=torch.uint8)
 
 
-def open_file(path: str | os.PathLike[str], name: str = "") -> Image.Image:
+def open_file(path: str | bytes | os.PathLike[str], name: str = "") -> Image.Image:
     """The image in a regular file; a pipe, a device or a folder of that name is not waited for.
 
     Args:
@@ -103,7 +83,7 @@ def open_file(path: str | os.PathLike[str], name: str = "") -> Image.Image:
         UnreadableImage: as of `open_image`; or there is no such file, or it cannot be read.
         OSError, MemoryError: this process has too many files open, or too little memory.
     """
-    name = name or os.fspath(path)
+    name = name or os.fsdecode(path)
     flags = (getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
     with _errors_named(name):
         descriptor = os.open(path, sum(flags, os.O_RDONLY))
@@ -181,7 +161,7 @@ def whole(image: Image.Image, channels: int, name: str) -> Image.Image:
     mode = _mode_of(channels)
     with _errors_named(name):
         _decode(image)
-        pixels = _upright(_in_mode(_in_eight_bits(image), mode), _orientation(image))
+        pixels = upright(in_mode(in_eight_bits(image), mode), _orientation(image))
         pixels = pixels.copy() if pixels is image else pixels
         pixels.info = {}  # it is upright now, and its EXIF would have it turned again
         return pixels
@@ -217,13 +197,13 @@ def part(image: Image.Image, box: Box, size: Size, channels: int, name: str) -> 
         scale, image = _at_reduced_scale(image, box, size)
         _decode(image)
         orientation = _orientation(image)
-        inner = [side / scale for side in _as_stored(box, (width, height), orientation)]
+        inner = [side / scale for side in as_stored(box, (width, height), orientation)]
         outer = (*map(math.floor, inner[:2]), *map(math.ceil, inner[2:]))
-        pixels = _upright(_in_mode(_in_eight_bits(image).crop(outer), mode), orientation)
+        pixels = upright(in_mode(in_eight_bits(image).crop(outer), mode), orientation)
     if scale == 1:
         return _resized(pixels, size)
     inner = (inner[0] - outer[0], inner[1] - outer[1], inner[2] - outer[0], inner[3] - outer[1])
-    return _resized(pixels, size, _as_shown(inner, pixels.size, orientation))
+    return _resized(pixels, size, as_shown(inner, pixels.size, orientation))
 
 
 def _resized(pixels: Image.Image, size: Size, box: tuple[float, ...] | None = None) -> torch.Tensor:
@@ -251,37 +231,6 @@ def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Im
     return scale, reduced
 
 
-def _upright(pixels: Image.Image, orientation: int) -> Image.Image:
-    if orientation >= 5:
-        pixels = pixels.transpose(Image.Transpose.TRANSPOSE)
-    if "x" in _MIRRORED[orientation]:
-        pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if "y" in _MIRRORED[orientation]:
-        pixels = pixels.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    return pixels
-
-
-def _as_stored(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
-    """Where a part of the upright image of this size (width, height) is stored."""
-    left, top, right, bottom = _mirrored(box, size, orientation)
-    return (left, top, right, bottom) if orientation < 5 else (top, left, bottom, right)
-
-
-def _as_shown(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
-    """Where a part of what is stored is in the upright image of this size (width, height)."""
-    left, top, right, bottom = box
-    return _mirrored(box if orientation < 5 else (top, left, bottom, right), size, orientation)
-
-
-def _mirrored(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
-    (left, top, right, bottom), (width, height) = box, size
-    if "x" in _MIRRORED[orientation]:
-        left, right = width - right, width - left
-    if "y" in _MIRRORED[orientation]:
-        top, bottom = height - bottom, height - top
-    return left, top, right, bottom
-
-
 def _orientation(image: Image.Image) -> int:
     """Its EXIF orientation, 1 to 8; 1 where it tells none, or none that there is. No other tag matters."""
     if image.format == "TIFF":  # which Pillow has turned as it decoded it
@@ -304,63 +253,6 @@ def _decode(image: Image.Image) -> None:
         image.info["transparency"] = clear * (85 if stored_as == "L;2" else 17)
     elif stored_as == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in clear)
-
-
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Colours of 8 bits in L, RGB or RGBA."""
-    clear = "transparency" in image.info
-    if image.mode == mode and not clear:
-        return image
-    if clear or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        if image.mode == "La":  # which Pillow converts to no other
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        if mode == "RGBA":
-            return image
-        seen = Image.new("RGB", image.size, "white")
-        seen.paste(image, mask=image)
-        image = seen
-    elif image.mode not in ("1", "L", "P", "RGB"):  # YCbCr, CMYK, LAB, HSV, RGBX
-        image = image.convert("RGB")
-    return image.convert(mode)
-
-
-def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """The image, or L or LA of one whose pixels are deeper; by the range of all of it, which its parts share."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    tags: Any = getattr(image, "tag_v2", {})
-    values = np.asarray(image)
-    if image.mode.startswith("I;16"):
-        grey = values >> (4 if _first(tags.get(_BITS)) == 12 else 8)
-    elif image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, as Pillow scales all of PPM's depths to
-        grey = values >> 8
-    else:
-        if image.mode == "I" and tags and _first(tags.get(_SAMPLE_FORMAT, 1)) == 1:
-            values = values.view(np.uint32)
-        grey = _measured(values, _first(tags.get(_LEAST)), _first(tags.get(_MOST)))
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow sees to in 8 bits alone
-        grey = 255 - grey
-    result = Image.fromarray(grey.astype(np.uint8))
-    if (clear := image.info.get("transparency")) is not None:
-        result.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return result
-
-
-def _measured(values: np.ndarray, least: float | None, most: float | None) -> np.ndarray:
-    """Values of any range in 0 to 255."""
-    finite = values[np.isfinite(values)]
-    if least is None or most is None or not -math.inf < least < most < math.inf:
-        least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-        if values.dtype.kind == "f" and least >= 0 and most <= 1:
-            least, most = 0.0, 1.0
-    scaled = (values.astype(np.float64) - least) * (255 / ((most - least) or 1))
-    return np.rint(np.clip(np.nan_to_num(scaled, nan=0, posinf=255, neginf=0), 0, 255))
-
-
-def _first(value: Any) -> Any:
-    """Of a tag that has one value, or one for each channel."""
-    return value[0] if isinstance(value, tuple) and value else value
 
 
 def _mode_of(channels: int) -> str:
