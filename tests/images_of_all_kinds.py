@@ -226,6 +226,8 @@ def _tiff_kinds() -> None:
     spread = np.linspace(-3, 7, WIDTH * HEIGHT, dtype="<f4").reshape(HEIGHT, WIDTH)
     own = np.round((spread.astype(np.float64) + 3) * 25.5)
     _add("measured.tif", grey_tiff(spread, bits=32, kind=3), _three(own), 1)
+    above_one = grey_tiff(GREY.astype("<f4") / 170, bits=32, kind=3)
+    _add("above_one.tif", above_one, _three(np.round(GREY * (255 / int(GREY.max())))), 1)
     holed, seen = spread.copy(), own.copy()
     holed[2, 2:5], seen[2, 2:5] = [np.nan, np.inf, -np.inf], [0, 255, 0]
     _add("holes.tif", grey_tiff(holed, bits=32, kind=3), _three(seen), 1)
