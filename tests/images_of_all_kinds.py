@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 from PIL import Image, features
 
 WIDTH, HEIGHT = 14, 10
@@ -225,6 +226,8 @@ def _tiff_kinds() -> None:
     spread = np.linspace(-3, 7, WIDTH * HEIGHT, dtype="<f4").reshape(HEIGHT, WIDTH)
     own = np.round((spread.astype(np.float64) + 3) * 25.5)
     _add("measured.tif", grey_tiff(spread, bits=32, kind=3), _three(own), 1)
+    above_one = grey_tiff(GREY.astype("<f4") / 170, bits=32, kind=3)
+    _add("above_one.tif", above_one, _three(np.round(GREY * (255 / int(GREY.max())))), 1)
     holed, seen = spread.copy(), own.copy()
     holed[2, 2:5], seen[2, 2:5] = [np.nan, np.inf, -np.inf], [0, 255, 0]
     _add("holes.tif", grey_tiff(holed, bits=32, kind=3), _three(seen), 1)
@@ -238,7 +241,8 @@ def _tiff_kinds() -> None:
 
     image, rgba = Image.fromarray(RGB), Image.fromarray(np.dstack([RGB, ALPHA]))
     _add("cmyk.tif", saved(image.convert("CMYK"), "TIFF"), RGB)
-    _add("ycbcr.tif", saved(image.convert("YCbCr"), "TIFF"), RGB, 3)
+    if int(PIL.__version__.split(".")[0]) > 12:  # older ones write what they do not read
+        _add("ycbcr.tif", saved(image.convert("YCbCr"), "TIFF"), RGB, 3)
     _add("rgbx.tif", saved(image.convert("RGBX"), "TIFF"), RGB)
     _add("rgba_lzw.tif", saved(rgba, "TIFF", compression="tiff_lzw"), over_white(RGB, ALPHA), 1)
     lab = np.dstack([GREY, np.zeros_like(RGB[..., :2])])  # without colour: L* alone, at 255 steps
@@ -265,7 +269,8 @@ def _other_kinds() -> None:
     ten = (GREY.astype(np.uint16) * 4 + 1).astype(">u2")  # of 0 to 1,023
     _add("grey_10.pgm", b"P5\n" + size + b"\n1023\n" + ten.tobytes(), _three(np.round(ten / 1023 * 65535) // 256))
     floats = (GREY[::-1].astype("<f4") / 255).tobytes()  # from the bottom up
-    _add("float.pfm", b"Pf\n" + size + b"\n-1.0\n" + floats, _three(GREY))
+    if ".pfm" in Image.registered_extensions():
+        _add("float.pfm", b"Pf\n" + size + b"\n-1.0\n" + floats, _three(GREY))
     sixteen = Image.fromarray(np.tile(RGB, (2, 2, 1))[:16, :16])
     _add("rgb.ico", saved(sixteen, "ICO", sizes=[(16, 16)]), np.asarray(sixteen))
 
@@ -277,7 +282,7 @@ def _other_kinds() -> None:
         _add("rgb.jp2", saved(image, "JPEG2000"), RGB)
         wide = Image.fromarray(GREY.astype(np.uint16) * 257)
         _add("grey_16.j2k", saved(wide, "JPEG2000", no_jp2=True), _three(GREY))
-    if features.check("avif"):
+    if "avif" in features.modules and features.check("avif"):
         _add("rgb.avif", saved(image, "AVIF", quality=100, subsampling="4:4:4"), RGB, 6)
 
     best = {"quality": 100, "subsampling": 0}

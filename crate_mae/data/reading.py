@@ -1,14 +1,6 @@
 """Image files to pixels: any mode and depth that Pillow opens, upright, and decoded no further than a crop needs.
 
-What comes out has 8 bits a channel. Deeper pixels are scaled by their range rather than clipped to 255, as Pillow's `convert`
-does:
-
-- 16 bits without a sign, and the 12 bits of some TIFFs: their upper 8, as Pillow itself takes them of deep colour images.
-- Floats, integers with a sign and those of 32 bits: black is the least and white the most, as the file's SMinSampleValue and
-  SMaxSampleValue tell it (TIFF); else 0 and 1 for floats that all lie between; else the least and the most of the image's own
-  finite pixels. Where there is no number (NaN) it is black.
-
-Transparent pixels are seen over white, as in a browser, unless four channels are asked for.
+What comes out has 8 bits a channel; `pixels` says how deeper ones, and transparent ones, are brought to it.
 """
 
 from __future__ import annotations
@@ -24,17 +16,15 @@ import stat
 import struct
 import warnings
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
 import PIL
 import torch
 from PIL import Image
 
+from crate_mae.data.pixels import COLOUR_MODES, as_shown, as_stored, in_eight_bits, in_mode, upright
 from crate_mae.data.source import UnreadableImage
 from crate_mae.data.transforms import Box, Size
-
-COLOUR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 # Left out, though Pillow knows them: what it hands to another program (.eps, .ps, .wmf, .emf) or to a library that is not there
 # (.bufr, .grib, .hdf, .h5, .mpg), .pdf, which it only writes, films (.fli, .flc), cursors and systems' icons (.cur, .icns),
@@ -53,6 +43,9 @@ _BY_OTHER_PROGRAMS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _IN_MEMORY = 64 * 2**20
 """Bytes up to which a file is read at once: it is faster, and no descriptor stays open with the image."""
 
+_TOLD_BY_THEIR_HEADERS = ("JPEG", "MPO")
+"""Formats that are decoded when a part is asked for, at the scale that it needs."""
+
 _NOT_THE_FILES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _CAUSES_OF_ERRORS = {
     errno.ENOENT: "vanished",
@@ -67,29 +60,19 @@ _CUT_SHORT = re.compile(
     "truncat|end of (file|data|image)|EOF|requires a buffer|not enough|not large enough", re.IGNORECASE
 )
 
-_ORIENTATION, _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = (
-    0x0112,
-    256,
-    257,
-    258,
-    262,
-    339,
-)  # tags of TIFF and EXIF
-_LEAST, _MOST = 340, 341
-_MIRRORED = {1: "", 2: "x", 3: "xy", 4: "y", 5: "", 6: "x", 7: "xy", 8: "y"}
-"""How EXIF orientations are undone: the two axes are swapped from 5 on, then these are mirrored."""
+_ORIENTATION = 0x0112  # a tag of EXIF
 
 # Of files that are read all the same: Pillow raises an error by itself where one claims more than twice as many pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", "(Possibly c|C)orrupt EXIF data|Truncated File Read", UserWarning)
-with warnings.catch_warnings():
+warnings.filterwarnings(
+    "ignore", "(Possibly c|C)orrupt EXIF|Truncated File Read|Tag data larger|Metadata Warning", UserWarning
+)
+with warnings.catch_warnings():  # PyTorch warns once a process that bytes cannot be written to, which nobody does here
     warnings.simplefilter("ignore")
-    torch.frombuffer(
-        b"0", dtype=torch.uint8
-    )  # PyTorch warns once a process that bytes cannot be written to, which nobody does
+    torch.frombuffer(b"0", dtype=torch.uint8)
 
 
-def open_file(path: str | os.PathLike[str], name: str = "") -> Image.Image:
+def open_file(path: str | bytes | os.PathLike[str], name: str = "") -> Image.Image:
     """The image in a regular file; a pipe, a device or a folder of that name is not waited for.
 
     Args:
@@ -100,19 +83,26 @@ def open_file(path: str | os.PathLike[str], name: str = "") -> Image.Image:
         UnreadableImage: as of `open_image`; or there is no such file, or it cannot be read.
         OSError, MemoryError: this process has too many files open, or too little memory.
     """
-    name = name or os.fspath(path)
+    name = name or os.fsdecode(path)
     flags = (getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-    with contextlib.ExitStack() as on_error, _errors_named(name):
+    with _errors_named(name):
         descriptor = os.open(path, sum(flags, os.O_RDONLY))
-        file = on_error.enter_context(os.fdopen(descriptor, "rb", closefd=True))
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise UnreadableImage(name, "no file", "not a regular file")
-        if about.st_size <= _IN_MEMORY:
-            return open_image(file.read(), name)
-        image = open_image(file, name)
-        on_error.pop_all()
-        return image
+        try:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
+                folder = stat.S_ISDIR(about.st_mode)
+                raise UnreadableImage(name, "no file", "Is a directory" if folder else "not a regular file")
+            if about.st_size <= _IN_MEMORY:
+                with open(descriptor, "rb", closefd=False) as file:
+                    return open_image(file.read(), name)
+            file = open(os.dup(descriptor), "rb")  # noqa: SIM115
+            try:
+                return open_image(file, name)  # which closes it when nobody has it any more
+            except BaseException:
+                file.close()
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def open_image(file: BinaryIO | bytes, name: str) -> Image.Image:
@@ -142,20 +132,17 @@ def open_image(file: BinaryIO | bytes, name: str) -> Image.Image:
 def shown_size(image: Image.Image, name: str = "an image") -> tuple[int, int]:
     """(width, height) of the image when it is upright.
 
-    A PNG is decoded for it where its header has no EXIF, which may follow the pixels; of others the header is enough.
+    The header of a JPEG tells it; others are decoded for it, as a PNG may tell its orientation after its pixels, and a TIFF or an
+    icon have another size than its header says. Who needs no more than the number of pixels has it of `image.size`.
 
     Raises:
         UnreadableImage: of this name; its pixels cannot be decoded.
+        OSError, MemoryError: as of `open_image`.
     """
-    if image.format == "PNG" and "exif" not in image.info:
+    if image.format not in _TOLD_BY_THEIR_HEADERS:
         with _errors_named(name):
             _decode(image)
     width, height = image.size
-    tags = getattr(image, "tag_v2", {})
-    if tags and getattr(
-        image, "tile", None
-    ):  # Pillow 11 and newer give this of upright TIFFs, others after decoding alone
-        width, height = tags[_WIDTH], tags[_HEIGHT]
     return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
@@ -174,22 +161,18 @@ def whole(image: Image.Image, channels: int, name: str) -> Image.Image:
     mode = _mode_of(channels)
     with _errors_named(name):
         _decode(image)
-        pixels = _in_mode(_in_eight_bits(image), mode)
-        orientation = _orientation(image)
-        if orientation >= 5:
-            pixels = pixels.transpose(Image.Transpose.TRANSPOSE)
-        if "x" in _MIRRORED[orientation]:
-            pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if "y" in _MIRRORED[orientation]:
-            pixels = pixels.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        return pixels.copy() if pixels is image else pixels
+        pixels = upright(in_mode(in_eight_bits(image), mode), _orientation(image))
+        pixels = pixels.copy() if pixels is image else pixels
+        pixels.info = {}  # it is upright now, and its EXIF would have it turned again
+        return pixels
 
 
 def part(image: Image.Image, box: Box, size: Size, channels: int, name: str) -> torch.Tensor:
     """A part of the upright image, resized with bicubic interpolation as if it were an image of its own.
 
     A JPEG that was not decoded yet is decoded at 1/2, 1/4 or 1/8 of its scale where the part then still has twice as many pixels
-    as are wanted on both sides; with fewer the result differs visibly from that of the full scale. With 4 channels colours are weighted by their opacity: those of transparent pixels do not bleed.
+    as are wanted on both sides; with fewer the result would differ visibly from that of the full scale. With 4 channels colours
+    are weighted by their opacity: those of transparent pixels do not bleed.
 
     Args:
         image: of any mode; it may be asked for further parts.
@@ -214,22 +197,18 @@ def part(image: Image.Image, box: Box, size: Size, channels: int, name: str) -> 
         scale, image = _at_reduced_scale(image, box, size)
         _decode(image)
         orientation = _orientation(image)
-        left, top, right, bottom = _as_stored(box, (width, height), orientation)
-        inner = (left / scale, top / scale, right / scale, bottom / scale)
+        inner = [side / scale for side in as_stored(box, (width, height), orientation)]
         outer = (*map(math.floor, inner[:2]), *map(math.ceil, inner[2:]))
-        pixels = _in_mode(_in_eight_bits(image).crop(outer), mode)
+        pixels = upright(in_mode(in_eight_bits(image).crop(outer), mode), orientation)
+    if scale == 1:
+        return _resized(pixels, size)
     inner = (inner[0] - outer[0], inner[1] - outer[1], inner[2] - outer[0], inner[3] - outer[1])
-    result = _resized(pixels, inner, size if orientation < 5 else size[::-1])
-    if orientation >= 5:
-        result = result.transpose(1, 2)
-    if mirrored := _MIRRORED[orientation]:
-        result = result.flip([{"y": 1, "x": 2}[axis] for axis in mirrored])
-    return result
+    return _resized(pixels, size, as_shown(inner, pixels.size, orientation))
 
 
-def _resized(pixels: Image.Image, box: tuple[float, float, float, float], size: Size) -> torch.Tensor:
+def _resized(pixels: Image.Image, size: Size, box: tuple[float, ...] | None = None) -> torch.Tensor:
     """PyTorch's filter is Pillow's, three times as fast; Pillow's alone knows opacity, and boxes that cut through pixels."""
-    if pixels.mode == "RGBA" or box != (0, 0, *pixels.size):
+    if pixels.mode == "RGBA" or box is not None:
         pixels = pixels.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
     values = torch.frombuffer(pixels.tobytes(), dtype=torch.uint8)  # not copied again, as np.array would
     result = values.view(1, pixels.height, pixels.width, -1).permute(0, 3, 1, 2)
@@ -240,7 +219,7 @@ def _resized(pixels: Image.Image, box: tuple[float, float, float, float], size: 
 
 def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Image.Image]:
     """(s, an image of 1/s of the scale); `draft` changes what it is asked of, so that this is another one where s is above 1."""
-    if image.format not in ("JPEG", "MPO") or not getattr(image, "tile", None):
+    if image.format not in _TOLD_BY_THEIR_HEADERS or not getattr(image, "tile", None):
         return 1, image
     (height, width), (left, top, right, bottom) = size, box
     fitting = min((right - left) // (2 * width), (bottom - top) // (2 * height))
@@ -252,18 +231,10 @@ def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Im
     return scale, reduced
 
 
-def _as_stored(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """Where a part of the upright image of this size (width, height) is stored."""
-    (left, top, right, bottom), (width, height) = box, size
-    if "x" in _MIRRORED[orientation]:
-        left, right = width - right, width - left
-    if "y" in _MIRRORED[orientation]:
-        top, bottom = height - bottom, height - top
-    return (left, top, right, bottom) if orientation < 5 else (top, left, bottom, right)
-
-
 def _orientation(image: Image.Image) -> int:
     """Its EXIF orientation, 1 to 8; 1 where it tells none, or none that there is. No other tag matters."""
+    if image.format == "TIFF":  # which Pillow has turned as it decoded it
+        return 1
     try:
         value = image.getexif().get(_ORIENTATION)
     except Exception as error:
@@ -282,63 +253,6 @@ def _decode(image: Image.Image) -> None:
         image.info["transparency"] = clear * (85 if stored_as == "L;2" else 17)
     elif stored_as == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in clear)
-
-
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Colours of 8 bits in L, RGB or RGBA."""
-    clear = "transparency" in image.info
-    if image.mode == mode and not clear:
-        return image
-    if clear or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        if image.mode == "La":  # which Pillow converts to no other
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        if mode == "RGBA":
-            return image
-        seen = Image.new("RGB", image.size, "white")
-        seen.paste(image, mask=image)
-        image = seen
-    elif image.mode not in ("1", "L", "P", "RGB"):  # YCbCr, CMYK, LAB, HSV, RGBX
-        image = image.convert("RGB")
-    return image.convert(mode)
-
-
-def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """The image, or L or LA of one whose pixels are deeper; by the range of all of it, which its parts share."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    tags: Any = getattr(image, "tag_v2", {})
-    values = np.asarray(image)
-    if image.mode.startswith("I;16"):
-        grey = values >> (4 if _first(tags.get(_BITS)) == 12 else 8)
-    elif image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, as Pillow scales all of PPM's depths to
-        grey = values >> 8
-    else:
-        if image.mode == "I" and tags and _first(tags.get(_SAMPLE_FORMAT, 1)) == 1:
-            values = values.view(np.uint32)
-        grey = _measured(values, _first(tags.get(_LEAST)), _first(tags.get(_MOST)))
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow sees to in 8 bits alone
-        grey = 255 - grey
-    result = Image.fromarray(grey.astype(np.uint8))
-    if (clear := image.info.get("transparency")) is not None:
-        result.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return result
-
-
-def _measured(values: np.ndarray, least: float | None, most: float | None) -> np.ndarray:
-    """Values of any range in 0 to 255."""
-    finite = values[np.isfinite(values)]
-    if least is None or most is None or not -math.inf < least < most < math.inf:
-        least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-        if values.dtype.kind == "f" and least >= 0 and most <= 1:
-            least, most = 0.0, 1.0
-    scaled = (values.astype(np.float64) - least) * (255 / ((most - least) or 1))
-    return np.rint(np.clip(np.nan_to_num(scaled, nan=0, posinf=255, neginf=0), 0, 255))
-
-
-def _first(value: Any) -> Any:
-    """Of a tag that has one value, or one for each channel."""
-    return value[0] if isinstance(value, tuple) and value else value
 
 
 def _mode_of(channels: int) -> str:

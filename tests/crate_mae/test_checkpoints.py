@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import errno
 import fractions
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from images_of_all_kinds import EXOTIC, EXPECTED
 from limits import no_hang
 from PIL import Image
 from safetensors import safe_open
@@ -32,6 +34,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from crate_mae import CrateMAE, create_model, load_model, load_transform, save_model
 from crate_mae.checkpoints import load_weights
+from crate_mae.data.reading import open_image, part, whole
+from crate_mae.data.transforms import centred_box
 
 
 def official_state(model: CrateMAE) -> dict[str, torch.Tensor]:
@@ -657,6 +661,16 @@ def test_transform_standardises_the_centre_as_the_run_did(tmp_path: Path) -> Non
         load_transform(tmp_path)("a.jpg")
     grey = Image.fromarray(pixels[..., 0])
     assert load_model(tmp_path).encode(load_transform(tmp_path)(grey)[None]).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["grey_16.png", "rgba.png", "turned_6.jpg", "turned_6.tif", "measured.tif"])
+def test_transform_sees_what_training_sees(tmp_path: Path, name: str) -> None:
+    save_model(small_model(img_size=8), tmp_path, mean=[0.0] * 3, std=[1.0] * 3)
+    height, width = EXPECTED[name].shape[:2]
+    box = centred_box((width, height), 1)
+    expected = part(open_image(EXOTIC[name], name), box, (8, 8), 3, name)
+    for image in (Image.open(io.BytesIO(EXOTIC[name])), whole(open_image(EXOTIC[name], name), 3, name)):
+        torch.testing.assert_close(load_transform(tmp_path)(image), expected / 255)
 
 
 @pytest.mark.parametrize(

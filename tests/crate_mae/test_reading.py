@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import pickle
 import subprocess
@@ -34,10 +33,15 @@ from images_of_all_kinds import (
     write_bad_files,
     write_exotic,
 )
+from limits import no_hang
 
 from crate_mae.data import FLOWERS, reading
 from crate_mae.data.reading import COLOUR_MODES, open_file, open_image, part, shown_size, whole
 from crate_mae.data.source import CAUSES, UnreadableImage
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:PIL"
+)  # pytest replaces the filters that are set in `reading`
 
 
 def cut_and_resized(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
@@ -62,6 +66,7 @@ class TestEveryKind:
         found = whole(image, 3, name)
         assert shown_size(image) == found.size == expected.shape[1::-1], "and after"
         assert np.abs(np.asarray(found).astype(int) - expected).max() <= TOLERANCE.get(name, 0)
+        assert whole(found, 3, name) == found, "which is not turned again"
 
     @pytest.mark.parametrize("channels", COLOUR_MODES)
     @pytest.mark.parametrize("name", EXOTIC)
@@ -75,6 +80,7 @@ class TestEveryKind:
             for size in [(9, 7), (box[3] - box[1], box[2] - box[0])]:
                 found = part(image, box, size, channels, name)
                 assert distance(found, cut_and_resized(upright, box, size)) <= 1
+                assert torch.equal(found, part(upright, box, size, channels, name)), "whether it is kept decoded or not"
 
     def test_files_are_read_as_bytes_are(self, tmp_path):
         for name, expected in write_exotic(tmp_path).items():
@@ -151,33 +157,35 @@ class TestReducedScale:
         ("box", "size", "scale"),
         [
             ((0, 0, 603, 451), (112, 112), 2),
-            ((1, 3, 450, 450), (56, 56), 4),  # sides that no scale divides
+            ((1, 3, 450, 450), (55, 55), 4),  # sides that no scale divides
             ((3, 1, 600, 449), (28, 28), 8),
             ((0, 0, 603, 451), (113, 113), 1),  # 452 pixels are lacking
-            ((100, 50, 323, 300), (56, 28), 1),
+            ((100, 50, 323, 300), (63, 28), 1),
             ((7, 7, 231, 231), (56, 56), 2),
         ],
     )
     def test_is_near_the_full_one(self, large, monkeypatch, box, size, scale):
         asked = []
         draft = JpegImagePlugin.JpegImageFile.draft
-        monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda image, *how: asked.append(draft(image, *how)))
+        monkeypatch.setattr(
+            JpegImagePlugin.JpegImageFile, "draft", lambda image, *how: asked.append(draft(image, *how))
+        )
         image = open_image(large, "")
         found = part(image, box, size, 3, "")
         assert [603 / whole_of[2] for _, whole_of in asked] == ([scale] if scale > 1 else [])
         assert torch.equal(part(image, box, size, 3, ""), found), "the image is as it was"
         upright = whole(image, 3, "")
         assert upright.size == (603, 451)
-        difference = found.permute(1, 2, 0).numpy() - cut_and_resized(upright, box, size).astype(float)
+        found, full = found.permute(1, 2, 0).numpy(), cut_and_resized(upright, box, size)
+        difference = found.astype(float) - full
         if scale == 1:
             assert np.abs(difference).max() <= 1
-        # Of what both are to show, the mean of the pixels below each, either is about as far away.
+        # A shift of a quarter of a pixel, or another gain, would be more.
+        assert np.sqrt(np.mean(difference**2)) < 1.5 and abs(difference.mean()) < 0.25
+        # Both are to show the mean of the pixels below each; either is about as far from it.
         area = np.asarray(upright.crop(box).resize(size[::-1], Image.Resampling.BOX)).astype(float)
-        error, full = (
-            np.sqrt(np.mean((pixels - area) ** 2))
-            for pixels in (found.permute(1, 2, 0).numpy(), cut_and_resized(upright, box, size))
-        )
-        print(scale, "rms", np.sqrt(np.mean(difference**2)), abs(difference).max(), error, full, np.abs(difference.mean()))
+        errors = [np.sqrt(np.mean((pixels - area) ** 2)) for pixels in (found, full)]
+        assert errors[0] < 1.1 * errors[1]
 
 
 class TestUnreadable:
@@ -242,14 +250,15 @@ class TestUnreadable:
         name = data.draw(st.sampled_from(sorted(EXOTIC)))
         content = data.draw(spoilt(EXOTIC[name]))
         channels = data.draw(st.sampled_from(sorted(COLOUR_MODES)))
-        try:
-            image = open_image(content, name)
-            width, height = shown_size(image, name)
-            found = part(image, (width // 3, height // 3, width, height), (5, 6), channels, name)
-            assert found.shape == (channels, 5, 6)
-            assert whole(image, channels, name).size == (width, height)
-        except UnreadableImage as error:
-            assert error.name == name and error.cause in CAUSES
+        with no_hang():
+            try:
+                image = open_image(content, name)
+                width, height = shown_size(image, name)
+                found = part(image, (width // 3, height // 3, width, height), (5, 6), channels, name)
+                assert found.shape == (channels, 5, 6)
+                assert whole(image, channels, name).size == (width, height)
+            except UnreadableImage as error:
+                assert error.name == name and error.cause in CAUSES
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted where Linux lists them")
@@ -281,4 +290,3 @@ def test_large_images_are_read_without_a_warning():
     )
     ended = subprocess.run([sys.executable, "-c", program], input=large, capture_output=True, check=False)
     assert ended.stdout == b"0\n" and not ended.stderr
-    assert io.BytesIO(large).getvalue()[:4] == b"\x89PNG"
