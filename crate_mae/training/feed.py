@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 
 import torch
 
 from crate_mae.data import Sample, augmented
+from crate_mae.data.in_processes import usable_cores
 
 _MOST_WORKERS = 16
 
 
 class Feed:
-    """Batches on the device, as (pixels, noise): pixels uint8 [batch, channels, height, width] with flips and blurs done, and noise
-    [batch, patches], which fixes the masks.
+    """Batches on the device, as (pixels, noise): pixels uint8 [batch, channels, height, width] with flips and blurs done, and
+    noise [batch, patches], which fixes the masks.
 
     On CUDA they are copied on a stream of their own, under the step before, which the host has long queued.
 
@@ -56,11 +56,11 @@ def workers_for(asked: int | str, device: torch.device, threads: int) -> int:
     """How many processes load images.
 
     Args:
-        asked: a number, or "auto": one for each core that nothing else computes on, at most 16. On a GPU's machine, the host takes
+        asked: a number, or "auto": one for each core that nothing else computes on, at most 16. Beside a GPU, the host takes
             one; on a CPU, training takes as many as it has threads.
     """
     if asked != "auto":
         return int(asked)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     busy = 1 if device.type != "cpu" else threads or cores
     return max(0, min(cores - busy, _MOST_WORKERS))

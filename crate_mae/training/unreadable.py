@@ -19,7 +19,7 @@ class UnreadableImages:
     """The images that cannot be read, of those that this run has met since it was started or resumed.
 
     Args:
-        file: gets a line for each, of cause, name and reason with tabs between them; those that it has already are not said again.
+        file: gets a line for each, of cause, name and reason with tabs between; those that it has already are not said again.
         images: how many there are, to train and to validate on.
         most: the fraction of them that may be unreadable, rounded up to a whole image.
         say: takes a line for the user.

@@ -105,7 +105,9 @@ class TestSamples:
     def test_all_that_is_drawn_depends_on_seed_epoch_and_image(self):
         images = crops(Numbered(11))
         first = images[0, 1]
-        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(images[0, 1], first, strict=True))
+        assert all(
+            torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(images[0, 1], first, strict=True)
+        )
         for other in (images[1, 1], images[0, 2], PretrainImages(Numbered(11), (8, 8), 8, patches=4)[0, 1]):
             assert not torch.equal(other.noise, first.noise)
 

@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -57,7 +56,10 @@ def change(config: PretrainConfig, **settings) -> PretrainConfig:
 
 def rows(out: Path) -> list[dict]:
     """What is logged, without what the clock decides."""
-    return [{name: value for name, value in row.items() if name not in ("images_per_second", "waiting")} for row in metric_lines(out)]
+    return [
+        {name: value for name, value in row.items() if name not in ("images_per_second", "waiting")}
+        for row in metric_lines(out)
+    ]
 
 
 @pytest.fixture

@@ -209,7 +209,10 @@ class TestRun:
         config = dataclasses.replace(config, schedule=ScheduleConfig(epochs=12, warmup_epochs=1, batch_size=3))
         result = pretrain(config)
 
-        assert {path.name for path in config.out.iterdir()} == {*RUN_FILES, "states", "best"} - {"breakdown.json", "unreadable.txt"}
+        assert {path.name for path in config.out.iterdir()} == {*RUN_FILES, "states", "best"} - {
+            "breakdown.json",
+            "unreadable.txt",
+        }
         lines = metric_lines(config.out)
         steps = [line for line in lines if "loss" in line]
         epochs = [line for line in lines if "val_loss" in line]
@@ -424,7 +427,10 @@ class TestRun:
         lines = ProgressLines(4, 104)
         assert lines.after(8, torch.tensor(math.nan), 1e-3, batch=8, waited=4.0) is None
         line = lines.after(24, torch.tensor(0.5), 1e-3, batch=8, waited=10.0)  # 20 steps in 40 s, 80 to go
-        assert line == "step 24/104: loss 0.5000, lr 1.00e-03, 4.0 images/s, 25% of the time waiting for images, 0:02:40 left"
+        assert (
+            line
+            == "step 24/104: loss 0.5000, lr 1.00e-03, 4.0 images/s, 25% of the time waiting for images, 0:02:40 left"
+        )
         assert lines.after(25, torch.tensor(0.5), 1e-3, batch=8, waited=10.0) is None  # 20 s later
 
     def test_a_gradient_that_overflows_counts_as_diverging(self):

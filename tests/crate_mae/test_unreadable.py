@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from images_of_all_kinds import write_bad, write_exotic
-from tiny_runs import assert_same_weights, interrupt_after, metric_lines, tiny_config, visited, weights, write_photographs
+from tiny_runs import (
+    assert_same_weights,
+    interrupt_after,
+    metric_lines,
+    tiny_config,
+    visited,
+    weights,
+    write_photographs,
+)
 
 from crate_mae.cli import main
 from crate_mae.data import CentreCropped, ImageFolder, PretrainImages, UnreadableImage
@@ -39,7 +47,9 @@ def rows(out: Path) -> list[list[str]]:
 
 
 class TestRun:
-    @pytest.mark.parametrize("settings", [dict(), dict(num_workers=2), dict(cache_mb=64)], ids=["one process", "workers", "cache"])
+    @pytest.mark.parametrize(
+        "settings", [dict(), dict(num_workers=2), dict(cache_mb=64)], ids=["one process", "workers", "cache"]
+    )
     def test_goes_on_counts_and_names_each_once(self, config, capsys, settings):
         broken = visited(config, 0)[4]
         spoil(broken)
@@ -169,7 +179,9 @@ class TestWaiting:
             seconds_an_image = 1 / row["images_per_second"]
             assert row["waiting"] * seconds_an_image >= paused * 0.99
             assert row["waiting"] <= 1
-        assert np.median([row["waiting"] for row in shares["plain"]]) < np.min([row["waiting"] for row in shares["slowed"]])
+        assert np.median([row["waiting"] for row in shares["plain"]]) < np.min(
+            [row["waiting"] for row in shares["slowed"]]
+        )
 
     def test_is_said_in_lines(self, config, monkeypatch, capsys):
         monkeypatch.setattr("crate_mae.training.metrics.ProgressLines.__init__.__kwdefaults__", {"seconds": 0.0})
@@ -179,7 +191,13 @@ class TestWaiting:
 
 @pytest.mark.parametrize(
     ("asked", "device", "threads", "cores", "expected"),
-    [(3, "cpu", 0, 8, 3), ("auto", "cpu", 0, 8, 0), ("auto", "cpu", 2, 8, 6), ("auto", "cuda", 0, 8, 7), ("auto", "cuda", 0, 96, 16)],
+    [
+        (3, "cpu", 0, 8, 3),
+        ("auto", "cpu", 0, 8, 0),
+        ("auto", "cpu", 2, 8, 6),
+        ("auto", "cuda", 0, 8, 7),
+        ("auto", "cuda", 0, 96, 16),
+    ],
 )
 def test_processes_by_default_are_the_cores_left_over(monkeypatch, asked, device, threads, cores, expected):
     import torch
