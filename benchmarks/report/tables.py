@@ -78,7 +78,7 @@ OPERATORS = {
 
 
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
-MODES = ("forward", "backward", "forward+backward")
+MODES = ("forward", "backward", "forward+backward", "one process")
 
 HOW_TO_READ = (
     "Times are medians of turns in which all providers alternate, with their 20th to 80th percentile; a ratio is the baseline's "

@@ -73,7 +73,8 @@ def _measured(values: np.ndarray, least: float | None, most: float | None) -> np
         least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
         if values.dtype.kind == "f" and least >= 0 and most <= 1:
             least, most = 0.0, 1.0
-    scaled = (values.astype(np.float64) - least) * (255 / ((most - least) or 1))
+    with np.errstate(all="ignore"):
+        scaled = (values.astype(np.float64) - least) / ((most - least) or 1) * 255
     return np.rint(np.clip(np.nan_to_num(scaled, nan=0, posinf=255, neginf=0), 0, 255))
 
 
