@@ -132,9 +132,9 @@ def prepare(source: Source, count: int, batch: int, seed: int, out: Path) -> Fil
 
 def drawn(source: Source, seed: int) -> list[tuple[Box, bool]]:
     """Which part of each image ours takes, and whether it is flipped."""
-    with patch.object(samples, "part", lambda image, box, *_: box):
+    with patch.object(samples, "part", lambda image, box, *_: torch.tensor(box).view(1, 1, 4)):
         found = [PretrainImages(source, SIZE, seed, patches=PATCHES)[0, index] for index in range(len(source))]
-    return [(sample.pixels, sample.flip) for sample in found]
+    return [(tuple(sample.pixels.flatten().tolist()), sample.flip) for sample in found]
 
 
 def write_parquet(files: Files) -> None:
@@ -161,7 +161,7 @@ def ours(source: Source, files: Files, workers: int = 0, epochs: int = 1) -> Loa
     """The loader that training uses."""
     images = PretrainImages(source, SIZE, files.seed, patches=PATCHES)
     keys = [[(epoch, index) for index in batch] for epoch in range(epochs) for batch in files.batches]
-    return lambda: (batch.pixels for batch in ImageLoader(images, keys, num_workers=workers))
+    return lambda: (batch.pixels.permute(0, 3, 1, 2) for batch in ImageLoader(images, keys, num_workers=workers))
 
 
 def of_synthetic(files: Files) -> Source:

@@ -17,6 +17,7 @@ def augmented(batch: Sample, device: torch.device) -> Tensor:
         batch: on the CPU; copied without waiting where its memory is pinned.
     """
     pixels, flip = (each.to(device, non_blocking=True) for each in (batch.pixels, batch.flip))
+    pixels = pixels.permute(0, 3, 1, 2)
     pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
     if len(which := batch.blur.nonzero().flatten()):
         sigma = batch.blur[which].to(device)

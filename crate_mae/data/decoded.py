@@ -7,7 +7,7 @@ import copy
 import numpy as np
 from PIL import Image
 
-from crate_mae.data.reading import shown_size, whole
+from crate_mae.data.reading import whole
 from crate_mae.data.source import Source, UnreadableImage
 
 _SAMPLED = 16
@@ -73,7 +73,7 @@ def decoded_if_small(source: Source, channels: int, most_bytes: int) -> Source:
 def _bytes_of(source: Source, index: int, channels: int) -> int:
     """What the image takes decoded: as Pillow keeps it, 1 byte a pixel or 4."""
     try:
-        width, height = shown_size(source.image(index), source.name(index))
+        width, height = source.image(index).size
     except UnreadableImage:
         return 0
     return width * height * (1 if channels == 1 else 4)

@@ -25,7 +25,7 @@ class Sample(NamedTuple):
     """An image, and what chance decides about it. A batch is tensors with a dimension more, in front.
 
     Attributes:
-        pixels: uint8 [channels, height, width], cropped; the rest is left to the device (`augmentation`).
+        pixels: uint8 [height, width, channels], as decoders give them, cropped; the rest is left to the device (`augmentation`).
         noise: float32 [patches], uniform in [0, 1): the patches with the most are masked.
         flip: bool, whether it is mirrored.
         blur: float, the standard deviation of a Gaussian blur in pixels; 0 for none.
@@ -82,7 +82,7 @@ class PretrainImages(Dataset[Sample]):
         index = stand_in[0] if stand_in else index
         image, name = self.source.image(index), _Name(self.source, index)
         box = draw_box(shown_size(image, name), rng, scale=self.scale, ratio=self.ratio)
-        pixels = part(image, box, self.size, self.channels, name)
+        pixels = part(image, box, self.size, self.channels, name).permute(1, 2, 0)
         return Sample(pixels, noise, bool(flip), sigma, bool(solarize))
 
     def instead(self, key: tuple[int, ...], attempt: int) -> tuple[int, int, int]:

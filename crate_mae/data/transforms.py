@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,30 +52,6 @@ def centred_box(size: tuple[int, int], aspect: float) -> Box:
     return left, top, left + box_width, top + box_height
 
 
-def random_resized_crop(
-    image: Image.Image,
-    size: Size,
-    rng: np.random.Generator,
-    *,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Image.Image:
-    """A random part of the image (`draw_box`), resized to `size` with bicubic interpolation."""
-    return _resized_part(image, draw_box(image.size, rng, scale=scale, ratio=ratio), size)
-
-
-def centre_crop(image: Image.Image, size: Size) -> Image.Image:
-    """The largest centred part with the aspect ratio of `size`, resized to it with bicubic interpolation."""
-    height, width = size
-    return _resized_part(image, centred_box(image.size, width / height), size)
-
-
-def image_to_tensor(image: Image.Image) -> torch.Tensor:
-    """uint8 [channels, height, width]."""
-    pixels = np.array(image)
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
-
-
 class Normalization:
     """Stored pixels to model input, (pixels / 255 - mean) / std for each channel, and back.
 
@@ -99,8 +74,3 @@ class Normalization:
         """Model input (any float dtype) back to uint8 pixels, values outside the range clipped."""
         pixels = (images.float() * self.std.to(images.device) + self.mean.to(images.device)) * 255
         return pixels.round().clamp(0, 255).to(torch.uint8)
-
-
-def _resized_part(image: Image.Image, box: Box, size: Size) -> Image.Image:
-    # Cropped first: resize's own `box` would let the filter reach for pixels outside the part.
-    return image.crop(box).resize((size[1], size[0]), Image.Resampling.BICUBIC)

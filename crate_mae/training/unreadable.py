@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crate_mae.data import UnreadableImage
-from crate_mae.data.unreadable import TooManyUnreadable
+from crate_mae.data.unreadable import TooManyUnreadable, Unreadable, by_cause
 from crate_mae.files import append
 
 _SAID_SINGLY = 20
@@ -19,7 +18,7 @@ class UnreadableImages:
     """The images that cannot be read, of those that this run has met since it was started or resumed.
 
     Args:
-        file: gets a line for each, of cause, name and reason with tabs between; those that it has already are not said again.
+        file: gets the line of each; those that it has already are not said again.
         images: how many there are, to train and to validate on.
         most: the fraction of them that may be unreadable, rounded up to a whole image.
         say: takes a line for the user.
@@ -27,7 +26,7 @@ class UnreadableImages:
 
     def __init__(self, file: Path, images: int, most: float, say: Callable[[str], None]) -> None:
         self.file, self.images, self.most, self.say = file, images, most, say
-        self._met: dict[str, str] = {}
+        self._met: dict[str, Unreadable] = {}
         self._listed: set[str] | None = None
 
     def __call__(self, errors: Sequence[UnreadableImage]) -> None:
@@ -37,14 +36,16 @@ class UnreadableImages:
             TooManyUnreadable: those met by now are more than are allowed.
             OSError: they cannot be written down.
         """
-        for error in errors:
-            if error.name in self._met:
+        if self._listed is None:
+            self._listed = listed(self.file)
+        for image in map(Unreadable.of, errors):
+            if image.name in self._met:
                 continue
-            self._met[error.name] = error.cause
-            if error.name not in self._already_listed():
-                self._listed.add(error.name)
-                append(self.file, f"{error.cause}\t{error.name}\t{error.reason}\n")
-                self._told(error)
+            self._met[image.name] = image
+            if image.name not in self._listed:
+                self._listed.add(image.name)
+                append(self.file, image.line() + "\n")
+                self._told(image)
             if len(self._met) > math.ceil(self.most * self.images):
                 raise TooManyUnreadable(
                     f"{len(self._met)} of {self.images} images cannot be read ({self.counted()}), more than "
@@ -54,19 +55,14 @@ class UnreadableImages:
 
     def counted(self) -> str:
         """How many there are by cause, in words; nothing where all could be read."""
-        return ", ".join(f"{count} {cause}" for cause, count in Counter(self._met.values()).most_common())
+        return by_cause(self._met.values())
 
-    def _told(self, error: UnreadableImage) -> None:
+    def _told(self, image: Unreadable) -> None:
         count = len(self._met)
         if count <= _SAID_SINGLY:
-            self.say(f"cannot read the image {error.name} ({error.cause}: {error.reason}); another stands in for it")
+            self.say(f"cannot read the image {image.name} ({image.cause}: {image.reason}); another stands in for it")
         elif count & (count - 1) == 0:
             self.say(f"{count} images cannot be read by now ({self.counted()}); all are in {self.file}")
-
-    def _already_listed(self) -> set[str]:
-        if self._listed is None:
-            self._listed = listed(self.file)
-        return self._listed
 
 
 def listed(file: Path) -> set[str]:

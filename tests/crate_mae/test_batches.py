@@ -90,7 +90,7 @@ class TestSamples:
     def test_workers_change_nothing(self, num_workers):
         images = crops(Mixture([Numbered(9), Numbered(5)], [1.0, 2.0]))
         alone = batches(images)
-        assert alone[0].pixels.shape == (4, 3, 8, 8) and alone[0].noise.shape == (4, 4)
+        assert alone[0].pixels.shape == (4, 8, 8, 3) and alone[0].noise.shape == (4, 4)
         assert_equal(batches(images, num_workers=num_workers), alone)
 
     @pytest.mark.parametrize("ranks", [2, 3])
@@ -147,7 +147,7 @@ class TestStandIns:
             for place, (_, index) in enumerate(keys):
                 assert torch.equal(one.noise[place], other.noise[place])
                 assert torch.equal(one.pixels[place], other.pixels[place]) == (index not in bad)
-                assert one.pixels[place, 0].unique().numel() == 1 and int(one.pixels[place, 0, 0, 0]) not in bad
+                assert one.pixels[place, :, :, 0].unique().numel() == 1 and int(one.pixels[place, 0, 0, 0]) not in bad
 
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_where_nobody_asked_for_them_the_error_is_raised(self, num_workers):
@@ -167,7 +167,7 @@ class TestAugmentation:
         """The pixels of two images before and after."""
         pixels = torch.randint(0, 256, (2, 3, 10, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         chosen = [torch.tensor([index in which for index in range(2)]) for which in (flip, solarize)]
-        batch = Sample(pixels, torch.zeros(2, 1), chosen[0], torch.tensor(blur), chosen[1])
+        batch = Sample(pixels.permute(0, 2, 3, 1), torch.zeros(2, 1), chosen[0], torch.tensor(blur), chosen[1])
         return pixels, augmented(batch, torch.device("cpu"))
 
     def test_touches_those_alone_that_were_drawn(self):
