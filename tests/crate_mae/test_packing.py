@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -180,6 +181,7 @@ def test_killed_at_any_moment_and_started_again_it_gives_the_same_bytes(
         delay, calls = rng.uniform(0.02, 0.1), rng.randint(1, 40) + 10 * len(statuses)
         if not (child := os.fork()):
             status = 1
+            os.setsid()
             try:
                 if is_killed and not workers:
                     monkeypatch.setattr("crate_mae.files.os", DyingOs(calls))
@@ -191,8 +193,21 @@ def test_killed_at_any_moment_and_started_again_it_gives_the_same_bytes(
             time.sleep(delay)
             os.kill(child, signal.SIGKILL)
         statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        deadline = time.monotonic() + 30
+        while living_in(child):  # its workers end with it
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     assert set(statuses) == {0, -signal.SIGKILL} and len(statuses) > 2
     assert contents(out) == expected
+
+
+def living_in(session: int) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, _, own = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+            found += [process.name] * (int(own) == session and state != "Z")
+    return found
 
 
 class DyingOs:
