@@ -3,10 +3,10 @@
     python -m benchmarks.data_loading --data photographs/ --json rows.jsonl
     python -m benchmarks.data_loading --workers 2     # then the whole loader with processes, too
 
-The images of ``--data`` are made JPEGs of quality 92 with a short side of 256 pixels, and packed; the same bytes are put into a
-folder and a Parquet file. Every loader makes batches of 224 x 224 pixels of them, from the same crops, on one thread. The
-yardstick is Pillow that decodes the files and does nothing else: a ratio is the share of its speed. Ours draws masks, too, and
-leaves flips to the device.
+The images of ``--data`` are packed as ``crate-mae pack`` does it, with a short side of 256 pixels; smaller ones are enlarged to
+that. The same bytes are put into a folder and a Parquet file. Every loader makes batches of 224 x 224 pixels of them, from the
+same crops, on one thread. The yardstick is Pillow that decodes the files and does nothing else: a ratio is the share of its
+speed. Ours draws masks, too, and leaves flips to the device.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -61,13 +62,18 @@ TOLERANCE = 0.02
 
 
 class AsWanted(Subset):
-    """A source's images decoded, so that they are packed at the quality that is measured; small ones enlarged."""
+    """A source's images, small ones enlarged and stored as packing stores what it makes smaller."""
 
     def image(self, index: int) -> Image.Image:
-        image = whole(super().image(index), 3, self.name(index))
+        image = super().image(index)
+        if min(image.size) >= SHORT_SIDE:
+            return image
+        image = whole(image, 3, self.name(index))
         scale = SHORT_SIDE / min(image.size)
-        enlarged = [max(SHORT_SIDE, round(side * scale)) for side in image.size]
-        return image.resize(enlarged, Image.Resampling.BICUBIC) if scale > 1 else image
+        image = image.resize([max(SHORT_SIDE, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        file = BytesIO()
+        image.save(file, "JPEG", quality=PackSettings().quality)
+        return Image.open(file)
 
 
 @dataclass(frozen=True)
@@ -125,16 +131,17 @@ def prepare(source: Source, count: int, batch: int, seed: int, out: Path) -> Fil
     order = np.random.default_rng((seed, 0)).permutation(count).tolist()
     batches = [order[first : first + batch] for first in range(0, count, batch)]
     kilobytes = mean(path.stat().st_size for path in paths) / 1e3
-    about = f"{len(paths)} JPEGs of quality 92, {'x'.join(f'{mean(side):.0f}' for side in zip(*sizes, strict=True))}"
+    about = f"{len(paths)} JPEGs, {'x'.join(f'{mean(side):.0f}' for side in zip(*sizes, strict=True))}"
     about += f" pixels and {kilobytes:.0f} kB in the mean" + (f", {enlarged} of them enlarged" if enlarged else "")
     return Files(folder.parent, paths, shards, out / "images.parquet", drawn(images, seed), batches, seed, about)
 
 
 def drawn(source: Source, seed: int) -> list[tuple[Box, bool]]:
     """Which part of each image ours takes, and whether it is flipped."""
-    with patch.object(samples, "part", lambda image, box, *_: torch.tensor(box).view(1, 1, 4)):
-        found = [PretrainImages(source, SIZE, seed, patches=PATCHES)[0, index] for index in range(len(source))]
-    return [(tuple(sample.pixels.flatten().tolist()), sample.flip) for sample in found]
+    boxes: list[Box] = []
+    with patch.object(samples, "part", lambda image, box, *_, **__: boxes.append(box)):
+        batch = PretrainImages(source, SIZE, seed, patches=PATCHES).batch([(0, index) for index in range(len(source))])
+    return list(zip(boxes, batch.flip.tolist(), strict=True))
 
 
 def write_parquet(files: Files) -> None:

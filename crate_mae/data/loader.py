@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from crate_mae.data.batches import BatchSampler
-from crate_mae.data.samples import readable
+from crate_mae.data.samples import batch_of
 from crate_mae.data.source import UnreadableImage
 
 _PATIENCE = 3
@@ -39,7 +39,7 @@ class ImageLoader:
     be read may be left to `unreadable`.
 
     Args:
-        images: by key; as of `samples.readable`, if `unreadable` is given.
+        images: by key, as of `samples.batch_of`.
         batches: the keys of each batch; iterated over again where workers are started again, with the same result.
         num_workers: processes that load; with 0 this one does.
         pin_memory: into memory that a GPU reads by itself.
@@ -90,9 +90,9 @@ class ImageLoader:
     def _load(self, first: int) -> Iterator[tuple[Any, list[UnreadableImage]] | Exception]:
         """Batches from number `first` on, by workers that are gone when it ends."""
         loader = DataLoader(
-            _ErrorsAsItems(self.images, replace=self.unreadable is not None),
+            _Batches(self.images, replace=self.unreadable is not None),
             batch_sampler=_From(self.batches, first),
-            collate_fn=_batch_or_error,
+            collate_fn=_as_it_is,
             worker_init_fn=_leave_signals_to_the_main_process,
             # The loader draws a seed for its workers. Drawn from the global generator, it would make the random state after a
             # resumed run differ from an uninterrupted one's.
@@ -153,9 +153,12 @@ class _From(Sampler[Sequence[Any]]):
         return itertools.islice(self.batches, self.first, None)
 
 
-class _ErrorsAsItems(Dataset[Any]):
-    """What images raise would come from a worker as a text with its traceback, like the loss of one: it travels in the place of
-    the batch."""
+class _Batches(Dataset[Any]):
+    """Batches, as (batch, images that could not be read), by the keys of each.
+
+    What images raise would come from a worker as a text with its traceback, like the loss of one: it travels in the place of the
+    batch.
+    """
 
     def __init__(self, images: Dataset[Any], *, replace: bool) -> None:
         self.images, self.replace = images, replace
@@ -163,9 +166,10 @@ class _ErrorsAsItems(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Any) -> tuple[Any, list[UnreadableImage]] | Exception:
+    def __getitems__(self, keys: Sequence[Any]) -> tuple[Any, list[UnreadableImage]] | Exception:
+        met: list[UnreadableImage] = []
         try:
-            return readable(self.images, key) if self.replace else (self.images[key], [])
+            return batch_of(self.images, keys, met if self.replace else None), met
         except Exception as error:
             if get_worker_info() is None:
                 raise
@@ -175,11 +179,8 @@ class _ErrorsAsItems(Dataset[Any]):
                 return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _batch_or_error(items: list[Any]) -> tuple[Any, list[UnreadableImage]] | Exception:
-    if error := next((item for item in items if isinstance(item, Exception)), None):
-        return error
-    images, met = zip(*items, strict=True)
-    return default_collate(images), [error for errors in met for error in errors]
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
+from crate_mae.data.batches import Key
+from crate_mae.data.draws import uniform
 from crate_mae.data.reading import part, shown_size
-from crate_mae.data.source import Source, UnreadableImage
-from crate_mae.data.transforms import Size, centred_box, draw_box
+from crate_mae.data.source import Name, Source, UnreadableImage
+from crate_mae.data.transforms import NUMBERS_OF_A_BOX, Size, centred_box, draw_box
 
 BLUR_SIGMAS = (0.1, 2.0)
 """Pixels, between which the width of a Gaussian blur is drawn: as in BYOL, DINO and DeiT III."""
@@ -26,23 +28,21 @@ class Sample(NamedTuple):
 
     Attributes:
         pixels: uint8 [height, width, channels], as decoders give them, cropped; the rest is left to the device (`augmentation`).
-        noise: float32 [patches], uniform in [0, 1): the patches with the most are masked.
+        noise: float32 [patches], uniform from 0 to 1: the patches with the most are masked.
         flip: bool, whether it is mirrored.
-        blur: float, the standard deviation of a Gaussian blur in pixels; 0 for none.
+        blur: float64, the standard deviation of a Gaussian blur in pixels; 0 for none.
         solarize: bool, whether its brighter half is inverted.
     """
 
     pixels: torch.Tensor
     noise: torch.Tensor
-    flip: Any
-    blur: Any
-    solarize: Any
+    flip: torch.Tensor
+    blur: torch.Tensor
+    solarize: torch.Tensor
 
 
 class PretrainImages(Dataset[Sample]):
-    """Images to train on, by (epoch, image): a random resized crop, its mask, and whether it is flipped, blurred, solarised.
-
-    In the place of an image that cannot be read, (epoch, image, stand-in) has another with the same mask and flip.
+    """Images to train on, by (pass, image): a random resized crop, its mask, and whether it is flipped, blurred, solarised.
 
     Args:
         size: of the crops, in pixels.
@@ -73,23 +73,49 @@ class PretrainImages(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, ...]) -> Sample:
-        epoch, index, *stand_in = key
-        rng = np.random.default_rng((self.seed, epoch, index))
-        noise = torch.from_numpy(rng.random(self.patches, dtype=np.float32))
-        flip, blur, solarize = rng.random(3) < (self.flip / 2, self.blur, self.solarize)
-        sigma = rng.uniform(*BLUR_SIGMAS) if blur else 0.0
-        index = stand_in[0] if stand_in else index
-        image, name = self.source.image(index), _Name(self.source, index)
-        box = draw_box(shown_size(image, name), rng, scale=self.scale, ratio=self.ratio)
-        pixels = part(image, box, self.size, self.channels, name).permute(1, 2, 0)
-        return Sample(pixels, noise, bool(flip), sigma, bool(solarize))
+    def __getitem__(self, key: Key) -> Sample:
+        return Sample(*(field[0] for field in self.batch([key])))
 
-    def instead(self, key: tuple[int, ...], attempt: int) -> tuple[int, int, int]:
-        """The key to try in the place of one that cannot be read."""
-        epoch, index = key[:2]
-        rng = np.random.default_rng((self.seed, epoch, index, attempt))
-        return epoch, index, int(rng.integers(len(self)))
+    def batch(self, keys: Sequence[Key], met: list[UnreadableImage] | None = None) -> Sample:
+        """The samples of several keys, of which all that chance decides is drawn together, and which share their memory.
+
+        Args:
+            met: gets those that cannot be read, and in their place are others, with the same masks and flips.
+
+        Raises:
+            UnreadableImage: an image cannot be read, and `met` is not given; or a hundred in its place cannot, either.
+        """
+        numbers = uniform(self.seed, keys, self.patches + 4 + NUMBERS_OF_A_BOX)
+        flip, blur, solarize, sigma = numbers[:, self.patches : self.patches + 4].T
+        pixels = torch.empty(len(keys), *self.size, self.channels, dtype=torch.uint8)
+        if get_worker_info() is not None:  # it will be handed to the process that trains
+            pixels.share_memory_()
+        for place, key, of_a_box in zip(pixels, keys, numbers[:, -NUMBERS_OF_A_BOX:].tolist(), strict=True):
+            self._cut_into(place.permute(2, 0, 1), key, of_a_box, met)
+        narrowest, widest = BLUR_SIGMAS
+        return Sample(
+            pixels,
+            torch.from_numpy(numbers[:, : self.patches].astype(np.float32)),
+            torch.from_numpy(flip < self.flip / 2),
+            torch.from_numpy(np.where(blur < self.blur, narrowest + sigma * (widest - narrowest), 0)),
+            torch.from_numpy(solarize < self.solarize),
+        )
+
+    def _cut_into(
+        self, place: torch.Tensor, key: Key, of_a_box: list[float], met: list[UnreadableImage] | None
+    ) -> None:
+        index = key[1]
+        for attempt in itertools.count():
+            try:
+                image, name = self.source.image(index), Name(self.source, index)
+                box = draw_box(shown_size(image, name), of_a_box, scale=self.scale, ratio=self.ratio)
+                part(image, box, self.size, self.channels, name, out=place)
+                return
+            except UnreadableImage as error:
+                if met is None or attempt == _ATTEMPTS:
+                    raise
+                met.append(error)
+            index = int(np.random.default_rng((self.seed, *key, attempt)).integers(len(self)))
 
 
 class CentreCropped(Dataset[torch.Tensor]):
@@ -103,7 +129,7 @@ class CentreCropped(Dataset[torch.Tensor]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        image, name = self.source.image(index), _Name(self.source, index)
+        image, name = self.source.image(index), Name(self.source, index)
         box = centred_box(shown_size(image, name), self.size[1] / self.size[0])
         return part(image, box, self.size, self.channels, name)
 
@@ -111,21 +137,11 @@ class CentreCropped(Dataset[torch.Tensor]):
         return int(np.random.default_rng((index, attempt)).integers(len(self)))
 
 
-class _Name:
-    """An image's name, which some sources would have to read for, and only errors need."""
-
-    def __init__(self, source: Source, index: int) -> None:
-        self.source, self.index = source, index
-
-    def __str__(self) -> str:
-        return self.source.name(self.index)
-
-
 def readable(images: Any, key: Any) -> tuple[Any, list[UnreadableImage]]:
     """The item, or the first of those in its place that can be read, and what was met before it.
 
     Args:
-        images: as `PretrainImages` and `CentreCropped`, with `instead`.
+        images: as `CentreCropped`, with `instead`.
 
     Raises:
         UnreadableImage: none of a hundred can be read.
@@ -143,6 +159,22 @@ def readable(images: Any, key: Any) -> tuple[Any, list[UnreadableImage]]:
     raise AssertionError
 
 
+def batch_of(images: Any, keys: Sequence[Any], met: list[UnreadableImage] | None = None) -> Any:
+    """The batch of several keys: what the images' own `batch` makes of them, or the items put together.
+
+    Args:
+        images: with `batch`, as `PretrainImages`; or any data set.
+        met: as of `PretrainImages.batch`; of other data sets, those have something in the place of an image that have `instead`.
+    """
+    if hasattr(images, "batch"):
+        return images.batch(keys, met)
+    if met is None:
+        return default_collate([images[key] for key in keys])
+    items, of_items = zip(*(readable(images, key) for key in keys), strict=True)
+    met.extend(error for errors in of_items for error in errors)
+    return default_collate(list(items))
+
+
 def readable_items(images: CentreCropped, keys: Sequence[int]) -> torch.Tensor:
     """uint8 [len(keys), channels, height, width]."""
-    return torch.stack([readable(images, key)[0] for key in keys])
+    return batch_of(images, keys, [])

@@ -25,9 +25,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from crate_mae.data.paths import printable
-from crate_mae.data.reading import _errors_named, open_image
+from crate_mae.data.reading import errors_named, open_image
 from crate_mae.data.shard_index import ShardIndex, scanned, shard_index
-from crate_mae.data.source import Source, UnreadableImage
+from crate_mae.data.source import Name, Source, UnreadableImage
 
 _MOST_SHARDS = 1_000_000
 
@@ -115,9 +115,9 @@ class TarShards(Source):
         return self._firsts[-1]
 
     def image(self, index: int) -> Image.Image:
-        shard, name = self._shard(index), self.name(index)
+        shard, name = self._shard(index), Name(self, index)
         size = int(self._sizes[index])
-        with _errors_named(name):
+        with errors_named(name):
             try:
                 data = self._opened.read(shard, size, int(self._offsets[index]), self._is_unchanged)
             except _ChangedShard as error:

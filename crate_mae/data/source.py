@@ -108,6 +108,16 @@ class Source(ABC):
         return Subset(self, np.sort(order[held_out:])), Subset(self, np.sort(order[:held_out]))
 
 
+class Name:
+    """The name of an image of a source, which errors alone need, and which takes a while to make up."""
+
+    def __init__(self, source: Source, index: int) -> None:
+        self._source, self._index = source, index
+
+    def __str__(self) -> str:
+        return self._source.name(self._index)
+
+
 class Subset(Source):
     """Some images of a source; an epoch visits each once, also where an epoch of the source itself would not.
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -19,9 +18,13 @@ Box = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels, the last two beyond the part, as Pillow has them."""
 
 
+NUMBERS_OF_A_BOX = 22
+"""How many uniform numbers `draw_box` takes at most."""
+
+
 def draw_box(
     size: tuple[int, int],
-    rng: np.random.Generator,
+    numbers: Iterable[float],
     *,
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -30,15 +33,19 @@ def draw_box(
 
     The part covers a fraction of the area uniform in `scale`, with width / height log-uniform in `ratio`. Ten draws
     are tried for one that fits; failing that, the largest centred part whose ratio is nearest to `ratio` is taken.
+
+    Args:
+        numbers: uniform in [0, 1).
     """
     width, height = size
+    numbers, (narrowest, widest) = iter(numbers), map(math.log, ratio)
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        area = width * height * (scale[0] + next(numbers) * (scale[1] - scale[0]))
+        aspect = math.exp(narrowest + next(numbers) * (widest - narrowest))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
-            left = int(rng.integers(width - box_width + 1))
-            top = int(rng.integers(height - box_height + 1))
+            left = int(next(numbers) * (width - box_width + 1))
+            top = int(next(numbers) * (height - box_height + 1))
             return left, top, left + box_width, top + box_height
     return centred_box(size, min(max(width / height, ratio[0]), ratio[1]))
 

@@ -62,9 +62,9 @@ class TestEveryKind:
     def test_comes_out_right(self, name):
         image = open_image(EXOTIC[name], name)
         expected = EXPECTED[name]
-        assert shown_size(image) == expected.shape[1::-1], "before it is decoded"
+        assert shown_size(image, name) == expected.shape[1::-1], "before it is decoded"
         found = whole(image, 3, name)
-        assert shown_size(image) == found.size == expected.shape[1::-1], "and after"
+        assert shown_size(image, name) == found.size == expected.shape[1::-1], "and after"
         assert np.abs(np.asarray(found).astype(int) - expected).max() <= TOLERANCE.get(name, 0)
         assert whole(found, 3, name) == found, "which is not turned again"
 
@@ -123,7 +123,7 @@ class TestOrientation:
             options = dict(quality=100, subsampling=0) if format == "JPEG" else dict(lossless=True)
             content = saved(stored, format, exif=exif[6:] if format == "PNG" else exif, **options)
         image = open_image(content, "")
-        assert shown_size(image) == (14 * scale, 10 * scale)
+        assert shown_size(image, "") == (14 * scale, 10 * scale)
         box = (2 * scale, scale, 12 * scale, 5 * scale)
         found = part(image, box, (4, 10), upright.shape[2], "")
         expected = Image.fromarray(upright.squeeze()).crop(box).resize((10, 4), Image.Resampling.BICUBIC)

@@ -21,7 +21,7 @@ from tiny_runs import (
 )
 
 from crate_mae.cli import main
-from crate_mae.data import CentreCropped, ImageFolder, PretrainImages, UnreadableImage
+from crate_mae.data import CentreCropped, ImageFolder, UnreadableImage
 from crate_mae.training import PretrainConfig, RunStopped, TooManyUnreadable, pretrain
 from crate_mae.training.feed import workers_for
 from crate_mae.training.unreadable import UnreadableImages, listed
@@ -167,12 +167,12 @@ class TestCount:
 class TestWaiting:
     def test_is_what_the_loader_took(self, config, monkeypatch):
         """A loader slowed on purpose: of a run's time, the pauses and no more is waiting."""
-        get, paused = PretrainImages.__getitem__, 0.02
+        image, paused = ImageFolder.image, 0.02
         shares = {}
         for name in ("plain", "slowed"):
             with monkeypatch.context() as patch:
                 if name == "slowed":
-                    patch.setattr(PretrainImages, "__getitem__", lambda self, key: time.sleep(paused) or get(self, key))
+                    patch.setattr(ImageFolder, "image", lambda self, index: time.sleep(paused) or image(self, index))
                 pretrain(dataclasses.replace(config, out=config.out / name))
             shares[name] = [row for row in metric_lines(config.out / name) if "waiting" in row]
         for row in shares["slowed"]:
