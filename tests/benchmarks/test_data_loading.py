@@ -61,7 +61,7 @@ def test_what_cannot_be_measured_is_refused(arguments, said, threads):
 
 def test_other_images_are_refused(tmp_path):
     source = data_loading.open_source(write_photographs(tmp_path / "photographs"))
-    files = data_loading.prepare(source, 6, 2, 0, tmp_path)
+    files = data_loading.prepare(source, 6, 2, 1, tmp_path)
     right = next(iter(data_loading.by_pillow(files)()))
     assert {flip for _, flip in files.draws} == {False, True}
 
