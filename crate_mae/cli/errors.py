@@ -12,7 +12,7 @@ from difflib import get_close_matches
 import torch
 
 from crate_mae import state_dicts
-from crate_mae.data import LostWorkers
+from crate_mae.data import LostWorkers, MissingLibrary
 from crate_mae.training import NonFiniteLoss, RunStopped, TooManyUnreadable
 
 BROKE_DOWN, USER_ERROR, BUG, BY_SIGNAL = 1, 2, 70, 128
@@ -27,6 +27,7 @@ _OF_THE_DISK = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
 _WORDING = (
     (r'^(argument|Parser key) "?(?P<name>[\w.-]+)"?: ', r"\g<name>: "),
     (r"Does not validate against any of .*tuple\[int, int\].*Given value: ?", "expected a whole number, or two, got "),
+    (r"Does not validate against any of .*Literal\['auto'\].*Given value: ?", "expected a whole number, or auto, got "),
     (r"Expected a <class 'int'>", "expected a whole number"),
     (r"Expected a <class 'float'>", "expected a number"),
     (r"Expected a <class 'bool'>", "expected true or false"),
@@ -88,7 +89,7 @@ def outcome(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         of_the_disk = error.errno in _OF_THE_DISK or str(error).startswith("cannot write")
         return str(error), BROKE_DOWN if of_the_disk else USER_ERROR
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | MissingLibrary):
         return str(error), USER_ERROR
     return f"{type(error).__name__}: {error}; this is a bug: --debug shows where", BUG
 

@@ -6,7 +6,7 @@ from crate_mae.data.augmentation import augmented
 from crate_mae.data.batches import BatchSampler, in_order
 from crate_mae.data.decoded import decoded_if_small
 from crate_mae.data.folder import FLOWERS, ImageFolder, compare
-from crate_mae.data.huggingface import HuggingFaceImages
+from crate_mae.data.huggingface import HuggingFaceImages, MissingLibrary
 from crate_mae.data.listing import holds_images
 from crate_mae.data.loader import STOPPING, ImageLoader, LostWorkers
 from crate_mae.data.mixture import Mixture
@@ -31,6 +31,7 @@ __all__ = [
     "ImageFolder",
     "ImageLoader",
     "LostWorkers",
+    "MissingLibrary",
     "Mixture",
     "Normalization",
     "PretrainImages",

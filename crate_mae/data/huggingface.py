@@ -20,6 +20,10 @@ _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 _MARKS = ("dataset_dict.json", "state.json")  # in a folder that save_to_disk wrote
 
 
+class MissingLibrary(ImportError):
+    """A library that not everybody needs is not installed; the message says how it is."""
+
+
 class HuggingFaceImages(Source):
     """One column of one split of a dataset, its images as they are stored.
 
@@ -34,7 +38,7 @@ class HuggingFaceImages(Source):
         column: of images; by default the only one, or else the one named "image" or "img".
 
     Raises:
-        ImportError: the library is not installed.
+        MissingLibrary: an ImportError: the `datasets` library is not installed.
         OSError: nothing is there, or the hub cannot be reached.
         ValueError: there is no such split, configuration or column of images, none is the obvious one, or files are damaged.
     """
@@ -98,12 +102,12 @@ def _library() -> Any:
     """The `datasets` module. It takes a second to import, so that only who uses it does.
 
     Raises:
-        ImportError: it is not installed.
+        MissingLibrary: it is not installed.
     """
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
+        raise MissingLibrary(
             f"Hugging Face datasets need the package datasets ({error}): pip install 'crate-kernels[data]'"
         ) from error
     return datasets

@@ -38,7 +38,7 @@ def open_source(what: str | Path) -> Source:
     Raises:
         FileNotFoundError: it is not there, or holds no images.
         ValueError: it is none of these; or a data set without images.
-        ImportError: a library that is needed for it is missing.
+        MissingLibrary: an ImportError: one that it needs is not installed.
     """
     what = str(what)
     if weighted := _weighted(what):

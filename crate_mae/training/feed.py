@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 
@@ -11,6 +12,8 @@ from crate_mae.data import Sample, augmented
 from crate_mae.data.in_processes import usable_cores
 
 _MOST_WORKERS = 16
+_BATCHES_EACH = 3
+"""Batches that a worker has made and that are not used yet: two ahead, and the one it is at."""
 
 
 class Feed:
@@ -52,15 +55,25 @@ class Feed:
         return pixels, noise
 
 
-def workers_for(asked: int | str, device: torch.device, threads: int) -> int:
+def workers_for(asked: int | str, device: torch.device, threads: int, batch_bytes: int) -> int:
     """How many processes load images.
 
     Args:
-        asked: a number, or "auto": one for each core that nothing else computes on, at most 16. Beside a GPU, the host takes
-            one; on a CPU, training takes as many as it has threads.
+        asked: a number, or "auto": one for each core that nothing else computes on, at most 16, and no more than shared memory
+            has room for. Beside a GPU, the host takes a core; on a CPU, training takes as many as it has threads.
+        batch_bytes: of a batch's pixels.
     """
     if asked != "auto":
         return int(asked)
     cores = usable_cores()
     busy = 1 if device.type != "cpu" else threads or cores
-    return max(0, min(cores - busy, _MOST_WORKERS))
+    room = _shared_memory() // (2 * _BATCHES_EACH * batch_bytes)
+    return max(0, min(cores - busy, _MOST_WORKERS, room))
+
+
+def _shared_memory() -> int:
+    """Bytes that are free for batches on their way between processes; containers often have 64 MiB."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:  # other systems have it elsewhere, without such a limit
+        return 2**63

@@ -11,6 +11,7 @@ from crate_mae.data import (
     COLOUR_MODES,
     FLOWERS,
     ImageFolder,
+    MissingLibrary,
     Source,
     compare,
     decoded_if_small,
@@ -51,7 +52,7 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
     Raises:
         OSError: what an option names is not there, or holds no image.
         ValueError: it is ambiguous, or there are too few images, or the model takes no photographs.
-        ImportError: a library that it needs is missing.
+        MissingLibrary: an ImportError: one that it needs is not installed.
     """
     channels = config.model.in_chans
     if channels not in COLOUR_MODES:
@@ -87,7 +88,7 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
 def _opened(option: str, what: str | Path) -> Source:
     try:
         return open_source(what)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MissingLibrary) as error:
         raise type(error)(f"{option}: {error}") from error
 
 

@@ -97,7 +97,7 @@ def pretrain(
         ValueError: a setting cannot be used, or no state be read; the message names it.
         TooManyUnreadable: more images than `images.max_unreadable` cannot be read; the state has been saved.
         UnreadableImage: a ValueError: none of a hundred images tried can be read.
-        ImportError: a library that `config.data` needs is missing.
+        MissingLibrary: an ImportError: a library that `config.data` or `config.val` needs is not installed.
         LostWorkers: processes that load images died again and again; the state has been saved.
         NonFiniteLoss: training broke down; the last state saved is kept.
         RunStopped: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the state has been saved.
@@ -178,7 +178,8 @@ class _Run:
             images.max_unreadable,
             _say,
         )
-        self.num_workers = workers_for(images.num_workers, self.device, config.run.threads)
+        batch_bytes = schedule.batch_size * config.model.in_chans * size[0] * size[1]
+        self.num_workers = workers_for(images.num_workers, self.device, config.run.threads, batch_bytes)
         if int(self.patches * (1 - schedule.mask_ratio)) == 0:
             raise ValueError(f"schedule.mask_ratio: {schedule.mask_ratio} leaves no patch of {self.patches} visible")
         self.shown = CentreCropped(self.val_images or self.train_images, size, config.model.in_chans)

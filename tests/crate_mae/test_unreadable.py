@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from images_of_all_kinds import write_bad, write_exotic
 from tiny_runs import (
     assert_same_weights,
@@ -190,20 +191,20 @@ class TestWaiting:
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "threads", "cores", "expected"),
+    ("asked", "device", "threads", "cores", "shared", "expected"),
     [
-        (3, "cpu", 0, 8, 3),
-        ("auto", "cpu", 0, 8, 0),
-        ("auto", "cpu", 2, 8, 6),
-        ("auto", "cuda", 0, 8, 7),
-        ("auto", "cuda", 0, 96, 16),
+        (3, "cpu", 0, 8, 0, 3),
+        ("auto", "cpu", 0, 8, 2**40, 0),
+        ("auto", "cpu", 2, 8, 2**40, 6),
+        ("auto", "cuda", 0, 8, 2**40, 7),
+        ("auto", "cuda", 0, 96, 2**40, 16),
+        ("auto", "cuda", 0, 96, 64 * 2**20, 5),
     ],
 )
-def test_processes_by_default_are_the_cores_left_over(monkeypatch, asked, device, threads, cores, expected):
-    import torch
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
-    assert workers_for(asked, torch.device(device), threads) == expected
+def test_processes_by_default_are_the_cores_left_over(monkeypatch, asked, device, threads, cores, shared, expected):
+    monkeypatch.setattr("crate_mae.training.feed.usable_cores", lambda: cores)
+    monkeypatch.setattr("crate_mae.training.feed._shared_memory", lambda: shared)
+    assert workers_for(asked, torch.device(device), threads, 2 * 2**20) == expected
 
 
 def test_pictures_do_without_those_that_cannot_be_read(config):
