@@ -10,6 +10,9 @@ from PIL import Image
 from crate_mae.data.reading import whole
 from crate_mae.data.source import Source, UnreadableImage
 
+_MOST_IMAGES = 5_000
+"""That a run decodes before it starts, which takes a second or two."""
+
 _SAMPLED = 16
 """Headers by which it is judged whether a set could be small."""
 
@@ -48,11 +51,13 @@ class DecodedImages(Source):
 
 
 def decoded_if_small(source: Source, channels: int, most_bytes: int) -> Source:
-    """The images decoded, where they take at most so much memory together; else the source itself.
+    """The images decoded, where they are no more than some thousands and take at most so much memory together; else the source.
 
     Decoding a small set afresh each epoch costs more than training on it. A large one is told by the headers of a few images; one
     that looked small and is not, when the next image would be too much.
     """
+    if len(source) > _MOST_IMAGES:
+        return source
     expected = 0
     for index in np.linspace(0, len(source) - 1, min(_SAMPLED, len(source))).astype(int).tolist():
         expected += _bytes_of(source, index, channels)

@@ -40,8 +40,8 @@ class ImagesConfig:
     val_fraction: float = 0.1
     """Fraction of the images held out for validation where no folder for it is given; 0 for none."""
     cache_mb: int = 512
-    """Decode images once and keep them if they take less than this many MiB; 0 decodes them each time (of large JPEGs no more
-    than a crop needs, which rounds otherwise)."""
+    """Decode images once and keep them, if they are at most 5,000 and take less than this many MiB; 0 decodes them each time (of
+    large JPEGs no more than a crop needs, which rounds otherwise)."""
     num_workers: int | Literal["auto"] = "auto"
     """Processes that load images beside the training one; "auto" takes the cores that nothing else computes on, at most 16."""
     max_unreadable: float = 0.01
