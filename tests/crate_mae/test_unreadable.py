@@ -92,6 +92,20 @@ class TestRun:
         assert main(arguments) == 0
         assert_same_weights(weights(whole.out), weights(config.out))
 
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    @pytest.mark.parametrize("option", ["data", "val"])
+    def test_where_none_can_be_read_they_are_too_many(self, config, tmp_path, option, num_workers):
+        folder = write_photographs(tmp_path / "spoilt")
+        for path in folder.iterdir():
+            spoil(path)
+        config = dataclasses.replace(change(config, num_workers=num_workers), **{option: str(folder)})
+        with pytest.raises(TooManyUnreadable, match=r"2 of 24 images cannot be read \(2 truncated\)"):
+            pretrain(config)
+        assert len(rows(config.out)) == 2
+        with pytest.raises(UnreadableImage, match=r"step \d of 12 is saved"):
+            pretrain(change(config, max_unreadable=1.0), resume=True)
+        assert {name for _, name, _ in rows(config.out)} == set(map(str, folder.iterdir()))
+
     def test_an_image_to_validate_on_is_no_reason_to_stop(self, config, tmp_path):
         other = write_photographs(tmp_path / "val")
         spoil(other / "03.png")
