@@ -64,11 +64,12 @@ class TestRun:
         for path in visited(config, 0)[:2]:
             spoil(path)
         config = change(config, max_unreadable=0.2)
+        monkeypatch.chdir(tmp_path)
         pretrain(whole := dataclasses.replace(config, out=tmp_path / "whole"))
         with monkeypatch.context() as patch:
             interrupt_after(patch, 5)
             with pytest.raises(RunStopped):
-                pretrain(change(config, num_workers=2))
+                pretrain(dataclasses.replace(change(config, num_workers=2), data="photographs"))
         pretrain(config, resume=True)
         assert_same_weights(weights(whole.out), weights(config.out))
         assert sorted(rows(whole.out)) == sorted(rows(config.out)) and len(rows(config.out)) == 2
@@ -127,6 +128,15 @@ class TestRun:
         pretrain(config, resume=True)
         assert "1 of its 12 images are gone and 1 are new" in capsys.readouterr().out
         assert_same_weights(weights(whole.out), weights(config.out))
+
+    def test_a_damaged_list_of_its_images_does_not_either(self, config, monkeypatch, capsys):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 5)
+            with pytest.raises(RunStopped):
+                pretrain(config)
+        (config.out / "images.safetensors").write_bytes(b"damaged")
+        assert pretrain(config, resume=True).steps == 12
+        assert "images.safetensors: a damaged list of images" in capsys.readouterr().out
 
     def test_other_images_are_refused_still(self, config, tmp_path):
         pretrain(config)
