@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset
 from crate_mae.checkpoints import load_model
 from crate_mae.config import grid_of
 from crate_mae.data import CentreCropped, Normalization, Source, Subset
+from crate_mae.data.checking import Looked, looked_at
 from crate_mae.evaluation import class_accuracies, pooled_features, zeros_by_layer
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
@@ -21,8 +22,7 @@ from crate_mae.registry import count_parameters
 from crate_mae.training import PretrainConfig, PretrainResult
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.precision import choose_device, cpu_threads
-from crate_mae.training.run_folder import METRICS, SUMMARY, UNREADABLE
-from crate_mae.training.unreadable import listed
+from crate_mae.training.run_folder import METRICS, SUMMARY
 from crate_mae.training.validation import mask_noise
 
 RANDOM_SEEDS = range(5)
@@ -44,7 +44,7 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
     train, val, *_ = image_sets(config)
     if result.errors is None or val is None:
         return []
-    train, val = (_without(source, listed(config.out / UNREADABLE)) for source in (train, val))
+    train, val = map(_readable, (train, val))
     with cpu_threads(config.run.threads):
         device = choose_device(config.run.device)
         model = load_model(config.out).to(device).eval()
@@ -74,10 +74,10 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
     return [f"On one page: {config.out / SUMMARY}", *([] if classes is None else _lines(classes))]
 
 
-def _without(source: Source, names: set[str]) -> Source:
-    return (
-        Subset(source, [index for index in range(len(source)) if source.name(index) not in names]) if names else source
-    )
+def _readable(source: Source) -> Source:
+    """The images of a source that can be read, those included that the run did not come to."""
+    found = [index for index in range(len(source)) if isinstance(looked_at(source, index), Looked)]
+    return Subset(source, found) if len(found) < len(source) else source
 
 
 def _random_model(like: CrateMAE, seed: int) -> CrateMAE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import numpy as np
@@ -60,25 +61,23 @@ def decoded_if_small(source: Source, channels: int, most_bytes: int) -> Source:
         return source
     expected = 0
     for index in np.linspace(0, len(source) - 1, min(_SAMPLED, len(source))).astype(int).tolist():
-        expected += _bytes_of(source, index, channels)
+        with contextlib.suppress(UnreadableImage):
+            expected += _bytes(source.image(index), channels)
     if expected * len(source) > most_bytes * min(_SAMPLED, len(source)):
         return source
     images: list[Image.Image | UnreadableImage] = []
     for index in range(len(source)):
-        most_bytes -= _bytes_of(source, index, channels)
-        if most_bytes < 0:
-            return source
         try:
-            images.append(whole(source.image(index), channels, source.name(index)))
+            image = source.image(index)
+            most_bytes -= _bytes(image, channels)
+            if most_bytes < 0:
+                return source
+            images.append(whole(image, channels, source.name(index)))
         except UnreadableImage as error:
             images.append(error.with_traceback(None))
     return DecodedImages(source, images)
 
 
-def _bytes_of(source: Source, index: int, channels: int) -> int:
+def _bytes(image: Image.Image, channels: int) -> int:
     """What the image takes decoded: as Pillow keeps it, 1 byte a pixel or 4."""
-    try:
-        width, height = source.image(index).size
-    except UnreadableImage:
-        return 0
-    return width * height * (1 if channels == 1 else 4)
+    return image.width * image.height * (1 if channels == 1 else 4)

@@ -44,7 +44,8 @@ class ImageLoader:
         num_workers: processes that load; with 0 this one does.
         pin_memory: into memory that a GPU reads by itself.
         say: takes a line for the user.
-        unreadable: told of images that cannot be read, before the batch that has others in their place; it may raise.
+        unreadable: told of images that cannot be read, before the batch that has others in their place, or before the error
+            of a batch where all others cannot be read, either; it may raise.
 
     Raises, when iterated over:
         Exception: an image's, an UnreadableImage as a rule.
@@ -69,12 +70,11 @@ class ImageLoader:
         while True:
             try:
                 with contextlib.closing(self._load(came)) as batches:
-                    for batch in batches:
-                        if isinstance(batch, Exception):
-                            raise batch
-                        batch, met = batch
+                    for batch, met in batches:
                         if met and self.unreadable:
                             self.unreadable(met)
+                        if isinstance(batch, Exception):
+                            raise batch
                         yield batch
                         came, lost = came + 1, 0
                 return
@@ -87,7 +87,7 @@ class ImageLoader:
                     ) from None
                 self.say(f"a process that loads images was lost ({error}); started again")
 
-    def _load(self, first: int) -> Iterator[tuple[Any, list[UnreadableImage]] | Exception]:
+    def _load(self, first: int) -> Iterator[tuple[Any, list[UnreadableImage]]]:
         """Batches from number `first` on, by workers that are gone when it ends."""
         loader = DataLoader(
             _Batches(self.images, replace=self.unreadable is not None),
@@ -166,17 +166,17 @@ class _Batches(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, keys: Sequence[Any]) -> tuple[Any, list[UnreadableImage]] | Exception:
+    def __getitems__(self, keys: Sequence[Any]) -> tuple[Any, list[UnreadableImage]]:
         met: list[UnreadableImage] = []
         try:
             return batch_of(self.images, keys, met if self.replace else None), met
         except Exception as error:
             if get_worker_info() is None:
-                raise
+                return error, met
             try:
-                return pickle.loads(pickle.dumps(error))  # as it would come from a worker
+                return pickle.loads(pickle.dumps(error)), met  # as it would come from a worker
             except Exception:
-                return RuntimeError(f"{type(error).__name__}: {error}")
+                return RuntimeError(f"{type(error).__name__}: {error}"), met
 
 
 def _as_it_is(batch: Any) -> Any:

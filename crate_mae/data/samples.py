@@ -112,9 +112,11 @@ class PretrainImages(Dataset[Sample]):
                 part(image, box, self.size, self.channels, name, out=place)
                 return
             except UnreadableImage as error:
-                if met is None or attempt == _ATTEMPTS:
+                if met is None:
                     raise
                 met.append(error)
+                if attempt == _ATTEMPTS:
+                    raise
             index = int(np.random.default_rng((self.seed, *key, attempt)).integers(len(self)))
 
 
@@ -137,20 +139,20 @@ class CentreCropped(Dataset[torch.Tensor]):
         return int(np.random.default_rng((index, attempt)).integers(len(self)))
 
 
-def readable(images: Any, key: Any) -> tuple[Any, list[UnreadableImage]]:
-    """The item, or the first of those in its place that can be read, and what was met before it.
+def readable(images: Any, key: Any, met: list[UnreadableImage]) -> Any:
+    """The item, or the first of those in its place that can be read.
 
     Args:
         images: as `CentreCropped`, with `instead`.
+        met: gets those that cannot be read.
 
     Raises:
         UnreadableImage: none of a hundred can be read.
     """
-    met: list[UnreadableImage] = []
     tried = key
     for attempt in itertools.count():
         try:
-            return images[tried], met
+            return images[tried]
         except UnreadableImage as error:
             met.append(error)
             if attempt == _ATTEMPTS or not hasattr(images, "instead"):
@@ -170,9 +172,7 @@ def batch_of(images: Any, keys: Sequence[Any], met: list[UnreadableImage] | None
         return images.batch(keys, met)
     if met is None:
         return default_collate([images[key] for key in keys])
-    items, of_items = zip(*(readable(images, key) for key in keys), strict=True)
-    met.extend(error for errors in of_items for error in errors)
-    return default_collate(list(items))
+    return default_collate([readable(images, key, met) for key in keys])
 
 
 def readable_items(images: CentreCropped, keys: Sequence[int]) -> torch.Tensor:

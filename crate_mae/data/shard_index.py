@@ -147,7 +147,9 @@ class _Scan:
                 last = member.offset
                 self._take(member)
                 tar.members.clear()  # which it keeps, and which would take a kilobyte each
-            after = os.pread(self.descriptor, _BLOCK, tar.offset)
+                if tar.offset > self.size:  # by how much, a damaged header says
+                    break
+            after = os.pread(self.descriptor, _BLOCK, min(tar.offset, self.size))
         except OSError:
             raise
         except Exception as error:  # beside TarError, whatever fields that are none lead tarfile to

@@ -10,6 +10,7 @@ from pathlib import Path
 from crate_mae.data.folder import ImageFolder
 from crate_mae.data.huggingface import HuggingFaceImages
 from crate_mae.data.mixture import Mixture
+from crate_mae.data.reading import IMAGE_SUFFIXES
 from crate_mae.data.shards import TarShards, shard_paths
 from crate_mae.data.source import Source
 from crate_mae.data.synthetic import SyntheticImages
@@ -42,7 +43,7 @@ def open_source(what: str | Path) -> Source:
     """
     what = str(what)
     if weighted := _weighted(what):
-        return Mixture([open_source(part) for _, part in weighted], [weight for weight, _ in weighted])
+        return Mixture([open_source(part) for _, part in weighted], [float(weight) for weight, _ in weighted])
     kind, colon, rest = what.partition(":")
     if colon and kind == "hf":
         name, settings = _settings(what, rest, {"split": str, "name": str, "column": str})
@@ -61,7 +62,7 @@ def absolute(what: str | Path) -> str:
     """The same in a form that means the same wherever it is read: paths absolute."""
     what = str(what)
     if weighted := _weighted(what):
-        return " + ".join(f"{weight:g} {absolute(part)}" for weight, part in weighted)
+        return " + ".join(f"{weight} {absolute(part)}" for weight, part in weighted)
     kind, colon, rest = what.partition(":")
     if colon and kind == "synthetic":
         return what
@@ -78,16 +79,22 @@ def is_folder(what: str | Path) -> bool:
 
 
 def _is_shards(what: str) -> bool:
-    """Whether it names tar shards; a folder does that holds some, and nothing else to be seen but files about them."""
+    """Whether it names tar shards; a folder does that holds some, and beside them neither an image nor a folder."""
     if os.path.isdir(what):
+        found = False
         with os.scandir(what) as entries:
-            seen = [entry for entry in entries if not entry.name.startswith(".")]
-        return any(entry.name.endswith(".tar") for entry in seen) and not any(entry.is_dir() for entry in seen)
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir() or os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                    return False
+                found = found or entry.name.endswith(".tar")
+        return found
     return what.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))
 
 
-def _weighted(what: str) -> list[tuple[float, str]]:
-    """Weights and what they are of; none where it is one source."""
+def _weighted(what: str) -> list[tuple[str, str]]:
+    """Weights, as they are written, and what they are of; none where it is one source."""
     if os.path.exists(what):  # whatever its name looks like
         return []
     parts = what.split(" + ")
@@ -97,7 +104,7 @@ def _weighted(what: str) -> list[tuple[float, str]]:
     if not all(found):
         lacking = next(part for part, match in zip(parts, found, strict=True) if not match)
         raise ValueError(f"{what}: expected a weight before each of several sources, such as 1 {lacking.strip()}")
-    return [(float(match[1]), match[2]) for match in found if match]
+    return [(match[1], match[2]) for match in found if match]
 
 
 def _settings(what: str, rest: str, known: dict[str, Callable[[str], object]]) -> tuple[str, dict]:

@@ -13,6 +13,7 @@ from crate_mae.data import (
     ImageFolder,
     MissingLibrary,
     Source,
+    absolute,
     compare,
     decoded_if_small,
     holds_images,
@@ -87,14 +88,18 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
 
 def _opened(option: str, what: str | Path) -> Source:
     try:
-        return open_source(what)
+        return open_source(absolute(what))  # as config.json has it: an image's name is the same before and after a resume
     except (OSError, ValueError, MissingLibrary) as error:
         raise type(error)(f"{option}: {error}") from error
 
 
 def _as_it_began(now: ImageFolder, kept: Path, most: float, said: list[str]) -> ImageFolder:
     """The folder with the images that a run has had from its beginning, if that is a matter of few; else as it is now."""
-    began = ImageFolder(now.root, kept=kept)
+    try:
+        began = ImageFolder(now.root, kept=kept)
+    except ValueError as error:
+        said.append(f"{error}; taken for the images of the run are those that there are now")
+        return now
     if began.fingerprint() == now.fingerprint():
         return now
     gone, new = compare(began, now)

@@ -28,7 +28,7 @@ import crate_mae.__main__
 from crate_mae.checkpoints import read_normalization
 from crate_mae.cli import main
 from crate_mae.config import ModelConfig
-from crate_mae.data import LostWorkers
+from crate_mae.data import ImageFolder, LostWorkers
 from crate_mae.data.reading import open_file, part
 from crate_mae.model import CrateMAE
 from crate_mae.training import (
@@ -111,6 +111,15 @@ def test_the_demo_ends_with_what_was_learnt(photographs, out, capsys, classes):
     assert abs(shown.mean() - original.mean()) < 20 and shown.std() > 20
     assert len({tuple(pixel) for pixel in np.asarray(page)[200:400, 900:1500].reshape(-1, 3)}) > 3
     assert main(["demo", "--out", str(out), "--data", str(train), "--val", str(photographs), *TINY, "--overwrite"]) == 0
+
+
+def test_the_demo_ends_without_images_that_it_did_not_come_to(photographs, out):
+    shutil.copytree(photographs, val := out.parent / "val")
+    images = ImageFolder(photographs)
+    images.path(images.epoch(0, 0)[1][-1]).write_bytes(b"spoilt")
+    steps = ["--schedule.epochs=1", "--schedule.warmup_epochs=0", "--schedule.batch_size=7", "--run.seed=0"]
+    assert main(["demo", "--data", str(photographs), "--val", str(val), "--out", str(out), *TINY, *steps]) == 0
+    assert (out / "summary.png").exists() and not (out / "unreadable.txt").exists()
 
 
 def test_a_runs_config_repeats_it_and_options_go_over_it(run, out, tmp_path):

@@ -165,6 +165,17 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
     assert source.remarks()[0].startswith(f"{path}: damaged at byte {place:,}, and what follows is not seen: 3 whole")
 
 
+@pytest.mark.parametrize("claimed", [2**31, 2**40, 2**62, 2**80])
+def test_a_size_that_no_file_has_costs_no_other_image(claimed, tmp_path):
+    path = numbered(tmp_path / "a.tar", range(2))
+    header = tarfile.TarInfo("b.png")
+    header.size = claimed
+    path.write_bytes(path.read_bytes()[: 4 * 512] + header.tobuf(tarfile.GNU_FORMAT))
+    source = TarShards([path])
+    assert [stored(source, index) for index in range(2)] == [picture(number) for number in range(2)]
+    assert source.remarks()[0].startswith(f"{path}: cut short, after {path.stat().st_size:,} bytes: 2 whole images")
+
+
 @pytest.mark.parametrize(
     "content, said",
     [

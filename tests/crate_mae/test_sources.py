@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def shards(photographs: Path, tmp_path: Path) -> Path:
 
 class TestNames:
     def test_each_form_is_its_source(self, photographs, shards):
+        shutil.copy(shards / "images-000002.tar", photographs)  # which images lie beside
         for what, kind, images in (
             (photographs, ImageFolder, 12),
             (shards, TarShards, 12),
@@ -85,7 +87,7 @@ class TestNames:
         monkeypatch.chdir(tmp_path)
         assert absolute("photographs") == str(photographs)
         assert absolute("a-{0..1}.tar") == f"{tmp_path}/a-{{0..1}}.tar"
-        assert absolute("2 photographs + 0.25 synthetic:3") == f"2 {photographs} + 0.25 synthetic:3"
+        assert absolute("1234567 photographs + .1234567 synthetic:3") == f"1234567 {photographs} + .1234567 synthetic:3"
         assert absolute("hf:org/name,split=x") == "hf:org/name,split=x"
         assert absolute("hf:photographs,split=x") == f"hf:{photographs},split=x"
 

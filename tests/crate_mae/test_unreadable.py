@@ -65,11 +65,12 @@ class TestRun:
         for path in visited(config, 0)[:2]:
             spoil(path)
         config = change(config, max_unreadable=0.2)
+        monkeypatch.chdir(tmp_path)
         pretrain(whole := dataclasses.replace(config, out=tmp_path / "whole"))
         with monkeypatch.context() as patch:
             interrupt_after(patch, 5)
             with pytest.raises(RunStopped):
-                pretrain(change(config, num_workers=2))
+                pretrain(dataclasses.replace(change(config, num_workers=2), data="photographs"))
         pretrain(config, resume=True)
         assert_same_weights(weights(whole.out), weights(config.out))
         assert sorted(rows(whole.out)) == sorted(rows(config.out)) and len(rows(config.out)) == 2
@@ -93,6 +94,20 @@ class TestRun:
         assert main(arguments) == 0
         assert_same_weights(weights(whole.out), weights(config.out))
 
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    @pytest.mark.parametrize("option", ["data", "val"])
+    def test_where_none_can_be_read_they_are_too_many(self, config, tmp_path, option, num_workers):
+        folder = write_photographs(tmp_path / "spoilt")
+        for path in folder.iterdir():
+            spoil(path)
+        config = dataclasses.replace(change(config, num_workers=num_workers), **{option: str(folder)})
+        with pytest.raises(TooManyUnreadable, match=r"2 of 24 images cannot be read \(2 truncated\)"):
+            pretrain(config)
+        assert len(rows(config.out)) == 2
+        with pytest.raises(UnreadableImage, match=r"step \d of 12 is saved"):
+            pretrain(change(config, max_unreadable=1.0), resume=True)
+        assert {name for _, name, _ in rows(config.out)} == set(map(str, folder.iterdir()))
+
     def test_an_image_to_validate_on_is_no_reason_to_stop(self, config, tmp_path):
         other = write_photographs(tmp_path / "val")
         spoil(other / "03.png")
@@ -114,6 +129,15 @@ class TestRun:
         pretrain(config, resume=True)
         assert "1 of its 12 images are gone and 1 are new" in capsys.readouterr().out
         assert_same_weights(weights(whole.out), weights(config.out))
+
+    def test_a_damaged_list_of_its_images_does_not_either(self, config, monkeypatch, capsys):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 5)
+            with pytest.raises(RunStopped):
+                pretrain(config)
+        (config.out / "images.safetensors").write_bytes(b"damaged")
+        assert pretrain(config, resume=True).steps == 12
+        assert "images.safetensors: a damaged list of images" in capsys.readouterr().out
 
     def test_other_images_are_refused_still(self, config, tmp_path):
         pretrain(config)
