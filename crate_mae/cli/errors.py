@@ -68,6 +68,8 @@ def worded(error: ArgumentError, options: Iterable[str]) -> ValueError:
         message = re.sub(pattern, words, message)
     if unknown := re.match(r"unrecognized arguments: (--[^\s=]*)", message):
         message += nearest(unknown[1], options)
+    elif re.match(r"unrecognized arguments: .*( \+ |\.tar\b)", message):
+        message += '; names with blanks or braces in them need quotes, such as "2 photos + 1 shards"'
     elif choice := re.search(r"expected one of (.*), got (.*)", message):
         choices = re.findall(r"'([^']*)'", choice[1])
         message = message.replace(choice[1], ", ".join(choices)) + nearest(choice[2].strip("'"), choices)

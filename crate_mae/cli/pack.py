@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.settings import path_of
+from crate_mae.data import parts_of
 from crate_mae.data.in_processes import Stopped, usable_cores
 from crate_mae.data.packing import UNREADABLE, PackSettings, pack
 from crate_mae.data.unreadable import by_cause
@@ -64,11 +66,20 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:
     """Pack; returns what to print. Errors as of `crate_mae.data.packing.pack`, and those of opening the source."""
-    from crate_mae.data.specification import open_source
+    from crate_mae.data.specification import is_folder, members, open_source
 
     asked = chosen.pack
     out = path_of(str(asked.out))
     settings = PackSettings(asked.short_side, bytes_of(asked.shard_size), asked.quality, asked.name)
+    for folder in [Path(member) for member in members(asked.source) if is_folder(member)]:
+        if parts := parts_of(folder):
+            held = ", ".join(part.name for part in parts.values())
+            one = parts["train"].name
+            raise ValueError(
+                f"SOURCE {folder}: it holds {held}; pack each by itself, such as {folder / one} into {out / one}"
+            )
+        if os.path.realpath(folder) == os.path.realpath(out):
+            raise ValueError(f"OUT: expected another folder than SOURCE, got {out}; shards would lie among the images")
     source = open_source(asked.source)
     with owned(out, "OUT"), stop_requests(STOPPING) as stop:
         try:
@@ -83,9 +94,11 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             )
         except Stopped as error:
             raise RunStopped(f"stopped; finished shards are kept in {out}", stop.signal) from error
+    pace = f"{packed.images_per_second:,.1f} images/s" if packed.images_per_second else "all there already"
     lines = [
         f"{packed.images:,} images in {len(packed.shards):,} shards of {packed.size / 1e6:,.1f} MB together "
-        f"({packed.images_per_second:,.1f} images/s); train on them with --data {out}"
+        f"({pace}); train on them with --data {out}",
+        *source.remarks(),
     ]
     if packed.unreadable:
         lines.append(

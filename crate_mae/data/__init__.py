@@ -7,9 +7,9 @@ from crate_mae.data.batches import BatchSampler, in_order
 from crate_mae.data.decoded import decoded_if_small
 from crate_mae.data.folder import FLOWERS, ImageFolder, compare
 from crate_mae.data.huggingface import HuggingFaceImages, MissingLibrary
-from crate_mae.data.listing import holds_images
 from crate_mae.data.loader import STOPPING, ImageLoader, LostWorkers
 from crate_mae.data.mixture import Mixture
+from crate_mae.data.parts import parts_of
 from crate_mae.data.reading import COLOUR_MODES, IMAGE_SUFFIXES, open_file, open_image, part, shown_size, whole
 from crate_mae.data.samples import CentreCropped, PretrainImages, Sample, readable, readable_items
 from crate_mae.data.shards import TarShards, shard_paths
@@ -47,12 +47,12 @@ __all__ = [
     "compare",
     "decoded_if_small",
     "draw_box",
-    "holds_images",
     "in_order",
     "open_file",
     "open_image",
     "open_source",
     "part",
+    "parts_of",
     "readable",
     "readable_items",
     "shard_paths",

@@ -63,6 +63,7 @@ def each_image(
     pool = ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context(how), initializer=_begin, initargs=(work, source)
     )
+    finished = False
     pending: deque[Future[list[_Result]]] = deque()
     starts = iter(range(first, len(source), _AT_ONCE))
     try:
@@ -70,6 +71,7 @@ def each_image(
             while len(pending) < workers * _AHEAD and (start := next(starts, None)) is not None:
                 pending.append(pool.submit(_some, start, min(start + _AT_ONCE, len(source))))
             if not pending:
+                finished = True
                 return
             for result in pending.popleft().result():
                 stop_if(should_stop)
@@ -79,9 +81,11 @@ def each_image(
             "a process that reads images was lost; fewer --workers need less memory, and 0 reads in the command's own"
         ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
+        if not finished:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+        pool.shutdown(wait=True)  # for its own thread, too, which would meet the interpreter's end
 
 
 class Stopped(Exception):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 
 from crate_mae.data.folder import ImageFolder
 from crate_mae.data.huggingface import HuggingFaceImages
 from crate_mae.data.mixture import Mixture
+from crate_mae.data.packing import JOURNAL
+from crate_mae.data.parts import part_of
 from crate_mae.data.reading import IMAGE_SUFFIXES
 from crate_mae.data.shards import TarShards, shard_paths
 from crate_mae.data.source import Source
@@ -23,7 +27,7 @@ FORMS = (
 _WEIGHTED = re.compile(r"(\d+\.?\d*|\.\d+)\s+(\S.*)")
 
 
-def open_source(what: str | Path) -> Source:
+def open_source(what: str | Path, *, part: str | None = None) -> Source:
     """The images that an option names.
 
     ============================================  =====================================================================
@@ -36,14 +40,20 @@ def open_source(what: str | Path) -> Source:
     ``2 photos + 1 shards``                       Several of these, with the share that each has of the samples.
     ============================================  =====================================================================
 
+    Args:
+        part: "train" or "val", which is taken of a folder that holds a data set in parts; without it, all that is in there.
+
     Raises:
         FileNotFoundError: it is not there, or holds no images.
-        ValueError: it is none of these; or a data set without images.
+        ValueError: it is none of these; or a data set without images; or shards that `pack` has not finished.
         MissingLibrary: an ImportError: one that it needs is not installed.
     """
     what = str(what)
+    if not what.strip():
+        raise ValueError(f"expected {FORMS}; got nothing")
     if weighted := _weighted(what):
-        return Mixture([open_source(part) for _, part in weighted], [float(weight) for weight, _ in weighted])
+        sources = [open_source(each, part=part) for _, each in weighted]
+        return Mixture(sources, [float(weight) for weight, _ in weighted])
     kind, colon, rest = what.partition(":")
     if colon and kind == "hf":
         name, settings = _settings(what, rest, {"split": str, "name": str, "column": str})
@@ -53,9 +63,54 @@ def open_source(what: str | Path) -> Source:
         if not re.fullmatch("[0-9]{1,12}", count) or not int(count):
             raise ValueError(f"{what}: expected a number of images, 1 or more, after synthetic:, got {count!r}")
         return SyntheticImages(int(count), **settings)
-    if _is_shards(what):
-        return TarShards(shard_paths(what))
-    return ImageFolder(what)
+    folder = part_of(Path(what), part) if part else Path(what)
+    if _is_shards(str(folder)):
+        _refuse_unfinished(folder)
+        return TarShards(shard_paths(str(folder)))
+    if not folder.is_dir():
+        raise FileNotFoundError(_not_there(folder))
+    try:
+        return ImageFolder(folder)
+    except FileNotFoundError as error:
+        if any(folder.glob("*.parquet")) or any(folder.glob("*.arrow")) or (folder / "dataset_dict.json").exists():
+            raise FileNotFoundError(f"{error}; a data set of Hugging Face is named hf:{what}") from None
+        raise
+
+
+def members(what: str | Path) -> list[str]:
+    """The sources that it names: several where they have weights, else itself."""
+    return [each for _, each in _weighted(str(what))] or [str(what)]
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Shards that `pack` has not finished would pass for all of the images."""
+    try:
+        journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        done, images = journal["shards"][-1]["last"] + 1 if journal["shards"] else 0, journal["source"]["images"]
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+    ):  # of other shards, or of a journal that pack itself will object to
+        return
+    if done < images:
+        raise ValueError(
+            f"{folder}: packing stopped after {done:,} of {images:,} images; the same crate-mae pack command goes on. To do with "
+            f"these, name them: {folder}/NAME-{{000000..{len(journal['shards']) - 1:06}}}.tar"
+        )
+
+
+def _not_there(path: Path) -> str:
+    """Why there is no folder of images, and what might be meant."""
+    if path.exists():
+        hint = f"; a data set of Hugging Face is named hf:{path}" if path.suffix in (".parquet", ".arrow") else ""
+        return f"{path} is a file; expected {FORMS}{hint}"
+    if "://" in str(path) or re.match(r"(https?|s3|gs):", str(path)):
+        return f"{path}: nothing is read from other machines; download it, or expected {FORMS}"
+    siblings = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, siblings, n=1, cutoff=0.7)
+    return f"no such folder of images: {path}{f'; did you mean {path.with_name(near[0])}?' if near else ''}"
 
 
 def absolute(what: str | Path) -> str:
@@ -99,11 +154,14 @@ def _weighted(what: str) -> list[tuple[str, str]]:
         return []
     parts = what.split(" + ")
     found = [_WEIGHTED.fullmatch(part.strip()) for part in parts]
-    if not any(found):
+    if len(parts) == 1 and not any(found):
         return []
     if not all(found):
         lacking = next(part for part, match in zip(parts, found, strict=True) if not match)
-        raise ValueError(f"{what}: expected a weight before each of several sources, such as 1 {lacking.strip()}")
+        raise ValueError(
+            f"{what}: expected a positive weight and a blank before each of several sources, such as "
+            f'"2 photos + 1 shards", got {lacking.strip()!r}'
+        )
     return [(match[1], match[2]) for match in found if match]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +18,13 @@ from crate_mae.data import (
     absolute,
     compare,
     decoded_if_small,
-    holds_images,
     open_source,
+    parts_of,
 )
-from crate_mae.data.specification import is_folder
+from crate_mae.data.specification import is_folder, members
 from crate_mae.training.config import PretrainConfig
-
-_PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+from crate_mae.training.run_folder import UNREADABLE
+from crate_mae.training.unreadable import listed as listed_in
 
 
 class ImageSets(NamedTuple):
@@ -47,8 +49,8 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
     A folder with a data set in its usual parts, such as train/, val/ and test/, stands for the part that the option is for.
 
     Args:
-        kept: the list that a run has kept of its images. It goes on with them if some of them are gone meanwhile, not more than
-            may be unreadable, and whatever was added.
+        kept: the list that a run has kept of its images. It goes on with them whatever was added, and if some are gone: all
+            that it could not read, and of others no more than may be unreadable.
 
     Raises:
         OSError: what an option names is not there, or holds no image.
@@ -59,23 +61,30 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
     if channels not in COLOUR_MODES:
         raise ValueError(f"model.in_chans: image files give {sorted(COLOUR_MODES)} channels, got {channels}")
     data = config.data if config.data is not None else str(FLOWERS)
-    parts = _parts_of("--data", Path(data)) if is_folder(data) else {}
-    train_root = parts.get("train", data)
-    val_root = config.val and (_val_root(Path(config.val)) if is_folder(config.val) else config.val)
-    val_root = val_root or parts.get("val")
-    uses = {str(train_root): "to train on", str(val_root): "to validate on"}
-    said = ", ".join(f"{part.name}/ {uses.get(str(part), 'left out')}" for part in parts.values())
-    said = [f"of {data}, {said}"] if said and config.data else []
+    folders = [Path(member) for member in members(data) if is_folder(member)]
+    with _option("--data"):
+        parts = {folder: parts_of(folder) for folder in folders}
+    val_what = config.val or (str(parts[folders[0]].get("val", "")) if [data] == list(map(str, folders)) else "")
+    said = []
+    for folder, of_folder in parts.items():
+        uses = {of_folder.get("train"): "to train on", Path(val_what): "to validate on"}
+        words = ", ".join(f"{part.name}/ {uses.get(part, 'left out')}" for part in of_folder.values())
+        said += [f"of {folder}, {words}"] if words and config.data else []
 
-    train: Source = _opened("--data", train_root)
+    with _option("--data"):
+        # Absolute, as config.json has it: an image's name is the same before and after a resume.
+        train = open_source(absolute(data), part="train")
     listed = train if isinstance(train, ImageFolder) else None
     if listed and kept and kept.exists():
-        train = listed = _as_it_began(listed, kept, config.images.max_unreadable, said)
+        train = listed = _as_it_began(listed, kept, config, said)
     said += train.remarks()
     val = None
-    if val_root is not None:
-        val = _opened("--val", val_root)
+    if val_what:
+        with _option("--val"):
+            val = open_source(absolute(val_what), part="val")
         said += [f"to validate on: {remark}" for remark in val.remarks()]
+        if val.name(0) == train.name(0) and val.fingerprint() == train.fingerprint():
+            said.append("validated on the images that it is trained on")
     elif config.images.val_fraction:
         try:
             train, val = train.split(config.images.val_fraction, config.run.seed)
@@ -86,15 +95,19 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
     return ImageSets(train, val and decoded_if_small(val, channels, most), said, listed)
 
 
-def _opened(option: str, what: str | Path) -> Source:
+@contextmanager
+def _option(name: str) -> Iterator[None]:
     try:
-        return open_source(absolute(what))  # as config.json has it: an image's name is the same before and after a resume
+        yield
     except (OSError, ValueError, MissingLibrary) as error:
-        raise type(error)(f"{option}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
 
 
-def _as_it_began(now: ImageFolder, kept: Path, most: float, said: list[str]) -> ImageFolder:
-    """The folder with the images that a run has had from its beginning, if that is a matter of few; else as it is now."""
+def _as_it_began(now: ImageFolder, kept: Path, config: PretrainConfig, said: list[str]) -> ImageFolder:
+    """The folder with the images that a run has had from its beginning, if that is a matter of few; else as it is now.
+
+    Those that it could not read may be gone, however many they are.
+    """
     try:
         began = ImageFolder(now.root, kept=kept)
     except ValueError as error:
@@ -103,43 +116,10 @@ def _as_it_began(now: ImageFolder, kept: Path, most: float, said: list[str]) -> 
     if began.fingerprint() == now.fingerprint():
         return now
     gone, new = compare(began, now)
-    if gone > math.ceil(most * len(began)):
+    removed = sum(not os.path.lexists(name) for name in listed_in(config.out / UNREADABLE))
+    if gone - removed > math.ceil(config.images.max_unreadable * len(began)):
         return now
     said.append(
         f"since the run began {gone} of its {len(began)} images are gone and {new} are new; it goes on with those it had"
     )
     return began
-
-
-def _val_root(root: Path) -> Path:
-    parts = _parts_of("--val", root)
-    if parts and "val" not in parts:
-        raise ValueError(f"--val {root}: it holds {_names(parts.values())}; name the one to validate on")
-    return parts.get("val", root)
-
-
-def _parts_of(option: str, root: Path) -> dict[str, Path]:
-    """The folders in `root` by the part of a data set that each is, "train" among them; none where they are classes or images."""
-    if not root.is_dir():
-        return {}
-    found: dict[str, list[Path]] = {part: [] for part in _PARTS}
-    others = []
-    for path in sorted(root.iterdir()):
-        part = next((part for part, names in _PARTS.items() if path.name.lower() in names and path.is_dir()), None)
-        if part:
-            found[part].append(path)
-        elif not path.name.startswith(".") and holds_images(path):
-            others.append(path)
-    found = {part: paths for part, paths in found.items() if paths}
-    if "train" not in found or (others and len(found) == 1):  # a class may be called train, one of vehicles
-        return {}
-    if others or any(len(paths) > 1 for paths in found.values()):
-        held = _names(path for paths in [*found.values(), others] for path in paths)
-        raise ValueError(
-            f"{option} {root}: it holds {held}; name the one to train on by --data, to validate on by --val"
-        )
-    return {part: paths[0] for part, paths in found.items()}
-
-
-def _names(paths: Iterable[Path]) -> str:
-    return ", ".join(path.name for path in paths)

@@ -111,7 +111,7 @@ class Record:
         if self._going_back and (forgotten := self._forget_states()):  # else they make way for the next state
             self.say(f"forgot {', '.join(path.name for path in forgotten)}")
         self._write_best_again()
-        if self.step and not self._metrics.path.exists():
+        if self.step >= self.config.run.log_every and not self._metrics.path.exists():
             self.say(f"there is no {METRICS}: the rows of the steps so far are lost")
         # Of the state's own step, all but a validation that came after it.
         broken = self._metrics.keep(

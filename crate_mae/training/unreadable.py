@@ -27,19 +27,21 @@ class UnreadableImages:
     def __init__(self, file: Path, images: int, most: float, say: Callable[[str], None]) -> None:
         self.file, self.images, self.most, self.say = file, images, most, say
         self._met: dict[str, Unreadable] = {}
-        self._listed: set[str] | None = None
+        self._listed_before: frozenset[str] | None = None
+        self._listed: set[str] = set()
 
     def __call__(self, errors: Sequence[UnreadableImage]) -> None:
-        """Take note of images that were met.
+        """Take note of images that were met. Those that were removed after an earlier start had listed them do not count.
 
         Raises:
             TooManyUnreadable: those met by now are more than are allowed.
             OSError: they cannot be written down.
         """
-        if self._listed is None:
-            self._listed = listed(self.file)
+        if self._listed_before is None:
+            self._listed_before = frozenset(listed(self.file))
+            self._listed.update(self._listed_before)
         for image in map(Unreadable.of, errors):
-            if image.name in self._met:
+            if image.name in self._met or (image.cause == "vanished" and image.name in self._listed_before):
                 continue
             self._met[image.name] = image
             if image.name not in self._listed:
@@ -49,8 +51,8 @@ class UnreadableImages:
             if len(self._met) > math.ceil(self.most * self.images):
                 raise TooManyUnreadable(
                     f"{len(self._met)} of {self.images} images cannot be read ({self.counted()}), more than "
-                    f"--images.max_unreadable {self.most:g} allows; they are listed in {self.file}: mend or remove them, or "
-                    "allow more"
+                    f"--images.max_unreadable {self.most:g} allows; they are listed in {self.file}, and crate-mae check finds "
+                    "all there are: mend or remove them, or allow more"
                 )
 
     def counted(self) -> str:

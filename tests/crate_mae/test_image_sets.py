@@ -77,9 +77,9 @@ def test_a_folder_to_validate_on_may_be_named(tmp_path):
 @pytest.mark.parametrize(
     ("held", "option", "says"),
     [
-        ("train val extra", "data", "--data .*: it holds train, val, extra; name"),
-        ("train val validation", "data", "--data .*: it holds train, val, validation; name"),
-        ("train test", "val", "--val .*: it holds train, test; name the one to validate on"),
+        ("train val extra", "data", "--data: .*: it holds train, val, extra; name"),
+        ("train val validation", "data", "--data: .*: it holds train, val, validation; name"),
+        ("train test", "val", "--val: .*: it holds train, test; name the one to validate on"),
     ],
 )
 def test_parts_that_could_be_meant_otherwise_are_named(tmp_path, held, option, says):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -59,6 +60,14 @@ class TestNames:
         ("what", "says"),
         [
             ("nowhere", "no such folder of images: nowhere"),
+            ("phtographs", r"no such folder of images: phtographs; did you mean photographs\?"),
+            ("", "expected a folder of images .* got nothing"),
+            ("beans.parquet", r"is a file; .* is named hf:beans\.parquet"),
+            ("tables", "no images under tables .* is named hf:tables"),
+            ("https://x.org/photos", "nothing is read from other machines"),
+            ("unfinished", r"packing stopped after 3 of 12 images; the same crate-mae pack command goes on"),
+            ("synthetic:4 + synthetic:5", r"a positive weight and a blank .*, got 'synthetic:4'"),
+            ("-1 synthetic:4 + 1 synthetic:5", r"a positive weight and a blank .*, got '-1 synthetic:4'"),
             ("nowhere-{000..001}.tar", "no such shard: nowhere-000.tar"),
             ("images.tar.gz", r"images\.tar\.gz"),
             ("synthetic:0", "a number of images, 1 or more"),
@@ -66,13 +75,19 @@ class TestNames:
             ("synthetic:5,sides=5x5", "expected size=... after a comma, got 'sides=5x5'"),
             ("hf:", "expected a name after the colon"),
             ("hf:a,splits=b", "expected split=..., name=..., column=... after a comma, got 'splits=b'"),
-            ("2 synthetic:4 + synthetic:5", r"expected a weight before each .* such as 1 synthetic:5"),
+            ("2 synthetic:4 + synthetic:5", r"expected a positive weight .*, got 'synthetic:5'"),
             ("0 synthetic:4 + 1 synthetic:5", "positive, finite numbers"),
         ],
     )
     def test_what_is_none_is_refused_by_name(self, what, says, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "images.tar.gz").write_bytes(b"\x1f\x8b")
+        for folder in ("photographs", "tables", "unfinished"):
+            (tmp_path / folder).mkdir()
+        for file in ("beans.parquet", "tables/beans.parquet", "unfinished/images-000000.tar"):
+            (tmp_path / file).touch()
+        journal = {"source": {"images": 12}, "shards": [{"last": 2}]}
+        (tmp_path / "unfinished" / "pack.json").write_text(json.dumps(journal))
         with pytest.raises((ValueError, FileNotFoundError), match=says):
             open_source(what)
 
@@ -122,6 +137,22 @@ class TestRuns:
         assert killed.returncode == -signal.SIGKILL and 5 < saved_steps(config.out)[0] < 12
         pretrain(config, resume=True)
         assert_same_weights(weights(whole.out), weights(config.out))
+
+    def test_parts_count_in_mixtures_too_and_are_packed_one_by_one(self, photographs, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        for part in ("train", "val", "test"):
+            (tmp_path / "set" / part).mkdir(parents=True)
+            for path in list(photographs.iterdir())[: 3 if part == "test" else 4]:
+                path.rename(tmp_path / "set" / part / path.name)
+        config = dataclasses.replace(tiny_config(tmp_path / "run", photographs), data="1 set + 1 synthetic:4", val="set")
+        pretrain(config)
+        said = capsys.readouterr().out
+        assert "8 images to train on and 4 to validate on" in said
+        assert "of set, train/ to train on, val/ left out, test/ left out" in said
+        assert main(["pack", "set", "packed"]) == 2
+        assert "it holds train, val, test; pack each by itself, such as set/train into packed/train" in capsys.readouterr().err
+        assert main(["pack", "set/train", "set/train"]) == 2
+        assert "expected another folder than SOURCE" in capsys.readouterr().err
 
     def test_a_folder_of_parts_may_hold_shards(self, shards, tmp_path, capsys):
         (tmp_path / "set").mkdir()

@@ -139,6 +139,19 @@ class TestRun:
         assert pretrain(config, resume=True).steps == 12
         assert "images.safetensors: a damaged list of images" in capsys.readouterr().out
 
+    def test_all_that_it_stopped_at_may_be_removed(self, config, monkeypatch, capsys):
+        """However many: they are no other images, and do not count as unreadable once more."""
+        broken = visited(config, 0)[-4:]
+        for path in broken:
+            spoil(path)
+        config = change(config, max_unreadable=0.1)  # 3 of 24
+        with pytest.raises(TooManyUnreadable, match="4 of 24"):
+            pretrain(config)
+        for path in broken:
+            path.unlink()
+        assert pretrain(change(config, max_unreadable=0.0), resume=True).steps == 12
+        assert "4 of its 12 images are gone and 0 are new" in capsys.readouterr().out
+
     def test_other_images_are_refused_still(self, config, tmp_path):
         pretrain(config)
         for path in sorted(Path(config.data).iterdir())[:6]:

@@ -1,0 +1,48 @@
+"""The parts that a data set may come in: folders to train on, to validate on and to test on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from crate_mae.data.listing import holds_images
+
+_PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+
+def parts_of(root: Path) -> dict[str, Path]:
+    """The folders in `root` by the part of a data set that each is, "train" among them; none where they are classes or images.
+
+    Raises:
+        ValueError: they could be meant otherwise.
+    """
+    if not root.is_dir():
+        return {}
+    found: dict[str, list[Path]] = {part: [] for part in _PARTS}
+    others = []
+    for path in sorted(root.iterdir()):
+        part = next((part for part, names in _PARTS.items() if path.name.lower() in names and path.is_dir()), None)
+        if part:
+            found[part].append(path)
+        elif not path.name.startswith(".") and holds_images(path):
+            others.append(path)
+    found = {part: paths for part, paths in found.items() if paths}
+    if "train" not in found or (others and len(found) == 1):  # a class may be called train, one of vehicles
+        return {}
+    if others or any(len(paths) > 1 for paths in found.values()):
+        held = ", ".join(path.name for paths in [*found.values(), others] for path in paths)
+        raise ValueError(f"{root}: it holds {held}; name the one to train on by --data, to validate on by --val")
+    return {part: paths[0] for part, paths in found.items()}
+
+
+def part_of(root: Path, part: str) -> Path:
+    """The folder in `root` that is a part of a data set, "train" or "val"; `root` itself where it has no parts.
+
+    Raises:
+        ValueError: it has others, and not this one; or as of `parts_of`.
+    """
+    parts = parts_of(root)
+    if parts and part not in parts:
+        held = ", ".join(path.name for path in parts.values())
+        purpose = "train" if part == "train" else "validate"
+        raise ValueError(f"{root}: it holds {held}; name the one to {purpose} on")
+    return parts.get(part, root)
