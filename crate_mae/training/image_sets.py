@@ -87,7 +87,9 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
 
 def _opened(option: str, what: str | Path) -> Source:
     try:
-        return open_source(absolute(what))  # as config.json has it: an image's name is the same before and after a resume
+        return open_source(
+            absolute(what)
+        )  # as config.json has it: an image's name is the same before and after a resume
     except (OSError, ValueError) as error:
         raise type(error)(f"{option}: {error}") from error
 
