@@ -86,10 +86,8 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
 
 
 def _opened(option: str, what: str | Path) -> Source:
-    try:
-        return open_source(
-            absolute(what)
-        )  # as config.json has it: an image's name is the same before and after a resume
+    try:  # in the form of config.json: an image has the same name before and after a resume
+        return open_source(absolute(what))
     except (OSError, ValueError) as error:
         raise type(error)(f"{option}: {error}") from error
 
