@@ -45,6 +45,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     out = asked.out and path_of(str(asked.out))
     if out and not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    if out and out.is_dir():
+        raise IsADirectoryError(f"--out {out}: expected the name of a file, and this is a folder")
     source = open_source(asked.source)
     with stop_requests(STOPPING) as stop:
         try:

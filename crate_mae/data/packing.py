@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -268,8 +269,17 @@ class _Packing:
         return shards
 
     def _remove(self) -> None:
-        """Delete what `pack` writes, whatever it was made of."""
-        shard = re.compile(re.escape(self.settings.name) + r"-\d{6}\.tar")
+        """Delete what `pack` writes, whatever it was made of.
+
+        Raises:
+            ValueError: there are other shards beside it, of which it would seem to be a part.
+        """
+        names = [self.settings.name]
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            names.append(json.loads((self.out / JOURNAL).read_text(encoding="utf-8"))["settings"]["name"])
+        shard = re.compile(f"({'|'.join(map(re.escape, names))})-" + r"\d{6}\.tar")
+        if others := sorted(path.name for path in self.out.glob("*.tar") if not shard.fullmatch(path.name)):
+            raise ValueError(f"{self.out} holds {others[0]}, which is none of its shards; name another folder")
         for path in [*self.out.iterdir()]:
             name = path.name.removesuffix(INDEX_SUFFIX)
             if name in (JOURNAL, CHECKSUMS, UNREADABLE) or shard.fullmatch(name):

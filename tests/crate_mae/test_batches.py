@@ -143,6 +143,9 @@ class TestStandIns:
         asked = {index for keys in sampler for _, index in keys}
         assert {error.name for error in met} >= {f"number {index}" for index in bad & asked} != set()
         assert_equal(found, list(ImageLoader(images, sampler, unreadable=lambda errors: None)))
+        stand_ins = {int(one.pixels[place, 0, 0, 0]) for keys, one in zip(sampler, found, strict=True)
+                     for place, (_, index) in enumerate(keys) if index in bad}  # fmt: skip
+        assert len(stand_ins) > 1  # not one for all
         for keys, one, other in zip(sampler, found, whole, strict=True):
             for place, (_, index) in enumerate(keys):
                 assert torch.equal(one.noise[place], other.noise[place])

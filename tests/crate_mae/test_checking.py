@@ -99,5 +99,6 @@ def test_a_part_of_shards_is_compared_too(tmp_path):
 def test_there_is_no_list_in_a_folder_that_is_not_there(tmp_path, capsys):
     folder = write_pictures(tmp_path / "in", 1)
     assert main(["check", str(folder), f"--out={tmp_path}/no/list"]) == 2
+    assert main(["check", str(folder), f"--out={tmp_path}"]) == 2
     assert main(["check", str(tmp_path / "nothing")]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    assert capsys.readouterr().err.count("\n") == 3

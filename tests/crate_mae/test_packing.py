@@ -252,6 +252,7 @@ def test_what_is_finished_is_kept_and_what_is_damaged_is_made_anew(photographs, 
     [
         ({"short_side": 40}, "short_side 48 there, 40 now"),
         ({"quality": 90}, "quality 92 there, 90 now"),
+        ({"name": "others"}, "name images there, others now"),
         ({"source": 30}, "images 40 there, 30 now; other images"),
         ({"journal": "{"}, "damaged"),
         ({"journal": None}, "holds images-000000.tar, of which no pack.json tells"),
@@ -279,6 +280,15 @@ def test_a_folder_of_something_else_is_refused_and_overwritten_only_if_asked(cha
     pack(source, out, settings, max_unreadable=0.05, overwrite=True)
     pack(source, tmp_path / "anew", settings, max_unreadable=0.05)
     assert contents(out) == {**contents(tmp_path / "anew"), "notes.txt": b"mine"}
+
+
+def test_shards_beside_other_shards_are_not_deleted(photographs, tmp_path):
+    packed(photographs, tmp_path / "out")
+    (tmp_path / "out" / "mine.tar").write_bytes(b"mine")
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds mine\.tar, which is none of its shards"):
+        pack(ImageFolder(photographs), tmp_path / "out", SMALL, overwrite=True)
+    assert contents(tmp_path / "out") == before
 
 
 def test_shards_are_not_packed_over_themselves(photographs, tmp_path):
