@@ -116,6 +116,8 @@ def _not_there(path: Path) -> str:
 def absolute(what: str | Path) -> str:
     """The same in a form that means the same wherever it is read: paths absolute."""
     what = str(what)
+    if not what.strip():
+        return what
     if weighted := _weighted(what):
         return " + ".join(f"{weight} {absolute(part)}" for weight, part in weighted)
     kind, colon, rest = what.partition(":")

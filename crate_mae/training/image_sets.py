@@ -61,13 +61,12 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
     if channels not in COLOUR_MODES:
         raise ValueError(f"model.in_chans: image files give {sorted(COLOUR_MODES)} channels, got {channels}")
     data = config.data if config.data is not None else str(FLOWERS)
-    folders = [Path(member) for member in members(data) if is_folder(member)]
     with _option("--data"):
-        parts = {folder: parts_of(folder) for folder in folders}
-    val_what = config.val or (str(parts[folders[0]].get("val", "")) if [data] == list(map(str, folders)) else "")
+        parts = {member: parts_of(Path(member)) for member in members(data) if is_folder(member)}
+    val_what = config.val or parts.get(data, {}).get("val")  # which several sources have none of
     said = []
     for folder, of_folder in parts.items():
-        uses = {of_folder.get("train"): "to train on", Path(val_what): "to validate on"}
+        uses = {of_folder.get("train"): "to train on", val_what: "to validate on"}
         words = ", ".join(f"{part.name}/ {uses.get(part, 'left out')}" for part in of_folder.values())
         said += [f"of {folder}, {words}"] if words and config.data else []
 

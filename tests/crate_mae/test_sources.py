@@ -144,13 +144,18 @@ class TestRuns:
             (tmp_path / "set" / part).mkdir(parents=True)
             for path in list(photographs.iterdir())[: 3 if part == "test" else 4]:
                 path.rename(tmp_path / "set" / part / path.name)
-        config = dataclasses.replace(tiny_config(tmp_path / "run", photographs), data="1 set + 1 synthetic:4", val="set")
+        config = dataclasses.replace(
+            tiny_config(tmp_path / "run", photographs), data="1 set + 1 synthetic:4", val="set"
+        )
         pretrain(config)
         said = capsys.readouterr().out
         assert "8 images to train on and 4 to validate on" in said
         assert "of set, train/ to train on, val/ left out, test/ left out" in said
         assert main(["pack", "set", "packed"]) == 2
-        assert "it holds train, val, test; pack each by itself, such as set/train into packed/train" in capsys.readouterr().err
+        assert (
+            "it holds train, val, test; pack each by itself, such as set/train into packed/train"
+            in capsys.readouterr().err
+        )
         assert main(["pack", "set/train", "set/train"]) == 2
         assert "expected another folder than SOURCE" in capsys.readouterr().err
 
