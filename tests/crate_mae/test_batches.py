@@ -21,6 +21,7 @@ from crate_mae.data import (
     augmented,
 )
 from crate_mae.data.augmentation import blurred
+from crate_mae.data.decoded import DecodedImages, decoded_if_small
 
 
 class Numbered(Source):
@@ -163,6 +164,21 @@ class TestStandIns:
         sampler = BatchSampler(images.source, 3, 7, start_step=0, end_step=1)
         with pytest.raises(UnreadableImage):
             list(ImageLoader(images, sampler, unreadable=lambda errors: None))
+
+
+@pytest.mark.parametrize(("bad", "most", "is_kept"), [(0, 1620, True), (0, 1619, False), (2, 1620, True)])
+def test_no_more_is_kept_decoded_than_may_be(bad, most, is_kept):
+    """15 images of 9 x 12 pixels in grey."""
+    source = decoded_if_small(Numbered(15, frozenset(range(bad))), 1, most)
+    assert isinstance(source, DecodedImages) == is_kept
+
+
+def test_one_that_looked_small_and_is_not_is_not_kept_decoded():
+    class LargeAtLast(Numbered):
+        def image(self, index):
+            return super().image(index).resize((900, 900) if index == 38 else (9, 12))
+
+    assert not isinstance(decoded_if_small(LargeAtLast(40), 1, 10_000), DecodedImages)
 
 
 class TestAugmentation:
