@@ -24,7 +24,7 @@ def augmented(batch: Sample, device: torch.device) -> Tensor:
         which = which.to(device)
         pixels = pixels.index_copy(0, which, blurred(pixels[which], sigma))
     if batch.solarize.any():
-        solarize = batch.solarize.to(device).view(-1, 1, 1, 1)
+        solarize = batch.solarize.to(device, non_blocking=True).view(-1, 1, 1, 1)
         pixels = torch.where(solarize & (pixels >= 128), 255 - pixels, pixels)
     return pixels
 

@@ -16,7 +16,7 @@ from crate_mae.data.progress import Progress
 from crate_mae.data.reading import shown_size, whole
 from crate_mae.data.shards import shards_in
 from crate_mae.data.source import Source, UnreadableImage
-from crate_mae.data.unreadable import Unreadable
+from crate_mae.data.unreadable import Unreadable, most_unreadable
 from crate_mae.state_dicts import one_line
 
 SMALL = 224
@@ -97,7 +97,7 @@ class Report:
             said.append(f"  {len(images):>12,}  {cause}")
             said += [f"  {'':12}    {one_line(image.name)} ({one_line(image.reason)})" for image in images[:shown]]
             said += [f"  {'':12}    and {len(images) - shown:,} more"] * (len(images) > shown)
-        allowed = math.ceil(USUAL_LIMIT * self.images)
+        allowed = most_unreadable(USUAL_LIMIT, self.images)
         goes_on = "goes on without them" if len(self.unreadable) <= allowed else "stops"
         return [*said, f"a run {goes_on}: by default it does without {USUAL_LIMIT:.0%} of the images, here {allowed:,}"]
 

@@ -45,13 +45,14 @@ class HuggingFaceImages(Source):
 
     def __init__(self, what: str, *, split: str = "train", name: str | None = None, column: str | None = None) -> None:
         self.what, self.split_name = what, split
-        table = _opened(what, split, name)
+        table, splits = _opened(what, split, name)
         self.column = _image_column(table.features, column, f"{what}[{split}]")
         self.classes, self._labels = _classes_and_labels(table)
         images = table.select_columns([self.column])
         if isinstance(images.features[self.column], _library().Image):
             images = images.cast_column(self.column, _library().Image(decode=False))
         self._images = images
+        self._other_splits = [each for each in splits if each != split.partition("[")[0]]
         self._fingerprint = ""
         if not len(self):
             raise ValueError(f"{what}[{split}]: holds no image")
@@ -84,6 +85,10 @@ class HuggingFaceImages(Source):
     def labels(self) -> np.ndarray:
         return np.zeros(len(self), np.int32) if self._labels is None else self._labels
 
+    def remarks(self) -> list[str]:
+        others = ", ".join(self._other_splits)
+        return [f"of {self.what}, split {self.split_name}; left out: {others}; ,split=NAME names one"] * bool(others)
+
     def _named(self, index: int, path: str | None) -> str:
         return f"{self.what}[{self.split_name}] row {index}" + (f" ({path})" if path else "")
 
@@ -113,8 +118,8 @@ def _library() -> Any:
     return datasets
 
 
-def _opened(what: str, split: str, name: str | None) -> datasets.Dataset:
-    """The whole table of a split; what goes wrong in one line."""
+def _opened(what: str, split: str, name: str | None) -> tuple[datasets.Dataset, list[str]]:
+    """The whole table of a split, and the names of all splits; what goes wrong in one line."""
     library, path = _library(), Path(what).expanduser()
     saved, file = any((path / mark).exists() for mark in _MARKS), path.is_file() and path.suffix in _FILES
     try:
@@ -123,14 +128,16 @@ def _opened(what: str, split: str, name: str | None) -> datasets.Dataset:
         if saved:
             return _saved(library.load_from_disk(str(path)), split)
         if file:
-            return library.load_dataset(_FILES[path.suffix], data_files={"train": str(path)}, split=split)
-        if path.is_file():
+            table = library.load_dataset(_FILES[path.suffix], data_files={"train": str(path)}, split=split)
+        elif path.is_file():
             raise ValueError(f"expected a file that ends in {' or '.join(_FILES)}, or a folder")
-        if what and path.exists():
-            return library.load_dataset(str(path), name, split=split)
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", what) or path.suffix in _FILES:
+        elif what and path.exists():
+            table = library.load_dataset(str(path), name, split=split)
+        elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", what) or path.suffix in _FILES:
             raise FileNotFoundError("no such file or folder, and no name on the hub")
-        return library.load_dataset(what, name, split=split)
+        else:
+            table = library.load_dataset(what, name, split=split)
+        return table, list(table.info.splits or {})
     except Exception as error:  # whatever the library, what it reads with and what it downloads with raise
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
         reason = " ".join(str(cause).split()) or type(cause).__name__
@@ -138,15 +145,15 @@ def _opened(what: str, split: str, name: str | None) -> datasets.Dataset:
         raise kind(f"cannot open the Hugging Face dataset {what}: {reason}") from error
 
 
-def _saved(saved: Any, split: str) -> datasets.Dataset:
-    """What `load_from_disk` gave, which may be one split or several."""
+def _saved(saved: Any, split: str) -> tuple[datasets.Dataset, list[str]]:
+    """As of `_opened`, of what `load_from_disk` gave, which may be one split or several."""
     if isinstance(saved, dict):
         if split not in saved:
             raise ValueError(f"split: expected one of {', '.join(saved)}, got {split!r}")
-        return saved[split]
+        return saved[split], list(saved)
     if saved.split is not None and str(saved.split) != split:
         raise ValueError(f"split: expected {saved.split}, which was saved, got {split!r}")
-    return saved
+    return saved, [split]
 
 
 def _image_column(features: Any, column: str | None, of: str) -> str:
@@ -156,7 +163,7 @@ def _image_column(features: Any, column: str | None, of: str) -> str:
     columns = f"{of} has the columns " + ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
     if column is not None:
         if column not in typed + of_bytes:
-            raise ValueError(f"column: expected one of images, got {column!r}; {columns}")
+            raise ValueError(f"column: expected one that holds images, got {column!r}; {columns}")
         return column
     found = typed or of_bytes
     named = [name for name in found if name in ("image", "img")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import tarfile
@@ -24,7 +23,7 @@ from crate_mae.data.reading import IMAGE_SUFFIXES
 from crate_mae.data.shard_index import INDEX_SUFFIX, shard_index
 from crate_mae.data.shards import shards_in
 from crate_mae.data.source import Source
-from crate_mae.data.unreadable import TooManyUnreadable, Unreadable, by_cause, write_list
+from crate_mae.data.unreadable import TooManyUnreadable, Unreadable, by_cause, most_unreadable, write_list
 from crate_mae.files import make_folder, remove, remove_unfinished, replaced, write_json
 
 JOURNAL, CHECKSUMS, UNREADABLE = "pack.json", "checksums.sha256", "unreadable.txt"
@@ -225,7 +224,7 @@ class _Packing:
 
     def _leave_out(self, image: Unreadable) -> None:
         self.unreadable.append(image)
-        if len(self.unreadable) > (allowed := math.ceil(self.max_unreadable * len(self.source))):
+        if len(self.unreadable) > (allowed := most_unreadable(self.max_unreadable, len(self.source))):
             self._write_unreadable()
             raise TooManyUnreadable(
                 f"more than {allowed:,} of {len(self.source):,} images cannot be read ({by_cause(self.unreadable)}), which "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +41,11 @@ def write_list(path: Path, images: Iterable[Unreadable]) -> None:
     """
     with replaced(path) as file:
         file.write("".join(image.line() + "\n" for image in images).encode())
+
+
+def most_unreadable(fraction: float, images: int) -> int:
+    """How many of the images may be unreadable: the fraction of them, as it is written, rounded up to a whole image."""
+    return math.ceil(Fraction(repr(fraction)) * images)
 
 
 def by_cause(images: Iterable[Unreadable]) -> str:

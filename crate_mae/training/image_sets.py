@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from crate_mae.data import (
     parts_of,
 )
 from crate_mae.data.specification import is_folder, members
+from crate_mae.data.unreadable import most_unreadable
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.run_folder import UNREADABLE
 from crate_mae.training.unreadable import listed as listed_in
@@ -116,7 +116,7 @@ def _as_it_began(now: ImageFolder, kept: Path, config: PretrainConfig, said: lis
         return now
     gone, new = compare(began, now)
     removed = sum(not os.path.lexists(name) for name in listed_in(config.out / UNREADABLE))
-    if gone - removed > math.ceil(config.images.max_unreadable * len(began)):
+    if gone - removed > most_unreadable(config.images.max_unreadable, len(began)):
         return now
     said.append(
         f"since the run began {gone} of its {len(began)} images are gone and {new} are new; it goes on with those it had"

@@ -418,7 +418,7 @@ class _Run:
 
     def _opening_line(self) -> str:
         config, held_out = self.config, len(self.val_images or ())
-        workers = f", loaded by {self.num_workers} processes" if self.num_workers else ""
+        workers = f", loaded by {self.num_workers} process{'es' * (self.num_workers > 1)}" if self.num_workers else ""
         precision = self.precision + " compiled" * config.run.compile
         return (
             f"pretrain: {count_parameters(self.model)[0]:,} parameters ({config.model.depth} + {config.model.decoder_depth} "

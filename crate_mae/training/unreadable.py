@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crate_mae.data import UnreadableImage
-from crate_mae.data.unreadable import TooManyUnreadable, Unreadable, by_cause
+from crate_mae.data.unreadable import TooManyUnreadable, Unreadable, by_cause, most_unreadable
 from crate_mae.files import append
 
 _SAID_SINGLY = 20
@@ -48,7 +47,7 @@ class UnreadableImages:
                 self._listed.add(image.name)
                 append(self.file, image.line() + "\n")
                 self._told(image)
-            if len(self._met) > math.ceil(self.most * self.images):
+            if len(self._met) > most_unreadable(self.most, self.images):
                 raise TooManyUnreadable(
                     f"{len(self._met)} of {self.images} images cannot be read ({self.counted()}), more than "
                     f"--images.max_unreadable {self.most:g} allows; they are listed in {self.file}, and crate-mae check finds "

@@ -142,6 +142,9 @@ def test_splits_are_found_and_told_apart(tmp_path):
     for form, other in ((saved_splits, "val"), (parquet_folder, "test")):
         what = str(form(tmp_path / form.__name__, None)[0])
         assert len(HuggingFaceImages(what, split=other)) == 1
+        assert HuggingFaceImages(what).remarks() == [
+            f"of {what}, split train; left out: {other}; ,split=NAME names one"
+        ]
         with pytest.raises(ValueError, match=rf"(?i)split.*nothing|nothing.*train.*{other}") as raised:
             HuggingFaceImages(what, split="nothing")
         assert what in str(raised.value)
@@ -180,8 +183,8 @@ def test_lacking_labels_are_a_class_without_a_name(tmp_path):
     [
         ({"a": "image", "b": "image"}, None, r"several may hold images, name one; .* a \(.*\), b \(.*\)"),
         ({"a": "text", "b": "text"}, None, r"none may hold images.* a \(string\), b \(string\)"),
-        ({"a": "image", "b": "text"}, "b", r"expected one of images, got 'b'; .* a \(.*\), b \(string\)"),
-        ({"a": "image", "b": "text"}, "c", "expected one of images, got 'c'"),
+        ({"a": "image", "b": "text"}, "b", r"expected one that holds images, got 'b'; .* a \(.*\), b \(string\)"),
+        ({"a": "image", "b": "text"}, "c", "expected one that holds images, got 'c'"),
         ({"a": "image", "img": "image"}, None, None),
         ({"a": "image", "img": "bytes"}, None, None),  # the library's type decides
         ({"a": "bytes", "image": "bytes"}, None, None),

@@ -23,6 +23,7 @@ from tiny_runs import (
 
 from crate_mae.cli import main
 from crate_mae.data import CentreCropped, ImageFolder, UnreadableImage
+from crate_mae.data.unreadable import most_unreadable
 from crate_mae.training import PretrainConfig, RunStopped, TooManyUnreadable, pretrain
 from crate_mae.training.feed import workers_for
 from crate_mae.training.unreadable import UnreadableImages, listed
@@ -194,12 +195,16 @@ class TestCount:
         assert len((tmp_path / "list").read_text().splitlines()) == 5 and len(said) == 2
         assert again.counted() == "5 damaged"
 
-    @pytest.mark.parametrize(("most", "allowed"), [(0.0, 0), (0.01, 1), (0.1, 3), (1.0, 24)])
+    @pytest.mark.parametrize(("most", "allowed"), [(0.0, 0), (0.01, 1), (0.1, 3), (0.125, 3), (1.0, 24)])
     def test_the_fraction_is_rounded_up_to_an_image(self, tmp_path, most, allowed):
         noted = UnreadableImages(tmp_path / "list", 24, most, lambda line: None)
         noted(self.errors(allowed))
         with pytest.raises(TooManyUnreadable):
             noted([UnreadableImage("one more", "empty", "")])
+
+
+def test_the_fraction_counts_as_it_is_written():
+    assert [most_unreadable(0.07, 100), most_unreadable(0.1, 30), most_unreadable(1e-9, 10)] == [7, 3, 1]
 
 
 class TestWaiting:
