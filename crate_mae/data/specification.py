@@ -87,12 +87,7 @@ def _refuse_unfinished(folder: Path) -> None:
     try:
         journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
         done, images = journal["shards"][-1]["last"] + 1 if journal["shards"] else 0, journal["source"]["images"]
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-    ):  # of other shards, or of a journal that pack itself will object to
+    except (OSError, ValueError, TypeError, LookupError):  # other shards, or a journal that `pack` will object to
         return
     if done < images:
         raise ValueError(
