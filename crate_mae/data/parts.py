@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from crate_mae.data.listing import holds_images
@@ -17,16 +18,20 @@ def parts_of(root: Path) -> dict[str, Path]:
     """
     if not root.is_dir():
         return {}
-    found: dict[str, list[Path]] = {part: [] for part in _PARTS}
-    others = []
-    for path in sorted(root.iterdir()):
-        part = next((part for part, names in _PARTS.items() if path.name.lower() in names and path.is_dir()), None)
-        if part:
-            found[part].append(path)
-        elif not path.name.startswith(".") and holds_images(path):
-            others.append(path)
+    with os.scandir(root) as entries:
+        names = sorted(entry.name for entry in entries)
+    found = {
+        part: [root / name for name in names if name.lower() in known and (root / name).is_dir()]
+        for part, known in _PARTS.items()
+    }
     found = {part: paths for part, paths in found.items() if paths}
-    if "train" not in found or (others and len(found) == 1):  # a class may be called train, one of vehicles
+    if "train" not in found:  # before a look into what may be a million others
+        return {}
+    parts = {path.name for paths in found.values() for path in paths}
+    others = [
+        root / name for name in names if name not in parts and not name.startswith(".") and holds_images(root / name)
+    ]
+    if others and len(found) == 1:  # a class may be called train, one of vehicles
         return {}
     if others or any(len(paths) > 1 for paths in found.values()):
         held = ", ".join(path.name for paths in [*found.values(), others] for path in paths)

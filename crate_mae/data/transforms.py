@@ -1,4 +1,4 @@
-"""Crops, flips and the change from stored pixels to what the model sees."""
+"""Which part of an image a crop is, and the change from stored pixels to what the model sees."""
 
 from __future__ import annotations
 
