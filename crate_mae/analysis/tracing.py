@@ -1,0 +1,208 @@
+"""What goes through the layers of a model, seen by hooks: ours, the official CRATE and CRATE-MAE, and these accelerated.
+
+A layer is found by its structure: two steps side by side, each a module ``fn`` behind a ``norm``, one of which projects with
+``qkv``. Hooks on these make accelerated modules call their children one by one, so that what is seen is what they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crate_kernels.fusing import unsaid
+from crate_mae.model import CrateMAE
+
+Stack = Literal["encoder", "decoder"]
+
+
+class LayerTrace(NamedTuple):
+    """One layer's way with tokens [batch, n, d]; projections onto the subspaces of heads are [batch, heads, n, head_dim].
+
+    An encoder layer is z = x + MSSA(LN x), y = ISTA(LN z); a decoder layer g = LN(x) W^T, y = g - MSSA(LN g).
+
+    Attributes:
+        name: of what holds both steps, such as "blocks.0.layers.0".
+        stack: "encoder" where attention is the first step, "decoder" where the other is.
+        index: in its stack, from 0.
+        norm: before attention.
+        module: the attention module, with ``qkv``, ``heads`` and ``scale``.
+        lambd: the weight of sparsity of an encoder's step, None where it says none.
+        tokens: x, as they come.
+        attended: what MSSA adds to: x, or g.
+        compressed: what it makes of that: z, or y.
+        projected: U_k^T LN(attended), which attention is of; the official "key".
+        unsparsified: what the other step starts from: LN z, or LN x.
+        sparsified: what it makes of that: ISTA(LN z), or g.
+        output: y.
+    """
+
+    name: str
+    stack: Stack
+    index: int
+    norm: nn.Module
+    module: nn.Module
+    lambd: float | None
+    tokens: Tensor
+    attended: Tensor
+    compressed: Tensor
+    projected: Tensor
+    unsparsified: Tensor
+    sparsified: Tensor
+    output: Tensor
+
+    def projected_of(self, tokens: Tensor) -> Tensor:
+        """U_k^T LN(tokens), through the norm before this layer's attention and onto its subspaces; no hook sees it."""
+        return _by_head(self.module.qkv.forward(self.norm.forward(tokens)), self.module.heads)
+
+    @property
+    def projected_after(self) -> Tensor:
+        """``projected_of`` what MSSA makes of its tokens."""
+        return self.projected_of(self.compressed)
+
+    @property
+    def attention(self) -> Tensor:
+        """softmax(w w^T scale), [batch, heads, n, n]; of a module that attends otherwise, what that makes of the scores."""
+        scores = self.projected @ self.projected.mT * self.module.scale
+        if getattr(self.module, "is_causal", False):
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        attend = getattr(self.module, "attend", None)
+        return scores.softmax(-1) if attend is None else attend.forward(scores)
+
+
+class _Steps(NamedTuple):
+    """Two steps that are a layer, each with ``norm`` and ``fn``."""
+
+    name: str
+    stack: Stack
+    index: int
+    attention: nn.Module
+    sparsify: nn.Module
+
+
+@contextmanager
+def traced(model: nn.Module, receive: Callable[[LayerTrace], None]) -> Iterator[None]:
+    """A block in which each layer that a call of the model comes through is handed to ``receive``, as soon as it is done.
+
+    Raises:
+        ValueError: the model has no such layers.
+    """
+    found = _layers_of(model)
+    if not found:
+        raise ValueError(
+            f"model: expected layers of two steps, each a fn behind a norm, one with qkv, as in CRATE and CRATE-MAE; "
+            f"{type(model).__name__} has none"
+        )
+    handles = []
+    try:
+        for steps in found:
+            handles += _watch(steps, receive)
+        with unsaid():  # that hooks make modules be called one by one, which is why they are there
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
+    """All layers of one call of the model, in evaluation, without gradients; afterwards the model is in the mode it was in.
+
+    Args:
+        inputs, options: of the call. ``CrateMAE`` is called with ``mask_ratio=0`` unless told otherwise: on whole images.
+
+    Raises:
+        ValueError: the model has no such layers, or none was called, as under ``torch.compile``, which sees no hooks.
+    """
+    layers: list[LayerTrace] = []
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with traced(model, layers.append):
+            model(*inputs, **({"mask_ratio": 0.0} | options if isinstance(model, CrateMAE) else options))
+    finally:
+        for module in was_training:
+            module.training = True
+    if not layers:
+        raise ValueError("model: none of its layers was called; of a compiled model, give the one that was compiled")
+    return layers
+
+
+def _layers_of(model: nn.Module) -> list[_Steps]:
+    """In the order of their registration."""
+    beside: dict[str, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "norm", None), nn.Module) and isinstance(getattr(module, "fn", None), nn.Module):
+            beside.setdefault(name.rpartition(".")[0], []).append(module)
+    found: list[_Steps] = []
+    counts = {"encoder": 0, "decoder": 0}
+    for name, steps in beside.items():
+        attends = [isinstance(getattr(step.fn, "qkv", None), nn.Module) for step in steps]
+        if len(steps) != 2 or sum(attends) != 1:
+            continue
+        stack: Stack = "encoder" if attends[0] else "decoder"
+        attention, sparsify = steps if attends[0] else reversed(steps)
+        found.append(_Steps(name, stack, counts[stack], attention, sparsify))
+        counts[stack] += 1
+    return found
+
+
+def _watch(steps: _Steps, receive: Callable[[LayerTrace], None]) -> list[Any]:
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, name_of_input: str | None = None) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            seen[name] = output
+            if name_of_input:
+                seen[name_of_input] = inputs[0]
+
+        return hook
+
+    def done(*_: Any) -> None:
+        receive(_trace_of(steps, seen))
+        seen.clear()
+
+    attention, sparsify = steps.attention, steps.sparsify
+    hooks = [
+        (attention.norm, keep("normed", "attended")),
+        (attention.fn.qkv, keep("w")),
+        (attention.fn, keep("update")),
+        (sparsify.norm, keep("unsparsified", "given")),
+        (sparsify.fn, keep("sparsified")),
+        ((sparsify if steps.stack == "encoder" else attention).fn, done),
+    ]
+    return [module.register_forward_hook(hook) for module, hook in hooks]
+
+
+def _trace_of(steps: _Steps, seen: dict[str, Tensor]) -> LayerTrace:
+    module, step = steps.attention.fn, steps.sparsify.fn
+    is_encoder = steps.stack == "encoder"
+    compressed = seen["given"] if is_encoder else seen["attended"] - seen["update"]
+    # An overcomplete step, CRATE-alpha's, is added to what it is of.
+    output = seen["sparsified"] if is_encoder else compressed
+    if is_encoder and hasattr(step, "D"):
+        output = seen["given"] + output
+    lambd = getattr(step, "lambd", getattr(step, "lmbda", None)) if is_encoder else None
+    return LayerTrace(
+        name=steps.name,
+        stack=steps.stack,
+        index=steps.index,
+        norm=steps.attention.norm,
+        module=module,
+        lambd=None if lambd is None else float(lambd),
+        tokens=seen["attended"] if is_encoder else seen["given"],
+        attended=seen["attended"],
+        compressed=compressed,
+        projected=_by_head(seen["w"], module.heads),
+        unsparsified=seen["unsparsified"],
+        sparsified=seen["sparsified"],
+        output=output,
+    )
+
+
+def _by_head(w: Tensor, heads: int) -> Tensor:
+    return w.unflatten(-1, (heads, -1)).transpose(1, 2)

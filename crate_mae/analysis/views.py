@@ -1,0 +1,132 @@
+"""What there is to see of images inside a model: the layers' maps, patch by patch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crate_mae.analysis.components import PrincipalComponents
+from crate_mae.analysis.rates import coding_rate
+from crate_mae.analysis.tracing import LayerTrace, Stack, trace
+from crate_mae.config import grid_of
+from crate_mae.data.transforms import Normalization
+from crate_mae.model import CrateMAE
+
+
+class LayerView(NamedTuple):
+    """One layer on one whole image. Maps are [rows, columns], of patches; all tensors are on the CPU.
+
+    Attributes:
+        stack, index: which layer; ``index`` counts from 0 in its stack.
+        projected: w, float32 [heads, 1 + patches, head_dim]: attention, and the official keys.
+        scale: of the scores.
+        token_colours, key_colours: uint8 [rows, columns, 3]: principal components of the layer's output tokens, and of w of all
+            heads, fitted across the images that were viewed together, the class token left out.
+        compression: float32, ||MSSA|| / ||token||: how much of a patch's token attention took off or added.
+        sparsification: float32, ||step(z) - z|| / ||z||: how much the sparse step (the decoder's linear step) changed it.
+        zeros: float32, the fraction of the token's entries that the sparse step made zero.
+        norms: float32, of the output tokens.
+        coding_rates: R^c before and after MSSA, as of ``coding_rate``.
+    """
+
+    stack: Stack
+    index: int
+    projected: Tensor
+    scale: float
+    token_colours: Tensor
+    key_colours: Tensor
+    compression: Tensor
+    sparsification: Tensor
+    zeros: Tensor
+    norms: Tensor
+    coding_rates: tuple[float, float]
+
+    @property
+    def attention(self) -> Tensor:
+        """softmax(w w^T scale), float32 [heads, 1 + patches, 1 + patches]; the first token is the class token."""
+        return (self.projected @ self.projected.mT * self.scale).softmax(-1)
+
+
+class ImageView(NamedTuple):
+    """An image as the model saw it, uint8 [channels, height, width], and its layers: the encoder's, then the decoder's."""
+
+    pixels: Tensor
+    patch_size: int
+    layers: list[LayerView]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return grid_of(tuple(self.pixels.shape[-2:]), self.patch_size)
+
+
+def view(
+    model: CrateMAE,
+    images: Sequence[Tensor],
+    normalization: Normalization,
+    *,
+    done: Callable[[int], None] = lambda images: None,
+) -> list[ImageView]:
+    """Look at whole images, which may differ in size; colours are comparable among all of them.
+
+    Args:
+        images: uint8 [channels, height, width] each, height and width divisible by the patch.
+        done: told 1 after each image, for a progress bar.
+
+    Raises:
+        ValueError: there are no images, or one does not fit the model; or the model's values are not finite.
+    """
+    if not images:
+        raise ValueError("images: expected one or more, got none")
+    device, size = next(model.parameters()).device, model.config.patch_size
+    traces: list[list[LayerTrace]] = []
+    for pixels in images:
+        traces.append([_kept(layer) for layer in trace(model, normalization(pixels[None].to(device)))])
+        done(1)
+    grids = [grid_of(tuple(pixels.shape[-2:]), size) for pixels in images]
+    layers_of_images: list[list[LayerView]] = [[] for _ in images]
+    for of_one_layer in zip(*traces, strict=True):
+        tokens = [layer.output[0, 1:] for layer in of_one_layer]
+        keys = [layer.projected[0].transpose(0, 1).flatten(1)[1:] for layer in of_one_layer]
+        colours = [PrincipalComponents.of(torch.cat(each)) for each in (tokens, keys)]
+        for view_of_image, layer, grid, *each in zip(layers_of_images, of_one_layer, grids, tokens, keys, strict=True):
+            view_of_image.append(_layer_view(layer, grid, *map(_painted, colours, each, [grid, grid])))
+    return [ImageView(pixels.cpu(), size, layers) for pixels, layers in zip(images, layers_of_images, strict=True)]
+
+
+def _kept(layer: LayerTrace) -> LayerTrace:
+    """On the CPU, in float32."""
+    return LayerTrace(*(value.float().cpu() if isinstance(value, Tensor) else value for value in layer))
+
+
+def _painted(components: PrincipalComponents, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    return (components.colours(tokens) * 255).round().to(torch.uint8).unflatten(0, grid)
+
+
+def _layer_view(layer: LayerTrace, grid: tuple[int, int], token_colours: Tensor, key_colours: Tensor) -> LayerView:
+    def of_patches(values: Tensor) -> Tensor:
+        return values[0, -math.prod(grid) :].unflatten(0, grid)
+
+    def change(before: Tensor, after: Tensor) -> Tensor:
+        norm = before.norm(dim=-1)
+        return of_patches((after - before).norm(dim=-1) / torch.where(norm > 0, norm, 1.0))
+
+    # Through the model's own norm and projection, which are where the model is.
+    after = layer.projected_of(layer.compressed.to(layer.module.qkv.weight)).cpu()
+    return LayerView(
+        stack=layer.stack,
+        index=layer.index,
+        projected=layer.projected[0],
+        scale=float(layer.module.scale),
+        token_colours=token_colours,
+        key_colours=key_colours,
+        compression=change(layer.attended, layer.compressed),
+        sparsification=change(layer.unsparsified, layer.sparsified),
+        zeros=of_patches((layer.sparsified == 0).float().mean(-1)),
+        norms=of_patches(layer.output.norm(dim=-1)),
+        coding_rates=(float(coding_rate(layer.projected).sum()), float(coding_rate(after).sum())),
+    )
