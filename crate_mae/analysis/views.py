@@ -64,6 +64,7 @@ class ImageView(NamedTuple):
         return grid_of(tuple(self.pixels.shape[-2:]), self.patch_size)
 
 
+@torch.no_grad()
 def view(
     model: CrateMAE,
     images: Sequence[Tensor],
