@@ -38,11 +38,12 @@ def coding_rate(tokens: Tensor, *, eps: float = OFFICIAL_EPS, normalize: bool = 
     z = _exact("tokens", tokens)
     if not eps > 0:
         raise ValueError(f"eps: expected a number above 0, got {eps}")
-    if normalize:
-        z = F.normalize(z, dim=-1)
     count, width = z.shape[-2:]
     if count == 0 or width == 0:
         return z.new_zeros(z.shape[:-2])
+    if normalize:
+        z = _in_proportion(z, -1)
+        z = z / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(1.0)  # 1 or more, or the token is zero
     gram = _smaller_gram(z) * (width / (count * eps))
     factor, failed = torch.linalg.cholesky_ex(gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     if failed.any():  # of tokens so large that 1 is lost beside them, which only unnormalised ones are
@@ -95,8 +96,7 @@ def effective_rank(tokens: Tensor) -> Tensor:
     z = _exact("tokens", tokens)
     if 0 in z.shape[-2:]:
         return z.new_zeros(z.shape[:-2])
-    # Singular values do not change in proportion, and the squares of large and small ones stay within range.
-    z = z / z.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+    z = _in_proportion(z, (-2, -1))
     squares = torch.linalg.eigvalsh(_smaller_gram(z))
     floor = squares.amax(-1, keepdim=True) * (squares.shape[-1] * torch.finfo(z.dtype).eps)
     singular = torch.where(squares > floor, squares, 0).clamp_min(0).sqrt()
@@ -142,11 +142,13 @@ def mean_coherence(weight: Tensor, heads: int) -> float:
 def relative_update(before: Tensor, after: Tensor) -> Tensor:
     """||after - before||_F / ||before||_F of tokens [..., n, d]: float64 [...]. 0 where nothing changed, whatever it was.
 
-    Of tokens of zeros that changed, the norm of the change.
+    1 where zeros became something: all that is there is the change.
     """
     old, new = _exact("before", before), _exact("after", after)
-    norm = torch.linalg.matrix_norm(old)
-    return torch.linalg.matrix_norm(new - old) / torch.where(norm > 0, norm, 1.0)
+    if 0 in old.shape[-2:]:
+        return old.new_zeros(old.shape[:-2])
+    norm, change = torch.linalg.matrix_norm(_in_proportion(torch.stack([old, new - old]), (0, -2, -1)))
+    return torch.where(norm > 0, change / torch.where(norm > 0, norm, 1.0), (change > 0).to(change))
 
 
 def _orthonormal_rows(subspace: Tensor) -> Tensor:
@@ -155,6 +157,12 @@ def _orthonormal_rows(subspace: Tensor) -> Tensor:
     if singular.numel() == 0:
         return right
     return right[singular > singular.max() * (max(subspace.shape) * torch.finfo(subspace.dtype).eps)]
+
+
+def _in_proportion(z: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """z, scaled so that the largest entry along ``dim`` is 1: squares of huge and of tiny ones stay within range."""
+    largest = z.abs().amax(dim, keepdim=True)
+    return z / torch.where(largest > 0, largest, 1.0)
 
 
 def _smaller_gram(z: Tensor) -> Tensor:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from golden import Golden
 from tiny_runs import tiny_config, write_photographs
 
 from crate_mae.training import PretrainConfig
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Golden:
+    return Golden(shared / "golden" / "crate_mae_small_official.npz")
 
 
 @pytest.fixture

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from golden import Golden
 from support import error
 from torch import Tensor
 
@@ -15,29 +12,6 @@ import crate_kernels
 from crate_mae import CrateMAE, create_model
 
 TOLERANCE = 2e-5  # the official code's own float32 error reaches 1e-5
-
-
-class Golden:
-    """What the official code computed, in float64, for one small model."""
-
-    def __init__(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as arrays:
-            self.config = json.loads(str(arrays["config"]))
-            self.tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "config"}
-
-    def group(self, prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
-
-    def model(self, device: str = "cpu") -> CrateMAE:
-        fields = "img_size patch_size embed_dim depth num_heads decoder_depth decoder_num_heads lambd step_size norm_pix_loss"
-        model = create_model("crate_mae_tiny", **{name: self.config[name] for name in fields.split()})
-        model.load_state_dict(self.group("state/"), strict=True)
-        return model.to(device)
-
-
-@pytest.fixture(scope="module")
-def golden(shared: Path) -> Golden:
-    return Golden(shared / "golden" / "crate_mae_small_official.npz")
 
 
 def layers(model: CrateMAE) -> dict[str, torch.nn.Module]:

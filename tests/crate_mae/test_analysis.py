@@ -1,0 +1,282 @@
+"""The white-box view: quantities against an independent computation in float64, and what is seen of models against their own."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import official
+import pytest
+import torch
+from golden import Golden
+from torch import Tensor
+
+import crate_mae
+from crate_kernels import accelerate
+from crate_mae import analysis
+from crate_mae.data import IMAGENET_MEAN, IMAGENET_STD, Normalization
+
+NORMALIZATION = Normalization(IMAGENET_MEAN, IMAGENET_STD, 3)
+SMALL = dict(decoder_depth=1, embed_dim=32, num_heads=2, decoder_num_heads=2, img_size=32)
+
+
+def rate(z: np.ndarray) -> float:
+    """The official formula for one set of tokens [n, d], through the Gram matrix of the tokens whatever their number."""
+    z = z / np.linalg.norm(z, axis=-1, keepdims=True)
+    count, width = z.shape
+    return np.linalg.slogdet(np.eye(count) + width / (count * 0.01) * z @ z.T)[1] / 2
+
+
+class OfficialInNumpy:
+    """The official CRATE-MAE in NumPy and float64, on one whole image, and what the papers measure of each layer."""
+
+    def __init__(self, golden: Golden) -> None:
+        self.config = golden.config
+        self.state = {name: value.double().numpy() for name, value in golden.group("state/").items()}
+        self.seen: dict[str, list[dict[str, float]]] = {"encoder": [], "decoder": []}
+
+    def weight(self, name: str) -> np.ndarray:
+        return self.state[name]
+
+    def norm(self, x: np.ndarray, name: str, eps: float = 1e-5) -> np.ndarray:
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+        return scaled * self.weight(f"{name}.weight") + self.weight(f"{name}.bias")
+
+    def heads_of(self, x: np.ndarray, name: str) -> list[np.ndarray]:
+        w = self.norm(x, f"{name}.norm") @ self.weight(f"{name}.fn.qkv.weight").T
+        return np.split(w, self.config["num_heads"], axis=-1)
+
+    def mssa(self, x: np.ndarray, name: str) -> np.ndarray:
+        attended = []
+        for w in self.heads_of(x, name):
+            scores = np.exp(w @ w.T * w.shape[-1] ** -0.5)
+            attended.append(scores / scores.sum(-1, keepdims=True) @ w)
+        out = np.concatenate(attended, -1) @ self.weight(f"{name}.fn.to_out.0.weight").T
+        return out + self.weight(f"{name}.fn.to_out.0.bias")
+
+    def measure(self, stack: str, name: str, attended: np.ndarray, compressed: np.ndarray, step: np.ndarray) -> None:
+        def subspace_rate(x: np.ndarray) -> float:
+            return sum(rate(w) for w in self.heads_of(x, name))
+
+        output = step if stack == "encoder" else compressed
+        singular = np.linalg.svd(output, compute_uv=False)
+        shares = singular / singular.sum()
+        rows = np.split(self.weight(f"{name}.fn.qkv.weight"), self.config["num_heads"])
+        bases = [np.linalg.qr(subspace.T)[0] for subspace in rows]
+        cosines = [np.linalg.svd(a.T @ b, compute_uv=False) for a in bases for b in bases if a is not b]
+        self.seen[stack].append(
+            {
+                "coding_rate_before": subspace_rate(attended),
+                "coding_rate_after": subspace_rate(compressed),
+                "token_coding_rate": rate(output),
+                "rate_reduction": rate(output) - subspace_rate(output),
+                "zeros": np.mean(step == 0),
+                "l0": np.count_nonzero(step) / len(step),
+                "l1": np.abs(step).sum() / len(step),
+                "coherence": np.mean(np.square(cosines)),
+                "effective_rank": np.exp(-(shares[shares > 0] * np.log(shares[shares > 0])).sum()),
+                "compression_update": np.linalg.norm(compressed - attended) / np.linalg.norm(attended),
+            }
+        )
+        if stack == "encoder":
+            objective = rate(output) - subspace_rate(output) - self.config["lambd"] * np.count_nonzero(output)
+            self.seen[stack][-1]["sparse_rate_reduction"] = objective
+
+    def forward(self, image: np.ndarray) -> None:
+        size, grid = self.config["patch_size"], self.config["img_size"] // self.config["patch_size"]
+        patches = image.reshape(3, grid, size, grid, size).transpose(1, 3, 0, 2, 4).reshape(grid * grid, -1)
+        kernel = self.weight("patch_embed.proj.weight")
+        x = patches @ kernel.reshape(len(kernel), -1).T + self.weight("patch_embed.proj.bias")
+        x = np.concatenate([self.weight("cls_token")[0], x]) + self.weight("decoder_pos_embed")[0]
+        eta, lambd = self.config["step_size"], self.config["lambd"]
+        for layer in range(self.config["depth"]):
+            name = f"blocks.{layer}.layers.0"
+            z = x + self.mssa(x, f"{name}.0")
+            normed, weight = self.norm(z, f"{name}.1.norm"), self.weight(f"{name}.1.fn.weight")
+            y = np.maximum(normed + eta * (normed @ weight - normed @ weight.T @ weight) - eta * lambd, 0)
+            self.measure("encoder", f"{name}.0", x, z, y)
+            x = y
+        x = self.norm(x, "norm", 1e-6)
+        for layer in range(self.config["decoder_depth"]):
+            name = f"decoder_blocks.{layer}.layers.0"
+            g = self.norm(x, f"{name}.0.norm") @ self.weight(f"{name}.0.fn.weight").T
+            x = g - self.mssa(g, f"{name}.1")
+            self.measure("decoder", f"{name}.1", g, x, g)
+
+
+def test_every_measure_is_that_of_an_independent_computation(golden: Golden) -> None:
+    """Of the golden model on its golden images, to 1e-6; mean and spread over the two."""
+    images, independent = golden.tensors["input/images"].double(), OfficialInNumpy(golden)
+    for image in images.numpy():
+        independent.forward(image)
+    found = analysis.analyze(golden.model().double(), [images])
+    assert found.images == 2
+    for stack, layers in independent.seen.items():
+        depth, compared = len(layers) // 2, found.stacks[stack]
+        assert {*layers[0]} | {"attention_entropy", "attention_distance", "sparse_update"} == {
+            name for name in compared if not name.endswith("by_head")
+        }
+        for name in layers[0]:
+            values = np.array([[layers[image * depth + layer][name] for layer in range(depth)] for image in range(2)])
+            for measured, expected in zip(compared[name], (values.mean(0), values.std(0, ddof=1)), strict=True):
+                np.testing.assert_allclose(measured, expected, rtol=1e-6, atol=1e-6, err_msg=f"{stack} {name}")
+        by_head = np.sum(compared["coding_rate_after_by_head"].mean, axis=-1)
+        np.testing.assert_allclose(by_head, compared["coding_rate_after"].mean, rtol=1e-12)
+
+
+def test_the_golden_attention_map_and_keys(golden: Golden) -> None:
+    layers = analysis.trace(golden.model(), golden.tensors["input/images"])
+    last = next(layer for layer in layers if (layer.stack, layer.index) == ("encoder", 1))
+    keys = last.projected.transpose(1, 2).flatten(2)
+    for found, name in ((last.attention, "attention_last"), (keys, "features_key_last")):
+        torch.testing.assert_close(found, golden.tensors[f"output/{name}"], atol=1e-5, rtol=0)
+
+
+DEGENERATE = {
+    "one token": torch.randn(2, 1, 8),
+    "equal tokens": torch.randn(2, 1, 8).expand(2, 5, 8),
+    "zeros": torch.zeros(2, 5, 8),
+    "no tokens": torch.zeros(2, 0, 8),
+    "1e4": 1e4 * torch.randn(2, 197, 64),
+    "1e-30": 1e-30 * torch.randn(2, 7, 64),
+    "float16": (1e4 * torch.randn(2, 197, 64)).half(),
+    "1e200 beside 1e-200": torch.tensor([[[1e200, 0.0], [0.0, 1e-200]]] * 2, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("tokens", DEGENERATE.values(), ids=DEGENERATE)
+def test_never_nan(tokens: Tensor) -> None:
+    values = [
+        analysis.coding_rate(tokens),
+        analysis.coding_rate(tokens, normalize=bool((tokens > 1e100).any())),
+        analysis.effective_rank(tokens),
+        analysis.relative_update(tokens, tokens),
+        analysis.sparse_rate_reduction(tokens, tokens[:, None], lambd=0.1),
+    ]
+    for value in values:
+        assert value.shape == (2,) and value.dtype == torch.float64 and value.isfinite().all()
+    rank = 0 if not tokens.any() else min(tokens.shape[1:])
+    assert ((values[2] >= min(rank, 1) - 1e-9) & (values[2] <= rank + 1e-9)).all()
+
+
+def test_what_degenerate_tokens_have() -> None:
+    alike = torch.randn(1, 1, 8).expand(1, 5, 8)
+    # n equal unit tokens: one eigenvalue, n, times d / (n eps).
+    torch.testing.assert_close(analysis.coding_rate(alike), torch.tensor([np.log1p(800) / 2], dtype=torch.float64))
+    assert analysis.effective_rank(alike).item() == pytest.approx(1)
+    assert analysis.effective_rank(torch.eye(5)).item() == pytest.approx(5)
+    large = 1e9 * torch.randn(40, 40, dtype=torch.float64)  # where 1 is lost beside the products
+    expected = np.linalg.slogdet(large.numpy() / 0.1)[1] + 20 * np.log(40 / 40)
+    assert analysis.coding_rate(large, normalize=False).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_coherence_of_known_subspaces() -> None:
+    plane, turned = torch.eye(6)[:2], torch.tensor([[1.0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]])  # 45 degrees, 90 degrees
+    found = analysis.subspace_coherence(torch.cat([plane, 3 * plane, turned, torch.zeros(2, 6)]), 4)
+    expected = [[1, 1, 0.25, 0], [1, 1, 0.25, 0], [0.25, 0.25, 1, 0], [0, 0, 0, 0]]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+    assert analysis.mean_coherence(torch.randn(8, 8), 1) == 0
+    assert analysis.mean_coherence(torch.cat([plane, turned]), 2) == pytest.approx(0.25)
+
+
+def test_attention_entropy_distance_and_segmentation() -> None:
+    alike, own = torch.full((1, 7, 7), 1 / 7), torch.eye(7)[None]
+    np.testing.assert_allclose(analysis.attention_entropy(torch.cat([alike, own])), [np.log(7), 0], atol=1e-7)
+    corners = np.array([(row, column) for row in range(2) for column in range(3)], float)
+    mean = np.linalg.norm(corners[:, None] - corners, axis=-1).mean()
+    found = analysis.attention_distance(torch.cat([alike, own]), (2, 3), 16)
+    np.testing.assert_allclose(found, [16 * mean, 0], rtol=1e-6)
+    only_class = torch.zeros(1, 7, 7)
+    only_class[..., 0] = 1
+    assert analysis.attention_distance(only_class, (2, 3)).item() == 0
+    with pytest.raises(ValueError, match="grid: expected at most the 7 tokens"):
+        analysis.attention_distance(alike, (2, 4))
+    map_ = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
+    assert analysis.most_attended(map_, 0.6).tolist() == [False, True, False, True, False]
+    assert analysis.most_attended(map_, 1.0).tolist() == [True, True, False, True, True]
+    assert analysis.most_attended(torch.zeros(3)).sum() == 1
+
+
+def test_principal_components_do_not_depend_on_order_or_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(300, 6, generator=generator) * torch.tensor([5.0, 3, 2, 1, 0.5, 0.1]) + 7
+    first = analysis.PrincipalComponents.of(tokens)
+    other = analysis.PrincipalComponents.of(4 * tokens[torch.randperm(300, generator=generator)].view(10, 30, 6))
+    torch.testing.assert_close(other.directions, first.directions)
+    torch.testing.assert_close(other.colours(4 * tokens), first.colours(tokens))
+    assert all(torch.equal(a, b) for a, b in zip(first, analysis.PrincipalComponents.of(tokens), strict=True))
+    _, _, right = np.linalg.svd(tokens.numpy() - tokens.numpy().mean(0))
+    np.testing.assert_allclose(first.directions.abs().numpy(), np.abs(right[:3]), atol=1e-5)
+    assert ((first.colours(1e6 * tokens) >= 0) & (first.colours(1e6 * tokens) <= 1)).all()
+    for dull in (torch.ones(4, 6), torch.zeros(1, 6), torch.randn(5, 2)):
+        colours = analysis.PrincipalComponents.of(dull).colours(dull)
+        assert colours.shape == (len(dull), 3) and (colours[:, 2] == 0.5).all()
+
+
+FAMILY = {
+    "CRATE-MAE": lambda: (official.Model(), torch.randn(2, 7, 16)),
+    "CRATE-alpha": lambda: (official.Alpha(True), torch.randn(2, 7, 16)),
+}
+
+
+@pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
+def test_accelerated_official_models_show_what_the_official_ones_do(make) -> None:
+    torch.manual_seed(0)
+    model, x = make()
+    expected = analysis.trace(model, x)
+    expected_numbers = analysis.analyze(model, [x])
+    output = model(x)
+    torch.testing.assert_close(expected[-1].output, output)  # the whole model's is its last layer's
+    accelerate(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that hooks unfuse is no news to who traces
+        found = analysis.trace(model, x)
+    for layer, reference in zip(found, expected, strict=True):
+        assert (layer.name, layer.stack, layer.index) == (reference.name, reference.stack, reference.index)
+        for value, wanted in zip(layer, reference, strict=True):
+            if isinstance(wanted, Tensor):
+                torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-5)
+    numbers = analysis.analyze(model, [x])
+    for stack, measures in expected_numbers.stacks.items():
+        for name, measured in measures.items():
+            np.testing.assert_allclose(numbers.stacks[stack][name].mean, measured.mean, rtol=1e-4, atol=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())
+    torch.testing.assert_close(model(x), output, atol=1e-5, rtol=1e-5)
+
+
+def test_a_trace_leaves_the_model_as_it_was_and_says_what_it_cannot_see() -> None:
+    model = crate_mae.create_model("crate_mae_tiny", depth=1, **SMALL)
+    model.blocks.eval()
+    with pytest.raises(ValueError, match="images: expected"):
+        analysis.trace(model, torch.randn(2, 3, 31, 32))
+    assert model.training and not model.blocks.training
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="model: expected layers of two steps"):
+        analysis.trace(torch.nn.Linear(2, 2), torch.randn(2, 2))
+    with pytest.raises(ValueError, match="batches: expected one image"):
+        analysis.analyze(model, [])
+    with torch.no_grad():
+        model.blocks[0].layers[0][1].fn.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"blocks.0.layers.0: tokens: expected finite values"):
+        analysis.analyze(model, [torch.randn(1, 3, 32, 32)])
+
+
+def test_views_are_of_the_models_own_numbers_and_of_each_images_size() -> None:
+    torch.manual_seed(0)
+    model = crate_mae.create_model("crate_mae_tiny", depth=2, **SMALL)
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((32, 32), (16, 48))]
+    views = analysis.view(model, images, NORMALIZATION)
+    for image, view in zip(images, views, strict=True):
+        standardised = NORMALIZATION(image[None])
+        torch.testing.assert_close(view.layers[1].attention, model.attention_map(standardised, 1)[0].detach())
+        layers = analysis.trace(model, standardised)
+        assert len(layers) == len(view.layers) == 3
+        for seen, layer in zip(view.layers, layers, strict=True):
+            assert seen.zeros.shape == view.grid == (image.shape[1] // 16, image.shape[2] // 16)
+            torch.testing.assert_close(seen.zeros.flatten(), (layer.sparsified[0, 1:] == 0).float().mean(-1))
+            change = (layer.compressed - layer.attended)[0, 1:].norm(dim=-1) / layer.attended[0, 1:].norm(dim=-1)
+            torch.testing.assert_close(seen.compression.flatten(), change)
+            after = analysis.coding_rate(layer.projected_after).sum().item()
+            assert seen.coding_rates[1] == pytest.approx(after, rel=1e-5)
+            assert seen.token_colours.shape == (*view.grid, 3) and seen.token_colours.dtype == torch.uint8
