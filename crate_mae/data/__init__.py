@@ -11,7 +11,7 @@ from crate_mae.data.loader import STOPPING, ImageLoader, LostWorkers
 from crate_mae.data.mixture import Mixture
 from crate_mae.data.parts import parts_of
 from crate_mae.data.reading import COLOUR_MODES, IMAGE_SUFFIXES, open_file, open_image, part, shown_size, whole
-from crate_mae.data.samples import CentreCropped, PretrainImages, Sample, readable, readable_items
+from crate_mae.data.samples import CentreCropped, PretrainImages, Sample, readable, readable_items, spread
 from crate_mae.data.shards import TarShards, shard_paths
 from crate_mae.data.source import Source, Subset, UnreadableImage
 from crate_mae.data.specification import absolute, open_source
@@ -57,5 +57,6 @@ __all__ = [
     "readable_items",
     "shard_paths",
     "shown_size",
+    "spread",
     "whole",
 ]

@@ -175,6 +175,11 @@ def batch_of(images: Any, keys: Sequence[Any], met: list[UnreadableImage] | None
     return default_collate([readable(images, key, met) for key in keys])
 
 
+def spread(length: int, count: int) -> list[int]:
+    """At most ``count`` of the indices below ``length``, spread over them evenly, so that every class has its turn."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
+
+
 def readable_items(images: CentreCropped, keys: Sequence[int]) -> torch.Tensor:
     """uint8 [len(keys), channels, height, width]."""
     return batch_of(images, keys, [])

@@ -106,6 +106,9 @@ class RunConfig:
     """States to resume from that are kept: so many of the last ones, and that of the best validation."""
     keep_every: int = 0
     """Epochs between states that are kept besides, while this setting is; 0 keeps none."""
+    analyze_every: int = 0
+    """Epochs between looks inside: rows of metrics.jsonl with coding rate, sparsity, rank... of each layer on 32 validation
+    images, as `crate-mae analyze` measures them; 0 for none."""
     pictures: int = 8
     """Validation images shown in reconstructions.png."""
 
@@ -142,6 +145,7 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "run.save_minutes": _NOT_NEGATIVE,
     "run.keep_states": _AT_LEAST_ONE,
     "run.keep_every": _NOT_NEGATIVE,
+    "run.analyze_every": _NOT_NEGATIVE,
     "run.pictures": _AT_LEAST_ONE,
 }
 

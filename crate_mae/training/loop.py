@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from crate_mae.data import (
     PretrainImages,
     UnreadableImage,
     readable_items,
+    spread,
 )
 from crate_mae.files import replaced, write_json
 from crate_mae.model import CrateMAE
@@ -34,6 +34,7 @@ from crate_mae.training.breakdown import cause
 from crate_mae.training.config import PretrainConfig, of_section
 from crate_mae.training.feed import Feed, workers_for
 from crate_mae.training.image_sets import image_sets
+from crate_mae.training.inside import LookInside, in_words, values_of
 from crate_mae.training.interrupts import RunStopped, StopRequest, stop_requests
 from crate_mae.training.metrics import NonFiniteLoss, ProgressLines
 from crate_mae.training.optimizer import build_optimizer
@@ -196,6 +197,13 @@ class _Run:
             unreadable=self.unreadable,
         )
 
+        if config.run.analyze_every and not self.validation:
+            raise ValueError(
+                f"run.analyze_every: expected 0, or images to validate on, which are those looked at, got "
+                f"{config.run.analyze_every}; give --val, or an --images.val_fraction above 0"
+            )
+        self.look_inside = LookInside(self.shown, self.normalization, schedule.batch_size)
+
         self.errors: ValidationErrors | None = None
         self.broken = torch.zeros((), device=self.device)
         self.optimizer.found_inf = self.broken
@@ -276,18 +284,22 @@ class _Run:
             progress.update()
             if lines and not stop and (line := lines.after(self.step, loss, self._lr, len(pixels), feed.waited)):
                 _say(line)
-            due = self._validation_is_due()
-            if due or self.step % self.config.run.log_every == 0:
+            due, look_is_due = self._validation_is_due(), self._is_due(self.config.run.analyze_every)
+            if due or look_is_due or self.step % self.config.run.log_every == 0:
                 averages = self.record.log(self._lr)
                 progress.set_postfix_str(
                     f"loss {averages.loss:.4f}, lr {self._lr:.2e}, {averages.images_per_second:.0f} images/s, "
                     f"{averages.waiting:.0%} waiting for images",
                     refresh=False,
                 )
+            if look_is_due:
+                self._look_inside()
             if due:
                 self._validate_and_save(stop)
             elif stop or self._save_is_due():
                 self._save(picture=not stop)
+            if due or look_is_due:  # behind a row: none of its images are forgotten
+                self.record.meter.restart_clock()
             if stop and self.step < self.total_steps:
                 self._stop(stop)
 
@@ -342,11 +354,22 @@ class _Run:
         return self.optimizer.param_groups[0]["lr"]
 
     def _validation_is_due(self) -> bool:
+        return self._is_due(self.config.run.save_every) or self.record.is_kept(self.step)
+
+    def _is_due(self, every: int) -> bool:
+        """Whether a multiple of so many epochs is done, or the run; of 0, never."""
         epoch, into_epoch = divmod(self.step, self.steps_per_epoch)
-        is_due = (
-            epoch % self.config.run.save_every == 0 or self.record.is_kept(self.step) or self.step == self.total_steps
-        )
-        return into_epoch == 0 and is_due
+        return every > 0 and into_epoch == 0 and (epoch % every == 0 or self.step == self.total_steps)
+
+    def _look_inside(self) -> None:
+        """Before the state of this step, which says that it is done."""
+        try:
+            seen = self.look_inside(self.model)
+        except ValueError as error:  # of a model that breaks down, which others find out
+            _say(f"step {self.step}: not looked inside: {error}")
+            return
+        self.record.log_inside(values_of(seen))
+        _say(f"epoch {self.step // self.steps_per_epoch}/{self.config.schedule.epochs}: {in_words(seen)}")
 
     def _save_is_due(self) -> bool:
         minutes = self.config.run.save_minutes
@@ -428,11 +451,8 @@ class _Run:
         )
 
     def _picture(self) -> Image.Image:
-        count = min(self.config.run.pictures, len(self.shown))
-        # Spread over the set, so that every class has its turn.
-        chosen = np.linspace(0, len(self.shown) - 1, count).round().astype(int).tolist()
-        pixels = readable_items(self.shown, chosen)
-        noise = torch.rand(count, self.patches, generator=torch.Generator().manual_seed(self.config.run.seed))
+        pixels = readable_items(self.shown, spread(len(self.shown), self.config.run.pictures))
+        noise = torch.rand(len(pixels), self.patches, generator=torch.Generator().manual_seed(self.config.run.seed))
         return reconstruction_sheet(
             self.model, pixels, self.normalization, mask_ratio=self.config.schedule.mask_ratio, noise=noise
         )

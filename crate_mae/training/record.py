@@ -115,7 +115,9 @@ class Record:
             self.say(f"there is no {METRICS}: the rows of the steps so far are lost")
         # Of the state's own step, all but a validation that came after it.
         broken = self._metrics.keep(
-            lambda row: row["step"] < self.step or (row["step"] == self.step and (self.validated or "loss" in row))
+            lambda row: (
+                row["step"] < self.step or (row["step"] == self.step and (self.validated or "val_loss" not in row))
+            )
         )
         if broken:
             self.say(f"removed {broken} broken lines of {METRICS}")
@@ -151,6 +153,10 @@ class Record:
             self._write_best(self.model)
         diverging = {"diverging": True} if self._watch.of_validation else {}
         self._metrics.append(step=self.step, epoch=int(self.epoch), **errors._asdict(), **diverging)
+
+    def log_inside(self, values: dict[str, Any]) -> None:
+        """Write the row of a look inside, `inside.values_of`."""
+        self._metrics.append(step=self.step, epoch=int(self.epoch), inside=values)
 
     def save(self) -> None:
         """Write the state, then the weights.

@@ -9,6 +9,7 @@ What is left is compared with what a run left that nothing disturbed at all, bit
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -85,7 +86,8 @@ class Attempts:
 
     def __init__(self, folder: Path, unsynced: str = "") -> None:
         self.disk, self.unsynced = folder / "disk", unsynced
-        self.config = tiny_config(self.disk / "run", write_photographs(folder / "photographs"))
+        config = tiny_config(self.disk / "run", write_photographs(folder / "photographs"))
+        self.config = dataclasses.replace(config, run=dataclasses.replace(config.run, analyze_every=2))
         self._notes, self._printed, self._ended = (folder / name for name in ("notes", "printed", "ended"))
 
     @property

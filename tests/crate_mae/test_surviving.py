@@ -54,6 +54,12 @@ def change(config: PretrainConfig, **settings) -> PretrainConfig:
     return config
 
 
+@pytest.fixture
+def config(config: PretrainConfig) -> PretrainConfig:
+    """A run that looks inside, too."""
+    return change(config, run__analyze_every=2)
+
+
 def rows(out: Path) -> list[dict]:
     """What is logged, without what the clock decides."""
     return [

@@ -27,6 +27,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import crate_mae
 from crate_kernels import use
+from crate_mae.analysis import analyze
+from crate_mae.checkpoints import load_model, read_normalization
 from crate_mae.data import (
     FLOWERS,
     IMAGENET_MEAN,
@@ -237,6 +239,33 @@ class TestRun:
             seed=0,
         )
         assert validation(model) == result.errors
+
+    def test_looks_inside_are_of_the_model_at_that_step(self, config):
+        looking = dataclasses.replace(config, run=dataclasses.replace(config.run, analyze_every=2, save_every=3))
+        pretrain(looking)
+        seen = [line for line in metric_lines(config.out) if "inside" in line]
+        assert [line["epoch"] for line in seen] == [2, 3]
+        images = CentreCropped(ImageFolder(config.val), TINY.image_shape)
+        normalization = read_normalization(config.out)
+        batch = normalization(torch.stack([images[index] for index in range(len(images))]))
+        expected = analyze(load_model(config.out), [batch]).stacks
+        assert seen[-1]["inside"].keys() == expected.keys() == {"encoder", "decoder"}
+        for stack, measures in expected.items():
+            values = {name: measured.mean for name, measured in measures.items() if not name.endswith("_by_head")}
+            assert seen[-1]["inside"][stack].keys() == values.keys() and "coding_rate_after" in values
+            for name, value in values.items():
+                assert seen[-1]["inside"][stack][name] == pytest.approx(value, rel=1e-5)
+        assert seen[0]["inside"] != seen[1]["inside"]
+
+    def test_without_images_held_out_there_is_nothing_to_look_at(self, config):
+        config = dataclasses.replace(
+            config,
+            val=None,
+            images=dataclasses.replace(config.images, val_fraction=0.0),
+            run=dataclasses.replace(config.run, analyze_every=1),
+        )
+        with pytest.raises(ValueError, match=r"run.analyze_every: expected 0, or images to validate on"):
+            pretrain(config)
 
     def test_same_seed_same_weights_other_seed_others(self, config, tmp_path):
         runs = {}
@@ -485,7 +514,7 @@ class TestRun:
         counter = CompileCounterWithBackend("aot_eager")
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
         monkeypatch.setattr("crate_mae.training.precision.obstacle_to_compiling", lambda device: None)
-        run = dataclasses.replace(config.run, compile=True)
+        run = dataclasses.replace(config.run, compile=True, analyze_every=1)  # whose hooks come and go
         done = pretrain(dataclasses.replace(config, out=tmp_path / "compiled", run=run))
         plain = pretrain(config)
         assert counter.frame_count == 1, "all steps ran the one graph"

@@ -1,0 +1,48 @@
+"""The white-box view of a model in training, on the same few images each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from crate_mae.analysis import Analysis, analyze
+from crate_mae.data import CentreCropped, Normalization, readable_items, spread
+from crate_mae.model import CrateMAE
+
+IMAGES = 32
+"""Looked at, at most: enough that means of epochs can be compared, and few enough to take no time."""
+
+
+class LookInside:
+    """What each layer does to tokens of images held out, in float32, as `crate_mae.analysis.analyze` measures it."""
+
+    def __init__(self, images: CentreCropped, normalization: Normalization, batch_size: int) -> None:
+        self.images, self.normalization, self.batch_size = images, normalization, batch_size
+        self._pixels: torch.Tensor | None = None
+
+    def __call__(self, model: CrateMAE) -> Analysis:
+        """Errors as of `analyze`."""
+        if self._pixels is None:
+            self._pixels = readable_items(self.images, spread(len(self.images), IMAGES))
+        device = next(model.parameters()).device
+        batches = (self.normalization(pixels.to(device)) for pixels in self._pixels.split(self.batch_size))
+        return analyze(model, batches)
+
+
+def values_of(analysis: Analysis) -> dict[str, Any]:
+    """Means over the images for a row of metrics.jsonl: a list by layer for each stack and measure, those by head left out."""
+    return {
+        stack: {name: measured.mean for name, measured in measures.items() if not name.endswith("_by_head")}
+        for stack, measures in analysis.stacks.items()
+    }
+
+
+def in_words(analysis: Analysis) -> str:
+    """The first and the last layer of each stack, in a line."""
+    parts = []
+    for stack, measures in analysis.stacks.items():
+        rates, zeros = measures["coding_rate_after"].mean, measures["zeros"].mean
+        said = f"{stack}: R^c {rates[0]:.1f} to {rates[-1]:.1f}"
+        parts.append(said + (f", zeros {zeros[0]:.1%} to {zeros[-1]:.1%}" if stack == "encoder" else ""))
+    return "; ".join(parts) + " (first to last layer)"
