@@ -288,7 +288,7 @@ class CrateMAE(nn.Module):
             TypeError: images are no tensor of the parameters' dtype (under autocast: of a floating-point dtype).
             ValueError: images, mask_ratio or noise do not fit.
         """
-        patches = self._patches(images)
+        patches = self.patch_count(images)
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio: expected at least 0 and below 1, got {mask_ratio}")
         if noise is None:
@@ -315,7 +315,7 @@ class CrateMAE(nn.Module):
 
         Images and errors as in ``forward``. ``torch.no_grad()`` around it keeps nothing for a backward.
         """
-        self._patches(images)
+        self.patch_count(images)
         return self._encode(self._embed(images))
 
     def attention_map(self, images: Tensor, layer: int = -1) -> Tensor:
@@ -324,7 +324,7 @@ class CrateMAE(nn.Module):
         Raises:
             IndexError: there is no such layer.
         """
-        self._patches(images)
+        self.patch_count(images)
         depth = len(self.blocks)
         if not -depth <= layer < depth:
             raise IndexError(f"layer: expected {-depth} to {depth - 1}, got {layer}")
@@ -349,8 +349,8 @@ class CrateMAE(nn.Module):
     def _configured_grid(self) -> tuple[int, int]:
         return grid_of(self.config.image_shape, self.config.patch_size)
 
-    def _patches(self, images: Tensor) -> int:
-        """Check the images; return how many patches each has."""
+    def patch_count(self, images: Tensor) -> int:
+        """How many patches each image has; raises what ``forward`` does of images that do not fit."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images: expected a tensor [batch, channels, height, width], got {type(images).__name__}")
         if images.ndim != 4 or images.shape[1] != self.config.in_chans:

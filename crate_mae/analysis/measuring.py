@@ -17,7 +17,7 @@ from crate_mae.analysis.rates import (
     relative_update,
     zero_fraction,
 )
-from crate_mae.analysis.tracing import LayerTrace, Stack, traced
+from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, traced
 from crate_mae.config import grid_of
 from crate_mae.model import CrateMAE
 
@@ -157,9 +157,7 @@ def analyze(
                 if isinstance(model, CrateMAE):
                     size = model.config.patch_size
                     of_batch = {"grid": grid_of(tuple(images.shape[-2:]), size), "patch_size": size}
-                    model(images, mask_ratio=0.0)
-                else:
-                    model(images)
+                call_on_whole(model, images)
                 count += len(images)
                 done(len(images))
     finally:

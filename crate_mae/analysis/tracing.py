@@ -113,7 +113,7 @@ def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
     """All layers of one call of the model, in evaluation, without gradients; afterwards the model is in the mode it was in.
 
     Args:
-        inputs, options: of the call. ``CrateMAE`` is called with ``mask_ratio=0`` unless told otherwise: on whole images.
+        inputs, options: of the call. A ``CrateMAE`` without options sees whole images, with ``mask_ratio`` and ``noise`` a part.
 
     Raises:
         ValueError: the model has no such layers, or none was called, as under ``torch.compile``, which sees no hooks.
@@ -123,13 +123,26 @@ def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
     model.eval()
     try:
         with traced(model, layers.append):
-            model(*inputs, **({"mask_ratio": 0.0} | options if isinstance(model, CrateMAE) else options))
+            if isinstance(model, CrateMAE) and not options:
+                call_on_whole(model, *inputs)
+            else:
+                model(*inputs, **options)
     finally:
         for module in was_training:
             module.training = True
     if not layers:
         raise ValueError("model: none of its layers was called; of a compiled model, give the one that was compiled")
     return layers
+
+
+def call_on_whole(model: nn.Module, images: Tensor) -> None:
+    """Call a model; of a ``CrateMAE`` no patch is removed, and no random number drawn for it."""
+    if isinstance(model, CrateMAE):
+        patches = model.patch_count(images)
+        noise = torch.zeros(len(images), patches, device=images.device)
+        model(images, mask_ratio=0.0, noise=noise)
+    else:
+        model(images)
 
 
 def _layers_of(model: nn.Module) -> list[_Steps]:
