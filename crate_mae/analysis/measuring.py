@@ -76,13 +76,21 @@ class Analysis(NamedTuple):
 
 
 def measures_of(
-    layer: LayerTrace, *, grid: tuple[int, int] | None = None, patch_size: int = 1, eps: float = OFFICIAL_EPS
+    layer: LayerTrace,
+    *,
+    grid: tuple[int, int] | None = None,
+    patch_size: int = 1,
+    eps: float = OFFICIAL_EPS,
+    coherence: float | None = None,
 ) -> dict[str, Tensor]:
     """Every measure of one layer by its name in ``MEASURES``: float64 [batch], or [batch, heads] of those by head.
 
     Args:
         grid, patch_size: as of ``attention_distance``; without a grid, that is left out.
+        coherence: of the layer's subspaces, where it is known from another batch.
     """
+    if coherence is None:
+        coherence = mean_coherence(layer.module.qkv.weight.detach(), layer.module.heads)
     before, after = coding_rate(layer.projected, eps=eps), coding_rate(layer.projected_after, eps=eps)
     attention = layer.attention
     entropy = attention_entropy(attention)
@@ -101,7 +109,7 @@ def measures_of(
         "zeros": zero_fraction(step),
         "l0": nonzeros / step.shape[-2],
         "l1": step.to(rate.device, torch.float64).abs().sum((-2, -1)) / step.shape[-2],
-        "coherence": rate.new_full(rate.shape, mean_coherence(layer.module.qkv.weight.detach(), layer.module.heads)),
+        "coherence": rate.new_full(rate.shape, coherence),
         "effective_rank": effective_rank(layer.output),
         "attention_entropy": entropy.mean(-1),
         "compression_update": relative_update(layer.attended, layer.compressed),
@@ -142,11 +150,13 @@ def analyze(
     of_batch: dict[str, Any] = {"grid": grid, "patch_size": patch_size}
 
     def receive(layer: LayerTrace) -> None:
+        so_far = gathered.setdefault((layer.stack, layer.index), [])
+        coherence = float(so_far[0]["coherence"][0]) if so_far else None
         try:
-            values = measures_of(layer, **of_batch)
+            values = measures_of(layer, **of_batch, coherence=coherence)
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from error
-        gathered.setdefault((layer.stack, layer.index), []).append({name: v.cpu() for name, v in values.items()})
+        so_far.append({name: value.cpu() for name, value in values.items()})
 
     was_training = [module for module in model.modules() if module.training]
     model.eval()
