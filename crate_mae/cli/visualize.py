@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from PIL import Image
 from tqdm import tqdm
 
 from crate_mae.checkpoints import CONFIG_FILE
@@ -22,7 +20,7 @@ from crate_mae.data import ImageFolder
 from crate_mae.data.paths import printable
 from crate_mae.data.reading import open_file, part, shown_size
 from crate_mae.data.source import UnreadableImage
-from crate_mae.data.transforms import Size, centred_box
+from crate_mae.data.transforms import centred_box
 from crate_mae.pictures.inside import GIVEN_CONTRAST
 from crate_mae.registry import count_parameters
 from crate_mae.training.config import MAX_SEED
@@ -73,7 +71,7 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         "--layer",
         type=str,
         default="-1",
-        help="Whose attention is drawn: of the encoder 1, 2, ... or back from its end -1, -2, ...; decoder:1 is the decoder's first.",
+        help="Whose attention is drawn: of the encoder 1, 2, ... or back from its end -1, -2; decoder:1 is the decoder's first.",
     )
     parser.add_argument(
         "--patch",
@@ -177,7 +175,7 @@ def _files(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
             remarks.append(f"{count} of the {len(folder):,} images in {path}, spread evenly.")
     if len(paths) > MOST_IMAGES:
         raise ValueError(
-            f"IMAGE: expected at most {MOST_IMAGES} images, got {len(paths):,}; of a folder {OF_A_FOLDER} are taken, spread evenly"
+            f"IMAGE: expected at most {MOST_IMAGES} images, got {len(paths):,}; a folder gives {OF_A_FOLDER}, spread evenly"
         )
     return paths, remarks
 

@@ -80,7 +80,7 @@ def region(pixels: Tensor, mask: Tensor, colour: np.ndarray, size: tuple[int, in
     inside = _enlarged(mask, size)
     margin = F.pad(inside[None].float(), [_OUTLINE // 2] * 4)
     outline = inside & (F.max_pool2d(1 - margin, _OUTLINE, stride=1)[0] > 0)
-    dim = np.array(photograph).mean(-1, keepdims=True) * 0.4
+    dim = np.array(photograph).mean(-1, keepdims=True) * 0.5
     tinted = np.array(_blended(photograph, colour, 0.4))
     picture = np.where(inside[..., None], np.where(outline[..., None], colour, tinted), dim)
     return Image.fromarray(picture.round().astype(np.uint8))
@@ -99,7 +99,7 @@ def attention_picture(
         return _attention_row(name, view, query, [attention.mean(0), *attention])
 
     return sheet(
-        f"Attention of {query.name}, {name_of(which)}",
+        f"Attention of {query.name}, {_full_name(views[0], layer)}",
         [*_about_attention(query), caption],
         list(map(Column, columns)),
         list(map(row, names, views)),
@@ -147,7 +147,7 @@ def segmentation_picture(
 
     heads = [Column(f"head {head}", hexadecimal(colour)) for head, colour in enumerate(colours, 1)]
     return sheet(
-        f"What each head picks out, by the attention of {query.name}, {name_of(which)}",
+        f"What each head picks out, by the attention of {query.name}, {_full_name(views[0], layer)}",
         [
             f"Coloured: the fewest patches that together have {mass:.0%} of a head's attention to patches. Last: each patch in "
             "the colour of the head whose attention to it is the largest, colours as in the heads' names. No labels were used.",
@@ -196,22 +196,30 @@ _PATH: dict[str, Callable[[LayerView], Tensor]] = {
 
 
 def path_picture(view: ImageView, name: str, caption: str) -> Image.Image:
-    """One image through all layers: what each step changed, patch by patch, in one scale of colours down each column."""
+    """One image through all layers: what each step changed, patch by patch, in one scale of colours a column and stack."""
     size = cell_size(view.pixels.shape[-2:], _PATH_CELL)
-    columns, cells = [], []
-    for title, of_layer in _PATH.items():
-        maps = torch.stack([of_layer(layer) for layer in view.layers]).double()
-        least, most = float(maps.min()), float(maps.max())
-        columns.append(Column(title, scale=(f"{least:.3g}", f"{most:.3g}")))
-        shares = ((maps - least) / ((most - least) or 1.0)).numpy()
-        cells.append([_patches(torch.from_numpy(scaled(share)), size) for share in shares])
-    cells.append([_patches(layer.token_colours, size) for layer in view.layers])
-    photographs = [_photograph(view.pixels, size), *[None] * (len(view.layers) - 1)]
-    rows = [
-        Row(name_of(layer), [f"R^c {before:.1f} to {after:.1f}"], of_layer)
-        for layer, of_layer in zip(view.layers, zip(photographs, *cells, strict=True), strict=True)
-        for before, after in [layer.coding_rates]
-    ]
+    photograph: Image.Image | None = _photograph(view.pixels, size)
+    rows = []
+    for stack in dict.fromkeys(layer.stack for layer in view.layers):
+        layers = [layer for layer in view.layers if layer.stack == stack]
+        maps = [torch.stack(list(map(of_layer, layers))).double() for of_layer in _PATH.values()]
+        ranges = [(float(of_layers.min()), float(of_layers.max())) for of_layers in maps]
+        for place, layer in enumerate(layers):
+            cells = [
+                _patches(torch.from_numpy(scaled(((of_layers[place] - least) / ((most - least) or 1.0)).numpy())), size)
+                for of_layers, (least, most) in zip(maps, ranges, strict=True)
+            ]
+            before, after = layer.coding_rates
+            scales = [None, *((f"{least:.3g}", f"{most:.3g}") for least, most in ranges), None]
+            rows.append(
+                Row(
+                    name_of(layer),
+                    [f"R^c {before:.1f} to {after:.1f}"],
+                    [photograph, *cells, _patches(layer.token_colours, size)],
+                    scales=() if place else scales,
+                )
+            )
+            photograph = None
     return sheet(
         f"The path of {name} through the layers",
         [
@@ -220,7 +228,7 @@ def path_picture(view: ImageView, name: str, caption: str) -> Image.Image:
             "tokens: principal components, fitted to each layer by itself.",
             f"{', '.join(_details(view))}. {caption}",
         ],
-        [Column("image"), *columns, Column("tokens\nin colour")],
+        [Column("image"), *map(Column, _PATH), Column("tokens\nin colour")],
         rows,
         width=_PATH_CELL,
     )
@@ -237,7 +245,7 @@ def reconstructions_picture(
         columns = (of_image.original, of_image.masked, of_image.prediction, of_image.pasted)
         cells = [_sharp(to_image(pixels[0]), size) for pixels in columns]
         removed = int(of_image.removed[0, 0].sum()) // side**2
-        patches = f"{removed} of {height * width // side**2} patches removed"
+        patches = f"{removed} of {height * width // side**2} removed"
         return Row(name, [f"{width} x {height} pixels", patches], cells)
 
     return sheet(
@@ -253,14 +261,19 @@ def name_of(layer: LayerView) -> str:
     return f"{layer.stack} {layer.index + 1}"
 
 
+def _full_name(view: ImageView, layer: int) -> str:
+    which = view.layers[layer]
+    return f"{which.stack} layer {which.index + 1} of {sum(each.stack == which.stack for each in view.layers)}"
+
+
 _ATTENTION_SCALE = ("0", "largest weight in the panel, which is written under it")
 
 
 def _about_attention(query: Query) -> list[str]:
     framed = "" if query.patch is None else " The patch is framed."
     return [
-        "Weights of softmax, to patches; what is missing to 1 is to the class token. Over the image, the more opaque the larger, "
-        f"bicubic between patches; each panel has a scale of its own.{framed}"
+        "Weights of softmax to patches; what is missing to 1 is to the class token. Under the names: the weight if all tokens "
+        f"were attended to alike. The larger the more opaque, bicubic between patches; each panel has a scale of its own.{framed}"
     ]
 
 
@@ -268,13 +281,13 @@ def _attention_row(name: str, view: ImageView, query: Query, maps: Sequence[Tens
     size = cell_size(view.pixels.shape[-2:])
     cells = [_photograph(view.pixels, size), *(overlay(view.pixels, values, size) for values in maps)]
     notes = ["", *(f"largest {float(values.max()):.3g}" for values in maps)]
-    details = [*_details(view), f"to all alike: {1 / (1 + maps[0].numel()):.2g}"]
+    details = [*_details(view), f"all alike: {1 / (1 + maps[0].numel()):.2g}"]
     return Row(name, details, [query.marked(cell, view.grid) for cell in cells], notes)
 
 
 def _details(view: ImageView) -> list[str]:
     height, width = view.pixels.shape[-2:]
-    return [f"{width} x {height} pixels", "{} x {} patches".format(*view.grid[::-1])]
+    return [f"{width} x {height} pixels", "{} rows, {} columns".format(*view.grid)]
 
 
 def _photograph(pixels: Tensor, size: tuple[int, int]) -> Image.Image:

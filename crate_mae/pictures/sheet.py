@@ -18,24 +18,28 @@ _MARGIN, _GAP, _NAMES = 28, 8, 150
 _NARROWEST = 900
 _TALLEST = 1.5
 """Height of a cell over its width; what is taller is made narrower."""
-_LINE, _BAR = 16, 10
+_LINE, _BAR, _SCALE_HEIGHT = 16, 10, 32
 
 
 class Column(NamedTuple):
-    """What stands over a column: a title, of several lines where it has line breaks, and what its colours range over."""
+    """What stands over a column: a title, of several lines where it has line breaks."""
 
     title: str
     colour: str = INK
-    scale: tuple[str, str] | None = None
 
 
 class Row(NamedTuple):
-    """Cells, of the size that ``cell_size`` says, the name on their left, and a note under each where there are notes."""
+    """Cells, of the size that ``cell_size`` says, and the name on their left.
+
+    Where there are notes, one is under each cell; where there are scales, what a cell's colours range over, from here down, is
+    above it.
+    """
 
     name: str
     details: Sequence[str]
     cells: Sequence[Image.Image | None]
     notes: Sequence[str] = ()
+    scales: Sequence[tuple[str, str] | None] = ()
 
 
 def cell_size(shape: tuple[int, int], width: int = CELL) -> tuple[int, int]:
@@ -61,53 +65,51 @@ def sheet(
         scale: what the colours of all columns range over, told once, under the title.
     """
     total = max(_NARROWEST, 2 * _MARGIN + _NAMES + len(columns) * (width + _GAP))
-    texts = [part for line in lines for part in wrapped(line, 14, total - 2 * _MARGIN)]
-    head = 2 * _MARGIN + 24 + 19 * len(texts) + (26 if scale else 0)
+    lefts = [_MARGIN + _NAMES + number * (width + _GAP) for number in range(len(columns))]
+    heading = wrapped(title, 22, total - 2 * _MARGIN)
+    texts = [part for line in lines if line for part in wrapped(line, 14, total - 2 * _MARGIN)]
     titles = [[part for line in column.title.split("\n") for part in wrapped(line, 13, width)] for column in columns]
-    top = head + _LINE * max(map(len, titles)) + (_BAR + 20 if any(column.scale for column in columns) else 0)
-    labels = [
-        (
-            wrapped(row.name, 13, _NAMES - 12, most=3),
-            [part for line in row.details for part in wrapped(line, 12, _NAMES - 12)],
-        )
-        for row in rows
-    ]
-    heights = [
-        max(
-            *(cell.height / 2 + (_LINE if row.notes else 0) for cell in row.cells if cell),
-            _LINE * sum(map(len, label)),
-        )
-        + _GAP
-        for row, label in zip(rows, labels, strict=True)
-    ]
+    labels = [_label(row) for row in rows]
+    heights = [_height(row, label) for row, label in zip(rows, labels, strict=True)]
+    head = 2 * _MARGIN + 28 * len(heading) + 19 * len(texts) + (26 if scale else 0)
+    top = head + _LINE * max(map(len, titles))
     canvas = Canvas(total, round(top + sum(heights) + _MARGIN))
 
-    canvas.text((_MARGIN, _MARGIN + 18), title, 22)
-    for number, text in enumerate(texts):
-        canvas.text((_MARGIN, _MARGIN + 44 + 19 * number), text, 14, FAINT)
+    for number, line in enumerate(heading):
+        canvas.text((_MARGIN, _MARGIN + 18 + 28 * number), line, 22)
+    for number, line in enumerate(texts):
+        canvas.text((_MARGIN, _MARGIN + 16 + 28 * len(heading) + 19 * number), line, 14, FAINT)
     if scale:
-        _draw_scale(canvas, (_MARGIN, head - _MARGIN - 8), 260, scale, beside=True)
-    for number, (column, words) in enumerate(zip(columns, titles, strict=True)):
-        left = _MARGIN + _NAMES + number * (width + _GAP)
-        below = top - 6 - (_BAR + 20 if any(each.scale for each in columns) else 0)
+        _draw_scale(canvas, (_MARGIN, head - _MARGIN - 10), 260, scale, beside=True)
+    for column, words, left in zip(columns, titles, lefts, strict=True):
         for place, line in enumerate(reversed(words)):
-            canvas.text((left + width / 2, below - _LINE * place), line, 13, column.colour, "ms")
-        if column.scale:
-            _draw_scale(canvas, (left, top - _BAR - 22), width, column.scale)
-    for row, (name, details), height in zip(rows, labels, heights, strict=True):
-        for place, line in enumerate(name):
-            canvas.text((_MARGIN, top + 12 + _LINE * place), line, 13)
-        for place, line in enumerate(details, len(name)):
-            canvas.text((_MARGIN, top + 12 + _LINE * place), line, 12, FAINT)
-        for number, cell in enumerate(row.cells):
-            if cell is None:
-                continue
-            middle = _MARGIN + _NAMES + number * (width + _GAP) + width / 2
-            canvas.paste(cell, (middle - cell.width / 4, top, middle + cell.width / 4, top + cell.height / 2))
-            if row.notes:
-                canvas.text((middle, top + cell.height / 2 + 12), row.notes[number], 11, FAINT, "ms")
+            canvas.text((left + width / 2, top - 6 - _LINE * place), line, 13, column.colour, "ms")
+    for row, label, height in zip(rows, labels, heights, strict=True):
+        begin = top + (_SCALE_HEIGHT if row.scales else 0)
+        for place, (line, size, colour) in enumerate(label):
+            canvas.text((_MARGIN, begin + 12 + _LINE * place), line, size, colour)
+        for left, ends in zip(lefts, row.scales, strict=False):
+            if ends:
+                _draw_scale(canvas, (left, top + 2), width, ends)
+        for number, (left, cell) in enumerate(zip(lefts, row.cells, strict=True)):
+            if cell:
+                middle, below = left + width / 2, begin + cell.height / 2
+                canvas.paste(cell, (middle - cell.width / 4, begin, middle + cell.width / 4, below))
+                if row.notes:
+                    canvas.text((middle, below + 12), row.notes[number], 11, FAINT, "ms")
         top += height
     return canvas.finished()
+
+
+def _label(row: Row) -> list[tuple[str, float, str]]:
+    """What stands beside a row: lines, their size and colour."""
+    names = [(line, 13, INK) for line in wrapped(row.name, 13, _NAMES - 12, most=3)]
+    return names + [(line, 12, FAINT) for detail in row.details for line in wrapped(detail, 12, _NAMES - 12)]
+
+
+def _height(row: Row, label: Sequence[object]) -> float:
+    of_cells = max(cell.height / 2 for cell in row.cells if cell) + (_LINE if row.notes else 0)
+    return max(of_cells, _LINE * len(label)) + _GAP + (_SCALE_HEIGHT if row.scales else 0)
 
 
 def wrapped(words: str, size: float, width: float, *, most: int | None = None) -> list[str]:
