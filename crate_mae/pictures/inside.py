@@ -210,7 +210,7 @@ def path_picture(view: ImageView, name: str, caption: str) -> Image.Image:
                 for of_layers, (least, most) in zip(maps, ranges, strict=True)
             ]
             before, after = layer.coding_rates
-            scales = [None, *((f"{least:.3g}", f"{most:.3g}") for least, most in ranges), None]
+            scales = [None, *map(_ends, ranges), None]
             rows.append(
                 Row(
                     name_of(layer),
@@ -259,6 +259,11 @@ def reconstructions_picture(
 def name_of(layer: LayerView) -> str:
     """As pictures and the command number layers: from 1, in each stack."""
     return f"{layer.stack} {layer.index + 1}"
+
+
+def _ends(span: tuple[float, float]) -> tuple[str, str]:
+    least, most = (f"{end:.3g}" for end in span)
+    return (least, most) if least != most else (f"all {least}", "")
 
 
 def _full_name(view: ImageView, layer: int) -> str:
