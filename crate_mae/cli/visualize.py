@@ -43,6 +43,9 @@ MOST_IMAGES = 48
 MOST_PATCHES = 4096
 """Of one image: what is attended to grows with their square."""
 
+MOST_MEMORY = 8 * 2**30
+"""Bytes for what is kept of all images together."""
+
 
 def add_command(commands: ArgumentParser) -> ArgumentParser:
     """Add `visualize` to the commands; returns its parser."""
@@ -115,6 +118,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         raise ValueError(f"--out: {min(overwritten)} is one of the images, and would be overwritten")
     short, remark = _short_side(asked.size, model.config)
     images = [_read(path, short, model.config) for path in paths]
+    _refuse_too_much(images, model.config)
     names = [printable(path.name.encode(errors="surrogateescape")) for path in paths]
     for name, pixels in zip(names, images, strict=True):
         grid = grid_of(tuple(pixels.shape[-2:]), model.config.patch_size)
@@ -228,3 +232,14 @@ def _refuse_too_many(path: Path, shown: tuple[int, int], size: tuple[int, int], 
         f"--size: expected at most {MOST_PATCHES:,} patches an image, and {path} would have {rows:,} x {columns:,} at a short "
         f"side of {min(size)} pixels; {remedy}"
     )
+
+
+def _refuse_too_much(images: Sequence[torch.Tensor], config: ModelConfig) -> None:
+    """Of each layer, tokens and what attention is of are kept, in float32."""
+    tokens = sum(1 + pixels[0].numel() // config.patch_size**2 for pixels in images)
+    needed = 2 * 4 * tokens * config.embed_dim * (config.depth + config.decoder_depth)
+    if needed > MOST_MEMORY:
+        raise ValueError(
+            f"IMAGE: all layers of {len(images)} images have {needed / 2**30:.1f} GiB, expected at most {MOST_MEMORY / 2**30:g}; "
+            f"a lower --size needs less, and so do fewer images"
+        )

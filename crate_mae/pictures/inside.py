@@ -197,7 +197,7 @@ _PATH: dict[str, Callable[[LayerView], Tensor]] = {
 
 def path_picture(view: ImageView, name: str, caption: str) -> Image.Image:
     """One image through all layers: what each step changed, patch by patch, in one scale of colours a column and stack."""
-    size = cell_size(view.pixels.shape[-2:], _PATH_CELL)
+    size = cell_size(view.pixels.shape[-2:], _PATH_CELL, tallest=1.0)
     photograph: Image.Image | None = _photograph(view.pixels, size)
     rows = []
     for stack in dict.fromkeys(layer.stack for layer in view.layers):

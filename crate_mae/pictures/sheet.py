@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,8 +17,6 @@ CELL = 160
 
 _MARGIN, _GAP, _NAMES = 28, 8, 150
 _NARROWEST = 900
-_TALLEST = 1.5
-"""Height of a cell over its width; what is taller is made narrower."""
 _LINE, _BAR, _SCALE_HEIGHT = 16, 10, 32
 
 
@@ -42,9 +41,12 @@ class Row(NamedTuple):
     scales: Sequence[tuple[str, str] | None] = ()
 
 
-def cell_size(shape: tuple[int, int], width: int = CELL) -> tuple[int, int]:
-    """(height, width) of the cell of an image of a shape (height, width), in pixels of twice the sheet's resolution."""
-    scale = min(2 * width / shape[1], 2 * width * _TALLEST / shape[0])
+def cell_size(shape: tuple[int, int], width: int = CELL, tallest: float = 1.5) -> tuple[int, int]:
+    """(height, width) of the cell of an image of a shape (height, width), in pixels of twice the sheet's resolution.
+
+    It is as wide as cells are, or as high as that times ``tallest`` and narrower.
+    """
+    scale = min(2 * width / shape[1], 2 * width * tallest / shape[0])
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
@@ -115,9 +117,12 @@ def _height(row: Row, label: Sequence[object]) -> float:
 def wrapped(words: str, size: float, width: float, *, most: int | None = None) -> list[str]:
     """The words in lines no wider than ``width``, broken at blanks and, where a word is longer than that, within it.
 
-    Past ``most`` lines, the last of these ends in dots.
+    Past ``most`` lines, the last of these ends in dots. What Pillow's own font has no letters for is written without accents, or
+    as a question mark.
     """
     font = ImageFont.load_default(size)
+    bare = (each for each in unicodedata.normalize("NFKD", words) if not unicodedata.combining(each))
+    words = "".join(bare).encode("ascii", "replace").decode()
     lines, line = [], ""
     for word in words.split():
         if line and font.getlength(f"{line} {word}") > width:

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from tiny_runs import TINY
 
 import crate_mae
@@ -21,6 +21,7 @@ from crate_mae.cli import main, visualize
 from crate_mae.data import Normalization
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import inside
+from crate_mae.pictures.sheet import wrapped
 from crate_mae.visualizing import place_of_layer
 
 MODEL = dataclasses.replace(TINY, depth=2, norm_pix_loss=True)
@@ -138,6 +139,15 @@ def test_the_command_draws_images_of_all_kinds(run_folder, images, pages, capsys
     assert sorted({*files} - {path.name for path in folder.iterdir()}) == ["path_4.png"]
 
 
+@pytest.mark.parametrize("words", ["one two three four five six", "IMG_20260101_123456_HDR_edited.jpg"])
+def test_long_names_are_broken_into_lines(words):
+    lines, font = wrapped(words, 13, 68), ImageFont.load_default(13)
+    assert len(lines) > 2 and all(font.getlength(line) <= 68 for line in lines)
+    assert (" " if " " in words else "").join(lines) == words
+    assert wrapped(words, 13, 68, most=2) == [lines[0], lines[1][:-2] + "..."]
+    assert wrapped("日本 é.jpg", 13, 68) == ["?? e.jpg"]
+
+
 @pytest.mark.parametrize(
     ("layer", "place"), [(-1, 1), ("-2", 0), ("1", 0), (2, 1), ("decoder:1", 2), ("decoder:-1", 2), ("encoder:2", 1)]
 )
@@ -178,6 +188,17 @@ def test_mistakes_are_one_line(run_folder, images, tmp_path, pages, capsys, argu
     error = capsys.readouterr().err
     assert says.format(**names) in error and error.count("\n") == 1
     assert not (run_folder / "inside").exists() and not pages
+
+
+def test_more_than_fits_is_refused(run_folder, images, pages, capsys, monkeypatch):
+    """The tokens of 4 x 6 and 9 x 4 patches, and the class tokens, in three layers, twice: 4 bytes each."""
+    arguments = ["visualize", str(run_folder), *map(str, images[:2])]
+    monkeypatch.setattr(visualizing, "_pictures", lambda *_: [])
+    monkeypatch.setattr(visualize, "MOST_MEMORY", 62 * 3 * 32 * 8)
+    assert main(arguments) == 0
+    monkeypatch.setattr(visualize, "MOST_MEMORY", 62 * 3 * 32 * 8 - 1)
+    assert main(arguments) == 2
+    assert "a lower --size needs less, and so do fewer images" in capsys.readouterr().err
 
 
 def test_the_masks_are_those_of_the_run(run_folder, images, pages, monkeypatch):
