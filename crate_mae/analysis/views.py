@@ -109,7 +109,10 @@ def _seen(model: CrateMAE, image: Tensor, grid: tuple[int, int]) -> list[tuple[T
 
     def receive(layer: LayerTrace) -> None:
         kept = _kept(layer)
-        seen.append((kept.output[0, 1:], _uncoloured(kept, grid)))
+        try:
+            seen.append((kept.output[0, 1:], _uncoloured(kept, grid)))
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from error
 
     with in_evaluation(model), traced(model, receive):
         model(image, mask_ratio=0.0)

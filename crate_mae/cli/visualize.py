@@ -64,7 +64,7 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         nargs="+",
         help=f"Image files, of any size; of a folder, up to {OF_A_FOLDER} images, spread evenly.",
     )
-    parser.add_argument("--out", type=Path, help="Folder for pictures and page; by default, inside in RUN.")
+    parser.add_argument("--out", type=Path, help="Folder for pictures and page; by default, RUN/inside.")
     parser.add_argument(
         "--size",
         type=int,
