@@ -114,7 +114,9 @@ def _seen(model: CrateMAE, image: Tensor, grid: tuple[int, int]) -> list[tuple[T
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from error
 
-    noise = torch.zeros(1, math.prod(grid), device=image.device)  # as none is removed, and no random number shall be drawn
+    noise = torch.zeros(
+        1, math.prod(grid), device=image.device
+    )  # as none is removed, and no random number shall be drawn
     with in_evaluation(model), traced(model, receive):
         model(image, mask_ratio=0.0, noise=noise)
     if not seen:
