@@ -17,7 +17,7 @@ from crate_mae.analysis.rates import (
     relative_update,
     zero_fraction,
 )
-from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, traced
+from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, in_evaluation, traced
 from crate_mae.config import grid_of
 from crate_mae.model import CrateMAE
 
@@ -158,21 +158,15 @@ def analyze(
             raise ValueError(f"{layer.name}: {error}") from error
         so_far.append({name: value.cpu() for name, value in values.items()})
 
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
     count = 0
-    try:
-        with traced(model, receive):
-            for images in batches:
-                if isinstance(model, CrateMAE):
-                    size = model.config.patch_size
-                    of_batch = {"grid": grid_of(tuple(images.shape[-2:]), size), "patch_size": size}
-                call_on_whole(model, images)
-                count += len(images)
-                done(len(images))
-    finally:
-        for module in was_training:
-            module.training = True
+    with in_evaluation(model), traced(model, receive):
+        for images in batches:
+            if isinstance(model, CrateMAE):
+                size = model.config.patch_size
+                of_batch = {"grid": grid_of(tuple(images.shape[-2:]), size), "patch_size": size}
+            call_on_whole(model, images)
+            count += len(images)
+            done(len(images))
     if count == 0:
         raise ValueError("batches: expected one image or more, got none")
     if not gathered:

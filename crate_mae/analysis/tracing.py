@@ -119,17 +119,11 @@ def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
         ValueError: the model has no such layers, or none was called, as under ``torch.compile``, which sees no hooks.
     """
     layers: list[LayerTrace] = []
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with traced(model, layers.append):
-            if isinstance(model, CrateMAE) and not options:
-                call_on_whole(model, *inputs)
-            else:
-                model(*inputs, **options)
-    finally:
-        for module in was_training:
-            module.training = True
+    with in_evaluation(model), traced(model, layers.append):
+        if isinstance(model, CrateMAE) and not options:
+            call_on_whole(model, *inputs)
+        else:
+            model(*inputs, **options)
     if not layers:
         raise ValueError("model: none of its layers was called; of a compiled model, give the one that was compiled")
     return layers
@@ -143,6 +137,18 @@ def call_on_whole(model: nn.Module, images: Tensor) -> None:
         model(images, mask_ratio=0.0, noise=noise)
     else:
         model(images)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """A block in which the model is in evaluation; afterwards each of its modules is in the mode it was in."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
 
 
 def _layers_of(model: nn.Module) -> list[_Steps]:

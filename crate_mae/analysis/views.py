@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crate_mae.analysis.components import PrincipalComponents
 from crate_mae.analysis.rates import coding_rate
-from crate_mae.analysis.tracing import LayerTrace, Stack, trace
+from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, in_evaluation, traced
 from crate_mae.config import grid_of
 from crate_mae.data.transforms import Normalization
 from crate_mae.model import CrateMAE
@@ -84,19 +84,41 @@ def view(
     if not images:
         raise ValueError("images: expected one or more, got none")
     device, size = next(model.parameters()).device, model.config.patch_size
-    traces: list[list[LayerTrace]] = []
-    for pixels in images:
-        traces.append([_kept(layer) for layer in trace(model, normalization(pixels[None].to(device)))])
-        done(1)
     grids = [grid_of(tuple(pixels.shape[-2:]), size) for pixels in images]
-    layers_of_images: list[list[LayerView]] = [[] for _ in images]
-    for of_one_layer in zip(*traces, strict=True):
-        tokens = [layer.output[0, 1:] for layer in of_one_layer]
-        keys = [layer.projected[0].transpose(0, 1).flatten(1)[1:] for layer in of_one_layer]
+    seen: list[list[tuple[Tensor, LayerView]]] = []
+    for pixels, grid in zip(images, grids, strict=True):
+        seen.append(_seen(model, normalization(pixels[None].to(device)), grid))
+        done(1)
+    views = [ImageView(pixels.cpu(), size, []) for pixels in images]
+    for of_one_layer in zip(*seen, strict=True):
+        tokens, layers = zip(*of_one_layer, strict=True)
+        keys = [layer.projected.transpose(0, 1).flatten(1)[1:] for layer in layers]
         colours = [PrincipalComponents.of(torch.cat(each)) for each in (tokens, keys)]
-        for view_of_image, layer, grid, *each in zip(layers_of_images, of_one_layer, grids, tokens, keys, strict=True):
-            view_of_image.append(_layer_view(layer, grid, *map(_painted, colours, each, [grid, grid])))
-    return [ImageView(pixels.cpu(), size, layers) for pixels, layers in zip(images, layers_of_images, strict=True)]
+        for image, layer, *each in zip(views, layers, tokens, keys, strict=True):
+            of_tokens, of_keys = map(_painted, colours, each, [image.grid] * 2)
+            image.layers.append(layer._replace(token_colours=of_tokens, key_colours=of_keys))
+    return views
+
+
+def _seen(model: CrateMAE, image: Tensor, grid: tuple[int, int]) -> list[tuple[Tensor, LayerView]]:
+    """Each layer's output tokens of the patches, which colours are fitted to, and its view without them.
+
+    Of all else that goes through a layer nothing is kept.
+    """
+    seen: list[tuple[Tensor, LayerView]] = []
+
+    def receive(layer: LayerTrace) -> None:
+        kept = _kept(layer)
+        try:
+            seen.append((kept.output[0, 1:], _uncoloured(kept, grid)))
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from error
+
+    with in_evaluation(model), traced(model, receive):
+        call_on_whole(model, image)
+    if not seen:
+        raise ValueError("model: none of its layers was called; of a compiled model, give the one that was compiled")
+    return seen
 
 
 def _kept(layer: LayerTrace) -> LayerTrace:
@@ -108,7 +130,9 @@ def _painted(components: PrincipalComponents, tokens: Tensor, grid: tuple[int, i
     return (components.colours(tokens) * 255).round().to(torch.uint8).unflatten(0, grid)
 
 
-def _layer_view(layer: LayerTrace, grid: tuple[int, int], token_colours: Tensor, key_colours: Tensor) -> LayerView:
+def _uncoloured(layer: LayerTrace, grid: tuple[int, int]) -> LayerView:
+    """All of a layer's view but its colours, which are of all images together."""
+
     def of_patches(values: Tensor) -> Tensor:
         return values[0, -math.prod(grid) :].unflatten(0, grid)
 
@@ -123,8 +147,8 @@ def _layer_view(layer: LayerTrace, grid: tuple[int, int], token_colours: Tensor,
         index=layer.index,
         projected=layer.projected[0],
         scale=float(layer.module.scale),
-        token_colours=token_colours,
-        key_colours=key_colours,
+        token_colours=torch.empty(0),
+        key_colours=torch.empty(0),
         compression=change(layer.attended, layer.compressed),
         sparsification=change(layer.unsparsified, layer.sparsified),
         zeros=of_patches((layer.sparsified == 0).float().mean(-1)),

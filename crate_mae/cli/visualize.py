@@ -1,0 +1,244 @@
+"""`crate-mae visualize`: what a run's model sees in images of one's own, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from tqdm import tqdm
+
+from crate_mae.checkpoints import CONFIG_FILE
+from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.runs import model_of, normalization_of, trained_ratio
+from crate_mae.cli.settings import check_json, path_of
+from crate_mae.config import ModelConfig, grid_of
+from crate_mae.data import ImageFolder, spread
+from crate_mae.data.paths import printable
+from crate_mae.data.reading import open_file, part, shown_size
+from crate_mae.data.source import UnreadableImage
+from crate_mae.data.transforms import centred_box
+from crate_mae.pictures.inside import GIVEN_CONTRAST
+from crate_mae.registry import count_parameters
+from crate_mae.training.config import MAX_SEED
+from crate_mae.training.precision import choose_device
+from crate_mae.training.run_folder import refuse_unwritable
+from crate_mae.visualizing import (
+    SHOWS,
+    check_mask_ratio,
+    check_mass,
+    check_query,
+    place_of_layer,
+    steps,
+    visualize,
+)
+
+OF_A_FOLDER = 12
+"""Images that are taken of a folder."""
+
+MOST_IMAGES = 48
+MOST_PATCHES = 4096
+"""Of one image: what is attended to grows with their square."""
+
+MOST_MEMORY = 8 * 2**30
+"""Bytes for what is kept of all images together."""
+
+
+def add_command(commands: ArgumentParser) -> ArgumentParser:
+    """Add `visualize` to the commands; returns its parser."""
+    parser = ArgumentParser(
+        description="Draws what goes on inside a model: reconstructions, attention, the regions that heads pick out, tokens in "
+        "colour, and an image's path through the layers; and a page to look around in.",
+        epilog=f"Layers, rows and columns are counted from 1, as the pictures number them. {DEBUG_HELP}",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run, such as runs/demo.")
+    parser.add_argument(
+        "images",
+        metavar="IMAGE",
+        type=Path,
+        nargs="+",
+        help=f"Image files, of any size; of a folder, up to {OF_A_FOLDER} images, spread evenly.",
+    )
+    parser.add_argument("--out", type=Path, help="Folder for pictures and page; by default, RUN/inside.")
+    parser.add_argument(
+        "--size",
+        type=int,
+        help="Short side of the images in pixels, to the nearest multiple of the patch; by default, that of the model's images.",
+    )
+    parser.add_argument(
+        "--layer",
+        type=str,
+        default="-1",
+        help="Whose attention is drawn: of the encoder 1, 2, ... or back from its end -1, -2; decoder:1 is the decoder's first.",
+    )
+    parser.add_argument(
+        "--patch",
+        type=str,
+        metavar="ROW,COLUMN",
+        help="The patch whose attention is drawn, instead of the class token.",
+    )
+    parser.add_argument("--mass", type=float, default=0.6, help="Share of a head's attention that makes a region.")
+    parser.add_argument("--mask_ratio", type=float, help="Fraction of the patches removed; by default, the run's own.")
+    parser.add_argument("--seed", type=int, default=0, help="Fixes which patches are removed.")
+    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
+    commands.add_subcommand("visualize", parser, help="Show what goes on inside a run's model, on images of your own.")
+    return parser
+
+
+def run(parser: ArgumentParser, chosen: Namespace) -> str:
+    """Write pictures and page; returns what to print.
+
+    Raises:
+        OSError: there is no such run, or a file cannot be written.
+        ValueError: an argument cannot be used, or an image not be read; the message names it.
+    """
+    asked = chosen.visualize
+    out = asked.out or asked.run / "inside"
+    for path in (asked.run, out, *asked.images):
+        path_of(str(path))
+    refuse_unwritable(out)
+    if not 0 <= asked.seed <= MAX_SEED:
+        raise ValueError(f"--seed: expected 0 to 2**64 - 1, got {asked.seed}")
+    check_mass(asked.mass, "--mass")
+    query = _patch(asked.patch)
+    device = choose_device(asked.device, "--device")
+    check_json(asked.run / CONFIG_FILE)
+    normalization = normalization_of(asked.run)
+    model = model_of(asked.run).to(device)
+    place_of_layer(model.config, asked.layer, "--layer")
+    mask_ratio = trained_ratio(asked.run) if asked.mask_ratio is None else asked.mask_ratio
+
+    paths, remarks = _files(asked.images)
+    if overwritten := {(out / name).resolve() for name in SHOWS} & {path.resolve() for path in paths}:
+        raise ValueError(f"--out: {min(overwritten)} is one of the images, and would be overwritten")
+    short, remark = _short_side(asked.size, model.config)
+    images = [_read(path, short, model.config) for path in paths]
+    _refuse_too_much(images, model.config)
+    names = [printable(path.name.encode(errors="surrogateescape")) for path in paths]
+    for name, pixels in zip(names, images, strict=True):
+        grid = grid_of(tuple(pixels.shape[-2:]), model.config.patch_size)
+        check_query(query, grid, name, "--patch")
+        check_mask_ratio(mask_ratio, grid, name, "--mask_ratio")
+
+    config = model.config
+    with tqdm(total=steps(len(images)), desc="visualize", unit="step", disable=None) as progress:
+        files = visualize(
+            model,
+            images,
+            names,
+            normalization,
+            out,
+            layer=asked.layer,
+            query=query,
+            mass=asked.mass,
+            mask_ratio=mask_ratio,
+            seed=asked.seed,
+            title=f"Inside CRATE-MAE: {asked.run}",
+            caption=f"{asked.run}: {config.depth} + {config.decoder_depth} layers, {count_parameters(model)[0]:,} parameters, "
+            f"patches of {config.patch_size} x {config.patch_size} pixels.",
+            done=progress.update,
+        )
+    width = max(len(path.name) for path in files)
+    return "\n".join(
+        [
+            *remarks,
+            *([remark] if remark else []),
+            *([GIVEN_CONTRAST] if config.norm_pix_loss else []),
+            f"{len(images)} images, {len(files)} files in {out}:",
+            *(f"  {path.name:<{width}}  {SHOWS[path.name]}" for path in files),
+            f"Open {files[0]} first.",
+        ]
+    )
+
+
+def _patch(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    numbers = text.split(",")
+    if len(numbers) != 2 or not all(number.strip().isdecimal() for number in numbers):
+        raise ValueError(f"--patch: expected a row and a column, counted from 1, such as 2,5, got {text}")
+    return int(numbers[0]), int(numbers[1])
+
+
+def _files(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The images of files and folders, and what to say of those that are not all taken."""
+    paths, remarks = [], []
+    for path in given:
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        folder = ImageFolder(path)
+        chosen = spread(len(folder), OF_A_FOLDER)
+        paths += [folder.path(index) for index in chosen]
+        if len(chosen) < len(folder):
+            remarks.append(f"{len(chosen)} of the {len(folder):,} images in {path}, spread evenly.")
+    if len(paths) > MOST_IMAGES:
+        raise ValueError(
+            f"IMAGE: expected at most {MOST_IMAGES} images, got {len(paths):,}; a folder gives {OF_A_FOLDER}, spread evenly"
+        )
+    return paths, remarks
+
+
+def _short_side(size: int | None, config: ModelConfig) -> tuple[int, str]:
+    """In pixels, a multiple of the patch, and what to say where it is another than what was asked for."""
+    patch = config.patch_size
+    if size is None:
+        return min(config.image_shape), ""
+    longest = math.isqrt(MOST_PATCHES) * patch
+    short = (size + patch // 2) // patch * patch
+    if size < 1 or not patch <= short <= longest:
+        raise ValueError(
+            f"--size: expected {patch} to {longest} pixels, 1 to {longest // patch} patches of {patch}, got {size}"
+        )
+    return short, f"--size {size}: {short}, the nearest multiple of the patch, {patch}." if short != size else ""
+
+
+def _read(path: Path, short: int, config: ModelConfig) -> torch.Tensor:
+    """The upright image, uint8 [channels, height, width]: whole patches, its sides as they are to one another but for that."""
+    try:
+        image = open_file(path)
+        shown = shown_size(image, str(path))
+        width, height = _fitted(shown, short, config.patch_size)
+        _refuse_too_many(path, shown, (width, height), config.patch_size)
+        return part(image, centred_box(shown, width / height), (height, width), config.in_chans, str(path))
+    except UnreadableImage as error:
+        raise UnreadableImage(
+            path, error.cause, error.reason, "IMAGE: expected photographs, or folders of them"
+        ) from error
+
+
+def _fitted(shown: tuple[int, int], short: int, patch: int) -> tuple[int, int]:
+    """(width, height) whose short side this is; of the long one, what is no whole patch is left out."""
+    width, height = (side * short // min(shown) // patch * patch for side in shown)
+    return width, height
+
+
+def _refuse_too_many(path: Path, shown: tuple[int, int], size: tuple[int, int], patch: int) -> None:
+    columns, rows = (side // patch for side in size)
+    if columns * rows <= MOST_PATCHES:
+        return
+    fitting = [
+        side * patch
+        for side in range(1, min(columns, rows))
+        if math.prod(_fitted(shown, side * patch, patch)) <= MOST_PATCHES * patch**2
+    ]
+    remedy = f"--size {fitting[-1]} or less makes it fit" if fitting else "cut it to a part that is less long"
+    raise ValueError(
+        f"--size: expected at most {MOST_PATCHES:,} patches an image, and {path} would have {rows:,} x {columns:,} at a short "
+        f"side of {min(size)} pixels; {remedy}"
+    )
+
+
+def _refuse_too_much(images: Sequence[torch.Tensor], config: ModelConfig) -> None:
+    """Of each layer, tokens and what attention is of are kept, in float32."""
+    tokens = sum(1 + pixels[0].numel() // config.patch_size**2 for pixels in images)
+    needed = 2 * 4 * tokens * config.embed_dim * (config.depth + config.decoder_depth)
+    if needed > MOST_MEMORY:
+        raise ValueError(
+            f"IMAGE: all layers of {len(images)} images have {needed / 2**30:.1f} GiB, expected at most {MOST_MEMORY / 2**30:g}; "
+            f"a lower --size needs less, and so do fewer images"
+        )
