@@ -13,13 +13,13 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from crate_mae import __version__
-from crate_mae.cli import check, pack, pretraining, reconstruct
+from crate_mae.cli import analyze, check, pack, pretraining, reconstruct
 from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, worded
 from crate_mae.cli.settings import check_argument, load
 from crate_mae.data import STOPPING
 from crate_mae.training import RunStopped
 
-COMMANDS = ("pretrain", "demo", "reconstruct", "pack", "check")
+COMMANDS = ("pretrain", "demo", "reconstruct", "analyze", "pack", "check")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +101,7 @@ def _run(arguments: list[str]) -> str:
         parsers = {
             **pretraining.add_commands(commands, defaults),
             "reconstruct": reconstruct.add_command(commands),
+            "analyze": analyze.add_command(commands),
             "pack": pack.add_command(commands),
             "check": check.add_command(commands),
         }
@@ -109,5 +110,5 @@ def _run(arguments: list[str]) -> str:
         chosen = parser.parse_args(arguments)
     except ArgumentError as error:
         raise worded(error, options) from error
-    others = {"reconstruct": reconstruct.run, "pack": pack.run, "check": check.run}
+    others = {"reconstruct": reconstruct.run, "analyze": analyze.run, "pack": pack.run, "check": check.run}
     return others.get(chosen.subcommand, pretraining.run)(parser, chosen)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 
-from crate_mae.checkpoints import CONFIG_FILE, load_model, read_normalization
+from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.runs import model_of, normalization_of, trained_ratio
 from crate_mae.cli.settings import check_json, path_of
 from crate_mae.config import grid_of
 from crate_mae.data.reading import open_file, part, shown_size
 from crate_mae.data.source import UnreadableImage
-from crate_mae.data.transforms import Normalization, Size, centred_box
+from crate_mae.data.transforms import Size, centred_box
 from crate_mae.files import replaced
-from crate_mae.model import CrateMAE
 from crate_mae.pictures import reconstruction_sheet
 from crate_mae.training import Validation
 from crate_mae.training.config import MAX_SEED
@@ -52,10 +51,10 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         raise ValueError(f"--seed: expected 0 to 2**64 - 1, got {settings.seed}")
     device = choose_device(settings.device, "--device")
     check_json(settings.run / CONFIG_FILE)
-    normalization = _normalization(settings.run)
-    model = _model(settings.run).to(device)
+    normalization = normalization_of(settings.run)
+    model = model_of(settings.run).to(device)
     rows, columns = grid_of(model.config.image_shape, model.config.patch_size)
-    mask_ratio = _trained_ratio(settings.run) if settings.mask_ratio is None else settings.mask_ratio
+    mask_ratio = trained_ratio(settings.run) if settings.mask_ratio is None else settings.mask_ratio
     if not (0 < mask_ratio < 1 and 0 < int(rows * columns * (1 - mask_ratio)) < rows * columns):
         raise ValueError(
             f"--mask_ratio: expected above 0, and to leave one patch of {rows * columns} visible, got {mask_ratio}"
@@ -104,28 +103,3 @@ def _centre(path: Path, size: Size, channels: int) -> torch.Tensor:
         return part(image, box, size, channels, str(path))
     except UnreadableImage as error:
         raise UnreadableImage(path, error.cause, error.reason, "IMAGE: expected files of photographs") from error
-
-
-def _normalization(run: Path) -> Normalization:
-    try:
-        return read_normalization(run)
-    except TypeError as error:  # what is there are no numbers
-        raise ValueError(
-            f"{run / CONFIG_FILE}: images: expected mean and std, a number for each channel: {error}"
-        ) from None
-
-
-def _model(run: Path) -> CrateMAE:
-    try:
-        return load_model(run)
-    except RuntimeError as error:  # weights that are not its config's
-        raise ValueError(str(error)) from error
-
-
-def _trained_ratio(run: Path) -> float:
-    """The share of patches removed in training; of a model alone, what is usual."""
-    schedule = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8")).get("schedule", {})
-    ratio = schedule.get("mask_ratio", 0.75) if isinstance(schedule, dict) else schedule
-    if not isinstance(ratio, int | float):
-        raise ValueError(f"{run / CONFIG_FILE}: schedule.mask_ratio: expected a number, got {ratio!r}")
-    return ratio
