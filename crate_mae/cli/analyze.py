@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from crate_mae.pictures.layers import TRAINED, UNTRAINED
 from crate_mae.registry import count_parameters
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.image_sets import image_sets, of_option
-from crate_mae.training.precision import choose_device
+from crate_mae.training.precision import choose_device, cpu_threads
 from crate_mae.training.run_folder import IMAGES, STATES, refuse_unwritable
 from crate_mae.training.states import SavedState, load_state_weights, saved_states
 
@@ -42,7 +42,9 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run, or of a model alone, which needs --data.")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="Folder of a run, or of a model alone, which needs --data."
+    )
     parser.add_argument(
         "--data",
         type=str,
@@ -86,20 +88,23 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     states = list(reversed(saved_states(folder / STATES))) if asked.states else []
 
     analyses: dict[str, Analysis] = {}
-    with Progress((1 + asked.untrained + len(states)) * len(images), "analyze", _say) as progress:
+    # As many threads as the run had: models as small as the demo's are slower on two, where something else computes, too.
+    threads = min(config.run.threads if config else 0, os.cpu_count() or 1)
+    with cpu_threads(threads), Progress((1 + asked.untrained + len(states)) * len(images), "analyze", _say) as progress:
 
         def measure(name: str, of: CrateMAE) -> None:
             analyses.update(
-                analyze_models(
-                    {name: of}, images, normalization, batch_size=asked.batch_size, done=progress.update
-                )
+                analyze_models({name: of}, images, normalization, batch_size=asked.batch_size, done=progress.update)
             )
 
         # One at a time, so that no more than two models take memory.
         if asked.untrained:
             measure(UNTRAINED, random_model(model).to(device))
-        for name, of in _of_states(states, model, config):
-            measure(name, of)
+        for saved in states:
+            if named := _of_state(saved, model, config):
+                measure(*named)
+            else:
+                progress.update(len(images), done_before=True)
         measure(TRAINED, model)
 
     size = model.config
@@ -166,27 +171,24 @@ def _images_of(folder: Path, config: PretrainConfig) -> tuple[Source, str]:
     return sets.val, "images that the run validated on"
 
 
-def _of_states(
-    states: list[SavedState], trained: CrateMAE, config: PretrainConfig | None
-) -> Iterator[tuple[str, CrateMAE]]:
-    """The models of states, by "epoch N" or "step N"; what cannot be shown is said and passed over."""
-    for saved in states:
-        model = CrateMAE(trained.config).eval()
-        try:
-            images = load_state_weights(saved, model)
-        except ValueError as error:
-            _say(f"passed over: {error}")
-            continue
-        model.to(next(trained.parameters()).device)
-        weights = model.state_dict()
-        if all(value.equal(weights[name]) for name, value in trained.state_dict().items()):
-            _say(f"passed over: {saved.path} is the trained model itself")
-            continue
-        assert config is not None
-        steps = images // config.schedule.batch_size
-        epoch, rest = divmod(saved.step, steps) if steps else (0, 1)
-        name = f"step {saved.step}" if rest else f"epoch {epoch}"
-        yield f"{name}, diverging" if saved.diverging else name, model
+def _of_state(saved: SavedState, trained: CrateMAE, config: PretrainConfig | None) -> tuple[str, CrateMAE] | None:
+    """A state's model, by "epoch N" or "step N"; None of one that cannot be shown, which is said."""
+    assert config is not None
+    model = CrateMAE(trained.config).eval()
+    try:
+        images = load_state_weights(saved, model)
+    except ValueError as error:
+        _say(f"passed over: {error}")
+        return None
+    model.to(next(trained.parameters()).device)
+    weights = model.state_dict()
+    if all(value.equal(weights[name]) for name, value in trained.state_dict().items()):
+        _say(f"passed over: {saved.path} is the trained model itself")
+        return None
+    steps_per_epoch = max(1, images // config.schedule.batch_size)
+    epoch, rest = divmod(saved.step, steps_per_epoch)
+    name = f"step {saved.step}" if rest else f"epoch {epoch}"
+    return f"{name}, diverging" if saved.diverging else name, model
 
 
 def _say(line: str) -> None:
