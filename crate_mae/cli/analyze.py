@@ -20,7 +20,7 @@ from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.pretraining import config_of
 from crate_mae.cli.runs import is_run, model_of, normalization_of
 from crate_mae.cli.settings import check_json, path_of
-from crate_mae.data import CentreCropped, Source, Subset, absolute, open_source
+from crate_mae.data import CentreCropped, Source, Subset, open_source
 from crate_mae.data.progress import Progress
 from crate_mae.data.unreadable import by_cause
 from crate_mae.model import CrateMAE
@@ -87,6 +87,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     images = CentreCropped(chosen_images.source, model.config.image_shape, model.config.in_chans)
     states = list(reversed(saved_states(folder / STATES))) if asked.states else []
 
+    if asked.states and not states:
+        _say(f"there are no states in {folder / STATES}")
     analyses: dict[str, Analysis] = {}
     # As many threads as the run had: models as small as the demo's are slower on two, where something else computes, too.
     threads = min(config.run.threads if config else 0, os.cpu_count() or 1)
@@ -101,11 +103,15 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         if asked.untrained:
             measure(UNTRAINED, random_model(model).to(device))
         for saved in states:
-            if named := _of_state(saved, model, config):
-                measure(*named)
-            else:
+            try:
+                measure(*_of_state(saved, model, config))
+            except ValueError as error:
+                _say(f"passed over {saved.path}: {error}")
                 progress.update(len(images), done_before=True)
-        measure(TRAINED, model)
+        try:
+            measure(TRAINED, model)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
 
     size = model.config
     caption = (
@@ -123,7 +129,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             "unreadable": chosen_images.unreadable,
             "names": [chosen_images.source.name(index) for index in range(len(images))],
         },
-        "definitions": {"lambda": size.lambd, "eps_source": "official code, vis_utils"},
+        "definitions": {"lambda": size.lambd},
     }
     numbers, picture = write_analysis(out, analyses, caption=caption, about=about)
     return "\n".join([*analysis_lines(analyses), f"The page is {picture}, its numbers are in {numbers}."])
@@ -141,7 +147,7 @@ def _images(folder: Path, config: PretrainConfig | None, data: str | None, most:
     """Up to so many of the images that an option names, or else of the run's, spread evenly."""
     if data is not None:
         with of_option("--data"):
-            source, which = open_source(data, part="val"), f"images of {absolute(data)}"
+            source, which = open_source(data, part="val"), f"images of {data}"
     else:
         assert config is not None
         source, which = _images_of(folder, config)
@@ -150,7 +156,8 @@ def _images(folder: Path, config: PretrainConfig | None, data: str | None, most:
     if unreadable:
         left_out = f"{len(unreadable):,} of {len(spread):,} images cannot be read ({by_cause(unreadable)})"
         if not len(found):
-            raise ValueError(f"--data: {left_out}; the first is {unreadable[0].name} ({unreadable[0].reason})")
+            where = f"the images of {folder}" if data is None else "--data"
+            raise ValueError(f"{where}: {left_out}; the first is {unreadable[0].name} ({unreadable[0].reason})")
         _say(f"{left_out} and are left out; crate-mae check lists such images")
     _say(f"analyze: {len(found):,} of the {len(source):,} {which}")
     return _Images(found, which, len(unreadable))
@@ -171,22 +178,20 @@ def _images_of(folder: Path, config: PretrainConfig) -> tuple[Source, str]:
     return sets.val, "images that the run validated on"
 
 
-def _of_state(saved: SavedState, trained: CrateMAE, config: PretrainConfig | None) -> tuple[str, CrateMAE] | None:
-    """A state's model, by "epoch N" or "step N"; None of one that cannot be shown, which is said."""
+def _of_state(saved: SavedState, trained: CrateMAE, config: PretrainConfig | None) -> tuple[str, CrateMAE]:
+    """A state's model, by "epoch N" or "step N".
+
+    Raises:
+        ValueError: it cannot be shown.
+    """
     assert config is not None
     model = CrateMAE(trained.config).eval()
-    try:
-        images = load_state_weights(saved, model)
-    except ValueError as error:
-        _say(f"passed over: {error}")
-        return None
+    images = load_state_weights(saved, model)
     model.to(next(trained.parameters()).device)
     weights = model.state_dict()
     if all(value.equal(weights[name]) for name, value in trained.state_dict().items()):
-        _say(f"passed over: {saved.path} is the trained model itself")
-        return None
-    steps_per_epoch = max(1, images // config.schedule.batch_size)
-    epoch, rest = divmod(saved.step, steps_per_epoch)
+        raise ValueError("it is the trained model itself")
+    epoch, rest = divmod(saved.step, max(1, images // config.schedule.batch_size))
     name = f"step {saved.step}" if rest else f"epoch {epoch}"
     return f"{name}, diverging" if saved.diverging else name, model
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from crate_mae.analysis import Analysis
-from crate_mae.pictures.charts import FAINT, Box, Canvas, Series, Shape, blend
+from crate_mae.pictures.charts import FAINT, Box, Canvas, Series, Shape, blend, text_width
 
 TRAINED, UNTRAINED = "trained", "untrained"
 """Names of models that have colours of their own."""
@@ -92,7 +92,8 @@ def layers_picture(analyses: Mapping[str, Analysis], *, caption: str) -> Image.I
     top = Canvas(1, 1).legend((_MARGIN, 120), entries, _WIDTH - _MARGIN) + 28
     canvas = Canvas(_WIDTH, round(top + sum(_TITLES + height + _NAMES for _, _, height in rows)))
     canvas.text((_MARGIN, 54), "CRATE-MAE: what each layer does to the tokens", 30)
-    canvas.text((_MARGIN, 82), caption, 16, FAINT)
+    room = (_WIDTH - 2 * _MARGIN) / max(1.0, text_width(caption, 16))
+    canvas.text((_MARGIN, 82), caption, 16 * min(1.0, room), FAINT)  # names of folders may be long
     canvas.legend((_MARGIN, 120), entries, _WIDTH - _MARGIN)
     for panels, columns, height in rows:
         width = (_WIDTH - 2 * _MARGIN + 24) / columns
