@@ -184,7 +184,7 @@ def test_markers_are_where_the_values_are(together):
 def test_what_is_said_follows_the_numbers():
     def made(after: list[float], zeros: list[float]) -> Analysis:
         names = ("coding_rate_after", "token_coding_rate", "effective_rank", "coherence")
-        values = {name: after for name in names} | {"coding_rate_before": [4.0] * len(after), "zeros": zeros}
+        values = dict.fromkeys(names, after) | {"coding_rate_before": [4.0] * len(after), "zeros": zeros}
         spread = [0.0] * len(after)
         return Analysis(1, {"encoder": {name: Measured(value, spread) for name, value in values.items()}})
 
