@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jsonargparse import ArgumentParser, Namespace
@@ -86,7 +86,6 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     chosen_images = _images(folder, config, asked.data, asked.images)
     images = CentreCropped(chosen_images.source, model.config.image_shape, model.config.in_chans)
     states = list(reversed(saved_states(folder / STATES))) if asked.states else []
-
     if asked.states and not states:
         _say(f"there are no states in {folder / STATES}")
     analyses: dict[str, Analysis] = {}
@@ -113,23 +112,16 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
-    size = model.config
+    bars = "error bars (trained and untrained)" if len(analyses) > 2 else "error bars"
     caption = (
-        f"{folder.absolute().name}: {size.depth} + {size.decoder_depth} layers of width {size.embed_dim}, "
-        f"{count_parameters(model)[0]:,} parameters, lambda {size.lambd:g}; means over {len(images)} {chosen_images.which}, "
-        "error bars: standard deviation over images"
+        f"{folder.absolute().name}: {model.config.depth} + {model.config.decoder_depth} layers of width "
+        f"{model.config.embed_dim}, {count_parameters(model)[0]:,} parameters, lambda {model.config.lambd:g}; means over "
+        f"{len(images)} {chosen_images.which}; {bars}: standard deviation over images"
     )
     about = {
         "run": str(folder.absolute()),
-        "images": {
-            "count": len(images),
-            "which": chosen_images.which,
-            "height": size.image_shape[0],
-            "width": size.image_shape[1],
-            "unreadable": chosen_images.unreadable,
-            "names": [chosen_images.source.name(index) for index in range(len(images))],
-        },
-        "definitions": {"lambda": size.lambd},
+        "images": chosen_images.about() | {"size": list(model.config.image_shape)},
+        "definitions": {"lambda": model.config.lambd},
     }
     numbers, picture = write_analysis(out, analyses, caption=caption, about=about)
     return "\n".join([*analysis_lines(analyses), f"The page is {picture}, its numbers are in {numbers}."])
@@ -141,6 +133,11 @@ class _Images(NamedTuple):
     source: Source
     which: str
     unreadable: int
+
+    def about(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        names = [self.source.name(index) for index in range(len(self.source))]
+        return {"count": len(names), "which": self.which, "unreadable": self.unreadable, "names": names}
 
 
 def _images(folder: Path, config: PretrainConfig | None, data: str | None, most: int) -> _Images:
