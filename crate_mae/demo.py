@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset
 
+from crate_mae.analyzing import random_model, readable_images
 from crate_mae.checkpoints import load_model
 from crate_mae.config import grid_of
-from crate_mae.data import CentreCropped, Normalization, Source, Subset
-from crate_mae.data.checking import Looked, looked_at
+from crate_mae.data import CentreCropped, Normalization, Source
 from crate_mae.evaluation import class_accuracies, pooled_features, zeros_by_layer
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
@@ -44,11 +44,11 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
     train, val, *_ = image_sets(config)
     if result.errors is None or val is None:
         return []
-    train, val = map(_readable, (train, val))
+    train, val = (readable_images(source)[0] for source in (train, val))
     with cpu_threads(config.run.threads):
         device = choose_device(config.run.device)
         model = load_model(config.out).to(device).eval()
-        random = [_random_model(model, seed).to(device) for seed in RANDOM_SEEDS]
+        random = [random_model(model, seed).to(device) for seed in RANDOM_SEEDS]
         normalization = Normalization(config.images.mean, config.images.std, config.model.in_chans)
         shown = CentreCropped(val, config.model.image_shape, config.model.in_chans)
         sparsity = Sparsity(*(zeros_by_layer(each, shown, normalization) for each in (model, random[0])))
@@ -72,18 +72,6 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
     with replaced(config.out / SUMMARY) as file:
         page.save(file, format="PNG")
     return [f"On one page: {config.out / SUMMARY}", *([] if classes is None else _lines(classes))]
-
-
-def _readable(source: Source) -> Source:
-    """The images of a source that can be read, those included that the run did not come to."""
-    found = [index for index in range(len(source)) if isinstance(looked_at(source, index), Looked)]
-    return Subset(source, found) if len(found) < len(source) else source
-
-
-def _random_model(like: CrateMAE, seed: int) -> CrateMAE:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return CrateMAE(like.config).eval()
 
 
 def _classes(

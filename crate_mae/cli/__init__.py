@@ -13,13 +13,16 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from crate_mae import __version__
-from crate_mae.cli import check, pack, pretraining, reconstruct, visualize
+from crate_mae.cli import analyze, check, pack, pretraining, reconstruct, visualize
 from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, worded
 from crate_mae.cli.settings import check_argument, load
 from crate_mae.data import STOPPING
 from crate_mae.training import RunStopped
 
-COMMANDS = ("pretrain", "demo", "reconstruct", "visualize", "pack", "check")
+OTHERS = {"reconstruct": reconstruct, "analyze": analyze, "visualize": visualize, "pack": pack, "check": check}
+"""Commands with a module of their own."""
+
+COMMANDS = ("pretrain", "demo", *OTHERS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,15 +103,11 @@ def _run(arguments: list[str]) -> str:
         commands = parser.add_subcommands()
         parsers = {
             **pretraining.add_commands(commands, defaults),
-            "reconstruct": reconstruct.add_command(commands),
-            "visualize": visualize.add_command(commands),
-            "pack": pack.add_command(commands),
-            "check": check.add_command(commands),
+            **{name: module.add_command(commands) for name, module in OTHERS.items()},
         }
         if arguments[0] in parsers:
             options = [*parsers[arguments[0]]._option_string_actions, DEBUG]
         chosen = parser.parse_args(arguments)
     except ArgumentError as error:
         raise worded(error, options) from error
-    others = {"reconstruct": reconstruct.run, "visualize": visualize.run, "pack": pack.run, "check": check.run}
-    return others.get(chosen.subcommand, pretraining.run)(parser, chosen)
+    return OTHERS.get(chosen.subcommand, pretraining).run(parser, chosen)

@@ -9,13 +9,14 @@ import argparse
 import dataclasses
 import json
 import re
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import CONFIG_FILE, read_config
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.errors import DEBUG_HELP, worded
 from crate_mae.cli.lists import with_lists_joined
 from crate_mae.cli.settings import PATHS, SECTIONS, check_json, path_of, read_settings
 from crate_mae.config import ModelConfig
@@ -99,10 +100,29 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     with of_section("model", img_size="images"):  # of the sections, the one whose own messages lack its name
         ModelConfig(**chosen[chosen.subcommand].model.as_dict())
     settings = parser.instantiate(chosen)[chosen.subcommand]
-    config = PretrainConfig(**{field.name: settings[field.name] for field in dataclasses.fields(PretrainConfig)})
+    config = _config(settings)
     result = pretrain(config, resume=settings.resume, overwrite=settings.overwrite)
     more = summarise(result, config) if chosen.subcommand == "demo" else []
     return "\n".join([_report(result), *more])
+
+
+def config_of(run: Path) -> PretrainConfig:
+    """The settings of the run in a folder, as ``--config`` takes them.
+
+    Raises:
+        ValueError: its config.json has something else; the message names it.
+    """
+    file = run / CONFIG_FILE
+    read_settings(str(file))
+    parser = _pretrain_parser({})
+    try:
+        return _config(parser.instantiate(parser.parse_args([f"--config={file}"])))
+    except ArgumentError as error:
+        raise ValueError(f"{file}: {worded(error, ())}") from error
+
+
+def _config(settings: Namespace) -> PretrainConfig:
+    return PretrainConfig(**{field.name: settings[field.name] for field in dataclasses.fields(PretrainConfig)})
 
 
 def _way_to_go_on(out: Path) -> list[str]:

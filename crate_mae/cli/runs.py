@@ -1,4 +1,4 @@
-"""What commands read of a run, with errors that say whose file is to blame."""
+"""What is in the folder of a run, for the commands that take one; errors name the file, and are a user's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crate_mae.model import CrateMAE
 
 
 def normalization_of(run: Path) -> Normalization:
-    """How the images of a run were standardised; errors as of `read_normalization`, and what is there may be no numbers."""
+    """How its images were standardised. Errors as of ``read_normalization``, and a ValueError where that says no numbers."""
     try:
         return read_normalization(run)
     except TypeError as error:  # what is there are no numbers
@@ -21,7 +21,7 @@ def normalization_of(run: Path) -> Normalization:
 
 
 def model_of(run: Path) -> CrateMAE:
-    """A run's model; errors as of `load_model`, and weights that are not its config's are a ValueError, too."""
+    """Its model. Errors as of ``load_model``; weights that do not fit their config are a ValueError, too."""
     try:
         return load_model(run)
     except RuntimeError as error:  # weights that are not its config's
@@ -35,3 +35,8 @@ def trained_ratio(run: Path) -> float:
     if not isinstance(ratio, int | float):
         raise ValueError(f"{run / CONFIG_FILE}: schedule.mask_ratio: expected a number, got {ratio!r}")
     return ratio
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder with a config.json says how a model was trained; else it holds a model alone."""
+    return "schedule" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))

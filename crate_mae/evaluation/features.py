@@ -21,7 +21,7 @@ def pooled_features(
     Args:
         images: items uint8 [channels, height, width], as ``CentreCropped`` has them.
     """
-    batches = _batches(model, images, normalization, batch_size)
+    batches = standardised(model, images, normalization, batch_size)
     return torch.cat([model.encode(batch)[:, 1:].mean(1).float().cpu() for batch in batches])
 
 
@@ -40,7 +40,7 @@ def zeros_by_layer(
 
     hooks = [block.register_forward_hook(hook(layer)) for layer, block in enumerate(model.blocks)]
     try:
-        for batch in _batches(model, images, normalization, batch_size):
+        for batch in standardised(model, images, normalization, batch_size):
             values += model.encode(batch).numel()
     finally:
         for handle in hooks:
@@ -48,9 +48,10 @@ def zeros_by_layer(
     return [count / values for count in zeros]
 
 
-def _batches(
+def standardised(
     model: nn.Module, images: Dataset[Tensor], normalization: Normalization, batch_size: int
 ) -> Iterator[Tensor]:
+    """Batches of the images as the model takes them, in their order, where the model is."""
     device = next(model.parameters()).device
     for pixels in ImageLoader(images, in_order(len(images), batch_size)):
         yield normalization(pixels.to(device))

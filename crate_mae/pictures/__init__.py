@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from crate_mae.pictures.layers import layers_picture
 from crate_mae.pictures.reconstructions import (
     Reconstructions,
     predicted_patches,
@@ -15,6 +16,7 @@ __all__ = [
     "Curves",
     "Reconstructions",
     "Sparsity",
+    "layers_picture",
     "predicted_patches",
     "reconstruct",
     "reconstruction_sheet",

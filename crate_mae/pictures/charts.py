@@ -1,12 +1,13 @@
-"""The few charts that the summary of a run needs, drawn with Pillow."""
+"""The few charts that pictures of runs and models need, drawn with Pillow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 INK, FAINT, GRID = "#222222", "#707070", "#e4e4e4"
 
@@ -38,6 +39,26 @@ class Bar(NamedTuple):
     colour: str
     label: str
     spread: float = 0.0
+
+
+Shape = Literal["round", "square", "ring"]
+"""Of a marker; a ring is a round one that is empty."""
+
+
+class Series(NamedTuple):
+    """One value for each layer, at markers that a line joins.
+
+    Attributes:
+        spreads: drawn as whiskers either way, where they are above 0; none of no whiskers.
+        origins: from each of which a pale bar leads to its marker; none of no bars.
+    """
+
+    values: Sequence[float]
+    spreads: Sequence[float]
+    colour: str
+    shape: Shape = "round"
+    joined: bool = True
+    origins: Sequence[float] = ()
 
 
 class Canvas:
@@ -76,6 +97,76 @@ class Canvas:
             return
         doubled = [(2 * x, 2 * y) for x, y in points]
         self._draw.line(doubled, fill=colour, width=round(2 * width), joint="curve")
+
+    def marker(self, at: tuple[float, float], shape: Shape, colour: str, radius: float = 4) -> None:
+        x, y = (2 * place for place in at)
+        box = [x - 2 * radius, y - 2 * radius, x + 2 * radius, y + 2 * radius]
+        if shape == "square":
+            self._draw.rectangle(box, fill=colour)
+        else:
+            self._draw.ellipse(box, fill="white" if shape == "ring" else colour, outline=colour, width=3)
+
+    def whisker(self, x: float, top: float, bottom: float, colour: str, cap: float = 5) -> None:
+        """An error bar, with a cap at each end."""
+        self.line([(x, top), (x, bottom)], colour, 1.5)
+        for y in (top, bottom):
+            self.line([(x - cap, y), (x + cap, y)], colour, 1.5)
+
+    def legend(self, at: tuple[float, float], entries: Sequence[tuple[str, str]], right: float) -> float:
+        """A swatch in the colour of each (name, colour), in lines from a point no further than `right`; returns the last's y."""
+        x, y = at
+        for name, colour in entries:
+            width = 40 + text_width(name, 15) + 24
+            if x > at[0] and x + width > right:
+                x, y = at[0], y + 24
+            self.line([(x, y - 5), (x + 30, y - 5)], colour, 3)
+            self.marker((x + 15, y - 5), "round", colour, 5)
+            self.text((x + 40, y), name)
+            x += width
+        return y
+
+    def profiles(self, box: Box, stacks: Mapping[str, Sequence[Series]], *, together: bool = True) -> None:
+        """Series over the layers of stacks side by side, each stack named under its part of the box.
+
+        Args:
+            together: over one y axis; otherwise each stack has its own.
+        """
+        left, top, right, bottom = box
+        layers = [max(len(series.values) for series in stack) for stack in stacks.values()]
+        common = _limits([series for stack in stacks.values() for series in stack])
+        parts = _parts(left, right, layers, gap=18.0 if together else 66.0)
+        for place, ((name, stack), (start, end)) in enumerate(zip(stacks.items(), parts, strict=True)):
+            lowest, highest = common if together else _limits(stack)
+            level = partial(_level, lowest=lowest, highest=highest, top=top, bottom=bottom)
+            step = _round_step((highest - lowest) / 7)
+            decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+            for number in range(math.ceil(lowest / step), math.floor(highest / step) + 1):
+                y = level(number * step)
+                self.line([(start, y), (end, y)], GRID)
+                if place == 0 or not together:
+                    self.text((start - 8, y), f"{number * step:,.{decimals}f}", 12, FAINT, "rm")
+            self.line([(start, bottom), (end, bottom)], FAINT)
+            room = (end - start) / layers[place]
+            for number in _numbered(layers[place], room):
+                self.text((start + room * (number - 0.5), bottom + 6), str(number), 12, FAINT, "ma")
+            self.text(((start + end) / 2, bottom + 22), name, 13, FAINT, "ma")
+            for series in stack:
+                places = [start + room * (number + 0.5) for number in range(len(series.values))]
+                self._draw_series(series, places, level, radius=min(4.5, max(2.0, room / 4)))
+
+    def _draw_series(
+        self, series: Series, places: Sequence[float], level: Callable[[float], float], *, radius: float
+    ) -> None:
+        points = [(x, level(value)) for x, value in zip(places, series.values, strict=True)]
+        for (x, y), origin in zip(points, series.origins, strict=False):
+            self.line([(x, level(origin)), (x, y)], blend("#ffffff", series.colour, 0.35), radius)
+        if series.joined and len(points) > 1:
+            self.line(points, series.colour, 2)
+        for x, value, spread in zip(places, series.values, series.spreads, strict=False):
+            if spread:
+                self.whisker(x, level(value + spread), level(value - spread), series.colour, radius)
+        for point in points:
+            self.marker(point, series.shape, series.colour, radius)
 
     def curves(
         self, box: Box, lines: Sequence[Line], levels: Sequence[Level], *, lowest: float, highest: float, x_label: str
@@ -125,13 +216,58 @@ class Canvas:
                 peak = bottom - value * height
                 self.rectangle((centre - 0.44 * width, peak, centre + 0.44 * width, bottom), colour)
                 if spread:
-                    ends = [(centre, peak - spread * height), (centre, peak + spread * height)]
-                    self.line(ends, INK, 1.5)
-                    for _, y in ends:
-                        self.line([(centre - 5, y), (centre + 5, y)], INK, 1.5)
+                    self.whisker(centre, peak - spread * height, peak + spread * height, INK)
                 self.text((centre, peak - 5 - spread * height), label, 14, INK, "ms")
             self.text((middle, bottom + 7), name, 14, INK, "ma")
         self.line([(left, bottom), (right, bottom)], FAINT)
+
+
+def text_width(words: str, size: float) -> float:
+    """Of words as `Canvas.text` writes them."""
+    return ImageFont.load_default(2 * size).getlength(words) / 2
+
+
+def blend(one: str, other: str, share: float) -> str:
+    """The colour at a share of the way from one to the other."""
+    pairs = zip(ImageColor.getrgb(one), ImageColor.getrgb(other), strict=True)
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in pairs)
+
+
+def _limits(series: Iterable[Series]) -> tuple[float, float]:
+    """What all is within, with some room; around values that are all the same, too."""
+    ends: list[float] = []
+    for each in series:
+        spreads = each.spreads or [0.0] * len(each.values)
+        ends += [value + spread for value, spread in zip(each.values, spreads, strict=True)]
+        ends += [value - spread for value, spread in zip(each.values, spreads, strict=True)]
+        ends += each.origins
+    lowest, highest = min(ends), max(ends)
+    room = 0.06 * (highest - lowest)
+    if room <= 1e-9 * max(abs(lowest), abs(highest)):  # rounding is no difference
+        room = 0.1 * abs(highest) or 1.0
+    return lowest - room, highest + room
+
+
+def _level(value: float, *, lowest: float, highest: float, top: float, bottom: float) -> float:
+    """Where on the y axis a value is."""
+    return bottom - (value - lowest) / (highest - lowest) * (bottom - top)
+
+
+def _parts(left: float, right: float, layers: Sequence[int], *, gap: float) -> Iterator[tuple[float, float]]:
+    """Where on the x axis each stack is: a share of it by its layers, and room for its name at least."""
+    whole = right - left - gap * (len(layers) - 1)
+    least = 0.3 * whole if len(layers) > 1 else 0.0
+    for count in layers:
+        width = least + (whole - least * len(layers)) * count / sum(layers)
+        yield left, left + width
+        left += width + gap
+
+
+def _numbered(layers: int, room: float) -> list[int]:
+    """The layers whose numbers are written, counted from 1: so many as have room."""
+    step = next(step for step in (1, 2, 3, 4, 6, 10, 12, 20, 50, 100, layers + 1) if step * room >= 20 or step > layers)
+    numbers = list(range(step, layers + 1, step))
+    return numbers if step == 1 else [1, *(number for number in numbers if (number - 1) * room >= 20)]
 
 
 def _round_step(least: float) -> float:

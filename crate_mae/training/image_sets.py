@@ -61,7 +61,7 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
     if channels not in COLOUR_MODES:
         raise ValueError(f"model.in_chans: image files give {sorted(COLOUR_MODES)} channels, got {channels}")
     data = config.data if config.data is not None else str(FLOWERS)
-    with _option("--data"):
+    with of_option("--data"):
         parts = {member: parts_of(Path(member)) for member in members(data) if is_folder(member)}
     val_what = config.val or parts.get(data, {}).get("val")  # which several sources have none of
     said = []
@@ -70,7 +70,7 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
         words = ", ".join(f"{part.name}/ {uses.get(part, 'left out')}" for part in of_folder.values())
         said += [f"of {folder}, {words}"] if words and config.data else []
 
-    with _option("--data"):
+    with of_option("--data"):
         # Absolute, as config.json has it: an image's name is the same before and after a resume.
         train = open_source(absolute(data), part="train")
     listed = train if isinstance(train, ImageFolder) else None
@@ -79,7 +79,7 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
     said += train.remarks()
     val = None
     if val_what:
-        with _option("--val"):
+        with of_option("--val"):
             val = open_source(absolute(val_what), part="val")
         said += [f"to validate on: {remark}" for remark in val.remarks()]
         if val.name(0) == train.name(0) and val.fingerprint() == train.fingerprint():
@@ -95,7 +95,8 @@ def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
 
 
 @contextmanager
-def _option(name: str) -> Iterator[None]:
+def of_option(name: str) -> Iterator[None]:
+    """Put the option in front of the messages of what is opened for it."""
     try:
         yield
     except (OSError, ValueError, MissingLibrary) as error:

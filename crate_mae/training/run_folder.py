@@ -20,6 +20,8 @@ STATES, BEST = "states", "best"
 RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, PICTURE, BREAKDOWN, UNREADABLE, IMAGES)
 SUMMARY = "summary.png"
 """Written by the demo alone."""
+ANALYSIS, ANALYSIS_PICTURE = "analysis.json", "analysis.png"
+"""Written by `crate-mae analyze`, of the model that the run has."""
 
 
 def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -40,7 +42,7 @@ def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -
 
 def clear_run_folder(out: Path) -> None:
     """Delete the files of a run, and nothing else."""
-    files = [out / name for name in (*RUN_FILES, SUMMARY)]
+    files = [out / name for name in (*RUN_FILES, SUMMARY, ANALYSIS, ANALYSIS_PICTURE)]
     files += [out / BEST / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     files += [state.path for state in saved_states(out / STATES)]
     for path in files:

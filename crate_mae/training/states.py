@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from crate_mae.files import make_folder, remove, replaced
-from crate_mae.state_dicts import check_archive, differences
+from crate_mae.state_dicts import check_archive, differences, objection_to
 
 _NAME = re.compile(r"step_(0|[1-9][0-9]*)(_diverging)?\.pt")
 
@@ -107,6 +107,26 @@ def read_state(
     if broken:
         raise ValueError(f"none of the states can be read: {'; '.join(broken.values())}")
     raise FileNotFoundError(f"nothing to resume: there is no state in {folder}")
+
+
+def load_state_weights(saved: SavedState, model: nn.Module) -> int:
+    """Give a model the weights of a state; returns how many images the run trained on.
+
+    Raises:
+        ValueError: the state cannot be read, is of another model, or its weights are not finite.
+    """
+
+    def fits(state: dict[str, Any]) -> None:
+        expected = model.state_dict()
+        if problems := differences(state["model"], expected):
+            raise ValueError(f"it is of another model: it {'; '.join(problems)}")
+        for name, value in state["model"].items():
+            if objection := objection_to(value, expected[name].dtype):
+                raise ValueError(f"{name}: {objection}")
+
+    state = _read(saved.path, fits)
+    model.load_state_dict(state["model"])
+    return state["image_count"]
 
 
 def _of_step(states: Sequence[SavedState], step: int, folder: Path) -> SavedState:

@@ -1,0 +1,156 @@
+"""What the layers of models do to images, measured side by side, written down and told: for the command and the demo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from crate_mae import __version__
+from crate_mae.analysis import MEASURES, OFFICIAL_EPS, Analysis, analyze
+from crate_mae.data import Normalization, Source, Subset
+from crate_mae.data.checking import looked_at
+from crate_mae.data.unreadable import Unreadable
+from crate_mae.evaluation.features import standardised
+from crate_mae.files import make_folder, replaced
+from crate_mae.model import CrateMAE
+from crate_mae.pictures.layers import TRAINED, UNTRAINED, layers_picture
+from crate_mae.training.run_folder import ANALYSIS, ANALYSIS_PICTURE
+
+_COLUMNS = {
+    "coding_rate_before": ("R^c before", "{:.1f}"),
+    "coding_rate_after": ("after MSSA", "{:.1f}"),
+    "token_coding_rate": ("R of tokens", "{:.1f}"),
+    "zeros": ("zeros", "{:.1%}"),
+    "effective_rank": ("rank", "{:.1f}"),
+    "coherence": ("coherence", "{:.3f}"),
+}
+"""Of the table: measures, their headings and how they are written."""
+
+
+def random_model(like: CrateMAE, seed: int = 0) -> CrateMAE:
+    """A model of the same config with random weights, the same for one seed, in evaluation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CrateMAE(like.config).eval()
+
+
+def readable_images(source: Source) -> tuple[Source, list[Unreadable]]:
+    """The images of a source that can be read, and those that cannot; all are decoded to know."""
+    found, unreadable = [], []
+    for index in range(len(source)):
+        looked = looked_at(source, index)
+        if isinstance(looked, Unreadable):
+            unreadable.append(looked)
+        else:
+            found.append(index)
+    return (Subset(source, found) if unreadable else source), unreadable
+
+
+def analyze_models(
+    models: Mapping[str, CrateMAE],
+    images: Dataset[Tensor],
+    normalization: Normalization,
+    *,
+    batch_size: int = 20,
+    done: Callable[[int], None] = lambda images: None,
+) -> dict[str, Analysis]:
+    """``crate_mae.analysis.analyze`` of each model on the same images.
+
+    Args:
+        models: by name; each stays where it is, and in its mode.
+        images: items uint8 [channels, height, width], as ``CentreCropped`` has them; all can be read.
+        batch_size: images that go through a model together; it changes memory alone.
+        done: told how many images each batch had, for a progress bar over images times models.
+
+    Raises:
+        ValueError: there are no images, or a model's values are not finite; the message names the model.
+    """
+    analyses = {}
+    for name, model in models.items():
+        try:
+            analyses[name] = analyze(model, standardised(model, images, normalization, batch_size), done=done)
+        except ValueError as error:
+            raise ValueError(f"the {name} model: {error}") from error
+    return analyses
+
+
+def write_analysis(
+    folder: Path, analyses: Mapping[str, Analysis], *, caption: str, about: dict[str, Any]
+) -> tuple[Path, Path]:
+    """Write ``analysis.json`` and ``analysis.png`` into a folder, which is made if it is not there; returns their paths.
+
+    The JSON is strict. Beside ``about`` it has ``versions``, ``definitions`` (``measures``, ``eps``) and ``models``, for each
+    its ``Analysis.to_dict()``.
+
+    Args:
+        analyses: by the name of the model, as of ``layers_picture``.
+        caption: as of ``layers_picture``.
+        about: what else is to be known, in plain values, such as of which images; its ``definitions`` join those here.
+
+    Raises:
+        OSError: they cannot be written; those that were there before are there still.
+        ValueError: there are no analyses, or a number is not finite.
+    """
+    definitions = {"measures": MEASURES, "eps": OFFICIAL_EPS, **about.get("definitions", {})}
+    content = {
+        "versions": {"crate_mae": __version__, "torch": torch.__version__},
+        **about,
+        "definitions": definitions,
+        "models": {name: analysis.to_dict() for name, analysis in analyses.items()},
+    }
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    picture = layers_picture(analyses, caption=caption)
+    paths = folder / ANALYSIS, folder / ANALYSIS_PICTURE
+    make_folder(folder)
+    with replaced(*paths) as (of_numbers, of_picture):
+        of_numbers.write(text.encode())
+        picture.save(of_picture, format="PNG")
+    return paths
+
+
+def analysis_lines(analyses: Mapping[str, Analysis]) -> list[str]:
+    """A table of the first and the last layer of each stack, and whether coding rate falls and sparsity rises with depth."""
+    compared = {name: analyses[name] for name in (TRAINED, UNTRAINED) if name in analyses} or dict(analyses)
+    headings = "".join(f"{heading:>13}" for heading, _ in _COLUMNS.values())
+    lines = [f"Means over images; coding rates in nats:\n{'':<32}{headings}"]
+    stacks = next(iter(compared.values())).stacks
+    for stack, measures in stacks.items():
+        count = len(measures["zeros"].mean)
+        for layer in sorted({0, count - 1}):
+            for place, (name, analysis) in enumerate(compared.items()):
+                of_stack = analysis.stacks[stack]
+                where = "" if place else f"{stack} layer {layer + 1}"
+                cells = "".join(f"{form.format(of_stack[m].mean[layer]):>13}" for m, (_, form) in _COLUMNS.items())
+                lines.append(f"  {where:<18}{name:<12}{cells}")
+    return lines + [_with_depth(name, analysis) for name, analysis in compared.items() if "encoder" in analysis.stacks]
+
+
+def _with_depth(name: str, analysis: Analysis) -> str:
+    """What the numbers say of one model's encoder."""
+    encoder = analysis.stacks["encoder"]
+    before, after, zeros = (encoder[m].mean for m in ("coding_rate_before", "coding_rate_after", "zeros"))
+    compressing = sum(end < start for start, end in zip(before, after, strict=True))
+    said = f"In the {name} encoder MSSA lowers R^c in {compressing} of {len(after)} layers"
+    if len(after) == 1:
+        return f"{said}; one layer has no trend with depth."
+    return (
+        f"{said}; from layer 1 to {len(after)}, R^c after MSSA {_trend(after, '{:.1f}')}, "
+        f"and the share of zeros {_trend(zeros, '{:.1%}')}."
+    )
+
+
+def _trend(values: Sequence[float], form: str) -> str:
+    """Such as "falls from 3.0 to 1.0 (in 2 of 2 steps)": the ends, and how many steps between layers go the same way."""
+    first, last = form.format(values[0]), form.format(values[-1])
+    if values[0] == values[-1]:
+        return f"ends as it began, at {last}"
+    falls = values[-1] < values[0]
+    same = sum((after < before) if falls else (after > before) for before, after in pairwise(values))
+    return f"{'falls' if falls else 'rises'} from {first} to {last} (in {same} of {len(values) - 1} steps)"

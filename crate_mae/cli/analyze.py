@@ -1,0 +1,199 @@
+"""`crate-mae analyze`: what each layer of a run's model does to tokens, in numbers and on one page."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jsonargparse import ArgumentParser, Namespace
+from tqdm import tqdm
+
+from crate_mae.analysis import Analysis
+from crate_mae.analyzing import analysis_lines, analyze_models, random_model, readable_images, write_analysis
+from crate_mae.checkpoints import CONFIG_FILE
+from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.pretraining import config_of
+from crate_mae.cli.runs import is_run, model_of, normalization_of
+from crate_mae.cli.settings import check_json, path_of
+from crate_mae.data import CentreCropped, Source, Subset, open_source
+from crate_mae.data.progress import Progress
+from crate_mae.data.unreadable import by_cause
+from crate_mae.model import CrateMAE
+from crate_mae.pictures.layers import TRAINED, UNTRAINED
+from crate_mae.registry import count_parameters
+from crate_mae.training.config import PretrainConfig
+from crate_mae.training.image_sets import image_sets, of_option
+from crate_mae.training.precision import choose_device, cpu_threads
+from crate_mae.training.run_folder import IMAGES, STATES, refuse_unwritable
+from crate_mae.training.states import SavedState, load_state_weights, saved_states
+
+
+def add_command(commands: ArgumentParser) -> ArgumentParser:
+    """Add `analyze` to the commands; returns its parser."""
+    parser = ArgumentParser(
+        description="Measures layer by layer how far tokens are compressed and made sparse, and what attention looks at; "
+        "writes analysis.json and analysis.png.",
+        epilog=DEBUG_HELP,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="Folder of a run, or of a model alone, which needs --data."
+    )
+    parser.add_argument(
+        "--data",
+        type=str,
+        help="Images, as --data of pretrain names them; of a data set in parts, val/. By default, those that the run "
+        "validated on, else those that it trained on.",
+    )
+    parser.add_argument("--images", type=int, default=200, help="Most images, spread evenly over those that there are.")
+    parser.add_argument("--untrained", type=bool, default=True, help="Show a model with random weights, too.")
+    parser.add_argument("--states", action="store_true", help="Show the states that the run has kept, too.")
+    parser.add_argument("--out", type=Path, help="Folder for the files; by default, RUN.")
+    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
+    parser.add_argument("--batch_size", type=int, default=20, help="Images at once: fewer need less memory.")
+    commands.add_subcommand("analyze", parser, help="Measure what each layer of a run's model does to tokens.")
+    return parser
+
+
+def run(parser: ArgumentParser, chosen: Namespace) -> str:
+    """Write the analysis; returns what to print.
+
+    Raises:
+        OSError: there is no such run, or there are no such images, or the files cannot be written.
+        ValueError: an argument cannot be used, or a model's values are not finite; the message names it.
+        MissingLibrary: an ImportError: one that the images need is not installed.
+    """
+    asked = chosen.analyze
+    folder, out = path_of(str(asked.run)), path_of(str(asked.out or asked.run))
+    for name in ("images", "batch_size"):
+        if asked[name] < 1:
+            raise ValueError(f"--{name}: expected 1 or more, got {asked[name]}")
+    device = choose_device(asked.device, "--device")
+    check_json(folder / CONFIG_FILE)
+    normalization = normalization_of(folder)
+    model = model_of(folder).to(device).eval()
+    refuse_unwritable(out)
+    config = config_of(folder) if is_run(folder) else None
+    if config is None and (asked.data is None or asked.states):
+        lacking = "images: name some by --data" if asked.data is None else "states: leave out --states"
+        raise ValueError(f"{folder} holds a model alone, without {lacking}")
+    chosen_images = _images(folder, config, asked.data, asked.images)
+    images = CentreCropped(chosen_images.source, model.config.image_shape, model.config.in_chans)
+    states = list(reversed(saved_states(folder / STATES))) if asked.states else []
+    if asked.states and not states:
+        _say(f"there are no states in {folder / STATES}")
+    analyses: dict[str, Analysis] = {}
+    # As many threads as the run had: models as small as the demo's are slower on two, where something else computes, too.
+    threads = min(config.run.threads if config else 0, os.cpu_count() or 1)
+    with cpu_threads(threads), Progress((1 + asked.untrained + len(states)) * len(images), "analyze", _say) as progress:
+
+        def measure(name: str, of: CrateMAE) -> None:
+            analyses.update(
+                analyze_models({name: of}, images, normalization, batch_size=asked.batch_size, done=progress.update)
+            )
+
+        # One at a time, so that no more than two models take memory.
+        if asked.untrained:
+            measure(UNTRAINED, random_model(model).to(device))
+        for saved in states:
+            try:
+                measure(*_of_state(saved, model, config))
+            except ValueError as error:
+                _say(f"passed over {saved.path}: {error}")
+                progress.update(len(images), done_before=True)
+        try:
+            measure(TRAINED, model)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+
+    bars = "error bars (trained and untrained)" if len(analyses) > 2 else "error bars"
+    caption = (
+        f"{folder.absolute().name}: {model.config.depth} + {model.config.decoder_depth} layers of width "
+        f"{model.config.embed_dim}, {count_parameters(model)[0]:,} parameters, lambda {model.config.lambd:g}; means over "
+        f"{len(images)} {chosen_images.which}; {bars}: standard deviation over images"
+    )
+    about = {
+        "run": str(folder.absolute()),
+        "images": chosen_images.about() | {"size": list(model.config.image_shape)},
+        "definitions": {"lambda": model.config.lambd},
+    }
+    numbers, picture = write_analysis(out, analyses, caption=caption, about=about)
+    return "\n".join([*analysis_lines(analyses), f"The page is {picture}, its numbers are in {numbers}."])
+
+
+class _Images(NamedTuple):
+    """Images that can be read, which they are in words, and how many beside them cannot."""
+
+    source: Source
+    which: str
+    unreadable: int
+
+    def about(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        names = [self.source.name(index) for index in range(len(self.source))]
+        return {"count": len(names), "which": self.which, "unreadable": self.unreadable, "names": names}
+
+
+def _images(folder: Path, config: PretrainConfig | None, data: str | None, most: int) -> _Images:
+    """Up to so many of the images that an option names, or else of the run's, spread evenly."""
+    if data is not None:
+        with of_option("--data"):
+            source, which = open_source(data, part="val"), f"images of {data}"
+    else:
+        assert config is not None
+        source, which = _images_of(folder, config)
+    spread = np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(int)
+    found, unreadable = readable_images(Subset(source, spread))
+    if unreadable:
+        left_out = f"{len(unreadable):,} of {len(spread):,} images cannot be read ({by_cause(unreadable)})"
+        if not len(found):
+            where = f"the images of {folder}" if data is None else "--data"
+            raise ValueError(f"{where}: {left_out}; the first is {unreadable[0].name} ({unreadable[0].reason})")
+        _say(f"{left_out} and are left out; crate-mae check lists such images")
+    _say(f"analyze: {len(found):,} of the {len(source):,} {which}")
+    return _Images(found, which, len(unreadable))
+
+
+def _images_of(folder: Path, config: PretrainConfig) -> tuple[Source, str]:
+    """The images that the run in a folder, which may have been moved, validated on, or else trained on."""
+    # Not all decoded: few of them are looked at.
+    few = dataclasses.replace(config.images, cache_mb=0)
+    try:
+        sets = image_sets(dataclasses.replace(config, out=folder, init=None, images=few), folder / IMAGES)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"the images of the run in {folder}: {error}; --data names others") from error
+    for said in sets.said:
+        _say(said)
+    if sets.val is None:
+        return sets.train, "images that the run trained on, as it validated on none"
+    return sets.val, "images that the run validated on"
+
+
+def _of_state(saved: SavedState, trained: CrateMAE, config: PretrainConfig | None) -> tuple[str, CrateMAE]:
+    """A state's model, by "epoch N" or "step N".
+
+    Raises:
+        ValueError: it cannot be shown.
+    """
+    assert config is not None
+    model = CrateMAE(trained.config).eval()
+    images = load_state_weights(saved, model)
+    model.to(next(trained.parameters()).device)
+    weights = model.state_dict()
+    if all(value.equal(weights[name]) for name, value in trained.state_dict().items()):
+        raise ValueError("it is the trained model itself")
+    epoch, rest = divmod(saved.step, max(1, images // config.schedule.batch_size))
+    name = f"step {saved.step}" if rest else f"epoch {epoch}"
+    return f"{name}, diverging" if saved.diverging else name, model
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # of a terminal that is gone; the report tells what matters
+        tqdm.write(line)
+        sys.stdout.flush()
