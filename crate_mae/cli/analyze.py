@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.pretraining import config_of
 from crate_mae.cli.runs import is_run, model_of, normalization_of
 from crate_mae.cli.settings import check_json, path_of
-from crate_mae.data import CentreCropped, Source, Subset, open_source
+from crate_mae.data import CentreCropped, Source, Subset, open_source, spread
 from crate_mae.data.progress import Progress
 from crate_mae.data.unreadable import by_cause
 from crate_mae.model import CrateMAE
@@ -148,10 +147,10 @@ def _images(folder: Path, config: PretrainConfig | None, data: str | None, most:
     else:
         assert config is not None
         source, which = _images_of(folder, config)
-    spread = np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(int)
-    found, unreadable = readable_images(Subset(source, spread))
+    taken = spread(len(source), most)
+    found, unreadable = readable_images(Subset(source, taken))
     if unreadable:
-        left_out = f"{len(unreadable):,} of {len(spread):,} images cannot be read ({by_cause(unreadable)})"
+        left_out = f"{len(unreadable):,} of {len(taken):,} images cannot be read ({by_cause(unreadable)})"
         if not len(found):
             where = f"the images of {folder}" if data is None else "--data"
             raise ValueError(f"{where}: {left_out}; the first is {unreadable[0].name} ({unreadable[0].reason})")
