@@ -21,6 +21,7 @@ from crate_mae.evaluation.features import standardised
 from crate_mae.files import make_folder, replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures.layers import TRAINED, UNTRAINED, layers_picture
+from crate_mae.registry import count_parameters
 from crate_mae.training.run_folder import ANALYSIS, ANALYSIS_PICTURE
 
 _COLUMNS = {
@@ -113,6 +114,34 @@ def write_analysis(
         of_numbers.write(text.encode())
         picture.save(of_picture, format="PNG")
     return paths
+
+
+def description(
+    run: Path, model: CrateMAE, source: Source, which: str, *, models: int, unreadable: int = 0
+) -> dict[str, Any]:
+    """``caption`` and ``about``, as ``write_analysis`` takes them.
+
+    Args:
+        source, which: the images, and what they are in words, such as "images that the run validated on".
+        models: how many stand side by side.
+        unreadable: images that were left out.
+    """
+    config, names = model.config, [source.name(index) for index in range(len(source))]
+    bars = "error bars (trained and untrained)" if models > 2 else "error bars"
+    caption = (
+        f"{run.absolute().name}: {config.depth} + {config.decoder_depth} layers of width {config.embed_dim}, "
+        f"{count_parameters(model)[0]:,} parameters, lambda {config.lambd:g}; means over {len(names)} {which}; {bars}: standard "
+        "deviation over images"
+    )
+    images = {
+        "count": len(names),
+        "which": which,
+        "unreadable": unreadable,
+        "names": names,
+        "size": list(config.image_shape),
+    }
+    about = {"run": str(run.absolute()), "images": images, "definitions": {"lambda": config.lambd}}
+    return {"caption": caption, "about": about}
 
 
 def analysis_lines(analyses: Mapping[str, Analysis]) -> list[str]:

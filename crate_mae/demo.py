@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset
 
-from crate_mae.analyzing import random_model, readable_images
+from crate_mae.analyzing import (
+    analysis_lines,
+    analyze_models,
+    description,
+    random_model,
+    readable_images,
+    write_analysis,
+)
 from crate_mae.checkpoints import load_model
 from crate_mae.config import grid_of
-from crate_mae.data import CentreCropped, Normalization, Source
-from crate_mae.evaluation import class_accuracies, pooled_features, zeros_by_layer
+from crate_mae.data import CentreCropped, Normalization, Source, spread
+from crate_mae.evaluation import class_accuracies, pooled_features
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import Classes, Curves, Sparsity, summary_picture
+from crate_mae.pictures.layers import TRAINED, UNTRAINED
 from crate_mae.registry import count_parameters
 from crate_mae.training import PretrainConfig, PretrainResult
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.precision import choose_device, cpu_threads
-from crate_mae.training.run_folder import METRICS, SUMMARY
+from crate_mae.training.run_folder import INSIDE, METRICS, SUMMARY
 from crate_mae.training.validation import mask_noise
+from crate_mae.visualizing import visualize
 
 RANDOM_SEEDS = range(5)
 """Of the encoders with random weights that the trained one stands beside."""
@@ -51,13 +61,15 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
         random = [random_model(model, seed).to(device) for seed in RANDOM_SEEDS]
         normalization = Normalization(config.images.mean, config.images.std, config.model.in_chans)
         shown = CentreCropped(val, config.model.image_shape, config.model.in_chans)
-        sparsity = Sparsity(*(zeros_by_layer(each, shown, normalization) for each in (model, random[0])))
+        analyses = analyze_models({UNTRAINED: random[0], TRAINED: model}, shown, normalization)
+        sparsity = Sparsity(*(analyses[name].stacks["encoder"]["zeros"].mean for name in (TRAINED, UNTRAINED)))
         classes = _classes(model, random, train, val, normalization)
-        chosen = np.linspace(0, len(shown) - 1, min(ROWS, len(shown))).round().astype(int).tolist()
+        chosen = spread(len(shown), ROWS)
+        pixels = torch.stack([shown[index] for index in chosen])
         patches = math.prod(grid_of(config.model.image_shape, config.model.patch_size))
         page = summary_picture(
             model,
-            torch.stack([shown[index] for index in chosen]),
+            pixels,
             normalization,
             mask_ratio=config.schedule.mask_ratio,
             noise=mask_noise(len(shown), patches, config.run.seed)[chosen],
@@ -69,9 +81,26 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
                 f"{config.schedule.epochs} epochs of {len(train)} photographs; those shown here were held out"
             ),
         )
-    with replaced(config.out / SUMMARY) as file:
-        page.save(file, format="PNG")
-    return [f"On one page: {config.out / SUMMARY}", *([] if classes is None else _lines(classes))]
+        with replaced(config.out / SUMMARY) as file:
+            page.save(file, format="PNG")
+        described = description(config.out, model, val, "photographs that the run validated on", models=len(analyses))
+        _, analysis = write_analysis(config.out, analyses, **described)
+        inside, *_ = visualize(
+            model,
+            list(pixels),
+            [Path(val.name(index)).name for index in chosen],
+            normalization,
+            config.out / INSIDE,
+            mask_ratio=config.schedule.mask_ratio,
+            seed=config.run.seed,
+            title=f"Inside CRATE-MAE: {config.out}",
+        )
+    return [
+        f"On one page: {config.out / SUMMARY}",
+        *([] if classes is None else _lines(classes)),
+        *analysis_lines(analyses),
+        f"Layer by layer: {analysis}. To look inside by clicking, open {inside}.",
+    ]
 
 
 def _classes(

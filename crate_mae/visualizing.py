@@ -16,6 +16,9 @@ from crate_mae.files import make_folder, remove, replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import Reconstructions, reconstruct
 from crate_mae.pictures.inside import (
+    PAGE,
+    PATHS,
+    SHOWS,
     Query,
     attention_picture,
     components_picture,
@@ -26,21 +29,6 @@ from crate_mae.pictures.inside import (
 )
 from crate_mae.training.config import MAX_SEED
 from crate_mae.training.validation import mask_noise
-
-PAGE = "index.html"
-PATHS = ("path.png", "path_2.png", "path_3.png", "path_4.png")
-"""Of the first images, one each."""
-
-SHOWS = {
-    PAGE: "the page: image, layer, head and patch are picked by clicking",
-    "reconstructions.png": "images, what is visible of them, and what the model makes of that",
-    "attention.png": "what one layer attends to, head by head",
-    "attention_layers.png": "the same through all layers of the encoder, mean over heads",
-    "segmentation.png": "the regions that heads pick out, without labels",
-    "components.png": "tokens and keys in colour: what is alike to the model",
-    **dict.fromkeys(PATHS, "what each step of each layer changed in an image"),
-}
-"""Every file that ``visualize`` may write, in words; the one to open first is the first."""
 
 
 def visualize(

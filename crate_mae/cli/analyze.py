@@ -7,13 +7,20 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from crate_mae.analysis import Analysis
-from crate_mae.analyzing import analysis_lines, analyze_models, random_model, readable_images, write_analysis
+from crate_mae.analyzing import (
+    analysis_lines,
+    analyze_models,
+    description,
+    random_model,
+    readable_images,
+    write_analysis,
+)
 from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.pretraining import config_of
@@ -24,7 +31,6 @@ from crate_mae.data.progress import Progress
 from crate_mae.data.unreadable import by_cause
 from crate_mae.model import CrateMAE
 from crate_mae.pictures.layers import TRAINED, UNTRAINED
-from crate_mae.registry import count_parameters
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.image_sets import image_sets, of_option
 from crate_mae.training.precision import choose_device, cpu_threads
@@ -111,18 +117,9 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
-    bars = "error bars (trained and untrained)" if len(analyses) > 2 else "error bars"
-    caption = (
-        f"{folder.absolute().name}: {model.config.depth} + {model.config.decoder_depth} layers of width "
-        f"{model.config.embed_dim}, {count_parameters(model)[0]:,} parameters, lambda {model.config.lambd:g}; means over "
-        f"{len(images)} {chosen_images.which}; {bars}: standard deviation over images"
-    )
-    about = {
-        "run": str(folder.absolute()),
-        "images": chosen_images.about() | {"size": list(model.config.image_shape)},
-        "definitions": {"lambda": model.config.lambd},
-    }
-    numbers, picture = write_analysis(out, analyses, caption=caption, about=about)
+    source, which, unreadable = chosen_images
+    described = description(folder, model, source, which, models=len(analyses), unreadable=unreadable)
+    numbers, picture = write_analysis(out, analyses, **described)
     return "\n".join([*analysis_lines(analyses), f"The page is {picture}, its numbers are in {numbers}."])
 
 
@@ -132,11 +129,6 @@ class _Images(NamedTuple):
     source: Source
     which: str
     unreadable: int
-
-    def about(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        names = [self.source.name(index) for index in range(len(self.source))]
-        return {"count": len(names), "which": self.which, "unreadable": self.unreadable, "names": names}
 
 
 def _images(folder: Path, config: PretrainConfig | None, data: str | None, most: int) -> _Images:

@@ -20,13 +20,12 @@ from crate_mae.data.paths import printable
 from crate_mae.data.reading import open_file, part, shown_size
 from crate_mae.data.source import UnreadableImage
 from crate_mae.data.transforms import centred_box
-from crate_mae.pictures.inside import GIVEN_CONTRAST
+from crate_mae.pictures.inside import GIVEN_CONTRAST, SHOWS
 from crate_mae.registry import count_parameters
 from crate_mae.training.config import MAX_SEED
 from crate_mae.training.precision import choose_device
-from crate_mae.training.run_folder import refuse_unwritable
+from crate_mae.training.run_folder import INSIDE, refuse_unwritable
 from crate_mae.visualizing import (
-    SHOWS,
     check_mask_ratio,
     check_mass,
     check_query,
@@ -97,7 +96,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         ValueError: an argument cannot be used, or an image not be read; the message names it.
     """
     asked = chosen.visualize
-    out = asked.out or asked.run / "inside"
+    out = asked.out or asked.run / INSIDE
     for path in (asked.run, out, *asked.images):
         path_of(str(path))
     refuse_unwritable(out)

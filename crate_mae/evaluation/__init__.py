@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crate_mae.evaluation.classes import ClassAccuracies, class_accuracies, knn_accuracy, linear_probe_accuracy
-from crate_mae.evaluation.features import pooled_features, zeros_by_layer
+from crate_mae.evaluation.features import pooled_features
 from crate_mae.evaluation.fills import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
 
 __all__ = [
@@ -16,5 +16,4 @@ __all__ = [
     "mean_visible_colour",
     "mean_visible_patch",
     "pooled_features",
-    "zeros_by_layer",
 ]

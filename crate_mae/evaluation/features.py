@@ -1,4 +1,4 @@
-"""What the encoder makes of whole images: one vector an image, and how sparse each layer leaves its tokens."""
+"""What the encoder makes of whole images: one vector an image."""
 
 from __future__ import annotations
 
@@ -23,29 +23,6 @@ def pooled_features(
     """
     batches = standardised(model, images, normalization, batch_size)
     return torch.cat([model.encode(batch)[:, 1:].mean(1).float().cpu() for batch in batches])
-
-
-@torch.no_grad()
-def zeros_by_layer(
-    model: CrateMAE, images: Dataset[Tensor], normalization: Normalization, *, batch_size: int = 50
-) -> list[float]:
-    """The fraction of zeros in the ISTA output of each encoder layer, over all tokens of whole images."""
-    zeros, values = [0] * len(model.blocks), 0
-
-    def count(layer: int, output: Tensor) -> None:
-        zeros[layer] += int((output == 0).sum())
-
-    def hook(layer: int):
-        return lambda block, inputs, output: count(layer, output)
-
-    hooks = [block.register_forward_hook(hook(layer)) for layer, block in enumerate(model.blocks)]
-    try:
-        for batch in standardised(model, images, normalization, batch_size):
-            values += model.encode(batch).numel()
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return [count / values for count in zeros]
 
 
 def standardised(

@@ -16,6 +16,21 @@ from crate_mae.pictures.colours import distinct, hexadecimal, scaled
 from crate_mae.pictures.reconstructions import COLUMNS, Reconstructions, to_image
 from crate_mae.pictures.sheet import Column, Row, cell_size, sheet
 
+PAGE = "index.html"
+PATHS = ("path.png", "path_2.png", "path_3.png", "path_4.png")
+"""Of the first images, one each."""
+
+SHOWS = {
+    PAGE: "the page: image, layer, head and patch are picked by clicking",
+    "reconstructions.png": "images, what is visible of them, and what the model makes of that",
+    "attention.png": "what one layer attends to, head by head",
+    "attention_layers.png": "the same through all layers of the encoder, mean over heads",
+    "segmentation.png": "the regions that heads pick out, without labels",
+    "components.png": "tokens and keys in colour: what is alike to the model",
+    **dict.fromkeys(PATHS, "what each step of each layer changed in an image"),
+}
+"""Every file that ``crate_mae.visualizing.visualize`` may write, in words; the one to open first is the first."""
+
 GIVEN_CONTRAST = "norm_pix_loss: brightness and contrast of every predicted patch are the true ones."
 """What must be said beside predictions of a model that learnt standardised patches."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from crate_mae.files import remove, remove_unfinished
+from crate_mae.pictures.inside import SHOWS
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.states import saved_states
 
@@ -20,8 +21,8 @@ STATES, BEST = "states", "best"
 RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, PICTURE, BREAKDOWN, UNREADABLE, IMAGES)
 SUMMARY = "summary.png"
 """Written by the demo alone."""
-ANALYSIS, ANALYSIS_PICTURE = "analysis.json", "analysis.png"
-"""Written by `crate-mae analyze`, of the model that the run has."""
+ANALYSIS, ANALYSIS_PICTURE, INSIDE = "analysis.json", "analysis.png", "inside"
+"""Written by `crate-mae analyze` and, into the folder, `crate-mae visualize`, of the model that the run has."""
 
 
 def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -43,12 +44,13 @@ def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -
 def clear_run_folder(out: Path) -> None:
     """Delete the files of a run, and nothing else."""
     files = [out / name for name in (*RUN_FILES, SUMMARY, ANALYSIS, ANALYSIS_PICTURE)]
+    files += [out / INSIDE / name for name in SHOWS]
     files += [out / BEST / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     files += [state.path for state in saved_states(out / STATES)]
     for path in files:
         remove(path)
     remove_leftovers(out)
-    for folder in (out / STATES, out / BEST):
+    for folder in (out / STATES, out / BEST, out / INSIDE):
         with suppress(OSError):  # not there, or with something in it that is not the run's
             folder.rmdir()
 

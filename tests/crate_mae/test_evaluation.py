@@ -14,7 +14,6 @@ from crate_mae.evaluation import (
     knn_accuracy,
     linear_probe_accuracy,
     pooled_features,
-    zeros_by_layer,
 )
 from crate_mae.evaluation.classes import RIDGE_PENALTIES
 from crate_mae.model import CrateMAE
@@ -66,15 +65,6 @@ class TestFeatures:
         state = torch.random.get_rng_state()
         torch.testing.assert_close(pooled_features(model, pixels, NORMALIZATION, batch_size=3), expected)
         assert torch.equal(torch.random.get_rng_state(), state)
-
-    def test_zeros_are_counted_after_each_layer(self, model, pixels):
-        images = NORMALIZATION(torch.stack(pixels))
-        with torch.no_grad():
-            first = model.blocks[0](model._embed(images))
-            expected = [(tokens == 0).double().mean().item() for tokens in (first, model.blocks[1](first))]
-        assert zeros_by_layer(model, pixels, NORMALIZATION, batch_size=3) == pytest.approx(expected, abs=1e-3)
-        assert 0.1 < expected[0] < 0.9
-        assert not model.blocks[0]._forward_hooks
 
 
 def clusters(count: int, noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
