@@ -110,6 +110,14 @@ def test_the_demo_ends_with_what_was_learnt(photographs, out, capsys, classes):
     original = np.asarray(Image.open(photographs / "class0" / "0.png").crop((2, 0, 38, 36)).resize((164, 164)))
     assert abs(shown.mean() - original.mean()) < 20 and shown.std() > 20
     assert len({tuple(pixel) for pixel in np.asarray(page)[200:400, 900:1500].reshape(-1, 3)}) > 3
+    analysis = json.loads((out / "analysis.json").read_text())
+    assert analysis["images"]["count"] == len(ImageFolder(photographs)) and {*analysis["models"]} == {
+        "trained",
+        "untrained",
+    }
+    zeros = analysis["models"]["trained"]["encoder"]["zeros"]["mean"]
+    assert f"{zeros[0]:.1%}" in printed and str(out / "analysis.png") in printed
+    assert "0.png" in (out / "inside" / "index.html").read_text() and str(out / "inside" / "index.html") in printed
     assert main(["demo", "--out", str(out), "--data", str(train), "--val", str(photographs), *TINY, "--overwrite"]) == 0
 
 
