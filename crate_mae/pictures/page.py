@@ -32,8 +32,8 @@ def page(
 ) -> str:
     """The page, as ASCII: pick an image, a layer, a head and a patch, and see what attends to what.
 
-    Of each layer it holds w, from which it computes attention, softmax(w w^T scale), when that is first looked at. w is rounded to
-    65,535 levels a head. A picture of 224 pixels and 12 + 12 layers of width 768 takes about 10 MB.
+    Of each layer it holds w, rounded to 65,535 levels a head, from which it computes attention, softmax(w w^T scale), when that
+    is first looked at. An image of 224 pixels in 12 + 12 layers of width 768 takes 10 MB.
 
     Args:
         views: of images, all through one model.
