@@ -68,7 +68,7 @@ def _image(view: ImageView, name: str, reconstruction: Reconstructions) -> dict[
     if len(reconstruction.original) != 1:
         raise ValueError(f"reconstructions: expected of one image each, got of {len(reconstruction.original)}")
     return {
-        "name": name,
+        "name": _readable(name),
         "rows": rows,
         "columns": columns,
         "patch_size": view.patch_size,
@@ -123,5 +123,10 @@ def _script(name: str, value: Any) -> str:
 
 
 def _escaped(text: str) -> str:
-    """As HTML, in ASCII: surrogates, which stand for bytes that are no UTF-8, are shown as the replacement character."""
-    return html.escape(text).encode("ascii", "xmlcharrefreplace").decode("ascii")
+    """As HTML, in ASCII."""
+    return html.escape(_readable(text)).encode("ascii", "xmlcharrefreplace").decode("ascii")
+
+
+def _readable(text: str) -> str:
+    """With the replacement character for surrogates, which stand for bytes of a file's name that are no UTF-8."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
