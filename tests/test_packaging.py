@@ -40,6 +40,7 @@ def test_wheel_holds_packages_types_photographs_and_licences(wheel: Path) -> Non
         "crate_kernels/tiles/products.py",
         "crate_mae/data/flowers/ATTRIBUTION.csv",
         "crate_mae/data/flowers/LICENSE.txt",
+        "crate_mae/pictures/page.html",
     ):
         assert expected in sizes
     assert not [name for name in sizes if name.startswith(("tests/", "benchmarks/"))]
