@@ -27,6 +27,7 @@ from crate_mae.pictures.inside import (
     reconstructions_picture,
     segmentation_picture,
 )
+from crate_mae.pictures.page import page
 from crate_mae.training.config import MAX_SEED
 from crate_mae.training.validation import mask_noise
 
@@ -94,8 +95,6 @@ def visualize(
         with replaced(folder / name) as file:
             picture.save(file, format="PNG")
         done(1)
-    from crate_mae.pictures.page import page
-
     text = page(views, names, shown, title=title, caption=caption, norm_pix_loss=config.norm_pix_loss)
     with replaced(folder / PAGE) as file:
         file.write(text.encode())

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("playwright")  # lacking where nothing can be installed, as on some GPU machines
+
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from crate_mae.analysis import ImageView, most_attended, view
