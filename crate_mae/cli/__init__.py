@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if DEBUG in given:
             traceback.print_exc()
-        message, status = outcome(error)
+        message, status = outcome(error, *arguments[:1])
         if (
             status > 128 and argv is None
         ):  # the process ends now, and what Slurm sends next must not change its exit status

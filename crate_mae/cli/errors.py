@@ -76,8 +76,17 @@ def worded(error: ArgumentError, options: Iterable[str]) -> ValueError:
     return ValueError(message)
 
 
-def outcome(error: BaseException) -> tuple[str, int]:
-    """What to say of an error, and the exit status."""
+_OF_TRAINING = "a lower --schedule.batch_size needs less, and so do --run.recompute true and --run.stream 16bit"
+_LESS_MEMORY = {
+    "analyze": "a lower --batch_size needs less",
+    "visualize": "a lower --size needs less, and so do fewer images",
+    "reconstruct": "fewer images need less",
+}
+"""What needs less memory than what was asked for, by command; of the others, training."""
+
+
+def outcome(error: BaseException, command: str = "") -> tuple[str, int]:
+    """What to say of an error of a command, and the exit status."""
     if isinstance(error, RunStopped):
         return str(error), BY_SIGNAL + error.signal
     if isinstance(error, KeyboardInterrupt):
@@ -85,7 +94,7 @@ def outcome(error: BaseException) -> tuple[str, int]:
     if isinstance(error, NonFiniteLoss | LostWorkers | TooManyUnreadable):
         return str(error), BROKE_DOWN
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
-        remedy = "a lower --schedule.batch_size needs less, and so do --run.recompute true and --run.stream 16bit"
+        remedy = _LESS_MEMORY.get(command, _OF_TRAINING)
         asked = re.search(r"allocate [\d.]+ \w+", str(error))
         return f"out of memory: {remedy}{f' (tried to {asked[0]})' if asked else ''}", BROKE_DOWN
     if isinstance(error, OSError):

@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ import crate_mae
 import crate_mae.__main__
 from crate_mae.checkpoints import read_normalization
 from crate_mae.cli import main
+from crate_mae.cli.errors import outcome
 from crate_mae.config import ModelConfig
 from crate_mae.data import ImageFolder, LostWorkers
 from crate_mae.data.reading import open_file, part
@@ -752,6 +754,14 @@ class TestExitStatus:
         assert ended == status
         assert says in printed
         assert printed.startswith("crate-mae: ") and printed.count("\n") == 1
+
+    @pytest.mark.parametrize("command", ["analyze", "visualize", "pretrain"])
+    def test_what_needs_less_memory_is_an_option_of_the_command(self, command, capsys):
+        options = re.findall(r"--[\w.]+", outcome(MemoryError(), command)[0])
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        explained = capsys.readouterr().out
+        assert options and all(f"{option} " in explained for option in options)
 
     @pytest.mark.parametrize(
         "error", [KeyError("images"), ValueError("run.seed: expected"), RunStopped("stopped", signal.SIGTERM)]
