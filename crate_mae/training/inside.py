@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ def in_words(analysis: Analysis) -> str:
     parts = []
     for stack, measures in analysis.stacks.items():
         rates, zeros = measures["coding_rate_after"].mean, measures["zeros"].mean
-        said = f"{stack}: R^c {rates[0]:.1f} to {rates[-1]:.1f}"
-        parts.append(said + (f", zeros {zeros[0]:.1%} to {zeros[-1]:.1%}" if stack == "encoder" else ""))
-    return "; ".join(parts) + " (first to last layer)"
+        said = f"{stack}: R^c after MSSA {_ends(rates, '.1f')}"
+        parts.append(said + (f", zeros {_ends(zeros, '.1%')}" if stack == "encoder" else ""))
+    return "; ".join(parts)
+
+
+def _ends(values: Sequence[float], form: str) -> str:
+    first, last = format(values[0], form), format(values[-1], form)
+    return f"{first} to {last} in its {len(values)} layers" if len(values) > 1 else first
