@@ -22,7 +22,7 @@ from crate_mae.files import make_folder, replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures.layers import TRAINED, UNTRAINED, layers_picture
 from crate_mae.registry import count_parameters
-from crate_mae.training.run_folder import ANALYSIS, ANALYSIS_PICTURE
+from crate_mae.training.run_folder import ANALYSIS, ANALYSIS_PICTURE, progress
 
 _COLUMNS = {
     "coding_rate_before": ("R^c before", "{:.1f}"),
@@ -33,6 +33,15 @@ _COLUMNS = {
     "coherence": ("coherence", "{:.3f}"),
 }
 """Of the table: measures, their headings and how they are written."""
+
+
+def in_words(run: Path, model: CrateMAE) -> str:
+    """What a run's model is, and how far its training has come where its folder says so."""
+    config, trained = model.config, progress(run)
+    return (
+        f"{f'trained for {trained}, ' if trained else ''}{config.depth} + {config.decoder_depth} layers of width "
+        f"{config.embed_dim}, {count_parameters(model)[0]:,} parameters"
+    )
 
 
 def random_model(like: CrateMAE, seed: int = 0) -> CrateMAE:
@@ -129,9 +138,8 @@ def description(
     config, names = model.config, [source.name(index) for index in range(len(source))]
     bars = "error bars (trained and untrained)" if models > 2 else "error bars"
     caption = (
-        f"{run.absolute().name}: {config.depth} + {config.decoder_depth} layers of width {config.embed_dim}, "
-        f"{count_parameters(model)[0]:,} parameters, lambda {config.lambd:g}; means over {len(names)} {which}; {bars}: standard "
-        "deviation over images"
+        f"{run.absolute().name}: {in_words(run, model)}, lambda {config.lambd:g}; means over {len(names)} {which}, whole; "
+        f"{bars}: standard deviation over images"
     )
     images = {
         "count": len(names),

@@ -17,15 +17,15 @@ from crate_mae.analyzing import (
     analysis_lines,
     analyze_models,
     description,
+    in_words,
     random_model,
     readable_images,
     write_analysis,
 )
-from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.pretraining import config_of
-from crate_mae.cli.runs import is_run, model_of, normalization_of
-from crate_mae.cli.settings import check_json, path_of
+from crate_mae.cli.runs import check_run, is_run, model_of, normalization_of
+from crate_mae.cli.settings import path_of
 from crate_mae.data import CentreCropped, Source, Subset, open_source, spread
 from crate_mae.data.progress import Progress
 from crate_mae.data.unreadable import by_cause
@@ -79,8 +79,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     for name in ("images", "batch_size"):
         if asked[name] < 1:
             raise ValueError(f"--{name}: expected 1 or more, got {asked[name]}")
+    check_run(folder)
     device = choose_device(asked.device, "--device")
-    check_json(folder / CONFIG_FILE)
     normalization = normalization_of(folder)
     model = model_of(folder).to(device).eval()
     refuse_unwritable(out)
@@ -120,7 +120,13 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     source, which, unreadable = chosen_images
     described = description(folder, model, source, which, models=len(analyses), unreadable=unreadable)
     numbers, picture = write_analysis(out, analyses, **described)
-    return "\n".join([*analysis_lines(analyses), f"The page is {picture}, its numbers are in {numbers}."])
+    return "\n".join(
+        [
+            *analysis_lines(analyses),
+            f"{folder}: {in_words(folder, model)}.",
+            f"Look at {picture}; all numbers are in {numbers}.",
+        ]
+    )
 
 
 class _Images(NamedTuple):

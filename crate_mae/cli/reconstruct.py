@@ -8,10 +8,9 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 
-from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.cli.errors import DEBUG_HELP
-from crate_mae.cli.runs import model_of, normalization_of, trained_ratio
-from crate_mae.cli.settings import check_json, path_of
+from crate_mae.cli.runs import check_run, model_of, normalization_of, trained_ratio
+from crate_mae.cli.settings import path_of
 from crate_mae.config import grid_of
 from crate_mae.data.reading import open_file, part, shown_size
 from crate_mae.data.source import UnreadableImage
@@ -46,11 +45,11 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     settings = chosen.reconstruct
     for path in (settings.run, settings.out, *settings.images):
         path_of(str(path))
+    check_run(settings.run)
     _refuse_output(settings.out, settings.images)
     if not 0 <= settings.seed <= MAX_SEED:
         raise ValueError(f"--seed: expected 0 to 2**64 - 1, got {settings.seed}")
     device = choose_device(settings.device, "--device")
-    check_json(settings.run / CONFIG_FILE)
     normalization = normalization_of(settings.run)
     model = model_of(settings.run).to(device)
     rows, columns = grid_of(model.config.image_shape, model.config.patch_size)

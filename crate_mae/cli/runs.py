@@ -5,9 +5,30 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from crate_mae.checkpoints import CONFIG_FILE, load_model, read_normalization
+from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_model, read_normalization
+from crate_mae.cli.settings import check_json
 from crate_mae.data.transforms import Normalization
 from crate_mae.model import CrateMAE
+
+
+def check_run(run: Path) -> None:
+    """Raise what is wrong with what should be the folder of a run, or of a model.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: it is not there, or no folder; or without weights yet.
+        ValueError: its config is no JSON.
+    """
+    if not run.is_dir():
+        wrong = NotADirectoryError if run.exists() else FileNotFoundError
+        raise wrong(
+            f"RUN: expected the folder of a run, got {run}, {'a file' if run.exists() else 'which is not there'}"
+        )
+    if (run / CONFIG_FILE).exists() and not (run / WEIGHTS_FILE).exists():
+        raise FileNotFoundError(
+            f"RUN: {run} has no {WEIGHTS_FILE}: its run has not saved yet, or lost it; crate-mae pretrain --out {run} --resume "
+            "writes it again where there is a state"
+        )
+    check_json(run / CONFIG_FILE)
 
 
 def normalization_of(run: Path) -> Normalization:

@@ -10,10 +10,10 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from crate_mae.checkpoints import CONFIG_FILE
+from crate_mae.analyzing import in_words
 from crate_mae.cli.errors import DEBUG_HELP
-from crate_mae.cli.runs import model_of, normalization_of, trained_ratio
-from crate_mae.cli.settings import check_json, path_of
+from crate_mae.cli.runs import check_run, model_of, normalization_of, trained_ratio
+from crate_mae.cli.settings import path_of
 from crate_mae.config import ModelConfig, grid_of
 from crate_mae.data import ImageFolder, spread
 from crate_mae.data.paths import printable
@@ -21,7 +21,6 @@ from crate_mae.data.reading import open_file, part, shown_size
 from crate_mae.data.source import UnreadableImage
 from crate_mae.data.transforms import centred_box
 from crate_mae.pictures.inside import GIVEN_CONTRAST, SHOWS
-from crate_mae.registry import count_parameters
 from crate_mae.training.config import MAX_SEED
 from crate_mae.training.precision import choose_device
 from crate_mae.training.run_folder import INSIDE, refuse_unwritable
@@ -99,23 +98,33 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     out = asked.out or asked.run / INSIDE
     for path in (asked.run, out, *asked.images):
         path_of(str(path))
+    check_run(asked.run)
     refuse_unwritable(out)
     if not 0 <= asked.seed <= MAX_SEED:
         raise ValueError(f"--seed: expected 0 to 2**64 - 1, got {asked.seed}")
     check_mass(asked.mass, "--mass")
     query = _patch(asked.patch)
     device = choose_device(asked.device, "--device")
-    check_json(asked.run / CONFIG_FILE)
     normalization = normalization_of(asked.run)
     model = model_of(asked.run).to(device)
     place_of_layer(model.config, asked.layer, "--layer")
     mask_ratio = trained_ratio(asked.run) if asked.mask_ratio is None else asked.mask_ratio
 
-    paths, remarks = _files(asked.images)
-    if overwritten := {(out / name).resolve() for name in SHOWS} & {path.resolve() for path in paths}:
+    found, remarks = _files(asked.images)
+    if overwritten := {(out / name).resolve() for name in SHOWS} & {path.resolve() for path, _ in found}:
         raise ValueError(f"--out: {min(overwritten)} is one of the images, and would be overwritten")
     short, remark = _short_side(asked.size, model.config)
-    images = [_read(path, short, model.config) for path in paths]
+    paths, images = [], []
+    for path, in_folder in found:
+        try:
+            images.append(_read(path, short, model.config))
+            paths.append(path)
+        except UnreadableImage as error:
+            if not in_folder:
+                raise
+            remarks.append(f"{path} is left out: {error.cause} ({error.reason}).")
+    if not images:
+        raise ValueError(f"IMAGE: none of the {len(found)} images tried can be read; crate-mae check lists such images")
     _refuse_too_much(images, model.config)
     names = [printable(path.name.encode(errors="surrogateescape")) for path in paths]
     for name, pixels in zip(names, images, strict=True):
@@ -123,7 +132,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         check_query(query, grid, name, "--patch")
         check_mask_ratio(mask_ratio, grid, name, "--mask_ratio")
 
-    config = model.config
+    config, named = model.config, in_words(asked.run, model)
     with tqdm(total=steps(len(images)), desc="visualize", unit="step", disable=None) as progress:
         files = visualize(
             model,
@@ -137,8 +146,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             mask_ratio=mask_ratio,
             seed=asked.seed,
             title=f"Inside CRATE-MAE: {asked.run}",
-            caption=f"{asked.run}: {config.depth} + {config.decoder_depth} layers, {count_parameters(model)[0]:,} parameters, "
-            f"patches of {config.patch_size} x {config.patch_size} pixels.",
+            caption=f"{asked.run}: {named}, patches of {config.patch_size} x {config.patch_size} pixels.",
             done=progress.update,
         )
     width = max(len(path.name) for path in files)
@@ -146,6 +154,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         [
             *remarks,
             *([remark] if remark else []),
+            f"{asked.run}: {named}.",
             *([GIVEN_CONTRAST] if config.norm_pix_loss else []),
             f"{len(images)} images, {len(files)} files in {out}:",
             *(f"  {path.name:<{width}}  {SHOWS[path.name]}" for path in files),
@@ -163,16 +172,16 @@ def _patch(text: str | None) -> tuple[int, int] | None:
     return int(numbers[0]), int(numbers[1])
 
 
-def _files(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The images of files and folders, and what to say of those that are not all taken."""
+def _files(given: Sequence[Path]) -> tuple[list[tuple[Path, bool]], list[str]]:
+    """The images of files and folders, whether each is of a folder, and what to say of folders that are not all taken."""
     paths, remarks = [], []
     for path in given:
         if not path.is_dir():
-            paths.append(path)
+            paths.append((path, False))
             continue
         folder = ImageFolder(path)
         chosen = spread(len(folder), OF_A_FOLDER)
-        paths += [folder.path(index) for index in chosen]
+        paths += [(folder.path(index), True) for index in chosen]
         if len(chosen) < len(folder):
             remarks.append(f"{len(chosen)} of the {len(folder):,} images in {path}, spread evenly.")
     if len(paths) > MOST_IMAGES:

@@ -65,6 +65,17 @@ def has_state(out: Path) -> bool:
     return bool(saved_states(out / STATES))
 
 
+def progress(out: Path) -> str:
+    """How far the run in a folder has come with its last state, such as "110 of 110 epochs"; empty where it does not say."""
+    try:
+        epochs = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))["schedule"]["epochs"]
+        *_, last = (out / METRICS).read_bytes().splitlines()
+        row, (state, *_) = json.loads(last), saved_states(out / STATES)
+        return f"{state.step * row['epoch'] / row['step']:.3g} of {epochs} epochs"
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):  # no run, or one without a row or a state
+        return ""
+
+
 def stopped_early(out: Path) -> bool:
     """Whether there is of a run what is written before it first saves."""
     held = _held(out)
