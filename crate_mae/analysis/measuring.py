@@ -154,7 +154,9 @@ def analyze(
     def receive(layer: LayerTrace) -> None:
         so_far = gathered.setdefault((layer.stack, layer.index), [])
         if len(so_far) > calls:
-            raise ValueError(f"model: expected each layer once in a call, got {layer.name} again; trace shows each time")
+            raise ValueError(
+                f"model: expected each layer once in a call, got {layer.name} again; trace shows each time"
+            )
         coherence = float(so_far[0]["coherence"][0]) if so_far else None
         try:
             values = measures_of(layer, **of_batch, coherence=coherence)

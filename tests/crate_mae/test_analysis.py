@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import numpy as np
@@ -169,6 +170,19 @@ def test_what_degenerate_tokens_have() -> None:
     large = 1e9 * torch.randn(40, 40, dtype=torch.float64)  # where 1 is lost beside the products
     expected = np.linalg.slogdet(large.numpy() / 0.1)[1] + 20 * np.log(40 / 40)
     assert analysis.coding_rate(large, normalize=False).item() == pytest.approx(expected, rel=1e-6)
+    assert analysis.zero_fraction(torch.zeros(2, 0, 8)).tolist() == [0, 0]
+    huge = torch.full((3, 2), 1.7e308, dtype=torch.float64)
+    assert analysis.relative_update(huge, -huge).item() == pytest.approx(2)
+    with pytest.raises(ValueError, match=r"after: expected the shape of before, \(3, 2\), got \(2, 2\)"):
+        analysis.relative_update(huge, huge[:2])
+
+
+@pytest.mark.parametrize(("size", "eps"), [(1.0, 1e-14), (1e4, 0.01), (1e7, 0.01), (1e200, 0.01)])
+def test_equal_tokens_of_any_size_have_one_eigenvalue(size: float, eps: float) -> None:
+    token = torch.randn(1, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = (size * token / token.norm()).expand(197, 64)
+    expected = np.log(np.hypot(1, size * np.sqrt(64 / eps)))
+    assert analysis.coding_rate(tokens, normalize=False, eps=eps).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_coherence_of_known_subspaces() -> None:
@@ -192,6 +206,9 @@ def test_attention_entropy_distance_and_segmentation() -> None:
     assert analysis.attention_distance(only_class, (2, 3)).item() == 0
     with pytest.raises(ValueError, match="grid: expected at most the 7 tokens"):
         analysis.attention_distance(alike, (2, 4))
+    for of_scores in (analysis.attention_entropy, lambda scores: analysis.attention_distance(scores, (2, 3))):
+        with pytest.raises(ValueError, match="attention: expected no negative values, got -1"):
+            of_scores(-own)
     map_ = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
     assert analysis.most_attended(map_, 0.6).tolist() == [False, True, False, True, False]
     assert analysis.most_attended(map_, 1.0).tolist() == [True, True, False, True, True]
@@ -260,6 +277,47 @@ def test_a_trace_leaves_the_model_as_it_was_and_says_what_it_cannot_see() -> Non
         model.blocks[0].layers[0][1].fn.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"blocks.0.layers.0: tokens: expected finite values"):
         analysis.analyze(model, [torch.randn(1, 3, 32, 32)])
+
+
+class OfficialCall(torch.nn.Module):
+    """Called as the official CRATE-MAE is, which draws its noise itself."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, imgs: Tensor, mask_ratio: float = 0.75):
+        return self.inner(imgs, mask_ratio=mask_ratio)
+
+
+WRAPPERS = [torch.compile, torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel, OfficialCall]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=lambda wrap: wrap.__name__)
+def test_whole_images_are_seen_by_wrapped_and_official_models_too(wrap) -> None:
+    model, images = crate_mae.create_model("crate_mae_tiny", depth=1, **SMALL), torch.randn(2, 3, 32, 32)
+    wrapped = wrap(model)
+    for found, expected in zip(analysis.trace(wrapped, images), analysis.trace(model, images), strict=True):
+        torch.testing.assert_close(found.output, expected.output)
+    numbers = analysis.analyze(wrapped, [images[:0], images], grid=(2, 2), patch_size=16)
+    assert numbers.stacks == analysis.analyze(model, [images]).stacks
+
+
+def test_what_is_seen_is_of_this_thread_under_autocast_and_once_a_call() -> None:
+    torch.manual_seed(0)
+    model, x = official.Model(), torch.randn(2, 7, 16)
+    seen: list[analysis.LayerTrace] = []
+    with analysis.traced(model, seen.append):
+        other = threading.Thread(target=model, args=(x,))
+        other.start()
+        other.join()
+    assert not seen
+    with torch.autocast("cpu", torch.bfloat16):
+        layers = analysis.trace(model, x)
+    for layer, exact in zip(layers, analysis.trace(model, x), strict=True):
+        torch.testing.assert_close(layer.projected_after.float(), exact.projected_after, atol=0.1, rtol=0.1)
+    with pytest.raises(ValueError, match=r"each layer once in a call, got 0.* again"):
+        analysis.analyze(torch.nn.Sequential(model, model), [x])
 
 
 def test_views_are_of_the_models_own_numbers_and_of_each_images_size() -> None:
