@@ -21,11 +21,11 @@ NORMALIZATION = Normalization(IMAGENET_MEAN, IMAGENET_STD, 3)
 SMALL = dict(decoder_depth=1, embed_dim=32, num_heads=2, decoder_num_heads=2, img_size=32)
 
 
-def rate(z: np.ndarray) -> float:
+def rate(z: np.ndarray, eps: float = 0.01) -> float:
     """The official formula for one set of tokens [n, d], through the Gram matrix of the tokens whatever their number."""
     z = z / np.linalg.norm(z, axis=-1, keepdims=True)
     count, width = z.shape
-    return np.linalg.slogdet(np.eye(count) + width / (count * 0.01) * z @ z.T)[1] / 2
+    return np.linalg.slogdet(np.eye(count) + width / (count * eps) * z @ z.T)[1] / 2
 
 
 class OfficialInNumpy:
@@ -175,6 +175,20 @@ def test_what_degenerate_tokens_have() -> None:
     assert analysis.relative_update(huge, -huge).item() == pytest.approx(2)
     with pytest.raises(ValueError, match=r"after: expected the shape of before, \(3, 2\), got \(2, 2\)"):
         analysis.relative_update(huge, huge[:2])
+
+
+@pytest.mark.parametrize("scale", [1, 1e-30, 1e200])
+@pytest.mark.parametrize("eps", [0.01, 0.5])
+def test_the_objective_is_that_of_the_papers_for_tokens_of_any_norm(scale: float, eps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 7, 8, dtype=torch.float64, generator=generator).relu()
+    weight = torch.randn(8, 8, dtype=torch.float64, generator=generator)
+    found = analysis.sparse_rate_reduction(
+        scale * tokens, analysis.projections(scale * tokens, weight, 4), lambd=0.3, eps=eps
+    )
+    for value, z in zip(found.tolist(), tokens.numpy(), strict=True):
+        of_heads = sum(rate(w, eps) for w in np.split(z @ weight.numpy().T, 4, axis=-1))
+        assert value == pytest.approx(rate(z, eps) - of_heads - 0.3 * np.count_nonzero(z), rel=1e-9)
 
 
 @pytest.mark.parametrize(("size", "eps"), [(1.0, 1e-14), (1e4, 0.01), (1e7, 0.01), (1e200, 0.01)])
