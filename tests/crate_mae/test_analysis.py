@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import official
@@ -365,6 +366,11 @@ def test_what_is_seen_is_of_this_thread_under_autocast_and_once_a_call() -> None
         layers = analysis.trace(model, x)
     for layer, exact in zip(layers, analysis.trace(model, x), strict=True):
         torch.testing.assert_close(layer.projected_after.float(), exact.projected_after, atol=0.1, rtol=0.1)
+    for before, layer in pairwise(layers):
+        torch.testing.assert_close(layer.tokens, before.output)
+    assert [layer.lambd is None for layer in layers] == [layer.stack == "decoder" for layer in layers]
+    layers[0].module.is_causal = True
+    assert not layers[0].attention.triu(1).any() and layers[0].attention[..., 0, 0].eq(1).all()
     with pytest.raises(ValueError, match=r"each layer once in a call, got 0.* again"):
         analysis.analyze(torch.nn.Sequential(model, model), [x])
 

@@ -204,6 +204,22 @@ def test_what_is_said_follows_the_numbers():
     )
 
 
+def test_two_may_write_at_once(tmp_path, monkeypatch):
+    """The second comes while the first writes."""
+    analyses, second = {"trained": analysis_of(1, 0, 2)}, iter([True])
+
+    class Picture:
+        def save(self, file, format):
+            if next(second, False):
+                write_analysis(tmp_path, analyses, caption="", about={"which": 2})
+            file.write(b"picture")
+
+    monkeypatch.setattr("crate_mae.analyzing.layers_picture", lambda *_, **__: Picture())
+    numbers, picture = write_analysis(tmp_path, analyses, caption="", about={"which": 1})
+    assert json.loads(numbers.read_text())["which"] == 1 and picture.read_bytes() == b"picture"
+    assert sorted(tmp_path.iterdir()) == [numbers, picture]
+
+
 def test_what_is_no_number_is_not_written(tmp_path):
     good, bad = analysis_of(1, 0, 2), analysis_of(1, 0, 2)
     paths = write_analysis(tmp_path, {"trained": good}, caption="", about={})
