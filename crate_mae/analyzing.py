@@ -119,7 +119,7 @@ def write_analysis(
     picture = layers_picture(analyses, caption=caption)
     paths = folder / ANALYSIS, folder / ANALYSIS_PICTURE
     make_folder(folder)
-    with replaced(*paths) as (of_numbers, of_picture):
+    with replaced(*paths, alone=False) as (of_numbers, of_picture):  # nothing keeps two from analyzing one run at once
         of_numbers.write(text.encode())
         picture.save(of_picture, format="PNG")
     return paths

@@ -12,8 +12,11 @@ def attention_entropy(attention: Tensor) -> Tensor:
     """The mean over queries of -sum_j A_ij log A_ij, in nats: float64, of attention [..., n, n] the leading dimensions.
 
     0 where every token attends to one, log n where to all alike.
+
+    Raises:
+        ValueError: attention is negative somewhere, as of a module without softmax.
     """
-    return torch.special.entr(_exact("attention", attention)).sum(-1).mean(-1)
+    return torch.special.entr(_attention(attention)).sum(-1).mean(-1)
 
 
 def attention_distance(attention: Tensor, grid: tuple[int, int], patch_size: int = 1) -> Tensor:
@@ -28,18 +31,25 @@ def attention_distance(attention: Tensor, grid: tuple[int, int], patch_size: int
         patch_size: side of a patch in pixels; 1 leaves the distance in patches.
 
     Raises:
-        ValueError: there are fewer tokens than patches.
+        ValueError: there are fewer tokens than patches, or attention is negative somewhere.
     """
     rows, columns = grid
     patches = rows * columns
-    if attention.shape[-1] < patches or patches < 1:
+    if attention.shape[-1] < patches or min(grid) < 1:
         raise ValueError(
             f"grid: expected at most the {attention.shape[-1]} tokens of attention as patches, got {rows} x {columns}"
         )
-    among = _exact("attention", attention)[..., -patches:, -patches:]
+    among = _attention(attention)[..., -patches:, -patches:]
     among = among / among.sum(-1, keepdim=True).clamp_min(torch.finfo(among.dtype).tiny)
     position = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(among)
     return (among * torch.cdist(position, position)).sum(-1).mean(-1) * patch_size
+
+
+def _attention(attention: Tensor) -> Tensor:
+    exact = _exact("attention", attention)
+    if exact.numel() and exact.amin() < 0:
+        raise ValueError(f"attention: expected no negative values, got {exact.amin().item():.3g}")
+    return exact
 
 
 def most_attended(attention: Tensor, mass: float = 0.6) -> Tensor:

@@ -17,7 +17,7 @@ from crate_mae.analysis.rates import (
     relative_update,
     zero_fraction,
 )
-from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, in_evaluation, traced
+from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, in_evaluation, traced, unwrapped
 from crate_mae.config import grid_of
 from crate_mae.model import CrateMAE
 
@@ -138,19 +138,25 @@ def analyze(
     """Measure every layer on images, in evaluation; the model is in the mode it was in when this returns.
 
     Args:
-        model: a ``CrateMAE``, which sees whole images; or another of CRATE's family, as ``trace`` finds layers in it.
+        model: CRATE-MAE, ours or the official, which sees whole images; or another of CRATE's family, as ``trace`` finds layers
+            in it.
         batches: what the model is called with: [batch, channels, height, width], standardised.
         grid, patch_size: of the patches in an image, for ``attention_distance``; a ``CrateMAE`` knows its own.
         done: told how many images each batch had, for a progress bar.
 
     Raises:
-        ValueError: the model has no layers, or there are no images; or values are not finite, as of a model that broke down.
+        ValueError: the model has no layers, or calls one more than once, or there are no images; or values are not finite, as of
+            a model that broke down.
     """
     gathered: dict[tuple[Stack, int], list[dict[str, Tensor]]] = {}
     of_batch: dict[str, Any] = {"grid": grid, "patch_size": patch_size}
 
     def receive(layer: LayerTrace) -> None:
         so_far = gathered.setdefault((layer.stack, layer.index), [])
+        if len(so_far) > calls:
+            raise ValueError(
+                f"model: expected each layer once in a call, got {layer.name} again; trace shows each time"
+            )
         coherence = float(so_far[0]["coherence"][0]) if so_far else None
         try:
             values = measures_of(layer, **of_batch, coherence=coherence)
@@ -158,14 +164,17 @@ def analyze(
             raise ValueError(f"{layer.name}: {error}") from error
         so_far.append({name: value.cpu() for name, value in values.items()})
 
-    count = 0
+    count = calls = 0
+    inner = unwrapped(model)
     with in_evaluation(model), traced(model, receive):
         for images in batches:
-            if isinstance(model, CrateMAE):
-                size = model.config.patch_size
+            if len(images) == 0:
+                continue
+            if isinstance(inner, CrateMAE):
+                size = inner.config.patch_size
                 of_batch = {"grid": grid_of(tuple(images.shape[-2:]), size), "patch_size": size}
             call_on_whole(model, images)
-            count += len(images)
+            count, calls = count + len(images), calls + 1
             done(len(images))
     if count == 0:
         raise ValueError("batches: expected one image or more, got none")

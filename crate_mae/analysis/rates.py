@@ -9,12 +9,18 @@ have a value, too.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 OFFICIAL_EPS = 0.01
 """The official code's quantisation error; it stands where the papers write epsilon squared."""
+
+_LARGE = 1e8
+"""A trace of d / (n eps) Z Z^T above which 1 is lost, or nearly, beside the rounding of its entries; of tokens of unit norm it is
+d / eps."""
 
 
 def coding_rate(tokens: Tensor, *, eps: float = OFFICIAL_EPS, normalize: bool = True) -> Tensor:
@@ -44,10 +50,14 @@ def coding_rate(tokens: Tensor, *, eps: float = OFFICIAL_EPS, normalize: bool = 
     if normalize:
         z = _in_proportion(z, -1)
         z = z / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(1.0)  # 1 or more, or the token is zero
-    gram = _smaller_gram(z) * (width / (count * eps))
-    factor, failed = torch.linalg.cholesky_ex(gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
-    if failed.any():  # of tokens so large that 1 is lost beside them, which only unnormalised ones are
-        return torch.linalg.eigvalsh(gram).clamp_min(0).log1p().sum(-1) / 2
+    scale = width / (count * eps)
+    gram = _smaller_gram(z) * scale
+    if (gram.diagonal(dim1=-2, dim2=-1).sum(-1) > _LARGE).any():  # only of unnormalised tokens, or of a tiny eps
+        singular = torch.linalg.svdvals(z)
+        floor = singular.amax(-1, keepdim=True) * (max(count, width) * torch.finfo(z.dtype).eps)
+        singular = torch.where(singular > floor, singular, 0.0) * math.sqrt(scale)
+        return torch.hypot(singular, torch.ones_like(singular)).log().sum(-1)
+    factor = torch.linalg.cholesky(gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
@@ -83,9 +93,10 @@ def projections(tokens: Tensor, weight: Tensor, heads: int) -> Tensor:
 def zero_fraction(tokens: Tensor) -> Tensor:
     """The fraction of entries of tokens [..., n, d] that are exactly zero: float64 [...], the official code's sparsity.
 
-    The papers plot the fraction that is not, ||Z||_0 / (d n).
+    The papers plot the fraction that is not, ||Z||_0 / (d n). 0 of no tokens. Errors as of ``coding_rate``.
     """
-    return (tokens == 0).to(_float64_device(tokens), torch.float64).mean((-2, -1))
+    zeros = (_exact("tokens", tokens) == 0).double()
+    return zeros.sum((-2, -1)) / max(1, math.prod(zeros.shape[-2:]))
 
 
 def effective_rank(tokens: Tensor) -> Tensor:
@@ -136,18 +147,24 @@ def mean_coherence(weight: Tensor, heads: int) -> float:
     if heads == 1:
         return 0.0
     coherence = subspace_coherence(weight, heads)
-    return float((coherence.sum() - coherence.trace()) / (heads * (heads - 1)))
+    return (coherence.sum() - coherence.trace()).item() / (heads * (heads - 1))
 
 
 def relative_update(before: Tensor, after: Tensor) -> Tensor:
     """||after - before||_F / ||before||_F of tokens [..., n, d]: float64 [...]. 0 where nothing changed, whatever it was.
 
     1 where zeros became something: all that is there is the change.
+
+    Raises:
+        TypeError, ValueError: as of ``coding_rate``; or the two have other shapes.
     """
     old, new = _exact("before", before), _exact("after", after)
+    if old.shape != new.shape:
+        raise ValueError(f"after: expected the shape of before, {tuple(old.shape)}, got {tuple(new.shape)}")
     if 0 in old.shape[-2:]:
         return old.new_zeros(old.shape[:-2])
-    norm, change = torch.linalg.matrix_norm(_in_proportion(torch.stack([old, new - old]), (0, -2, -1)))
+    old, new = _in_proportion(torch.stack([old, new]), (0, -2, -1))
+    norm, change = torch.linalg.matrix_norm(old), torch.linalg.matrix_norm(new - old)
     return torch.where(norm > 0, change / torch.where(norm > 0, norm, 1.0), (change > 0).to(change))
 
 

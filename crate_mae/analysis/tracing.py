@@ -6,12 +6,16 @@ A layer is found by its structure: two steps side by side, each a module ``fn`` 
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from crate_kernels.fusing import unsaid
 from crate_mae.model import CrateMAE
@@ -56,7 +60,8 @@ class LayerTrace(NamedTuple):
 
     def projected_of(self, tokens: Tensor) -> Tensor:
         """U_k^T LN(tokens), through the norm before this layer's attention and onto its subspaces; no hook sees it."""
-        return _by_head(self.module.qkv.forward(self.norm.forward(tokens)), self.module.heads)
+        weight = next(self.norm.parameters(), tokens)  # of another type than tokens where autocast made these
+        return _by_head(self.module.qkv.forward(self.norm.forward(tokens.to(weight.dtype))), self.module.heads)
 
     @property
     def projected_after(self) -> Tensor:
@@ -88,6 +93,8 @@ class _Steps(NamedTuple):
 def traced(model: nn.Module, receive: Callable[[LayerTrace], None]) -> Iterator[None]:
     """A block in which each layer that a call of the model comes through is handed to ``receive``, as soon as it is done.
 
+    Only calls of this thread are seen.
+
     Raises:
         ValueError: the model has no such layers.
     """
@@ -113,14 +120,15 @@ def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
     """All layers of one call of the model, in evaluation, without gradients; afterwards the model is in the mode it was in.
 
     Args:
-        inputs, options: of the call. A ``CrateMAE`` without options sees whole images, with ``mask_ratio`` and ``noise`` a part.
+        inputs, options: of the call. Without options, CRATE-MAE, ours or the official, sees whole images; with ``mask_ratio``,
+            a part.
 
     Raises:
         ValueError: the model has no such layers, or none was called, as under ``torch.compile``, which sees no hooks.
     """
     layers: list[LayerTrace] = []
     with in_evaluation(model), traced(model, layers.append):
-        if isinstance(model, CrateMAE) and not options:
+        if len(inputs) == 1 and not options:
             call_on_whole(model, *inputs)
         else:
             model(*inputs, **options)
@@ -130,13 +138,30 @@ def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
 
 
 def call_on_whole(model: nn.Module, images: Tensor) -> None:
-    """Call a model; of a ``CrateMAE`` no patch is removed, and no random number drawn for it."""
+    """Call a model, or what PyTorch wraps; of one that takes ``mask_ratio``, as CRATE-MAE does, no patch is removed.
+
+    Of a ``CrateMAE`` no random number is drawn for it.
+    """
+    model = unwrapped(model)
     if isinstance(model, CrateMAE):
         patches = model.patch_count(images)
         noise = torch.zeros(len(images), patches, device=images.device)
         model(images, mask_ratio=0.0, noise=noise)
+    elif "mask_ratio" in inspect.signature(model.forward).parameters:
+        model(images, mask_ratio=0.0)
     else:
         model(images)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, DataParallel, DistributedDataParallel or AveragedModel, which change nothing of it."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        else:
+            return model
 
 
 @contextmanager
@@ -172,9 +197,12 @@ def _layers_of(model: nn.Module) -> list[_Steps]:
 
 def _watch(steps: _Steps, receive: Callable[[LayerTrace], None]) -> list[Any]:
     seen: dict[str, Tensor] = {}
+    thread = threading.get_ident()
 
     def keep(name: str, name_of_input: str | None = None) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if threading.get_ident() != thread:
+                return
             seen[name] = output
             if name_of_input:
                 seen[name_of_input] = inputs[0]
@@ -182,6 +210,8 @@ def _watch(steps: _Steps, receive: Callable[[LayerTrace], None]) -> list[Any]:
         return hook
 
     def done(*_: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         receive(_trace_of(steps, seen))
         seen.clear()
 

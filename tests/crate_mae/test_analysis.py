@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import official
@@ -20,19 +23,19 @@ NORMALIZATION = Normalization(IMAGENET_MEAN, IMAGENET_STD, 3)
 SMALL = dict(decoder_depth=1, embed_dim=32, num_heads=2, decoder_num_heads=2, img_size=32)
 
 
-def rate(z: np.ndarray) -> float:
+def rate(z: np.ndarray, eps: float = 0.01) -> float:
     """The official formula for one set of tokens [n, d], through the Gram matrix of the tokens whatever their number."""
     z = z / np.linalg.norm(z, axis=-1, keepdims=True)
     count, width = z.shape
-    return np.linalg.slogdet(np.eye(count) + width / (count * 0.01) * z @ z.T)[1] / 2
+    return np.linalg.slogdet(np.eye(count) + width / (count * eps) * z @ z.T)[1] / 2
 
 
 class OfficialInNumpy:
     """The official CRATE-MAE in NumPy and float64, on one whole image, and what the papers measure of each layer."""
 
-    def __init__(self, golden: Golden) -> None:
-        self.config = golden.config
-        self.state = {name: value.double().numpy() for name, value in golden.group("state/").items()}
+    def __init__(self, model: crate_mae.CrateMAE) -> None:
+        self.config = dataclasses.asdict(model.config)
+        self.state = {name: value.double().numpy() for name, value in model.state_dict().items()}
         self.seen: dict[str, list[dict[str, float]]] = {"encoder": [], "decoder": []}
 
     def weight(self, name: str) -> np.ndarray:
@@ -47,15 +50,26 @@ class OfficialInNumpy:
         w = self.norm(x, f"{name}.norm") @ self.weight(f"{name}.fn.qkv.weight").T
         return np.split(w, self.config["num_heads"], axis=-1)
 
+    def attention(self, x: np.ndarray, name: str) -> list[np.ndarray]:
+        scores = [np.exp(w @ w.T * w.shape[-1] ** -0.5) for w in self.heads_of(x, name)]
+        return [each / each.sum(-1, keepdims=True) for each in scores]
+
     def mssa(self, x: np.ndarray, name: str) -> np.ndarray:
-        attended = []
-        for w in self.heads_of(x, name):
-            scores = np.exp(w @ w.T * w.shape[-1] ** -0.5)
-            attended.append(scores / scores.sum(-1, keepdims=True) @ w)
-        out = np.concatenate(attended, -1) @ self.weight(f"{name}.fn.to_out.0.weight").T
+        heads = zip(self.attention(x, name), self.heads_of(x, name), strict=True)
+        out = (
+            np.concatenate([attention @ w for attention, w in heads], -1) @ self.weight(f"{name}.fn.to_out.0.weight").T
+        )
         return out + self.weight(f"{name}.fn.to_out.0.bias")
 
-    def measure(self, stack: str, name: str, attended: np.ndarray, compressed: np.ndarray, step: np.ndarray) -> None:
+    def measure(
+        self,
+        stack: str,
+        name: str,
+        attended: np.ndarray,
+        compressed: np.ndarray,
+        normed: np.ndarray,
+        step: np.ndarray,
+    ) -> None:
         def subspace_rate(x: np.ndarray) -> float:
             return sum(rate(w) for w in self.heads_of(x, name))
 
@@ -76,6 +90,8 @@ class OfficialInNumpy:
                 "l1": np.abs(step).sum() / len(step),
                 "coherence": np.mean(np.square(cosines)),
                 "effective_rank": np.exp(-(shares[shares > 0] * np.log(shares[shares > 0])).sum()),
+                "attention_entropy": np.mean([-(a * np.log(a)).sum(-1).mean() for a in self.attention(attended, name)]),
+                "sparse_update": np.linalg.norm(step - normed) / np.linalg.norm(normed),
                 "compression_update": np.linalg.norm(compressed - attended) / np.linalg.norm(attended),
             }
         )
@@ -95,28 +111,35 @@ class OfficialInNumpy:
             z = x + self.mssa(x, f"{name}.0")
             normed, weight = self.norm(z, f"{name}.1.norm"), self.weight(f"{name}.1.fn.weight")
             y = np.maximum(normed + eta * (normed @ weight - normed @ weight.T @ weight) - eta * lambd, 0)
-            self.measure("encoder", f"{name}.0", x, z, y)
+            self.measure("encoder", f"{name}.0", x, z, normed, y)
             x = y
         x = self.norm(x, "norm", 1e-6)
         for layer in range(self.config["decoder_depth"]):
             name = f"decoder_blocks.{layer}.layers.0"
-            g = self.norm(x, f"{name}.0.norm") @ self.weight(f"{name}.0.fn.weight").T
+            normed = self.norm(x, f"{name}.0.norm")
+            g = normed @ self.weight(f"{name}.0.fn.weight").T
             x = g - self.mssa(g, f"{name}.1")
-            self.measure("decoder", f"{name}.1", g, x, g)
+            self.measure("decoder", f"{name}.1", g, x, normed, g)
 
 
-def test_every_measure_is_that_of_an_independent_computation(golden: Golden) -> None:
-    """Of the golden model on its golden images, to 1e-6; mean and spread over the two."""
-    images, independent = golden.tensors["input/images"].double(), OfficialInNumpy(golden)
+@pytest.mark.parametrize("which", ["golden", "random"])
+def test_every_measure_is_that_of_an_independent_computation(which: str, request: pytest.FixtureRequest) -> None:
+    """Of the golden model on its golden images, and of one that needs no files, to 1e-6; mean and spread over the two."""
+    if which == "golden":
+        golden = request.getfixturevalue("golden")
+        model, images = golden.model().double(), golden.tensors["input/images"].double()
+    else:
+        torch.manual_seed(0)
+        model = crate_mae.create_model("crate_mae_tiny", depth=2, **SMALL | {"decoder_depth": 2}).double()
+        images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    independent = OfficialInNumpy(model)
     for image in images.numpy():
         independent.forward(image)
-    found = analysis.analyze(golden.model().double(), [images])
+    found = analysis.analyze(model, [images])
     assert found.images == 2
     for stack, layers in independent.seen.items():
         depth, compared = len(layers) // 2, found.stacks[stack]
-        assert {*layers[0]} | {"attention_entropy", "attention_distance", "sparse_update"} == {
-            name for name in compared if not name.endswith("by_head")
-        }
+        assert {*layers[0]} | {"attention_distance"} == {name for name in compared if not name.endswith("by_head")}
         for name in layers[0]:
             values = np.array([[layers[image * depth + layer][name] for layer in range(depth)] for image in range(2)])
             for measured, expected in zip(compared[name], (values.mean(0), values.std(0, ddof=1)), strict=True):
@@ -161,14 +184,44 @@ def test_never_nan(tokens: Tensor) -> None:
 
 
 def test_what_degenerate_tokens_have() -> None:
-    alike = torch.randn(1, 1, 8).expand(1, 5, 8)
+    alike = torch.randn(1, 1, 64).expand(1, 197, 64)
     # n equal unit tokens: one eigenvalue, n, times d / (n eps).
-    torch.testing.assert_close(analysis.coding_rate(alike), torch.tensor([np.log1p(800) / 2], dtype=torch.float64))
-    assert analysis.effective_rank(alike).item() == pytest.approx(1)
+    torch.testing.assert_close(analysis.coding_rate(alike), torch.tensor([np.log1p(6400) / 2], dtype=torch.float64))
+    assert analysis.effective_rank(alike).item() == pytest.approx(1, abs=1e-12)
     assert analysis.effective_rank(torch.eye(5)).item() == pytest.approx(5)
     large = 1e9 * torch.randn(40, 40, dtype=torch.float64)  # where 1 is lost beside the products
     expected = np.linalg.slogdet(large.numpy() / 0.1)[1] + 20 * np.log(40 / 40)
     assert analysis.coding_rate(large, normalize=False).item() == pytest.approx(expected, rel=1e-6)
+    assert [
+        analysis.relative_update(torch.zeros(2, 2), after).item() for after in (torch.eye(2), torch.zeros(2, 2))
+    ] == [1, 0]
+    assert analysis.zero_fraction(torch.zeros(2, 0, 8)).tolist() == [0, 0]
+    huge = torch.full((3, 2), 1.7e308, dtype=torch.float64)
+    assert analysis.relative_update(huge, -huge).item() == pytest.approx(2)
+    with pytest.raises(ValueError, match=r"after: expected the shape of before, \(3, 2\), got \(2, 2\)"):
+        analysis.relative_update(huge, huge[:2])
+
+
+@pytest.mark.parametrize("scale", [1, 1e-30, 1e200])
+@pytest.mark.parametrize("eps", [0.01, 0.5])
+def test_the_objective_is_that_of_the_papers_for_tokens_of_any_norm(scale: float, eps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 7, 8, dtype=torch.float64, generator=generator).relu()
+    weight = torch.randn(8, 8, dtype=torch.float64, generator=generator)
+    found = analysis.sparse_rate_reduction(
+        scale * tokens, analysis.projections(scale * tokens, weight, 4), lambd=0.3, eps=eps
+    )
+    for value, z in zip(found.tolist(), tokens.numpy(), strict=True):
+        of_heads = sum(rate(w, eps) for w in np.split(z @ weight.numpy().T, 4, axis=-1))
+        assert value == pytest.approx(rate(z, eps) - of_heads - 0.3 * np.count_nonzero(z), rel=1e-9)
+
+
+@pytest.mark.parametrize(("size", "eps"), [(1.0, 1e-14), (1e4, 0.01), (1e7, 0.01), (1e200, 0.01)])
+def test_equal_tokens_of_any_size_have_one_eigenvalue(size: float, eps: float) -> None:
+    token = torch.randn(1, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = (size * token / token.norm()).expand(197, 64)
+    expected = np.log(np.hypot(1, size * np.sqrt(64 / eps)))
+    assert analysis.coding_rate(tokens, normalize=False, eps=eps).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_coherence_of_known_subspaces() -> None:
@@ -176,6 +229,8 @@ def test_coherence_of_known_subspaces() -> None:
     found = analysis.subspace_coherence(torch.cat([plane, 3 * plane, turned, torch.zeros(2, 6)]), 4)
     expected = [[1, 1, 0.25, 0], [1, 1, 0.25, 0], [0.25, 0.25, 1, 0], [0, 0, 0, 0]]
     np.testing.assert_allclose(found, expected, atol=1e-7)
+    line = torch.tensor([[1.0, 0, 0, 0, 0, 0]] * 2)  # in the plane: of dimension 1
+    assert analysis.mean_coherence(torch.cat([plane, line]), 2) == pytest.approx(1)
     assert analysis.mean_coherence(torch.randn(8, 8), 1) == 0
     assert analysis.mean_coherence(torch.cat([plane, turned]), 2) == pytest.approx(0.25)
 
@@ -187,11 +242,18 @@ def test_attention_entropy_distance_and_segmentation() -> None:
     mean = np.linalg.norm(corners[:, None] - corners, axis=-1).mean()
     found = analysis.attention_distance(torch.cat([alike, own]), (2, 3), 16)
     np.testing.assert_allclose(found, [16 * mean, 0], rtol=1e-6)
+    uneven = torch.rand(7, 7, generator=torch.Generator().manual_seed(0)).double()
+    among = uneven[1:, 1:].numpy() / uneven[1:, 1:].sum(-1, keepdim=True).numpy()
+    expected = (among * np.linalg.norm(corners[:, None] - corners, axis=-1)).sum(-1).mean()
+    assert analysis.attention_distance(uneven, (2, 3)).item() == pytest.approx(expected)
     only_class = torch.zeros(1, 7, 7)
     only_class[..., 0] = 1
     assert analysis.attention_distance(only_class, (2, 3)).item() == 0
     with pytest.raises(ValueError, match="grid: expected at most the 7 tokens"):
         analysis.attention_distance(alike, (2, 4))
+    for of_scores in (analysis.attention_entropy, lambda scores: analysis.attention_distance(scores, (2, 3))):
+        with pytest.raises(ValueError, match="attention: expected no negative values, got -1"):
+            of_scores(-own)
     map_ = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
     assert analysis.most_attended(map_, 0.6).tolist() == [False, True, False, True, False]
     assert analysis.most_attended(map_, 1.0).tolist() == [True, True, False, True, True]
@@ -227,6 +289,7 @@ def test_accelerated_official_models_show_what_the_official_ones_do(make) -> Non
     expected = analysis.trace(model, x)
     expected_numbers = analysis.analyze(model, [x])
     output = model(x)
+    assert expected[0].lambd == (0.1 if isinstance(model, official.Alpha) else 0.5)
     torch.testing.assert_close(expected[-1].output, output)  # the whole model's is its last layer's
     accelerate(model)
     with warnings.catch_warnings():
@@ -248,6 +311,10 @@ def test_accelerated_official_models_show_what_the_official_ones_do(make) -> Non
 def test_a_trace_leaves_the_model_as_it_was_and_says_what_it_cannot_see() -> None:
     model = crate_mae.create_model("crate_mae_tiny", depth=1, **SMALL)
     model.blocks.eval()
+    modes: list[bool] = []
+    model.decoder_pred.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    analysis.trace(model, torch.randn(2, 3, 32, 32))
+    assert modes == [False]
     with pytest.raises(ValueError, match="images: expected"):
         analysis.trace(model, torch.randn(2, 3, 31, 32))
     assert model.training and not model.blocks.training
@@ -260,6 +327,52 @@ def test_a_trace_leaves_the_model_as_it_was_and_says_what_it_cannot_see() -> Non
         model.blocks[0].layers[0][1].fn.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"blocks.0.layers.0: tokens: expected finite values"):
         analysis.analyze(model, [torch.randn(1, 3, 32, 32)])
+
+
+class OfficialCall(torch.nn.Module):
+    """Called as the official CRATE-MAE is, which draws its noise itself."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, imgs: Tensor, mask_ratio: float = 0.75):
+        return self.inner(imgs, mask_ratio=mask_ratio)
+
+
+WRAPPERS = [torch.compile, torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel, OfficialCall]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=lambda wrap: wrap.__name__)
+def test_whole_images_are_seen_by_wrapped_and_official_models_too(wrap) -> None:
+    model, images = crate_mae.create_model("crate_mae_tiny", depth=1, **SMALL), torch.randn(2, 3, 32, 32)
+    wrapped = wrap(model)
+    for found, expected in zip(analysis.trace(wrapped, images), analysis.trace(model, images), strict=True):
+        torch.testing.assert_close(found.output, expected.output)
+    numbers = analysis.analyze(wrapped, [images[:0], images], grid=(2, 2), patch_size=16)
+    assert numbers.stacks == analysis.analyze(model, [images]).stacks
+
+
+def test_what_is_seen_is_of_this_thread_under_autocast_and_once_a_call() -> None:
+    torch.manual_seed(0)
+    model, x = official.Model(), torch.randn(2, 7, 16)
+    seen: list[analysis.LayerTrace] = []
+    with analysis.traced(model, seen.append):
+        other = threading.Thread(target=model, args=(x,))
+        other.start()
+        other.join()
+    assert not seen
+    with torch.autocast("cpu", torch.bfloat16):
+        layers = analysis.trace(model, x)
+    for layer, exact in zip(layers, analysis.trace(model, x), strict=True):
+        torch.testing.assert_close(layer.projected_after.float(), exact.projected_after, atol=0.1, rtol=0.1)
+    for before, layer in pairwise(layers):
+        torch.testing.assert_close(layer.tokens, before.output)
+    assert [layer.lambd is None for layer in layers] == [layer.stack == "decoder" for layer in layers]
+    layers[0].module.is_causal = True
+    assert not layers[0].attention.triu(1).any() and layers[0].attention[..., 0, 0].eq(1).all()
+    with pytest.raises(ValueError, match=r"each layer once in a call, got 0.* again"):
+        analysis.analyze(torch.nn.Sequential(model, model), [x])
 
 
 def test_views_are_of_the_models_own_numbers_and_of_each_images_size() -> None:

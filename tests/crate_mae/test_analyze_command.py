@@ -15,6 +15,8 @@ from PIL import ImageColor
 
 pytest.importorskip("jsonargparse")  # lacking where nothing can be installed, as on some GPU machines
 
+from tiny_runs import TINY, tiny_config, write_photographs
+
 import crate_mae
 from crate_mae.analysis import MEASURES, Analysis, Measured, analyze
 from crate_mae.analyzing import analysis_lines, random_model, write_analysis
@@ -25,7 +27,6 @@ from crate_mae.model import CrateMAE
 from crate_mae.pictures.charts import Canvas, Series
 from crate_mae.pictures.layers import layers_picture
 from crate_mae.training import pretrain
-from tests.tiny_runs import TINY, tiny_config, write_photographs
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_the_numbers_are_those_of_the_models(trained, run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("{run}/nowhere", "nowhere/config.json: no such file"),
+        ("{run}/nowhere", "RUN: expected the folder of a run, got {run}/nowhere, which is not there"),
         ("{run}/best", "{run}/best holds a model alone, without images: name some by --data"),
         ("{run}/best --data {photographs} --states", "{run}/best holds a model alone, without states"),
         ("{run} --data {run}/nowhere", "--data: no such folder of images"),
@@ -202,6 +203,22 @@ def test_what_is_said_follows_the_numbers():
     assert analysis_lines({"mine": one})[-1] == (
         "In the mine encoder MSSA lowers R^c in 0 of 1 layers; one layer has no trend with depth."
     )
+
+
+def test_two_may_write_at_once(tmp_path, monkeypatch):
+    """The second comes while the first writes."""
+    analyses, second = {"trained": analysis_of(1, 0, 2)}, iter([True])
+
+    class Picture:
+        def save(self, file, format):
+            if next(second, False):
+                write_analysis(tmp_path, analyses, caption="", about={"which": 2})
+            file.write(b"picture")
+
+    monkeypatch.setattr("crate_mae.analyzing.layers_picture", lambda *_, **__: Picture())
+    numbers, picture = write_analysis(tmp_path, analyses, caption="", about={"which": 1})
+    assert json.loads(numbers.read_text())["which"] == 1 and picture.read_bytes() == b"picture"
+    assert sorted(tmp_path.iterdir()) == [numbers, picture]
 
 
 def test_what_is_no_number_is_not_written(tmp_path):

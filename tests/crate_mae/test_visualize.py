@@ -160,7 +160,7 @@ def test_layers_are_named_as_pictures_number_them(layer, place):
         ("{run} {run}/nowhere.png", "cannot read the image {run}/nowhere.png (vanished"),
         ("{run} {run}/config.json", "IMAGE: expected photographs"),
         ("{run} {run}", "no images under {run}"),
-        ("{run}/nowhere {image}", "nowhere/config.json: no such file"),
+        ("{run}/nowhere {image}", "RUN: expected the folder of a run, got {run}/nowhere, which is not there"),
         ("{run} {image} --patch 5,1", "--patch: expected a row from 1 to 4 and a column from 1 to 6, the patches of a.png"),
         ("{run} {image} --patch 3", "--patch: expected a row and a column"),
         ("{run} {image} --layer 3", "--layer: expected 1 to 2 (or -1, the last), or decoder:1 to decoder:1"),
