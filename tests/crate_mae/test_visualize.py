@@ -21,7 +21,7 @@ from crate_mae.cli import main, visualize
 from crate_mae.data import Normalization
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import inside
-from crate_mae.pictures.sheet import wrapped
+from crate_mae.pictures.sheet import cell_size, wrapped
 from crate_mae.visualizing import place_of_layer
 
 MODEL = dataclasses.replace(TINY, depth=2, norm_pix_loss=True)
@@ -102,6 +102,51 @@ def test_regions_drawn_are_the_patches_attended_to_most(monkeypatch, patch):
     token = 0 if patch is None else 1 + 1 * 6 + 4
     expected = most_attended(image.layers[1].attention[:, token, 1:], 0.3).view(-1, 4, 6)
     assert np.array_equal(np.stack(drawn), expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("grid", "patch"), [((4, 5), (1, 3)), ((40, 100), (39, 99)), ((1, 500), (0, 250)), ((500, 1), (0, 0))]
+)
+def test_the_frame_is_on_the_patch(grid, patch):
+    """Of patches that are smaller than a frame around their middle; a strip is broad enough to be seen."""
+    height, width = cell_size((8 * grid[0], 8 * grid[1]))
+    panel = Image.new("RGB", (width, height), "blue")
+    changed = (np.asarray(inside.Query(patch).marked(panel, grid)) != (0, 0, 255)).any(-1)
+    for axis, place, count, side in zip((1, 0), patch, grid, (height, width), strict=True):
+        found = np.flatnonzero(changed.any(axis))
+        middle, length = (place + 0.5) * side / count, max(12, side / count)
+        assert side >= 16 and abs(np.ptp(found) + 1 - length) <= 1
+        assert found[0] <= middle <= found[-1] + 1
+
+
+def test_rounding_is_not_drawn_as_differences(monkeypatch):
+    """Where both ends of a scale read the same, all patches have one colour."""
+    drawn = []
+    monkeypatch.setattr(inside, "sheet", lambda title, lines, columns, rows, **options: drawn.extend(rows))
+    image = seen(CrateMAE(MODEL))
+    noise = torch.linspace(0, 1e-6, 24).view(4, 6)
+    layers = [layer._replace(norms=5 + noise, zeros=0.5 + 0.1 * noise * 1e6) for layer in image.layers]
+    inside.path_picture(image._replace(layers=layers), "a", "")
+    assert drawn[0].scales[4] == ("all 5", "") and drawn[0].scales[3] == ("0.5", "0.6")
+    zeros, norms = (np.unique(np.asarray(drawn[0].cells[place]).reshape(-1, 3), axis=0) for place in (3, 4))
+    assert len(zeros) == 24 and len(norms) == 1
+
+
+def test_models_that_cannot_be_drawn_are_refused(tmp_path):
+    """And of one without encoder layers, the decoder's are drawn."""
+    pixels, folder = torch.zeros(3, 32, 32, dtype=torch.uint8), tmp_path / "inside"
+
+    def draw(model: CrateMAE) -> None:
+        visualizing.visualize(model, [pixels], ["a"], NORMALIZATION, folder)
+
+    with pytest.raises(ValueError, match="model: expected one with layers"):
+        draw(CrateMAE(dataclasses.replace(MODEL, depth=0, decoder_depth=0)))
+    overflowing = CrateMAE(MODEL)
+    torch.nn.init.constant_(overflowing.decoder_pred.weight, torch.inf)
+    with pytest.raises(ValueError, match="model: expected a finite prediction"):
+        draw(overflowing)
+    assert not folder.exists()
+    assert place_of_layer(dataclasses.replace(MODEL, depth=0), -1) == 0
 
 
 def test_the_command_draws_images_of_all_kinds(run_folder, images, pages, capsys, monkeypatch):
