@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("playwright")  # lacking where nothing can be installed, as on some GPU machines
 
@@ -321,6 +323,41 @@ def test_segmentation_is_what_is_most_attended(opened: Callable[..., Page], show
         assert tab.evaluate("view.mask()") == expected
         sizes.add(sum(expected))
     assert len(sizes) == 4
+
+
+def test_pictures_are_of_what_they_say(opened: Callable[..., Page], shown: Shown) -> None:
+    tab = opened("#image=1&layer=encoder-1&head=1&query=7&segment=60")
+    tab.locator("#opacity").fill("100")
+    view, filled = shown.views[0], shown.reconstructions[0]
+    read = "selector => Array.from(document.querySelectorAll(selector), each => each.src ?? each.toDataURL())"
+
+    def pictures(selector: str) -> list[np.ndarray]:
+        files = [io.BytesIO(base64.b64decode(url.partition(",")[2])) for url in tab.evaluate(read, selector)]
+        return [np.asarray(Image.open(file).convert("RGB")).astype(int) for file in files]
+
+    names = ["original", "what the model sees", "its prediction", "prediction around what is visible"]
+    assert tab.locator("#reconstruction figcaption").all_inner_texts() == names
+    for picture, pixels in zip(pictures("#reconstruction img"), filled[:4], strict=True):
+        assert np.array_equal(picture, pixels[0].permute(1, 2, 0))
+    for name in ("token_colours", "key_colours"):
+        assert np.array_equal(pictures(f"#{name}")[0], getattr(view.layers[0], name))
+
+    titles = [text.partition("\n")[0] for text in tab.locator("th").all_inner_texts()]
+    assert titles[4:] == ["MSSA changed", "Sparse step changed", "Zeros", "Norms"]
+    rates = np.array([layer.coding_rates for layer in view.layers])
+    marks = tab.locator("#path circle").evaluate_all("all => all.map(each => parseFloat(each.getAttribute('cx')))")
+    assert np.allclose(marks, 2 + 96 * ((rates - rates.min()) / np.ptp(rates)).flatten())
+    for number, layer in enumerate(view.layers, 1):
+        maps = pictures(f"#path tr:nth-child({number}) td:nth-child(n+5) canvas")
+        for picture, name in zip(maps, ("compression", "sparsification", "zeros", "norms"), strict=True):
+            assert picture.sum(-1).argmax() == getattr(layer, name).numpy().argmax()
+
+    attention = shown.attention(0, 0, 0, 7)[1:]
+    assert float(tab.locator("#most").inner_text().rstrip("%")) == pytest.approx(100 * attention.max(), rel=0.05)
+    (drawn,), (rows, columns) = pictures("#map"), view.grid
+    side = len(drawn) // rows
+    dark = (drawn[side // 2 :: side, side // 2 :: side] == (11, 13, 18)).all(-1)
+    assert np.array_equal(~dark, most_attended(attention, 0.6).view(rows, columns))
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
