@@ -350,10 +350,11 @@ def test_pictures_are_of_what_they_say(opened: Callable[..., Page], shown: Shown
     for number, layer in enumerate(view.layers, 1):
         maps = pictures(f"#path tr:nth-child({number}) td:nth-child(n+5) canvas")
         for picture, name in zip(maps, ("compression", "sparsification", "zeros", "norms"), strict=True):
-            assert picture.sum(-1).argmax() == getattr(layer, name).numpy().argmax()
+            values = getattr(layer, name).flatten()
+            assert values.max() - values[picture.sum(-1).argmax()] <= (values.max() - values.min()) / 255
 
     attention = shown.attention(0, 0, 0, 7)[1:]
-    assert float(tab.locator("#most").inner_text().rstrip("%")) == pytest.approx(100 * attention.max(), rel=0.05)
+    assert float(tab.locator("#most").inner_text().rstrip("%")) == pytest.approx(100 * float(attention.max()), rel=0.05)
     (drawn,), (rows, columns) = pictures("#map"), view.grid
     side = len(drawn) // rows
     dark = (drawn[side // 2 :: side, side // 2 :: side] == (11, 13, 18)).all(-1)

@@ -16,11 +16,12 @@ pytest.importorskip("jsonargparse")  # lacking where nothing can be installed, a
 
 import crate_mae
 from crate_mae import visualizing
-from crate_mae.analysis import ImageView, most_attended, view
+from crate_mae.analysis import ImageView, PrincipalComponents, most_attended, view
 from crate_mae.cli import main, visualize
 from crate_mae.data import Normalization
 from crate_mae.model import CrateMAE
-from crate_mae.pictures import inside
+from crate_mae.pictures import inside, reconstruct
+from crate_mae.pictures.colours import distinct
 from crate_mae.pictures.sheet import cell_size, wrapped
 from crate_mae.visualizing import place_of_layer
 
@@ -130,6 +131,43 @@ def test_rounding_is_not_drawn_as_differences(monkeypatch):
     assert drawn[0].scales[4] == ("all 5", "") and drawn[0].scales[3] == ("0.5", "0.6")
     zeros, norms = (np.unique(np.asarray(drawn[0].cells[place]).reshape(-1, 3), axis=0) for place in (3, 4))
     assert len(zeros) == 24 and len(norms) == 1
+
+
+def test_cells_are_of_what_their_columns_say(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(inside, "sheet", lambda title, lines, columns, rows, **options: drawn.append(rows))
+    model = CrateMAE(MODEL)
+    image, query = seen(model), inside.Query((1, 4))
+    shown = reconstruct(model, image.pixels[None], NORMALIZATION)
+    inside.attention_picture([image], ["a"], 1, query, "")
+    inside.segmentation_picture([image], ["a"], 1, inside.Query(), 0.6, "")
+    inside.components_picture([image], ["a"], "")
+    inside.path_picture(image, "a", "")
+    inside.reconstructions_picture([shown], ["a"], 8, norm_pix_loss=True, caption="")
+    attention, segmentation, components, path, reconstructions = drawn
+
+    weights = image.layers[1].attention[:, 1 + 1 * 6 + 4, 1:]
+    largest = [float(each.max()) for each in (weights.mean(0), *weights)]
+    assert [float(note.removeprefix("largest ")) for note in attention[0].notes[1:]] == pytest.approx(largest, rel=0.01)
+
+    def middles(cell, size=(6, 4)):
+        return np.asarray(cell.resize(size, Image.Resampling.NEAREST)).astype(int)
+
+    photograph, *_, owned = map(middles, segmentation[0].cells)
+    owner = image.layers[1].attention[:, 0, 1:].argmax(0).view(4, 6)
+    assert np.abs(owned - 0.4 * photograph - 0.6 * distinct(2)[owner]).max() <= 1
+    colours = [each for layer in image.layers for each in (layer.token_colours, layer.key_colours)]
+    assert all(np.array_equal(middles(cell), of) for cell, of in zip(components[0].cells[1:], colours, strict=True))
+    keys = image.layers[1].projected.transpose(0, 1).flatten(1)[1:]  # without the class token's
+    of_keys = PrincipalComponents.of(keys).colours(keys).view(4, 6, 3) * 255
+    assert torch.equal(image.layers[1].key_colours, of_keys.round().to(torch.uint8))
+    for row, layer in zip(path, image.layers, strict=True):
+        maps = (layer.compression, layer.sparsification, layer.zeros, layer.norms)
+        for cell, values in zip(row.cells[1:5], maps, strict=True):
+            brightest = middles(cell).sum(-1).argmax()
+            assert values.max() - values.flatten()[brightest] <= 0.02 * values.max()
+    for cell, pixels in zip(reconstructions[0].cells, shown[:4], strict=True):
+        assert np.array_equal(middles(cell, (48, 32)), pixels[0].permute(1, 2, 0))
 
 
 def test_models_that_cannot_be_drawn_are_refused(tmp_path):
