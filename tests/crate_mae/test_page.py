@@ -326,7 +326,7 @@ def test_segmentation_is_what_is_most_attended(opened: Callable[..., Page], show
 
 
 def test_pictures_are_of_what_they_say(opened: Callable[..., Page], shown: Shown) -> None:
-    tab = opened("#image=1&layer=encoder-1&head=1&query=7&segment=60")
+    tab = opened("#image=1&layer=encoder-2&head=1&query=7&segment=60")
     tab.locator("#opacity").fill("100")
     view, filled = shown.views[0], shown.reconstructions[0]
     read = "selector => Array.from(document.querySelectorAll(selector), each => each.src ?? each.toDataURL())"
@@ -340,7 +340,7 @@ def test_pictures_are_of_what_they_say(opened: Callable[..., Page], shown: Shown
     for picture, pixels in zip(pictures("#reconstruction img"), filled[:4], strict=True):
         assert np.array_equal(picture, pixels[0].permute(1, 2, 0))
     for name in ("token_colours", "key_colours"):
-        assert np.array_equal(pictures(f"#{name}")[0], getattr(view.layers[0], name))
+        assert np.array_equal(pictures(f"#{name}")[0], getattr(view.layers[1], name))
 
     titles = [text.partition("\n")[0] for text in tab.locator("th").all_inner_texts()]
     assert titles[4:] == ["MSSA changed", "Sparse step changed", "Zeros", "Norms"]
@@ -353,7 +353,7 @@ def test_pictures_are_of_what_they_say(opened: Callable[..., Page], shown: Shown
             values = getattr(layer, name).flatten()
             assert values.max() - values[picture.sum(-1).argmax()] <= (values.max() - values.min()) / 255
 
-    attention = shown.attention(0, 0, 0, 7)[1:]
+    attention = shown.attention(0, 1, 0, 7)[1:]
     assert float(tab.locator("#most").inner_text().rstrip("%")) == pytest.approx(100 * float(attention.max()), rel=0.05)
     (drawn,), (rows, columns) = pictures("#map"), view.grid
     side = len(drawn) // rows
