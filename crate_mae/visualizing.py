@@ -54,7 +54,8 @@ def visualize(
         images: uint8 [channels, height, width] each, which may differ in size.
         names: of the images.
         folder: is made; files in it of the names in ``SHOWS`` are replaced.
-        layer: whose attention is drawn: of the encoder from 1, or from its end from -1; "decoder:1" is the decoder's first.
+        layer: whose attention is drawn: of the encoder from 1, or from its end from -1; "decoder:1" is the decoder's first. Of a
+            model without encoder layers, -1 is the decoder's last.
         query: the patch whose attention it is, its row and column counted from 1; None is the class token.
         mass: the share of a head's attention that makes a region, as of ``most_attended``.
         mask_ratio: fraction of the patches removed for reconstruction. Which ones depends on the seed and the image's place.
@@ -117,6 +118,10 @@ def place_of_layer(config: ModelConfig, layer: int | str, option: str = "layer")
     Raises:
         ValueError: there is no such layer.
     """
+    if not config.depth + config.decoder_depth:
+        raise ValueError("model: expected one with layers, and it has none")
+    if not config.depth and str(layer) == "-1":
+        layer = "decoder:-1"
     stack, _, number = str(layer).rpartition(":")
     depth = config.decoder_depth if stack == "decoder" else config.depth
     try:

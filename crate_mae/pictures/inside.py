@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ GIVEN_CONTRAST = "norm_pix_loss: brightness and contrast of every predicted patc
 _PATH_CELL = 120
 _OPACITY = 0.85
 _OUTLINE = 5
+_FRAME = 12
+"""Pixels of a panel that a frame takes at least, so that some of the patch is seen in it."""
 
 
 class Query(NamedTuple):
@@ -60,20 +63,22 @@ class Query(NamedTuple):
         return scores.softmax(-1)[:, 1:].unflatten(-1, grid)
 
     def marked(self, panel: Image.Image, grid: tuple[int, int]) -> Image.Image:
-        """A panel with a frame around the patch."""
+        """A panel with a frame around the patch or, of one that is smaller than a frame, around its middle."""
         if self.patch is not None:
-            edges = [
-                round((place + after) * side / count)
-                for after in (0, 1)
-                for place, side, count in zip(self.patch[::-1], panel.size, grid[::-1], strict=True)
-            ]
+            (left, right), (top, bottom) = map(_framed, self.patch[::-1], panel.size, grid[::-1])
             draw = ImageDraw.Draw(panel)
             for inset, colour in ((0, "black"), (2, "white")):
-                left, top, right, bottom = edges
                 draw.rectangle(
                     (left + inset, top + inset, right - 1 - inset, bottom - 1 - inset), outline=colour, width=2
                 )
         return panel
+
+
+def _framed(place: int, side: int, count: int) -> tuple[int, int]:
+    """From and to which of a panel's pixels a frame goes."""
+    length = max(side / count, _FRAME)
+    first = min(max((place + 0.5) * side / count - length / 2, 0), side - length)
+    return round(first), round(first + length)
 
 
 def overlay(pixels: Tensor, values: Tensor, size: tuple[int, int]) -> Image.Image:
@@ -221,7 +226,7 @@ def path_picture(view: ImageView, name: str, caption: str) -> Image.Image:
         ranges = [(float(of_layers.min()), float(of_layers.max())) for of_layers in maps]
         for place, layer in enumerate(layers):
             cells = [
-                _patches(torch.from_numpy(scaled(((of_layers[place] - least) / ((most - least) or 1.0)).numpy())), size)
+                _patches(torch.from_numpy(scaled(((of_layers[place] - least) / _span(least, most)).numpy())), size)
                 for of_layers, (least, most) in zip(maps, ranges, strict=True)
             ]
             before, after = layer.coding_rates
@@ -279,6 +284,11 @@ def name_of(layer: LayerView) -> str:
 def _ends(span: tuple[float, float]) -> tuple[str, str]:
     least, most = (f"{end:.3g}" for end in span)
     return (least, most) if least != most else (f"all {least}", "")
+
+
+def _span(least: float, most: float) -> float:
+    """What colours range over: all, where the ends read alike, so that rounding is not drawn as differences."""
+    return most - least if _ends((least, most))[1] else math.inf
 
 
 def _full_name(view: ImageView, layer: int) -> str:

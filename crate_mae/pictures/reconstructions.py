@@ -59,6 +59,9 @@ def reconstruct(
     Args:
         pixels: uint8 [batch, channels, height, width], on any device.
         noise: [batch, patches], fixes the masks as in `model(images, mask_ratio, noise)`.
+
+    Raises:
+        ValueError: the prediction is not finite, which would be drawn black.
     """
     device = next(model.parameters()).device
     images = normalization(pixels.to(device))
@@ -66,6 +69,8 @@ def reconstruct(
     model.eval()
     output = model(images, mask_ratio=mask_ratio, noise=None if noise is None else noise.to(device))
     model.train(was_training)
+    if not output.pred.isfinite().all():
+        raise ValueError("model: expected a finite prediction, got NaN or infinite values")
 
     side = model.config.patch_size
     grid = (images.shape[-2] // side, images.shape[-1] // side)

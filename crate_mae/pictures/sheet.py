@@ -16,7 +16,7 @@ CELL = 160
 """The width that cells have, unless told otherwise: of images that differ in size, too."""
 
 _MARGIN, _GAP, _NAMES = 28, 8, 150
-_NARROWEST = 900
+_NARROWEST, _NARROWEST_CELL = 900, 16
 _LINE, _BAR, _SCALE_HEIGHT = 16, 10, 32
 
 
@@ -44,10 +44,10 @@ class Row(NamedTuple):
 def cell_size(shape: tuple[int, int], width: int = CELL, tallest: float = 1.5) -> tuple[int, int]:
     """(height, width) of the cell of an image of a shape (height, width), in pixels of twice the sheet's resolution.
 
-    It is as wide as cells are, or as high as that times ``tallest`` and narrower.
+    It is as wide as cells are, or as high as that times ``tallest`` and narrower; a strip is made broad enough to be seen.
     """
     scale = min(2 * width / shape[1], 2 * width * tallest / shape[0])
-    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+    return max(_NARROWEST_CELL, round(shape[0] * scale)), max(_NARROWEST_CELL, round(shape[1] * scale))
 
 
 def sheet(

@@ -50,6 +50,7 @@ def clear_run_folder(out: Path) -> None:
     for path in files:
         remove(path)
     remove_leftovers(out)
+    remove_unfinished(out / INSIDE)
     for folder in (out / STATES, out / BEST, out / INSIDE):
         with suppress(OSError):  # not there, or with something in it that is not the run's
             folder.rmdir()

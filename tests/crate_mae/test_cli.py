@@ -120,7 +120,10 @@ def test_the_demo_ends_with_what_was_learnt(photographs, out, capsys, classes):
     zeros = analysis["models"]["trained"]["encoder"]["zeros"]["mean"]
     assert f"{zeros[0]:.1%}" in printed and str(out / "analysis.png") in printed
     assert "0.png" in (out / "inside" / "index.html").read_text() and str(out / "inside" / "index.html") in printed
+    (out / "inside" / ".path_9.png.partial").write_bytes(b"of one that was killed")
+    (out / "inside" / "notes.txt").write_bytes(b"of the user")
     assert main(["demo", "--out", str(out), "--data", str(train), "--val", str(photographs), *TINY, "--overwrite"]) == 0
+    assert [path.name for path in (out / "inside").iterdir() if path.suffix not in (".png", ".html")] == ["notes.txt"]
 
 
 def test_the_demo_ends_without_images_that_it_did_not_come_to(photographs, out):

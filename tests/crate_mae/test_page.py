@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("playwright")  # lacking where nothing can be installed, as on some GPU machines
 
@@ -29,7 +31,7 @@ from crate_mae.pictures.page import page
 
 HOSTILE = '</script><b id="bold">"\'&<!--data--> \udcff \u00e9.png'
 READABLE = HOSTILE.replace("\udcff", "\ufffd")
-SHAPES = [(24, 40), (32, 32)]
+SHAPES = [(24, 40), (32, 32), (8, 1600)]
 LAYERS = ["encoder-1", "encoder-2", "decoder-1"]
 BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
 NORM_PIX = "brightness and contrast of each patch shown here are the true ones"
@@ -40,7 +42,7 @@ class Shown(NamedTuple):
     reconstructions: list[Reconstructions]
 
     def html(self, *, norm_pix_loss: bool = False) -> str:
-        names = [HOSTILE, "square.png"]
+        names = [HOSTILE, "square.png", "panorama.png"]
         return page(
             self.views,
             names,
@@ -57,7 +59,7 @@ class Shown(NamedTuple):
 
 @pytest.fixture(scope="module")
 def shown() -> Shown:
-    """An image that is wider than high, and a square one; two heads in the encoder, three in the decoder."""
+    """An image that is wider than high, a square one, and a strip; two heads in the encoder, three in the decoder."""
     torch.manual_seed(0)
     model = CrateMAE(
         ModelConfig(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, decoder_depth=1, decoder_num_heads=3)
@@ -100,11 +102,11 @@ def test_what_the_page_holds(shown: Shown) -> None:
     silent = first._replace(
         projected=first.projected * torch.tensor([1.0, 0.0])[:, None, None]
     )  # a head without a step
-    shown = shown._replace(views=[shown.views[0]._replace(layers=[silent, *others]), shown.views[1]])
+    shown = shown._replace(views=[shown.views[0]._replace(layers=[silent, *others]), *shown.views[1:]])
     text = shown.html()
     text.encode("ascii")
     scripts = _Scripts(text)
-    assert len(scripts.values) == 1 + 2 * len(LAYERS)
+    assert len(scripts.values) == 1 + len(SHAPES) * len(LAYERS)
     assert scripts.values["data"]["images"][0]["name"] == READABLE
     for image, (held, seen) in enumerate(zip(scripts.values["data"]["images"], shown.views, strict=True)):
         assert (held["rows"], held["columns"]) == seen.grid
@@ -211,6 +213,7 @@ def test_attention_is_the_models(opened: Callable[..., Page], shown: Shown) -> N
         (1, 1, 0, 16),
         (1, 2, 2, 1),
         (1, 2, None, 9),
+        (2, 0, 1, 150),
     ]:
         address = f"image={image + 1}&layer={LAYERS[layer]}&head={'mean' if head is None else head + 1}&query={query or 'cls'}"
         _go(tab, address)
@@ -258,6 +261,31 @@ def test_clicks(opened: Callable[..., Page], shown: Shown) -> None:
     )
 
 
+@pytest.mark.parametrize("image, layer, query", [(0, 2, 9), (1, 2, 13)])
+def test_the_map_lies_on_the_patches(
+    opened: Callable[..., Page], shown: Shown, image: int, layer: int, query: int
+) -> None:
+    tab = opened(f"#image={image + 1}&layer={LAYERS[layer]}&query={query}&smooth=0")
+    tab.locator("#opacity").fill("100")
+    rows, columns = shown.views[image].grid
+    middles = [((row + 0.5) / rows, (column + 0.5) / columns) for row in range(rows) for column in range(columns)]
+    read = """middles => {
+        const {width, height} = map, words = new Uint32Array(
+            map.getContext('2d').getImageData(0, 0, width, height).data.buffer);
+        return middles.map(([y, x]) => words[Math.floor(y * height) * width + Math.floor(x * width)]);
+    }"""
+    attention = shown.attention(image, layer, None, query)[1:]
+    levels = (255 * attention / attention.max()).round().int().tolist()
+    colours = tab.evaluate("Array.from(COLOURS)")
+    assert len({level // 3 for level in levels}) > 5
+    for drawn, level in zip(tab.evaluate(read, middles), levels, strict=True):
+        assert drawn in colours[max(level - 1, 0) : level + 2]
+    frame, canvas = (tab.locator(each).bounding_box() for each in ("#query", "#map"))
+    for start, length, at in zip("yx", ("height", "width"), middles[query - 1], strict=True):
+        middle = (frame[start] + frame[length] / 2 - canvas[start]) / canvas[length]
+        assert middle == pytest.approx(at, abs=0.01)
+
+
 def test_keyboard(opened: Callable[..., Page], shown: Shown) -> None:
     tab = opened("#layer=encoder-1&query=cls")
     tab.keyboard.press("ArrowRight")
@@ -297,6 +325,42 @@ def test_segmentation_is_what_is_most_attended(opened: Callable[..., Page], show
     assert len(sizes) == 4
 
 
+def test_pictures_are_of_what_they_say(opened: Callable[..., Page], shown: Shown) -> None:
+    tab = opened("#image=1&layer=encoder-2&head=1&query=7&segment=60")
+    tab.locator("#opacity").fill("100")
+    view, filled = shown.views[0], shown.reconstructions[0]
+    read = "selector => Array.from(document.querySelectorAll(selector), each => each.src ?? each.toDataURL())"
+
+    def pictures(selector: str) -> list[np.ndarray]:
+        files = [io.BytesIO(base64.b64decode(url.partition(",")[2])) for url in tab.evaluate(read, selector)]
+        return [np.asarray(Image.open(file).convert("RGB")).astype(int) for file in files]
+
+    names = ["original", "what the model sees", "its prediction", "prediction around what is visible"]
+    assert tab.locator("#reconstruction figcaption").all_inner_texts() == names
+    for picture, pixels in zip(pictures("#reconstruction img"), filled[:4], strict=True):
+        assert np.array_equal(picture, pixels[0].permute(1, 2, 0))
+    for name in ("token_colours", "key_colours"):
+        assert np.array_equal(pictures(f"#{name}")[0], getattr(view.layers[1], name))
+
+    titles = [text.partition("\n")[0] for text in tab.locator("th").all_inner_texts()]
+    assert titles[4:] == ["MSSA changed", "Sparse step changed", "Zeros", "Norms"]
+    rates = np.array([layer.coding_rates for layer in view.layers])
+    marks = tab.locator("#path circle").evaluate_all("all => all.map(each => parseFloat(each.getAttribute('cx')))")
+    assert np.allclose(marks, 2 + 96 * ((rates - rates.min()) / np.ptp(rates)).flatten())
+    for number, layer in enumerate(view.layers, 1):
+        maps = pictures(f"#path tr:nth-child({number}) td:nth-child(n+5) canvas")
+        for picture, name in zip(maps, ("compression", "sparsification", "zeros", "norms"), strict=True):
+            values = getattr(layer, name).flatten()
+            assert values.max() - values[picture.sum(-1).argmax()] <= (values.max() - values.min()) / 255
+
+    attention = shown.attention(0, 1, 0, 7)[1:]
+    assert float(tab.locator("#most").inner_text().rstrip("%")) == pytest.approx(100 * float(attention.max()), rel=0.05)
+    (drawn,), (rows, columns) = pictures("#map"), view.grid
+    side = len(drawn) // rows
+    dark = (drawn[side // 2 :: side, side // 2 :: side] == (11, 13, 18)).all(-1)
+    assert np.array_equal(~dark, most_attended(attention, 0.6).view(rows, columns))
+
+
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_what_is_written(opened: Callable[..., Page], norm_pix_loss: bool) -> None:
     tab = opened(norm_pix_loss=norm_pix_loss)
@@ -305,7 +369,20 @@ def test_what_is_written(opened: Callable[..., Page], norm_pix_loss: bool) -> No
     assert tab.locator("#name").inner_text() == READABLE
     assert tab.locator("#bold").count() == 0
     assert (NORM_PIX in tab.locator("main").inner_text().replace("\n", " ")) == norm_pix_loss
-    tab.set_viewport_size({"width": 360, "height": 700})
     tab.emulate_media(color_scheme="dark")
-    assert tab.evaluate("document.documentElement.scrollWidth") == 360
+    for width in (800, 360):
+        tab.set_viewport_size({"width": width, "height": 700})
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(19, 20, 23)"
+
+
+def test_rows_of_the_path_say_what_they_show(opened: Callable[..., Page]) -> None:
+    """Also those of layers that have no head of this number, and those that are not in sight when the page is printed."""
+    tab = opened()
+    tab.set_viewport_size({"width": 360, "height": 100})
+    _go(tab, "image=2&layer=decoder-1&head=3&query=1")
+    said = tab.locator("#path td:nth-child(4) small")
+    assert said.last.inner_text() == ""
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert [text.partition("%")[2] for text in said.all_inner_texts()] == [" (mean)", " (mean)", ""]
+    assert said.last.inner_text()

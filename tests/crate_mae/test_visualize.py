@@ -16,12 +16,13 @@ pytest.importorskip("jsonargparse")  # lacking where nothing can be installed, a
 
 import crate_mae
 from crate_mae import visualizing
-from crate_mae.analysis import ImageView, most_attended, view
+from crate_mae.analysis import ImageView, PrincipalComponents, most_attended, view
 from crate_mae.cli import main, visualize
 from crate_mae.data import Normalization
 from crate_mae.model import CrateMAE
-from crate_mae.pictures import inside
-from crate_mae.pictures.sheet import wrapped
+from crate_mae.pictures import inside, reconstruct
+from crate_mae.pictures.colours import distinct
+from crate_mae.pictures.sheet import cell_size, wrapped
 from crate_mae.visualizing import place_of_layer
 
 MODEL = dataclasses.replace(TINY, depth=2, norm_pix_loss=True)
@@ -102,6 +103,88 @@ def test_regions_drawn_are_the_patches_attended_to_most(monkeypatch, patch):
     token = 0 if patch is None else 1 + 1 * 6 + 4
     expected = most_attended(image.layers[1].attention[:, token, 1:], 0.3).view(-1, 4, 6)
     assert np.array_equal(np.stack(drawn), expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("grid", "patch"), [((4, 5), (1, 3)), ((40, 100), (39, 99)), ((1, 500), (0, 250)), ((500, 1), (0, 0))]
+)
+def test_the_frame_is_on_the_patch(grid, patch):
+    """Of patches that are smaller than a frame around their middle; a strip is broad enough to be seen."""
+    height, width = cell_size((8 * grid[0], 8 * grid[1]))
+    panel = Image.new("RGB", (width, height), "blue")
+    changed = (np.asarray(inside.Query(patch).marked(panel, grid)) != (0, 0, 255)).any(-1)
+    for axis, place, count, side in zip((1, 0), patch, grid, (height, width), strict=True):
+        found = np.flatnonzero(changed.any(axis))
+        middle, length = (place + 0.5) * side / count, max(12, side / count)
+        assert side >= 16 and abs(np.ptp(found) + 1 - length) <= 1
+        assert found[0] <= middle <= found[-1] + 1
+
+
+def test_rounding_is_not_drawn_as_differences(monkeypatch):
+    """Where both ends of a scale read the same, all patches have one colour."""
+    drawn = []
+    monkeypatch.setattr(inside, "sheet", lambda title, lines, columns, rows, **options: drawn.extend(rows))
+    image = seen(CrateMAE(MODEL))
+    noise = torch.linspace(0, 1e-6, 24).view(4, 6)
+    layers = [layer._replace(norms=5 + noise, zeros=0.5 + 0.1 * noise * 1e6) for layer in image.layers]
+    inside.path_picture(image._replace(layers=layers), "a", "")
+    assert drawn[0].scales[4] == ("all 5", "") and drawn[0].scales[3] == ("0.5", "0.6")
+    zeros, norms = (np.unique(np.asarray(drawn[0].cells[place]).reshape(-1, 3), axis=0) for place in (3, 4))
+    assert len(zeros) == 24 and len(norms) == 1
+
+
+def test_cells_are_of_what_their_columns_say(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(inside, "sheet", lambda title, lines, columns, rows, **options: drawn.append(rows))
+    model = CrateMAE(MODEL)
+    image, query = seen(model), inside.Query((1, 4))
+    shown = reconstruct(model, image.pixels[None], NORMALIZATION)
+    inside.attention_picture([image], ["a"], 1, query, "")
+    inside.segmentation_picture([image], ["a"], 1, inside.Query(), 0.6, "")
+    inside.components_picture([image], ["a"], "")
+    inside.path_picture(image, "a", "")
+    inside.reconstructions_picture([shown], ["a"], 8, norm_pix_loss=True, caption="")
+    attention, segmentation, components, path, reconstructions = drawn
+
+    weights = image.layers[1].attention[:, 1 + 1 * 6 + 4, 1:]
+    largest = [float(each.max()) for each in (weights.mean(0), *weights)]
+    assert [float(note.removeprefix("largest ")) for note in attention[0].notes[1:]] == pytest.approx(largest, rel=0.01)
+
+    def middles(cell, size=(6, 4)):
+        return np.asarray(cell.resize(size, Image.Resampling.NEAREST)).astype(int)
+
+    photograph, *_, owned = map(middles, segmentation[0].cells)
+    owner = image.layers[1].attention[:, 0, 1:].argmax(0).view(4, 6)
+    assert np.abs(owned - 0.4 * photograph - 0.6 * distinct(2)[owner]).max() <= 1
+    colours = [each for layer in image.layers for each in (layer.token_colours, layer.key_colours)]
+    assert all(np.array_equal(middles(cell), of) for cell, of in zip(components[0].cells[1:], colours, strict=True))
+    keys = image.layers[1].projected.transpose(0, 1).flatten(1)[1:]  # without the class token's
+    of_keys = PrincipalComponents.of(keys).colours(keys).view(4, 6, 3) * 255
+    assert torch.equal(image.layers[1].key_colours, of_keys.round().to(torch.uint8))
+    for row, layer in zip(path, image.layers, strict=True):
+        maps = (layer.compression, layer.sparsification, layer.zeros, layer.norms)
+        for cell, values in zip(row.cells[1:5], maps, strict=True):
+            brightest = middles(cell).sum(-1).argmax()
+            assert values.max() - values.flatten()[brightest] <= 0.02 * values.max()
+    for cell, pixels in zip(reconstructions[0].cells, shown[:4], strict=True):
+        assert np.array_equal(middles(cell, (48, 32)), pixels[0].permute(1, 2, 0))
+
+
+def test_models_that_cannot_be_drawn_are_refused(tmp_path):
+    """And of one without encoder layers, the decoder's are drawn."""
+    pixels, folder = torch.zeros(3, 32, 32, dtype=torch.uint8), tmp_path / "inside"
+
+    def draw(model: CrateMAE) -> None:
+        visualizing.visualize(model, [pixels], ["a"], NORMALIZATION, folder)
+
+    with pytest.raises(ValueError, match="model: expected one with layers"):
+        draw(CrateMAE(dataclasses.replace(MODEL, depth=0, decoder_depth=0)))
+    overflowing = CrateMAE(MODEL)
+    torch.nn.init.constant_(overflowing.decoder_pred.weight, torch.inf)
+    with pytest.raises(ValueError, match="model: expected a finite prediction"):
+        draw(overflowing)
+    assert not folder.exists()
+    assert place_of_layer(dataclasses.replace(MODEL, depth=0), -1) == 0
 
 
 def test_the_command_draws_images_of_all_kinds(run_folder, images, pages, capsys, monkeypatch):
