@@ -154,9 +154,10 @@ def description(
 
 def analysis_lines(analyses: Mapping[str, Analysis]) -> list[str]:
     """A table of the first and the last layer of each stack, and whether coding rate falls and sparsity rises with depth."""
-    compared = {name: analyses[name] for name in (TRAINED, UNTRAINED) if name in analyses} or dict(analyses)
+    order = sorted(analyses, key=lambda name: (name != TRAINED, name == UNTRAINED))
+    compared = {name: analyses[name] for name in order}
     headings = "".join(f"{heading:>13}" for heading, _ in _COLUMNS.values())
-    lines = [f"Means over images; coding rates in nats:\n{'':<32}{headings}"]
+    lines = [f"First and last layer, means over images; coding rates in nats:\n{'':<32}{headings}"]
     stacks = next(iter(compared.values())).stacks
     for stack, measures in stacks.items():
         count = len(measures["zeros"].mean)
@@ -166,7 +167,8 @@ def analysis_lines(analyses: Mapping[str, Analysis]) -> list[str]:
                 where = "" if place else f"{stack} layer {layer + 1}"
                 cells = "".join(f"{form.format(of_stack[m].mean[layer]):>13}" for m, (_, form) in _COLUMNS.items())
                 lines.append(f"  {where:<18}{name:<12}{cells}")
-    return lines + [_with_depth(name, analysis) for name, analysis in compared.items() if "encoder" in analysis.stacks]
+    told = [name for name in (TRAINED, UNTRAINED) if name in analyses] or list(analyses)
+    return lines + [_with_depth(name, analyses[name]) for name in told if "encoder" in analyses[name].stacks]
 
 
 def _with_depth(name: str, analysis: Analysis) -> str:

@@ -75,14 +75,22 @@ def view(
     """Look at whole images, which may differ in size; colours are comparable among all of them.
 
     Args:
-        images: uint8 [channels, height, width] each, height and width divisible by the patch.
+        images: uint8 [channels, height, width] each, as stored, height and width divisible by the patch; or a batch of them.
+        normalization: how the model's images were standardised, ``checkpoints.read_normalization(run)``.
         done: told 1 after each image, for a progress bar.
 
     Raises:
+        TypeError: the model is no ``CrateMAE``, or an image no tensor of bytes.
         ValueError: there are no images, or one does not fit the model; or the model's values are not finite.
     """
-    if not images:
+    if not isinstance(model, CrateMAE):
+        raise TypeError(f"model: expected a CrateMAE, got {type(model).__name__}; trace shows the layers of others")
+    if len(images) == 0:
         raise ValueError("images: expected one or more, got none")
+    for pixels in images:
+        if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 3:
+            got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise TypeError(f"images: expected uint8 [channels, height, width], pixels as stored, got {got}")
     device, size = next(model.parameters()).device, model.config.patch_size
     grids = [grid_of(tuple(pixels.shape[-2:]), size) for pixels in images]
     seen: list[list[tuple[Tensor, LayerView]]] = []

@@ -91,8 +91,6 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     chosen_images = _images(folder, config, asked.data, asked.images)
     images = CentreCropped(chosen_images.source, model.config.image_shape, model.config.in_chans)
     states = list(reversed(saved_states(folder / STATES))) if asked.states else []
-    if asked.states and not states:
-        _say(f"there are no states in {folder / STATES}")
     analyses: dict[str, Analysis] = {}
     # As many threads as the run had: models as small as the demo's are slower on two, where something else computes, too.
     threads = min(config.run.threads if config else 0, os.cpu_count() or 1)
@@ -117,6 +115,11 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
+    if asked.states and not analyses.keys() - {TRAINED, UNTRAINED}:
+        _say(
+            f"there is no other state in {folder / STATES} to show; --run.save_every, --run.keep_states and --run.keep_every of "
+            "pretrain say which are saved and kept"
+        )
     source, which, unreadable = chosen_images
     described = description(folder, model, source, which, models=len(analyses), unreadable=unreadable)
     numbers, picture = write_analysis(out, analyses, **described)

@@ -20,7 +20,7 @@ from crate_mae.data.paths import printable
 from crate_mae.data.reading import open_file, part, shown_size
 from crate_mae.data.source import UnreadableImage
 from crate_mae.data.transforms import centred_box
-from crate_mae.pictures.inside import GIVEN_CONTRAST, SHOWS
+from crate_mae.pictures.inside import GIVEN_CONTRAST, PAGE, PATHS, SHOWS
 from crate_mae.training.config import MAX_SEED
 from crate_mae.training.precision import choose_device
 from crate_mae.training.run_folder import INSIDE, refuse_unwritable
@@ -150,6 +150,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             done=progress.update,
         )
     width = max(len(path.name) for path in files)
+    of_image = {path: f": {name}" for path, name in zip(PATHS, names, strict=False)}
+    of_image[PAGE] = f" ({files[0].stat().st_size / 1e6:.1f} MB)"
     return "\n".join(
         [
             *remarks,
@@ -157,7 +159,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             f"{asked.run}: {named}.",
             *([GIVEN_CONTRAST] if config.norm_pix_loss else []),
             f"{len(images)} images, {len(files)} files in {out}:",
-            *(f"  {path.name:<{width}}  {SHOWS[path.name]}" for path in files),
+            *(f"  {path.name:<{width}}  {SHOWS[path.name]}{of_image.get(path.name, '')}" for path in files),
             f"Open {files[0]} first.",
         ]
     )

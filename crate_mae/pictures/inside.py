@@ -310,8 +310,10 @@ def _about_attention(query: Query) -> list[str]:
 def _attention_row(name: str, view: ImageView, query: Query, maps: Sequence[Tensor]) -> Row:
     size = cell_size(view.pixels.shape[-2:])
     cells = [_photograph(view.pixels, size), *(overlay(view.pixels, values, size) for values in maps)]
-    notes = ["", *(f"largest {float(values.max()):.3g}" for values in maps)]
-    details = [*_details(view), f"all alike: {1 / (1 + maps[0].numel()):.2g}"]
+    alike = 1 / (1 + maps[0].numel())
+    largest = [float(values.max()) for values in maps]
+    notes = ["", *(f"largest {value:.3g}{', below all alike' * (value < alike)}" for value in largest)]
+    details = [*_details(view), f"all alike: {alike:.2g}"]
     return Row(name, details, [query.marked(cell, view.grid) for cell in cells], notes)
 
 

@@ -393,8 +393,13 @@ class _Run:
     def _save(self, *, picture: bool) -> None:
         self.record.save()
         if picture:
-            with replaced(self.config.out / PICTURE) as file:
-                self._picture().save(file, format="PNG")
+            try:
+                sheet = self._picture()
+            except ValueError as error:  # of predictions that are not finite, which the loss will tell
+                _say(f"step {self.step}: no {PICTURE}: {error}")
+            else:
+                with replaced(self.config.out / PICTURE) as file:
+                    sheet.save(file, format="PNG")
         self.saved_at = time.monotonic()
         self.record.meter.restart_clock()
 
