@@ -90,7 +90,7 @@ def measures_of(
         coherence: of the layer's subspaces, where it is known from another batch.
     """
     if coherence is None:
-        coherence = mean_coherence(layer.module.qkv.weight.detach(), layer.module.heads)
+        coherence = mean_coherence(layer.subspaces().detach(), layer.module.heads)
     before, after = coding_rate(layer.projected, eps=eps), coding_rate(layer.projected_after, eps=eps)
     attention = layer.attention
     entropy = attention_entropy(attention)

@@ -63,6 +63,12 @@ class LayerTrace(NamedTuple):
         weight = next(self.norm.parameters(), tokens)  # of another type than tokens where autocast made these
         return _by_head(self.module.qkv.forward(self.norm.forward(tokens.to(weight.dtype))), self.module.heads)
 
+    def subspaces(self) -> Tensor:
+        """U_[K]^T, [heads * head_dim, d], the U_k^T one below the other: ``qkv.weight``, and whatever an adapter adds to it."""
+        x = self.tokens
+        basis = torch.eye(x.shape[-1], dtype=next(self.norm.parameters(), x).dtype, device=x.device)
+        return (self.module.qkv.forward(basis) - self.module.qkv.forward(torch.zeros_like(basis))).mT
+
     @property
     def projected_after(self) -> Tensor:
         """``projected_of`` what MSSA makes of its tokens."""

@@ -149,7 +149,7 @@ def _uncoloured(layer: LayerTrace, grid: tuple[int, int]) -> LayerView:
         return of_patches((after - before).norm(dim=-1) / torch.where(norm > 0, norm, 1.0))
 
     # Through the model's own norm and projection, which are where the model is.
-    after = layer.projected_of(layer.compressed.to(layer.module.qkv.weight)).cpu()
+    after = layer.projected_of(layer.compressed.to(next(layer.norm.parameters()))).cpu()
     return LayerView(
         stack=layer.stack,
         index=layer.index,

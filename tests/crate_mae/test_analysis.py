@@ -183,6 +183,25 @@ FAMILY = {
 }
 
 
+def test_adapters_count() -> None:
+    class Adapter(torch.nn.Module):
+        def __init__(self, base: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base, self.down, self.up = base, torch.nn.Linear(16, 2, bias=False), torch.nn.Linear(2, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.up(self.down(x))
+
+    model, x = official.Model().double(), torch.randn(2, 7, 16, dtype=torch.float64)
+    attention = model.encoder[0][0].fn
+    plain = analysis.analyze(model, [x]).stacks["encoder"]["coherence"].mean
+    attention.qkv = Adapter(attention.qkv).double()
+    effective = attention.qkv.base.weight + attention.qkv.up.weight @ attention.qkv.down.weight
+    found = analysis.analyze(model, [x]).stacks["encoder"]["coherence"].mean
+    assert found[0] == pytest.approx(analysis.mean_coherence(effective, 2), rel=1e-9)
+    assert found[0] != pytest.approx(plain[0], rel=1e-6) and found[1] == plain[1]
+
+
 @pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
 def test_accelerated_official_models_show_what_the_official_ones_do(make) -> None:
     torch.manual_seed(0)
