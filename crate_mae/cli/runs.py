@@ -23,12 +23,12 @@ def check_run(run: Path) -> None:
         raise wrong(
             f"RUN: expected the folder of a run, got {run}, {'a file' if run.exists() else 'which is not there'}"
         )
+    check_json(run / CONFIG_FILE)
     if (run / CONFIG_FILE).exists() and not (run / WEIGHTS_FILE).exists():
         raise FileNotFoundError(
             f"RUN: {run} has no {WEIGHTS_FILE}: its run has not saved yet, or lost it; crate-mae pretrain --out {run} --resume "
             "writes it again where there is a state"
         )
-    check_json(run / CONFIG_FILE)
 
 
 def normalization_of(run: Path) -> Normalization:

@@ -365,6 +365,8 @@ class _Run:
         """Before the state of this step, which says that it is done."""
         try:
             seen = self.look_inside(self.model)
+        except UnreadableImage:
+            raise
         except ValueError as error:  # of a model that breaks down, which others find out
             _say(f"step {self.step}: not looked inside: {error}")
             return
@@ -395,6 +397,8 @@ class _Run:
         if picture:
             try:
                 sheet = self._picture()
+            except UnreadableImage:
+                raise
             except ValueError as error:  # of predictions that are not finite, which the loss will tell
                 _say(f"step {self.step}: no {PICTURE}: {error}")
             else:

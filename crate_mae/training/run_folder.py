@@ -72,7 +72,8 @@ def progress(out: Path) -> str:
         epochs = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))["schedule"]["epochs"]
         *_, last = (out / METRICS).read_bytes().splitlines()
         row, (state, *_) = json.loads(last), saved_states(out / STATES)
-        return f"{state.step * row['epoch'] / row['step']:.3g} of {epochs} epochs"
+        done = state.step * row["epoch"] / row["step"]
+        return f"{f'{done:.2g}' if done < 1 else f'{round(done, 2):g}'} of {epochs} epochs"
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):  # no run, or one without a row or a state
         return ""
 

@@ -56,7 +56,7 @@ def test_the_numbers_are_those_of_the_models(trained, run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"passed over {run}/states/step_4.pt: cannot read" in printed
     assert f"passed over {run}/states/step_12.pt: it is the trained model itself" in printed
-    assert "5 of the 12 images that the run validated on" in printed
+    assert "5 of the 12 images that the run validated on" in printed and "trained for 3 of 3 epochs" in printed
 
     def no_number(text: str) -> None:
         raise AssertionError(text)

@@ -455,7 +455,7 @@ class TestReconstruct:
     @pytest.mark.parametrize(
         ("arguments", "says"),
         [
-            ("{run}/nowhere {image}", "nowhere/config.json: no such file"),
+            ("{run}/nowhere {image}", "RUN: expected the folder of a run, got {run}/nowhere, which is not there"),
             ("{run} {run}/nowhere.jpg", "cannot read the image {run}/nowhere.jpg"),
             ("{run} {run}", "Is a directory"),
             ("{run} {run}/metrics.jsonl", "cannot read the image"),
