@@ -14,9 +14,7 @@ from torch.utils.data import Dataset
 
 from crate_mae import __version__
 from crate_mae.analysis import MEASURES, OFFICIAL_EPS, Analysis, analyze
-from crate_mae.data import Normalization, Source, Subset
-from crate_mae.data.checking import looked_at
-from crate_mae.data.unreadable import Unreadable
+from crate_mae.data import Normalization, Source
 from crate_mae.evaluation.features import standardised
 from crate_mae.files import make_folder, replaced
 from crate_mae.model import CrateMAE
@@ -49,18 +47,6 @@ def random_model(like: CrateMAE, seed: int = 0) -> CrateMAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CrateMAE(like.config).eval()
-
-
-def readable_images(source: Source) -> tuple[Source, list[Unreadable]]:
-    """The images of a source that can be read, and those that cannot; all are decoded to know."""
-    found, unreadable = [], []
-    for index in range(len(source)):
-        looked = looked_at(source, index)
-        if isinstance(looked, Unreadable):
-            unreadable.append(looked)
-        else:
-            found.append(index)
-    return (Subset(source, found) if unreadable else source), unreadable
 
 
 def analyze_models(

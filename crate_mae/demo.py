@@ -17,12 +17,12 @@ from crate_mae.analyzing import (
     description,
     in_words,
     random_model,
-    readable_images,
     write_analysis,
 )
 from crate_mae.checkpoints import load_model
 from crate_mae.config import grid_of
-from crate_mae.data import CentreCropped, Normalization, Source, spread
+from crate_mae.data import CentreCropped, Normalization, Source, Subset, spread
+from crate_mae.data.checking import Looked, looked_at
 from crate_mae.evaluation import class_accuracies, pooled_features
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
@@ -47,7 +47,7 @@ ROWS = 6
 
 
 def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
-    """Draw summary.png into the run's folder, and say in lines what the encoder tells apart.
+    """Draw summary.png, analysis.png and the page of ``visualize`` into the run's folder, and say what they show in lines.
 
     Classes are found among all images, by labels of others; pre-training saw those to train on too, and no label. Without
     validation images nothing is drawn; without classes, or with too few images of one, the page does without them.
@@ -55,7 +55,7 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
     train, val, *_ = image_sets(config)
     if result.errors is None or val is None:
         return []
-    train, val = (readable_images(source)[0] for source in (train, val))
+    train, val = map(_readable, (train, val))
     with cpu_threads(config.run.threads):
         device = choose_device(config.run.device)
         model = load_model(config.out).to(device).eval()
@@ -103,6 +103,12 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
         *analysis_lines(analyses),
         f"Layer by layer: {analysis}. To look inside by clicking, open {inside}.",
     ]
+
+
+def _readable(source: Source) -> Source:
+    """The images of a source that can be read, those included that the run did not come to."""
+    found = [index for index in range(len(source)) if isinstance(looked_at(source, index), Looked)]
+    return Subset(source, found) if len(found) < len(source) else source
 
 
 def _classes(

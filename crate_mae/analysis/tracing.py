@@ -130,7 +130,7 @@ def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
             a part.
 
     Raises:
-        ValueError: the model has no such layers, or none was called, as under ``torch.compile``, which sees no hooks.
+        ValueError: the model has no such layers, or none was called, as after ``model.compile()``, which sees no hooks.
     """
     layers: list[LayerTrace] = []
     with in_evaluation(model), traced(model, layers.append):

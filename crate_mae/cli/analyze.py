@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
+from torch import Tensor
 
 from crate_mae.analysis import Analysis
 from crate_mae.analyzing import (
@@ -19,16 +17,16 @@ from crate_mae.analyzing import (
     description,
     in_words,
     random_model,
-    readable_images,
     write_analysis,
 )
 from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.pretraining import config_of
 from crate_mae.cli.runs import check_run, is_run, model_of, normalization_of
 from crate_mae.cli.settings import path_of
-from crate_mae.data import CentreCropped, Source, Subset, open_source, spread
-from crate_mae.data.progress import Progress
-from crate_mae.data.unreadable import by_cause
+from crate_mae.config import ModelConfig
+from crate_mae.data import CentreCropped, Source, Subset, UnreadableImage, open_source, spread
+from crate_mae.data.progress import Progress, say
+from crate_mae.data.unreadable import Unreadable, by_cause
 from crate_mae.model import CrateMAE
 from crate_mae.pictures.layers import TRAINED, UNTRAINED
 from crate_mae.training.config import PretrainConfig
@@ -88,13 +86,12 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     if config is None and (asked.data is None or asked.states):
         lacking = "images: name some by --data" if asked.data is None else "states: leave out --states"
         raise ValueError(f"{folder} holds a model alone, without {lacking}")
-    chosen_images = _images(folder, config, asked.data, asked.images)
-    images = CentreCropped(chosen_images.source, model.config.image_shape, model.config.in_chans)
+    source, which, images, unreadable = _images(folder, model.config, config, asked.data, asked.images)
     states = list(reversed(saved_states(folder / STATES))) if asked.states else []
     analyses: dict[str, Analysis] = {}
     # As many threads as the run had: models as small as the demo's are slower on two, where something else computes, too.
     threads = min(config.run.threads if config else 0, os.cpu_count() or 1)
-    with cpu_threads(threads), Progress((1 + asked.untrained + len(states)) * len(images), "analyze", _say) as progress:
+    with cpu_threads(threads), Progress((1 + asked.untrained + len(states)) * len(images), "analyze", say) as progress:
 
         def measure(name: str, of: CrateMAE) -> None:
             analyses.update(
@@ -108,7 +105,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             try:
                 measure(*_of_state(saved, model, config))
             except ValueError as error:
-                _say(f"passed over {saved.path}: {error}")
+                say(f"passed over {saved.path}: {error}")
                 progress.update(len(images), done_before=True)
         try:
             measure(TRAINED, model)
@@ -116,11 +113,10 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             raise ValueError(f"{folder}: {error}") from error
 
     if asked.states and not analyses.keys() - {TRAINED, UNTRAINED}:
-        _say(
+        say(
             f"there is no other state in {folder / STATES} to show; --run.save_every, --run.keep_states and --run.keep_every of "
             "pretrain say which are saved and kept"
         )
-    source, which, unreadable = chosen_images
     described = description(folder, model, source, which, models=len(analyses), unreadable=unreadable)
     numbers, picture = write_analysis(out, analyses, **described)
     return "\n".join(
@@ -133,15 +129,16 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
 
 
 class _Images(NamedTuple):
-    """Images that can be read, which they are in words, and how many beside them cannot."""
+    """Images that can be read, which they are in words, each as the model takes it, and how many beside them cannot."""
 
     source: Source
     which: str
+    pixels: list[Tensor]
     unreadable: int
 
 
-def _images(folder: Path, config: PretrainConfig | None, data: str | None, most: int) -> _Images:
-    """Up to so many of the images that an option names, or else of the run's, spread evenly."""
+def _images(folder: Path, model: ModelConfig, config: PretrainConfig | None, data: str | None, most: int) -> _Images:
+    """Up to so many of the images that an option names, or else of the run's, spread evenly; read once for all models."""
     if data is not None:
         with of_option("--data"):
             source, which = open_source(data, part="val"), f"images of {data}"
@@ -149,15 +146,22 @@ def _images(folder: Path, config: PretrainConfig | None, data: str | None, most:
         assert config is not None
         source, which = _images_of(folder, config)
     taken = spread(len(source), most)
-    found, unreadable = readable_images(Subset(source, taken))
+    cropped = CentreCropped(source, model.image_shape, model.in_chans)
+    found, pixels, unreadable = [], [], []
+    for index in taken:
+        try:
+            pixels.append(cropped[index])
+            found.append(index)
+        except UnreadableImage as error:
+            unreadable.append(Unreadable.of(error))
     if unreadable:
         left_out = f"{len(unreadable):,} of {len(taken):,} images cannot be read ({by_cause(unreadable)})"
-        if not len(found):
+        if not found:
             where = f"the images of {folder}" if data is None else "--data"
             raise ValueError(f"{where}: {left_out}; the first is {unreadable[0].name} ({unreadable[0].reason})")
-        _say(f"{left_out} and are left out; crate-mae check lists such images")
-    _say(f"analyze: {len(found):,} of the {len(source):,} {which}")
-    return _Images(found, which, len(unreadable))
+        say(f"{left_out} and are left out; crate-mae check lists such images")
+    say(f"analyze: {len(found):,} of the {len(source):,} {which}")
+    return _Images(Subset(source, found), which, pixels, len(unreadable))
 
 
 def _images_of(folder: Path, config: PretrainConfig) -> tuple[Source, str]:
@@ -169,7 +173,7 @@ def _images_of(folder: Path, config: PretrainConfig) -> tuple[Source, str]:
     except (OSError, ValueError) as error:
         raise type(error)(f"the images of the run in {folder}: {error}; --data names others") from error
     for said in sets.said:
-        _say(said)
+        say(said)
     if sets.val is None:
         return sets.train, "images that the run trained on, as it validated on none"
     return sets.val, "images that the run validated on"
@@ -191,9 +195,3 @@ def _of_state(saved: SavedState, trained: CrateMAE, config: PretrainConfig | Non
     epoch, rest = divmod(saved.step, max(1, images // config.schedule.batch_size))
     name = f"step {saved.step}" if rest else f"epoch {epoch}"
     return f"{name}, diverging" if saved.diverging else name, model
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # of a terminal that is gone; the report tells what matters
-        tqdm.write(line)
-        sys.stdout.flush()

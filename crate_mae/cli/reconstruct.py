@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 
 from crate_mae.cli.errors import DEBUG_HELP
-from crate_mae.cli.runs import check_run, model_of, normalization_of, trained_ratio
+from crate_mae.cli.runs import check_run, check_seed, model_of, normalization_of, trained_ratio
 from crate_mae.cli.settings import path_of
 from crate_mae.config import grid_of
 from crate_mae.data.reading import open_file, part, shown_size
@@ -20,6 +20,7 @@ from crate_mae.pictures import reconstruction_sheet
 from crate_mae.training import Validation
 from crate_mae.training.config import MAX_SEED
 from crate_mae.training.precision import choose_device
+from crate_mae.visualizing import check_mask_ratio
 
 
 def add_command(commands: ArgumentParser) -> ArgumentParser:
@@ -47,18 +48,13 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         path_of(str(path))
     check_run(settings.run)
     _refuse_output(settings.out, settings.images)
-    if not 0 <= settings.seed <= MAX_SEED:
-        raise ValueError(f"--seed: expected 0 to 2**64 - 1, got {settings.seed}")
+    check_seed(settings.seed)
     device = choose_device(settings.device, "--device")
     normalization = normalization_of(settings.run)
     model = model_of(settings.run).to(device)
     rows, columns = grid_of(model.config.image_shape, model.config.patch_size)
     mask_ratio = trained_ratio(settings.run) if settings.mask_ratio is None else settings.mask_ratio
-    if not (0 < mask_ratio < 1 and 0 < int(rows * columns * (1 - mask_ratio)) < rows * columns):
-        raise ValueError(
-            f"--mask_ratio: expected above 0, and to leave one patch of {rows * columns} visible, got {mask_ratio}"
-        )
-
+    check_mask_ratio(mask_ratio, (rows, columns), "an image", "--mask_ratio")
     pixels = [_centre(path, model.config.image_shape, model.config.in_chans) for path in settings.images]
     # One measure an image, so that each has an error of its own, in the unit of pre-training's.
     measures = [

@@ -9,6 +9,7 @@ from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_model, read_no
 from crate_mae.cli.settings import check_json
 from crate_mae.data.transforms import Normalization
 from crate_mae.model import CrateMAE
+from crate_mae.training.config import MAX_SEED
 
 
 def check_run(run: Path) -> None:
@@ -29,6 +30,12 @@ def check_run(run: Path) -> None:
             f"RUN: {run} has no {WEIGHTS_FILE}: its run has not saved yet, or lost it; crate-mae pretrain --out {run} --resume "
             "writes it again where there is a state"
         )
+
+
+def check_seed(seed: int) -> None:
+    """Raise a ValueError for what no generator takes."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"--seed: expected 0 to 2**64 - 1, got {seed}")
 
 
 def normalization_of(run: Path) -> Normalization:

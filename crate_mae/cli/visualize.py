@@ -8,20 +8,19 @@ from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
 
 from crate_mae.analyzing import in_words
 from crate_mae.cli.errors import DEBUG_HELP
-from crate_mae.cli.runs import check_run, model_of, normalization_of, trained_ratio
+from crate_mae.cli.runs import check_run, check_seed, model_of, normalization_of, trained_ratio
 from crate_mae.cli.settings import path_of
 from crate_mae.config import ModelConfig, grid_of
 from crate_mae.data import ImageFolder, spread
 from crate_mae.data.paths import printable
+from crate_mae.data.progress import Progress, say
 from crate_mae.data.reading import open_file, part, shown_size
 from crate_mae.data.source import UnreadableImage
 from crate_mae.data.transforms import centred_box
 from crate_mae.pictures.inside import GIVEN_CONTRAST, PAGE, PATHS, SHOWS
-from crate_mae.training.config import MAX_SEED
 from crate_mae.training.precision import choose_device
 from crate_mae.training.run_folder import INSIDE, refuse_unwritable
 from crate_mae.visualizing import (
@@ -100,8 +99,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         path_of(str(path))
     check_run(asked.run)
     refuse_unwritable(out)
-    if not 0 <= asked.seed <= MAX_SEED:
-        raise ValueError(f"--seed: expected 0 to 2**64 - 1, got {asked.seed}")
+    check_seed(asked.seed)
     check_mass(asked.mass, "--mass")
     query = _patch(asked.patch)
     device = choose_device(asked.device, "--device")
@@ -133,7 +131,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         check_mask_ratio(mask_ratio, grid, name, "--mask_ratio")
 
     config, named = model.config, in_words(asked.run, model)
-    with tqdm(total=steps(len(images)), desc="visualize", unit="step", disable=None) as progress:
+    with Progress(steps(len(images)), "visualize", say, unit="step") as progress:
         files = visualize(
             model,
             images,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 
@@ -13,6 +15,13 @@ _SECONDS = 30.0
 """Between two lines."""
 
 
+def say(line: str) -> None:
+    """A line on stdout that leaves a progress bar whole, and is there at once in a file, too."""
+    with suppress(OSError):  # a terminal that is gone, or a pipe that nobody reads, is no reason to end
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
 class Progress:
     """A context in which images are counted.
 
@@ -20,11 +29,12 @@ class Progress:
         total: images.
         what: is done with them, in a word.
         say: takes a line for the user.
+        unit: of what is counted, if not images.
     """
 
-    def __init__(self, total: int, what: str, say: Callable[[str], None]) -> None:
-        self._bar = tqdm(total=total, unit="image", desc=what, disable=None)
-        self._what, self._say, self._total = what, say, total
+    def __init__(self, total: int, what: str, say: Callable[[str], None], *, unit: str = "image") -> None:
+        self._bar = tqdm(total=total, unit=unit, desc=what, disable=None)
+        self._what, self._say, self._total, self._unit = what, say, total, unit
         self._count = self._before = 0
         self._began = self._said = time.perf_counter()
 
@@ -54,4 +64,6 @@ class Progress:
         if self._bar.disable and time.perf_counter() - self._said > _SECONDS and (rate := self.images_per_second):
             self._said = time.perf_counter()
             left = timedelta(seconds=round((self._total - self._count) / rate))
-            self._say(f"{self._what}: {self._count:,}/{self._total:,} images, {rate:,.1f} images/s, {left} left")
+            self._say(
+                f"{self._what}: {self._count:,}/{self._total:,} {self._unit}s, {rate:,.1f} {self._unit}s/s, {left} left"
+            )

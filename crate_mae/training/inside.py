@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,27 @@ IMAGES = 32
 class LookInside:
     """What each layer does to tokens of images held out, in float32, as `crate_mae.analysis.analyze` measures it."""
 
-    def __init__(self, images: CentreCropped, normalization: Normalization, batch_size: int) -> None:
-        self.images, self.normalization, self.batch_size = images, normalization, batch_size
+    def __init__(
+        self, images: CentreCropped, normalization: Normalization, batch_size: int, say: Callable[[str], None]
+    ) -> None:
+        self.images, self.normalization, self.batch_size, self.say = images, normalization, batch_size, say
         self._pixels: torch.Tensor | None = None
 
-    def __call__(self, model: CrateMAE) -> Analysis:
-        """Errors as of `analyze`."""
+    def __call__(self, model: CrateMAE) -> Analysis | None:
+        """None where the model breaks down, which a line says and others find out.
+
+        Raises:
+            UnreadableImage: no image can be read.
+        """
         if self._pixels is None:
             self._pixels = readable_items(self.images, spread(len(self.images), IMAGES))
         device = next(model.parameters()).device
         batches = (self.normalization(pixels.to(device)) for pixels in self._pixels.split(self.batch_size))
-        return analyze(model, batches)
+        try:
+            return analyze(model, batches)
+        except ValueError as error:
+            self.say(f"not looked inside: {error}")
+            return None
 
 
 def values_of(analysis: Analysis) -> dict[str, Any]:

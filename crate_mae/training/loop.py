@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from crate_mae.checkpoints import CONFIG_FILE, load_weights
@@ -23,12 +22,10 @@ from crate_mae.data import (
     Normalization,
     PretrainImages,
     UnreadableImage,
-    readable_items,
-    spread,
 )
-from crate_mae.files import replaced, write_json
+from crate_mae.data.progress import say
+from crate_mae.files import write_json
 from crate_mae.model import CrateMAE
-from crate_mae.pictures import reconstruction_sheet
 from crate_mae.registry import count_parameters
 from crate_mae.training.breakdown import cause
 from crate_mae.training.config import PretrainConfig, of_section
@@ -39,6 +36,7 @@ from crate_mae.training.interrupts import RunStopped, StopRequest, stop_requests
 from crate_mae.training.metrics import NonFiniteLoss, ProgressLines
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.ownership import owned
+from crate_mae.training.picture import Picture
 from crate_mae.training.precision import (
     autocast,
     check_compiler,
@@ -54,7 +52,6 @@ from crate_mae.training.record import Record
 from crate_mae.training.run_folder import (
     BREAKDOWN,
     IMAGES,
-    PICTURE,
     UNREADABLE,
     changed_settings,
     check_run_folder,
@@ -177,7 +174,7 @@ class _Run:
             config.out / UNREADABLE,
             len(self.train_images) + len(self.val_images or ()),
             images.max_unreadable,
-            _say,
+            say,
         )
         batch_bytes = schedule.batch_size * config.model.in_chans * size[0] * size[1]
         self.num_workers = workers_for(images.num_workers, self.device, config.run.threads, batch_bytes)
@@ -193,7 +190,7 @@ class _Run:
             seed=config.run.seed,
             precision=self.precision,
             num_workers=self.num_workers,
-            say=_say,
+            say=say,
             unreadable=self.unreadable,
         )
 
@@ -202,7 +199,8 @@ class _Run:
                 f"run.analyze_every: expected 0, or images to validate on, which are those looked at, got "
                 f"{config.run.analyze_every}; give --val, or an --images.val_fraction above 0"
             )
-        self.look_inside = LookInside(self.shown, self.normalization, schedule.batch_size)
+        self.look_inside = LookInside(self.shown, self.normalization, schedule.batch_size, say)
+        self.picture = Picture(self.shown, self.normalization, config, self.patches, say)
 
         self.errors: ValidationErrors | None = None
         self.broken = torch.zeros((), device=self.device)
@@ -214,7 +212,7 @@ class _Run:
             images=self.train_images.fingerprint(),
             image_count=len(self.train_images),
             steps_per_epoch=self.steps_per_epoch,
-            say=_say,
+            say=say,
         )
         self.start = f"from the weights of {config.init}" if config.init else "from the start"
         self.changed = ""
@@ -248,25 +246,23 @@ class _Run:
             self._batches(self.step, max(self.step, self.total_steps)),
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
-            say=_say,
+            say=say,
             unreadable=self.unreadable,
         )
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc="pretrain", disable=None)
         with stop_requests() as stop, progress, self._breakdown_told(), self._saved_all_the_same():
-            _say(self._opening_line())
+            say(self._opening_line())
             for said in self.images.said:
-                _say(said)
+                say(said)
             if self.changed:
-                _say(f"changed since it was started: {self.changed}")
+                say(f"changed since it was started: {self.changed}")
             if self._pending():
                 self._validate_and_save(stop)
             with contextlib.closing(iter(loader)) as batches:
                 self._take_steps(Feed(batches, self.device), progress, stop)
         self.record.told_at_the_end()
         if counted := self.unreadable.counted():
-            _say(
-                f"images that could not be read, others stood in: {counted}; they are listed in {self.unreadable.file}"
-            )
+            say(f"images that could not be read, others stood in: {counted}; they are listed in {self.unreadable.file}")
         if self.errors is None and self.validation:
             self.errors = self.validation(self.model)
         return PretrainResult(self.config.out, self.step, self.errors)
@@ -283,7 +279,7 @@ class _Run:
             loss = self._take_step(pixels, noise)
             progress.update()
             if lines and not stop and (line := lines.after(self.step, loss, self._lr, len(pixels), feed.waited)):
-                _say(line)
+                say(line)
             due, look_is_due = self._validation_is_due(), self._is_due(self.config.run.analyze_every)
             if due or look_is_due or self.step % self.config.run.log_every == 0:
                 averages = self.record.log(self._lr)
@@ -298,8 +294,6 @@ class _Run:
                 self._validate_and_save(stop)
             elif stop or self._save_is_due():
                 self._save(picture=not stop)
-            if due or look_is_due:  # behind a row: none of its images are forgotten
-                self.record.meter.restart_clock()
             if stop and self.step < self.total_steps:
                 self._stop(stop)
 
@@ -363,15 +357,10 @@ class _Run:
 
     def _look_inside(self) -> None:
         """Before the state of this step, which says that it is done."""
-        try:
-            seen = self.look_inside(self.model)
-        except UnreadableImage:
-            raise
-        except ValueError as error:  # of a model that breaks down, which others find out
-            _say(f"step {self.step}: not looked inside: {error}")
-            return
-        self.record.log_inside(values_of(seen))
-        _say(f"epoch {self.step // self.steps_per_epoch}/{self.config.schedule.epochs}: {in_words(seen)}")
+        if (seen := self.look_inside(self.model)) is not None:
+            self.record.log_inside(values_of(seen))
+            say(f"epoch {self.step // self.steps_per_epoch}/{self.config.schedule.epochs}: {in_words(seen)}")
+        self.record.meter.restart_clock()  # behind a row: none of its images are forgotten
 
     def _save_is_due(self) -> bool:
         minutes = self.config.run.save_minutes
@@ -386,7 +375,7 @@ class _Run:
             return False
         self.errors = errors
         self.record.log_validation(errors)
-        _say(
+        say(
             f"epoch {self.step // self.steps_per_epoch}/{self.config.schedule.epochs}: validation error {errors.val_loss:.4f}, "
             f"mean fill {errors.mean_fill_loss:.4f}, best blur {errors.blur_loss:.4f}"
         )
@@ -395,15 +384,7 @@ class _Run:
     def _save(self, *, picture: bool) -> None:
         self.record.save()
         if picture:
-            try:
-                sheet = self._picture()
-            except UnreadableImage:
-                raise
-            except ValueError as error:  # of predictions that are not finite, which the loss will tell
-                _say(f"step {self.step}: no {PICTURE}: {error}")
-            else:
-                with replaced(self.config.out / PICTURE) as file:
-                    sheet.save(file, format="PNG")
+            self.picture.write(self.model)
         self.saved_at = time.monotonic()
         self.record.meter.restart_clock()
 
@@ -458,17 +439,3 @@ class _Run:
             f"validate on{workers}, {precision} on {self.device}, {self.steps_per_epoch} steps an epoch, "
             f"{config.schedule.epochs} epochs, {self.start}, into {config.out}"
         )
-
-    def _picture(self) -> Image.Image:
-        pixels = readable_items(self.shown, spread(len(self.shown), self.config.run.pictures))
-        noise = torch.rand(len(pixels), self.patches, generator=torch.Generator().manual_seed(self.config.run.seed))
-        return reconstruction_sheet(
-            self.model, pixels, self.normalization, mask_ratio=self.config.schedule.mask_ratio, noise=noise
-        )
-
-
-def _say(line: str) -> None:
-    """A line on stdout that leaves the progress bar whole, and is there at once in a file, too."""
-    with contextlib.suppress(OSError):  # a terminal that is gone, or a pipe that nobody reads, is no reason to end
-        tqdm.write(line)
-        sys.stdout.flush()

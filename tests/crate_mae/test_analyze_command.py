@@ -90,6 +90,8 @@ def test_the_numbers_are_those_of_the_models(trained, run, tmp_path, capsys):
     ("arguments", "says"),
     [
         ("{run}/nowhere", "RUN: expected the folder of a run, got {run}/nowhere, which is not there"),
+        ("{other}/config.json", "RUN: expected the folder of a run, got {other}/config.json, a file"),
+        ("{unsaved}", "RUN: {unsaved} has no model.safetensors: its run has not saved yet"),
         ("{run}/best", "{run}/best holds a model alone, without images: name some by --data"),
         ("{run}/best --data {photographs} --states", "{run}/best holds a model alone, without states"),
         ("{run} --data {run}/nowhere", "--data: no such folder of images"),
@@ -113,11 +115,20 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys, arguments, says):
     with torch.no_grad():  # finite, and with products that are not
         model.blocks[0].layers[0][0].fn.qkv.weight.fill_(3e38)
     crate_mae.save_model(model, tmp_path / "large", **shift)
-    names = dict(run=trained, photographs=photographs_of(trained), large=tmp_path / "large", other=tmp_path / "other")
+    shutil.copytree(tmp_path / "other", tmp_path / "unsaved", ignore=shutil.ignore_patterns("model.*"))
+    names = dict(run=trained, photographs=photographs_of(trained))
+    names |= {name: tmp_path / name for name in ("large", "other", "unsaved")}
     assert main(["analyze", *arguments.format(**names).split()]) == 2
     error = capsys.readouterr().err
     assert says.format(**names) in error and error.count("\n") == 1
     assert not (trained / "analysis.json").exists()
+
+
+def test_without_other_states_it_says_what_keeps_them(run, capsys):
+    for step in (4, 8):
+        (run / "states" / f"step_{step}.pt").unlink()
+    assert main(["analyze", str(run), "--states", "--images", "2", "--untrained", "false"]) == 0
+    assert f"there is no other state in {run}/states to show; --run.save_every" in capsys.readouterr().out
 
 
 def test_a_model_alone_and_images_that_cannot_be_read(trained, tmp_path, capsys):

@@ -463,7 +463,10 @@ class TestReconstruct:
             ("{run} {image} --out {image}", "--out: {image} is one of the images"),
             ("{run} {image} --out picture.foo", "--out: expected a name"),
             ("{run} {image} --out {run}/nowhere/a.png", "--out {run}/nowhere/a.png: there is no folder"),
-            ("{run} {image} --mask_ratio 0.95", "--mask_ratio: expected above 0, and to leave one patch of 16 visible"),
+            (
+                "{run} {image} --mask_ratio 0.95",
+                "--mask_ratio: expected above 0, and to leave one patch of 16 of an image visible",
+            ),
             ("{run} {image} --mask_ratio 1e-300", "--mask_ratio: expected above 0"),
             ("{run} {image} --seed -1", "--seed: expected 0 to 2**64 - 1"),
             ("{run} {image} --seed 18446744073709551616", "--seed: expected 0 to 2**64 - 1"),

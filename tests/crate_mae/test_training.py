@@ -480,6 +480,15 @@ class TestRun:
         assert pretrain(config).errors is None
         assert (config.out / "reconstructions.png").exists()
 
+    def test_a_prediction_that_is_not_finite_costs_the_picture_alone(self, config, monkeypatch, capsys):
+        def reconstruction_sheet(*_, **__):
+            raise ValueError("model: expected a finite prediction")
+
+        monkeypatch.setattr("crate_mae.training.picture.reconstruction_sheet", reconstruction_sheet)
+        assert pretrain(config).steps == 12 and saved_steps(config.out)[0] == 12
+        assert "no new reconstructions.png: model: expected a finite prediction" in capsys.readouterr().out
+        assert not (config.out / "reconstructions.png").exists()
+
     def test_one_image_cannot_be_split(self, config, tmp_path):
         (tmp_path / "one").mkdir()
         (Path(config.data) / "00.png").rename(tmp_path / "one" / "00.png")

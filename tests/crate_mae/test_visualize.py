@@ -244,6 +244,7 @@ def test_layers_are_named_as_pictures_number_them(layer, place):
         ("{run} {run}/config.json", "IMAGE: expected photographs"),
         ("{run} {run}", "no images under {run}"),
         ("{run}/nowhere {image}", "RUN: expected the folder of a run, got {run}/nowhere, which is not there"),
+        ("{image} {run}", "RUN: expected the folder of a run, got {image}, a file"),
         ("{run} {image} --patch 5,1", "--patch: expected a row from 1 to 4 and a column from 1 to 6, the patches of a.png"),
         ("{run} {image} --patch 3", "--patch: expected a row and a column"),
         ("{run} {image} --layer 3", "--layer: expected 1 to 2 (or -1, the last), or decoder:1 to decoder:1"),
@@ -281,6 +282,20 @@ def test_more_than_fits_is_refused(run_folder, images, pages, capsys, monkeypatc
     monkeypatch.setattr(visualize, "MOST_MEMORY", 62 * 3 * 32 * 8 - 1)
     assert main(arguments) == 2
     assert "a lower --size needs less, and so do fewer images" in capsys.readouterr().err
+
+
+def test_a_folders_images_that_cannot_be_read_are_left_out(run_folder, images, pages, capsys, monkeypatch):
+    monkeypatch.setattr(visualizing, "_pictures", lambda *_: [])
+    for path in images[:2]:
+        path.write_bytes(b"no image")
+    arguments = ["visualize", str(run_folder), str(images[0].parent)]
+    assert main(arguments) == 0
+    assert pages[0]["names"] == ["c.png", "d.png"]
+    assert f"{images[0]} is left out: no image (" in capsys.readouterr().out
+    for path in images:
+        path.write_bytes(b"")
+    assert main(arguments) == 2 and len(pages) == 1
+    assert "IMAGE: none of the 4 images tried can be read" in capsys.readouterr().err
 
 
 def test_the_masks_are_those_of_the_run(run_folder, images, pages, monkeypatch):

@@ -1,0 +1,53 @@
+"""reconstructions.png: what a model in training makes of the same images each time, with the same masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from crate_mae.data import CentreCropped, Normalization, readable_items, spread
+from crate_mae.files import replaced
+from crate_mae.model import CrateMAE
+from crate_mae.pictures import reconstruction_sheet
+from crate_mae.training.config import PretrainConfig
+from crate_mae.training.run_folder import PICTURE
+
+
+class Picture:
+    """The picture of a run.
+
+    Args:
+        images: of which `run.pictures` are shown.
+        patches: of an image.
+        say: takes a line for the user.
+    """
+
+    def __init__(
+        self,
+        images: CentreCropped,
+        normalization: Normalization,
+        config: PretrainConfig,
+        patches: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.images, self.normalization, self.config = images, normalization, config
+        self.patches, self.say = patches, say
+
+    def write(self, model: CrateMAE) -> None:
+        """Draw it anew; of predictions that are not finite, the last one stays, and a line says so.
+
+        Raises:
+            UnreadableImage: no image can be read.
+            OSError: it cannot be written.
+        """
+        pixels = readable_items(self.images, spread(len(self.images), self.config.run.pictures))
+        noise = torch.rand(len(pixels), self.patches, generator=torch.Generator().manual_seed(self.config.run.seed))
+        ratio = self.config.schedule.mask_ratio
+        try:
+            sheet = reconstruction_sheet(model, pixels, self.normalization, mask_ratio=ratio, noise=noise)
+        except ValueError as error:  # which the loss will tell
+            self.say(f"no new {PICTURE}: {error}")
+            return
+        with replaced(self.config.out / PICTURE) as file:
+            sheet.save(file, format="PNG")
