@@ -171,6 +171,7 @@ def test_principal_components_do_not_depend_on_order_or_scale() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, analysis.PrincipalComponents.of(tokens), strict=True))
     _, _, right = np.linalg.svd(tokens.numpy() - tokens.numpy().mean(0))
     np.testing.assert_allclose(first.directions.abs().numpy(), np.abs(right[:3]), atol=1e-5)
+    assert (first.directions.gather(1, first.directions.abs().argmax(1, keepdim=True)) > 0).all()
     assert ((first.colours(1e6 * tokens) >= 0) & (first.colours(1e6 * tokens) <= 1)).all()
     for dull in (torch.ones(4, 6), torch.zeros(1, 6), torch.randn(5, 2)):
         colours = analysis.PrincipalComponents.of(dull).colours(dull)
