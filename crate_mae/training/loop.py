@@ -200,7 +200,7 @@ class _Run:
                 f"{config.run.analyze_every}; give --val, or an --images.val_fraction above 0"
             )
         self.look_inside = LookInside(self.shown, self.normalization, schedule.batch_size, say)
-        self.picture = Picture(self.shown, self.normalization, config, self.patches, say)
+        self.picture = Picture(self.shown, self.normalization, config, say)
 
         self.errors: ValidationErrors | None = None
         self.broken = torch.zeros((), device=self.device)

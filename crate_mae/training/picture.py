@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
-import torch
-
+from crate_mae.config import grid_of
 from crate_mae.data import CentreCropped, Normalization, readable_items, spread
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import reconstruction_sheet
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.run_folder import PICTURE
+from crate_mae.training.validation import mask_noise
 
 
 class Picture:
@@ -19,20 +20,13 @@ class Picture:
 
     Args:
         images: of which `run.pictures` are shown.
-        patches: of an image.
         say: takes a line for the user.
     """
 
     def __init__(
-        self,
-        images: CentreCropped,
-        normalization: Normalization,
-        config: PretrainConfig,
-        patches: int,
-        say: Callable[[str], None],
+        self, images: CentreCropped, normalization: Normalization, config: PretrainConfig, say: Callable[[str], None]
     ) -> None:
-        self.images, self.normalization, self.config = images, normalization, config
-        self.patches, self.say = patches, say
+        self.images, self.normalization, self.config, self.say = images, normalization, config, say
 
     def write(self, model: CrateMAE) -> None:
         """Draw it anew; of predictions that are not finite, the last one stays, and a line says so.
@@ -42,9 +36,10 @@ class Picture:
             OSError: it cannot be written.
         """
         pixels = readable_items(self.images, spread(len(self.images), self.config.run.pictures))
-        noise = torch.rand(len(pixels), self.patches, generator=torch.Generator().manual_seed(self.config.run.seed))
-        ratio = self.config.schedule.mask_ratio
+        patches = math.prod(grid_of(self.config.model.image_shape, self.config.model.patch_size))
+        noise = mask_noise(len(pixels), patches, self.config.run.seed)
         try:
+            ratio = self.config.schedule.mask_ratio
             sheet = reconstruction_sheet(model, pixels, self.normalization, mask_ratio=ratio, noise=noise)
         except ValueError as error:  # which the loss will tell
             self.say(f"no new {PICTURE}: {error}")
