@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -46,6 +48,9 @@ class DecodedImages(Source):
 
     def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         return self.source.epoch(seed, epoch)
+
+    def files(self) -> Iterable[Path]:
+        return self.source.files()
 
     def remarks(self) -> list[str]:
         return self.source.remarks()

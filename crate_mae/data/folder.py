@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,9 @@ class ImageFolder(Source):
 
     def remarks(self) -> list[str]:
         return self._remarks + memory_remarks(self._images)
+
+    def files(self) -> Iterable[Path]:
+        return (self.path(index) for index in range(len(self)))
 
     def save_list(self, path: Path) -> None:
         """Write which images these are to a file, for `kept`: their relative paths, and nothing of what is in them.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -66,6 +67,9 @@ class Mixture(Source):
         return np.concatenate([
             np.searchsorted(self.classes, source.classes).astype(np.int32)[source.labels] for source in self.sources
         ])  # fmt: skip
+
+    def files(self) -> Iterable[Path]:
+        return (path for source in self.sources for path in source.files())
 
     def remarks(self) -> list[str]:
         return [remark for source in self.sources for remark in source.remarks()]

@@ -15,7 +15,7 @@ import stat
 import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -144,6 +144,9 @@ class TarShards(Source):
     @property
     def labels(self) -> np.ndarray:
         return self._labels
+
+    def files(self) -> Iterable[Path]:
+        return self.paths
 
     def remarks(self) -> list[str]:
         arrays = (self._offsets, self._sizes, self._names, self._ends, self._labels)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -85,6 +86,10 @@ class Source(ABC):
         """What its user should know, in short phrases: what was left out, and why; the memory that its index takes."""
         return []
 
+    def files(self) -> Iterable[Path]:
+        """The files that the images lie in, in an order; none where `fingerprint` tells by what is in them."""
+        return ()
+
     def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """What an epoch of a run with this seed visits, in its order: a function of the two alone.
 
@@ -148,6 +153,9 @@ class Subset(Source):
 
     def remarks(self) -> list[str]:
         return self.source.remarks()
+
+    def files(self) -> Iterable[Path]:
+        return self.source.files()
 
 
 def shuffled(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -2,27 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from crate_mae.data import ImageLoader, Normalization, in_order
-from crate_mae.model import CrateMAE
+from crate_mae.backbone import Backbone
+from crate_mae.data import CentreCropped, ImageLoader, Normalization, UnreadableImage, in_order
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Which features of an image a method is given.
+
+    Attributes:
+        pool: the mean of the patch tokens, the class token, or both, one after the other.
+        layer: of the encoder, counted from 0; negative ones count back from the last.
+        last: so many layers up to that one, one after the other, the first first.
+        norm: after the model's final norm; else as the layers leave the tokens.
+    """
+
+    pool: Literal["mean", "cls", "both"] = "mean"
+    layer: int = -1
+    last: int = 1
+    norm: bool = True
+
+    def layers(self, depth: int) -> list[int]:
+        """The layers, counted from 0, of an encoder of ``depth`` layers.
+
+        Raises:
+            ValueError: it has not got them.
+        """
+        if not -depth <= self.layer < depth:
+            raise ValueError(f"layer: expected {-depth} to {depth - 1} of {depth} layers, got {self.layer}")
+        end = self.layer % depth + 1
+        if not 1 <= self.last <= end:
+            raise ValueError(f"last: expected 1 to {end}, the layers up to layer {self.layer}, got {self.last}")
+        return list(range(end - self.last, end))
+
+    def in_words(self) -> str:
+        pooled = {"mean": "the mean patch token", "cls": "the class token", "both": "class token and mean patch token"}
+        layer = "the last layer" if self.layer == -1 else f"layer {self.layer}"
+        layers = layer if self.last == 1 else f"the {self.last} layers up to {layer}"
+        return f"{pooled[self.pool]} of {layers}, {'after' if self.norm else 'before'} the final norm"
 
 
 @torch.no_grad()
+def features_of(model: Backbone, images: Tensor, spec: FeatureSpec = FeatureSpec()) -> Tensor:  # noqa: B008, it is frozen
+    """Features of whole images, float32 [batch, width]: width is the tokens', times the layers, twice that for "both".
+
+    Args:
+        images: [batch, channels, height, width], standardised, where the model is.
+
+    Raises:
+        ValueError: the model has not got the layers.
+    """
+    layers = model.forward_intermediates(
+        images,
+        indices=spec.layers(len(model.encoder_layers)),
+        return_prefix_tokens=True,
+        norm=spec.norm,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )
+    pooled = []
+    for patches, prefix in layers:
+        pooled += [prefix[:, 0]] if spec.pool != "mean" else []
+        pooled += [patches.mean(1)] if spec.pool != "cls" else []
+    return torch.cat(pooled, -1).float()
+
+
 def pooled_features(
-    model: CrateMAE, images: Dataset[Tensor], normalization: Normalization, *, batch_size: int = 50
+    model: Backbone, images: Dataset[Tensor], normalization: Normalization, *, batch_size: int = 50
 ) -> Tensor:
     """The mean of an image's patch tokens after the encoder, no patch removed: float32 [images, width], on the CPU.
 
     Args:
         images: items uint8 [channels, height, width], as ``CentreCropped`` has them.
     """
-    batches = standardised(model, images, normalization, batch_size)
-    return torch.cat([model.encode(batch)[:, 1:].mean(1).float().cpu() for batch in batches])
+    return torch.cat([features_of(model, batch).cpu() for batch in standardised(model, images, normalization, batch_size)])
 
 
 def standardised(
@@ -32,3 +93,65 @@ def standardised(
     device = next(model.parameters()).device
     for pixels in ImageLoader(images, in_order(len(images), batch_size)):
         yield normalization(pixels.to(device))
+
+
+class Readable(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of ``(pixels, indices)`` of the images that can be read: none stands in for another, whose class is another."""
+
+    def __init__(self, images: CentreCropped) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, keys: Sequence[int], met: list[UnreadableImage]) -> tuple[Tensor, Tensor]:
+        """uint8 [readable, channels, height, width] and int64 [readable]; ``met`` gets the others."""
+        pixels, indices = [], []
+        for key in keys:
+            try:
+                pixels.append(self.images[key])
+                indices.append(key)
+            except UnreadableImage as error:
+                met.append(error)
+        shape = (0, self.images.channels, *self.images.size)
+        return torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8), torch.tensor(indices).long()
+
+
+def extract(
+    forward: Callable[[Tensor], Tensor],
+    images: CentreCropped,
+    normalization: Normalization,
+    device: torch.device,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    unreadable: Callable[[Sequence[UnreadableImage]], None],
+    done: Callable[[int], None] = lambda images: None,
+) -> tuple[Tensor, Tensor]:
+    """Features of a whole source, float32 [readable, width], and which images these are, int64 [readable]; on the CPU.
+
+    Args:
+        forward: from standardised images to their features, such as ``features_of`` of a model.
+        unreadable: told of the images that cannot be read, which are left out.
+        done: told how many images each batch had.
+
+    Raises:
+        ValueError: no image can be read, or a feature is not finite.
+    """
+    batches = in_order(len(images), batch_size)
+    loader = ImageLoader(
+        Readable(images), batches, num_workers=num_workers, pin_memory=device.type == "cuda", unreadable=unreadable
+    )
+    found, numbers = [], []
+    for keys, (pixels, indices) in zip(batches, loader, strict=True):
+        if len(indices):
+            found.append(forward(normalization(pixels.to(device, non_blocking=True))).cpu())
+            numbers.append(indices)
+        done(len(keys))
+    if not found:
+        raise ValueError(f"none of the {len(images):,} images can be read; crate-mae check says why")
+    features, indices = torch.cat(found), torch.cat(numbers)
+    if not (finite := features.isfinite().all(1)).all():
+        first = images.source.name(int(indices[~finite][0]))
+        raise ValueError(f"features of {int((~finite).sum()):,} images are not finite, those of {first} for one")
+    return features, indices

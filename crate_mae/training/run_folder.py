@@ -23,6 +23,8 @@ SUMMARY = "summary.png"
 """Written by the demo alone."""
 ANALYSIS, ANALYSIS_PICTURE, INSIDE = "analysis.json", "analysis.png", "inside"
 """Written by `crate-mae analyze` and, into the folder, `crate-mae visualize`, of the model that the run has."""
+FEATURES, EVALUATION, EVALUATION_PICTURE = "features", "evaluation.json", "evaluation.png"
+"""Written by `crate-mae evaluate`: the first a folder of .safetensors files."""
 
 
 def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -43,15 +45,19 @@ def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -
 
 def clear_run_folder(out: Path) -> None:
     """Delete the files of a run, and nothing else."""
-    files = [out / name for name in (*RUN_FILES, SUMMARY, ANALYSIS, ANALYSIS_PICTURE)]
+    files = [
+        out / name for name in (*RUN_FILES, SUMMARY, ANALYSIS, ANALYSIS_PICTURE, EVALUATION, EVALUATION_PICTURE)
+    ]
+    files += (out / FEATURES).glob("*.safetensors")
     files += [out / INSIDE / name for name in SHOWS]
     files += [out / BEST / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
     files += [state.path for state in saved_states(out / STATES)]
     for path in files:
         remove(path)
     remove_leftovers(out)
-    remove_unfinished(out / INSIDE)
-    for folder in (out / STATES, out / BEST, out / INSIDE):
+    for folder in (out / INSIDE, out / FEATURES):
+        remove_unfinished(folder)
+    for folder in (out / STATES, out / BEST, out / INSIDE, out / FEATURES):
         with suppress(OSError):  # not there, or with something in it that is not the run's
             folder.rmdir()
 

@@ -1,0 +1,183 @@
+"""`crate-mae evaluate`: which classes the features of a run's model tell apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from crate_mae.analyzing import random_model
+from crate_mae.backbone import Backbone
+from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.pretraining import config_of
+from crate_mae.cli.runs import check_run, is_run, model_of, normalization_of
+from crate_mae.cli.settings import path_of
+from crate_mae.data import FLOWERS, LabelledParts, labelled_parts
+from crate_mae.data.progress import say
+from crate_mae.evaluating import How, Results, evaluate_features, evaluation_lines, write_evaluation
+from crate_mae.evaluation import METHODS, FeatureSpec, Scores
+from crate_mae.training.feed import workers_for
+from crate_mae.training.image_sets import of_option
+from crate_mae.training.precision import choose_device, choose_precision, cpu_threads
+from crate_mae.training.run_folder import FEATURES, refuse_unwritable
+
+
+def add_command(commands: ArgumentParser) -> ArgumentParser:
+    """Add `evaluate` to the commands; returns its parser."""
+    parser = ArgumentParser(
+        description="Measures what a model has learnt by the classes that its features tell apart: by nearest neighbours, a "
+        "linear probe, or fine-tuning; writes evaluation.json and evaluation.png.",
+        epilog=DEBUG_HELP,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="Folder of a run or of a model; of several, such as of several seeds, means and deviations are told.",
+    )
+    parser.add_argument(
+        "--data",
+        type=str,
+        help="Images with classes: a folder that holds train/ and test/ or val/ of class folders each, or CIFAR-10, CIFAR-100, "
+        "Flowers-102 or Oxford-IIIT Pets as they are distributed; hf:NAME. By default, those that the run learnt from.",
+    )
+    parser.add_argument("--test", type=str, help="Images to test on, where --data names those to learn from alone.")
+    parser.add_argument(
+        "--method",
+        type=str,
+        nargs="+",
+        default=["knn", "linear"],
+        choices=list(METHODS),
+        help="knn: nearest neighbours; linear: logistic regression.",
+    )
+    parser.add_argument(
+        "--pool", type=str, default="mean", choices=["mean", "cls", "both"], help="Patch tokens, class token, or both."
+    )
+    parser.add_argument(
+        "--layer", type=int, default=-1, help="Of the encoder: 1, 2, ... or back from its end -1, -2, whose tokens are taken."
+    )
+    parser.add_argument("--last", type=int, default=1, help="So many layers up to that one, joined.")
+    parser.add_argument("--norm", type=bool, default=True, help="After the final norm; else as the layers leave them.")
+    parser.add_argument(
+        "--baseline", type=str, default="untrained", choices=["untrained", "none"], help="Show random weights, too, or nothing."
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="How many models with random weights.")
+    parser.add_argument("--out", type=Path, help="Folder for the files; by default, RUN.")
+    parser.add_argument("--cache", type=bool, default=True, help="Keep features in RUN/features, for the next time.")
+    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
+    parser.add_argument(
+        "--precision", type=str, default="auto", choices=["auto", "float32", "bfloat16"], help="As --run.precision of pretrain."
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads that compute; 0 leaves the number to torch.")
+    parser.add_argument("--batch_size", type=int, default=50, help="Images at once: fewer need less memory.")
+    parser.add_argument("--num_workers", type=str, default="auto", help='Processes that load images, or "auto".')
+    commands.add_subcommand("evaluate", parser, help="Measure what a run has learnt by the classes that it tells apart.")
+    return parser
+
+
+def run(parser: ArgumentParser, chosen: Namespace) -> str:
+    """Write the evaluation; returns what to print.
+
+    Raises:
+        OSError: there is no such run, or there are no such images, or the files cannot be written.
+        ValueError: an argument cannot be used, or a model's values are not finite; the message names it.
+        MissingLibrary: an ImportError: one that the images need is not installed.
+    """
+    asked = chosen.evaluate
+    runs = [path_of(str(each)) for each in asked.runs]
+    if len(runs) > 1 and asked.out is None:
+        raise ValueError("--out: expected a folder for what is found of several runs")
+    if len({each.resolve() for each in runs}) < len(runs):
+        raise ValueError("RUN: the same one is given twice")
+    out = path_of(str(asked.out or runs[0]))
+    for name, least in (("batch_size", 1), ("seeds", 1), ("last", 1)):
+        if asked[name] < least:
+            raise ValueError(f"--{name}: expected {least} or more, got {asked[name]}")
+    for each in runs:
+        check_run(each)
+    device = choose_device(asked.device, "--device")
+    models = {each: model_of(each).to(device).eval() for each in runs}
+    spec = _spec(asked, [len(model.encoder_layers) for model in models.values()])
+    refuse_unwritable(out)
+    with of_option("--data"):
+        parts = labelled_parts(asked.data if asked.data is not None else _learnt_from(runs[0]), test=asked.test)
+    for line in parts.said:
+        say(line)
+    first = models[runs[0]].config
+    batch_bytes = asked.batch_size * first.in_chans * first.image_shape[0] * first.image_shape[1]
+    workers = workers_for(_workers(asked.num_workers), device, asked.threads, batch_bytes)
+    how = How(spec, asked.batch_size, workers, choose_precision(asked.precision, device))
+    methods = list(dict.fromkeys(asked.method))
+    say(
+        f"evaluate: {len(parts.train):,} images to learn from and {len(parts.test):,} to test on, "
+        f"{len(parts.train.classes)} classes; {spec.in_words()}, {how.precision} on {device}"
+    )
+    with cpu_threads(asked.threads):
+        of_runs = {
+            str(each): _evaluate(each, model, parts, methods, how, asked.cache, "trained" if len(runs) == 1 else each.name)
+            for each, model in models.items()
+        }
+        untrained = {}
+        for seed in range(asked.seeds if asked.baseline == "untrained" else 0):
+            model = random_model(models[runs[0]], seed).to(device)
+            untrained[f"seed {seed}"] = _evaluate(runs[0], model, parts, methods, how, False, f"untrained {seed}")
+    results = Results(of_runs, untrained, list(parts.train.classes), _about(asked, parts, how))
+    numbers, picture = write_evaluation(out, results, caption=_caption(runs, parts, spec))
+    return "\n".join([*evaluation_lines(results), f"Look at {picture}; all numbers are in {numbers}."])
+
+
+def _evaluate(
+    folder: Path, model: Backbone, parts: LabelledParts, methods: Sequence[str], how: How, keep: bool, name: str
+) -> dict[str, Scores]:
+    cache = folder / FEATURES if keep else None
+    try:
+        return evaluate_features(model, parts, normalization_of(folder), methods, how, cache=cache, say=say, name=name)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _spec(asked: Namespace, depths: Sequence[int]) -> FeatureSpec:
+    """Options count layers from 1, as the pictures number them."""
+    for depth in depths:
+        if not (1 <= asked.layer <= depth or -depth <= asked.layer <= -1):
+            raise ValueError(f"--layer: expected 1 to {depth}, or -1 to {-depth} from the end, got {asked.layer}")
+        layers = asked.layer if asked.layer > 0 else depth + 1 + asked.layer
+        if asked.last > layers:
+            raise ValueError(f"--last: expected 1 to {layers}, the layers up to --layer {asked.layer}, got {asked.last}")
+    layer = asked.layer - 1 if asked.layer > 0 else asked.layer
+    return FeatureSpec(asked.pool, layer, asked.last, asked.norm)
+
+
+def _workers(asked: str) -> int | str:
+    if asked != "auto" and not asked.isdigit():
+        raise ValueError(f"--num_workers: expected a whole number, or auto, got {asked!r}")
+    return asked if asked == "auto" else int(asked)
+
+
+def _learnt_from(run: Path) -> str:
+    if not is_run(run):
+        raise ValueError(f"{run} holds a model alone: name images with classes")
+    return config_of(run).data or str(FLOWERS)
+
+
+def _about(asked: Namespace, parts: LabelledParts, how: How) -> dict[str, object]:
+    return {
+        "data": json.loads(json.dumps({"data": asked.data, "test": asked.test, "said": parts.said})),
+        "images": {"train": len(parts.train), "test": len(parts.test)},
+        "features": how.spec.in_words(),
+        "precision": how.precision,
+        "device": asked.device,
+    }
+
+
+def _caption(runs: Sequence[Path], parts: LabelledParts, spec: FeatureSpec) -> str:
+    names = ", ".join(each.absolute().name for each in runs)
+    return (
+        f"{names}: learnt from {len(parts.train):,} images and tested on {len(parts.test):,}, {len(parts.train.classes)} classes; "
+        f"{spec.in_words()}"
+    )

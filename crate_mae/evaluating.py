@@ -1,0 +1,258 @@
+"""What models have learnt, measured by the classes that their features tell apart: for the command, written down and told."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from crate_mae import __version__
+from crate_mae.backbone import Backbone
+from crate_mae.data import CentreCropped, LabelledParts, Normalization, Source, UnreadableImage
+from crate_mae.data.progress import Progress
+from crate_mae.data.unreadable import Unreadable, by_cause
+from crate_mae.evaluation import METHODS, FeatureSpec, Scores, features_of
+from crate_mae.evaluation.cache import Features, cached, fingerprint_of
+from crate_mae.evaluation.classes import TITLES
+from crate_mae.evaluation.features import extract
+from crate_mae.files import make_folder, replaced
+from crate_mae.pictures.classes import classes_picture
+from crate_mae.training.precision import autocast
+from crate_mae.training.run_folder import EVALUATION, EVALUATION_PICTURE
+
+_SHOWN = 20
+"""Classes that the table shows all of; of more, the ten most often found and the ten least."""
+
+
+class How(NamedTuple):
+    """How features are made.
+
+    Attributes:
+        spec: which they are.
+        batch_size, num_workers: images that go through a model together, and processes that load them; they change memory and
+            time alone.
+        precision: "float32" or "bfloat16", as of training.
+    """
+
+    spec: FeatureSpec
+    batch_size: int = 50
+    num_workers: int = 0
+    precision: str = "float32"
+
+
+def evaluate_features(
+    model: Backbone,
+    parts: LabelledParts,
+    normalization: Normalization,
+    methods: Sequence[str],
+    how: How,
+    *,
+    cache: Path | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+    name: str = "features",
+) -> dict[str, Scores]:
+    """Scores of ``METHODS`` on the test images, by what the features of the images to learn from tell.
+
+    The model sees whole images: the largest centred part of each, resized to its image size. What cannot be read is left out,
+    and told.
+
+    Args:
+        methods: among ``METHODS``.
+        cache: folder of features to keep, or to take; None makes them anew and keeps none.
+        seed: of the choice of those held out by the probe.
+        say: takes a line for the user.
+        name: of the model, in a word for the progress.
+
+    Raises:
+        OSError: the features cannot be written.
+        ValueError: no image can be read, features are not finite, or the model has not got the layers.
+    """
+    made = {}
+    for part, source in (("train", parts.train), ("test", parts.test)):
+        features = _features(model, source, normalization, how, cache, f"{part}.safetensors", say, f"{name}, {part}")
+        labels = torch.from_numpy(source.labels).long()[features.indices]
+        made[part] = features.values.to(next(model.parameters()).device), labels
+    device = made["train"][0].device
+    told = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        arguments = [each for features, labels in made.values() for each in (features, labels.to(device))]
+        found = {method: _of_all_classes(METHODS[method](*arguments), len(parts.train.classes)) for method in methods}
+        told = [str(each.message) for each in caught]
+    for line in told:
+        say(f"{name}: {line}")
+    return found
+
+
+def _of_all_classes(scores: Scores, classes: int) -> Scores:
+    """With a row and a column for classes of the highest numbers, too, of which no image could be read."""
+    lacking = classes - len(scores.confusion)
+    if not lacking:
+        return scores
+    confusion = torch.nn.functional.pad(scores.confusion, (0, lacking, 0, lacking))
+    return Scores(scores.top1, scores.top5, confusion, scores.chosen, scores.tried)
+
+
+def _features(
+    model: Backbone,
+    source: Source,
+    normalization: Normalization,
+    how: How,
+    cache: Path | None,
+    file: str,
+    say: Callable[[str], None],
+    what: str,
+) -> Features:
+    config, device = model.config, next(model.parameters()).device
+    images = CentreCropped(source, config.image_shape, config.in_chans)
+    unreadable: list[UnreadableImage] = []
+
+    def forward(batch: Tensor) -> Tensor:
+        with autocast(how.precision, device):
+            return features_of(model, batch, how.spec)
+
+    def make() -> Features:
+        with Progress(len(images), what, say) as progress:
+            made = extract(
+                forward,
+                images,
+                normalization,
+                device,
+                batch_size=how.batch_size,
+                num_workers=how.num_workers,
+                unreadable=unreadable.extend,
+                done=progress.update,
+            )
+        return Features(*made)
+
+    if cache is None:
+        features = make()
+    else:
+        fingerprint = fingerprint_of(model, images, normalization, how.spec, how.precision)
+        features, _ = cached(cache / f"{fingerprint[:16]}_{file}", fingerprint, make)
+    if left_out := len(images) - len(features.indices):
+        causes = f" ({by_cause(map(Unreadable.of, unreadable))})" if unreadable else ""
+        say(f"{left_out:,} of {len(images):,} images cannot be read{causes} and are left out; crate-mae check lists such images")
+    return features
+
+
+class Results(NamedTuple):
+    """What was found.
+
+    Attributes:
+        runs: scores of each method, by the name of the run.
+        untrained: likewise, of models with random weights, by "seed N".
+        classes: their names, in the order of their numbers.
+        about: what else is to be known, in plain values.
+    """
+
+    runs: Mapping[str, Mapping[str, Scores]]
+    untrained: Mapping[str, Mapping[str, Scores]]
+    classes: list[str]
+    about: dict[str, Any]
+
+    @property
+    def methods(self) -> list[str]:
+        return list(next(iter(self.runs.values())))
+
+
+def write_evaluation(folder: Path, results: Results, *, caption: str) -> tuple[Path, Path]:
+    """Write ``evaluation.json`` and ``evaluation.png`` into a folder, which is made if it is not there; returns their paths.
+
+    Raises:
+        OSError: they cannot be written; those that were there before are there still.
+    """
+    content = {
+        "versions": {"crate_mae": __version__, "torch": torch.__version__},
+        **results.about,
+        "summary": {method: _summary(results, method) for method in results.methods},
+        **{
+            kind: {name: {m: scores.to_dict(results.classes) for m, scores in of.items()} for name, of in models.items()}
+            for kind, models in (("runs", results.runs), ("untrained", results.untrained))
+        },
+    }
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    picture = classes_picture(results.runs, results.untrained, results.classes, caption=caption)
+    paths = folder / EVALUATION, folder / EVALUATION_PICTURE
+    make_folder(folder)
+    with replaced(*paths, alone=False) as (of_numbers, of_picture):
+        of_numbers.write(text.encode())
+        picture.save(of_picture, format="PNG")
+    return paths
+
+
+def evaluation_lines(results: Results) -> list[str]:
+    """A table of the methods, then one of the classes."""
+    has_top5 = len(results.classes) > 5
+    headings = ["top-1", *(["top-5"] if has_top5 else []), "class mean"]
+    if results.untrained:
+        headings.append(f"top-1 untrained ({_counted(len(results.untrained), 'seed')})")
+    spread = f", means and standard deviations over {len(results.runs)} runs" if len(results.runs) > 1 else ""
+    lines = [f"Test images whose class is found{spread}:", f"  {'':<22}" + "".join(f"{each:>18}" for each in headings)]
+    for method in results.methods:
+        of_runs = [of[method] for of in results.runs.values()]
+        cells = [_told([scores.top1 for scores in of_runs])]
+        cells += [_told([scores.top5 for scores in of_runs if scores.top5 is not None])] if has_top5 else []
+        cells.append(_told([scores.class_mean for scores in of_runs]))
+        if results.untrained:
+            cells.append(_told([of[method].top1 for of in results.untrained.values()]))
+        chosen = _chosen(of_runs[0]) if len(of_runs) == 1 else ""
+        lines.append(f"  {TITLES[method]:<22}" + "".join(f"{cell:>18}" for cell in cells) + chosen)
+    return lines + _class_lines(results)
+
+
+def _class_lines(results: Results) -> list[str]:
+    """Of each class, how many of its images are found; of many classes, the extremes."""
+    shares = {
+        method: [_mean([of[method].of_classes[number] for of in results.runs.values()]) for number in range(len(results.classes))]
+        for method in results.methods
+    }
+    first = shares[results.methods[0]]
+    order = sorted((number for number in range(len(first)) if first[number] is not None), key=lambda n: -first[n])
+    lines = [f"  {'class':<22}" + "".join(f"{TITLES[method]:>24}" for method in results.methods)]
+    shown: Sequence[int | None] = order
+    if len(order) > _SHOWN:
+        shown = [*order[: _SHOWN // 2], None, *order[-_SHOWN // 2 :]]
+    for number in shown:
+        if number is None:
+            lines.append(f"  ... and {len(order) - _SHOWN} classes between them, which are in {EVALUATION}")
+            continue
+        cells = "".join(f"{of[number]:>24.1%}" for of in shares.values())
+        lines.append(f"  {results.classes[number][:22]:<22}{cells}")
+    return lines
+
+
+def _summary(results: Results, method: str) -> dict[str, Any]:
+    """Means and standard deviations of top-1, over runs and over random weights."""
+    summary: dict[str, Any] = {}
+    for kind, models in (("runs", results.runs), ("untrained", results.untrained)):
+        values = [of[method].top1 for of in models.values()]
+        if values:
+            deviation = stdev(values) if len(values) > 1 else None
+            summary[kind] = {"count": len(values), "top1": fmean(values), "standard_deviation": deviation}
+    return summary
+
+
+def _told(values: Sequence[float]) -> str:
+    return f"{fmean(values):.1%}" + (f" +- {stdev(values):.1%}" if len(values) > 1 else "")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return fmean(there) if there else None
+
+
+def _chosen(scores: Scores) -> str:
+    told = ", ".join(f"{name} {value:g}" for name, value in scores.chosen.items())
+    return f"   ({told})" if told else ""
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
