@@ -13,13 +13,20 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from crate_mae import __version__
-from crate_mae.cli import analyze, check, pack, pretraining, reconstruct, visualize
+from crate_mae.cli import analyze, check, evaluate, pack, pretraining, reconstruct, visualize
 from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, worded
 from crate_mae.cli.settings import check_argument, load
 from crate_mae.data import STOPPING
 from crate_mae.training import RunStopped
 
-OTHERS = {"reconstruct": reconstruct, "analyze": analyze, "visualize": visualize, "pack": pack, "check": check}
+OTHERS = {
+    "reconstruct": reconstruct,
+    "analyze": analyze,
+    "visualize": visualize,
+    "evaluate": evaluate,
+    "pack": pack,
+    "check": check,
+}
 """Commands with a module of their own."""
 
 COMMANDS = ("pretrain", "demo", *OTHERS)

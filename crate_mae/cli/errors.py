@@ -79,6 +79,7 @@ def worded(error: ArgumentError, options: Iterable[str]) -> ValueError:
 _OF_TRAINING = "a lower --schedule.batch_size needs less, and so do --run.recompute true and --run.stream 16bit"
 _LESS_MEMORY = {
     "analyze": "a lower --batch_size needs less",
+    "evaluate": "a lower --batch_size needs less",
     "visualize": "a lower --size needs less, and so do fewer images",
     "reconstruct": "fewer images need less",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +60,9 @@ class Relabelled(Source):
     @property
     def labels(self) -> np.ndarray:
         return self._labels
+
+    def files(self) -> Iterable[Path]:
+        return self.source.files()
 
     def remarks(self) -> list[str]:
         return self.source.remarks()
