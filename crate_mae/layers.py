@@ -246,7 +246,7 @@ def _norm(module: nn.LayerNorm) -> Norm:
 class PatchEmbed(nn.Module):
     """Images [batch, channels, height, width] -> tokens [batch, patches, width]: one linear map a patch."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig | ClassifierConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
 

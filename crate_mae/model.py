@@ -12,7 +12,7 @@ from crate_kernels.dispatch import choose
 from crate_kernels.fusing import say
 from crate_kernels.precision import compute_dtype
 from crate_mae.backbone import FINAL_NORM_EPS, Backbone
-from crate_mae.config import ModelConfig, grid_of
+from crate_mae.config import ModelConfig
 from crate_mae.layers import DecoderBlock, EncoderBlock, Linear, PatchEmbed, embedding_obstacle
 from crate_mae.patches import kept_patches, patchify, removed_patches, unpatchify
 from crate_mae.positions import sine_cosine
@@ -33,7 +33,41 @@ class MAEOutput(NamedTuple):
 _register_namedtuple(MAEOutput, serialized_type_name="crate_mae.model.MAEOutput")
 
 
-class CrateMAE(Backbone):
+class MAEEncoder(Backbone):
+    """The encoder of CRATE-MAE by its official names, all but the norm behind it: of ``CrateMAE``, and of a classifier."""
+
+    def _make_encoder(self) -> None:
+        config, width = self.config, self.config.embed_dim
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("decoder_pos_embed", sine_cosine(self._configured_grid, width))
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
+
+    def _initialise(self) -> None:
+        for token in self.parameters(recurse=False):
+            nn.init.normal_(token, std=0.02)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def encoder_layers(self) -> nn.ModuleList:
+        return self.blocks
+
+    def _embedded_patches(self, images: Tensor) -> Tensor:
+        return self.patch_embed(images)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self._configured_grid:
+            return self.decoder_pos_embed
+        return sine_cosine(grid, self.config.embed_dim).to(self.decoder_pos_embed)
+
+
+class CrateMAE(MAEEncoder):
     """CRATE-MAE with the official parameter names and initialisation; build one with ``crate_mae.create_model``.
 
     The encoder sees every token: mask tokens stand in for removed patches before its first layer. Position is the fixed
@@ -49,28 +83,14 @@ class CrateMAE(Backbone):
         super().__init__()
         self.config = config
         width = config.embed_dim
-        self.patch_embed = PatchEmbed(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self._make_encoder()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("decoder_pos_embed", sine_cosine(grid_of(config.image_shape, config.patch_size), width))
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=FINAL_NORM_EPS)
         self.decoder_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps=FINAL_NORM_EPS)
         self.decoder_pred = Linear(width, config.patch_size**2 * config.in_chans)
         self._initialise()
         self.register_load_state_dict_pre_hook(_drop_unused_official_entries)
-
-    def _initialise(self) -> None:
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> MAEOutput:
         """Remove patches, reconstruct them, and measure how well.
@@ -122,6 +142,13 @@ class CrateMAE(Backbone):
         """The class token [batch, width] of the tokens of ``forward_features``; there is no head, and nothing behind it."""
         return tokens[:, 0]
 
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.norm
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
     def patchify(self, images: Tensor) -> Tensor:
         """[batch, channels, height, width] -> [batch, patches, patch_size**2 * channels]."""
         return patchify(images, self.config.patch_size)
@@ -134,17 +161,6 @@ class CrateMAE(Backbone):
         """
         return unpatchify(patches, self.config.patch_size, self.config.in_chans, grid or self._configured_grid)
 
-    @property
-    def encoder_layers(self) -> nn.ModuleList:
-        return self.blocks
-
-    @property
-    def last_norm(self) -> nn.Module:
-        return self.norm
-
-    def _embedded_patches(self, images: Tensor) -> Tensor:
-        return self.patch_embed(images)
-
     def _embed_kept(self, pixels: Tensor, kept: Tensor) -> Tensor:
         """Embed the kept patches alone, a quarter as a rule; mask tokens stand for the others, whose embedding none would see."""
         of_kept, width = kept.unsqueeze(-1), self.config.embed_dim
@@ -152,14 +168,6 @@ class CrateMAE(Backbone):
         embedded = self.patch_embed.of_patches(chosen).to(self.mask_token.dtype)
         tokens = self.mask_token.expand(*pixels.shape[:2], width)
         return tokens.scatter(1, of_kept.expand(-1, -1, width), embedded)
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        if grid == self._configured_grid:
-            return self.decoder_pos_embed
-        return sine_cosine(grid, self.config.embed_dim).to(self.decoder_pos_embed)
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return self.norm(x)
 
     def _decode(self, x: Tensor) -> Tensor:
         x = self._through(self.decoder_blocks, x, num_heads=self.config.decoder_num_heads)
