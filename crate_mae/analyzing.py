@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from crate_mae import __version__
 from crate_mae.analysis import MEASURES, OFFICIAL_EPS, Analysis, analyze
+from crate_mae.classifiers import Classifier, model_of
 from crate_mae.data import Normalization, Source
 from crate_mae.evaluation.features import standardised
 from crate_mae.files import make_folder, replaced
@@ -21,6 +22,8 @@ from crate_mae.model import CrateMAE
 from crate_mae.pictures.layers import TRAINED, UNTRAINED, layers_picture
 from crate_mae.registry import count_parameters
 from crate_mae.training.run_folder import ANALYSIS, ANALYSIS_PICTURE, progress
+
+_Model = TypeVar("_Model", CrateMAE, Classifier)
 
 _COLUMNS = {
     "coding_rate_before": ("R^c before", "{:.1f}"),
@@ -42,11 +45,11 @@ def in_words(run: Path, model: CrateMAE) -> str:
     )
 
 
-def random_model(like: CrateMAE, seed: int = 0) -> CrateMAE:
+def random_model(like: _Model, seed: int = 0) -> _Model:
     """A model of the same config with random weights, the same for one seed, in evaluation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CrateMAE(like.config).eval()
+        return model_of(like.config).eval()
 
 
 def analyze_models(

@@ -24,6 +24,7 @@ from crate_mae.config import grid_of
 from crate_mae.data import CentreCropped, Normalization, Source, Subset, spread
 from crate_mae.data.checking import Looked, looked_at
 from crate_mae.evaluation import class_accuracies, pooled_features
+from crate_mae.evaluation.classes import TITLES
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import Classes, Curves, Sparsity, summary_picture
@@ -138,7 +139,7 @@ def _lines(classes: Classes) -> list[str]:
         f"Of {classes.images} photographs in {len(classes.names)} classes, found by the encoder's mean token, {FOLDS}-fold:",
         f"                                    this model   random weights ({len(classes.random)} seeds)",
     ]
-    names = ("k nearest neighbours", "linear probe")
-    for name, trained, random in zip(names, classes.trained, zip(*classes.random, strict=True), strict=True):
-        said.append(f"  {name:<34}{trained:>10.1%}   {fmean(random):.1%} +- {stdev(random):.1%}")
+    for method, trained in classes.trained._asdict().items():
+        random = [getattr(each, method) for each in classes.random]
+        said.append(f"  {TITLES[method]:<34}{trained:>10.1%}   {fmean(random):.1%} +- {stdev(random):.1%}")
     return said

@@ -139,7 +139,9 @@ def _features(
         features, _ = cached(cache / f"{fingerprint[:16]}_{file}", fingerprint, make)
     if left_out := len(images) - len(features.indices):
         causes = f" ({by_cause(map(Unreadable.of, unreadable))})" if unreadable else ""
-        say(f"{left_out:,} of {len(images):,} images cannot be read{causes} and are left out; crate-mae check lists such images")
+        say(
+            f"{left_out:,} of {len(images):,} images cannot be read{causes} and are left out; crate-mae check lists such images"
+        )
     return features
 
 
@@ -174,7 +176,9 @@ def write_evaluation(folder: Path, results: Results, *, caption: str) -> tuple[P
         **results.about,
         "summary": {method: _summary(results, method) for method in results.methods},
         **{
-            kind: {name: {m: scores.to_dict(results.classes) for m, scores in of.items()} for name, of in models.items()}
+            kind: {
+                name: {m: scores.to_dict(results.classes) for m, scores in of.items()} for name, of in models.items()
+            }
             for kind, models in (("runs", results.runs), ("untrained", results.untrained))
         },
     }
@@ -193,9 +197,13 @@ def evaluation_lines(results: Results) -> list[str]:
     has_top5 = len(results.classes) > 5
     headings = ["top-1", *(["top-5"] if has_top5 else []), "class mean"]
     if results.untrained:
-        headings.append(f"top-1 untrained ({_counted(len(results.untrained), 'seed')})")
-    spread = f", means and standard deviations over {len(results.runs)} runs" if len(results.runs) > 1 else ""
-    lines = [f"Test images whose class is found{spread}:", f"  {'':<22}" + "".join(f"{each:>18}" for each in headings)]
+        headings.append("top-1 untrained")
+    several = {"runs": len(results.runs), "models with random weights": len(results.untrained)}
+    over = " and ".join(f"{count} {what}" for what, count in several.items() if count > 1)
+    lines = [
+        f"Test images whose class is found{f' (+- standard deviation over {over})' if over else ''}:",
+        f"  {'':<22}" + "".join(f"{each:>18}" for each in headings),
+    ]
     for method in results.methods:
         of_runs = [of[method] for of in results.runs.values()]
         cells = [_told([scores.top1 for scores in of_runs])]
@@ -211,7 +219,10 @@ def evaluation_lines(results: Results) -> list[str]:
 def _class_lines(results: Results) -> list[str]:
     """Of each class, how many of its images are found; of many classes, the extremes."""
     shares = {
-        method: [_mean([of[method].of_classes[number] for of in results.runs.values()]) for number in range(len(results.classes))]
+        method: [
+            _mean([of[method].of_classes[number] for of in results.runs.values()])
+            for number in range(len(results.classes))
+        ]
         for method in results.methods
     }
     first = shares[results.methods[0]]
@@ -252,7 +263,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _chosen(scores: Scores) -> str:
     told = ", ".join(f"{name} {value:g}" for name, value in scores.chosen.items())
     return f"   ({told})" if told else ""
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"

@@ -12,7 +12,7 @@ from crate_mae.analyzing import random_model
 from crate_mae.backbone import Backbone
 from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.pretraining import config_of
-from crate_mae.cli.runs import check_run, is_run, model_of, normalization_of
+from crate_mae.cli.runs import backbone_of, check_run, is_run, normalization_of
 from crate_mae.cli.settings import path_of
 from crate_mae.data import FLOWERS, LabelledParts, labelled_parts
 from crate_mae.data.progress import say
@@ -59,24 +59,39 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         "--pool", type=str, default="mean", choices=["mean", "cls", "both"], help="Patch tokens, class token, or both."
     )
     parser.add_argument(
-        "--layer", type=int, default=-1, help="Of the encoder: 1, 2, ... or back from its end -1, -2, whose tokens are taken."
+        "--layer",
+        type=int,
+        default=-1,
+        help="Of the encoder: 1, 2, ... or back from its end -1, -2, whose tokens are taken.",
     )
     parser.add_argument("--last", type=int, default=1, help="So many layers up to that one, joined.")
     parser.add_argument("--norm", type=bool, default=True, help="After the final norm; else as the layers leave them.")
     parser.add_argument(
-        "--baseline", type=str, default="untrained", choices=["untrained", "none"], help="Show random weights, too, or nothing."
+        "--baseline",
+        type=str,
+        default="untrained",
+        choices=["untrained", "none"],
+        help="Show random weights, too, or nothing.",
     )
     parser.add_argument("--seeds", type=int, default=3, help="How many models with random weights.")
     parser.add_argument("--out", type=Path, help="Folder for the files; by default, RUN.")
     parser.add_argument("--cache", type=bool, default=True, help="Keep features in RUN/features, for the next time.")
     parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
     parser.add_argument(
-        "--precision", type=str, default="auto", choices=["auto", "float32", "bfloat16"], help="As --run.precision of pretrain."
+        "--precision",
+        type=str,
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="As --run.precision of pretrain.",
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads that compute; 0 leaves the number to torch.")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads that compute; 0 leaves the number to torch."
+    )
     parser.add_argument("--batch_size", type=int, default=50, help="Images at once: fewer need less memory.")
     parser.add_argument("--num_workers", type=str, default="auto", help='Processes that load images, or "auto".')
-    commands.add_subcommand("evaluate", parser, help="Measure what a run has learnt by the classes that it tells apart.")
+    commands.add_subcommand(
+        "evaluate", parser, help="Measure what a run has learnt by the classes that it tells apart."
+    )
     return parser
 
 
@@ -101,7 +116,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     for each in runs:
         check_run(each)
     device = choose_device(asked.device, "--device")
-    models = {each: model_of(each).to(device).eval() for each in runs}
+    models = {each: backbone_of(each).to(device).eval() for each in runs}
     spec = _spec(asked, [len(model.encoder_layers) for model in models.values()])
     refuse_unwritable(out)
     with of_option("--data"):
@@ -119,7 +134,9 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     )
     with cpu_threads(asked.threads):
         of_runs = {
-            str(each): _evaluate(each, model, parts, methods, how, asked.cache, "trained" if len(runs) == 1 else each.name)
+            str(each): _evaluate(
+                each, model, parts, methods, how, asked.cache, "trained" if len(runs) == 1 else each.name
+            )
             for each, model in models.items()
         }
         untrained = {}
@@ -148,7 +165,9 @@ def _spec(asked: Namespace, depths: Sequence[int]) -> FeatureSpec:
             raise ValueError(f"--layer: expected 1 to {depth}, or -1 to {-depth} from the end, got {asked.layer}")
         layers = asked.layer if asked.layer > 0 else depth + 1 + asked.layer
         if asked.last > layers:
-            raise ValueError(f"--last: expected 1 to {layers}, the layers up to --layer {asked.layer}, got {asked.last}")
+            raise ValueError(
+                f"--last: expected 1 to {layers}, the layers up to --layer {asked.layer}, got {asked.last}"
+            )
     layer = asked.layer - 1 if asked.layer > 0 else asked.layer
     return FeatureSpec(asked.pool, layer, asked.last, asked.norm)
 
@@ -178,6 +197,6 @@ def _about(asked: Namespace, parts: LabelledParts, how: How) -> dict[str, object
 def _caption(runs: Sequence[Path], parts: LabelledParts, spec: FeatureSpec) -> str:
     names = ", ".join(each.absolute().name for each in runs)
     return (
-        f"{names}: learnt from {len(parts.train):,} images and tested on {len(parts.test):,}, {len(parts.train.classes)} classes; "
-        f"{spec.in_words()}"
+        f"{names}: learnt from {len(parts.train):,} images and tested on {len(parts.test):,}, "
+        f"{len(parts.train.classes)} classes; {spec.in_words()}"
     )

@@ -51,7 +51,7 @@ class FeatureSpec:
 
 
 @torch.no_grad()
-def features_of(model: Backbone, images: Tensor, spec: FeatureSpec = FeatureSpec()) -> Tensor:  # noqa: B008, it is frozen
+def features_of(model: Backbone, images: Tensor, spec: FeatureSpec = FeatureSpec()) -> Tensor:
     """Features of whole images, float32 [batch, width]: width is the tokens', times the layers, twice that for "both".
 
     Args:
@@ -83,7 +83,9 @@ def pooled_features(
     Args:
         images: items uint8 [channels, height, width], as ``CentreCropped`` has them.
     """
-    return torch.cat([features_of(model, batch).cpu() for batch in standardised(model, images, normalization, batch_size)])
+    return torch.cat(
+        [features_of(model, batch).cpu() for batch in standardised(model, images, normalization, batch_size)]
+    )
 
 
 def standardised(

@@ -23,7 +23,7 @@ def nearest_neighbours(features: Tensor, labels: Tensor, test_features: Tensor, 
 
     Each of the k training images of the largest cosine c votes for its class, with the weight exp(c / T). Of all k and T
     of ``NEIGHBOURS`` and ``TEMPERATURES`` those are chosen that find most classes of the training images, each by all others; of
-    several, the first. A class without a vote is out of the question, also among the top five.
+    several, the most neighbours. A class without a vote is out of the question, also among the top five.
 
     Args:
         features, test_features: [images, width], floating point.
@@ -45,7 +45,7 @@ def nearest_neighbours(features: Tensor, labels: Tensor, test_features: Tensor, 
         left_out = hits(_votes(*own, labels, classes, count, temperature), labels, 1)
         top1 = hits(_votes(*nearest, labels, classes, count, temperature), test_labels, 1)
         tried.append({"neighbours": count, "temperature": temperature, "leave_one_out": left_out, "top1": top1})
-    best = max(tried, key=lambda each: each["leave_one_out"])
+    best = max(tried, key=lambda each: (each["leave_one_out"], each["neighbours"], each["temperature"]))
     chosen = {name: best[name] for name in ("neighbours", "temperature")}
     votes = _votes(*nearest, labels, classes, chosen["neighbours"], chosen["temperature"])
     return score(votes, test_labels, chosen=chosen, tried=tried)

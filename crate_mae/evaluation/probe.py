@@ -67,7 +67,9 @@ def linear_probe(
         loss = float(F.cross_entropy(solution(features[held_out]), labels[held_out]))
         top1 = hits(solution(test_features), test_labels, 1)
         tried.append({"penalty": penalty, "held_out_cross_entropy": loss, "top1": top1})
-        if len(tried) > 2 and all(each["held_out_cross_entropy"] > tried[-3]["held_out_cross_entropy"] for each in tried[-2:]):
+        if len(tried) > 2 and all(
+            each["held_out_cross_entropy"] > tried[-3]["held_out_cross_entropy"] for each in tried[-2:]
+        ):
             break
     penalty = min(tried, key=lambda each: each["held_out_cross_entropy"])["penalty"]
     solution = None

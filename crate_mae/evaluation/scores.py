@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -18,7 +17,8 @@ class Scores:
         top5: the fraction whose class is among the five highest; None where there are no more than five classes.
         confusion: int64 [classes, classes], how many images of the class of the row are taken for that of the column.
         chosen: the method's settings, found on the training images alone.
-        tried: all settings that were tried: for each, what it was chosen by, and its top-1 on the test images, which chose nothing.
+        tried: all settings that were tried: for each, what it was chosen by, and its top-1 on the test images, which chose
+            nothing.
     """
 
     top1: float

@@ -46,7 +46,7 @@ def classes_picture(
     texts = wrapped(caption, 15, _WIDTH - 2 * _MARGIN)
     squares = _HEAD + 20 * len(texts) + _BARS + 90
     rows = (len(methods) + 1) // 2
-    canvas = Canvas(_WIDTH, squares + rows * (_SQUARE + _GAP + 70))
+    canvas = Canvas(_WIDTH, squares + rows * (_SQUARE + _GAP))
     canvas.text((_MARGIN, 52), "Classes told apart by the features of a model", 30)
     for number, line in enumerate(texts):
         canvas.text((_MARGIN, 82 + 20 * number), line, 15, FAINT)
@@ -60,20 +60,26 @@ def classes_picture(
             values = [of[method].top1 for of in models.values()]
             if values:
                 mean, spread = fmean(values), stdev(values) if len(values) > 1 else 0.0
-                label = f"{mean:.1%}" + (f" +- {spread:.1%}" if spread else "")
-                bars.append(Bar(mean, colour, label, spread))
+                bars.append(Bar(mean, colour, f"{mean:.1%}", spread))
         groups.append((TITLES[method], bars))
     highest = 1.2 * max(chance, *(bar.value + bar.spread for _, bars in groups for bar in bars))
     canvas.text((_MARGIN, top + 14), "Test images whose class is found (top-1)", 17)
     if untrained:
         canvas.text((_WIDTH - _MARGIN, top + 14), f"grey: random weights, {len(untrained)} seeds", 13, FAINT, "rs")
-    canvas.bars((_MARGIN, top + 30, _WIDTH - _MARGIN, top + _BARS), groups, highest=highest, level=Level(chance, FAINT, "chance"))
+    canvas.bars(
+        (_MARGIN, top + 30, _WIDTH - _MARGIN, top + _BARS),
+        groups,
+        highest=highest,
+        level=Level(chance, FAINT, "chance"),
+    )
 
     for number, method in enumerate(methods):
         left = _MARGIN + (number % 2) * (_SQUARE + _GAP + 40)
-        at = squares + (number // 2) * (_SQUARE + _GAP + 70)
+        at = squares + (number // 2) * (_SQUARE + _GAP)
         confusion = np.sum([of[method].confusion.numpy() for of in runs.values()], axis=0)
-        _square(canvas, (left, at), confusion, classes, f"{TITLES[method]}: true classes (rows) and what they are taken for")
+        _square(
+            canvas, (left, at), confusion, classes, f"{TITLES[method]}: true classes (rows) and what they are taken for"
+        )
     return canvas.finished()
 
 
@@ -81,7 +87,7 @@ def _square(canvas: Canvas, at: tuple[float, float], confusion: np.ndarray, clas
     left, top = at
     canvas.text((left, top), title, 16)
     count, named = len(classes), len(classes) <= _MOST_NAMED
-    beside = _NAMES if named else 30
+    beside = _NAMES if named else 30  # and as much under it, with the title
     side = _SQUARE - beside
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     x, y = left + beside, top + 16

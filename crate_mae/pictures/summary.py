@@ -11,6 +11,7 @@ from PIL import Image
 
 from crate_mae.data import Normalization
 from crate_mae.evaluation import ClassAccuracies, blurred_visible
+from crate_mae.evaluation.classes import TITLES
 from crate_mae.model import CrateMAE
 from crate_mae.pictures.charts import FAINT, Bar, Box, Canvas, Level, Line
 from crate_mae.pictures.reconstructions import reconstruct, to_image
@@ -140,12 +141,11 @@ def _draw_classes(canvas: Canvas, box: Box, classes: Classes) -> None:
         f"{', '.join(classes.names)}; grey: {len(classes.random)} with random weights",
     )
     groups = []
-    for name, after, before in zip(
-        ("k nearest neighbours", "linear probe"), classes.trained, zip(*classes.random, strict=True), strict=True
-    ):
+    for method, after in classes.trained._asdict().items():
+        before = [getattr(each, method) for each in classes.random]
         mean, deviation = fmean(before), stdev(before)
         random = Bar(mean, _RANDOM, f"{mean:.0%}", deviation)
-        groups.append((name, [random, Bar(after, _MODEL, f"{after:.0%}")]))
+        groups.append((TITLES[method], [random, Bar(after, _MODEL, f"{after:.0%}")]))
     highest = 1.25 * max(chance, *(bar.value for _, bars in groups for bar in bars))
     canvas.bars(box, groups, highest=highest, level=Level(chance, _FILL, "chance"))
 

@@ -45,9 +45,7 @@ def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -
 
 def clear_run_folder(out: Path) -> None:
     """Delete the files of a run, and nothing else."""
-    files = [
-        out / name for name in (*RUN_FILES, SUMMARY, ANALYSIS, ANALYSIS_PICTURE, EVALUATION, EVALUATION_PICTURE)
-    ]
+    files = [out / name for name in (*RUN_FILES, SUMMARY, ANALYSIS, ANALYSIS_PICTURE, EVALUATION, EVALUATION_PICTURE)]
     files += (out / FEATURES).glob("*.safetensors")
     files += [out / INSIDE / name for name in SHOWS]
     files += [out / BEST / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
