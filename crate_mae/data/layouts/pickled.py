@@ -66,7 +66,9 @@ class _DType:
             raise _Refused(f"expected an array with the lowest byte first, got the order {state[1]!r}")
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The reader that is written in Python: that in C makes room for whatever a damaged file claims, and can lose its footing."""
+
     def find_class(self, module: str, name: str) -> object:
         if (stand_in := _stand_ins().get((module.replace("numpy.core", "numpy._core"), name))) is None:
             raise _Refused(f"it asks for {module}.{name}, which no such data set needs; nothing was run")
