@@ -46,7 +46,7 @@ def _numbers(path: Path, names: Sequence[str], most: int) -> list[np.ndarray]:
         from scipy.io import loadmat
     except ImportError as error:
         raise MissingLibrary(
-            f"{path}: MATLAB files need the package scipy ({error}): pip install '.[evaluate]'"
+            f"{path}: MATLAB files need the package scipy ({error}): pip install '.[data]'"
         ) from error
     try:
         with open(path, "rb") as file:
