@@ -56,6 +56,8 @@ def packed_image(source: Source, index: int, *, short_side: int, quality: int) -
             pixels = _decoded(image, short_side, name)
             if data and _is_upright_and_still(image):
                 return PackedImage(_SUFFIXES[image.format], data)
+            if is_small and image.format is None:  # pixels that no encoder has changed yet, as of CIFAR
+                return _as_png(pixels)
             return _encoded(pixels, quality, "4:4:4" if is_small else "4:2:0")
     except UnreadableImage as error:
         return Unreadable.of(error)
@@ -97,10 +99,16 @@ def _is_upright_and_still(image: Image.Image) -> bool:
 
 
 def _encoded(pixels: Image.Image, quality: int, subsampling: str) -> PackedImage:
+    if pixels.mode == "RGBA" or max(pixels.size) > _LONGEST_JPEG:
+        return _as_png(pixels)
     pixels.info.clear()  # comments and profiles, which the encoders would write
     file = io.BytesIO()
-    if pixels.mode == "RGBA" or max(pixels.size) > _LONGEST_JPEG:
-        pixels.save(file, "PNG")
-        return PackedImage(".png", file.getvalue())
     pixels.save(file, "JPEG", quality=quality, subsampling=subsampling)
     return PackedImage(".jpg", file.getvalue())
+
+
+def _as_png(pixels: Image.Image) -> PackedImage:
+    pixels.info.clear()
+    file = io.BytesIO()
+    pixels.save(file, "PNG")
+    return PackedImage(".png", file.getvalue())

@@ -114,8 +114,9 @@ def pack(
 
     An image becomes a member `class/000000012_name.jpg`, by its number in the source. Its file is stored as it is where it is
     small, upright, of 8 bits and of one frame; else a JPEG with a short side of at most `short_side`, upright, or a PNG where
-    pixels are transparent. The bytes of a shard are a function of the images, the settings and the versions of the libraries
-    that encode. Beside it lies its index, and beside all of them their checksums and the list of what cannot be read.
+    pixels are transparent, or small and in no file of their own. The bytes of a shard are a function of the images, the settings
+    and the versions of the libraries that encode. Beside it lies its index, and beside all of them their checksums and the list
+    of what cannot be read.
 
     Args:
         settings: by default, `PackSettings()`.

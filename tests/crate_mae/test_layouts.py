@@ -316,7 +316,7 @@ def test_commands_take_them(tmp_path, capsys):
     assert f"it holds train, test; pack each by itself, such as {tmp_path}/train" in capsys.readouterr().err
     assert main(["pack", str(tmp_path / CIFAR[2] / "test"), str(tmp_path / "out"), "--workers=0"]) == 0
     packed = open_source(tmp_path / "out")
-    assert [packed.classes[label] for label in packed.labels] == [name for _, name in held["test"]]
+    assert_holds(packed, held["test"])
 
 
 class TestLabelledParts:
