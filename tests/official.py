@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crate_kernels import ISTA, MSSA, DecoderStep
+from crate_kernels import ISTA, MSSA, DecoderStep, OvercompleteISTA
 
 
 class Attention(nn.Module):
@@ -129,4 +129,6 @@ def officially(model: nn.Module) -> nn.Module:
             module.__class__ = ISTAWithThreshold
         elif isinstance(module, DecoderStep):
             module.__class__, module.step_size, module.lambd = DecoderFeedForward, 0.1, 0.5
+        elif isinstance(module, OvercompleteISTA):
+            module.__class__ = Overcomplete
     return model

@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 
 import pytest
@@ -15,7 +16,7 @@ from edits import EDITS, LayerNormPlusOne, LoRA, NothingFits, is_attention, repl
 from hypothesis import Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 from official import Alpha, Model, officially
-from support import error, small_model
+from support import error, small_classifier, small_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -28,6 +29,9 @@ OFFICIAL: dict[str, Callable[[], nn.Module]] = {
 }
 WHOLE = {"crate_mae": lambda: small_model(embed_dim=16, img_size=12)}
 MODELS = OFFICIAL | WHOLE
+CLASSIFIERS = {
+    family: partial(small_classifier, family, embed_dim=16, img_size=12, depth=1) for family in ("crate", "crate_alpha")
+}
 REFUSED = "the triton implementation was forced, but its kernels take no"  # tensors of other classes
 IMAGES, NOISE, TOKENS = torch.randn(2, 3, 12, 12), torch.rand(2, 9), torch.randn(2, 20, 16)
 
@@ -44,9 +48,9 @@ def run(model: nn.Module) -> dict[str, Tensor]:
     """Output and all gradients by name, that of the input included."""
     own = dict(model.named_parameters())
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in own.values()) else torch.float32
-    is_whole = hasattr(model, "patch_embed")
+    is_mae, is_whole = hasattr(model, "mask_token"), hasattr(model, "cls_token")
     x = (IMAGES if is_whole else TOKENS).to(dtype, copy=True).requires_grad_()
-    out = model(x, noise=NOISE).pred if is_whole else model(x)
+    out = model(x, noise=NOISE).pred if is_mae else model(x)
     grads: dict[str, Tensor] = {}
     if out.requires_grad:
         out.square().sum().backward()
@@ -67,7 +71,7 @@ def compare(kind: str, names: Sequence[str], seed: int, swap_first: bool, dtype:
     "" if the model has nothing that fits the edits.
     """
     torch.manual_seed(seed)
-    original = MODELS[kind]().to(dtype)
+    original = (MODELS | CLASSIFIERS)[kind]().to(dtype)
     with crate_kernels.use("reference"):  # where crate_mae's model embeds its patches as the official one does, too
         expected = outcome(lambda: edited(officially(copy.deepcopy(original)), names, seed))
         truth = outcome(lambda: edited(officially(copy.deepcopy(original).double()), names, seed))
@@ -110,8 +114,8 @@ def test_every_edit(name: str) -> None:
     with crate_kernels.use("composed"):
         applied = [
             compare(kind, [name], seed, swap_first, torch.float64, 2000)
-            for kind in MODELS
-            for seed in range(3)
+            for kind in MODELS | CLASSIFIERS
+            for seed in range(3 if kind in MODELS else 1)
             for swap_first in ((True, False) if kind in OFFICIAL else (True,))
         ]
     assert any(applied)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from golden import Golden
 from independent import OfficialInNumpy, rate
+from support import small_classifier
 from torch import Tensor
 
 import crate_mae
@@ -178,9 +180,15 @@ def test_principal_components_do_not_depend_on_order_or_scale() -> None:
         assert colours.shape == (len(dull), 3) and (colours[:, 2] == 0.5).all()
 
 
+def layers_of_ours(family: str) -> tuple[torch.nn.Module, Tensor]:
+    layers = small_classifier(family, embed_dim=16).encoder_layers
+    return torch.nn.Sequential(*layers), torch.randn(2, 7, 16)
+
+
 FAMILY = {
     "CRATE-MAE": lambda: (official.Model(), torch.randn(2, 7, 16)),
     "CRATE-alpha": lambda: (official.Alpha(True), torch.randn(2, 7, 16)),
+    **{family: partial(layers_of_ours, family) for family in ("crate", "crate_alpha")},
 }
 
 
@@ -204,13 +212,13 @@ def test_adapters_count() -> None:
 
 
 @pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
-def test_accelerated_official_models_show_what_the_official_ones_do(make) -> None:
+def test_accelerated_models_show_what_they_did(make) -> None:
     torch.manual_seed(0)
     model, x = make()
     expected = analysis.trace(model, x)
     expected_numbers = analysis.analyze(model, [x])
     output = model(x)
-    assert expected[0].lambd == (0.1 if isinstance(model, official.Alpha) else 0.5)
+    assert expected[0].lambd == (0.5 if isinstance(model, official.Model) else 0.1)
     torch.testing.assert_close(expected[-1].output, output)  # the whole model's is its last layer's
     accelerate(model)
     with warnings.catch_warnings():
