@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from crate_mae.files import write_json
-from crate_mae.model import CrateMAE
 from crate_mae.training.metrics import NonFiniteLoss
 
 _SHOWN = 3
@@ -17,7 +17,7 @@ _SHOWN = 3
 
 def cause(
     error: NonFiniteLoss,
-    model: CrateMAE,
+    model: nn.Module,
     loss_of_step: Callable[[], torch.Tensor],
     images: Sequence[str],
     file: Path,
@@ -42,7 +42,7 @@ def cause(
     return f"; not finite first: {first}; images: {shown}{more}"
 
 
-def first_bad(model: CrateMAE, loss_of_step: Callable[[], torch.Tensor]) -> str:
+def first_bad(model: nn.Module, loss_of_step: Callable[[], torch.Tensor]) -> str:
     """What of a step was NaN or infinite first, in words: a weight, the output of a layer, the loss, or a gradient.
 
     Args:
@@ -55,20 +55,16 @@ def first_bad(model: CrateMAE, loss_of_step: Callable[[], torch.Tensor]) -> str:
     bad: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
-        def look(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        def look(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
             if not bad and not output.isfinite().all():
                 bad.append(f"output of {name}")
 
         return look
 
-    layers = {
-        "patch_embed": model.patch_embed,
-        **{f"blocks.{index}": block for index, block in enumerate(model.blocks)},
-        "norm": model.norm,
-        **{f"decoder_blocks.{index}": block for index, block in enumerate(model.decoder_blocks)},
-        "decoder_norm": model.decoder_norm,
-        "decoder_pred": model.decoder_pred,
-    }
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_children():  # of a list, which nobody calls, what is in it
+        in_list = isinstance(module, nn.ModuleList)
+        layers |= {f"{name}.{index}": each for index, each in module.named_children()} if in_list else {name: module}
     hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         with warnings.catch_warnings():
