@@ -292,6 +292,7 @@ class DecoderStep(nn.Module):
         return f"dim={self.weight.shape[0]}"
 
 
+@known
 class OvercompleteISTA(nn.Module):
     """CRATE-alpha's sparse step with the official parameters: ``D`` and, decoupled, ``D1`` [dim, overcomplete_ratio * dim].
 

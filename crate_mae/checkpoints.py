@@ -14,12 +14,13 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from crate_mae.config import ModelConfig
+from crate_mae.classifiers import Classifier, model_of
+from crate_mae.config import ClassifierConfig, ModelConfig
 from crate_mae.data.reading import COLOUR_MODES, part, shown_size
 from crate_mae.data.transforms import Normalization, centred_box
 from crate_mae.files import make_folder, replaced
 from crate_mae.model import CrateMAE
-from crate_mae.registry import create_model
+from crate_mae.registry import CLASSIFIERS, create_model
 from crate_mae.state_dicts import (
     CHECKSUM,
     WRAPPED_AS,
@@ -37,7 +38,7 @@ from crate_mae.state_dicts import (
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 # What a layer computes with beside its weights, as attributes that a caller may change; the configuration has one value for all.
-_SETTINGS = ("heads", "scale", "is_causal", "dim", "step_size", "lambd", "threshold", "eps")
+_SETTINGS = ("heads", "scale", "is_causal", "dim", "step_size", "lambd", "eta", "lmbda", "threshold", "eps")
 
 
 def save_model(
@@ -54,14 +55,14 @@ def save_model(
     metadata of ``model.safetensors`` has a checksum of the weights, which ``load_model`` compares.
 
     Args:
-        model: a CrateMAE, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel, AveragedModel), of the
+        model: a CrateMAE or Classifier, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel, AveragedModel), of the
             whole or of a part: the names in the file are always those of the plain model. Weights keep their dtype. Those
             that share memory are written once each: they are equal when they are loaded, and no longer tied.
         mean, std: of each channel of pixels in [0, 1], by which the model's images were standardised,
             (pixels / 255 - mean) / std. With them ``load_transform`` does the same.
 
     Raises:
-        TypeError: model is no CrateMAE.
+        TypeError: model is neither.
         ValueError: only one of mean and std is given, or one of them does not have a value for each channel; or the model is
             not what ``load_model`` makes of its ``config``: parameters with other names or shapes (parametrizations, adapters),
             without values (on the meta device), with values that are not finite or of which this process has only a shard, or
@@ -93,7 +94,7 @@ def load_model(
     lambd: float | None = None,
     step_size: float | None = None,
     **overrides: Any,
-) -> CrateMAE:
+) -> CrateMAE | Classifier:
     """A model from a directory that ``save_model`` or a pre-training run wrote, or from an official checkpoint file.
 
     It stands on the CPU in training mode, as one just created; no layer behaves otherwise in evaluation. Its parameters are
@@ -110,9 +111,10 @@ def load_model(
     Args:
         path: the directory, or a ``.pth``, ``.pt`` or ``.safetensors`` file with weights alone.
         name: the published size of weights alone, as for ``create_model``.
-        lambd, step_size: needed with weights alone, which do not hold them and are meaningless without. Official releases
-            were trained with lambd 5.0 and later 0.5, step size 0.1.
-        **overrides: further fields of ``ModelConfig`` that differ from the published size.
+        lambd, step_size: needed with weights alone of a CRATE-MAE, which do not hold them and are meaningless without. Official
+            releases were trained with lambd 5.0 and later 0.5, step size 0.1. Those of CRATE and CRATE-alpha all have 0.1 and
+            0.1, which are taken where nothing is said.
+        **overrides: further fields of ``ModelConfig`` or ``ClassifierConfig`` that differ from the published size.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -126,17 +128,20 @@ def load_model(
             raise ValueError(
                 f"{path}: its {CONFIG_FILE} says what the model is; pass no name, lambd, step_size or overrides"
             )
-        model = CrateMAE(read_config(path))
+        model = model_of(read_config(path))
         path = path / WEIGHTS_FILE
     else:
         check_file(path, "no such file or directory")
-        missing = [key for key, value in dict(name=name, lambd=lambd, step_size=step_size).items() if value is None]
+        numbers = dict(lambd=lambd, step_size=step_size)
+        needed = dict(name=name) if name in CLASSIFIERS else dict(name=name, **numbers)
+        missing = [key for key, value in needed.items() if value is None]
         if missing:
             raise ValueError(
                 f"{path}: weights alone do not say {', '.join(missing)}; name them (official: step_size=0.1), "
                 f"or pass the directory of a run, whose {CONFIG_FILE} says them"
             )
-        model = create_model(name, lambd=lambd, step_size=step_size, **overrides)
+        said = {key: value for key, value in numbers.items() if value is not None}
+        model = create_model(name, **said, **overrides)
     model.load_state_dict(fitting(read_weights(path), model, path), strict=True)
     return model
 
@@ -157,7 +162,7 @@ def load_weights(model: CrateMAE, path: str | Path) -> None:
     """
     path = Path(path)
     if os.path.isdir(path):
-        config = read_config(path)
+        config = read_mae_config(path)
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "decoder_depth", "decoder_num_heads"):
             found, wanted = getattr(config, name), getattr(model.config, name)
             if found != wanted:
@@ -209,23 +214,23 @@ def read_normalization(directory: str | Path) -> Normalization:
     return Normalization(images["mean"], images["std"], channels)
 
 
-def _unwrapped(model: nn.Module) -> CrateMAE:
-    """The CrateMAE inside PyTorch's wrappers, which hold nothing to learn beside it."""
+def _unwrapped(model: nn.Module) -> CrateMAE | Classifier:
+    """The model inside PyTorch's wrappers, which hold nothing to learn beside it."""
     inner: Any = model
-    while isinstance(inner, nn.Module) and not isinstance(inner, CrateMAE):
+    while isinstance(inner, nn.Module) and not isinstance(inner, CrateMAE | Classifier):
         children, own = list(inner.named_children()), list(inner.parameters(recurse=False))
         inner = children[0][1] if len(children) == 1 and children[0][0] in WRAPPED_AS and not own else None
-    if not isinstance(inner, CrateMAE):
+    if not isinstance(inner, CrateMAE | Classifier):
         raise TypeError(
-            f"model: expected a CrateMAE, or one in torch.compile or DistributedDataParallel, got {type(model).__name__}"
+            f"model: expected a CrateMAE or Classifier, or one in torch.compile or DistributedDataParallel, got {type(model).__name__}"
         )
     return inner
 
 
-def _weights_to_save(model: CrateMAE) -> dict[str, Tensor]:
+def _weights_to_save(model: CrateMAE | Classifier) -> dict[str, Tensor]:
     """The model's state dict, by plain names and each in memory of its own; errors as of ``save_model``."""
     with torch.device("meta"):
-        loaded = CrateMAE(model.config)  # what ``load_model`` will make, without values
+        loaded = model_of(model.config)  # what ``load_model`` will make, without values
     state = plain_names(model.state_dict(), "model")
     if problems := differences(state, loaded.state_dict()):
         raise ValueError(f"model: not what load_model makes of its config: {'; '.join(problems)}")
@@ -268,7 +273,7 @@ def _weights_to_save(model: CrateMAE) -> dict[str, Tensor]:
     return weights
 
 
-def read_config(directory: str | Path) -> ModelConfig:
+def read_config(directory: str | Path) -> ModelConfig | ClassifierConfig:
     """The configuration of the model that ``save_model`` or a pre-training run wrote to ``directory``.
 
     Raises:
@@ -284,14 +289,23 @@ def read_config(directory: str | Path) -> ModelConfig:
         raise ValueError(
             f"{path}: its model section lacks {', '.join(sorted(missing))}; the weights mean nothing without"
         )
-    unknown = fields.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
+    kind = ClassifierConfig if "family" in fields else ModelConfig
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(kind)}
     if unknown:
         names = one_line(", ".join(sorted(unknown)))
-        raise ValueError(f"{path}: its model section has {names}, which no ModelConfig has")
+        raise ValueError(f"{path}: its model section has {names}, which no {kind.__name__} has")
     try:
-        return ModelConfig(**fields)
+        return kind(**fields)
     except (TypeError, ValueError) as problem:
         raise ValueError(one_line(f"{path}: model.{problem}")) from problem
+
+
+def read_mae_config(directory: str | Path) -> ModelConfig:
+    """As ``read_config``, where the model must be a CRATE-MAE, which alone reconstructs: a ValueError of a classifier."""
+    config = read_config(directory)
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"{directory}: expected a CRATE-MAE, found a classifier (family {config.family})")
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Fixed two-dimensional sine-cosine positions for any grid of patches."""
+"""Positions for any grid of patches: fixed sines and cosines, and learned ones resampled."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,3 +21,14 @@ def sine_cosine(grid: tuple[int, int], width: int) -> Tensor:
     angles = [place.reshape(-1, 1) * frequencies for place in (column, row)]
     patches = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
     return torch.cat([patches.new_zeros(1, width), patches]).float().unsqueeze(0)
+
+
+def resampled(positions: Tensor, old_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Learned positions [1, 1 + rows * columns, width] of one grid of patches for another, bicubic; the class token's stays.
+
+    As timm's ``resample_abs_pos_embed`` has it: antialiased, computed in float32 or wider, in the dtype of ``positions``.
+    """
+    of_class, of_patches = positions[:, :1], positions[:, 1:]
+    wide = of_patches.to(torch.promote_types(positions.dtype, torch.float32))
+    places = F.interpolate(wide.mT.unflatten(-1, old_grid), size=grid, mode="bicubic", antialias=True)
+    return torch.cat([of_class, places.flatten(2).mT.to(positions.dtype)], dim=1)

@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from crate_mae.classifiers import Classifier
 from crate_mae.model import UNUSED_OFFICIAL_ENTRIES, CrateMAE
-from crate_mae.registry import MODELS
+from crate_mae.registry import CLASSIFIERS, MODELS
 
 # Where a training checkpoint has its weights: facebookresearch/mae's, the official CRATE's, of PyTorch's tutorial, DeepSpeed's.
 ENTRIES = ("model", "state_dict", "model_state_dict", "module")
@@ -213,7 +214,7 @@ def plain_names(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Te
 
 
 def fitting(
-    weights: Mapping[str, Tensor], model: CrateMAE, path: Path, *, own: Sequence[str] = ()
+    weights: Mapping[str, Tensor], model: CrateMAE | Classifier, path: Path, *, own: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """The weights by the model's names, where those in ``own`` keep the model's values. Warns of dtypes that are not the model's.
 
@@ -223,7 +224,10 @@ def fitting(
     """
     expected = model.state_dict()
     found = plain_names(weights, path)
-    found = {name: value for name, value in found.items() if name not in UNUSED_OFFICIAL_ENTRIES}
+    if isinstance(model, Classifier):
+        _check_classes(found, model, path)
+    else:
+        found = {name: value for name, value in found.items() if name not in UNUSED_OFFICIAL_ENTRIES}
     for name in sorted(found.keys() & expected.keys() - set(own)):
         value, wanted = found[name], expected[name]
         fits = (
@@ -244,7 +248,12 @@ def fitting(
         return found
     token, hint = found.get("cls_token"), ""
     if token is not None and token.ndim and token.shape[-1] != model.config.embed_dim:
-        sizes = [name for name, config in MODELS.items() if config.embed_dim == token.shape[-1]]
+        alike = [
+            name
+            for name, config in {**MODELS, **CLASSIFIERS}.items()
+            if getattr(config, "family", None) == getattr(model.config, "family", None)
+        ]
+        sizes = [name for name in alike if {**MODELS, **CLASSIFIERS}[name].embed_dim == token.shape[-1]]
         hint = f"; its tokens are {token.shape[-1]} wide{', as those of ' + sizes[0] if sizes else ''}"
     elif found.keys() != expected.keys() and (prefix := _prefix(weights, expected)) is not None:
         hint = (
@@ -256,6 +265,22 @@ def fitting(
             f"{path}: the weights are not this model's (width {model.config.embed_dim}): {'; '.join(problems)}{hint}"
         )
     )
+
+
+def _check_classes(found: Mapping[str, Tensor], model: Classifier, path: Path) -> None:
+    """That the file's head is of the model's classes.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    head = found.get(f"{model.head_name}.weight")
+    classes = len(head) if head is not None and head.ndim == 2 else 0
+    if classes != model.num_classes:
+        there = f"has a head for {classes} classes" if classes else "has no head"
+        raise RuntimeError(
+            f"{path}: {there}, and num_classes is {model.num_classes}: load it with num_classes={classes}, and call "
+            f"reset_classifier({model.num_classes})"
+        )
 
 
 def objection_to(value: Tensor, dtype: torch.dtype) -> str | None:

@@ -18,8 +18,8 @@ from crate_mae.analysis.rates import (
     zero_fraction,
 )
 from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, in_evaluation, traced, unwrapped
+from crate_mae.backbone import Backbone
 from crate_mae.config import grid_of
-from crate_mae.model import CrateMAE
 
 MEASURES: dict[str, str] = {
     "coding_rate_before": "R^c(Z; U_[K]) of what MSSA acts on: the sum over heads of R(U_k^T LN Z). R(W) = 1/2 logdet(I + d / "
@@ -141,7 +141,7 @@ def analyze(
         model: CRATE-MAE, ours or the official, which sees whole images; or another of CRATE's family, as ``trace`` finds layers
             in it.
         batches: what the model is called with: [batch, channels, height, width], standardised.
-        grid, patch_size: of the patches in an image, for ``attention_distance``; a ``CrateMAE`` knows its own.
+        grid, patch_size: of the patches in an image, for ``attention_distance``; a model of ours knows its own.
         done: told how many images each batch had, for a progress bar.
 
     Raises:
@@ -170,7 +170,7 @@ def analyze(
         for images in batches:
             if len(images) == 0:
                 continue
-            if isinstance(inner, CrateMAE):
+            if isinstance(inner, Backbone):
                 size = inner.config.patch_size
                 of_batch = {"grid": grid_of(tuple(images.shape[-2:]), size), "patch_size": size}
             call_on_whole(model, images)

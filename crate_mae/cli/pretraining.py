@@ -15,7 +15,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from crate_mae.checkpoints import CONFIG_FILE, read_config
+from crate_mae.checkpoints import CONFIG_FILE, read_mae_config
 from crate_mae.cli.errors import DEBUG_HELP, worded
 from crate_mae.cli.lists import with_lists_joined
 from crate_mae.cli.settings import PATHS, SECTIONS, check_json, path_of, read_settings
@@ -189,7 +189,7 @@ def _defaults_of(init: Path, published: ModelConfig | None) -> dict[str, Any]:
     """What the model in a folder is, and how its images were standardised, if the folder says that."""
     try:
         check_json(init / CONFIG_FILE)
-        model = read_config(init)
+        model = read_mae_config(init)
     except (OSError, ValueError) as error:
         raise ValueError(f"--init: {error}") from error
     for name in PUBLISHED if published else ():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_model, read_normalization
+from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_model, read_mae_config, read_normalization
 from crate_mae.cli.settings import check_json
 from crate_mae.data.transforms import Normalization
 from crate_mae.model import CrateMAE
@@ -49,7 +49,8 @@ def normalization_of(run: Path) -> Normalization:
 
 
 def model_of(run: Path) -> CrateMAE:
-    """Its model. Errors as of ``load_model``; weights that do not fit their config are a ValueError, too."""
+    """Its model. Errors as of ``load_model`` and ``read_mae_config``; weights that do not fit are a ValueError, too."""
+    read_mae_config(run)
     try:
         return load_model(run)
     except RuntimeError as error:  # weights that are not its config's

@@ -1,0 +1,254 @@
+"""What all models of the CRATE family share: from images to the tokens of any of their layers, with timm's habits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crate_kernels import PreparedLayer, prepare_layers
+from crate_kernels.dispatch import choose
+from crate_kernels.fusing import attached
+from crate_kernels.precision import compute_dtype, is_autocast
+from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
+from crate_mae.layers import AlphaBlock, Block, EncoderBlock
+
+FINAL_NORM_EPS = 1e-6
+
+
+class Backbone(nn.Module):
+    """Images to tokens: patches embedded behind a class token, positions, layers; ``CrateMAE`` and ``Classifier`` are two.
+
+    Two attributes say how layers run; both may be changed at any time, and neither is part of a checkpoint:
+
+    stream: "float32", or "16bit": tokens go from layer to layer in the autocast dtype (no effect where autocast is off),
+        which halves memory and traffic between the kernels.
+    recompute: layers do projection and attention again in the backward, and keep half as much for it.
+
+    The methods and their arguments are those of timm's ``VisionTransformer`` (pytorch-image-models 1.0).
+    """
+
+    stream: Literal["float32", "16bit"] = "float32"
+    recompute: bool = False
+    num_prefix_tokens = 1
+
+    config: ModelConfig | ClassifierConfig
+    cls_token: nn.Parameter
+
+    @property
+    def num_features(self) -> int:
+        """The width of the tokens, and of what ``forward_head(tokens, pre_logits=True)`` gives."""
+        return self.config.embed_dim
+
+    @property
+    def encoder_layers(self) -> nn.ModuleList:
+        """The layers between ``embed`` and the head."""
+        raise NotImplementedError
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The LayerNorm behind the last layer, which may stand in the head."""
+        raise NotImplementedError
+
+    def embed(self, images: Tensor) -> Tensor:
+        """What the first layer sees, [batch, 1 + patches, width]: the class token, then the patches, each with its position."""
+        return self._placed(self._embedded_patches(images), images)
+
+    def _placed(self, x: Tensor, images: Tensor) -> Tensor:
+        """The class token before those of the patches, each with its position."""
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return x + self._positions(grid_of(tuple(images.shape[-2:]), self.config.patch_size))
+
+    def _embedded_patches(self, images: Tensor) -> Tensor:
+        """[batch, patches, width], without positions."""
+        raise NotImplementedError
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """[1, 1 + patches, width] for any grid of patches."""
+        raise NotImplementedError
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """What ``forward_features`` makes of the last layer's tokens: a norm of all of them, if it stands before the head."""
+        return x
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Tokens [batch, 1 + patches, width] as ``forward_head`` takes them, no patch removed; the class token is first.
+
+        Args:
+            images: [batch, channels, height, width]; height and width divisible by the patch.
+
+        Raises:
+            TypeError: images are no tensor of the parameters' dtype (under autocast: of a floating-point dtype).
+            ValueError: their shape does not fit.
+        """
+        self.patch_count(images)
+        return self._encode(self.embed(images))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        return self._normed(self._through(self.encoder_layers, x, self.config.num_heads))
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """What the model says of the tokens of ``forward_features``.
+
+        ``pre_logits``: features [batch, width], from which a classifier's last linear map makes logits, instead.
+        """
+        raise NotImplementedError
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | list[tuple[Tensor, Tensor]] | tuple[Tensor, list[Tensor] | list[tuple[Tensor, Tensor]]]:
+        """The outputs of chosen layers, as timm's ``VisionTransformer.forward_intermediates`` gives them.
+
+        Args:
+            images: as for ``forward_features``.
+            indices: which layers: the last so many, or a list of numbers, of which negative ones count back; all if None. The
+                order of a list does not count.
+            return_prefix_tokens: pairs, each layer's patches and its class token [batch, 1, width].
+            norm: through ``last_norm``, too.
+            stop_early: do not run the layers behind the last chosen one, from which the tokens are then.
+            output_fmt: patches as "NCHW", [batch, width, rows, columns], or as "NLC", [batch, patches, width].
+            intermediates_only: without the tokens.
+
+        Returns:
+            The tokens, as ``forward_features`` gives them, and a list with one entry for each chosen layer, first to last.
+
+        Raises:
+            IndexError: there is no such layer.
+            ValueError: ``indices`` chooses none or more than there are; or ``output_fmt`` is another; or as ``forward_features``.
+            TypeError: as ``forward_features``.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
+        self.patch_count(images)
+        layers = self.encoder_layers
+        chosen = _chosen(indices, len(layers))
+        taken: list[Tensor] = []
+
+        def take(index: int, x: Tensor) -> None:
+            if index in chosen:
+                taken.append(self.last_norm(x) if norm else x)
+
+        run = list(layers)[: max(chosen, default=-1) + 1] if stop_early else layers
+        x = self._through(run, self.embed(images), self.config.num_heads, take)
+        prefix, found = ([x[:, part] for x in taken] for part in (slice(0, 1), slice(1, None)))
+        if output_fmt == "NCHW":
+            grid = grid_of(tuple(images.shape[-2:]), self.config.patch_size)
+            found = [patches.mT.unflatten(-1, grid).contiguous() for patches in found]
+        intermediates = list(zip(found, prefix, strict=True)) if return_prefix_tokens else found
+        return intermediates if intermediates_only else (self._normed(x), intermediates)
+
+    def attention_map(self, images: Tensor, layer: int = -1) -> Tensor:
+        """Attention weights [batch, heads, tokens, tokens] of one encoder layer on whole images; negative layers count back.
+
+        Raises:
+            IndexError: there is no such layer.
+        """
+        self.patch_count(images)
+        layers = self.encoder_layers
+        depth = len(layers)
+        if not -depth <= layer < depth:
+            raise IndexError(f"layer: expected {-depth} to {depth - 1}, got {layer}")
+        x = self.embed(images)
+        for block in layers[: layer % depth]:
+            x = block(x)
+        return layers[layer].attention(x)
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth in training: ``drop_path`` of the layers, from 0 at the first linearly to ``rate`` at the last.
+
+        Raises:
+            ValueError: rate is not at least 0 and below 1; or a layer is none of ours, nor holds one.
+        """
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path: expected at least 0 and below 1, got {rate}")
+        layers = self.encoder_layers
+        for index, layer in enumerate(layers):
+            ours = [module for module in layer.modules() if isinstance(module, Block)]
+            if not ours:
+                raise ValueError(f"drop_path: layer {index} is of class {type(layer).__name__}, which has none")
+            for block in ours:
+                block.drop_path = rate * index / max(1, len(layers) - 1)
+
+    @property
+    def _configured_grid(self) -> tuple[int, int]:
+        return grid_of(self.config.image_shape, self.config.patch_size)
+
+    def patch_count(self, images: Tensor) -> int:
+        """How many patches each image has; raises what ``forward`` does of images that do not fit."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: expected a tensor [batch, channels, height, width], got {type(images).__name__}")
+        if images.ndim != 4 or images.shape[1] != self.config.in_chans:
+            raise ValueError(
+                f"images: expected [batch, {self.config.in_chans} channels, height, width], got shape {tuple(images.shape)}"
+            )
+        parameters = self.cls_token.dtype
+        if not (images.is_floating_point() if is_autocast(images) else images.dtype == parameters):
+            raise TypeError(
+                f"images: expected {parameters}, standardised as in training ((pixels / 255 - mean) / std), got {images.dtype}"
+            )
+        rows, columns = grid_of(tuple(images.shape[-2:]), self.config.patch_size)
+        return rows * columns
+
+    def _through(
+        self, blocks: Iterable[nn.Module], x: Tensor, num_heads: int, take: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """The tokens behind all blocks; ``take`` is shown those behind each, by its number."""
+        if self.stream == "16bit":
+            x = x.to(compute_dtype(x))
+        prepared = self._prepared(blocks, x, num_heads)
+        for index, block in enumerate(blocks):
+            if _is_ours(block):
+                x = block(x, recompute=self.recompute, prepared=prepared.get(block))
+            else:  # a wrapper, or what someone put in its place: it is called as the official model does
+                x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+            if take is not None:
+                take(index, x)
+        return x
+
+    def _prepared(self, blocks: Iterable[nn.Module], x: Tensor, num_heads: int) -> dict[nn.Module, PreparedLayer]:
+        """What is made of the weights of blocks together; the others prepare themselves, one by one."""
+        # What hooks on blocks do to blocks that come later must count: those prepare themselves, when they are called.
+        name = type(self).__name__
+        if choose(name, x, compute_dtype(x)) != "triton" or any(attached("", block) for block in blocks):
+            return {}
+        ours = [block for block in blocks if _is_ours(block) and not isinstance(block, AlphaBlock)]
+        fused = [block for block in ours if block.obstacle(x) is None]
+        options = {}
+        if fused and isinstance(fused[0], EncoderBlock):
+            # Steps that someone has made different, or learns, are not prepared together.
+            sizes = [block.step_size for block in fused]
+            if any(size is not sizes[0] and not (isinstance(size, float) and size == sizes[0]) for size in sizes):
+                return {}
+            options["step_size"] = sizes[0]
+        made = prepare_layers(x, [block.weights() for block in fused], num_heads=num_heads, **options)
+        return {block: ready for block, ready in zip(fused, made, strict=True) if ready is not None}
+
+
+def _is_ours(block: nn.Module) -> bool:
+    """Whether ``block`` is called with our arguments: FSDP's subclasses are, overridden and replaced forwards are not."""
+    return isinstance(block, Block) and type(block).forward is Block.forward and "forward" not in vars(block)
+
+
+def _chosen(indices: int | Sequence[int] | None, depth: int) -> set[int]:
+    """The numbers of the layers that ``indices`` chooses of ``depth``; errors as of ``forward_intermediates``."""
+    if indices is None:
+        return set(range(depth))
+    if isinstance(indices, int):
+        if not 1 <= indices <= depth:
+            raise ValueError(f"indices: expected 1 to {depth}, the number of layers, got {indices}")
+        return set(range(depth - indices, depth))
+    if not indices:
+        raise ValueError(f"indices: expected numbers of layers, got {indices!r}")
+    if wrong := [index for index in indices if not -depth <= index < depth]:
+        raise IndexError(f"indices: expected {-depth} to {depth - 1}, got {wrong[0]}")
+    return {index % depth for index in indices}
