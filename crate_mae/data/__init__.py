@@ -6,7 +6,8 @@ from crate_mae.data.augmentation import augmented
 from crate_mae.data.batches import BatchSampler, in_order
 from crate_mae.data.decoded import decoded_if_small
 from crate_mae.data.folder import FLOWERS, ImageFolder, compare
-from crate_mae.data.huggingface import HuggingFaceImages, MissingLibrary
+from crate_mae.data.huggingface import HuggingFaceImages
+from crate_mae.data.labelled import LabelledParts, labelled_parts
 from crate_mae.data.loader import STOPPING, ImageLoader, LostWorkers
 from crate_mae.data.mixture import Mixture
 from crate_mae.data.parts import parts_of
@@ -21,7 +22,7 @@ from crate_mae.data.samples import (
     spread,
 )
 from crate_mae.data.shards import TarShards, shard_paths
-from crate_mae.data.source import Source, Subset, UnreadableImage
+from crate_mae.data.source import MissingLibrary, Source, Subset, UnreadableImage
 from crate_mae.data.specification import absolute, open_source
 from crate_mae.data.synthetic import SyntheticImages
 from crate_mae.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Normalization, centred_box, draw_box
@@ -39,6 +40,7 @@ __all__ = [
     "ImageFolder",
     "ImageLoader",
     "LabelledCentreCropped",
+    "LabelledParts",
     "LostWorkers",
     "MissingLibrary",
     "Mixture",
@@ -57,6 +59,7 @@ __all__ = [
     "decoded_if_small",
     "draw_box",
     "in_order",
+    "labelled_parts",
     "open_file",
     "open_image",
     "open_source",

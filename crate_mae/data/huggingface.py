@@ -11,17 +11,13 @@ import numpy as np
 from PIL import Image
 
 from crate_mae.data.reading import open_file, open_image
-from crate_mae.data.source import Source, UnreadableImage
+from crate_mae.data.source import MissingLibrary, Source, UnreadableImage
 
 if TYPE_CHECKING:
     import datasets
 
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 _MARKS = ("dataset_dict.json", "state.json")  # in a folder that save_to_disk wrote
-
-
-class MissingLibrary(ImportError):
-    """A library that not everybody needs is not installed; the message says how it is."""
 
 
 class HuggingFaceImages(Source):
@@ -36,6 +32,9 @@ class HuggingFaceImages(Source):
         split: which part.
         name: which configuration, where there are several.
         column: of images; by default the only one, or else the one named "image" or "img".
+
+    Attributes:
+        other_splits: the names of those that there are beside this one.
 
     Raises:
         MissingLibrary: an ImportError: the `datasets` library is not installed.
@@ -52,7 +51,7 @@ class HuggingFaceImages(Source):
         if isinstance(images.features[self.column], _library().Image):
             images = images.cast_column(self.column, _library().Image(decode=False))
         self._images = images
-        self._other_splits = [each for each in splits if each != split.partition("[")[0]]
+        self.other_splits = [each for each in splits if each != split.partition("[")[0]]
         self._fingerprint = ""
         if not len(self):
             raise ValueError(f"{what}[{split}]: holds no image")
@@ -86,7 +85,7 @@ class HuggingFaceImages(Source):
         return np.zeros(len(self), np.int32) if self._labels is None else self._labels
 
     def remarks(self) -> list[str]:
-        others = ", ".join(self._other_splits)
+        others = ", ".join(self.other_splits)
         return [f"of {self.what}, split {self.split_name}; left out: {others}; ,split=NAME names one"] * bool(others)
 
     def _named(self, index: int, path: str | None) -> str:

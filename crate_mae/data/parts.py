@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from crate_mae.data.layouts import layout_in
 from crate_mae.data.listing import holds_images
 
 _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_PURPOSES = {"train": "train", "val": "validate", "test": "test"}
 
 
 def parts_of(root: Path) -> dict[str, Path]:
     """The folders in `root` by the part of a data set that each is, "train" among them; none where they are classes or images.
+
+    A data set in one of the layouts that are known (`layouts`) has its parts in files; they are named as if they were folders in
+    `root`, and `open_source` knows what is meant.
 
     Raises:
         ValueError: they could be meant otherwise.
     """
     if not root.is_dir():
         return {}
+    if found := layout_in(root):
+        return {part: root / part for part in found.layout.parts}
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries)
     found = {
@@ -40,7 +47,8 @@ def parts_of(root: Path) -> dict[str, Path]:
 
 
 def part_of(root: Path, part: str) -> Path:
-    """The folder in `root` that is a part of a data set, "train" or "val"; `root` itself where it has no parts.
+    """The folder in `root` that is a part of a data set, "train", "val" or "test"; `root` itself where it has no
+    parts.
 
     Raises:
         ValueError: it has others, and not this one; or as of `parts_of`.
@@ -48,6 +56,5 @@ def part_of(root: Path, part: str) -> Path:
     parts = parts_of(root)
     if parts and part not in parts:
         held = ", ".join(path.name for path in parts.values())
-        purpose = "train" if part == "train" else "validate"
-        raise ValueError(f"{root}: it holds {held}; name the one to {purpose} on")
+        raise ValueError(f"{root}: it holds {held}; name the one to {_PURPOSES[part]} on")
     return parts.get(part, root)

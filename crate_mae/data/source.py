@@ -23,6 +23,10 @@ CAUSES = {
 """Why an image cannot be read, and what each cause means."""
 
 
+class MissingLibrary(ImportError):
+    """A library that not everybody needs is not installed; the message says how it is."""
+
+
 class UnreadableImage(ValueError):
     """An image that cannot be had.
 
@@ -51,7 +55,7 @@ class Source(ABC):
     survive that.
 
     Attributes:
-        classes: names of the classes, sorted; [""] where there are none.
+        classes: names of the classes, by their numbers; [""] where there are none.
     """
 
     classes: Sequence[str] = ("",)

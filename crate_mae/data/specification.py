@@ -11,6 +11,7 @@ from pathlib import Path
 
 from crate_mae.data.folder import ImageFolder
 from crate_mae.data.huggingface import HuggingFaceImages
+from crate_mae.data.layouts import open_layout
 from crate_mae.data.mixture import Mixture
 from crate_mae.data.packing import JOURNAL
 from crate_mae.data.parts import part_of
@@ -32,6 +33,8 @@ def open_source(what: str | Path, *, part: str | None = None) -> Source:
 
     ============================================  =====================================================================
     ``photos``                                    A folder of images, flat or with class sub-folders.
+    ``cifar-10-batches-py``                       CIFAR-10 or -100, Flowers-102 or Pets as distributed (`layouts`).
+    ``cifar-10-batches-py/test``                  A part of it, whether it is a folder there or not.
     ``shards``                                    A folder of .tar shards, in which no images lie beside them.
     ``shards/name-{000000..000099}.tar``          Tar shards; braces may be several, or none for one shard.
     ``hf:NAME,split=train,name=..,column=image``  A data set for the ``datasets`` library: the id of one on the hub, a folder, a
@@ -41,7 +44,8 @@ def open_source(what: str | Path, *, part: str | None = None) -> Source:
     ============================================  =====================================================================
 
     Args:
-        part: "train" or "val", which is taken of a folder that holds a data set in parts; without it, all that is in there.
+        part: "train", "val" or "test", which is taken of a folder that holds a data set in parts; without it, all that is in
+            there.
 
     Raises:
         FileNotFoundError: it is not there, or holds no images.
@@ -64,6 +68,8 @@ def open_source(what: str | Path, *, part: str | None = None) -> Source:
             raise ValueError(f"{what}: expected a number of images, 1 or more, after synthetic:, got {count!r}")
         return SyntheticImages(int(count), **settings)
     folder = part_of(Path(what), part) if part else Path(what)
+    if published := open_layout(folder):
+        return published
     if _is_shards(str(folder)):
         _refuse_unfinished(folder)
         return TarShards(shard_paths(str(folder)))
