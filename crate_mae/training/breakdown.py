@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -61,10 +61,7 @@ def first_bad(model: nn.Module, loss_of_step: Callable[[], torch.Tensor]) -> str
 
         return look
 
-    layers: dict[str, nn.Module] = {}
-    for name, module in model.named_children():  # of a list, which nobody calls, what is in it
-        in_list = isinstance(module, nn.ModuleList)
-        layers |= {f"{name}.{index}": each for index, each in module.named_children()} if in_list else {name: module}
+    layers = dict(_called(model))
     hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         with warnings.catch_warnings():
@@ -84,3 +81,12 @@ def first_bad(model: nn.Module, loss_of_step: Callable[[], torch.Tensor]) -> str
             return f"gradient of {name}"
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return "" if norm.isfinite() else "the norm of the gradient, whose entries are finite"
+
+
+def _called(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers by their names: the model's own modules, and of those that nobody can call, such as lists, what they hold."""
+    for name, module in model.named_children():
+        if type(module).forward is nn.Module.forward:
+            yield from _called(module, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", module

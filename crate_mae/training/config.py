@@ -231,6 +231,11 @@ class TrainingConfig:
         """The learning rate at the end of the warm-up."""
         return self.optimizer.base_lr * self.schedule.batch_size / 256
 
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What a model needs beside its weights to be used, as `save_model` takes it."""
+        return {"mean": self.images.mean, "std": self.images.std}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json, in the form that `--config` takes; paths absolute, to mean the same anywhere."""
         values = json.loads(json.dumps(dataclasses.asdict(self), default=os.path.abspath))

@@ -212,7 +212,7 @@ class Record:
         return forget_states(self.config.out / STATES, step=self.step, keep=keep, best=best, is_kept=self.is_kept)
 
     def _write_best(self, model: nn.Module) -> None:
-        save_model(model, self.config.out / BEST, mean=self.config.images.mean, std=self.config.images.std)
+        save_model(model, self.config.out / BEST, **self.config.meaning)
 
     def _write_best_again(self) -> None:
         """The best model may be lost or damaged, or of a step that was forgotten."""

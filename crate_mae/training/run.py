@@ -113,6 +113,7 @@ class Run(ABC, Generic[Config, Errors]):
             self.normalization = Normalization(images.mean, images.std, channels)
         self.images = image_sets(config, config.out / IMAGES if resume is not False else None)
         self.train_images, self.val_images = self.images.train, self.images.val
+        self.config = config = self._settled(resume is not False)
         if schedule.batch_size > len(self.train_images):
             raise ValueError(
                 f"schedule.batch_size: expected 1 to {len(self.train_images)}, the number of training images, "
@@ -173,6 +174,10 @@ class Run(ABC, Generic[Config, Errors]):
                 f"schedule.epochs: the run in {config.out} has done {self.step / self.steps_per_epoch:g}, got {schedule.epochs}"
             )
         self.saved_at = time.monotonic()
+
+    def _settled(self, resumed: bool) -> Config:
+        """The settings, with those that the images decide."""
+        return self.config
 
     @abstractmethod
     def _model(self, resumed: bool) -> nn.Module:
