@@ -77,7 +77,7 @@ def peak(name: str, model: nn.Module, batch: Batch) -> int:
     stepper = Stepper(STEPS[name], model, batch)
     stepper.provider()()
     added = harness.added_bytes(stepper.provider(), batch.images.device)
-    return added + bytes_of(model) + batch.images.nbytes + batch.noise.nbytes
+    return added + bytes_of(model) + batch.images.nbytes + batch.target.nbytes
 
 
 def saved_for_backward(name: str, model_name: str, overrides: dict[str, Any], size: int, dtype: torch.dtype) -> int:

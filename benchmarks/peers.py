@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import crate_kernels
 from crate_kernels import AttentionWeights, Norm
 from crate_kernels.ista.form import one_product
+from crate_mae.classifiers import Classifier
 from crate_mae.compilation import obstacle_to_compiling
 from crate_mae.patches import kept_patches, removed_patches
 
@@ -160,36 +161,52 @@ def decoder_layer(
 
 
 class BestComposed(nn.Module):
-    """A CrateMAE, its parameters shared, with best composed layers; its forward gives the loss alone."""
+    """A CrateMAE or a CRATE, its parameters shared, with best composed layers; its forward gives the loss alone.
+
+    Raises:
+        Absent: the model is a CRATE-alpha, whose layers nobody has written so.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        if getattr(model.config, "family", None) == "crate_alpha":
+            raise Absent("best composed has no CRATE-alpha")
         self.model = model
 
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
         model, config = self.model, self.model.config
-        kept, pixels = kept_patches(noise, 0.75), model.patchify(images)
-        x = model._placed(model._embed_kept(pixels, kept), images)
-        numbers = dict(step_size=config.step_size, lambd=config.lambd)
-        for block in model.blocks:
-            x = encoder_layer(x, *block.weights(), num_heads=config.num_heads, **numbers)
-        x = model.norm(x)
+        if isinstance(model, Classifier):
+            return F.cross_entropy(model.forward_head(self._encoded(model.embed(images))), target)
+        kept, pixels = kept_patches(target, 0.75), model.patchify(images)
+        x = self._encoded(model._placed(model._embed_kept(pixels, kept), images))
         for block in model.decoder_blocks:
             x = decoder_layer(x, *block.weights(), num_heads=config.decoder_num_heads)
         return model._loss(
-            pixels, model.decoder_pred(model.decoder_norm(x))[:, 1:], removed_patches(kept, noise.shape[1])
+            pixels, model.decoder_pred(model.decoder_norm(x))[:, 1:], removed_patches(kept, target.shape[1])
         )
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        config = self.model.config
+        numbers = dict(num_heads=config.num_heads, step_size=config.step_size, lambd=config.lambd)
+        for block in self.model.encoder_layers:
+            x = encoder_layer(x, *block.weights(), **numbers)
+        return self.model._normed(x)
 
 
 class Official(nn.Module):
-    """A CrateMAE whose forward gives the loss alone: what is compiled, and what is run."""
+    """A model whose forward gives the loss alone: what is compiled, and what is run.
+
+    ``target``: the masking noise of a CrateMAE, or the labels of a Classifier.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        return self.model(images, noise=noise).loss
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        if isinstance(self.model, Classifier):
+            return F.cross_entropy(self.model(images), target)
+        return self.model(images, noise=target).loss
 
 
 class ViTMAE(nn.Module):
@@ -218,9 +235,9 @@ class ViTMAE(nn.Module):
 class Step:
     """One way to take a whole training step.
 
-    model: what makes it from a CrateMAE, or ``ViTMAE``, which has a model of its own.
+    model: what makes it from a model of ours, or ``ViTMAE``, which has a model of its own.
     implementation: of the operators of ours in it.
-    stream, recompute: ``CrateMAE``'s attributes.
+    stream, recompute: ``Backbone``'s attributes.
     mode: of torch.compile, if it is compiled.
     graph: replayed from a CUDA graph.
     """

@@ -1,12 +1,14 @@
-"""How long one training step of CRATE-MAE takes, against the official order of operations and other peers.
+"""How long one training step takes, of CRATE-MAE or a supervised model, against the official order of operations and other peers.
 
     python -m benchmarks.training_step --device cpu --batch 1 8 --dtype float32 bfloat16
     python -m benchmarks.training_step --batch 256 --providers reference "official compiled" "best composed" triton "triton 16bit"
+    python -m benchmarks.training_step --model crate_base --optimizer    # supervised: cross entropy
     python -m benchmarks.training_step --batch 64 --first-step        # from the start of a process, every cache empty
 
 A step is forward, backward and the release of the gradients; ``--optimizer`` adds AdamW's update. All providers but ViT-MAE share
-one model, one set of weights, the images and the masking noise; before any is timed, losses and gradients must be as close to
-float32 as the official order's own with the same stream between layers. 16-bit dtypes run under autocast with float32 parameters.
+one model, one set of weights, the images and the masking noise or labels; before any is timed, losses and gradients must be as
+close to float32 as the official order's own with the same stream between layers. 16-bit dtypes run under autocast with float32
+parameters.
 
 Providers: "reference" is the official order, eager, and the baseline; "triton" and "composed" are ours, of which "compiled" is
 under torch.compile, "16bit" keeps tokens in 16 bits between layers, "recompute" does too and projects and attends again in the
@@ -38,7 +40,9 @@ from benchmarks.models import add_model_arguments, bytes_of, check_model, least_
 from benchmarks.parts import run_while_it_tells
 from benchmarks.peers import STEPS, Absent, Step
 from benchmarks.records import Record, in_one_line
-from crate_mae.config import ModelConfig, grid_of
+from crate_mae.classifiers import Classifier
+from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
+from crate_mae.registry import CLASSIFIERS, MODELS
 
 BASELINE = "reference"
 
@@ -55,21 +59,25 @@ EXACT_AT_A_TIME = 32
 
 @dataclass(frozen=True)
 class Batch:
-    """Random images and masking noise for a model, and the dtype that its products take."""
+    """Random images for a model and, with them, masking noise or a classifier's labels; and the dtype that its products take."""
 
     images: Tensor
-    noise: Tensor
+    target: Tensor
     dtype: torch.dtype
 
     @classmethod
-    def random(cls, config: ModelConfig, size: int, device: torch.device, dtype: torch.dtype) -> Batch:
+    def random(
+        cls, config: ModelConfig | ClassifierConfig, size: int, device: torch.device, dtype: torch.dtype
+    ) -> Batch:
         rows, columns = grid_of(config.image_shape, config.patch_size)
         images = torch.randn(size, config.in_chans, *config.image_shape, device=device)
+        if isinstance(config, ClassifierConfig):
+            return cls(images, torch.randint(config.num_classes, (size,), device=device), dtype)
         return cls(images, torch.rand(size, rows * columns, device=device), dtype)
 
     def split(self, size: int, dtype: torch.dtype) -> list[Batch]:
-        parts = zip(self.images.split(size), self.noise.split(size), strict=True)
-        return [Batch(images, noise, dtype) for images, noise in parts]
+        parts = zip(self.images.split(size), self.target.split(size), strict=True)
+        return [Batch(images, target, dtype) for images, target in parts]
 
 
 class Stepper:
@@ -87,6 +95,8 @@ class Stepper:
         if step.graph and device.type != "cuda":
             raise Absent("CUDA graphs need a CUDA device")
         if step.model is peers.ViTMAE:
+            if isinstance(model, Classifier):
+                raise Absent("ViT-MAE is no classifier")
             self.model = peers.ViTMAE(config.image_shape[0], config.patch_size).to(device).train()
         else:
             self.model = step.model(model)
@@ -107,10 +117,10 @@ class Stepper:
         return loss.detach()
 
     def forward(self) -> Tensor:
-        images, noise = self.batch.images, self.batch.noise
+        images = self.batch.images
         self.crate.stream, self.crate.recompute = self.step.stream, self.step.recompute
         with harness.autocast(images.device, self.batch.dtype):
-            return self.call(images, noise)
+            return self.call(images, self.batch.target)
 
     def capture(self) -> None:
         """From now on, replay a CUDA graph.
@@ -371,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.partition("\n")[0])
-    add_model_arguments(parser)
+    add_model_arguments(parser, {**MODELS, **CLASSIFIERS})
     parser.add_argument("--batch", nargs="+", type=positive, default=[1, 8], help="images a step")
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["float32", "bfloat16"])
     parser.add_argument(

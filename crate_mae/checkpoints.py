@@ -56,9 +56,9 @@ def save_model(
     metadata of ``model.safetensors`` has a checksum of the weights, which ``load_model`` compares.
 
     Args:
-        model: a CrateMAE or Classifier, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel, AveragedModel), of the
-            whole or of a part: the names in the file are always those of the plain model. Weights keep their dtype. Those
-            that share memory are written once each: they are equal when they are loaded, and no longer tied.
+        model: a CrateMAE or Classifier, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel,
+            AveragedModel), of the whole or of a part: the names in the file are always those of the plain model. Weights keep
+            their dtype. Those that share memory are written once each: they are equal when they are loaded, and no longer tied.
         mean, std: of each channel of pixels in [0, 1], by which the model's images were standardised,
             (pixels / 255 - mean) / std. With them ``load_transform`` does the same.
         classes: names, in the order of a classifier's logits; ``classes`` in ``config.json``.
@@ -226,7 +226,8 @@ def _unwrapped(model: nn.Module) -> CrateMAE | Classifier:
         inner = children[0][1] if len(children) == 1 and children[0][0] in WRAPPED_AS and not own else None
     if not isinstance(inner, CrateMAE | Classifier):
         raise TypeError(
-            f"model: expected a CrateMAE or Classifier, or one in torch.compile or DistributedDataParallel, got {type(model).__name__}"
+            f"model: expected a CrateMAE, a Classifier, or one in torch.compile or DistributedDataParallel, "
+            f"got {type(model).__name__}"
         )
     return inner
 

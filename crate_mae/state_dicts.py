@@ -248,12 +248,8 @@ def fitting(
         return found
     token, hint = found.get("cls_token"), ""
     if token is not None and token.ndim and token.shape[-1] != model.config.embed_dim:
-        alike = [
-            name
-            for name, config in {**MODELS, **CLASSIFIERS}.items()
-            if getattr(config, "family", None) == getattr(model.config, "family", None)
-        ]
-        sizes = [name for name in alike if {**MODELS, **CLASSIFIERS}[name].embed_dim == token.shape[-1]]
+        known = CLASSIFIERS if isinstance(model, Classifier) else MODELS
+        sizes = [name for name, config in known.items() if config.embed_dim == token.shape[-1]]
         hint = f"; its tokens are {token.shape[-1]} wide{', as those of ' + sizes[0] if sizes else ''}"
     elif found.keys() != expected.keys() and (prefix := _prefix(weights, expected)) is not None:
         hint = (
@@ -268,18 +264,16 @@ def fitting(
 
 
 def _check_classes(found: Mapping[str, Tensor], model: Classifier, path: Path) -> None:
-    """That the file's head is of the model's classes.
+    """That a head in the file is for the model's classes.
 
     Raises:
         RuntimeError: it is not.
     """
     head = found.get(f"{model.head_name}.weight")
-    classes = len(head) if head is not None and head.ndim == 2 else 0
-    if classes != model.num_classes:
-        there = f"has a head for {classes} classes" if classes else "has no head"
+    if head is not None and not head.is_nested and head.ndim == 2 and len(head) != model.num_classes:
         raise RuntimeError(
-            f"{path}: {there}, and num_classes is {model.num_classes}: load it with num_classes={classes}, and call "
-            f"reset_classifier({model.num_classes})"
+            f"{path}: its head is for {len(head)} classes, and num_classes is {model.num_classes}: load it with "
+            f"num_classes={len(head)}, and reset_classifier({model.num_classes}) makes another"
         )
 
 

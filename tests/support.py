@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from crate_mae import CrateMAE, create_model
+from crate_mae import Classifier, CrateMAE, classifier_of, create_model
 
 SMALL = dict(embed_dim=32, depth=1, num_heads=2, decoder_depth=1, decoder_num_heads=2, patch_size=4, img_size=16)
 
@@ -53,3 +54,17 @@ def awkward_gradients(shape: tuple[int, ...], dtype: torch.dtype, device: str) -
 def small_model(**overrides: object) -> CrateMAE:
     """A CRATE-MAE of one layer each way on images of 4 x 4 patches."""
     return create_model("crate_mae_tiny", **{**SMALL, **overrides})
+
+
+SMALL_CLASSIFIER = dict(img_size=16, patch_size=4, embed_dim=32, num_heads=2, depth=2, num_classes=5)
+
+
+def small_classifier(family: str, **overrides: Any) -> Classifier:
+    """A classifier of two layers on images of 4 x 4 patches, its head no smaller than others where the family's is."""
+    settings = SMALL_CLASSIFIER | overrides
+    if family != "crate_mae":
+        return create_model({"crate": "crate_tiny", "crate_alpha": "crate_alpha_base"}[family], **settings)
+    classes, pool = settings.pop("num_classes"), settings.pop("pool", None)
+    model = classifier_of(small_model(**settings), classes, pool=pool)
+    torch.nn.init.normal_(model.head.weight)
+    return model

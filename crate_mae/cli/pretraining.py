@@ -129,7 +129,7 @@ def _way_to_go_on(out: Path) -> list[str]:
     """The option with which a demo run in `out` before goes on; none for what is no demo, which no demo shall touch."""
     try:
         check_json(out / CONFIG_FILE)
-        if not (out / CONFIG_FILE).exists() or read_config(out) != demo_config(out).model:
+        if not (out / CONFIG_FILE).exists() or read_mae_config(out) != demo_config(out).model:
             return []
     except ValueError:
         return []

@@ -110,11 +110,44 @@ def test_the_exact_step_in_chunks_is_the_step(monkeypatch):
         torch.testing.assert_close(chunks[name], whole[name])
 
 
-def test_best_composed_is_the_model():
-    model = crate_mae.create_model("crate_mae_tiny", **dict(map(models._override, OVERRIDES)))
+@pytest.mark.parametrize("name", ["crate_mae_tiny", "crate_tiny"])
+def test_best_composed_is_the_model(name):
+    overrides = OVERRIDES if name in crate_mae.MODELS else OVERRIDES[:4]  # no decoder
+    model = crate_mae.create_model(name, **dict(map(models._override, overrides)))
     batch = training_step.Batch.random(model.config, 2, torch.device("cpu"), torch.float32)
-    official = peers.forced("reference", peers.Official(model))(batch.images, batch.noise)
-    torch.testing.assert_close(peers.BestComposed(model)(batch.images, batch.noise), official)
+    official = peers.forced("reference", peers.Official(model))(batch.images, batch.target)
+    torch.testing.assert_close(peers.BestComposed(model)(batch.images, batch.target), official)
+
+
+@pytest.mark.parametrize("name", ["crate_tiny", "crate_alpha_base"])
+def test_supervised_models_take_steps_too(name):
+    arguments = [
+        "--model",
+        name,
+        "--set",
+        *OVERRIDES[:4],
+        "patch_size=16",
+        "num_classes=7",
+        "--device",
+        "cpu",
+        "--optimizer",
+    ]
+    arguments += [
+        "--batch",
+        "3",
+        "--rounds",
+        "1",
+        "--dtype",
+        "float32",
+        "--providers",
+        "reference",
+        "composed",
+        "vit-mae sdpa",
+    ]
+    rows = {row["provider"]: row for row in training_step.main(arguments) if row["operator"] == "training_step"}
+    assert "is no classifier" in rows["vit-mae sdpa"]["unavailable"]
+    assert all(row["model"] == name for provider, row in rows.items() if provider != "vit-mae sdpa")
+    assert rows["composed"]["error"]["gradient"] < 1e-3 and rows["composed"]["tflops"] > 0
 
 
 def test_ours_that_disagrees_is_not_timed(monkeypatch):
@@ -145,6 +178,13 @@ def test_least_work_of_a_step():
     config = crate_mae.create_model("crate_mae_tiny").config
     config = dataclasses.replace(config, embed_dim=768, num_heads=12, decoder_num_heads=12)
     assert models.least_flops(config, 1000) / 1000 == pytest.approx(61e9, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "gflop"), [("crate_base", 30.6), ("crate_alpha_base", 156)])
+def test_least_work_of_a_supervised_step(name, gflop):
+    """12 layers of 197 tokens, each 3 * 2 * 197 * (2 + 1 or 2 + 16) * 768**2 and 7 * 2 * 197**2 * 768; and the embedding."""
+    config = crate_mae.CLASSIFIERS[name]
+    assert models.least_flops(config, 1000) / 1000 / 1e9 == pytest.approx(gflop, rel=0.005)
 
 
 def test_an_unknown_override_is_named(capsys):

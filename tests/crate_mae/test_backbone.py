@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from support import small_model
+from support import small_classifier, small_model
 from torch import Tensor, nn
 
 from crate_mae.backbone import Backbone
 
-MODELS: dict[str, Callable[..., Backbone]] = {"CRATE-MAE": small_model}
+MODELS: dict[str, Callable[..., Backbone]] = {
+    "CRATE-MAE": small_model,
+    **{family: partial(small_classifier, family) for family in ("crate", "crate_alpha", "crate_mae")},
+}
 of_all = pytest.mark.parametrize("kind", MODELS)
 
 
