@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,29 @@ _DTYPES = {"u1": np.dtype(np.uint8), "i4": np.dtype("<i4"), "i8": np.dtype("<i8"
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """A dictionary of arrays, lists, numbers and texts that Python 2 or 3 pickled; texts of Python 2 as Latin-1.
+    """A dictionary of arrays, lists, numbers and texts that Python 2 or 3 pickled; texts of Python 2 are bytes, but for the keys.
 
     A pickle names functions that reading it calls. Here none of them is: what NumPy's arrays name has a stand-in, made for this
-    one file, that takes whole numbers of 8, 32 or 64 bits (`_StandIns`), and whatever else is named is refused.
+    one file, that takes whole numbers of 8, 32 or 64 bits (`_stand_ins`), and whatever else is named is refused.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is damaged, or cut short, or names something else, or holds something else than a dictionary.
     """
-    with open(path, "rb") as file:
-        try:
-            held = _Unpickler(file, encoding="latin1").load()
-        except _Refused as error:
-            raise ValueError(f"{path}: {error}") from None
-        except (MemoryError, OSError):
-            raise
-        except Exception as error:  # whatever a broken file leads the reading to
-            raise ValueError(
-                f"{path}: damaged, or cut short: {str(error) or type(error).__name__}; get it again"
-            ) from error
-    if not isinstance(held, dict):
-        raise ValueError(f"{path}: expected a dictionary, got {type(held).__name__}")
-    return {_text(key): value.values if isinstance(value, _Array) else value for key, value in held.items()}
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            held = _Unpickler(content, encoding="bytes").load()
+        if not isinstance(held, dict):
+            raise _Refused(f"expected a dictionary, got {type(held).__name__}")
+        return {_text(key): value.values if isinstance(value, _Array) else value for key, value in held.items()}
+    except _Refused as error:
+        raise ValueError(f"{path}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # whatever a broken file leads the reading to, which may be to ask for much memory
+        raise ValueError(
+            f"{path}: damaged, or cut short: {str(error) or type(error).__name__}; get it again"
+        ) from error
 
 
 class _Refused(ValueError):
@@ -48,7 +49,6 @@ class _Array:
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, by_columns, content = state
-        content = content.encode("latin1") if isinstance(content, str) else content
         self.values = np.frombuffer(content, dtype.dtype).reshape(shape, order="F" if by_columns else "C")
 
 
@@ -66,7 +66,9 @@ class _DType:
             raise _Refused(f"expected an array with the lowest byte first, got the order {state[1]!r}")
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The reader that is written in Python: that in C makes room for whatever a damaged file claims, and can lose its footing."""
+
     def find_class(self, module: str, name: str) -> object:
         if (stand_in := _stand_ins().get((module.replace("numpy.core", "numpy._core"), name))) is None:
             raise _Refused(f"it asks for {module}.{name}, which no such data set needs; nothing was run")
@@ -109,10 +111,10 @@ def _text(value: object) -> str:
     """Text that may have been pickled as bytes.
 
     Raises:
-        ValueError: it is neither.
+        _Refused: it is neither.
     """
     if isinstance(value, bytes):
         return value.decode("latin1")
     if not isinstance(value, str):
-        raise ValueError(f"expected text, got {type(value).__name__}")
+        raise _Refused(f"expected text, got {type(value).__name__}")
     return value
