@@ -36,7 +36,7 @@ class FinetuneResult(NamedTuple):
         train_images, val_images: how many images were trained on, and validated on.
         classes: their names, in the order of the logits.
         scores: of the last model; None where there were no images to validate on.
-        best, best_epoch: of the validation with the highest top-1, the first of several, and after which epoch it was.
+        best, best_epoch: of the validation with the highest top-1 (of several, the least loss), and after which epoch it was.
     """
 
     out: Path

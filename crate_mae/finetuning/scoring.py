@@ -97,7 +97,7 @@ def _sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class ScoreWatch(DivergenceWatch):
-    """For which the best validation is that with the highest top-1; the first of several.
+    """For which the best validation is that with the highest top-1, and of several that with the least loss.
 
     Attributes:
         best_top1, best_top5: of the best validation.
@@ -120,7 +120,8 @@ class ScoreWatch(DivergenceWatch):
         return is_best
 
     def is_better(self, errors: Measured) -> bool:
-        return self.best_top1 is None or errors.val_top1 > self.best_top1
+        best = self.best
+        return best is None or (errors.val_top1, -errors.val_loss) > (best.val_top1, -best.val_loss)
 
     def forget_best(self) -> None:
         super().forget_best()
