@@ -47,7 +47,8 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     if "num_classes" in explicit:
         raise ValueError("--model.num_classes: it is the number of classes of the training images; leave it out")
     published = published_model(early.architecture, configs, explicit, ARCHITECTURES, PUBLISHED)
-    said = bool(explicit or published or early.model or any("model" in settings for settings in configs.values()))
+    of_configs = any("model" in settings for settings in configs.values())
+    said = bool(explicit or early.architecture or published or early.model or of_configs)
     defaults: dict[str, Any] = {"model": dataclasses.asdict(published)} if published else {}
     if init is not None and init.is_dir():
         defaults |= defaults_of(init, _classifier_on, published, PUBLISHED)
