@@ -47,6 +47,7 @@ def save_model(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Write the weights and the configuration, lambda and step size included; other keys of ``config.json`` stay.
 
@@ -60,6 +61,7 @@ def save_model(
             their dtype. Those that share memory are written once each: they are equal when they are loaded, and no longer tied.
         mean, std: of each channel of pixels in [0, 1], by which the model's images were standardised,
             (pixels / 255 - mean) / std. With them ``load_transform`` does the same.
+        classes: names, in the order of a classifier's logits; ``classes`` in ``config.json``.
 
     Raises:
         TypeError: model is neither.
@@ -80,6 +82,8 @@ def save_model(
     config["model"] = dataclasses.asdict(model.config)
     if mean is not None and std is not None:
         config["images"] = {**config.get("images", {}), "mean": list(mean), "std": list(std)}
+    if classes is not None:
+        config["classes"] = list(classes)
     make_folder(directory)
     with replaced(config_file, directory / WEIGHTS_FILE) as (of_config, of_weights):
         of_config.write((json.dumps(config, indent=2) + "\n").encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops.layers.torch import Rearrange
@@ -210,6 +211,22 @@ def model_of(config: ModelConfig | ClassifierConfig) -> CrateMAE | Classifier:
     return CrateMAE(config) if isinstance(config, ModelConfig) else CLASSES[config.family](config)
 
 
+def classifier_config(config: ModelConfig | ClassifierConfig, **changes: Any) -> ClassifierConfig:
+    """Of a classifier on the encoder of a configured model; of a CRATE-MAE's, with the pool "mean".
+
+    Args:
+        **changes: fields that shall differ.
+
+    Raises:
+        TypeError, ValueError: as of ``ClassifierConfig``.
+    """
+    if isinstance(config, ModelConfig):
+        shared = {field.name for field in dataclasses.fields(ClassifierConfig)} & vars(config).keys()
+        changes = {"pool": "mean"} | {name: getattr(config, name) for name in shared} | changes
+        return ClassifierConfig(family="crate_mae", **changes)
+    return dataclasses.replace(config, **changes)
+
+
 def classifier_of(
     model: CrateMAE | Classifier,
     num_classes: int,
@@ -231,16 +248,10 @@ def classifier_of(
         TypeError: model is neither, or as of ``ClassifierConfig``.
         ValueError: an argument does not fit the model.
     """
-    if isinstance(model, CrateMAE):
-        shared = {field.name for field in dataclasses.fields(ClassifierConfig)} & vars(model.config).keys()
-        settings = {name: getattr(model.config, name) for name in shared}
-        config = ClassifierConfig(family="crate_mae", pool="mean", **settings)
-    elif isinstance(model, Classifier):
-        config = model.config
-    else:
+    if not isinstance(model, CrateMAE | Classifier):
         raise TypeError(f"model: expected a CrateMAE or a Classifier, got {type(model).__name__}")
     changes = {name: value for name, value in dict(pool=pool, img_size=img_size).items() if value is not None}
-    new = model_of(dataclasses.replace(config, num_classes=num_classes, **changes))
+    new = model_of(classifier_config(model.config, num_classes=num_classes, **changes))
     new.to(model.cls_token.device, model.cls_token.dtype).train(model.training)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(new.head_name + ".")}
     if "pos_embedding" in weights:

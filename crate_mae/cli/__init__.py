@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from crate_mae import __version__
-from crate_mae.cli import analyze, check, evaluate, pack, pretraining, reconstruct, visualize
+from crate_mae.cli import analyze, check, evaluate, finetuning, pack, pretraining, reconstruct, visualize
 from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, worded
 from crate_mae.cli.settings import check_argument, load
 from crate_mae.data import STOPPING
@@ -29,7 +29,10 @@ OTHERS = {
 }
 """Commands with a module of their own."""
 
-COMMANDS = ("pretrain", "demo", *OTHERS)
+TRAINING = {"pretrain": pretraining, "demo": pretraining, "finetune": finetuning}
+"""Commands with options that are read ahead of others."""
+
+COMMANDS = (*TRAINING, *OTHERS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,8 +98,8 @@ def _run(arguments: list[str]) -> str:
     defaults: dict[str, object] = {}
     options = ["--help", "--version", DEBUG]
     try:
-        if arguments[0] in ("pretrain", "demo"):
-            arguments, defaults = pretraining.read_ahead(arguments)
+        if module := TRAINING.get(arguments[0]):
+            arguments, defaults = module.read_ahead(arguments)
         set_loader("yaml", load, (yaml.YAMLError, ValueError))
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         parser = ArgumentParser(
@@ -109,7 +112,8 @@ def _run(arguments: list[str]) -> str:
         )
         commands = parser.add_subcommands()
         parsers = {
-            **pretraining.add_commands(commands, defaults),
+            **pretraining.add_commands(commands, {} if arguments[0] == "finetune" else defaults),
+            "finetune": finetuning.add_command(commands, defaults if arguments[0] == "finetune" else {}),
             **{name: module.add_command(commands) for name, module in OTHERS.items()},
         }
         if arguments[0] in parsers:
@@ -117,4 +121,4 @@ def _run(arguments: list[str]) -> str:
         chosen = parser.parse_args(arguments)
     except ArgumentError as error:
         raise worded(error, options) from error
-    return OTHERS.get(chosen.subcommand, pretraining).run(parser, chosen)
+    return {**TRAINING, **OTHERS}[chosen.subcommand].run(parser, chosen)

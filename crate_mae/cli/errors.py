@@ -37,7 +37,7 @@ _WORDING = (
     (r"\. Got value: ?", ", got "),
     (r"invalid choice: (.*) \(choose from (.*)\)$", r"expected one of \2, got \1"),
     (r"(?<=: )(.*) not among choices \[(.*)\]$", r"expected one of \2, got \1"),
-    (r"(?<=required: )(pretrain|demo)\.", "--"),
+    (r"(?<=required: )(pretrain|demo|finetune)\.", "--"),
     (r", got $", ", got nothing"),
 )
 """What the parsers say, and how it reads in the words of all other messages."""

@@ -8,23 +8,41 @@ import os
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import get_loader
 
 from crate_mae.cli.errors import nearest
-from crate_mae.training import PretrainConfig
+from crate_mae.training.config import TrainingConfig
 
-SECTIONS = {f.name for f in dataclasses.fields(PretrainConfig) if f.default_factory is not dataclasses.MISSING}
-PATHS = [f.name for f in dataclasses.fields(PretrainConfig) if f.name not in SECTIONS]
 
-_TYPES = {
-    section: {field.name: field.type for field in dataclasses.fields(default)}
-    for section, default in vars(PretrainConfig(out=Path())).items()
-    if section in SECTIONS
-}
-"""Of the settings of each section."""
+class Names(NamedTuple):
+    """The settings of a kind of run by their names.
+
+    Attributes:
+        sections: of each, the types of its settings.
+        paths: those that are in no section, and are paths or the like.
+        lists: those that are in no section, and are lists of texts.
+    """
+
+    sections: dict[str, dict[str, str]]
+    paths: list[str]
+    lists: list[str]
+
+
+def names_of(kind: type[TrainingConfig]) -> Names:
+    """The settings of a kind of run."""
+    fields = dataclasses.fields(kind)
+    sections = {
+        each.name: {inner.name: inner.type for inner in dataclasses.fields(each.default_factory)}
+        for each in fields
+        if each.default_factory is not dataclasses.MISSING
+    }
+    others = [each for each in fields if each.name not in sections]
+    lists = [each.name for each in others if each.type.startswith("tuple")]
+    return Names(sections, [each.name for each in others if each.name not in lists], lists)
+
 
 _load_yaml = get_loader("yaml")
 
@@ -98,10 +116,13 @@ def check_finite(text: str) -> None:
         pass
 
 
-def read_settings(config: str, section: str | None = None, *, option: str = "--config") -> dict[str, Any]:
+def read_settings(
+    config: str, kind: type[TrainingConfig], section: str | None = None, *, option: str = "--config"
+) -> dict[str, Any]:
     """What an option such as --config names: a file, or settings written out in its place.
 
     Args:
+        kind: of the run whose settings these are.
         section: whose settings alone these are.
         option: which names it.
 
@@ -124,7 +145,7 @@ def read_settings(config: str, section: str | None = None, *, option: str = "--c
         within = settings.setdefault(outer, {})
         if isinstance(within, dict):
             within[inner] = settings.pop(name)
-    _check_names({section: settings} if section else settings, where)
+    _check_names({section: settings} if section else settings, names_of(kind), where)
     return settings
 
 
@@ -192,26 +213,29 @@ def _text_of(file: Path) -> str:
         raise ValueError(f"{file} is no text in UTF-8: {error}") from None
 
 
-def _check_names(settings: dict[Any, Any], where: str) -> None:
+def _check_names(settings: dict[Any, Any], known: Names, where: str) -> None:
     for name, value in settings.items():
-        if name in SECTIONS:
+        if name in known.sections:
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {name}: expected a section of settings, got {value!r}")
             for inner, each in value.items():
-                if inner not in _TYPES[name]:
-                    hint = nearest(str(inner), _TYPES[name], prefix=f"{name}.")
+                if inner not in known.sections[name]:
+                    hint = nearest(str(inner), known.sections[name], prefix=f"{name}.")
                     raise ValueError(f"{where}: {name}.{inner}: no such setting{hint}")
-                if isinstance(each, dict | set | bytes) or (each is None and "None" not in _TYPES[name][inner]):
+                if isinstance(each, dict | set | bytes) or (each is None and "None" not in known.sections[name][inner]):
                     raise ValueError(f"{where}: {name}.{inner}: expected a value, got {each!r}")
                 _check_magnitude(f"{where}: {name}.{inner}", each)
-        elif name in PATHS:
+        elif name in known.lists:
+            if value is not None and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+                raise ValueError(f"{where}: {name}: expected a list of texts, got {value!r}")
+        elif name in known.paths:
             if value is not None and not _is_path(value):
                 raise ValueError(f"{where}: {name}: expected the name of a file or folder, got {value!r}")
         elif name in ("resume", "overwrite", "config"):
             if value:  # --print_config writes them
                 raise ValueError(f"{where}: {name}: expected on the command line alone, as --{name}")
         elif name != "architecture":
-            hint = nearest(str(name), [*SECTIONS, *PATHS, "architecture"])
+            hint = nearest(str(name), [*known.sections, *known.paths, *known.lists, "architecture"])
             raise ValueError(f"{where}: {name}: no such setting{hint}")
 
 

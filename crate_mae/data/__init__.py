@@ -1,4 +1,4 @@
-"""Images for pre-training: their sources, how they are read and cut, batches, and the photographs shipped along."""
+"""Images to train on: their sources, how they are read and cut, batches, and the photographs shipped along."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from crate_mae.data.loader import STOPPING, ImageLoader, LostWorkers
 from crate_mae.data.mixture import Mixture
 from crate_mae.data.parts import parts_of
 from crate_mae.data.reading import COLOUR_MODES, IMAGE_SUFFIXES, open_file, open_image, part, shown_size, whole
-from crate_mae.data.samples import CentreCropped, PretrainImages, Sample, readable, readable_items, spread
+from crate_mae.data.samples import (
+    CentreCropped,
+    LabelledCentreCropped,
+    PretrainImages,
+    Sample,
+    readable,
+    readable_items,
+    spread,
+)
 from crate_mae.data.shards import TarShards, shard_paths
 from crate_mae.data.source import MissingLibrary, Source, Subset, UnreadableImage
 from crate_mae.data.specification import absolute, open_source
@@ -31,6 +39,7 @@ __all__ = [
     "HuggingFaceImages",
     "ImageFolder",
     "ImageLoader",
+    "LabelledCentreCropped",
     "LabelledParts",
     "LostWorkers",
     "MissingLibrary",

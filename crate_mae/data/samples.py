@@ -32,6 +32,7 @@ class Sample(NamedTuple):
         flip: bool, whether it is mirrored.
         blur: float64, the standard deviation of a Gaussian blur in pixels; 0 for none.
         solarize: bool, whether its brighter half is inverted.
+        label: int64, the class of the image that the pixels are of, which may stand in for another; 0 where none are known.
     """
 
     pixels: torch.Tensor
@@ -39,6 +40,7 @@ class Sample(NamedTuple):
     flip: torch.Tensor
     blur: torch.Tensor
     solarize: torch.Tensor
+    label: torch.Tensor = torch.zeros((), dtype=torch.int64)
 
 
 class PretrainImages(Dataset[Sample]):
@@ -48,6 +50,7 @@ class PretrainImages(Dataset[Sample]):
         size: of the crops, in pixels.
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         patches: of an image.
+        labels: [len(source)], the class of each image, where they are wanted.
         scale, ratio: as of `transforms.draw_box`.
         flip: whether half of them are mirrored.
         blur, solarize: the fraction of them that is.
@@ -61,6 +64,7 @@ class PretrainImages(Dataset[Sample]):
         *,
         channels: int = 3,
         patches: int = 1,
+        labels: np.ndarray | None = None,
         scale: tuple[float, float] = (0.2, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
@@ -68,6 +72,7 @@ class PretrainImages(Dataset[Sample]):
         solarize: float = 0.0,
     ) -> None:
         self.source, self.size, self.seed, self.channels, self.patches = source, size, seed, channels, patches
+        self.labels = labels
         self.scale, self.ratio, self.flip, self.blur, self.solarize = scale, ratio, flip, blur, solarize
 
     def __len__(self) -> int:
@@ -90,8 +95,10 @@ class PretrainImages(Dataset[Sample]):
         pixels = torch.empty(len(keys), *self.size, self.channels, dtype=torch.uint8)
         if get_worker_info() is not None:  # it will be handed to the process that trains
             pixels.share_memory_()
-        for place, key, of_a_box in zip(pixels, keys, numbers[:, -NUMBERS_OF_A_BOX:].tolist(), strict=True):
+        images = [
             self._cut_into(place.permute(2, 0, 1), key, of_a_box, met)
+            for place, key, of_a_box in zip(pixels, keys, numbers[:, -NUMBERS_OF_A_BOX:].tolist(), strict=True)
+        ]
         narrowest, widest = BLUR_SIGMAS
         return Sample(
             pixels,
@@ -99,18 +106,20 @@ class PretrainImages(Dataset[Sample]):
             torch.from_numpy(flip < self.flip / 2),
             torch.from_numpy(np.where(blur < self.blur, narrowest + sigma * (widest - narrowest), 0)),
             torch.from_numpy(solarize < self.solarize),
+            torch.from_numpy(
+                np.zeros(len(keys), np.int64) if self.labels is None else self.labels[images].astype(np.int64)
+            ),
         )
 
-    def _cut_into(
-        self, place: torch.Tensor, key: Key, of_a_box: list[float], met: list[UnreadableImage] | None
-    ) -> None:
+    def _cut_into(self, place: torch.Tensor, key: Key, of_a_box: list[float], met: list[UnreadableImage] | None) -> int:
+        """Returns the number of the image that was cut: the key's, or that of one in its place."""
         index = key[1]
         for attempt in itertools.count():
             try:
                 image, name = self.source.image(index), Name(self.source, index)
                 box = draw_box(shown_size(image, name), of_a_box, scale=self.scale, ratio=self.ratio)
                 part(image, box, self.size, self.channels, name, out=place)
-                return
+                return index
             except UnreadableImage as error:
                 if met is None:
                     raise
@@ -118,6 +127,7 @@ class PretrainImages(Dataset[Sample]):
                 if attempt == _ATTEMPTS:
                     raise
             index = int(np.random.default_rng((self.seed, *key, attempt)).integers(len(self)))
+        raise AssertionError
 
 
 class CentreCropped(Dataset[torch.Tensor]):
@@ -137,6 +147,21 @@ class CentreCropped(Dataset[torch.Tensor]):
 
     def instead(self, index: int, attempt: int) -> int:
         return int(np.random.default_rng((index, attempt)).integers(len(self)))
+
+
+class LabelledCentreCropped(CentreCropped):
+    """Images uncut by chance, each with its class, which is that of the image that stands in for one that cannot be read.
+
+    Args:
+        labels: [len(source)].
+    """
+
+    def __init__(self, source: Source, labels: np.ndarray, size: Size, channels: int = 3) -> None:
+        super().__init__(source, size, channels)
+        self.labels = labels
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:  # type: ignore[override]
+        return super().__getitem__(index), int(self.labels[index])
 
 
 def readable(images: Any, key: Any, met: list[UnreadableImage]) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from crate_mae.files import write_json
-from crate_mae.model import CrateMAE
 from crate_mae.training.metrics import NonFiniteLoss
 
 _SHOWN = 3
@@ -17,7 +17,7 @@ _SHOWN = 3
 
 def cause(
     error: NonFiniteLoss,
-    model: CrateMAE,
+    model: nn.Module,
     loss_of_step: Callable[[], torch.Tensor],
     images: Sequence[str],
     file: Path,
@@ -42,7 +42,7 @@ def cause(
     return f"; not finite first: {first}; images: {shown}{more}"
 
 
-def first_bad(model: CrateMAE, loss_of_step: Callable[[], torch.Tensor]) -> str:
+def first_bad(model: nn.Module, loss_of_step: Callable[[], torch.Tensor]) -> str:
     """What of a step was NaN or infinite first, in words: a weight, the output of a layer, the loss, or a gradient.
 
     Args:
@@ -55,20 +55,13 @@ def first_bad(model: CrateMAE, loss_of_step: Callable[[], torch.Tensor]) -> str:
     bad: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
-        def look(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        def look(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
             if not bad and not output.isfinite().all():
                 bad.append(f"output of {name}")
 
         return look
 
-    layers = {
-        "patch_embed": model.patch_embed,
-        **{f"blocks.{index}": block for index, block in enumerate(model.blocks)},
-        "norm": model.norm,
-        **{f"decoder_blocks.{index}": block for index, block in enumerate(model.decoder_blocks)},
-        "decoder_norm": model.decoder_norm,
-        "decoder_pred": model.decoder_pred,
-    }
+    layers = dict(_called(model))
     hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         with warnings.catch_warnings():
@@ -88,3 +81,12 @@ def first_bad(model: CrateMAE, loss_of_step: Callable[[], torch.Tensor]) -> str:
             return f"gradient of {name}"
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return "" if norm.isfinite() else "the norm of the gradient, whose entries are finite"
+
+
+def _called(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers by their names: the model's own modules, and of those that nobody can call, such as lists, what they hold."""
+    for name, module in model.named_children():
+        if type(module).forward is nn.Module.forward:
+            yield from _called(module, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", module

@@ -1,4 +1,4 @@
-"""What a pre-training run is made of. The field docstrings are the help texts of the command line."""
+"""What a run is made of, that of pre-training and what all share. The field docstrings are the help texts of the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -63,7 +63,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class CommonSchedule:
     """Schedule: linear warm-up, then cosine, changing at every step"""
 
     epochs: int = 800
@@ -74,12 +74,18 @@ class ScheduleConfig:
     """Learning rate at the end."""
     batch_size: int = 64
     """Images a step."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(CommonSchedule):
+    """Schedule: linear warm-up, then cosine, changing at every step"""
+
     mask_ratio: float = 0.75
     """Fraction of the patches removed from an image."""
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class CommonRun:
     """Run: device, precision, what is written and when"""
 
     device: str = "auto"
@@ -95,7 +101,7 @@ class RunConfig:
     threads: int = 0
     """CPU threads that compute; 0 leaves the number to torch."""
     seed: int = 0
-    """Fixes initial weights, order, crops and masks."""
+    """Fixes initial weights, order, crops, masks and all else that is drawn."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     save_every: int = 10
@@ -106,6 +112,12 @@ class RunConfig:
     """States to resume from that are kept: so many of the last ones, and that of the best validation."""
     keep_every: int = 0
     """Epochs between states that are kept besides, while this setting is; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class RunConfig(CommonRun):
+    """Run: device, precision, what is written and when"""
+
     analyze_every: int = 0
     """Epochs between looks inside: rows of metrics.jsonl with coding rate, sparsity, rank... of each layer on 32 validation
     images, as `crate-mae analyze` measures them; 0 for none."""
@@ -116,46 +128,57 @@ class RunConfig:
 MAX_SEED = 2**64 - 1
 """The largest that torch's generators take."""
 
-_POSITIVE = (lambda value: value > 0, "above 0")
-_NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
-_AT_LEAST_ONE = (lambda value: value >= 1, "1 or more")
+Limit = tuple[Callable[[Any], bool], str]
+"""Whether a value is one that a setting may have, and what is expected of it, in words."""
 
-_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+POSITIVE: Limit = (lambda value: value > 0, "above 0")
+NOT_NEGATIVE: Limit = (lambda value: value >= 0, "0 or more")
+AT_LEAST_ONE: Limit = (lambda value: value >= 1, "1 or more")
+FRACTION: Limit = (lambda fraction: 0 <= fraction <= 1, "0 to 1")
+
+_LIMITS: dict[str, Limit] = {
     "images.crop_scale": (lambda scale: 0 < scale[0] <= scale[1] <= 1, "0 < least <= largest <= 1"),
     "images.crop_ratio": (lambda ratio: 0 < ratio[0] <= ratio[1], "0 < least <= largest"),
     "images.val_fraction": (lambda fraction: 0 <= fraction < 1, "at least 0 and below 1"),
     "images.cache_mb": (lambda size: 0 <= size < 2**31, "0 or more, and below 2**31"),
     "images.num_workers": (lambda count: count == "auto" or count >= 0, "auto, or 0 or more"),
-    "images.max_unreadable": (lambda fraction: 0 <= fraction <= 1, "0 to 1"),
-    "images.blur": (lambda fraction: 0 <= fraction <= 1, "0 to 1"),
-    "images.solarize": (lambda fraction: 0 <= fraction <= 1, "0 to 1"),
-    "optimizer.base_lr": _POSITIVE,
+    "images.max_unreadable": FRACTION,
+    "images.blur": FRACTION,
+    "images.solarize": FRACTION,
+    "optimizer.base_lr": POSITIVE,
     "optimizer.betas": (lambda betas: all(0 <= beta < 1 for beta in betas), "two values, at least 0 and below 1"),
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.clip_grad": _NOT_NEGATIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.clip_grad": NOT_NEGATIVE,
     "schedule.epochs": (lambda epochs: 1 <= epochs <= 10**6, "1 to a million"),
-    "schedule.warmup_epochs": _NOT_NEGATIVE,
-    "schedule.min_lr": _NOT_NEGATIVE,
+    "schedule.warmup_epochs": NOT_NEGATIVE,
+    "schedule.min_lr": NOT_NEGATIVE,
     "schedule.batch_size": (lambda size: 1 <= size < 2**31, "1 or more, and below 2**31"),
-    "schedule.mask_ratio": (lambda ratio: 0 < ratio < 1, "above 0 and below 1"),
-    "run.threads": _NOT_NEGATIVE,
+    "run.threads": NOT_NEGATIVE,
     "run.seed": (lambda seed: 0 <= seed <= MAX_SEED, "0 to 2**64 - 1"),
-    "run.log_every": _AT_LEAST_ONE,
-    "run.save_every": _AT_LEAST_ONE,
-    "run.save_minutes": _NOT_NEGATIVE,
-    "run.keep_states": _AT_LEAST_ONE,
-    "run.keep_every": _NOT_NEGATIVE,
-    "run.analyze_every": _NOT_NEGATIVE,
-    "run.pictures": _AT_LEAST_ONE,
+    "run.log_every": AT_LEAST_ONE,
+    "run.save_every": AT_LEAST_ONE,
+    "run.save_minutes": NOT_NEGATIVE,
+    "run.keep_states": AT_LEAST_ONE,
+    "run.keep_every": NOT_NEGATIVE,
 }
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """What to learn from and where to keep the result"""
+class TrainingConfig:
+    """What to learn from and where to keep the result: the settings that all kinds of runs have.
+
+    A kind adds its sections, ``model``, ``images``, ``optimizer``, ``schedule`` and ``run`` among them.
+    """
+
+    kind: ClassVar[str]
+    """The command whose settings these are."""
+    limits: ClassVar[dict[str, Limit]] = _LIMITS
+    """Of the settings, by section.name; a kind adds those of its own."""
+    kept: ClassVar[tuple[str, ...]] = ("schedule.batch_size", "run.seed")
+    """Settings, or sections of them, that a resumed run keeps; beside them `init`."""
 
     out: Path
-    """Folder for metrics.jsonl, config.json, model.safetensors, states/, best/ and reconstructions.png."""
+    """Folder for metrics.jsonl, config.json, model.safetensors, states/ and best/."""
     data: str | None = None
     """Images to train on: a folder, flat or with class sub-folders, of train/ and val/ in which one is for each; tar shards,
     name-{000000..000099}.tar or a folder of them; hf:NAME, a data set of Hugging Face; synthetic:COUNT; several with weights,
@@ -164,17 +187,12 @@ class PretrainConfig:
     """Images to validate on, likewise; without it, a part of the training images is held out."""
     init: Path | None = None
     """Folder of a run, or file of weights, to start from; without it, from random weights. A run also gives the model's sizes."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    images: ImagesConfig = field(default_factory=ImagesConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         for name, value in _numbers(self):
             if not fits_float32(value):
                 raise ValueError(f"{name}: expected finite numbers, in float32, too, got {value}")
-        for name, (holds, expected) in _LIMITS.items():
+        for name, (holds, expected) in self.limits.items():
             value = attrgetter(name)(self)
             if not holds(value):
                 raise ValueError(f"{name}: expected {expected}, got {value}")
@@ -190,16 +208,13 @@ class PretrainConfig:
                 raise ValueError(
                     f"out: expected another folder than {name}, got {self.out}; a run's pictures are no photographs"
                 )
-        patches, ratio = math.prod(grid_of(self.model.image_shape, self.model.patch_size)), self.schedule.mask_ratio
-        if int(patches * (1 - ratio)) == patches:
-            raise ValueError(f"schedule.mask_ratio: {ratio} leaves no patch of {patches} to reconstruct")
         epochs, warmup = self.schedule.epochs, self.schedule.warmup_epochs
         if warmup >= epochs:
             raise ValueError(
                 f"schedule.warmup_epochs: expected fewer than the {epochs} of schedule.epochs, got {warmup:g}; "
                 "the peak learning rate would never be reached"
             )
-        peak = self.optimizer.base_lr * self.schedule.batch_size / 256
+        peak = self.peak_lr
         if not fits_float32(peak, peak * self.optimizer.weight_decay):
             raise ValueError(
                 f"optimizer.base_lr: expected a peak learning rate, optimizer.base_lr * schedule.batch_size / 256, and its "
@@ -211,13 +226,50 @@ class PretrainConfig:
                 f"(optimizer.base_lr * schedule.batch_size / 256), got {self.schedule.min_lr:g}"
             )
 
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.optimizer.base_lr * self.schedule.batch_size / 256
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What a model needs beside its weights to be used, as `save_model` takes it."""
+        return {"mean": self.images.mean, "std": self.images.std}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json, in the form that `--config` takes; paths absolute, to mean the same anywhere."""
         values = json.loads(json.dumps(dataclasses.asdict(self), default=os.path.abspath))
         return values | {name: absolute(values[name]) for name in ("data", "val") if values[name] is not None}
 
 
-def _numbers(config: PretrainConfig) -> Iterator[tuple[str, float]]:
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """What to learn from and where to keep the result"""
+
+    kind: ClassVar[str] = "pretrain"
+    limits: ClassVar[dict[str, Limit]] = TrainingConfig.limits | {
+        "schedule.mask_ratio": (lambda ratio: 0 < ratio < 1, "above 0 and below 1"),
+        "run.analyze_every": NOT_NEGATIVE,
+        "run.pictures": AT_LEAST_ONE,
+    }
+    kept: ClassVar[tuple[str, ...]] = ("model", *TrainingConfig.kept)
+
+    out: Path
+    """Folder for metrics.jsonl, config.json, model.safetensors, states/, best/ and reconstructions.png."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        patches, ratio = math.prod(grid_of(self.model.image_shape, self.model.patch_size)), self.schedule.mask_ratio
+        if int(patches * (1 - ratio)) == patches:
+            raise ValueError(f"schedule.mask_ratio: {ratio} leaves no patch of {patches} to reconstruct")
+
+
+def _numbers(config: TrainingConfig) -> Iterator[tuple[str, float]]:
     """The numbers with fractions among the settings, by the names of the settings."""
     for section, fields in dataclasses.asdict(config).items():
         for name, value in fields.items() if isinstance(fields, dict) else ():

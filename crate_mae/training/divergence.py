@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from crate_mae.training.metrics import StepAverages
-from crate_mae.training.validation import ValidationErrors
 
 _LOSS, _GRAD_NORM = 10.0, 100.0
 """How many times its running mean a value reaches in a run that diverges. Gradients jump without harm, as they are shortened."""
 
-_BEST, _FILL = 3.0, 2.0
-"""How many times the error of the best validation before, and of the mean fill, a validation has in such a run."""
+_BEST, _GUESS = 3.0, 2.0
+"""How many times the error of the best validation before, and of the guess, a validation has in such a run."""
 
 _SAME = 1e-3
-"""Relative difference up to which the error of the mean fill, which no model changes, is of the same images and masks."""
+"""Relative difference up to which the error of the guess, which no model changes, is of the same images and masks."""
 
 _MEMORY = 0.98
 """Of the running means, from one reading to the next."""
+
+
+class Measured(Protocol):
+    """A validation: a named tuple, whose fields are what a row of metrics.jsonl holds of it."""
+
+    @property
+    def val_loss(self) -> float:
+        """The error of the model."""
+
+    @property
+    def guess(self) -> tuple[str, float]:
+        """What needs no model, on the same images, in words, and its error: a function of the images alone."""
+
+    def _asdict(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -31,7 +44,7 @@ class DivergenceWatch:
         of_steps, of_validation: why the last reading, the last validation, are those of a run that diverges; empty if not.
         last_step: of the last validation.
         best_step, best_val_loss: of the best validation of a run that did not.
-        fill: the mean fill's error of that validation, by which another measure is known.
+        fill: the guess's error of that validation (in pre-training, the mean fill's), by which another measure is known.
     """
 
     loss: float | None = None
@@ -62,26 +75,36 @@ class DivergenceWatch:
                 setattr(self, name, _MEMORY * before + (1 - _MEMORY) * value)
         self.of_steps = ", ".join(beyond)
 
-    def measures_anew(self, errors: ValidationErrors) -> bool:
+    def measures_anew(self, errors: Measured) -> bool:
         """Whether a validation is of other images, masks or scales than those before, so that the best starts over."""
-        anew = self.fill is not None and not math.isclose(self.fill, errors.mean_fill_loss, rel_tol=_SAME)
+        _, guess = errors.guess
+        anew = self.fill is not None and not math.isclose(self.fill, guess, rel_tol=_SAME)
         if anew:
-            self.loss = self.grad_norm = self.best_step = self.best_val_loss = None
+            self.loss = self.grad_norm = None
+            self.forget_best()
             self.of_steps = ""
-        self.fill = errors.mean_fill_loss
+        self.fill = guess
         return anew
 
-    def validated(self, step: int, errors: ValidationErrors) -> bool:
+    def validated(self, step: int, errors: Measured) -> bool:
         """Take a validation; returns whether it is the best so far."""
-        error, fill, best = errors.val_loss, errors.mean_fill_loss, self.best_val_loss
-        # Where the fill has no error, as in images of one colour, everything would be far above it.
-        is_far = best is not None and fill > 0 and error > max(_BEST * best, _FILL * fill)
-        self.of_validation = f"validation error {error:.4g}, best {best:.4g}, mean fill {fill:.4g}" if is_far else ""
+        error, best, (name, guess) = errors.val_loss, self.best_val_loss, errors.guess
+        # Where the guess has no error, as in images of one colour, everything would be far above it.
+        is_far = best is not None and guess > 0 and error > max(_BEST * best, _GUESS * guess)
+        self.of_validation = f"validation error {error:.4g}, best {best:.4g}, {name} {guess:.4g}" if is_far else ""
         self.last_step = step
-        if self.diverging or (best is not None and error >= best):
+        if self.diverging or not self.is_better(errors):
             return False
         self.best_step, self.best_val_loss = step, error
         return True
+
+    def is_better(self, errors: Measured) -> bool:
+        """Whether a validation is better than the best before."""
+        return self.best_val_loss is None or not errors.val_loss >= self.best_val_loss
+
+    def forget_best(self) -> None:
+        """The next validation is the best again."""
+        self.best_step = self.best_val_loss = None
 
     def state(self) -> dict[str, Any]:
         return asdict(self)

@@ -17,18 +17,21 @@ _BATCHES_EACH = 3
 
 
 class Feed:
-    """Batches on the device, as (pixels, noise): pixels uint8 [batch, channels, height, width] with flips and blurs done, and
-    noise [batch, patches], which fixes the masks.
+    """Batches on the device, as (pixels, what goes with them): pixels uint8 [batch, channels, height, width] with flips and blurs
+    done; and noise [batch, patches], which fixes the masks, or another field of the samples.
 
     On CUDA they are copied on a stream of their own, under the step before, which the host has long queued.
+
+    Args:
+        beside: which field goes with the pixels.
 
     Attributes:
         waited: seconds that the host has waited for batches in all; while it waits a GPU still works off what is queued.
     """
 
-    def __init__(self, batches: Iterable[Sample], device: torch.device) -> None:
+    def __init__(self, batches: Iterable[Sample], device: torch.device, beside: str = "noise") -> None:
         self.waited = 0.0
-        self._batches, self._device = batches, device
+        self._batches, self._device, self._beside = batches, device, beside
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -42,17 +45,18 @@ class Feed:
             yield self._on_device(batch)
 
     def _on_device(self, batch: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        beside: torch.Tensor = getattr(batch, self._beside)
         if self._copying is None:
-            return augmented(batch, self._device), batch.noise
+            return augmented(batch, self._device), beside
         with torch.cuda.stream(self._copying):
-            pixels, noise = augmented(batch, self._device), batch.noise.to(self._device, non_blocking=True)
+            pixels, beside = augmented(batch, self._device), beside.to(self._device, non_blocking=True)
         step = torch.cuda.current_stream(self._device)
         step.wait_stream(self._copying)
-        for tensor in (pixels, noise):
+        for tensor in (pixels, beside):
             tensor.record_stream(
                 step
             )  # its memory is the other stream's, and must not be used again before the step is done
-        return pixels, noise
+        return pixels, beside
 
 
 def workers_for(asked: int | str, device: torch.device, threads: int, batch_bytes: int) -> int:

@@ -22,7 +22,7 @@ from crate_mae.data import (
 )
 from crate_mae.data.specification import is_folder, members
 from crate_mae.data.unreadable import most_unreadable
-from crate_mae.training.config import PretrainConfig
+from crate_mae.training.config import TrainingConfig
 from crate_mae.training.run_folder import UNREADABLE
 from crate_mae.training.unreadable import listed as listed_in
 
@@ -43,7 +43,7 @@ class ImageSets(NamedTuple):
     listed: ImageFolder | None
 
 
-def image_sets(config: PretrainConfig, kept: Path | None = None) -> ImageSets:
+def image_sets(config: TrainingConfig, kept: Path | None = None) -> ImageSets:
     """The images of a run, from its `data` and `val`.
 
     A folder with a data set in its usual parts, such as train/, val/ and test/, stands for the part that the option is for.
@@ -103,7 +103,7 @@ def of_option(name: str) -> Iterator[None]:
         raise type(error)(f"{name}: {error}") from error
 
 
-def _as_it_began(now: ImageFolder, kept: Path, config: PretrainConfig, said: list[str]) -> ImageFolder:
+def _as_it_began(now: ImageFolder, kept: Path, config: TrainingConfig, said: list[str]) -> ImageFolder:
     """The folder with the images that a run has had from its beginning, if that is a matter of few; else as it is now.
 
     Those that it could not read may be gone, however many they are.

@@ -31,7 +31,7 @@ def check_single_process() -> None:
         count = os.environ.get(variable, "")
         if count.isdigit() and int(count) > 1:
             raise ValueError(
-                f"environment variable {variable}: expected 1 process, got {count}; pre-training is not distributed yet: "
+                f"environment variable {variable}: expected 1 process, got {count}; training is not distributed yet: "
                 f"start it once, without {launcher}, or unset {variable}"
             )
 

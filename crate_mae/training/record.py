@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, save_model
 from crate_mae.files import remove
-from crate_mae.model import CrateMAE
-from crate_mae.training.config import PretrainConfig
-from crate_mae.training.divergence import DivergenceWatch
+from crate_mae.training.config import TrainingConfig
+from crate_mae.training.divergence import DivergenceWatch, Measured
 from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, StepAverages, StepMeter
 from crate_mae.training.run_folder import BEST, BREAKDOWN, METRICS, STATES, other_images, remove_leftovers
 from crate_mae.training.states import (
@@ -27,7 +27,6 @@ from crate_mae.training.states import (
     saved_states,
     write_state,
 )
-from crate_mae.training.validation import ValidationErrors
 
 
 class Record:
@@ -39,29 +38,32 @@ class Record:
     Args:
         images, image_count: the fingerprint of the images to train on, and how many they are. Their order and crops are
             functions of the seed and the step.
+        watch: which kind of watch knows the best validation.
         say: takes a line for the user.
 
     Attributes:
         step: optimiser steps taken.
+        watch: whether it diverges, and which validation is the best.
         meter: what was gathered since the last row.
     """
 
     def __init__(
         self,
-        config: PretrainConfig,
-        model: CrateMAE,
+        config: TrainingConfig,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         images: str,
         image_count: int,
         steps_per_epoch: int,
+        watch: type[DivergenceWatch] = DivergenceWatch,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
         self.images, self.image_count, self.steps_per_epoch, self.say = images, image_count, steps_per_epoch, say
         self.step = 0
         self.meter = StepMeter()
-        self._watch = DivergenceWatch()
+        self.watch = watch()
         self._unreadable: set[Path] = set()
         self._going_back = False
         self._metrics = MetricsLog(config.out / METRICS)
@@ -73,10 +75,10 @@ class Record:
     @property
     def validated(self) -> bool:
         """Whether the validation of this step is done."""
-        return self._watch.last_step == self.step
+        return self.watch.last_step == self.step
 
     def go_on_from(self, wanted: bool | str | int) -> str:
-        """Take up the state that `pretrain` calls so; returns what was restored, and what could not be, in words."""
+        """Take up the state that a run calls so; returns what was restored, and what could not be, in words."""
         folder = self.config.out / STATES
         state, passed_over = read_state(folder, wanted, self._check_fits)
         if state["images"] != self.images:
@@ -85,14 +87,14 @@ class Record:
         not_restored = restore(state, self.model, self.optimizer)
         self.step = state["step"]
         self.meter.load_state(state["meter"], next(self.model.parameters()).device)
-        self._watch = DivergenceWatch(**state["watch"])
+        self.watch = type(self.watch)(**state["watch"])
         self._unreadable = set(passed_over)
         for line in passed_over.values():
             self.say(f"{line}; going on from a state before it")
         self._going_back = wanted is not True
-        if self._watch.diverging:
+        if self.watch.diverging:
             self.say(
-                f"the state of step {self.step} is of a run that diverges: {self._watch.diverging}{self._way_back()}"
+                f"the state of step {self.step} is of a run that diverges: {self.watch.diverging}{self._way_back()}"
             )
         without = f", without {' and '.join(not_restored)}" if not_restored else ""
         return f"from step {self.step} (weights, optimizer, random numbers restored{without})"
@@ -100,7 +102,7 @@ class Record:
     def _check_fits(self, state: dict[str, Any]) -> None:
         check_fits(state, self.model, self.optimizer)
         StepMeter().load_state(state["meter"], torch.device("cpu"))
-        DivergenceWatch(**state["watch"])
+        type(self.watch)(**state["watch"])
 
     def tidy(self) -> None:
         """Remove what belongs to none of the steps taken: unfinished files, and rows, states and a best model of later steps."""
@@ -130,7 +132,7 @@ class Record:
         """
         averages = self.meter.read()
         with self._divergence_told():
-            self._watch.read(averages)
+            self.watch.read(averages)
         self._metrics.append(
             step=self.step,
             epoch=self.epoch,
@@ -139,19 +141,19 @@ class Record:
             grad_norm=averages.grad_norm,
             images_per_second=averages.images_per_second,
             waiting=averages.waiting,
-            **({"diverging": True} if self._watch.of_steps else {}),
+            **({"diverging": True} if self.watch.of_steps else {}),
         )
         return averages
 
-    def log_validation(self, errors: ValidationErrors) -> None:
+    def log_validation(self, errors: Measured) -> None:
         """Write the row of a validation, and the weights if they are the best so far."""
-        if self._watch.measures_anew(errors):
+        if self.watch.measures_anew(errors):
             self.say(f"step {self.step}: validations are of other images or masks than before: the best starts over")
         with self._divergence_told():
-            is_best = self._watch.validated(self.step, errors)
+            is_best = self.watch.validated(self.step, errors)
         if is_best:
             self._write_best(self.model)
-        diverging = {"diverging": True} if self._watch.of_validation else {}
+        diverging = {"diverging": True} if self.watch.of_validation else {}
         self._metrics.append(step=self.step, epoch=int(self.epoch), **errors._asdict(), **diverging)
 
     def log_inside(self, values: dict[str, Any]) -> None:
@@ -180,10 +182,10 @@ class Record:
             "image_count": self.image_count,
             "random": random_state(),
             "meter": meter,
-            "watch": self._watch.state(),
+            "watch": self.watch.state(),
         }
         self._metrics.sync()
-        written = write_state(self.config.out / STATES, state, diverging=bool(self._watch.diverging))
+        written = write_state(self.config.out / STATES, state, diverging=bool(self.watch.diverging))
         for path in self._unreadable - {written}:  # which must not count among the last ones
             remove(path)
         self._unreadable.clear()
@@ -202,26 +204,27 @@ class Record:
 
     def told_at_the_end(self) -> None:
         """Say that the run has come to its end diverging, if it has."""
-        if self._watch.diverging:
-            self.say(f"the run ended diverging: {self._watch.diverging}{self._way_back()}")
+        if self.watch.diverging:
+            self.say(f"the run ended diverging: {self.watch.diverging}{self._way_back()}")
 
     def _forget_states(self) -> list[Path]:
-        keep, best = self.config.run.keep_states, self._watch.best_step
+        keep, best = self.config.run.keep_states, self.watch.best_step
         return forget_states(self.config.out / STATES, step=self.step, keep=keep, best=best, is_kept=self.is_kept)
 
-    def _write_best(self, model: CrateMAE) -> None:
-        save_model(model, self.config.out / BEST, mean=self.config.images.mean, std=self.config.images.std)
+    def _write_best(self, model: nn.Module) -> None:
+        save_model(model, self.config.out / BEST, **self.config.meaning)
 
     def _write_best_again(self) -> None:
         """The best model may be lost or damaged, or of a step that was forgotten."""
-        step, folder, model = self._watch.best_step, self.config.out / BEST, self.model
+        step, folder, model = self.watch.best_step, self.config.out / BEST, self.model
         if step is not None and step != self.step:
             try:
                 model = copy.deepcopy(self.model)
                 model.load_state_dict(read_state(self.config.out / STATES, step, self._check_fits)[0]["model"])
             except (OSError, ValueError) as error:
                 self.say(f"the best model so far is lost: {error}")
-                self._watch.best_step = self._watch.best_val_loss = step = None
+                self.watch.forget_best()
+                step = None
         if step is not None:
             self._write_best(model)
         else:
@@ -230,14 +233,14 @@ class Record:
 
     @contextlib.contextmanager
     def _divergence_told(self) -> Iterator[None]:
-        before = bool(self._watch.diverging)
+        before = bool(self.watch.diverging)
         yield
-        if self._watch.diverging and not before:
-            self.say(f"step {self.step}: diverging: {self._watch.diverging}; older states are kept{self._way_back()}")
-        elif before and not self._watch.diverging:
+        if self.watch.diverging and not before:
+            self.say(f"step {self.step}: diverging: {self.watch.diverging}; older states are kept{self._way_back()}")
+        elif before and not self.watch.diverging:
             self.say(f"step {self.step}: no longer diverging")
 
     def _way_back(self) -> str:
-        best, rate = self._watch.best_step, self.config.optimizer.base_lr
+        best, rate = self.watch.best_step, self.config.optimizer.base_lr
         lower = f"with an --optimizer.base_lr below {rate:g}"
         return "" if best is None else f"; to go back to the best validation, of step {best}, --resume best, {lower}"

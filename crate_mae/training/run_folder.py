@@ -11,7 +11,7 @@ from typing import Any
 from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from crate_mae.files import remove, remove_unfinished
 from crate_mae.pictures.inside import SHOWS
-from crate_mae.training.config import PretrainConfig
+from crate_mae.training.config import TrainingConfig
 from crate_mae.training.states import saved_states
 
 METRICS, PICTURE, BREAKDOWN = "metrics.jsonl", "reconstructions.png", "breakdown.json"
@@ -27,8 +27,8 @@ FEATURES, EVALUATION, EVALUATION_PICTURE = "features", "evaluation.json", "evalu
 """Written by `crate-mae evaluate`: the first a folder of .safetensors files."""
 
 
-def check_run_folder(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Raise what `pretrain` says of a folder that holds a run, and of one that does not."""
+def check_run_folder(config: TrainingConfig, *, resume: bool, overwrite: bool) -> None:
+    """Raise what a run says of a folder that holds a run, and of one that does not."""
     held, early = _held(config.out), stopped_early(config.out)
     stopped = f"the run in {config.out} stopped before its first save; --overwrite starts it anew"
     if resume and has_state(config.out):
@@ -82,6 +82,11 @@ def progress(out: Path) -> str:
         return ""
 
 
+def kind_of(settings: dict[str, Any]) -> str:
+    """Of which command a run is, by its config.json."""
+    return "finetune" if "augment" in settings else "pretrain"
+
+
 def stopped_early(out: Path) -> bool:
     """Whether there is of a run what is written before it first saves."""
     held = _held(out)
@@ -94,7 +99,7 @@ def _held(out: Path) -> list[str]:
 
 
 def refuse_unwritable(out: Path) -> None:
-    """Raise what `pretrain` says of a folder that cannot be written."""
+    """Raise what a run says of a folder that cannot be written."""
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"--out {out}: {existing} is a file, not a folder")
@@ -102,18 +107,24 @@ def refuse_unwritable(out: Path) -> None:
         raise PermissionError(f"--out {out}: {existing} cannot be written to")
 
 
-def _refuse_other_run(config: PretrainConfig) -> None:
-    """Refuse changes that would make the steps taken so far mean something else."""
+def _refuse_other_run(config: TrainingConfig) -> None:
+    """Refuse what is no run of this kind, and changes that would make the steps taken so far mean something else."""
     file, asked = config.out / CONFIG_FILE, config.to_dict()
-    kept = [*(("model", name) for name in asked["model"]), ("schedule", "batch_size"), ("run", "seed")]
+    kept = {
+        name: value
+        for name, value in _by_name(asked).items()
+        if name in config.kept or name.partition(".")[0] in config.kept
+    }
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        values = [saved[group][name] for group, name in kept]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind, had = kind_of(saved), _by_name(saved)
+        pairs = {name: (had[name], value) for name, value in kept.items()} if kind == config.kind else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is missing or broken, and --resume needs it: mend it, or start anew with --overwrite"
         ) from error
-    pairs = {f"{group}.{name}": (value, asked[group][name]) for (group, name), value in zip(kept, values, strict=True)}
+    if kind != config.kind:
+        raise ValueError(f"{config.out} holds a run of crate-mae {kind}, and that resumes it; --overwrite deletes it")
     pairs["init"] = (saved.get("init"), asked["init"])
     for name, (had, got) in pairs.items():
         if had != got:
@@ -122,14 +133,14 @@ def _refuse_other_run(config: PretrainConfig) -> None:
             )
 
 
-def changed_settings(config: PretrainConfig) -> str:
+def changed_settings(config: TrainingConfig) -> str:
     """The settings that the run in the folder had otherwise, in words."""
     had, has = _settings_of_run(config), _by_name(config.to_dict())
     changes = [f"{name} {had[name]} -> {has[name]}" for name in has if name in had and had[name] != has[name]]
     return ", ".join(change for change in changes if not change.startswith("out "))
 
 
-def other_images(config: PretrainConfig, had: int, has: int) -> str:
+def other_images(config: TrainingConfig, had: int, has: int) -> str:
     """Why the images to train on, so many now, may be others than those of the run in the folder, in words."""
     before, now = _settings_of_run(config), _by_name(config.to_dict())
     changed = [
@@ -142,7 +153,7 @@ def other_images(config: PretrainConfig, had: int, has: int) -> str:
     )
 
 
-def _settings_of_run(config: PretrainConfig) -> dict[str, Any]:
+def _settings_of_run(config: TrainingConfig) -> dict[str, Any]:
     return _by_name(json.loads((config.out / CONFIG_FILE).read_text(encoding="utf-8")))
 
 

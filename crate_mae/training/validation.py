@@ -34,6 +34,11 @@ class ValidationErrors(NamedTuple):
     blur_loss: float
     blur_sigma: float
 
+    @property
+    def guess(self) -> tuple[str, float]:
+        """What a run is held against that diverges, and its error."""
+        return "mean fill", self.mean_fill_loss
+
 
 class Validation:
     """Measures a model on the same images with the same masks each time, so that epochs can be compared."""

@@ -1,0 +1,158 @@
+"""The fine-tuning run: a classifier is trained end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from crate_mae.checkpoints import CONFIG_FILE
+from crate_mae.classifiers import Classifier
+from crate_mae.data import LabelledCentreCropped
+from crate_mae.data.progress import say
+from crate_mae.finetuning.classes import classes_of, labels_among
+from crate_mae.finetuning.config import FinetuneConfig
+from crate_mae.finetuning.mixing import draw_mix, mixed, mixed_targets
+from crate_mae.finetuning.optimizer import build_layerwise_optimizer
+from crate_mae.finetuning.scoring import Scores, ScoreWatch, Scoring
+from crate_mae.finetuning.starting import starting_classifier
+from crate_mae.registry import count_parameters
+from crate_mae.training.config import of_section
+from crate_mae.training.image_sets import of_option
+from crate_mae.training.run import Resume, Run, train
+
+
+class FinetuneResult(NamedTuple):
+    """How a fine-tuning ended.
+
+    Attributes:
+        out: its folder, with the last model, and the best in ``best/``.
+        steps, epochs: optimizer steps, and passes over the images.
+        train_images, val_images: how many images were trained on, and validated on.
+        classes: their names, in the order of the logits.
+        scores: of the last model; None where there were no images to validate on.
+        best, best_epoch: of the validation with the highest top-1 (of several, the least loss), and after which epoch it was.
+    """
+
+    out: Path
+    steps: int
+    epochs: float
+    train_images: int
+    val_images: int
+    classes: tuple[str, ...]
+    scores: Scores | None
+    best: Scores | None
+    best_epoch: float | None
+
+
+def finetune(config: FinetuneConfig, *, resume: Resume = False, overwrite: bool = False) -> FinetuneResult:
+    """Train a classifier end to end, from a trained encoder or from random weights; its files are left in `config.out`.
+
+    The recipe is that of MAE's fine-tuning (arXiv 2111.06377, appendix A.1, table 9; facebookresearch/mae, FINETUNE.md) with its
+    code's numbers for ViT-Base: AdamW with a layer-wise learning rate, warm-up and cosine, mixup and CutMix, label smoothing,
+    stochastic depth. Crops and flips are those of pre-training, and there is neither RandAugment nor random erasing. Images are
+    validated on whole, and the best model is that of the highest top-1.
+
+    A run is a function of its configuration and its images, and goes on where it was interrupted, as `training.pretrain` says,
+    where the arguments are explained, too.
+
+    Args:
+        config: its `model` has the family and sizes of the model in `config.init` (``classifier_config(read_config(init))``).
+
+    Raises:
+        ValueError: images have no classes, or some that are not trained on; or as of `training.pretrain`.
+        Exception: all others as of `training.pretrain`.
+    """
+    run = train(FinetuneRun, config, resume, overwrite)
+    per_epoch, watch = run.steps_per_epoch, run.record.watch
+    return FinetuneResult(
+        out=config.out,
+        steps=run.step,
+        epochs=run.step / per_epoch,
+        train_images=len(run.train_images),
+        val_images=len(run.val_images or ()),
+        classes=run.config.classes,
+        scores=run.errors,
+        best=watch.best,
+        best_epoch=None if watch.best_step is None else watch.best_step / per_epoch,
+    )
+
+
+class FinetuneRun(Run[FinetuneConfig, Scores]):
+    """Images are classified; what goes with the pixels is the class."""
+
+    beside = "label"
+    watch = ScoreWatch
+
+    def _settled(self, resumed: bool) -> FinetuneConfig:
+        config, classes = self.config, self.config.classes
+        if resumed:
+            classes = _of_run(config)
+            if config.classes not in (None, classes):
+                raise ValueError(f"classes: a resumed run keeps those it has, {', '.join(classes)}")
+        with of_option("--data"):
+            classes = classes or classes_of(self.train_images, self.val_images)
+            self.labels = labels_among(self.train_images, classes)
+        with of_option("--val" if config.val else "--data"):
+            self.val_labels = labels_among(self.val_images, classes) if self.val_images else None
+        with of_section("model"):
+            model = dataclasses.replace(config.model, num_classes=len(classes))
+        return dataclasses.replace(config, classes=classes, model=model)
+
+    def _model(self, resumed: bool) -> Classifier:
+        try:
+            model = starting_classifier(self.config.model, None if resumed else self.config.init)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"--init: {error}") from error
+        model.set_drop_path(self.config.augment.drop_path)
+        return model
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return build_layerwise_optimizer(self.model, self.config.optimizer, self.config.schedule.batch_size)
+
+    def _of_samples(self) -> dict[str, Any]:
+        return {"labels": self.labels}
+
+    def _validation(self) -> Scoring | None:
+        if self.val_images is None:
+            return None
+        model = self.config.model
+        return Scoring(
+            LabelledCentreCropped(self.val_images, self.val_labels, model.image_shape, model.in_chans),
+            self.normalization,
+            batch_size=self.config.schedule.batch_size,
+            precision=self.precision,
+            num_workers=self.num_workers,
+            say=say,
+            unreadable=self.unreadable,
+        )
+
+    def _loss(self, forward: Callable[..., Any], images: torch.Tensor, beside: torch.Tensor, step: int) -> torch.Tensor:
+        augment, model = self.config.augment, self.config.model
+        mix = draw_mix(augment, self.config.run.seed, step, model.image_shape)
+        targets = mixed_targets(beside, model.num_classes, mix, augment.label_smoothing)
+        return F.cross_entropy(forward(mixed(images, mix)).float(), targets)
+
+    def _said_of(self, errors: Scores) -> str:
+        return f"validation top-1 {errors.val_top1:.2%}, top-5 {errors.val_top5:.2%}, loss {errors.val_loss:.4f}"
+
+    def _opening_line(self) -> str:
+        model, drop = self.config.model, self.config.augment.drop_path
+        return (
+            f"finetune: {count_parameters(self.model)[0]:,} parameters ({model.family}, {model.depth} layers of width "
+            f"{model.embed_dim}, drop path {drop:g}), {model.num_classes} classes, {self._computed_by()}"
+        )
+
+
+def _of_run(config: FinetuneConfig) -> tuple[str, ...]:
+    """The classes of the run in the folder, whose other settings have been read before."""
+    file = config.out / CONFIG_FILE
+    classes = json.loads(file.read_text(encoding="utf-8")).get("classes")
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError(f"{file}: classes: expected a list of names, and --resume needs it: mend it, or --overwrite")
+    return tuple(classes)

@@ -1,0 +1,128 @@
+"""How well a classifier knows the classes of images held out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from crate_mae.classifiers import Classifier
+from crate_mae.data import ImageLoader, LabelledCentreCropped, Normalization, UnreadableImage, in_order
+from crate_mae.training.divergence import DivergenceWatch, Measured
+from crate_mae.training.precision import autocast
+
+
+class Scores(NamedTuple):
+    """Of all images to validate on, each whole: its largest centred part.
+
+    Attributes:
+        val_loss: mean cross-entropy with their classes, in nats.
+        val_top1, val_top5: fractions whose class has the largest logit, or one of the five largest.
+        guess_loss: the cross-entropy of who names each class as often as these images have it, and looks at none.
+    """
+
+    val_loss: float
+    val_top1: float
+    val_top5: float
+    guess_loss: float
+
+    @property
+    def guess(self) -> tuple[str, float]:
+        """What a run is held against that diverges, and its error."""
+        return "guessing", self.guess_loss
+
+
+class Scoring:
+    """Measures a classifier on the same images each time; in evaluation mode, without augmentation.
+
+    Args:
+        images: with their classes.
+        unreadable: told of images that cannot be read, for each of which another stands in, with its own class.
+    """
+
+    def __init__(
+        self,
+        images: LabelledCentreCropped,
+        normalization: Normalization,
+        *,
+        batch_size: int,
+        precision: str = "float32",
+        num_workers: int = 0,
+        say: Callable[[str], None] = warnings.warn,
+        unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
+    ) -> None:
+        self.images, self.normalization, self.precision = images, normalization, precision
+        batches = in_order(len(images), batch_size)
+        self._loader = ImageLoader(images, batches, num_workers=num_workers, say=say, unreadable=unreadable)
+        shares = np.unique(images.labels, return_counts=True)[1] / len(images)
+        self._guess_loss = float(-(shares * np.log(shares)).sum())
+
+    def __call__(self, model: Classifier) -> Scores:
+        """The scores of a model, which is in the mode it was in when this returns."""
+        scores = self.unless(model, lambda: False)
+        assert scores is not None
+        return scores
+
+    @torch.no_grad()
+    def unless(self, model: Classifier, stopped: Callable[[], object]) -> Scores | None:
+        """The scores, or None where `stopped` was so before the last batch."""
+        device, was_training = next(model.parameters()).device, model.training
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        try:
+            for pixels, labels in self._loader:
+                if stopped():
+                    return None
+                labels = labels.to(device)
+                with autocast(self.precision, device):
+                    logits = model(self.normalization(pixels.to(device)))
+                sums += _sums(logits.float(), labels)
+        finally:
+            model.train(was_training)
+        loss, top1, top5 = (sums / len(self.images)).tolist()
+        return Scores(loss, top1, top5, self._guess_loss)
+
+
+def _sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Over a batch: cross-entropy, and how many classes are found first, and among the first five."""
+    hit = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels.unsqueeze(-1)
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([loss.double(), hit[:, 0].sum().double(), hit.sum().double()])
+
+
+@dataclass
+class ScoreWatch(DivergenceWatch):
+    """For which the best validation is that with the highest top-1, and of several that with the least loss.
+
+    Attributes:
+        best_top1, best_top5: of the best validation.
+    """
+
+    best_top1: float | None = None
+    best_top5: float | None = None
+
+    @property
+    def best(self) -> Scores | None:
+        """The scores of the best validation."""
+        if self.best_step is None:
+            return None
+        return Scores(self.best_val_loss, self.best_top1, self.best_top5, self.fill)
+
+    def validated(self, step: int, errors: Measured) -> bool:
+        is_best = super().validated(step, errors)
+        if is_best:
+            self.best_top1, self.best_top5 = errors.val_top1, errors.val_top5
+        return is_best
+
+    def is_better(self, errors: Measured) -> bool:
+        best = self.best
+        return best is None or (errors.val_top1, -errors.val_loss) > (best.val_top1, -best.val_loss)
+
+    def forget_best(self) -> None:
+        super().forget_best()
+        self.best_top1 = self.best_top5 = None
