@@ -112,7 +112,10 @@ def test_several_runs_and_classifiers(run, classes, tmp_path, capsys):
     classifier = classifier_of(crate_mae.load_model(run), 5)
     crate_mae.save_model(classifier, other, mean=MEAN, std=STD)
     command = ["evaluate", str(run), str(other), "--data", str(classes / "train"), "--test", str(classes / "test")]
-    assert main([*command, "--method", "linear", "--baseline", "none", "--norm", "false", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main([*command, "--method", "linear", "--baseline", "none", "--norm", "false", "--out", str(tmp_path / "out")])
+        == 0
+    )
     assert "standard deviation over 2 runs" in capsys.readouterr().out
     found = written(tmp_path / "out")
     first, second = (found["runs"][str(each)]["linear"]["top1"] for each in (run, other))
@@ -128,7 +131,10 @@ def test_several_runs_and_classifiers(run, classes, tmp_path, capsys):
         (["--data", "{classes}", "--last", "2"], "--last: expected 1 to 1, the layers up to --layer -1, got 2"),
         (["--data", "{classes}", "--seeds", "0"], "--seeds: expected 1 or more, got 0"),
         (["--data", "{classes}", "--method", "svm"], "method: expected one of knn, linear, "),
-        (["--data", "{classes}", "--num_workers", "many"], "--num_workers: expected a whole number, or auto, got 'many'"),
+        (
+            ["--data", "{classes}", "--num_workers", "many"],
+            "--num_workers: expected a whole number, or auto, got 'many'",
+        ),
         (["{run}/", "--data", "{classes}", "--out", "{run}"], "the same one is given twice"),
         (["{classes}", "--data", "{classes}"], "--out: expected a folder for what is found of several runs"),
     ],

@@ -45,9 +45,7 @@ def _numbers(path: Path, names: Sequence[str], most: int) -> list[np.ndarray]:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise MissingLibrary(
-            f"{path}: MATLAB files need the package scipy ({error}): pip install '.[data]'"
-        ) from error
+        raise MissingLibrary(f"{path}: MATLAB files need the package scipy ({error}): pip install '.[data]'") from error
     try:
         with open(path, "rb") as file:
             held = loadmat(file, variable_names=names)
