@@ -52,8 +52,8 @@ def save_model(
     """Write the weights and the configuration, lambda and step size included; other keys of ``config.json`` stay.
 
     Both files are there before either takes the place of an older one; an error leaves those as they were. What concerns training
-    alone (``stream``, ``recompute``, dropout) is not saved, nor are hooks and forwards that were replaced on a module. The
-    metadata of ``model.safetensors`` has a checksum of the weights, which ``load_model`` compares.
+    alone (``stream``, ``recompute``, dropout, ``drop_path``) is not saved, nor are hooks and forwards that were replaced on a
+    module. The metadata of ``model.safetensors`` has a checksum of the weights, which ``load_model`` compares.
 
     Args:
         model: a CrateMAE or Classifier, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel,

@@ -36,7 +36,7 @@ def fits_float32(*values: float) -> bool:
     return all(abs(value) <= _LARGEST_FLOAT32 for value in values)  # which no NaN is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # as its heirs are: the command line takes one of any other class for a class to be chosen
 class _Config:
     """The checks that all configurations share, of those fields that they have."""
 
