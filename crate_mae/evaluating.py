@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crate_mae import __version__
 from crate_mae.backbone import Backbone
+from crate_mae.checkpoints import load_model
 from crate_mae.data import CentreCropped, LabelledParts, Normalization, Source, UnreadableImage
 from crate_mae.data.progress import Progress
 from crate_mae.data.unreadable import Unreadable, by_cause
@@ -21,10 +22,12 @@ from crate_mae.evaluation import METHODS, FeatureSpec, Scores, features_of
 from crate_mae.evaluation.cache import Features, cached, fingerprint_of
 from crate_mae.evaluation.classes import TITLES
 from crate_mae.evaluation.features import extract
+from crate_mae.evaluation.scores import score
 from crate_mae.files import make_folder, replaced
+from crate_mae.finetuning import FinetuneConfig, finetune
 from crate_mae.pictures.classes import classes_picture
-from crate_mae.training.precision import autocast
-from crate_mae.training.run_folder import EVALUATION, EVALUATION_PICTURE
+from crate_mae.training.precision import autocast, choose_device
+from crate_mae.training.run_folder import EVALUATION, EVALUATION_PICTURE, has_state
 
 _SHOWN = 20
 """Classes that the table shows all of; of more, the ten most often found and the ten least."""
@@ -143,6 +146,38 @@ def _features(
             f"{left_out:,} of {len(images):,} images cannot be read{causes} and are left out; crate-mae check lists such images"
         )
     return features
+
+
+def evaluate_finetuned(config: FinetuneConfig, parts: LabelledParts, how: How, *, overwrite: bool = False) -> Scores:
+    """Scores on the test images of a classifier that is fine-tuned end to end, the last one: test images choose nothing.
+
+    What a fine-tuning in ``config.out`` has done before is taken up, also where it was done.
+
+    Args:
+        config: of which ``data`` is what ``parts.train`` is, and ``val`` what ``parts.test`` is.
+
+    Raises:
+        Exception: as of ``finetuning.finetune``.
+    """
+    done = finetune(config, resume=not overwrite and has_state(config.out), overwrite=overwrite)
+    model = load_model(config.out)
+    device = choose_device(config.run.device)
+    model.to(device).eval()
+    images = CentreCropped(parts.test, model.config.image_shape, model.config.in_chans)
+    normalization = Normalization(config.images.mean, config.images.std, model.config.in_chans)
+
+    @torch.no_grad()
+    def forward(batch: Tensor) -> Tensor:
+        with autocast(how.precision, device):
+            return model(batch).float()
+
+    logits, indices = extract(
+        forward, images, normalization, device, batch_size=how.batch_size, unreadable=lambda errors: None
+    )
+    # The classes of training, of which there may be more, in their order, are those that the model numbers.
+    columns = [done.classes.index(name) for name in parts.train.classes]
+    labels = torch.from_numpy(parts.test.labels).long()[indices]
+    return score(logits[:, columns], labels, chosen={"epochs": done.epochs})
 
 
 class Results(NamedTuple):

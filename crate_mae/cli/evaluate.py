@@ -10,18 +10,25 @@ from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.analyzing import random_model
 from crate_mae.backbone import Backbone
+from crate_mae.checkpoints import read_config
+from crate_mae.classifiers import classifier_config
 from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.pretraining import config_of
 from crate_mae.cli.runs import backbone_of, check_run, is_run, normalization_of
 from crate_mae.cli.settings import path_of
-from crate_mae.data import FLOWERS, LabelledParts, labelled_parts
+from crate_mae.data import FLOWERS, LabelledParts, absolute, labelled_parts
 from crate_mae.data.progress import say
-from crate_mae.evaluating import How, Results, evaluate_features, evaluation_lines, write_evaluation
+from crate_mae.evaluating import How, Results, evaluate_features, evaluate_finetuned, evaluation_lines, write_evaluation
 from crate_mae.evaluation import METHODS, FeatureSpec, Scores
+from crate_mae.finetuning import FinetuneConfig, FinetuneOptimizerConfig, FinetuneRunConfig, FinetuneScheduleConfig
+from crate_mae.training.config import ImagesConfig
 from crate_mae.training.feed import workers_for
 from crate_mae.training.image_sets import of_option
 from crate_mae.training.precision import choose_device, choose_precision, cpu_threads
-from crate_mae.training.run_folder import FEATURES, refuse_unwritable
+from crate_mae.training.run_folder import FEATURES, FINETUNED, refuse_unwritable
+
+FINETUNE = "finetune"
+"""The method that trains the encoder, too."""
 
 
 def add_command(commands: ArgumentParser) -> ArgumentParser:
@@ -52,9 +59,15 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         type=str,
         nargs="+",
         default=["knn", "linear"],
-        choices=list(METHODS),
-        help="knn: nearest neighbours; linear: logistic regression.",
+        choices=[*METHODS, FINETUNE],
+        help="knn: nearest neighbours; linear: logistic regression; finetune: training end to end, as crate-mae finetune does "
+        "it by default, in a folder finetuned/ beside the results.",
     )
+    parser.add_argument("--epochs", type=int, default=100, help="Of fine-tuning; a twentieth of them warm up.")
+    parser.add_argument(
+        "--base_lr", type=float, default=5e-4, help="Of fine-tuning, for a batch of 256, as --optimizer.base_lr there."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Fine-tune anew, where it was done or begun before.")
     parser.add_argument(
         "--pool", type=str, default="mean", choices=["mean", "cls", "both"], help="Patch tokens, class token, or both."
     )
@@ -110,7 +123,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     if len({each.resolve() for each in runs}) < len(runs):
         raise ValueError("RUN: the same one is given twice")
     out = path_of(str(asked.out or runs[0]))
-    for name, least in (("batch_size", 1), ("seeds", 1), ("last", 1)):
+    for name, least in (("batch_size", 1), ("seeds", 1), ("last", 1), ("epochs", 1)):
         if asked[name] < least:
             raise ValueError(f"--{name}: expected {least} or more, got {asked[name]}")
     for each in runs:
@@ -132,17 +145,27 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         f"evaluate: {len(parts.train):,} images to learn from and {len(parts.test):,} to test on, "
         f"{len(parts.train.classes)} classes; {spec.in_words()}, {how.precision} on {device}"
     )
+    seeds = range(asked.seeds if asked.baseline == "untrained" else 0)
+    of_features = [method for method in methods if method in METHODS]
     with cpu_threads(asked.threads):
         of_runs = {
             str(each): _evaluate(
-                each, model, parts, methods, how, asked.cache, "trained" if len(runs) == 1 else each.name
+                each, model, parts, of_features, how, asked.cache, "trained" if len(runs) == 1 else each.name
             )
             for each, model in models.items()
         }
-        untrained = {}
-        for seed in range(asked.seeds if asked.baseline == "untrained" else 0):
+        untrained: dict[str, dict[str, Scores]] = {}
+        for seed in seeds:
             model = random_model(models[runs[0]], seed).to(device)
-            untrained[f"seed {seed}"] = _evaluate(runs[0], model, parts, methods, how, False, f"untrained {seed}")
+            untrained[f"seed {seed}"] = _evaluate(runs[0], model, parts, of_features, how, False, f"untrained {seed}")
+    if FINETUNE in methods:
+        for number, each in enumerate(runs):
+            # Numbered, as folders in different places may share a name.
+            config = _finetuning(asked, each, each, out / FINETUNED / f"{number}_{each.resolve().name}", parts, seed=0)
+            of_runs[str(each)][FINETUNE] = evaluate_finetuned(config, parts, how, overwrite=asked.overwrite)
+        for seed in seeds:
+            config = _finetuning(asked, runs[0], None, out / FINETUNED / f"untrained_{seed}", parts, seed=seed)
+            untrained[f"seed {seed}"][FINETUNE] = evaluate_finetuned(config, parts, how, overwrite=asked.overwrite)
     results = Results(of_runs, untrained, list(parts.train.classes), _about(asked, parts, how))
     numbers, picture = write_evaluation(out, results, caption=_caption(runs, parts, spec))
     return "\n".join([*evaluation_lines(results), f"Look at {picture}; all numbers are in {numbers}."])
@@ -156,6 +179,31 @@ def _evaluate(
         return evaluate_features(model, parts, normalization_of(folder), methods, how, cache=cache, say=say, name=name)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def _finetuning(
+    asked: Namespace, run: Path, init: Path | None, out: Path, parts: LabelledParts, *, seed: int
+) -> FinetuneConfig:
+    """From the weights in ``init``, or from random ones; the rest as ``run`` has it."""
+    normalization = normalization_of(run)
+    train, test = map(absolute, parts.named)
+    return FinetuneConfig(
+        out=out,
+        data=train,
+        val=test,
+        init=init,
+        model=classifier_config(read_config(run)),
+        images=ImagesConfig(
+            mean=tuple(normalization.mean.flatten().tolist()),
+            std=tuple(normalization.std.flatten().tolist()),
+            num_workers=_workers(asked.num_workers),
+        ),
+        optimizer=FinetuneOptimizerConfig(base_lr=asked.base_lr),
+        schedule=FinetuneScheduleConfig(
+            epochs=asked.epochs, warmup_epochs=asked.epochs / 20, min_lr=0.0, batch_size=min(64, len(parts.train))
+        ),
+        run=FinetuneRunConfig(device=asked.device, precision=asked.precision, threads=asked.threads, seed=seed),
+    )
 
 
 def _spec(asked: Namespace, depths: Sequence[int]) -> FeatureSpec:

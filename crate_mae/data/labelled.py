@@ -26,11 +26,13 @@ class LabelledParts(NamedTuple):
         train: to train on.
         test: to test on.
         said: what a user should know of them, in words: what became of the parts of the data set, what was left out.
+        named: the two, in the words of `open_source`.
     """
 
     train: Source
     test: Source
     said: list[str]
+    named: tuple[str, str]
 
 
 class Relabelled(Source):
@@ -94,12 +96,15 @@ def labelled_parts(what: str | Path, *, test: str | Path | None = None) -> Label
             raise ValueError(f"{each}: expected one data set to train a classifier on, got several with weights")
     said: list[str] = []
     if test is not None:
-        train, tested = (
-            _opened(what, ["train"], "to train on", said),
-            _opened(test, ["test", "val"], "to test on", said),
+        named = (
+            _named(what, ["train"], "to train on", said),
+            _named(test, ["test", "val"], "to test on", said),
         )
+        train, tested = map(open_source, named)
     elif what.startswith("hf:") and not Path(what).exists():
-        train, tested = _splits(what, said)
+        train, split = _with_test_split(what, said)
+        named = what, f"{what},split={split}"
+        tested = open_source(named[1])
     else:
         parts = parts_of(Path(what)) if is_folder(what) else {}
         held_out = next((part for part in ("test", "val") if part in parts), None)
@@ -115,14 +120,17 @@ def labelled_parts(what: str | Path, *, test: str | Path | None = None) -> Label
         said.append(f"of {what}, " + ", ".join(f"{parts[part].name}/ {uses.get(part, 'left out')}" for part in parts))
         train = published.layout.read(published.root, trained) if published else open_source(parts["train"])
         tested = open_source(parts[held_out])
+        counts = {part: published.layout.parts[part] for part in trained} if published else {}
+        several = " + ".join(f"{counts[part]} {parts[part]}" for part in trained) if len(trained) > 1 else ""
+        named = several or str(parts[trained[0]]), str(parts[held_out])
     said += [f"to train on: {remark}" for remark in train.remarks()]
     said += [f"to test on: {remark}" for remark in tested.remarks()]
     if len(train) == len(tested) and train.name(0) == tested.name(0) and train.fingerprint() == tested.fingerprint():
         raise ValueError(f"{test or what}: the images to test on are those that are trained on")
-    return LabelledParts(*_numbered_alike(train, tested, what, test or what), said)
+    return LabelledParts(*_numbered_alike(train, tested, what, test or what), said, named)
 
 
-def _opened(what: str, wanted: list[str], use: str, said: list[str]) -> Source:
+def _named(what: str, wanted: list[str], use: str, said: list[str]) -> str:
     """The first of the parts wanted that it has; all of it, where it has no parts."""
     parts = parts_of(Path(what)) if is_folder(what) else {}
     part = next((part for part in wanted if part in parts), None)
@@ -132,11 +140,11 @@ def _opened(what: str, wanted: list[str], use: str, said: list[str]) -> Source:
     if part:
         words = (f"{path.name}/ {use if name == part else 'left out'}" for name, path in parts.items())
         said.append(f"of {what}, {', '.join(words)}")
-    return open_source(parts[part] if part else what)
+    return str(parts[part]) if part else what
 
 
-def _splits(what: str, said: list[str]) -> tuple[Source, Source]:
-    """Of a Hugging Face dataset."""
+def _with_test_split(what: str, said: list[str]) -> tuple[Source, str]:
+    """Of a Hugging Face dataset: what is trained on, and the split to test on."""
     train = open_source(what)
     assert isinstance(train, HuggingFaceImages)
     split = next((each for each in _SPLITS if each in train.other_splits), None)
@@ -144,7 +152,7 @@ def _splits(what: str, said: list[str]) -> tuple[Source, Source]:
         held = ", ".join(train.other_splits) or "no other split"
         raise ValueError(f"{what}: name a split to test on (test), such as hf:NAME,split=test; it has {held}")
     said.append(f"of {what}, split train to train on, {split} to test on")
-    return train, open_source(f"{what},split={split}")
+    return train, split
 
 
 def _numbered_alike(train: Source, test: Source, train_what: str, test_what: str) -> tuple[Source, Source]:

@@ -23,8 +23,8 @@ SUMMARY = "summary.png"
 """Written by the demo alone."""
 ANALYSIS, ANALYSIS_PICTURE, INSIDE = "analysis.json", "analysis.png", "inside"
 """Written by `crate-mae analyze` and, into the folder, `crate-mae visualize`, of the model that the run has."""
-FEATURES, EVALUATION, EVALUATION_PICTURE = "features", "evaluation.json", "evaluation.png"
-"""Written by `crate-mae evaluate`: the first a folder of .safetensors files."""
+FEATURES, FINETUNED, EVALUATION, EVALUATION_PICTURE = "features", "finetuned", "evaluation.json", "evaluation.png"
+"""Written by `crate-mae evaluate`: the first a folder of .safetensors files, the second one of fine-tunings."""
 
 
 def check_run_folder(config: TrainingConfig, *, resume: bool, overwrite: bool) -> None:
