@@ -83,8 +83,9 @@ def add_architecture(parser: ArgumentParser, models: Iterable[str]) -> None:
 
 def _refuse_other_kind(out: Path, kind: type[TrainingConfig]) -> None:
     try:
+        check_json(out / CONFIG_FILE)  # a pipe would be waited for
         settings = json.loads((out / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):  # which its reader tells
+    except (OSError, ValueError):  # which its reader tells
         return
     if isinstance(settings, dict) and kind_of(settings) != kind.kind:
         raise ValueError(f"{out} holds a run of crate-mae {kind_of(settings)}, and that resumes it")
