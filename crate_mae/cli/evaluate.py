@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from crate_mae.data.progress import say
 from crate_mae.evaluating import How, Results, evaluate_features, evaluate_finetuned, evaluation_lines, write_evaluation
 from crate_mae.evaluation import METHODS, FeatureSpec, Scores
 from crate_mae.finetuning import FinetuneConfig, FinetuneOptimizerConfig, FinetuneRunConfig, FinetuneScheduleConfig
+from crate_mae.state_dicts import checksum
 from crate_mae.training.config import ImagesConfig
 from crate_mae.training.feed import workers_for
 from crate_mae.training.image_sets import of_option
@@ -159,12 +162,11 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             model = random_model(models[runs[0]], seed).to(device)
             untrained[f"seed {seed}"] = _evaluate(runs[0], model, parts, of_features, how, False, f"untrained {seed}")
     if FINETUNE in methods:
-        for number, each in enumerate(runs):
-            # Numbered, as folders in different places may share a name.
-            config = _finetuning(asked, each, each, out / FINETUNED / f"{number}_{each.resolve().name}", parts, seed=0)
+        for each, model in models.items():
+            config = _finetuning(asked, each, each, out, parts, f"{each.resolve().name}_{checksum(model.state_dict())}")
             of_runs[str(each)][FINETUNE] = evaluate_finetuned(config, parts, how, overwrite=asked.overwrite)
         for seed in seeds:
-            config = _finetuning(asked, runs[0], None, out / FINETUNED / f"untrained_{seed}", parts, seed=seed)
+            config = _finetuning(asked, runs[0], None, out, parts, f"untrained_{seed}", seed=seed)
             untrained[f"seed {seed}"][FINETUNE] = evaluate_finetuned(config, parts, how, overwrite=asked.overwrite)
     results = Results(of_runs, untrained, list(parts.train.classes), _about(asked, parts, how))
     numbers, picture = write_evaluation(out, results, caption=_caption(runs, parts, spec))
@@ -182,13 +184,17 @@ def _evaluate(
 
 
 def _finetuning(
-    asked: Namespace, run: Path, init: Path | None, out: Path, parts: LabelledParts, *, seed: int
+    asked: Namespace, run: Path, init: Path | None, out: Path, parts: LabelledParts, name: str, *, seed: int = 0
 ) -> FinetuneConfig:
-    """From the weights in ``init``, or from random ones; the rest as ``run`` has it."""
+    """From the weights in ``init``, or from random ones; the rest as ``run`` has it.
+
+    Its folder is called by the weights it starts from, which ``name`` tells, and by its settings: what was begun otherwise is
+    another fine-tuning, and is not taken up.
+    """
     normalization = normalization_of(run)
     train, test = map(absolute, parts.named)
-    return FinetuneConfig(
-        out=out,
+    config = FinetuneConfig(
+        out=out / FINETUNED,
         data=train,
         val=test,
         init=init,
@@ -204,6 +210,9 @@ def _finetuning(
         ),
         run=FinetuneRunConfig(device=asked.device, precision=asked.precision, threads=asked.threads, seed=seed),
     )
+    settings = {each: value for each, value in config.to_dict().items() if each not in ("out", "init")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return dataclasses.replace(config, out=config.out / f"{name}_{digest[:8]}")
 
 
 def _spec(asked: Namespace, depths: Sequence[int]) -> FeatureSpec:

@@ -122,6 +122,31 @@ def test_several_runs_and_classifiers(run, classes, tmp_path, capsys):
     assert first == second and found["summary"]["linear"]["runs"]["standard_deviation"] == 0  # one encoder
 
 
+def test_fine_tuning_is_taken_up_where_nothing_changed(run, classes, tmp_path, capfd):
+    out = tmp_path / "out"
+    command = ["evaluate", str(run), "--data", str(classes), "--method", "finetune", "--seeds", "1", "--out", str(out)]
+    command += ["--base_lr", "0.02", "--num_workers", "0", "--precision", "float32", "--epochs"]
+
+    def steps(epochs: int) -> list[int]:
+        """Of what went before, where each of the two began."""
+        capfd.readouterr()
+        assert main([*command, str(epochs)]) == 0
+        said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("finetune:")]
+        return [int(line.split("from step ")[1].split()[0]) if "from step " in line else 0 for line in said]
+
+    assert steps(12) == [0, 0]
+    found = written(out)
+    assert found["runs"][str(run)]["finetune"]["top1"] > 0.9  # three colours
+    assert np.sum(found["runs"][str(run)]["finetune"]["confusion"]) == 12
+    assert found["untrained"]["seed 0"]["finetune"]["chosen"] == {"epochs": 12}
+    assert steps(12) == [12, 12]
+    assert written(out) == found
+    assert steps(2) == [0, 0]
+    torch.manual_seed(2)
+    crate_mae.save_model(CrateMAE(TINY), run)  # other weights in the same place
+    assert steps(12) == [0, 12]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

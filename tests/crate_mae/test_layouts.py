@@ -277,7 +277,7 @@ def test_an_image_that_is_missing_is_unreadable(tmp_path):
 def test_without_scipy_it_is_said_how_it_is_installed(tmp_path, monkeypatch):
     make_flowers(tmp_path / "flowers")
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(MissingLibrary, match=r"imagelabels.mat: .* scipy .*: pip install '\.\[evaluate\]'"):
+    with pytest.raises(MissingLibrary, match=r"imagelabels.mat: .* scipy .*: pip install '\.\[data\]'"):
         open_source(tmp_path / "flowers")
 
 
@@ -323,7 +323,8 @@ class TestLabelledParts:
     @pytest.mark.parametrize("name", MAKERS)
     def test_of_layouts_all_is_trained_on_that_is_not_tested_on(self, name, tmp_path):
         held = MAKERS[name](tmp_path / name)
-        train, test, said = labelled_parts(tmp_path)
+        train, test, said, named = labelled_parts(tmp_path)
+        assert [len(open_source(each)) for each in named] == [len(train), len(test)]
         assert_holds(train, held["train"] + held.get("val", []))
         assert_holds(test, held["test"])
         assert list(train.classes) == list(test.classes)
@@ -333,7 +334,7 @@ class TestLabelledParts:
 
     def test_classes_of_folders_are_matched_by_name(self, tmp_path):
         folders(tmp_path, "train/a train/b train/c val/b test/c test/a")
-        train, test, said = labelled_parts(tmp_path)
+        train, test, said, _ = labelled_parts(tmp_path)
         assert train.classes == test.classes == ["a", "b", "c"]
         assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 1, 1, 2, 2], [0, 0, 2, 2])
         assert test.fingerprint() == open_source(tmp_path / "test").fingerprint()
@@ -343,12 +344,12 @@ class TestLabelledParts:
 
     def test_what_to_test_on_may_be_named(self, tmp_path):
         folders(tmp_path, "flat/a flat/b other/b parts/train/a parts/train/b parts/val/b")
-        train, test, said = labelled_parts(tmp_path / "flat", test=tmp_path / "other")
+        train, test, said, _ = labelled_parts(tmp_path / "flat", test=tmp_path / "other")
         assert (len(train), test.labels.tolist(), said) == (4, [1, 1], [])
-        train, test, said = labelled_parts(tmp_path / "parts", test=tmp_path / "parts")
+        train, test, said, _ = labelled_parts(tmp_path / "parts", test=tmp_path / "parts")
         assert (len(train), test.labels.tolist()) == (4, [1, 1])
         make_flowers(tmp_path / "flowers")  # of which "val" is not trained on, where it is tested on
-        train, test, _ = labelled_parts(tmp_path / "flowers", test=tmp_path / "flowers/val")
+        train, test, *_ = labelled_parts(tmp_path / "flowers", test=tmp_path / "flowers/val")
         assert {train.name(i) for i in range(len(train))}.isdisjoint(test.name(i) for i in range(len(test)))
 
     @pytest.mark.parametrize(
@@ -395,7 +396,7 @@ class TestLabelledParts:
         splits = datasets.DatasetDict(train=table(2, 1, 1), validation=table(1))
         splits.save_to_disk(tmp_path / "saved")
         what = f"hf:{tmp_path}/saved"
-        train, test, said = labelled_parts(what)
+        train, test, said, _ = labelled_parts(what)
         assert train.classes == test.classes == ["a", "b"], "without the one that no image is of"
         assert (train.labels.tolist(), test.labels.tolist()) == ([0, 1, 1], [1])
         assert said[0] == f"of {what}, split train to train on, validation to test on"
