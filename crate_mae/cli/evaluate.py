@@ -149,6 +149,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         f"{len(parts.train.classes)} classes; {spec.in_words()}, {how.precision} on {device}"
     )
     seeds = range(asked.seeds if asked.baseline == "untrained" else 0)
+    if seeds and any(model.config != first for model in models.values()):
+        say(f"the runs are of different models; those with random weights are as {runs[0]}")
     of_features = [method for method in methods if method in METHODS]
     with cpu_threads(asked.threads):
         of_runs = {
