@@ -69,6 +69,12 @@ def photographs(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def few_encoders_with_random_weights(monkeypatch):
+    """The demo's end takes most of its time for them."""
+    monkeypatch.setattr("crate_mae.demo.RANDOM_SEEDS", range(2))
+
+
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "run"
