@@ -83,14 +83,12 @@ def evaluate_features(
         labels = torch.from_numpy(source.labels).long()[features.indices]
         made[part] = features.values.to(next(model.parameters()).device), labels
     device = made["train"][0].device
-    told = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         arguments = [each for features, labels in made.values() for each in (features, labels.to(device))]
         found = {method: _of_all_classes(METHODS[method](*arguments), len(parts.train.classes)) for method in methods}
-        told = [str(each.message) for each in caught]
-    for line in told:
-        say(f"{name}: {line}")
+    for each in caught:
+        say(f"{name}: {each.message}")
     return found
 
 
