@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import signal
@@ -24,11 +25,11 @@ TINY = ModelConfig(
 )
 
 
-def write_photographs(folder: Path) -> Path:
-    """12 small smooth pictures, 4 batches of 3."""
+def write_photographs(folder: Path, count: int = 12) -> Path:
+    """Small smooth pictures; of 12, 4 batches of 3."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for index in range(12):
+    for index in range(count):
         corners = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
         corners.resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{index:02}.png")
     return folder
@@ -45,6 +46,23 @@ def tiny_config(out: Path, photographs: Path) -> PretrainConfig:
         schedule=ScheduleConfig(epochs=3, warmup_epochs=1, batch_size=3),
         run=RunConfig(device="cpu", precision="float32", threads=1, log_every=2, save_every=1, pictures=2),
     )
+
+
+def uneven_config(folder: Path) -> PretrainConfig:
+    """20 steps, each with a row, and a state every other one. Of two ranks, one has 3 images of a batch and the other 2, and one has
+    the last image that is validated on."""
+    config = tiny_config(folder / "run", write_photographs(folder / "photographs"))
+    return dataclasses.replace(
+        config,
+        val=str(write_photographs(folder / "held out", 13)),
+        schedule=ScheduleConfig(epochs=10, warmup_epochs=1, batch_size=5),
+        run=dataclasses.replace(config.run, log_every=1, keep_every=1, pictures=1),
+    )
+
+
+def with_run(config: PretrainConfig, out: Path | None = None, **settings: object) -> PretrainConfig:
+    """The same with other settings of the section run, and perhaps in another folder."""
+    return dataclasses.replace(config, out=out or config.out, run=dataclasses.replace(config.run, **settings))
 
 
 def visited(config: PretrainConfig, epoch: int) -> list[Path]:
