@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from crate_mae.data import STOPPING
+from crate_mae.training.interrupts import RunStopped
 
 T = TypeVar("T")
 
@@ -100,6 +101,13 @@ class Ranks:
     def of_first(self, make: Callable[[], T]) -> T:
         """What the first rank makes, on all; all others have come here before it does. What it raises all raise."""
         return make()
+
+    def each_after_first(self, make: Callable[[], T]) -> T:
+        """What each rank makes for itself, the first ahead of the others, which find what it left in caches and on disks. What it
+        raises all raise."""
+        made: list[T] = []
+        self.of_first(lambda: made.append(make()))
+        return made[0] if made else make()
 
     def gathered(self, value: T) -> list[T]:
         """What each rank gives, on all."""
@@ -208,13 +216,20 @@ def met(device: torch.device) -> Iterator[Ranks]:
         yield Ranks()
         return
     ranks = TorchrunRanks(device)
-    with warnings.catch_warnings(), _ended_in_time():
+    with contextlib.ExitStack() as within:
+        within.enter_context(_ended_in_time())
+        within.enter_context(warnings.catch_warnings())
         for harmless in _HARMLESS:
             warnings.filterwarnings("ignore", message=harmless)
         if not ranks.is_first:
-            warnings.simplefilter("ignore")
+            nowhere = within.enter_context(open(os.devnull, "w"))
+            within.enter_context(contextlib.redirect_stdout(nowhere))
+            within.enter_context(contextlib.redirect_stderr(nowhere))
         try:
             yield ranks
+        except RunStopped:  # as all are, at the same step
+            ranks.part()
+            raise
         except RuntimeError as error:
             if is_of_a_collective(error):
                 raise LostRank.told_by(error) from error
