@@ -15,9 +15,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from crate_mae.data import STOPPING
+from crate_mae.training.interrupts import RunStopped
 
 T = TypeVar("T")
 
@@ -100,6 +100,13 @@ class Ranks:
     def of_first(self, make: Callable[[], T]) -> T:
         """What the first rank makes, on all; all others have come here before it does. What it raises all raise."""
         return make()
+
+    def each_after_first(self, make: Callable[[], T]) -> T:
+        """What each rank makes for itself, the first ahead of the others, which find what it left in caches and on disks. What it
+        raises all raise."""
+        made: list[T] = []
+        self.of_first(lambda: made.append(make()))
+        return made[0] if made else make()
 
     def gathered(self, value: T) -> list[T]:
         """What each rank gives, on all."""
@@ -208,13 +215,20 @@ def met(device: torch.device) -> Iterator[Ranks]:
         yield Ranks()
         return
     ranks = TorchrunRanks(device)
-    with warnings.catch_warnings(), _ended_in_time():
+    with contextlib.ExitStack() as within:
+        within.enter_context(_ended_in_time())
+        within.enter_context(warnings.catch_warnings())
         for harmless in _HARMLESS:
             warnings.filterwarnings("ignore", message=harmless)
         if not ranks.is_first:
-            warnings.simplefilter("ignore")
+            nowhere = within.enter_context(open(os.devnull, "w"))
+            within.enter_context(contextlib.redirect_stdout(nowhere))
+            within.enter_context(contextlib.redirect_stderr(nowhere))
         try:
             yield ranks
+        except RunStopped:  # as all are, at the same step
+            ranks.part()
+            raise
         except RuntimeError as error:
             if is_of_a_collective(error):
                 raise LostRank.told_by(error) from error
@@ -233,17 +247,16 @@ def is_silent() -> bool:
     return launched() and os.environ["RANK"] != "0"
 
 
-def end_of_rank(line: str, status: int) -> NoReturn:
+def end_of_rank(line: str, error: BaseException, status: int) -> NoReturn:
     """End this process at once: the others are ended by torchrun, or by the connections that break.
 
-    Says why, unless another rank has failed before: what followed from that need not be told. torchrun gets the line, too, for
-    its own report.
+    Says why, unless another rank has failed before: what followed from that need not be told. Of a stop, which is that of all,
+    the first rank tells.
     """
-    if _is_first_to_fail():
+    if not is_silent() if isinstance(error, RunStopped) else _is_first_to_fail():
         rank = os.environ["RANK"]
         with contextlib.suppress(OSError):
             print(line if rank == "0" else f"{line} (rank {rank})", file=sys.stderr, flush=True)
-        get_error_handler().record_exception(RuntimeError(line))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
