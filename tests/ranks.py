@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from crate_mae import cli
 from crate_mae.__main__ import main as command
+from crate_mae.data import ImageFolder, UnreadableImage
 from crate_mae.training import PretrainConfig, pretrain
 from crate_mae.training.states import saved_states
 
@@ -127,3 +128,13 @@ def unnamed_tensors(out: Path) -> list[str]:
     """Folders of tensors that no state names."""
     named = {torch.load(state.path, weights_only=True)["shards"]["folder"] for state in saved_states(out / "states")}
     return sorted({path.name for path in (out / "states").glob("step_*-*")} - named)
+
+
+def cannot_read(rank: int) -> None:
+    """Of this process, if it is that rank, no image can be read."""
+
+    def image(self: ImageFolder, index: int) -> NoReturn:
+        raise UnreadableImage(self.name(index), "damaged", "on purpose")
+
+    if os.environ["RANK"] == str(rank):
+        ImageFolder.image = image

@@ -49,8 +49,8 @@ def tiny_config(out: Path, photographs: Path) -> PretrainConfig:
 
 
 def uneven_config(folder: Path) -> PretrainConfig:
-    """20 steps, each with a row, and a state every other one. Of two ranks, one has 3 images of a batch and the other 2, and one has
-    the last image that is validated on."""
+    """20 steps, each with a row, and a state every other one. Of two ranks, one has 3 images of a batch and the other 2, and one
+    has the last image that is validated on."""
     config = tiny_config(folder / "run", write_photographs(folder / "photographs"))
     return dataclasses.replace(
         config,

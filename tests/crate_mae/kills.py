@@ -72,6 +72,7 @@ class Kills:
         self._rng = random.Random(seed)
         self._undisturbed: dict[str, tuple[Left, float]] = {}
         self.in_writes = 0
+        ForkedRanks(1, int, folder / "printed").end()  # from now on, nothing imports PyTorch
 
     def bring_about(self, mode: str, kills: int) -> Iterator[tuple[str, list[str]]]:
         """What happened at each kill of a run, and what was wrong with it; and at the end of the run."""
@@ -123,7 +124,7 @@ class Kills:
 
     def _while_writing(self, ranks: ForkedRanks) -> str:
         """Some time after one of the next states has begun to be written."""
-        nth, delay = self._rng.randint(1, 8), self._rng.uniform(0, 0.03)
+        nth, delay = self._rng.randint(1, 4), self._rng.uniform(0, 0.03)
         seen = set(self._writing())
         until = len(seen) + nth
         while len(seen) < until and all(process.exitcode is None for process in ranks.processes):
