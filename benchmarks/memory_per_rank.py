@@ -1,0 +1,236 @@
+"""How much memory each rank of a run needs: by itself, replicated (DistributedDataParallel), or in shards (FSDP2).
+
+    python -m benchmarks.memory_per_rank --batch 64 --ranks 8 64
+    python -m benchmarks.memory_per_rank --model crate_mae_base --providers "triton 16bit" "triton recompute" --accumulate
+
+Counted from the tensors of the model, without computing anything and on any machine, for a GPU: float32 parameters, products in
+16 bits under autocast, so many images on each rank. The parts:
+
+    parameters, gradients, means    what AdamW changes, by what, and what it keeps; of a rank's shard under FSDP2, of all else
+    whole       FSDP2 alone: whole parameters and gradients of the layers at hand, at the most that there is of them at once
+    saved       for the backward, as ``benchmarks.memory`` counts it
+    constants, batch    buffers of the model; the images and the noise that masks them
+
+They are never there all at once: when the last gradient is complete, nothing saved is left. Not counted: what operators make on
+the way and let go of (gradients of tokens, kernels' scratch, a library's workspace), buffers of NCCL, a running average of the
+weights, CUDA's context, and what PyTorch's allocator holds and does not use. Under DDP gradients are views of what is sent
+(``gradient_as_bucket_view``), so that a rank takes what one process does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import crate_mae
+from benchmarks import harness
+from benchmarks.command_line import device_named, positive
+from benchmarks.memory import as_on_a_gpu, counting_saved
+from benchmarks.models import add_model_arguments, check_model
+from benchmarks.peers import STEPS, Official, Step
+from benchmarks.records import Record, describe_model, table
+from benchmarks.training_step import Batch
+from crate_mae.model import CrateMAE
+
+OPERATOR = "memory_per_rank"
+ALONE = "one process"
+ACCUMULATED = "accumulated"
+
+MODELS_BY_DEFAULT = ["crate_mae_base", "crate_mae_large"]
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """What a step was seen to keep and give: bytes saved for the backward, those of its batch, and parameters in the order in
+    which their gradients are complete."""
+
+    saved: int
+    batch: int
+    complete: list[nn.Parameter]
+
+
+def count_step(model: CrateMAE, step: Step, size: int, dtype: torch.dtype) -> StepCount:
+    """One step of ``size`` images; the model's tensors are fake, and the mode that they are of is on."""
+    model.stream, model.recompute = step.stream, step.recompute
+    batch = Batch.random(model.config, size, torch.device("cpu"), dtype)
+    complete: list[nn.Parameter] = []
+    hooks = [parameter.register_post_accumulate_grad_hook(complete.append) for parameter in model.parameters()]
+    with counting_saved([*model.parameters(), *model.buffers()]) as saved, harness.autocast(batch.images.device, dtype):
+        loss = step.model(model)(batch.images, batch.target)
+    kept = saved.bytes(without=loss)
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad()
+    return StepCount(kept, batch.images.nbytes + batch.target.nbytes, complete)
+
+
+def shard_of(parameter: Tensor, ranks: int, rank: int) -> Tensor:
+    """What ``fully_shard`` gives a rank of a parameter: a chunk of its first dimension, or nothing; padding aside."""
+    chunks = parameter.detach().chunk(ranks)
+    return chunks[rank] if rank < len(chunks) else parameter.detach()[:0]
+
+
+def padded_bytes(parameters: Iterable[Tensor], ranks: int) -> int:
+    """Of a rank's shards as they are stored and sent: each as large as the first rank's."""
+    return sum(_nbytes(shard_of(parameter, ranks, 0)) for parameter in parameters)
+
+
+def means_bytes(shards: Sequence[Tensor]) -> int:
+    """What AdamW keeps of parameters like these, on one rank: two means, and the number of steps."""
+    with FakeTensorMode():
+        mine = [nn.Parameter(torch.empty(shard.shape, dtype=shard.dtype)) for shard in shards]
+        for parameter in mine:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = torch.optim.AdamW(mine)
+        optimizer.step()
+        return sum(_nbytes(kept) for state in optimizer.state.values() for kept in state.values())
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Of its elements: what a tensor is a part of may be larger."""
+    return tensor.numel() * tensor.element_size()
+
+
+def states(model: CrateMAE, ranks: int = 1, rank: int = 0) -> dict[str, int]:
+    """Bytes between two steps, with gradients, of one of the ranks that a model is divided among; 1: it is not divided."""
+    parameters = list(model.parameters())
+    stored = padded_bytes(parameters, ranks)
+    means = means_bytes([shard_of(parameter, ranks, rank) for parameter in parameters])
+    constants = sum(map(_nbytes, model.buffers()))
+    return {"parameters": stored, "gradients": stored, "means": means, "constants": constants}
+
+
+def whole(model: CrateMAE, complete: Sequence[nn.Parameter], ranks: int, *, accumulated: bool = False) -> int:
+    """The most bytes of whole parameters and gradients that FSDP2 has at once on each of two ranks or more, shards aside.
+
+    Each layer of the encoder and the decoder is gathered by itself, and what is left with the model: that stays until its
+    backward is over. Gathered is as much as all shards with their padding, and takes that twice until it is copied to where
+    the parameters are. In the backward a layer's parameters are there with those of the next, which are on their way; with them
+    its gradients, those of the layer before as they were sent, and what is complete of those that belong to no layer.
+
+    Args:
+        complete: all parameters, in the order in which their gradients are complete.
+        accumulated: all gradients are there from earlier micro-batches: each layer's are sent in the last.
+    """
+    layers = [list(block.parameters()) for block in (*model.encoder_layers, *model.decoder_blocks)]
+    in_layers = set(chain.from_iterable(layers))
+    rest = [parameter for parameter in model.parameters() if parameter not in in_layers]
+    gathered = [ranks * padded_bytes(layer, ranks) for layer in layers]
+    gradients = [sum(map(_nbytes, layer)) for layer in layers]
+    when = {parameter: moment for moment, parameter in enumerate(complete)}
+    rest_gathered, rest_gradients = ranks * padded_bytes(rest, ranks), sum(map(_nbytes, rest))
+
+    moments = []
+    for before, layer in zip([rest_gathered, *gathered], gathered, strict=False):  # forward
+        moments += [before + layer, 2 * layer]
+    sent = 0
+    for index in reversed(range(len(layers))):  # backward
+        layer, following = gathered[index], gathered[index - 1] if index else 0
+        if accumulated:
+            there = rest_gradients + sum(gradients[: index + 1])
+        else:
+            last = max(when[parameter] for parameter in layers[index])
+            there = gradients[index] + sum(_nbytes(parameter) for parameter in rest if when[parameter] < last)
+        moments += [layer + following + there + sent, following + there + layer]
+        sent = layer
+    return max(*(rest_gathered + moment for moment in moments), rest_gathered + rest_gradients + sent)
+
+
+def modes(ranks: Sequence[int], accumulate: bool) -> list[tuple[str, int, int, bool]]:
+    """The ways of running that are compared: each in words, number of ranks, of shards, and whether gradients are accumulated."""
+    found = [(ALONE, 1, 1, False)]
+    several = [count for count in ranks if count > 1]
+    found += [(f"DDP, {count} ranks", count, 1, False) for count in several]
+    found += [(f"FSDP2, {count} ranks", count, count, False) for count in several]
+    found += [(f"FSDP2, {count} ranks, {ACCUMULATED}", count, count, True) for count in several if accumulate]
+    return found
+
+
+def measure(record: Record, model_name: str, arguments: argparse.Namespace, provider: str, size: int) -> None:
+    """One row a way of running."""
+    overrides, step = dict(arguments.set), STEPS[provider]
+    with as_on_a_gpu(step):
+        model = crate_mae.create_model(model_name, **overrides)
+        counted = count_step(model, step, size, harness.torch_dtype(arguments.dtype))
+        config = model.config
+        for mode, ranks, shards, accumulated in modes(arguments.ranks, arguments.accumulate):
+            parts = states(model, shards) | {"saved": counted.saved, "batch": counted.batch}
+            if shards > 1:
+                parts["whole"] = whole(model, counted.complete, shards, accumulated=accumulated)
+            record.add(
+                operator=OPERATOR,
+                model=model_name,
+                overrides=overrides,
+                shape=[size, config.in_chans, *config.image_shape],
+                dtype=arguments.dtype,
+                mode=mode,
+                provider=provider,
+                ranks=ranks,
+                parts=parts,
+                peak_bytes=sum(parts.values()),
+            )
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> str:
+    """A line a row, in MiB."""
+    parts = list(dict.fromkeys(chain.from_iterable(row["parts"] for row in rows)))
+    columns = ["model", "batch", "provider", "on each of", *(f"{part}, MiB" for part in parts), "sum, MiB"]
+    lines = []
+    for row in rows:
+        counts = [*(row["parts"].get(part, 0) for part in parts), row["peak_bytes"]]
+        named = [describe_model(row), row["shape"][0], row["provider"], row["mode"]]
+        lines.append([*named, *(round(count / 2**20, 1) for count in counts)])
+    return table(columns, lines)
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    arguments = _parser().parse_args(argv)
+    device = device_named(arguments.device)
+    models = [arguments.model] if arguments.model else MODELS_BY_DEFAULT
+    for arguments.model in models:
+        check_model(arguments)
+    record = Record(device, arguments.seed, arguments.json)
+    for model in models:
+        for size in arguments.batch:
+            for provider in arguments.providers:
+                measure(record, model, arguments, provider, size)
+    print(table_of(record.rows))
+    return record.rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory_per_rank", description=__doc__.partition("\n")[0]
+    )
+    add_model_arguments(parser)
+    parser.set_defaults(model=None)  # all of MODELS_BY_DEFAULT
+    parser.add_argument("--batch", nargs="+", type=positive, default=[64], help="images a step on each rank (64)")
+    parser.add_argument("--dtype", choices=[name for name in harness.DTYPES if name != "tf32"], default="bfloat16")
+    parser.add_argument("--ranks", nargs="+", type=positive, default=[8, 64], help="how many, beside one (8 64)")
+    parser.add_argument("--accumulate", action="store_true", help="FSDP2 with several micro-batches a step, too")
+    names = [name for name, step in STEPS.items() if _is_counted(step)]
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        choices=names,
+        default=["triton", "triton recompute"],
+        metavar="NAME",
+        help=f"{', '.join(map(repr, names))} (triton, triton recompute)",
+    )
+    return parser
+
+
+def _is_counted(step: Step) -> bool:
+    return step.model is Official and step.mode is None and not step.graph and step.implementation != "composed"
+
+
+if __name__ == "__main__":
+    main()
