@@ -22,12 +22,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from itertools import chain, product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crate_mae
 from benchmarks import harness
@@ -40,35 +39,30 @@ from benchmarks.training_step import Batch
 from crate_mae.model import CrateMAE
 
 OPERATOR = "memory_per_rank"
-ALONE = "one process"
-ACCUMULATED = "accumulated"
-
 MODELS_BY_DEFAULT = ["crate_mae_base", "crate_mae_large"]
 
 
 @dataclass(frozen=True)
 class StepCount:
-    """What a step was seen to keep and give: bytes saved for the backward, those of its batch, and parameters in the order in
-    which their gradients are complete."""
+    """What a step was seen to keep and give: bytes saved for the backward, those of its batch, and the names of parameters in
+    the order in which their gradients are complete."""
 
     saved: int
     batch: int
-    complete: list[nn.Parameter]
+    complete: list[str]
 
 
 def count_step(model: CrateMAE, step: Step, size: int, dtype: torch.dtype) -> StepCount:
-    """One step of ``size`` images; the model's tensors are fake, and the mode that they are of is on."""
+    """One step of ``size`` images; the model's tensors are fake, of the mode that is on, and have no other use."""
     model.stream, model.recompute = step.stream, step.recompute
     batch = Batch.random(model.config, size, torch.device("cpu"), dtype)
-    complete: list[nn.Parameter] = []
-    hooks = [parameter.register_post_accumulate_grad_hook(complete.append) for parameter in model.parameters()]
+    complete: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: complete.append(name))
     with counting_saved([*model.parameters(), *model.buffers()]) as saved, harness.autocast(batch.images.device, dtype):
         loss = step.model(model)(batch.images, batch.target)
     kept = saved.bytes(without=loss)
     loss.backward()
-    for hook in hooks:
-        hook.remove()
-    model.zero_grad()
     return StepCount(kept, batch.images.nbytes + batch.target.nbytes, complete)
 
 
@@ -85,13 +79,12 @@ def padded_bytes(parameters: Iterable[Tensor], ranks: int) -> int:
 
 def means_bytes(shards: Sequence[Tensor]) -> int:
     """What AdamW keeps of parameters like these, on one rank: two means, and the number of steps."""
-    with FakeTensorMode():
-        mine = [nn.Parameter(torch.empty(shard.shape, dtype=shard.dtype)) for shard in shards]
-        for parameter in mine:
-            parameter.grad = torch.empty_like(parameter)
-        optimizer = torch.optim.AdamW(mine)
-        optimizer.step()
-        return sum(_nbytes(kept) for state in optimizer.state.values() for kept in state.values())
+    mine = [nn.Parameter(torch.empty_like(shard, device="meta")) for shard in shards]
+    for parameter in mine:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = torch.optim.AdamW(mine)
+    optimizer.step()
+    return sum(_nbytes(kept) for state in optimizer.state.values() for kept in state.values())
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -108,7 +101,7 @@ def states(model: CrateMAE, ranks: int = 1, rank: int = 0) -> dict[str, int]:
     return {"parameters": stored, "gradients": stored, "means": means, "constants": constants}
 
 
-def whole(model: CrateMAE, complete: Sequence[nn.Parameter], ranks: int, *, accumulated: bool = False) -> int:
+def whole(model: CrateMAE, complete: Sequence[str], ranks: int, *, accumulated: bool = False) -> int:
     """The most bytes of whole parameters and gradients that FSDP2 has at once on each of two ranks or more, shards aside.
 
     Each layer of the encoder and the decoder is gathered by itself, and what is left with the model: that stays until its
@@ -117,7 +110,7 @@ def whole(model: CrateMAE, complete: Sequence[nn.Parameter], ranks: int, *, accu
     its gradients, those of the layer before as they were sent, and what is complete of those that belong to no layer.
 
     Args:
-        complete: all parameters, in the order in which their gradients are complete.
+        complete: the names of all parameters, in the order in which their gradients are complete.
         accumulated: all gradients are there from earlier micro-batches: each layer's are sent in the last.
     """
     layers = [list(block.parameters()) for block in (*model.encoder_layers, *model.decoder_blocks)]
@@ -125,7 +118,8 @@ def whole(model: CrateMAE, complete: Sequence[nn.Parameter], ranks: int, *, accu
     rest = [parameter for parameter in model.parameters() if parameter not in in_layers]
     gathered = [ranks * padded_bytes(layer, ranks) for layer in layers]
     gradients = [sum(map(_nbytes, layer)) for layer in layers]
-    when = {parameter: moment for moment, parameter in enumerate(complete)}
+    named = dict(model.named_parameters())
+    when = {named[name]: moment for moment, name in enumerate(complete)}
     rest_gathered, rest_gradients = ranks * padded_bytes(rest, ranks), sum(map(_nbytes, rest))
 
     moments = []
@@ -144,36 +138,48 @@ def whole(model: CrateMAE, complete: Sequence[nn.Parameter], ranks: int, *, accu
     return max(*(rest_gathered + moment for moment in moments), rest_gathered + rest_gradients + sent)
 
 
-def modes(ranks: Sequence[int], accumulate: bool) -> list[tuple[str, int, int, bool]]:
-    """The ways of running that are compared: each in words, number of ranks, of shards, and whether gradients are accumulated."""
-    found = [(ALONE, 1, 1, False)]
+class Mode(NamedTuple):
+    """A way of running: in words, with how many ranks and shards, and whether a step has several micro-batches under FSDP2."""
+
+    name: str
+    ranks: int
+    shards: int = 1
+    accumulated: bool = False
+
+
+def modes(ranks: Sequence[int], accumulate: bool) -> list[Mode]:
+    """What is compared: one process, which is the same in all of them, and several with whole models and with shards."""
     several = [count for count in ranks if count > 1]
-    found += [(f"DDP, {count} ranks", count, 1, False) for count in several]
-    found += [(f"FSDP2, {count} ranks", count, count, False) for count in several]
-    found += [(f"FSDP2, {count} ranks, {ACCUMULATED}", count, count, True) for count in several if accumulate]
+    found = [Mode("one process", 1)]
+    found += [Mode(f"DDP, {count} ranks", count) for count in several]
+    found += [Mode(f"FSDP2, {count} ranks", count, count) for count in several]
+    found += [Mode(f"FSDP2, {count} ranks, accumulated", count, count, True) for count in several if accumulate]
     return found
 
 
-def measure(record: Record, model_name: str, arguments: argparse.Namespace, provider: str, size: int) -> None:
-    """One row a way of running."""
-    overrides, step = dict(arguments.set), STEPS[provider]
-    with as_on_a_gpu(step):
+def measure(record: Record, model_name: str, arguments: argparse.Namespace) -> None:
+    """One row a way of running, of each batch and provider."""
+    overrides, dtype = dict(arguments.set), harness.torch_dtype(arguments.dtype)
+    with torch.device("meta"):
         model = crate_mae.create_model(model_name, **overrides)
-        counted = count_step(model, step, size, harness.torch_dtype(arguments.dtype))
-        config = model.config
-        for mode, ranks, shards, accumulated in modes(arguments.ranks, arguments.accumulate):
-            parts = states(model, shards) | {"saved": counted.saved, "batch": counted.batch}
-            if shards > 1:
-                parts["whole"] = whole(model, counted.complete, shards, accumulated=accumulated)
+    found = modes(arguments.ranks, arguments.accumulate)
+    of_shards = {shards: states(model, shards) for shards in {each.shards for each in found}}
+    for size, provider in product(arguments.batch, arguments.providers):
+        with as_on_a_gpu(STEPS[provider]):
+            counted = count_step(crate_mae.create_model(model_name, **overrides), STEPS[provider], size, dtype)
+        for mode in found:
+            parts = of_shards[mode.shards] | {"saved": counted.saved, "batch": counted.batch}
+            if mode.shards > 1:
+                parts["whole"] = whole(model, counted.complete, mode.shards, accumulated=mode.accumulated)
             record.add(
                 operator=OPERATOR,
                 model=model_name,
                 overrides=overrides,
-                shape=[size, config.in_chans, *config.image_shape],
+                shape=[size, model.config.in_chans, *model.config.image_shape],
                 dtype=arguments.dtype,
-                mode=mode,
+                mode=mode.name,
                 provider=provider,
-                ranks=ranks,
+                ranks=mode.ranks,
                 parts=parts,
                 peak_bytes=sum(parts.values()),
             )
@@ -195,13 +201,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = _parser().parse_args(argv)
     device = device_named(arguments.device)
     models = [arguments.model] if arguments.model else MODELS_BY_DEFAULT
-    for arguments.model in models:
-        check_model(arguments)
+    for model in models:
+        check_model(argparse.Namespace(model=model, set=arguments.set))
     record = Record(device, arguments.seed, arguments.json)
     for model in models:
-        for size in arguments.batch:
-            for provider in arguments.providers:
-                measure(record, model, arguments, provider, size)
+        measure(record, model, arguments)
     print(table_of(record.rows))
     return record.rows
 
