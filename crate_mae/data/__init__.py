@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crate_mae.data.augmentation import augmented
-from crate_mae.data.batches import BatchSampler, in_order
+from crate_mae.data.batches import BatchSampler, in_order, part_of
 from crate_mae.data.decoded import decoded_if_small
 from crate_mae.data.folder import FLOWERS, ImageFolder, compare
 from crate_mae.data.huggingface import HuggingFaceImages
@@ -64,6 +64,7 @@ __all__ = [
     "open_image",
     "open_source",
     "part",
+    "part_of",
     "parts_of",
     "readable",
     "readable_items",

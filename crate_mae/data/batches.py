@@ -7,7 +7,9 @@ on the number of workers or ranks, nor on what ran before. A run resumed at any 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
+import torch
 from torch.utils.data import Sampler
 
 from crate_mae.data.source import Source
@@ -15,10 +17,18 @@ from crate_mae.data.source import Source
 Key = tuple[int, int]
 """(pass, image): which image, and the how manieth time it is visited, which is the epoch unless sources have weights."""
 
+Batch = TypeVar("Batch", range, torch.Tensor)
+
 
 def in_order(count: int, batch_size: int) -> list[range]:
     """Batches of the keys 0 to count - 1, one after the other; the last may be smaller."""
     return [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+
+
+def part_of(batch: Batch, rank: int, ranks: int) -> Batch:
+    """The part of a batch that a rank measures; the first image for one that has none, since all must compute together."""
+    part = batch[rank::ranks]
+    return part if len(part) else batch[:1]
 
 
 class BatchSampler(Sampler[list[Key]]):
@@ -32,6 +42,7 @@ class BatchSampler(Sampler[list[Key]]):
         batch_size: images a step, over all ranks.
         rank, ranks: which part of each batch, of how many; together the parts are the batch that one rank would have. Where it
             does not divide, the first ranks have one image more.
+        accumulate: in how many batches, one after the other, the part of a rank comes; all of all ranks are the parts then.
 
     Raises:
         ValueError: there are fewer images than a batch, or fewer images in one than ranks.
@@ -47,6 +58,8 @@ class BatchSampler(Sampler[list[Key]]):
         end_step: int,
         rank: int = 0,
         ranks: int = 1,
+        accumulate: int = 1,
+        _skip: int = 0,
     ) -> None:
         if not 0 < batch_size <= len(source):
             raise ValueError(
@@ -54,32 +67,41 @@ class BatchSampler(Sampler[list[Key]]):
             )
         if not 0 <= rank < ranks <= batch_size:
             raise ValueError(f"rank: expected 0 to ranks - 1, and at most {batch_size} ranks, got {rank} of {ranks}")
+        if not 1 <= accumulate <= batch_size // ranks:
+            raise ValueError(
+                f"accumulate: expected 1 to {batch_size // ranks}, the images of a batch for each rank, got {accumulate}"
+            )
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.start_step, self.end_step = start_step, end_step
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.accumulate, self._skip = rank, ranks, accumulate, _skip
 
     def __len__(self) -> int:
-        return self.end_step - self.start_step
+        return (self.end_step - self.start_step) * self.accumulate - self._skip
 
     def after(self, batches: int) -> BatchSampler:
         """What follows the first so many batches."""
+        steps, skip = divmod(self._skip + batches, self.accumulate)
         return BatchSampler(
             self.source,
             self.batch_size,
             self.seed,
-            start_step=self.start_step + batches,
+            start_step=self.start_step + steps,
             end_step=self.end_step,
             rank=self.rank,
             ranks=self.ranks,
+            accumulate=self.accumulate,
+            _skip=skip,
         )
 
     def __iter__(self) -> Iterator[list[Key]]:
         steps_per_epoch = len(self.source) // self.batch_size
-        visits, ordered_epoch = None, None
+        visits, ordered_epoch, skip = None, None, self._skip
         for step in range(self.start_step, self.end_step):
             epoch, position = divmod(step, steps_per_epoch)
             if epoch != ordered_epoch:
                 visits, ordered_epoch = self.source.epoch(self.seed, epoch), epoch
             whole = slice(position * self.batch_size, (position + 1) * self.batch_size)
-            passes, images = (of_epoch[whole][self.rank :: self.ranks].tolist() for of_epoch in visits)
-            yield list(zip(passes, images, strict=True))
+            for part in range(self.rank + skip * self.ranks, self.ranks * self.accumulate, self.ranks):
+                passes, images = (of_epoch[whole][part :: self.ranks * self.accumulate].tolist() for of_epoch in visits)
+                yield list(zip(passes, images, strict=True))
+            skip = 0

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.classifiers import Classifier
 from crate_mae.data import LabelledCentreCropped
-from crate_mae.data.progress import say
 from crate_mae.finetuning.classes import classes_of, labels_among
 from crate_mae.finetuning.config import FinetuneConfig
 from crate_mae.finetuning.mixing import draw_mix, mixed, mixed_targets
@@ -113,7 +112,7 @@ class FinetuneRun(Run[FinetuneConfig, Scores]):
         return model
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return build_layerwise_optimizer(self.model, self.config.optimizer, self.config.schedule.batch_size)
+        return build_layerwise_optimizer(self.model, self.config.optimizer, self.batch_size)
 
     def _of_samples(self) -> dict[str, Any]:
         return {"labels": self.labels}
@@ -125,11 +124,12 @@ class FinetuneRun(Run[FinetuneConfig, Scores]):
         return Scoring(
             LabelledCentreCropped(self.val_images, self.val_labels, model.image_shape, model.in_chans),
             self.normalization,
-            batch_size=self.config.schedule.batch_size,
+            batch_size=self.micro_batch * self.ranks.count,
             precision=self.precision,
             num_workers=self.num_workers,
-            say=say,
+            say=self.say,
             unreadable=self.unreadable,
+            ranks=self.ranks,
         )
 
     def _loss(self, forward: Callable[..., Any], images: torch.Tensor, beside: torch.Tensor, step: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from crate_mae.classifiers import Classifier
-from crate_mae.data import ImageLoader, LabelledCentreCropped, Normalization, UnreadableImage, in_order
+from crate_mae.data import ImageLoader, LabelledCentreCropped, Normalization, UnreadableImage, in_order, part_of
 from crate_mae.training.divergence import DivergenceWatch, Measured
 from crate_mae.training.precision import autocast
+from crate_mae.training.ranks import Ranks
 
 
 class Scores(NamedTuple):
@@ -43,6 +45,7 @@ class Scoring:
     Args:
         images: with their classes.
         unreadable: told of images that cannot be read, for each of which another stands in, with its own class.
+        ranks: which measure a part of each batch each, and all get the scores of all images.
     """
 
     def __init__(
@@ -55,9 +58,13 @@ class Scoring:
         num_workers: int = 0,
         say: Callable[[str], None] = warnings.warn,
         unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.images, self.normalization, self.precision = images, normalization, precision
-        batches = in_order(len(images), batch_size)
+        self.ranks = ranks or Ranks()
+        rank, count = self.ranks.rank, self.ranks.count
+        self._sizes = [len(batch) for batch in in_order(len(images), batch_size)]
+        batches = [part_of(batch, rank, count) for batch in in_order(len(images), batch_size)]
         self._loader = ImageLoader(images, batches, num_workers=num_workers, say=say, unreadable=unreadable)
         shares = np.unique(images.labels, return_counts=True)[1] / len(images)
         self._guess_loss = float(-(shares * np.log(shares)).sum())
@@ -75,16 +82,18 @@ class Scoring:
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         try:
-            for pixels, labels in self._loader:
+            for (pixels, labels), size in zip(self._loader, self._sizes, strict=True):
                 if stopped():
                     return None
                 labels = labels.to(device)
                 with autocast(self.precision, device):
                     logits = model(self.normalization(pixels.to(device)))
-                sums += _sums(logits.float(), labels)
+                if self.ranks.rank < size:  # else it has none of this batch
+                    sums += _sums(logits.float(), labels)
         finally:
             model.train(was_training)
-        loss, top1, top5 = (sums / len(self.images)).tolist()
+        of_ranks = self.ranks.gathered(sums.tolist())
+        loss, top1, top5 = (math.fsum(each) / len(self.images) for each in zip(*of_ranks, strict=True))
         return Scores(loss, top1, top5, self._guess_loss)
 
 

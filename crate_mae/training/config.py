@@ -60,6 +60,8 @@ class OptimizerConfig:
     """Weight decay of matrices; biases, norms and tokens have none."""
     clip_grad: float = 1.0
     """Largest norm of the whole gradient, longer ones are shortened to it; 0 never shortens."""
+    average: float = 0.0
+    """Decay of a moving average of the weights, such as 0.9999, which is then what is validated, drawn and exported; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ class CommonSchedule:
     """Epochs in which the learning rate climbs from 0 to its peak."""
     min_lr: float = 0.0
     """Learning rate at the end."""
-    batch_size: int = 64
-    """Images a step."""
+    batch_size: int | Literal["auto"] = 64
+    """Images a step, of all devices together; "auto" takes as many as fit on them."""
+    accumulate: int | Literal["auto"] = 1
+    """Parts that a device's share of a step is computed in, one after the other, which need so much less memory; "auto" takes the
+    fewest with which it fits."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,12 @@ class CommonRun:
 
     device: str = "auto"
     """"auto" (CUDA where there is one), or a torch device such as "cpu" or "cuda:1"."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """"bfloat16" is autocast; "auto" takes it on CUDA and on CPUs with bfloat16 instructions."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """How the processes of torchrun share the model: each has all of it, or a part of each parameter, of its gradient and of the
+    optimizer's means; of one process, neither."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"bfloat16" is autocast; "auto" takes it on CUDA and on CPUs with bfloat16 instructions. "float16" is autocast with a loss
+    that is scaled, for GPUs without them."""
     stream: Literal["float32", "16bit"] = "float32"
     """Tokens between layers; "16bit", under autocast, halves their memory and traffic, at the price of more rounding."""
     recompute: bool = False
@@ -149,10 +158,12 @@ _LIMITS: dict[str, Limit] = {
     "optimizer.betas": (lambda betas: all(0 <= beta < 1 for beta in betas), "two values, at least 0 and below 1"),
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.clip_grad": NOT_NEGATIVE,
+    "optimizer.average": (lambda decay: 0 <= decay < 1, "at least 0 and below 1"),
     "schedule.epochs": (lambda epochs: 1 <= epochs <= 10**6, "1 to a million"),
     "schedule.warmup_epochs": NOT_NEGATIVE,
     "schedule.min_lr": NOT_NEGATIVE,
-    "schedule.batch_size": (lambda size: 1 <= size < 2**31, "1 or more, and below 2**31"),
+    "schedule.batch_size": (lambda size: size == "auto" or 1 <= size < 2**31, "auto, or 1 or more, and below 2**31"),
+    "schedule.accumulate": (lambda parts: parts == "auto" or parts >= 1, "auto, or 1 or more"),
     "run.threads": NOT_NEGATIVE,
     "run.seed": (lambda seed: 0 <= seed <= MAX_SEED, "0 to 2**64 - 1"),
     "run.log_every": AT_LEAST_ONE,
@@ -214,6 +225,8 @@ class TrainingConfig:
                 f"schedule.warmup_epochs: expected fewer than the {epochs} of schedule.epochs, got {warmup:g}; "
                 "the peak learning rate would never be reached"
             )
+        if self.schedule.batch_size == "auto":  # which is a number before anything is trained, and seen here again
+            return
         peak = self.peak_lr
         if not fits_float32(peak, peak * self.optimizer.weight_decay):
             raise ValueError(
@@ -229,7 +242,7 @@ class TrainingConfig:
     @property
     def peak_lr(self) -> float:
         """The learning rate at the end of the warm-up."""
-        return self.optimizer.base_lr * self.schedule.batch_size / 256
+        return self.optimizer.base_lr * int(self.schedule.batch_size) / 256
 
     @property
     def meaning(self) -> dict[str, Any]:

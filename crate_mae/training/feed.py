@@ -59,19 +59,20 @@ class Feed:
         return pixels, beside
 
 
-def workers_for(asked: int | str, device: torch.device, threads: int, batch_bytes: int) -> int:
-    """How many processes load images.
+def workers_for(asked: int | str, device: torch.device, threads: int, batch_bytes: int, processes: int = 1) -> int:
+    """How many processes load images, for each of those that train.
 
     Args:
         asked: a number, or "auto": one for each core that nothing else computes on, at most 16, and no more than shared memory
             has room for. Beside a GPU, the host takes a core; on a CPU, training takes as many as it has threads.
         batch_bytes: of a batch's pixels.
+        processes: that train on this machine, and share its cores and memory.
     """
     if asked != "auto":
         return int(asked)
-    cores = usable_cores()
+    cores = usable_cores() // processes
     busy = 1 if device.type != "cpu" else threads or cores
-    room = _shared_memory() // (2 * _BATCHES_EACH * batch_bytes)
+    room = _shared_memory() // (2 * _BATCHES_EACH * batch_bytes * processes)
     return max(0, min(cores - busy, _MOST_WORKERS, room))
 
 

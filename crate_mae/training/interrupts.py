@@ -11,12 +11,13 @@ from contextlib import contextmanager, suppress
 
 from crate_mae.data import STOPPING
 
-_SAID = (
+SAID = (
     b"\nstopping after this step and saving; a second Ctrl-C, or signal, ends it now and keeps what was saved before\n"
 )
 
-_ONE_REQUEST = 0.3
-"""Seconds in which signals count as one: `timeout` and terminals that are closed send theirs twice."""
+ONE_REQUEST, ONE_REQUEST_OF_RANKS = 0.3, 10.0
+"""Seconds in which signals count as one: `timeout` and terminals that are closed send theirs twice, and torchrun passes on what
+its processes may have heard, too."""
 
 
 class RunStopped(Exception):
@@ -38,9 +39,9 @@ class EndedAtOnce(KeyboardInterrupt):
 class StopRequest:
     """Whether the run was asked to end, and by which signal first."""
 
-    def __init__(self, said: bytes = _SAID) -> None:
+    def __init__(self, said: bytes = SAID, one_request: float | None = None) -> None:
         self.signal: int | None = None
-        self._said = said
+        self._said, self._one_request = said, ONE_REQUEST if one_request is None else one_request
         self._warned = False
         self._at = 0.0
 
@@ -55,7 +56,7 @@ class StopRequest:
         """
         now, is_warning = time.monotonic(), number == getattr(signal, "SIGUSR1", None)
         first = self.signal is None
-        if not first and not self._warned and not is_warning and now - self._at > _ONE_REQUEST:
+        if not first and not self._warned and not is_warning and now - self._at > self._one_request:
             raise EndedAtOnce(number)
         if first or (self._warned and not is_warning):
             self.signal = self.signal or number
@@ -66,15 +67,16 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests(said: bytes = _SAID) -> Iterator[StopRequest]:
+def stop_requests(said: bytes = SAID, one_request: float | None = None) -> Iterator[StopRequest]:
     """What SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 set instead of ending the process; a second one ends it at once.
 
     Those that are ignored stay so: nohup keeps SIGHUP from a run, and shells SIGINT from what they start in the background.
 
     Args:
         said: to stderr when the first one comes.
+        one_request: seconds in which signals count as one.
     """
-    stop = StopRequest(said)
+    stop = StopRequest(said, one_request)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -11,13 +11,13 @@ import torch
 from crate_mae.checkpoints import load_weights
 from crate_mae.config import grid_of
 from crate_mae.data import CentreCropped
-from crate_mae.data.progress import say
 from crate_mae.model import CrateMAE
 from crate_mae.registry import count_parameters
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.inside import LookInside, in_words, values_of
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.picture import Picture
+from crate_mae.training.ranks import Ranks
 from crate_mae.training.run import Resume, Run, train
 from crate_mae.training.validation import Validation, ValidationErrors
 
@@ -66,12 +66,12 @@ class PretrainRun(Run[PretrainConfig, ValidationErrors]):
 
     beside = "noise"
 
-    def __init__(self, config: PretrainConfig, resume: Resume) -> None:
+    def __init__(self, config: PretrainConfig, resume: Resume, device: torch.device, ranks: Ranks) -> None:
         rows, columns = grid_of(config.model.image_shape, config.model.patch_size)
         self.patches, ratio = rows * columns, config.schedule.mask_ratio
         if int(self.patches * (1 - ratio)) == 0:
             raise ValueError(f"schedule.mask_ratio: {ratio} leaves no patch of {self.patches} visible")
-        super().__init__(config, resume)
+        super().__init__(config, resume, device, ranks)
 
     def _model(self, resumed: bool) -> CrateMAE:
         model, init = CrateMAE(self.config.model), self.config.init
@@ -83,7 +83,7 @@ class PretrainRun(Run[PretrainConfig, ValidationErrors]):
         return model
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.model, self.config.optimizer, self.config.schedule.batch_size)
+        return build_optimizer(self.model, self.config.optimizer, self.batch_size)
 
     def _of_samples(self) -> dict[str, Any]:
         return {"patches": self.patches}
@@ -96,19 +96,20 @@ class PretrainRun(Run[PretrainConfig, ValidationErrors]):
                 f"{config.run.analyze_every}; give --val, or an --images.val_fraction above 0"
             )
         shown = CentreCropped(self.val_images or self.train_images, model.image_shape, model.in_chans)
-        self.look_inside = LookInside(shown, self.normalization, schedule.batch_size, say)
-        self.picture = Picture(shown, self.normalization, config, say)
+        self.look_inside = LookInside(shown, self.normalization, self.micro_batch, self.say)
+        self.picture = Picture(shown, self.normalization, config, self.say)
         return self.val_images and Validation(
             shown,
             self.normalization,
             patches=self.patches,
             mask_ratio=schedule.mask_ratio,
-            batch_size=schedule.batch_size,
+            batch_size=self.micro_batch * self.ranks.count,
             seed=config.run.seed,
             precision=self.precision,
             num_workers=self.num_workers,
-            say=say,
+            say=self.say,
             unreadable=self.unreadable,
+            ranks=self.ranks,
         )
 
     def _loss(self, forward: Callable[..., Any], images: torch.Tensor, beside: torch.Tensor, step: int) -> torch.Tensor:
@@ -117,13 +118,13 @@ class PretrainRun(Run[PretrainConfig, ValidationErrors]):
     def _look_is_due(self) -> bool:
         return self._is_due(self.config.run.analyze_every)
 
-    def _look(self) -> None:
-        if (seen := self.look_inside(self.model)) is not None:
+    def _look(self, model: CrateMAE) -> None:
+        if (seen := self.look_inside(model)) is not None:
             self.record.log_inside(values_of(seen))
-            say(f"{self.epochs_done}: {in_words(seen)}")
+            self.say(f"{self.epochs_done}: {in_words(seen)}")
 
-    def _draw(self) -> None:
-        self.picture.write(self.model)
+    def _draw(self, model: CrateMAE) -> None:
+        self.picture.write(model)
 
     def _said_of(self, errors: ValidationErrors) -> str:
         return f"validation error {errors.val_loss:.4f}, mean fill {errors.mean_fill_loss:.4f}, best blur {errors.blur_loss:.4f}"

@@ -16,17 +16,22 @@ from crate_mae.files import append, replaced, sync
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl. Every line has `step`, the number of optimiser steps taken by then."""
+    """Appends lines to metrics.jsonl. Every line has `step`, the number of optimiser steps taken by then.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        writes: whether this process does, of several with the same lines.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
 
     def append(self, **values: Any) -> None:
-        append(self.path, json.dumps(values) + "\n")
+        if self._writes:
+            append(self.path, json.dumps(values) + "\n")
 
     def sync(self) -> None:
         """Wait until all lines are on the disk: a state must not outlive lines of the steps before it."""
-        if self.path.exists():  # before the first line
+        if self._writes and self.path.exists():  # before the first line
             sync(self.path)
 
     def keep(self, belongs: Callable[[dict[str, Any]], bool]) -> int:
@@ -48,12 +53,16 @@ class MetricsLog:
 
 
 class StepAverages(NamedTuple):
-    """Means over the steps since the last reading; `waiting` is the fraction of that time in which images were waited for."""
+    """Means over the steps since the last reading; `waiting` is the fraction of that time in which images were waited for.
+
+    Of steps that were `skipped`, for a gradient too large for float16, there is no gradient norm, and 0 where none has one.
+    """
 
     loss: float
     grad_norm: float
     images_per_second: float
     waiting: float
+    skipped: int = 0
 
 
 class StepMeter:
@@ -62,11 +71,15 @@ class StepMeter:
     Reading a number from a GPU waits for all work queued there, so it is done once every so many steps; a value that
     is not finite is still traced to the step it came from.
 
+    Args:
+        skips: whether a gradient that is not finite means no step, as of a scaled loss; the loss must be finite still.
+
     Attributes:
         waited: seconds for which images were waited for, in all; set by who waits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, skips: bool = False) -> None:
+        self.skips = skips
         self._steps: list[int] = []
         self._values: list[torch.Tensor] = []
         self._images_since = 0
@@ -78,12 +91,12 @@ class StepMeter:
         self._started, self._images_since, self._waited_before = time.perf_counter(), 0, self.waited
 
     def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, images: int) -> torch.Tensor:
-        """Returns whether loss or gradient norm were not finite, as a float32 1 or 0 on the device."""
+        """Returns whether loss or gradient norm were not finite, where they must be, as a float32 1 or 0 on the device."""
         values = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         self._steps.append(step)
         self._values.append(values)
         self._images_since += images
-        return values.isfinite().all().logical_not().float()
+        return values[: 1 if self.skips else 2].isfinite().all().logical_not().float()
 
     def check(self) -> list[tuple[float, float]]:
         """Loss and gradient norm of each step since the last reading.
@@ -93,7 +106,7 @@ class StepMeter:
         """
         rows = torch.stack(self._values).tolist() if self._values else []
         for step, (loss, grad_norm) in zip(self._steps, rows, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            if not (math.isfinite(loss) and (math.isfinite(grad_norm) or self.skips)):
                 raise NonFiniteLoss(step, loss, grad_norm)
         return rows
 
@@ -101,12 +114,14 @@ class StepMeter:
         """The averages over the steps since the last reading, of which there must be one; errors as of `check`."""
         rows = self.check()
         elapsed = time.perf_counter() - self._started
-        losses, grad_norms = zip(*rows, strict=True)
+        losses = [loss for loss, _ in rows]
+        grad_norms = [norm for _, norm in rows if math.isfinite(norm)]
         averages = StepAverages(
             sum(losses) / len(rows),
-            sum(grad_norms) / len(rows),
+            sum(grad_norms) / max(1, len(grad_norms)),
             self._images_since / elapsed,
             (self.waited - self._waited_before) / elapsed,
+            len(rows) - len(grad_norms),
         )
         self._steps, self._values = [], []
         self.restart_clock()

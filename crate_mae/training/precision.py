@@ -12,42 +12,28 @@ from crate_kernels.dispatch import choose
 from crate_kernels.precision import CPU_PRODUCT_DTYPES
 from crate_mae.compilation import obstacle_to_compiling
 
-_PROCESS_COUNTS = {
-    "WORLD_SIZE": "torchrun",
-    "SLURM_STEP_NUM_TASKS": "srun",  # unlike SLURM_NTASKS, which a script that sbatch runs once has, too
-    "OMPI_COMM_WORLD_SIZE": "mpirun",
-    "PMI_SIZE": "mpiexec",
-}
-"""Environment variables in which launchers of several processes say how many there are."""
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_single_process() -> None:
-    """Refuse to be one of several processes: each would train for itself, into the same folder.
-
-    Raises:
-        ValueError: a launcher says that there are several.
-    """
-    for variable, launcher in _PROCESS_COUNTS.items():
-        count = os.environ.get(variable, "")
-        if count.isdigit() and int(count) > 1:
-            raise ValueError(
-                f"environment variable {variable}: expected 1 process, got {count}; training is not distributed yet: "
-                f"start it once, without {launcher}, or unset {variable}"
-            )
-
-
-def choose_device(name: str, option: str = "--run.device") -> torch.device:
+def choose_device(name: str, option: str = "--run.device", rank: int | None = None) -> torch.device:
     """The device called `name`; "auto" is CUDA where there is one, else the CPU.
 
     Args:
         option: what messages call it.
+        rank: which of several processes on this machine this is; each has the CUDA device of that number.
 
     Raises:
-        ValueError: a run cannot use the device, or this machine has none of that name.
+        ValueError: a run cannot use the device, or this machine has none of that name, or too few.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if rank is not None and name in ("auto", "cuda") and count:
+        if rank >= count:
+            raise ValueError(f"torchrun: expected at most {count} processes on this machine, one for each CUDA device")
+        return torch.device("cuda", rank)
+    if rank is not None and name.startswith("cuda:"):
+        raise ValueError(f"{option}: expected auto, cuda or cpu, of which each process takes its own, got {name!r}")
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
     there = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
     if name not in there:
         found = "" if count else "; torch finds no CUDA device"
@@ -61,9 +47,8 @@ def check_implementation(device: torch.device, precision: str) -> None:
     Raises:
         ValueError: it cannot.
     """
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     try:
-        choose("training", torch.empty(0, device=device), dtype)
+        choose("training", torch.empty(0, device=device), _DTYPES[precision])
     except RuntimeError as error:
         raise ValueError(f"environment variable CRATE_KERNELS_IMPL: {error}") from error
 
@@ -124,4 +109,4 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, dtype=_DTYPES[precision])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +16,13 @@ from crate_mae.files import remove
 from crate_mae.training.config import TrainingConfig
 from crate_mae.training.divergence import DivergenceWatch, Measured
 from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, StepAverages, StepMeter
+from crate_mae.training.parallel import local, whole_weights
+from crate_mae.training.ranks import Ranks, TorchrunRanks
 from crate_mae.training.run_folder import BEST, BREAKDOWN, METRICS, STATES, other_images, remove_leftovers
+from crate_mae.training.shards import TENSORS, BackgroundSave
 from crate_mae.training.states import (
     check_fits,
+    exported,
     forget_states,
     random_state,
     read_state,
@@ -27,6 +30,10 @@ from crate_mae.training.states import (
     saved_states,
     write_state,
 )
+from crate_mae.training.step import Step
+
+_LEAST_SCALE = 1.0
+"""Of a loss in float16: with less, gradients that are still too large do not come of the scale."""
 
 
 class Record:
@@ -35,7 +42,11 @@ class Record:
     A state holds all that the steps after it depend on, and what has been gathered for the rows to come, so that a run logs the
     same however often it was interrupted. It is on the disk after the rows before it and before what else is made of it.
 
+    Of several ranks each has a record of its own, with the same values; what is written, beside the tensors of states, the first
+    one writes. They write states in the background: `save` begins one, and `settle` ends it.
+
     Args:
+        stepping: the model, its optimizer, and what else a step changes.
         images, image_count: the fingerprint of the images to train on, and how many they are. Their order and crops are
             functions of the seed and the step.
         watch: which kind of watch knows the best validation.
@@ -50,8 +61,8 @@ class Record:
     def __init__(
         self,
         config: TrainingConfig,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        stepping: Step,
+        ranks: Ranks,
         *,
         images: str,
         image_count: int,
@@ -59,14 +70,17 @@ class Record:
         watch: type[DivergenceWatch] = DivergenceWatch,
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.model, self.optimizer = config, model, optimizer
+        self.config, self.stepping, self.ranks = config, stepping, ranks
+        self.model, self.optimizer, self._scaler = stepping.parallel.model, stepping.optimizer, stepping.scaler
         self.images, self.image_count, self.steps_per_epoch, self.say = images, image_count, steps_per_epoch, say
         self.step = 0
-        self.meter = StepMeter()
+        self.meter = StepMeter(skips=self._scaler.is_enabled())
         self.watch = watch()
         self._unreadable: set[Path] = set()
         self._going_back = False
-        self._metrics = MetricsLog(config.out / METRICS)
+        self._metrics = MetricsLog(config.out / METRICS, writes=ranks.is_first)
+        self._saving: BackgroundSave | None = None
+        self._weights: dict[str, torch.Tensor] = {}
 
     @property
     def epoch(self) -> float:
@@ -80,11 +94,19 @@ class Record:
     def go_on_from(self, wanted: bool | str | int) -> str:
         """Take up the state that a run calls so; returns what was restored, and what could not be, in words."""
         folder = self.config.out / STATES
-        state, passed_over = read_state(folder, wanted, self._check_fits)
+        # The first rank decides which can be read, and the others read that, too.
+        found: list[Any] = []
+
+        def choose() -> tuple[int, dict[Path, str]]:
+            found.extend(read_state(folder, wanted, self._check_fits))
+            return found[0]["step"], found[1]
+
+        step, passed_over = self.ranks.of_first(choose)
+        state = found[0] if found else read_state(folder, step, self._check_fits)[0]
         if state["images"] != self.images:
             why = other_images(self.config, state["image_count"], self.image_count)
             raise ValueError(f"{folder} is of a run on other images: {why}")
-        not_restored = restore(state, self.model, self.optimizer)
+        not_restored = restore(state, self.model, self.optimizer, self.stepping.average, self._scaler, self.ranks)
         self.step = state["step"]
         self.meter.load_state(state["meter"], next(self.model.parameters()).device)
         self.watch = type(self.watch)(**state["watch"])
@@ -106,13 +128,18 @@ class Record:
 
     def tidy(self) -> None:
         """Remove what belongs to none of the steps taken: unfinished files, and rows, states and a best model of later steps."""
+        if self.ranks.of_first(self._tidied):
+            self.watch.forget_best()
+
+    def _tidied(self) -> bool:
+        """Returns whether the best model is lost."""
         if leftovers := remove_leftovers(self.config.out):
             names = ", ".join(str(path.relative_to(self.config.out)) for path in leftovers)
             self.say(f"removed what was never finished: {names}")
         remove(self.config.out / BREAKDOWN)
         if self._going_back and (forgotten := self._forget_states()):  # else they make way for the next state
             self.say(f"forgot {', '.join(path.name for path in forgotten)}")
-        self._write_best_again()
+        is_lost = self._write_best_again()
         if self.step >= self.config.run.log_every and not self._metrics.path.exists():
             self.say(f"there is no {METRICS}: the rows of the steps so far are lost")
         # Of the state's own step, all but a validation that came after it.
@@ -123,6 +150,7 @@ class Record:
         )
         if broken:
             self.say(f"removed {broken} broken lines of {METRICS}")
+        return is_lost
 
     def log(self, lr: float) -> StepAverages:
         """Write the row of the steps since the last one.
@@ -141,18 +169,23 @@ class Record:
             grad_norm=averages.grad_norm,
             images_per_second=averages.images_per_second,
             waiting=averages.waiting,
+            **({"skipped": averages.skipped, "loss_scale": self._scaler.get_scale()} if self.meter.skips else {}),
             **({"diverging": True} if self.watch.of_steps else {}),
         )
+        if self.meter.skips and self._scaler.get_scale() < _LEAST_SCALE:
+            raise NonFiniteLoss(self.step, averages.loss, math.inf)
         return averages
 
     def log_validation(self, errors: Measured) -> None:
-        """Write the row of a validation, and the weights if they are the best so far."""
+        """Write the row of a validation, and the weights, as they stand in the model now, if they are the best so far."""
         if self.watch.measures_anew(errors):
             self.say(f"step {self.step}: validations are of other images or masks than before: the best starts over")
         with self._divergence_told():
             is_best = self.watch.validated(self.step, errors)
         if is_best:
-            self._write_best(self.model)
+            with self.stepping.parallel.whole() as model:
+                if model is not None:
+                    self._write_best(model)
         diverging = {"diverging": True} if self.watch.of_validation else {}
         self._metrics.append(step=self.step, epoch=int(self.epoch), **errors._asdict(), **diverging)
 
@@ -167,30 +200,75 @@ class Record:
             NonFiniteLoss: as of `log`; what broke down takes the place of nothing.
             OSError: it could not be written; it names the file, and older states are there still.
         """
-        if not self.config.out.is_dir():  # nothing of it shall be made again without the rest
+        self.settle()
+        if self.ranks.is_first and not self.config.out.is_dir():  # nothing of it shall be made again without the rest
             raise FileNotFoundError(f"cannot write {self.config.out}: the folder is gone")
         meter = self.meter.state()
-        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).tolist()
-        for (name, _), is_finite in zip(self.model.named_parameters(), finite, strict=True):
-            if not is_finite:
-                raise NonFiniteLoss(self.step, math.nan, math.nan, weights=name)
+        self._check_weights()
+        random = self.ranks.gathered(random_state(self.ranks))
+        average = self.stepping.average
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],  # and no settings, which are the configuration's
             "step": self.step,
             "images": self.images,
             "image_count": self.image_count,
-            "random": random_state(),
+            "random": random[0],
             "meter": meter,
             "watch": self.watch.state(),
+            **({"random_of_others": random[1:]} if random[1:] else {}),
+            **({"average": average.state()} if average else {}),
+            **({"scaler": self._scaler.state_dict()} if self._scaler.is_enabled() else {}),
         }
         self._metrics.sync()
-        written = write_state(self.config.out / STATES, state, diverging=bool(self.watch.diverging))
+        folder, diverging = self.config.out / STATES, bool(self.watch.diverging)
+        if isinstance(self.ranks, TorchrunRanks):
+            with self.stepping.shown():
+                self._weights = whole_weights(self.model, self.ranks)
+            rest = {name: value for name, value in state.items() if name not in TENSORS}
+
+            def commit(shards: dict[str, Any]) -> None:
+                self._written = write_state(folder, rest | {"shards": shards}, diverging=diverging)
+
+            self._saving = BackgroundSave(folder, state, self.ranks, commit)
+            return
+        self._made_of(write_state(folder, state, diverging=diverging))
+        with self.stepping.shown():
+            save_model(self.model, self.config.out)
+
+    def settle(self, *, wait: bool = True) -> None:
+        """End the save that goes on in the background, if there is one: what is made of the state is written, too.
+
+        Args:
+            wait: else only if it is over, or has failed.
+
+        Raises:
+            OSError: as of `save`.
+        """
+        saving = self._saving
+        if saving is None or not (wait or saving.is_over()):
+            return
+        self._saving = None
+        saving.wait()
+        if self.ranks.is_first:
+            self._made_of(self._written)
+            twin = self.stepping.parallel.twin
+            twin.load_state_dict(self._weights)
+            save_model(twin, self.config.out)
+
+    def _made_of(self, written: Path) -> None:
+        """Delete the states that the one just written makes superfluous."""
         for path in self._unreadable - {written}:  # which must not count among the last ones
             remove(path)
         self._unreadable.clear()
         self._forget_states()
-        save_model(self.model, self.config.out)
+
+    def _check_weights(self) -> None:
+        finite = torch.stack([local(parameter).isfinite().all() for parameter in self.model.parameters()]).tolist()
+        first = finite.index(False) if False in finite else len(finite)
+        if (first := -self.ranks.largest(-first)) < len(finite):
+            name = [name for name, _ in self.model.named_parameters()][first]
+            raise NonFiniteLoss(self.step, math.nan, math.nan, weights=name)
 
     def saved(self) -> str:
         """The last state, in words."""
@@ -214,22 +292,22 @@ class Record:
     def _write_best(self, model: nn.Module) -> None:
         save_model(model, self.config.out / BEST, **self.config.meaning)
 
-    def _write_best_again(self) -> None:
-        """The best model may be lost or damaged, or of a step that was forgotten."""
-        step, folder, model = self.watch.best_step, self.config.out / BEST, self.model
-        if step is not None and step != self.step:
+    def _write_best_again(self) -> bool:
+        """The best model may be lost or damaged, or of a step that was forgotten. Returns whether it cannot be had any more."""
+        step, folder = self.watch.best_step, self.config.out / BEST
+        is_lost = False
+        if step is not None:
             try:
-                model = copy.deepcopy(self.model)
-                model.load_state_dict(read_state(self.config.out / STATES, step, self._check_fits)[0]["model"])
+                model = self.stepping.parallel.copy()
+                model.load_state_dict(exported(read_state(self.config.out / STATES, step, self._check_fits)[0]))
+                self._write_best(model)
+                return False
             except (OSError, ValueError) as error:
                 self.say(f"the best model so far is lost: {error}")
-                self.watch.forget_best()
-                step = None
-        if step is not None:
-            self._write_best(model)
-        else:
-            remove(folder / WEIGHTS_FILE)
-            remove(folder / CONFIG_FILE)
+                is_lost = True
+        remove(folder / WEIGHTS_FILE)
+        remove(folder / CONFIG_FILE)
+        return is_lost
 
     @contextlib.contextmanager
     def _divergence_told(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -13,44 +14,61 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from crate_kernels.tiles import check_same_on_all_ranks
 from crate_mae.checkpoints import CONFIG_FILE
-from crate_mae.data import BatchSampler, ImageLoader, LostWorkers, Normalization, PretrainImages, UnreadableImage
+from crate_mae.data import (
+    BatchSampler,
+    ImageLoader,
+    LostWorkers,
+    Normalization,
+    PretrainImages,
+    Sample,
+    UnreadableImage,
+)
 from crate_mae.data.progress import say
 from crate_mae.files import write_json
+from crate_mae.training.average import Average
+from crate_mae.training.batch_size import with_batch_chosen
 from crate_mae.training.breakdown import cause
 from crate_mae.training.config import TrainingConfig, of_section
 from crate_mae.training.divergence import DivergenceWatch, Measured
 from crate_mae.training.feed import Feed, workers_for
 from crate_mae.training.image_sets import image_sets
-from crate_mae.training.interrupts import RunStopped, StopRequest, stop_requests
+from crate_mae.training.interrupts import ONE_REQUEST_OF_RANKS, SAID, RunStopped, StopRequest, stop_requests
 from crate_mae.training.metrics import NonFiniteLoss, ProgressLines
 from crate_mae.training.ownership import owned
+from crate_mae.training.parallel import MODES, Alone, Replicated
 from crate_mae.training.precision import (
     autocast,
     check_compiler,
     check_implementation,
-    check_single_process,
     check_threads,
     check_workers,
     choose_device,
     choose_precision,
     cpu_threads,
 )
+from crate_mae.training.ranks import LostRank, Ranks, check_launcher, is_of_a_collective, local_rank, met
 from crate_mae.training.record import Record
 from crate_mae.training.run_folder import (
     BREAKDOWN,
     IMAGES,
     UNREADABLE,
+    by_name,
     changed_settings,
     check_run_folder,
     clear_run_folder,
     refuse_unwritable,
 )
 from crate_mae.training.schedule import warmup_cosine
+from crate_mae.training.step import Batch, Step
 from crate_mae.training.unreadable import TooManyUnreadable, UnreadableImages
 
 Resume = bool | Literal["best"] | int
 """Where a run goes on from: nowhere, its last state, that of its best validation, or that of a step."""
+
+_FEW = 8
+"""Images that a batch is made of which is only to see what a step needs."""
 
 Config = TypeVar("Config", bound=TrainingConfig)
 Errors = TypeVar("Errors", bound=Measured)
@@ -66,19 +84,26 @@ class Validates(Protocol[Errors]):
 
 
 def train(kind: type[Run], config: TrainingConfig, resume: Resume, overwrite: bool) -> Run:
-    """Do a run of a kind in the folder of its configuration; returns it when it has ended. Errors as of `pretrain`."""
+    """Do a run of a kind in the folder of its configuration, with all processes that torchrun started; returns it when it has
+    ended. Errors as of `pretrain`."""
     if not (resume == "best" or isinstance(resume, int)):
         raise ValueError(f'resume: expected True, False, "best" or the number of a step, got {resume!r}')
     if resume is not False and overwrite:
         raise ValueError("resume and overwrite exclude each other")
-    check_single_process()
-    refuse_unwritable(config.out)
-    with owned(config.out):
-        check_run_folder(config, resume=resume is not False, overwrite=overwrite)
-        run = kind(config, resume)
+    check_launcher()
+    device = choose_device(config.run.device, rank=local_rank())
+    with met(device) as ranks, contextlib.ExitStack() as owning:
+
+        def own() -> None:
+            refuse_unwritable(config.out)
+            owning.enter_context(owned(config.out))
+            check_run_folder(config, resume=resume is not False, overwrite=overwrite)
+
+        ranks.of_first(own)
+        run = kind(config, resume, device, ranks)
         # Only now: settings or images that cannot be used must not cost the run that is there.
         if overwrite:
-            clear_run_folder(config.out)
+            ranks.of_first(lambda: clear_run_folder(config.out))
         with cpu_threads(config.run.threads):
             run.train()
         return run
@@ -86,6 +111,8 @@ def train(kind: type[Run], config: TrainingConfig, resume: Resume, overwrite: bo
 
 class Run(ABC, Generic[Config, Errors]):
     """One run in progress. What its kind adds: the model, the batches, the loss, the validation, and what is said and drawn.
+
+    Of several ranks each has one, and they do all together but speaking and writing.
 
     Attributes:
         beside: the field of the samples that a loss takes beside the pixels.
@@ -96,9 +123,9 @@ class Run(ABC, Generic[Config, Errors]):
     beside: ClassVar[str]
     watch: ClassVar[type[DivergenceWatch]] = DivergenceWatch
 
-    def __init__(self, config: Config, resume: Resume) -> None:
-        self.config = config
-        self.device = choose_device(config.run.device)
+    def __init__(self, config: Config, resume: Resume, device: torch.device, ranks: Ranks) -> None:
+        self.config, self.device, self.ranks = config, device, ranks
+        self.say = say if ranks.is_first else _silent
         self.precision = choose_precision(config.run.precision, self.device)
         check_implementation(self.device, self.precision)
         check_threads(config.run.threads)
@@ -106,33 +133,17 @@ class Run(ABC, Generic[Config, Errors]):
         if config.run.compile:
             check_compiler(self.device)
         if config.run.stream == "16bit" and self.precision == "float32":
-            raise ValueError('run.stream: "16bit" needs the autocast of run.precision "bfloat16"; here it is "float32"')
+            raise ValueError('run.stream: "16bit" needs the autocast of another run.precision; here it is "float32"')
 
-        images, schedule, channels = config.images, config.schedule, config.model.in_chans
+        images, channels = config.images, config.model.in_chans
         with of_section("images"):
             self.normalization = Normalization(images.mean, images.std, channels)
         self.images = image_sets(config, config.out / IMAGES if resume is not False else None)
         self.train_images, self.val_images = self.images.train, self.images.val
         self.config = config = self._settled(resume is not False)
-        if schedule.batch_size > len(self.train_images):
-            raise ValueError(
-                f"schedule.batch_size: expected 1 to {len(self.train_images)}, the number of training images, "
-                f"got {schedule.batch_size}; lower --schedule.batch_size"
-            )
-        self.steps_per_epoch = len(self.train_images) // schedule.batch_size
-        self.total_steps = schedule.epochs * self.steps_per_epoch
-
-        torch.manual_seed(config.run.seed)
-        self.model = self._model(resume is not False).to(self.device).train()
-        self.model.stream, self.model.recompute = config.run.stream, config.run.recompute
-        # Of the steps alone: validation and pictures are few, and would be graphs of their own.
-        self.forward = torch.compile(self.model, fullgraph=True) if config.run.compile else self.model
-        self.optimizer = self._optimizer()
-        self.lr = config.peak_lr
-        size = config.model.image_shape
         self.crops = PretrainImages(
             self.train_images,
-            size,
+            config.model.image_shape,
             config.run.seed,
             channels=channels,
             scale=images.crop_scale,
@@ -142,28 +153,64 @@ class Run(ABC, Generic[Config, Errors]):
             solarize=images.solarize,
             **self._of_samples(),
         )
+
+        torch.manual_seed(config.run.seed)
+        model = self._model(resume is not False).to(self.device).train()
+        model.stream, model.recompute = config.run.stream, config.run.recompute
+        self.config, self.why = with_batch_chosen(self, model)
+        config = self.config
+        self.accumulate = int(config.schedule.accumulate)
+        self.batch_size = batch_size = int(config.schedule.batch_size)
+        self.steps_per_epoch = len(self.train_images) // batch_size
+        self.total_steps = config.schedule.epochs * self.steps_per_epoch
+        self.micro_batch = -(-batch_size // (ranks.count * self.accumulate))
+
+        # What all must have alike: on machines of their own, files may differ, and tuned tiles.
+        ranks.check_alike(by_name(config.to_dict()) | {"--data": self.train_images.fingerprint()})
+        if ranks.count > 1 and device.type == "cuda":
+            check_same_on_all_ranks(device)
+        mode = MODES[config.run.parallel] if ranks.count > 1 else Alone
+        parallel = mode(model, ranks, compiled=config.run.compile, accumulate=self.accumulate)
+        self.model, self.parallel = parallel.model, parallel
+        decay = config.optimizer.average
+        self.stepping = Step(
+            parallel,
+            self._optimizer(),
+            self._loss_of,
+            batch_size=batch_size,
+            accumulate=self.accumulate,
+            clip_grad=config.optimizer.clip_grad,
+            average=Average(model, decay) if decay else None,
+            scaled=self.precision == "float16",
+        )
+        if isinstance(parallel, Replicated):
+            self.stepping.rehearse(self.batch_of(min(2, self.micro_batch)))
+        if not ranks.is_first:  # what steps draw, as layers do that drop paths, each draws for itself
+            torch.manual_seed(hash((config.run.seed, ranks.rank)) % 2**63)
+        self.lr = config.peak_lr
         self.unreadable = UnreadableImages(
             config.out / UNREADABLE,
             len(self.train_images) + len(self.val_images or ()),
             images.max_unreadable,
-            say,
+            self.say,
+            ranks,
         )
-        batch_bytes = schedule.batch_size * channels * size[0] * size[1]
-        self.num_workers = workers_for(images.num_workers, self.device, config.run.threads, batch_bytes)
+        batch_bytes = self.micro_batch * channels * math.prod(config.model.image_shape)
+        self.num_workers = workers_for(
+            images.num_workers, self.device, config.run.threads, batch_bytes, ranks.local_count
+        )
         self.validation = self._validation()
 
         self.errors: Errors | None = None
-        self.broken = torch.zeros((), device=self.device)
-        self.optimizer.found_inf = self.broken
         self.record = Record(
             config,
-            self.model,
-            self.optimizer,
+            self.stepping,
+            ranks,
             images=self.train_images.fingerprint(),
             image_count=len(self.train_images),
             steps_per_epoch=self.steps_per_epoch,
             watch=self.watch,
-            say=say,
+            say=self.say,
         )
         self.start = f"from the weights of {config.init}" if config.init else "from the start"
         self.changed = ""
@@ -171,7 +218,8 @@ class Run(ABC, Generic[Config, Errors]):
             self.start, self.changed = self.record.go_on_from(resume), changed_settings(config)
         if self.step > self.total_steps:
             raise ValueError(
-                f"schedule.epochs: the run in {config.out} has done {self.step / self.steps_per_epoch:g}, got {schedule.epochs}"
+                f"schedule.epochs: the run in {config.out} has done {self.step / self.steps_per_epoch:g}, "
+                f"got {config.schedule.epochs}"
             )
         self.saved_at = time.monotonic()
 
@@ -206,14 +254,14 @@ class Run(ABC, Generic[Config, Errors]):
     def _said_of(self, errors: Errors) -> str:
         """A validation, in words."""
 
-    def _draw(self) -> None:
+    def _draw(self, model: nn.Module) -> None:
         """Draw the picture of the run, if it has one."""
 
     def _look_is_due(self) -> bool:
         """Whether this step has a row of its own beside those of losses and validations."""
         return False
 
-    def _look(self) -> None:
+    def _look(self, model: nn.Module) -> None:
         """Write that row."""
 
     @property
@@ -227,89 +275,118 @@ class Run(ABC, Generic[Config, Errors]):
     def train(self) -> None:
         """Do all steps that are left."""
         self.record.tidy()
-        if self.step < self.total_steps or self._pending():
-            if self.images.listed:
-                self.images.listed.save_list(self.config.out / IMAGES)
-            write_json(self.config.out / CONFIG_FILE, self.config.to_dict())
+        left = self.step < self.total_steps or self._pending()
+        if left:
+            self.ranks.of_first(self._write_down)
         else:  # the settings of steps that were never taken must not pass for the run's
-            print(
-                f"nothing left to do: all {self.config.schedule.epochs} epochs are done; a larger --schedule.epochs goes on, "
-                "--overwrite starts anew",
-                file=sys.stderr,
-            )
+            if self.ranks.is_first:
+                print(
+                    f"nothing left to do: all {self.config.schedule.epochs} epochs are done; a larger --schedule.epochs goes on, "
+                    "--overwrite starts anew",
+                    file=sys.stderr,
+                )
             self._save(draw=True)  # what a run killed between its last state and the files made of it did not write
         loader = ImageLoader(
             self.crops,
             self._batches(self.step, max(self.step, self.total_steps)),
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
-            say=say,
+            say=self.say,
             unreadable=self.unreadable,
         )
-        progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc=self.config.kind, disable=None)
-        with stop_requests() as stop, progress, self._breakdown_told(), self._saved_all_the_same():
-            say(self._opening_line())
-            for said in self.images.said:
-                say(said)
+        quiet = None if self.ranks.is_first else True
+        progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc=self.config.kind, disable=quiet)
+        with self._stop_requests() as stop, progress, self._breakdown_told(), self._saved_all_the_same():
+            self.say(self._opening_line())
+            for said in (*self.why, *self.images.said):
+                self.say(said)
             if self.changed:
-                say(f"changed since it was started: {self.changed}")
+                self.say(f"changed since it was started: {self.changed}")
             if self._pending():
                 self._validate_and_save(stop)
             with contextlib.closing(iter(loader)) as batches:
                 self._take_steps(Feed(batches, self.device, self.beside), progress, stop)
-        self.record.told_at_the_end()
+            self.record.settle()
+            self.record.told_at_the_end()
+            if self.errors is None and self.validation:
+                with self.stepping.shown():
+                    self.errors = self.validation(self.model)
+        self.unreadable.share()
         if counted := self.unreadable.counted():
-            say(f"images that could not be read, others stood in: {counted}; they are listed in {self.unreadable.file}")
-        if self.errors is None and self.validation:
-            self.errors = self.validation(self.model)
+            self.say(
+                f"images that could not be read, others stood in: {counted}; they are listed in {self.unreadable.file}"
+            )
+
+    def _write_down(self) -> None:
+        """What the run is of, ahead of its first state."""
+        if self.images.listed:
+            self.images.listed.save_list(self.config.out / IMAGES)
+        write_json(self.config.out / CONFIG_FILE, self.config.to_dict())
+
+    def _stop_requests(self) -> contextlib.AbstractContextManager[StopRequest]:
+        if self.ranks.count == 1:
+            return stop_requests()
+        return stop_requests(SAID if self.ranks.is_first else b"", ONE_REQUEST_OF_RANKS)
 
     def _batches(self, start_step: int, end_step: int) -> BatchSampler:
-        batch_size, seed = self.config.schedule.batch_size, self.config.run.seed
-        return BatchSampler(self.train_images, batch_size, seed, start_step=start_step, end_step=end_step)
+        return BatchSampler(
+            self.train_images,
+            self.batch_size,
+            self.config.run.seed,
+            start_step=start_step,
+            end_step=end_step,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+            accumulate=self.accumulate,
+        )
 
     def _take_steps(self, feed: Feed, progress: tqdm, stop: StopRequest) -> None:
-        lines = ProgressLines(self.step, self.total_steps) if progress.disable else None
+        lines = ProgressLines(self.step, self.total_steps) if progress.disable and self.ranks.is_first else None
         self.record.meter.restart_clock()
-        for pixels, beside in feed:
+        batches = iter(feed)
+        while self.step < self.total_steps:
+            loss = self._take_step(batches)
             self.record.meter.waited = feed.waited
-            loss = self._take_step(pixels, beside)
             progress.update()
-            if lines and not stop and (line := lines.after(self.step, loss, self.lr, len(pixels), feed.waited)):
-                say(line)
+            asked, save_is_due = self.ranks.agreed(stop.signal or 0, self._save_is_due())
+            if lines and not asked and (line := lines.after(self.step, loss, self.lr, self.batch_size, feed.waited)):
+                self.say(line)
             due, look_is_due = self._validation_is_due(), self._look_is_due()
             if due or look_is_due or self.step % self.config.run.log_every == 0:
                 averages = self.record.log(self.lr)
+                self.unreadable.share()
                 progress.set_postfix_str(
                     f"loss {averages.loss:.4f}, lr {self.lr:.2e}, {averages.images_per_second:.0f} images/s, "
                     f"{averages.waiting:.0%} waiting for images",
                     refresh=False,
                 )
+            self.record.settle(wait=False)
             if look_is_due:  # before the state of this step, which says that it is done
-                self._look()
+                self._shown(self._look)
                 self.record.meter.restart_clock()  # behind a row: none of its images are forgotten
             if due:
                 self._validate_and_save(stop)
-            elif stop or self._save_is_due():
-                self._save(draw=not stop)
-            if stop and self.step < self.total_steps:
-                self._stop(stop)
+            elif asked or save_is_due:
+                self._save(draw=not asked)
+            if asked and self.step < self.total_steps:
+                self._stop(asked)
 
     def _validate_and_save(self, stop: StopRequest) -> None:
         """What a stop keeps from being done is done when the run is resumed."""
         done = self._validate(stop)
         self._save(draw=done)
         if not done:
-            self._stop(stop)
+            self._stop(self.ranks.largest(stop.signal or 0))
 
     def _pending(self) -> bool:
         """Whether the run goes on from a step whose validation is due, and was not done."""
         return self.step > 0 and self.validation is not None and self._validation_is_due() and not self.record.validated
 
-    def _stop(self, stop: StopRequest) -> None:
-        assert stop.signal is not None
-        raise RunStopped(f"stopped at step {self.step} of {self.total_steps}, saved in {self.config.out}", stop.signal)
+    def _stop(self, signal: int) -> None:
+        self.record.settle()
+        raise RunStopped(f"stopped at step {self.step} of {self.total_steps}, saved in {self.config.out}", signal)
 
-    def _take_step(self, pixels: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+    def _take_step(self, batches: Iterator[Batch]) -> torch.Tensor:
         """One optimiser step; returns its loss."""
         schedule = self.config.schedule
         self.lr = warmup_cosine(
@@ -319,20 +396,9 @@ class Run(ABC, Generic[Config, Errors]):
             warmup_steps=round(schedule.warmup_epochs * self.steps_per_epoch),
             total_steps=self.total_steps,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * group.get("lr_scale", 1.0)
-        loss = self._loss_of(self.forward, pixels, beside, self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        longest = self.config.optimizer.clip_grad or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), longest)
-        # From the first step on that is not finite, this number keeps the optimizer from changing anything, and nobody waits for
-        # it: when the loss is read, some steps later, the weights are still those that it went bad with.
-        not_finite = self.record.meter.add(self.step + 1, loss, grad_norm, len(pixels))
-        self.broken.copy_(torch.maximum(self.broken, not_finite))
-        self.optimizer.step()
+        loss = self.stepping(batches, self.lr, self.step, self.record.meter)
         self.record.step += 1
-        return loss.detach()
+        return loss
 
     def _loss_of(
         self, forward: Callable[..., Any], pixels: torch.Tensor, beside: torch.Tensor, step: int
@@ -340,6 +406,13 @@ class Run(ABC, Generic[Config, Errors]):
         images = self.normalization(pixels)
         with autocast(self.precision, self.device):
             return self._loss(forward, images, beside, step)
+
+    def batch_of(self, images: int) -> Batch:
+        """A batch of so many images as steps have them, one after the other of the few that it is made of."""
+        few = self.crops.batch([(0, index) for index in range(min(images, _FEW, len(self.crops)))], [])
+        repeated = Sample(*(field[torch.arange(images) % len(field)] for field in few))
+        [batch] = Feed([repeated], self.device, self.beside)
+        return batch
 
     def _validation_is_due(self) -> bool:
         return self._is_due(self.config.run.save_every) or self.record.is_kept(self.step)
@@ -357,20 +430,27 @@ class Run(ABC, Generic[Config, Errors]):
         """Returns whether it was done before a stop was asked for."""
         if not self.validation:
             return True
-        errors = self.validation.unless(self.model, lambda: stop)
-        if errors is None:
-            return False
-        self.errors = errors
-        self.record.log_validation(errors)
-        say(f"{self.epochs_done}: {self._said_of(errors)}")
+        with self.stepping.shown():
+            errors = self.validation.unless(self.model, lambda: self.ranks.largest(stop.signal or 0))
+            if errors is None:
+                return False
+            self.errors = errors
+            self.record.log_validation(errors)
+        self.unreadable.share()
+        self.say(f"{self.epochs_done}: {self._said_of(errors)}")
         return True
 
     def _save(self, *, draw: bool) -> None:
         self.record.save()
         if draw:
-            self._draw()
+            self._shown(self._draw)
         self.saved_at = time.monotonic()
         self.record.meter.restart_clock()
+
+    def _shown(self, show: Callable[[nn.Module], None]) -> None:
+        """Show the whole model, with the weights that are exported, to what the first rank does with it."""
+        with self.stepping.shown(), self.parallel.whole() as model:
+            self.ranks.of_first(lambda: show(model))
 
     @contextlib.contextmanager
     def _saved_all_the_same(self) -> Iterator[None]:
@@ -378,8 +458,12 @@ class Run(ABC, Generic[Config, Errors]):
         try:
             yield
         except (TooManyUnreadable, UnreadableImage, LostWorkers) as error:
-            self._save(draw=False)
-            saved = f"step {self.step} of {self.total_steps} is saved in {self.config.out}, and --resume goes on"
+            if self.ranks.count > 1 and not isinstance(error, TooManyUnreadable):  # which this rank alone has met
+                saved = f"{self.record.saved()}, and --resume goes on"
+            else:
+                self._save(draw=False)
+                self.record.settle()
+                saved = f"step {self.step} of {self.total_steps} is saved in {self.config.out}, and --resume goes on"
             if isinstance(error, UnreadableImage):
                 raise UnreadableImage(error.name, error.cause, error.reason, saved) from None
             raise type(error)(f"{error}; {saved}") from None
@@ -401,25 +485,50 @@ class Run(ABC, Generic[Config, Errors]):
             told = type(error)(f"{error}; {self.record.saved()}")
             told.errno = error.errno
             raise told from error
+        except RuntimeError as error:
+            if self.ranks.count > 1 and is_of_a_collective(error):
+                raise LostRank.told_by(error, f"; {self.record.saved()}, and --resume goes on") from error
+            raise
 
     def _cause(self, error: NonFiniteLoss) -> str:
+        """Found by the first rank, which takes the step again, part by part."""
         step = error.step - 1
-        batches = self._batches(step, error.step)
+        parts = self.ranks.count * self.accumulate
+        batches = BatchSampler(
+            self.train_images,
+            self.batch_size,
+            self.config.run.seed,
+            start_step=step,
+            end_step=error.step,
+            accumulate=parts,
+        )
+        names = [self.train_images.name(index) for keys in batches for _, index in keys]
 
-        def again() -> torch.Tensor:
-            loader = ImageLoader(self.crops, batches, unreadable=lambda errors: None)
-            [(pixels, beside)] = Feed(loader, self.device, self.beside)
-            return self._loss_of(self.model, pixels, beside, step)
+        def look(model: nn.Module) -> str:
+            def again() -> torch.Tensor:
+                loader = ImageLoader(self.crops, batches, unreadable=lambda errors: None)
+                feed = Feed(loader, self.device, self.beside)
+                losses = [self._loss_of(model, pixels, beside, step) * len(pixels) for pixels, beside in feed]
+                return torch.stack(losses).sum() / self.batch_size
 
-        names = [self.train_images.name(index) for [*keys] in batches for _, index in keys]
-        return cause(error, self.model, again, names, self.config.out / BREAKDOWN)
+            return cause(error, model, again, names, self.config.out / BREAKDOWN)
+
+        with self.parallel.whole() as model:
+            return self.ranks.of_first(lambda: look(model))
 
     def _computed_by(self) -> str:
         """The end of an opening line: images, processes, precision, steps."""
         config, held_out = self.config, len(self.val_images or ())
         workers = f", loaded by {self.num_workers} process{'es' * (self.num_workers > 1)}" if self.num_workers else ""
         precision = self.precision + " compiled" * config.run.compile
+        where = str(self.device) if self.ranks.count == 1 else f"{self.ranks.count} x {self.device.type}"
+        if self.ranks.count > 1:
+            where += f" ({config.run.parallel})"
         return (
-            f"{len(self.train_images)} images to train on and {held_out} to validate on{workers}, {precision} on {self.device}, "
+            f"{len(self.train_images)} images to train on and {held_out} to validate on{workers}, {precision} on {where}, "
             f"{self.steps_per_epoch} steps an epoch, {config.schedule.epochs} epochs, {self.start}, into {config.out}"
         )
+
+
+def _silent(line: str) -> None:
+    """What all ranks but the first say."""

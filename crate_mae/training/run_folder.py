@@ -12,7 +12,7 @@ from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from crate_mae.files import remove, remove_unfinished
 from crate_mae.pictures.inside import SHOWS
 from crate_mae.training.config import TrainingConfig
-from crate_mae.training.states import saved_states
+from crate_mae.training.states import remove_unused_tensors, saved_states
 
 METRICS, PICTURE, BREAKDOWN = "metrics.jsonl", "reconstructions.png", "breakdown.json"
 UNREADABLE, IMAGES = "unreadable.txt", "images.safetensors"
@@ -62,7 +62,8 @@ def clear_run_folder(out: Path) -> None:
 
 def remove_leftovers(out: Path) -> list[Path]:
     """Delete what a run that was killed while it saved left unfinished; returns it."""
-    return [path for folder in (out, out / STATES, out / BEST) for path in remove_unfinished(folder)]
+    unfinished = [path for folder in (out, out / STATES, out / BEST) for path in remove_unfinished(folder)]
+    return unfinished + remove_unused_tensors(out / STATES)
 
 
 def has_state(out: Path) -> bool:
@@ -112,12 +113,12 @@ def _refuse_other_run(config: TrainingConfig) -> None:
     file, asked = config.out / CONFIG_FILE, config.to_dict()
     kept = {
         name: value
-        for name, value in _by_name(asked).items()
+        for name, value in by_name(asked).items()
         if name in config.kept or name.partition(".")[0] in config.kept
     }
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        kind, had = kind_of(saved), _by_name(saved)
+        kind, had = kind_of(saved), by_name(saved)
         pairs = {name: (had[name], value) for name, value in kept.items()} if kind == config.kind else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -135,14 +136,14 @@ def _refuse_other_run(config: TrainingConfig) -> None:
 
 def changed_settings(config: TrainingConfig) -> str:
     """The settings that the run in the folder had otherwise, in words."""
-    had, has = _settings_of_run(config), _by_name(config.to_dict())
+    had, has = _settings_of_run(config), by_name(config.to_dict())
     changes = [f"{name} {had[name]} -> {has[name]}" for name in has if name in had and had[name] != has[name]]
     return ", ".join(change for change in changes if not change.startswith("out "))
 
 
 def other_images(config: TrainingConfig, had: int, has: int) -> str:
     """Why the images to train on, so many now, may be others than those of the run in the folder, in words."""
-    before, now = _settings_of_run(config), _by_name(config.to_dict())
+    before, now = _settings_of_run(config), by_name(config.to_dict())
     changed = [
         f"{name} was {before.get(name)}, got {now[name]}"
         for name in ("data", "val", "images.val_fraction")
@@ -154,10 +155,10 @@ def other_images(config: TrainingConfig, had: int, has: int) -> str:
 
 
 def _settings_of_run(config: TrainingConfig) -> dict[str, Any]:
-    return _by_name(json.loads((config.out / CONFIG_FILE).read_text(encoding="utf-8")))
+    return by_name(json.loads((config.out / CONFIG_FILE).read_text(encoding="utf-8")))
 
 
-def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
+def by_name(settings: dict[str, Any]) -> dict[str, Any]:
     named = {}
     for name, value in settings.items():
         named |= (

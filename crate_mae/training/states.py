@@ -1,4 +1,8 @@
-"""The resumable states of a run: `states/step_<n>.pt`, and `step_<n>_diverging.pt` of steps at which it diverged."""
+"""The resumable states of a run: `states/step_<n>.pt`, and `step_<n>_diverging.pt` of steps at which it diverged.
+
+One process writes all of a state into that file; several write its tensors beside it, as `shards` says. Whoever reads gets the
+same either way, whole, and so a run goes on with any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from crate_mae.files import make_folder, remove, replaced
 from crate_mae.state_dicts import check_archive, differences, objection_to
+from crate_mae.training.average import Average
+from crate_mae.training.parallel import fill
+from crate_mae.training.ranks import Ranks
+from crate_mae.training.shards import read_tensors, remove_rubbish
 
 _NAME = re.compile(r"step_(0|[1-9][0-9]*)(_diverging)?\.pt")
 
@@ -73,7 +82,26 @@ def forget_states(
     forgotten = [state.path for state in saved_states(folder) if state not in stay]
     for path in forgotten:
         remove(path)
+    remove_unused_tensors(folder)
     return forgotten
+
+
+def remove_unused_tensors(folder: Path) -> list[Path]:
+    """Delete the tensors that several ranks wrote and no state names, as of a save that was killed; returns their folders.
+
+    Where a state cannot be read, those of its step stay, for as long as it does.
+    """
+    used = set()
+    for saved in saved_states(folder):
+        folders = [path.name for path in folder.glob(f"step_{saved.step}-*")]
+        if not folders:
+            continue
+        try:
+            state = torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)
+            used.add(state["shards"]["folder"])
+        except Exception:  # whatever it is
+            used.update(folders)
+    return remove_rubbish(folder, used)
 
 
 def read_state(
@@ -118,14 +146,14 @@ def load_state_weights(saved: SavedState, model: nn.Module) -> int:
 
     def fits(state: dict[str, Any]) -> None:
         expected = model.state_dict()
-        if problems := differences(state["model"], expected):
+        if problems := differences(exported(state), expected):
             raise ValueError(f"it is of another model: it {'; '.join(problems)}")
-        for name, value in state["model"].items():
+        for name, value in exported(state).items():
             if objection := objection_to(value, expected[name].dtype):
                 raise ValueError(f"{name}: {objection}")
 
     state = _read(saved.path, fits)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(exported(state))
     return state["image_count"]
 
 
@@ -142,6 +170,8 @@ def _read(path: Path, fits: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         if not check_archive(path):
             raise ValueError("no file that a run wrote, or a part of one")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and isinstance(state.get("shards"), dict):
+            state |= read_tensors(path.parent, state["shards"])
         for name, kind in _PARTS.items():
             if not isinstance(state, dict) or not isinstance(state.get(name), kind):
                 raise ValueError(f"it holds no {name}, as the state of a run does")
@@ -155,12 +185,12 @@ def _read(path: Path, fits: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     return state
 
 
-def random_state() -> dict[str, Any]:
-    """The states of the global generators of torch, NumPy and Python, as plain numbers and tensors."""
+def random_state(ranks: Ranks) -> dict[str, Any]:
+    """The states of this process' global generators of torch, NumPy and Python, as plain numbers and tensors."""
     algorithm, keys, position, has_gauss, cached_gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": _states_of_cuda(ranks),
         "numpy": (algorithm, keys.tolist(), position, has_gauss, cached_gauss),
         "python": random.getstate(),
     }
@@ -181,30 +211,86 @@ def check_fits(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.O
     tensors = [(name, state["model"][name], value) for name, value in expected.items()]
     if set(means) not in (set(), set(range(len(parameters)))):
         raise ValueError("its optimizer is of another model")
+    if average := state.get("average"):
+        tensors += [
+            (f"average of {name}", average.get(name), parameter) for name, parameter in model.named_parameters()
+        ]
     for index, kept in means.items():
         for name in ("exp_avg", "exp_avg_sq"):
             tensors.append((f"{name} of parameter {index}", kept.get(name), parameters[index]))
     for name, found, wanted in tensors:
         if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(f"its {name} is none of {wanted.dtype}, {tuple(wanted.shape)}")
-    _set_generators(state["random"], torch.Generator(), np.random.RandomState(), random.Random())
+    if scale := state.get("scaler"):
+        torch.amp.GradScaler("cpu").load_state_dict(scale)
+    for of_rank in [state["random"], *state.get("random_of_others", [])]:
+        _set_generators(of_rank, torch.Generator(), np.random.RandomState(), random.Random())
 
 
-def restore(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+def restore(
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average | None,
+    scaler: torch.amp.GradScaler,
+    ranks: Ranks,
+) -> list[str]:
     """Give the model, the optimizer and the generators what a state that fits holds; returns what it could not, in words.
 
     The optimizer's settings stay: those of the run as it goes on, not as it was.
     """
-    model.load_state_dict(state["model"])
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state["optimizer"], "param_groups": settings})
-    _set_generators(state["random"], torch.default_generator, np.random, random)
-    of_cuda = state["random"]["cuda"]
-    had, has = len(of_cuda), torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if had == has:
-        torch.cuda.set_rng_state_all(of_cuda)
+    expected = model.state_dict()
+    fill(expected.values(), [state["model"][name] for name in expected])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    means = {
+        index: {name: _shared_like(parameters[index], value) for name, value in kept.items()}
+        for index, kept in state["optimizer"].items()
+    }
+    optimizer.load_state_dict({"state": means, "param_groups": optimizer.state_dict()["param_groups"]})
+    without = []
+    if average:
+        average.load_state(state.get("average") or state["model"])
+        without += [] if "average" in state else ["an average of the weights, which begins with them now"]
+    if scaler.is_enabled():
+        if state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+        else:
+            without.append("a scale of the loss, which is found anew")
+    of_ranks = [state["random"], *state.get("random_of_others", [])]
+    if ranks.rank < len(of_ranks):
+        ours = of_ranks[ranks.rank]
+        _set_generators(ours, torch.default_generator, np.random, random)
+        had, has = len(ours["cuda"]), len(_states_of_cuda(ranks))
+        if had != has:
+            without.append(f"the random numbers of CUDA (of {had} devices; here are {has})")
+        elif ranks.count > 1 and has:
+            torch.cuda.set_rng_state(ours["cuda"][0])
+        elif has:
+            torch.cuda.set_rng_state_all(ours["cuda"])
+    if len(of_ranks) < ranks.count:
+        without.append(f"the random numbers of {ranks.count - len(of_ranks)} of {ranks.count} processes")
+    return without
+
+
+def exported(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of a state that are shown and exported: their average, where it has one."""
+    return state["model"] | state.get("average", {})
+
+
+def _shared_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A value as the ranks share the parameter, if it is one for each entry."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    shared = torch.empty_like(parameter, requires_grad=False)
+    fill([shared], [value])
+    return shared
+
+
+def _states_of_cuda(ranks: Ranks) -> list[torch.Tensor]:
+    """Of this process' device where there are several processes, which must not touch those of the others."""
+    if not torch.cuda.is_available():
         return []
-    return [f"the random numbers of CUDA (of {had} devices; here are {has})"]
+    return torch.cuda.get_rng_state_all() if ranks.count == 1 else [torch.cuda.get_rng_state()]
 
 
 def _set_generators(states: dict[str, Any], of_torch: torch.Generator, of_numpy: Any, of_python: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from crate_mae.data import UnreadableImage
 from crate_mae.data.unreadable import TooManyUnreadable, Unreadable, by_cause, most_unreadable
 from crate_mae.files import append
+from crate_mae.training.ranks import Ranks
 
 _SAID_SINGLY = 20
 """Images that have a line of their own on the screen; the others are counted there."""
@@ -21,10 +22,14 @@ class UnreadableImages:
         images: how many there are, to train and to validate on.
         most: the fraction of them that may be unreadable, rounded up to a whole image.
         say: takes a line for the user.
+        ranks: what several meet counts when they have told each other, in `share`, and the first writes it down.
     """
 
-    def __init__(self, file: Path, images: int, most: float, say: Callable[[str], None]) -> None:
-        self.file, self.images, self.most, self.say = file, images, most, say
+    def __init__(
+        self, file: Path, images: int, most: float, say: Callable[[str], None], ranks: Ranks | None = None
+    ) -> None:
+        self.file, self.images, self.most, self.say, self.ranks = file, images, most, say, ranks or Ranks()
+        self._untold: list[Unreadable] = []
         self._met: dict[str, Unreadable] = {}
         self._listed_before: frozenset[str] | None = None
         self._listed: set[str] = set()
@@ -36,16 +41,27 @@ class UnreadableImages:
             TooManyUnreadable: those met by now are more than are allowed.
             OSError: they cannot be written down.
         """
+        self._untold += map(Unreadable.of, errors)
+        if self.ranks.count == 1:
+            self.share()
+
+    def share(self) -> None:
+        """Take note of what all ranks have met; all come here. Errors as above, on all."""
+        found = [image for of_rank in self.ranks.gathered(self._untold) for image in of_rank]
+        self._untold = []
+        if not found:
+            return
         if self._listed_before is None:
-            self._listed_before = frozenset(listed(self.file))
+            self._listed_before = self.ranks.of_first(lambda: frozenset(listed(self.file)))
             self._listed.update(self._listed_before)
-        for image in map(Unreadable.of, errors):
+        for image in found:
             if image.name in self._met or (image.cause == "vanished" and image.name in self._listed_before):
                 continue
             self._met[image.name] = image
             if image.name not in self._listed:
                 self._listed.add(image.name)
-                append(self.file, image.line() + "\n")
+                if self.ranks.is_first:
+                    append(self.file, image.line() + "\n")
                 self._told(image)
             if len(self._met) > most_unreadable(self.most, self.images):
                 raise TooManyUnreadable(

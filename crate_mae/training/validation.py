@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from crate_mae.data import ImageLoader, Normalization, UnreadableImage, in_order
+from crate_mae.data import ImageLoader, Normalization, UnreadableImage, in_order, part_of
 from crate_mae.evaluation import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
 from crate_mae.model import CrateMAE, MAEOutput
 from crate_mae.pictures import predicted_patches
 from crate_mae.training.precision import autocast
+from crate_mae.training.ranks import Ranks
 
 
 class ValidationErrors(NamedTuple):
@@ -41,7 +43,11 @@ class ValidationErrors(NamedTuple):
 
 
 class Validation:
-    """Measures a model on the same images with the same masks each time, so that epochs can be compared."""
+    """Measures a model on the same images with the same masks each time, so that epochs can be compared.
+
+    Args:
+        ranks: which measure a part of each batch each, and all get the errors of all images.
+    """
 
     def __init__(
         self,
@@ -56,13 +62,17 @@ class Validation:
         num_workers: int = 0,
         say: Callable[[str], None] = warnings.warn,
         unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.images = images
         self.normalization = normalization
         self.mask_ratio = mask_ratio
         self.precision = precision
         self.patches, self.seed = patches, seed
-        batches = in_order(len(images), batch_size)
+        self.ranks = ranks or Ranks()
+        rank, count = self.ranks.rank, self.ranks.count
+        self._sizes = [len(batch) for batch in in_order(len(images), batch_size)]
+        batches = [part_of(batch, rank, count) for batch in in_order(len(images), batch_size)]
         self._loader = ImageLoader(images, batches, num_workers=num_workers, say=say, unreadable=unreadable)
         self._fill_errors: Counter[str | float] = Counter()
 
@@ -87,14 +97,16 @@ class Validation:
         sums: Counter[str | float] = Counter()
         removed = 0.0
         generator = torch.Generator().manual_seed(self.seed)  # batch by batch, since of millions of images it is large
-        for pixels in self._loader:
-            noise = torch.rand(len(pixels), self.patches, generator=generator)
+        for pixels, size in zip(self._loader, self._sizes, strict=True):
+            noise = part_of(torch.rand(size, self.patches, generator=generator), self.ranks.rank, self.ranks.count)
             if stopped():
                 model.train(was_training)
                 return None
             images = self.normalization(pixels.to(device))
             with autocast(self.precision, device):
                 output = model(images, mask_ratio=self.mask_ratio, noise=noise.to(device))
+            if self.ranks.rank >= size:  # it has none of this batch
+                continue
             target = model.patchify(images)
             guesses = {"model": predicted_patches(model, images, output.pred)}
             if first:
@@ -103,7 +115,9 @@ class Validation:
                 sums[name] += float((((guess - target) ** 2).mean(-1) * output.mask).sum())
             removed += float(output.mask.sum())
         model.train(was_training)
-        errors = {name: total / removed for name, total in sums.items()}
+        of_ranks = self.ranks.gathered((sums, removed))
+        removed = math.fsum(each for _, each in of_ranks)
+        errors = {name: math.fsum(each[name] for each, _ in of_ranks) / removed for name in of_ranks[0][0]}
         val_loss = errors.pop("model")
         self._fill_errors.update(errors)
         fills = self._fill_errors

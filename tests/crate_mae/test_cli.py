@@ -274,7 +274,7 @@ def test_ctrl_c_answers_at_once_and_saves(run, out, capfd, monkeypatch):
 
 
 def test_a_second_ctrl_c_ends_it_now_and_keeps_what_was_saved(run, out, capfd, monkeypatch):
-    monkeypatch.setattr("crate_mae.training.interrupts._ONE_REQUEST", -1)  # seconds
+    monkeypatch.setattr("crate_mae.training.interrupts.ONE_REQUEST", -1)  # seconds
     with ctrl_c_in_step(monkeypatch, 3, times=2):  # saved after the first epoch, of two steps
         assert run() == 130
     assert "what was saved before is kept" in capfd.readouterr().err
@@ -318,7 +318,7 @@ def test_an_interrupted_demo_goes_on_and_a_finished_one_shows_its_results(demo, 
 
 
 def test_a_demo_killed_before_its_first_save_starts_anew(demo, out, capfd, monkeypatch):
-    monkeypatch.setattr("crate_mae.training.interrupts._ONE_REQUEST", -1)  # seconds
+    monkeypatch.setattr("crate_mae.training.interrupts.ONE_REQUEST", -1)  # seconds
     with ctrl_c_in_step(monkeypatch, 1, times=2):
         assert demo() == 130
     assert not has_state(out)

@@ -1,0 +1,154 @@
+"""A model on several processes: replicated (DistributedDataParallel), or in shards (FSDP2), and whole again."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from crate_mae.backbone import Backbone
+from crate_mae.training.ranks import Ranks
+
+
+class Alone:
+    """A model on one process, which is all there is.
+
+    Attributes:
+        model: whose parameters the optimizer changes.
+        forward: the model as a step calls it.
+    """
+
+    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+        self.model, self.ranks = model, ranks
+        # Of the steps alone: validation and pictures are few, and would be graphs of their own.
+        self.forward: Callable[..., Any] = torch.compile(model, fullgraph=True) if compiled else model
+
+    def copy(self) -> Backbone:
+        """A model of the same sizes on the first rank, whose weights may be anything."""
+        return copy.deepcopy(self.model)
+
+    def synced(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """What a micro-batch is done in: gradients of the ranks are added up in the last of a step alone."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Backbone | None]:
+        """The whole model on the first rank, and nothing on the others; all ranks come here."""
+        yield self.model if self.ranks.is_first else None
+
+
+class _Several(Alone):
+    """A model on several processes.
+
+    Attributes:
+        twin: on the first rank, a whole model in the host's memory, for what is looked at and written while steps go on.
+    """
+
+    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+        self.twin = copy.deepcopy(model).cpu() if ranks.is_first else None
+        super().__init__(model, ranks, compiled=compiled, accumulate=accumulate)
+
+    def copy(self) -> Backbone:
+        assert self.twin is not None
+        return self.twin
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Backbone | None]:
+        weights = whole_weights(self.model, self.ranks)
+        if self.twin is None:
+            yield None
+            return
+        self.twin.load_state_dict(weights)
+        device = next(self.model.parameters()).device
+        try:
+            yield self.twin.to(device).train(self.model.training)
+        finally:
+            self.twin.cpu()
+
+
+class Replicated(_Several):
+    """Each rank has the model, and all gradients."""
+
+    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+        super().__init__(model, ranks, compiled=compiled, accumulate=accumulate)
+        self._replica = DistributedDataParallel(
+            self.forward,
+            broadcast_buffers=False,  # they are constants
+            gradient_as_bucket_view=True,
+            static_graph=accumulate == 1,  # which steps of several micro-batches, synced in the last, are not
+        )
+        self.forward = self._replica
+
+    @contextlib.contextmanager
+    def synced(self, is_last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if is_last else self._replica.no_sync():
+            yield
+
+
+class Sharded(_Several):
+    """Each rank has a part of each parameter, of its gradient and of the optimizer's means of it."""
+
+    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+        if compiled:
+            raise ValueError(
+                "run.compile: expected false with run.parallel fsdp2, whose layers are no one graph, got true"
+            )
+        super().__init__(model, ranks, compiled=False, accumulate=accumulate)
+        shard(model, dist.init_device_mesh(next(model.parameters()).device.type, (ranks.count,)))
+
+    @contextlib.contextmanager
+    def synced(self, is_last: bool) -> Iterator[None]:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(is_last)
+        yield
+
+
+MODES: dict[str, type[Alone]] = {"ddp": Replicated, "fsdp2": Sharded}
+"""How several processes share a model, by the setting's values."""
+
+
+def shard(model: Backbone, mesh: dist.DeviceMesh) -> None:
+    """Divide a model's parameters among the processes of a mesh, in place: each layer is whole while it computes, and the rest
+    from its forward to the end of its backward. Parameters and operators are what they were while a layer computes."""
+    for stack in (model.encoder_layers, getattr(model, "decoder_blocks", ())):
+        for block in stack:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, of which each rank may have a part; all ranks come here."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """A copy of the state dict in the host's memory of the first rank, and nothing on the others; all ranks come here."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        value = whole(value.detach())
+        if ranks.is_first:
+            weights[name] = value.to("cpu", copy=True)
+    return weights
+
+
+@torch.no_grad()
+def fill(tensors: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
+    """Copy whole values into tensors, of which each rank may have a part."""
+    for tensor, value in zip(tensors, values, strict=True):
+        if isinstance(tensor, DTensor):
+            ours = DTensor.from_local(value, tensor.device_mesh, run_check=False)  # replicated: all have the same
+            value = ours.redistribute(tensor.device_mesh, tensor.placements).to_local()
+        local(tensor).copy_(value)

@@ -1,0 +1,258 @@
+"""The processes of a run, one or as many as torchrun started, and what they agree on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from crate_mae.data import STOPPING
+
+T = TypeVar("T")
+
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_OTHER_LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",  # unlike SLURM_NTASKS, which a script that sbatch runs once has, too
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
+"""Environment variables in which launchers of several processes say how many there are, beside torchrun's."""
+
+_PATIENCE = timedelta(minutes=30)
+"""For which ranks wait for each other: the first one draws, and looks inside, while the others wait."""
+
+_LONGEST_END = 25.0
+"""Seconds from a signal to the end of a rank: torchrun kills what is left after 30. One whose GPU waits for a rank that is gone
+never comes to its next step."""
+
+_OF_COLLECTIVES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out waiting")
+
+
+class LostRank(Exception):
+    """Another process of the run is gone."""
+
+    @classmethod
+    def told_by(cls, error: Exception, kept: str = "") -> LostRank:
+        """What to say of a collective's error; ``kept``: what of the run is on the disk, in words."""
+        return cls(f"another process of the run was lost{kept} ({' '.join(str(error).split())[:160]})")
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return all(name in os.environ for name in _OF_TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def local_rank() -> int | None:
+    """Which of the processes that torchrun started on this machine this is, if it is one of several."""
+    return int(os.environ["LOCAL_RANK"]) if launched() else None
+
+
+def check_launcher() -> None:
+    """Refuse to be one of several processes that do not know each other: each would train for itself, into the same folder.
+
+    Raises:
+        ValueError: a launcher other than torchrun says that there are several.
+    """
+    if launched():
+        return
+    for variable, launcher in {"WORLD_SIZE": "this launcher", **_OTHER_LAUNCHERS}.items():
+        count = os.environ.get(variable, "")
+        if count.isdigit() and int(count) > 1:
+            raise ValueError(
+                f"environment variable {variable}: expected 1 process, got {count}; without torchrun they know nothing of each "
+                f"other: start torchrun -m crate_mae, once on each machine, instead of {launcher}, or unset {variable}"
+            )
+
+
+class Ranks:
+    """One process, which agrees with itself.
+
+    Attributes:
+        rank, count: which of the run's processes this one is, of how many.
+        local, local_count: which of those on this machine, of how many.
+    """
+
+    rank, count, local, local_count = 0, 1, 0, 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that speaks and writes."""
+        return self.rank == 0
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What the first rank makes, on all; all others have come here before it does. What it raises all raise."""
+        return make()
+
+    def gathered(self, value: T) -> list[T]:
+        """What each rank gives, on all."""
+        return [value]
+
+    def largest(self, value: int) -> int:
+        """Of what the ranks give, on all."""
+        return value
+
+    def sum(self, tensor: torch.Tensor) -> Callable[[], object]:
+        """Add up over the ranks, in place; it is done, to whatever follows on the device, when the result has been called."""
+        return lambda: None
+
+    def agreed(self, *values: int) -> tuple[int, ...]:
+        """The largest values of all ranks, the same on all, which is called equally often on all.
+
+        Of several ranks, those of the call before: no host waits for another by more than one step, and none for a device.
+        """
+        return values
+
+    def check_alike(self, values: dict[str, object]) -> None:
+        """Refuse ranks that differ in what they must have alike, by name.
+
+        Raises:
+            ValueError: they do; the message names it.
+        """
+        first, *others = self.gathered(values)
+        for rank, other in enumerate(others, start=1):
+            for name, value in first.items():
+                if other.get(name) != value:
+                    raise ValueError(
+                        f"{name}: expected the same on all processes, got {value} on rank 0 and {other.get(name)} on rank {rank}"
+                    )
+
+
+class TorchrunRanks(Ranks):
+    """One of several processes that torchrun started; they have met when this is made.
+
+    Args:
+        device: that this one computes on.
+
+    Attributes:
+        of_states: the group of processes in which states are written in the background.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.count, self.local, self.local_count = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        )
+        on_gpus = device.type == "cuda"
+        if on_gpus:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_PATIENCE, device_id=device if on_gpus else None
+        )
+        self.of_states = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._asked: torch.Tensor | None = None
+        self._asking: Any = None
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        self.gathered(None)
+        made: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                made[0] = make()
+            except Exception as error:
+                made[1] = error
+        dist.broadcast_object_list(made, src=0)
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
+
+    def gathered(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def largest(self, value: int) -> int:
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def sum(self, tensor: torch.Tensor) -> Callable[[], object]:
+        return dist.all_reduce(tensor, async_op=True).wait
+
+    def agreed(self, *values: int) -> tuple[int, ...]:
+        before: tuple[int, ...] = (0,) * len(values)
+        if self._asked is not None:
+            self._asking.wait()
+            before = tuple(self._asked.tolist())
+        self._asked = torch.tensor(values)
+        self._asking = dist.all_reduce(self._asked, dist.ReduceOp.MAX, async_op=True)
+        return before
+
+    def part(self) -> None:
+        """End the meeting, of all in the same way: of a rank that breaks off, the end of its process tells the others."""
+        if self._asking is not None:
+            self._asking.wait()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def met(device: torch.device) -> Iterator[Ranks]:
+    """The ranks of a run on this process' device, for as long as the block lasts. All but the first are silent in it."""
+    if not launched():
+        yield Ranks()
+        return
+    ranks = TorchrunRanks(device)
+    with warnings.catch_warnings(), _ended_in_time():
+        if not ranks.is_first:
+            warnings.simplefilter("ignore")
+        try:
+            yield ranks
+        except RuntimeError as error:
+            if is_of_a_collective(error):
+                raise LostRank.told_by(error) from error
+            raise
+        ranks.part()
+
+
+def is_of_a_collective(error: BaseException) -> bool:
+    """Whether an error is one of a process whose peers are gone, as far as its words tell."""
+    words = str(error).lower()
+    return isinstance(error, dist.DistError) or any(each in words for each in _OF_COLLECTIVES)
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other rank of this run failed before this one: what followed from that need not be told.
+
+    torchrun's agent keeps who it was. Where it cannot be asked, each tells.
+    """
+    environment = os.environ
+    try:
+        store = dist.TCPStore(
+            environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
+        )
+        key = f"crate_mae/failed/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        return store.compare_set(key, "", environment["RANK"]).decode() == environment["RANK"]
+    except (RuntimeError, ValueError):
+        return True
+
+
+@contextlib.contextmanager
+def _ended_in_time() -> Iterator[None]:
+    """End this process some time after a signal if the block lasts until then, wherever its main thread waits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    hears, told = socket.socketpair()
+    told.setblocking(False)
+    before, over = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False), threading.Event()
+
+    def wait() -> None:
+        while heard := hears.recv(1):
+            if heard[0] in STOPPING and not over.wait(_LONGEST_END):
+                os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        told.close()

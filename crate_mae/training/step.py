@@ -1,0 +1,112 @@
+"""One step of an optimizer: micro-batches, ranks, scaling, clipping, and the guard against what is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from crate_mae.training.average import Average
+from crate_mae.training.metrics import StepMeter
+from crate_mae.training.parallel import Alone, whole
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Pixels, and what a loss takes beside them."""
+
+LossOf = Callable[[Callable[..., Any], torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""The mean loss of (forward, pixels, beside, step)."""
+
+
+class Step:
+    """One step on a batch that may come in parts: the gradient is that of the mean over all images of all ranks.
+
+    Each micro-batch counts by its share of the images, so that parts of different sizes give the mean that the whole would. Ranks
+    add their gradients up in the last micro-batch of a step alone.
+
+    Args:
+        parallel: the model.
+        loss_of: the mean loss of a micro-batch.
+        batch_size: images a step, of all ranks and micro-batches.
+        accumulate: micro-batches a step, on each rank.
+        clip_grad: the largest norm of the whole gradient; 0 for none.
+        scaled: whether the loss is scaled for a backward in float16 (arXiv 1710.03740). Then a gradient that is not finite
+            changes nothing but the scale.
+
+    Attributes:
+        average: of the weights, if one is kept.
+        scaler: of the loss.
+    """
+
+    def __init__(
+        self,
+        parallel: Alone,
+        optimizer: torch.optim.Optimizer,
+        loss_of: LossOf,
+        *,
+        batch_size: int,
+        accumulate: int,
+        clip_grad: float,
+        average: Average | None,
+        scaled: bool,
+    ) -> None:
+        self.parallel, self.optimizer, self.loss_of, self.average = parallel, optimizer, loss_of, average
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self._longest = clip_grad or float("inf")
+        device = next(parallel.model.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self._broken = torch.zeros((), device=device)
+        optimizer.found_inf = self._broken
+
+    def __call__(self, batches: Iterator[Batch], lr: float, step: int, meter: StepMeter) -> torch.Tensor:
+        """Take the step after `step` others on the next micro-batches; returns its loss, the mean over all images."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        loss = self._backward(batches, step)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.parallel.model.parameters(), self._longest)).detach()
+        # From the first step on that is not finite, this number keeps the optimizer from changing anything, and nobody waits for
+        # it: when the loss is read, some steps later, the weights are still those that it went bad with.
+        not_finite = meter.add(step + 1, loss, grad_norm, self.batch_size)
+        self._broken.copy_(torch.maximum(self._broken, not_finite))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average:
+            self.average.update(step + 1)
+        return loss
+
+    def _backward(self, batches: Iterator[Batch], step: int) -> torch.Tensor:
+        ranks, device = self.parallel.ranks, self._broken.device
+        total = torch.zeros((), device=device)
+        summed: Callable[[], object] = bool
+        self.optimizer.zero_grad(set_to_none=True)
+        for index in range(self.accumulate):
+            is_last = index == self.accumulate - 1
+            pixels, beside = next(batches)
+            share = len(pixels) / self.batch_size
+            with self.parallel.synced(is_last):
+                loss = self.loss_of(self.parallel.forward, pixels, beside, step)
+                total += loss.detach() * share
+                if is_last:
+                    summed = ranks.sum(total)
+                if self.scaler.is_enabled():  # whose own steps would go on behind one with a loss that is not finite
+                    loss = torch.where(self._broken > 0, torch.nan, loss)
+                # Both modes divide by the number of ranks what they have added up.
+                self.scaler.scale(loss * (share * ranks.count)).backward()
+        summed()
+        return total
+
+    def shown(self) -> AbstractContextManager[None]:
+        """The model has the weights that are validated and exported while the block lasts: their average, if one is kept."""
+        return self.average.in_place() if self.average else nullcontext()
+
+    def rehearse(self, batch: Batch) -> None:
+        """Forward and backward without a step, before the first one.
+
+        DistributedDataParallel orders gradients anew after its first backward, and sums of more than two ranks then round
+        otherwise: a resumed run would not be, to the bit, the one that went on.
+        """
+        with torch.random.fork_rng([self._broken.device] if self._broken.is_cuda else []):
+            self.loss_of(self.parallel.forward, *batch, 0).backward()
+        self.optimizer.zero_grad(set_to_none=True)
