@@ -104,10 +104,11 @@ def states(model: CrateMAE, ranks: int = 1, rank: int = 0) -> dict[str, int]:
 def whole(model: CrateMAE, complete: Sequence[str], ranks: int, *, accumulated: bool = False) -> int:
     """The most bytes of whole parameters and gradients that FSDP2 has at once on each of two ranks or more, shards aside.
 
-    Each layer of the encoder and the decoder is gathered by itself, and what is left with the model: that stays until its
-    backward is over. Gathered is as much as all shards with their padding, and takes that twice until it is copied to where
-    the parameters are. In the backward a layer's parameters are there with those of the next, which are on their way; with them
-    its gradients, those of the layer before as they were sent, and what is complete of those that belong to no layer.
+    Each layer is gathered by itself, and what belongs to none with the model: that stays until its backward is over. What is
+    gathered has all shards' padding, and is there twice while it is copied from what was received to where parameters are. In
+    the forward what was received for the layer before is still there then. In the backward it is received one layer ahead; with
+    it are a layer's parameters and gradients, what is sent of the gradients of the layer before, as large as its parameters, and
+    such gradients as are complete of those that belong to no layer.
 
     Args:
         complete: the names of all parameters, in the order in which their gradients are complete.
@@ -122,11 +123,12 @@ def whole(model: CrateMAE, complete: Sequence[str], ranks: int, *, accumulated: 
     when = {named[name]: moment for moment, name in enumerate(complete)}
     rest_gathered, rest_gradients = ranks * padded_bytes(rest, ranks), sum(map(_nbytes, rest))
 
-    moments = []
-    for before, layer in zip([rest_gathered, *gathered], gathered, strict=False):  # forward
-        moments += [before + layer, 2 * layer]
+    earlier = rest_gradients + sum(gradients) if accumulated else 0
+    moments = [  # of the forward
+        earlier + before + 2 * layer for before, layer in zip([rest_gathered, *gathered], gathered, strict=False)
+    ]
     sent = 0
-    for index in reversed(range(len(layers))):  # backward
+    for index in reversed(range(len(layers))):
         layer, following = gathered[index], gathered[index - 1] if index else 0
         if accumulated:
             there = rest_gradients + sum(gradients[: index + 1])
@@ -135,7 +137,7 @@ def whole(model: CrateMAE, complete: Sequence[str], ranks: int, *, accumulated: 
             there = gradients[index] + sum(_nbytes(parameter) for parameter in rest if when[parameter] < last)
         moments += [layer + following + there + sent, following + there + layer]
         sent = layer
-    return max(*(rest_gathered + moment for moment in moments), rest_gathered + rest_gradients + sent)
+    return rest_gathered + max(*moments, rest_gradients + sent)
 
 
 class Mode(NamedTuple):
