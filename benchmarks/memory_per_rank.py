@@ -38,7 +38,6 @@ from benchmarks.records import Record, describe_model, table
 from benchmarks.training_step import Batch
 from crate_mae.model import CrateMAE
 
-OPERATOR = "memory_per_rank"
 MODELS_BY_DEFAULT = ["crate_mae_base", "crate_mae_large"]
 
 
@@ -174,7 +173,7 @@ def measure(record: Record, model_name: str, arguments: argparse.Namespace) -> N
             if mode.shards > 1:
                 parts["whole"] = whole(model, counted.complete, mode.shards, accumulated=mode.accumulated)
             record.add(
-                operator=OPERATOR,
+                operator="memory_per_rank",
                 model=model_name,
                 overrides=overrides,
                 shape=[size, model.config.in_chans, *model.config.image_shape],

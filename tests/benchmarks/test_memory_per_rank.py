@@ -172,7 +172,7 @@ def test_a_table_of_what_ranks_need(tmp_path: Path, capsys: pytest.CaptureFixtur
         eight, more, accumulated = (
             parts[provider, f"FSDP2, {mode}"] for mode in ("8 ranks", "64 ranks", "8 ranks, accumulated")
         )
-        assert 8 * eight["parameters"] < 64 * more["parameters"] < 1.01 * alone["parameters"]
+        assert 8 * eight["parameters"] < 64 * more["parameters"] < 1.05 * alone["parameters"]
         assert eight["saved"] == alone["saved"] and accumulated["whole"] > max(alone["gradients"], eight["whole"])
     assert parts["triton recompute", "one process"]["saved"] < parts["triton", "one process"]["saved"]
     assert "FSDP2, 64 ranks, accumulated" in capsys.readouterr().out
