@@ -18,6 +18,7 @@ from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, 
 from crate_mae.cli.settings import check_argument, load
 from crate_mae.data import STOPPING
 from crate_mae.training import RunStopped
+from crate_mae.training.ranks import end_of_rank, is_silent, launched
 
 OTHERS = {
     "reconstruct": reconstruct,
@@ -56,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         report = _run(arguments)
-        with suppress(OSError):  # of a pipe that nobody reads: all is done
-            print(report, flush=True)
+        if not is_silent():
+            with suppress(OSError):  # of a pipe that nobody reads: all is done
+                print(report, flush=True)
     except (Exception, KeyboardInterrupt) as error:
         if DEBUG in given:
             traceback.print_exc()
@@ -69,8 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 signal.signal(number, signal.SIG_IGN)
         if isinstance(error, RunStopped):
             message += _how_to_go_on(arguments)
+        line = f"crate-mae: {one_line(message)}"
+        if launched() and argv is None:
+            end_of_rank(line, status)
         with suppress(OSError):  # of a terminal that is gone; the exit status tells
-            print(f"crate-mae: {one_line(message)}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
         return status
     return 0
 
@@ -90,6 +95,10 @@ def _run(arguments: list[str]) -> str:
     if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         given = arguments[0]
         raise ValueError(f"expected a command, one of {', '.join(COMMANDS)}, got {given!r}{nearest(given, COMMANDS)}")
+    if launched() and arguments[0] in (*OTHERS, "demo"):
+        raise ValueError(
+            f"crate-mae {arguments[0]} is one process: start it without torchrun, which is for pretrain and finetune"
+        )
     option = ""
     for argument in arguments:
         if argument.startswith("--"):

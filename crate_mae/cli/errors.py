@@ -13,7 +13,7 @@ import torch
 
 from crate_mae import state_dicts
 from crate_mae.data import LostWorkers, MissingLibrary
-from crate_mae.training import NonFiniteLoss, RunStopped, TooManyUnreadable
+from crate_mae.training import LostRank, NonFiniteLoss, RunStopped, TooManyUnreadable
 
 BROKE_DOWN, USER_ERROR, BUG, BY_SIGNAL = 1, 2, 70, 128
 
@@ -92,7 +92,7 @@ def outcome(error: BaseException, command: str = "") -> tuple[str, int]:
         return str(error), BY_SIGNAL + error.signal
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was saved before is kept", BY_SIGNAL + getattr(error, "signal", signal.SIGINT)
-    if isinstance(error, NonFiniteLoss | LostWorkers | TooManyUnreadable):
+    if isinstance(error, NonFiniteLoss | LostWorkers | LostRank | TooManyUnreadable):
         return str(error), BROKE_DOWN
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
         remedy = _LESS_MEMORY.get(command, _OF_TRAINING)

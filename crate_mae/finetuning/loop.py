@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.classifiers import Classifier
 from crate_mae.data import LabelledCentreCropped
+from crate_mae.data.progress import say
 from crate_mae.finetuning.classes import classes_of, labels_among
 from crate_mae.finetuning.config import FinetuneConfig
 from crate_mae.finetuning.mixing import draw_mix, mixed, mixed_targets
@@ -127,7 +128,7 @@ class FinetuneRun(Run[FinetuneConfig, Scores]):
             batch_size=self.micro_batch * self.ranks.count,
             precision=self.precision,
             num_workers=self.num_workers,
-            say=self.say,
+            say=say,
             unreadable=self.unreadable,
             ranks=self.ranks,
         )

@@ -14,12 +14,14 @@ from crate_mae.training.interrupts import RunStopped
 from crate_mae.training.loop import PretrainResult, pretrain
 from crate_mae.training.metrics import NonFiniteLoss
 from crate_mae.training.optimizer import build_optimizer
+from crate_mae.training.ranks import LostRank
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.unreadable import TooManyUnreadable
 from crate_mae.training.validation import Validation, ValidationErrors
 
 __all__ = [
     "ImagesConfig",
+    "LostRank",
     "NonFiniteLoss",
     "OptimizerConfig",
     "PretrainConfig",

@@ -3,40 +3,89 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
-from crate_mae.backbone import Backbone
+import torch
+from torch import nn
+
 from crate_mae.training.config import TrainingConfig
+from crate_mae.training.ranks import Ranks
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
-def with_batch_chosen(run: Any, model: Backbone) -> tuple[Any, list[str]]:
-    """The settings of a run with numbers for `schedule.batch_size` and `schedule.accumulate`, and why these, in words.
+def with_batch_chosen(
+    config: Config,
+    model: nn.Module,
+    loss_of: Callable[[int], torch.Tensor],
+    *,
+    images: int,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[Config, list[str]]:
+    """The settings with numbers for `schedule.batch_size` and `schedule.accumulate`, and why it is these, in words.
 
     Args:
         model: of this process alone, before it is shared.
+        loss_of: of a batch of so many images.
+        images: to train on.
 
     Raises:
-        ValueError: there are too few images, or too few for so many processes and parts; or not even one image fits.
+        ValueError: there are too few images, or too few in a step for so many processes and parts; or not even one fits.
     """
-    config, ranks = run.config, run.ranks
-    schedule, images, why = config.schedule, len(run.train_images), []
-    if schedule.batch_size != "auto" and schedule.batch_size > images:
+    schedule, count = config.schedule, ranks.count
+    size, parts = schedule.batch_size, schedule.accumulate
+    if size == "auto" and images < count:
+        raise ValueError(f"schedule.batch_size: expected an image for each of {count} processes, there are {images}")
+    if size != "auto" and size > images:
         raise ValueError(
-            f"schedule.batch_size: expected 1 to {images}, the number of training images, got {schedule.batch_size}; "
+            f"schedule.batch_size: expected 1 to {images}, the number of training images, got {size}; "
             "lower --schedule.batch_size"
         )
-    batch_size, accumulate = schedule.batch_size, schedule.accumulate
-    if "auto" in (batch_size, accumulate):
-        raise NotImplementedError
-    most = batch_size // ranks.count
-    if not 1 <= accumulate <= most:
+    if size != "auto" and size < count:
+        raise ValueError(f"schedule.batch_size: expected an image for each of {count} processes or more, got {size}")
+    why = []
+    if "auto" in (size, parts):
+        from crate_mae.training.fitting import fit
+
+        share = (images if size == "auto" else -(-size // count * count)) // count
+        trials = _Trials(model, loss_of, device)
+        fitting = fit(trials, device, share, later=_allocated_later(config, model, count))
+        most = -ranks.largest(-fitting.batch)  # the smallest of all devices'
+        if size == "auto":
+            parts = 1 if parts == "auto" else parts
+            size = min(most * count * parts, images)
+        else:
+            parts = -(-share // most)
+        why.append(f"batch of {size} images in {parts} part{'s' * (parts > 1)}: {fitting.in_words}")
+    if parts > size // count:
         raise ValueError(
-            f"schedule.accumulate: expected 1 to {most}, as a step has {batch_size} images and {ranks.count} processes, got "
-            f"{accumulate}"
-            if most
-            else f"schedule.batch_size: expected at least {ranks.count}, one for each process, got {batch_size}"
+            f"schedule.accumulate: expected 1 to {size // count}, as each of {count} processes has so many of the {size} images "
+            f"of a step, got {parts}"
         )
-    schedule = dataclasses.replace(schedule, batch_size=batch_size, accumulate=accumulate)
-    return dataclasses.replace(config, schedule=schedule), why
+    chosen = dataclasses.replace(schedule, batch_size=size, accumulate=parts)
+    return dataclasses.replace(config, schedule=chosen), why
+
+
+class _Trials:
+    """Forward and backward, as steps have them."""
+
+    def __init__(self, model: nn.Module, loss_of: Callable[[int], torch.Tensor], device: torch.device) -> None:
+        self._model, self._loss_of = model, loss_of
+        self._devices = [device] if device.type == "cuda" else []
+
+    def __call__(self, images: int) -> None:
+        try:
+            with torch.random.fork_rng(self._devices):
+                self._loss_of(images).backward()
+        finally:
+            self._model.zero_grad(set_to_none=True)
+
+
+def _allocated_later(config: TrainingConfig, model: nn.Module, count: int) -> int:
+    """Bytes that a run has beside those of a trial: AdamW's means, and an average; less what is shared out then."""
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
+    share = 1 / count if config.run.parallel == "fsdp2" else 1.0
+    kept = 2 + bool(config.optimizer.average)
+    return round(weights * (kept * share - 2 * (1 - share)))

@@ -11,6 +11,7 @@ import torch
 from crate_mae.checkpoints import load_weights
 from crate_mae.config import grid_of
 from crate_mae.data import CentreCropped
+from crate_mae.data.progress import say
 from crate_mae.model import CrateMAE
 from crate_mae.registry import count_parameters
 from crate_mae.training.config import PretrainConfig
@@ -96,8 +97,8 @@ class PretrainRun(Run[PretrainConfig, ValidationErrors]):
                 f"{config.run.analyze_every}; give --val, or an --images.val_fraction above 0"
             )
         shown = CentreCropped(self.val_images or self.train_images, model.image_shape, model.in_chans)
-        self.look_inside = LookInside(shown, self.normalization, self.micro_batch, self.say)
-        self.picture = Picture(shown, self.normalization, config, self.say)
+        self.look_inside = LookInside(shown, self.normalization, self.micro_batch, say)
+        self.picture = Picture(shown, self.normalization, config, say)
         return self.val_images and Validation(
             shown,
             self.normalization,
@@ -107,7 +108,7 @@ class PretrainRun(Run[PretrainConfig, ValidationErrors]):
             seed=config.run.seed,
             precision=self.precision,
             num_workers=self.num_workers,
-            say=self.say,
+            say=say,
             unreadable=self.unreadable,
             ranks=self.ranks,
         )
@@ -121,7 +122,7 @@ class PretrainRun(Run[PretrainConfig, ValidationErrors]):
     def _look(self, model: CrateMAE) -> None:
         if (seen := self.look_inside(model)) is not None:
             self.record.log_inside(values_of(seen))
-            self.say(f"{self.epochs_done}: {in_words(seen)}")
+            say(f"{self.epochs_done}: {in_words(seen)}")
 
     def _draw(self, model: CrateMAE) -> None:
         self.picture.write(model)

@@ -6,16 +6,19 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from crate_mae.data import STOPPING
+from crate_mae.training.interrupts import RunStopped
 
 T = TypeVar("T")
 
@@ -34,6 +37,12 @@ _PATIENCE = timedelta(minutes=30)
 _LONGEST_END = 25.0
 """Seconds from a signal to the end of a rank: torchrun kills what is left after 30. One whose GPU waits for a rank that is gone
 never comes to its next step."""
+
+_HARMLESS = (
+    "Grad strides do not match bucket view strides",  # of class and mask token, whose strides are of dimensions with one entry
+    r"FSDP2-wrapped module \(FSDP\w+\) returned a view",  # of the prediction, which nothing writes to
+)
+"""Beginnings of warnings that PyTorch gives."""
 
 _OF_COLLECTIVES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out waiting")
 
@@ -92,6 +101,13 @@ class Ranks:
     def of_first(self, make: Callable[[], T]) -> T:
         """What the first rank makes, on all; all others have come here before it does. What it raises all raise."""
         return make()
+
+    def each_after_first(self, make: Callable[[], T]) -> T:
+        """What each rank makes for itself, the first ahead of the others, which find what it left in caches and on disks. What it
+        raises all raise."""
+        made: list[T] = []
+        self.of_first(lambda: made.append(make()))
+        return made[0] if made else make()
 
     def gathered(self, value: T) -> list[T]:
         """What each rank gives, on all."""
@@ -200,11 +216,20 @@ def met(device: torch.device) -> Iterator[Ranks]:
         yield Ranks()
         return
     ranks = TorchrunRanks(device)
-    with warnings.catch_warnings(), _ended_in_time():
+    with contextlib.ExitStack() as within:
+        within.enter_context(_ended_in_time())
+        within.enter_context(warnings.catch_warnings())
+        for harmless in _HARMLESS:
+            warnings.filterwarnings("ignore", message=harmless)
         if not ranks.is_first:
-            warnings.simplefilter("ignore")
+            nowhere = within.enter_context(open(os.devnull, "w"))
+            within.enter_context(contextlib.redirect_stdout(nowhere))
+            within.enter_context(contextlib.redirect_stderr(nowhere))
         try:
             yield ranks
+        except RunStopped:  # as all are, at the same step
+            ranks.part()
+            raise
         except RuntimeError as error:
             if is_of_a_collective(error):
                 raise LostRank.told_by(error) from error
@@ -218,11 +243,31 @@ def is_of_a_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(each in words for each in _OF_COLLECTIVES)
 
 
-def is_first_to_fail() -> bool:
-    """Whether no other rank of this run failed before this one: what followed from that need not be told.
+def is_silent() -> bool:
+    """Whether this process is one of several, and not the first."""
+    return launched() and os.environ["RANK"] != "0"
 
-    torchrun's agent keeps who it was. Where it cannot be asked, each tells.
+
+def end_of_rank(line: str, status: int) -> NoReturn:
+    """End this process at once: the others are ended by torchrun, or by the connections that break.
+
+    Says why, unless another rank has failed before: what followed from that need not be told. torchrun gets the line, too, for
+    its own report.
     """
+    if _is_first_to_fail():
+        rank = os.environ["RANK"]
+        with contextlib.suppress(OSError):
+            print(line if rank == "0" else f"{line} (rank {rank})", file=sys.stderr, flush=True)
+        get_error_handler().record_exception(RuntimeError(line))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)  # threads of collectives that wait for others would keep it
+
+
+def _is_first_to_fail() -> bool:
+    """Whether no other rank of this run failed before this one. torchrun's agent keeps which did; where it cannot be asked, each
+    is."""
     environment = os.environ
     try:
         store = dist.TCPStore(

@@ -125,7 +125,6 @@ class Run(ABC, Generic[Config, Errors]):
 
     def __init__(self, config: Config, resume: Resume, device: torch.device, ranks: Ranks) -> None:
         self.config, self.device, self.ranks = config, device, ranks
-        self.say = say if ranks.is_first else _silent
         self.precision = choose_precision(config.run.precision, self.device)
         check_implementation(self.device, self.precision)
         check_threads(config.run.threads)
@@ -138,7 +137,8 @@ class Run(ABC, Generic[Config, Errors]):
         images, channels = config.images, config.model.in_chans
         with of_section("images"):
             self.normalization = Normalization(images.mean, images.std, channels)
-        self.images = image_sets(config, config.out / IMAGES if resume is not False else None)
+        kept = config.out / IMAGES if resume is not False else None
+        self.images = ranks.each_after_first(lambda: image_sets(config, kept))
         self.train_images, self.val_images = self.images.train, self.images.val
         self.config = config = self._settled(resume is not False)
         self.crops = PretrainImages(
@@ -157,8 +157,14 @@ class Run(ABC, Generic[Config, Errors]):
         torch.manual_seed(config.run.seed)
         model = self._model(resume is not False).to(self.device).train()
         model.stream, model.recompute = config.run.stream, config.run.recompute
-        self.config, self.why = with_batch_chosen(self, model)
-        config = self.config
+        self.config, self.why = config, _ = with_batch_chosen(
+            config,
+            model,
+            lambda images: self._loss_of(model, *self.batch_of(images), 0),
+            images=len(self.train_images),
+            device=device,
+            ranks=ranks,
+        )
         self.accumulate = int(config.schedule.accumulate)
         self.batch_size = batch_size = int(config.schedule.batch_size)
         self.steps_per_epoch = len(self.train_images) // batch_size
@@ -192,7 +198,7 @@ class Run(ABC, Generic[Config, Errors]):
             config.out / UNREADABLE,
             len(self.train_images) + len(self.val_images or ()),
             images.max_unreadable,
-            self.say,
+            say,
             ranks,
         )
         batch_bytes = self.micro_batch * channels * math.prod(config.model.image_shape)
@@ -210,7 +216,7 @@ class Run(ABC, Generic[Config, Errors]):
             image_count=len(self.train_images),
             steps_per_epoch=self.steps_per_epoch,
             watch=self.watch,
-            say=self.say,
+            say=say,
         )
         self.start = f"from the weights of {config.init}" if config.init else "from the start"
         self.changed = ""
@@ -279,29 +285,27 @@ class Run(ABC, Generic[Config, Errors]):
         if left:
             self.ranks.of_first(self._write_down)
         else:  # the settings of steps that were never taken must not pass for the run's
-            if self.ranks.is_first:
-                print(
-                    f"nothing left to do: all {self.config.schedule.epochs} epochs are done; a larger --schedule.epochs goes on, "
-                    "--overwrite starts anew",
-                    file=sys.stderr,
-                )
+            print(
+                f"nothing left to do: all {self.config.schedule.epochs} epochs are done; a larger --schedule.epochs goes on, "
+                "--overwrite starts anew",
+                file=sys.stderr,
+            )
             self._save(draw=True)  # what a run killed between its last state and the files made of it did not write
         loader = ImageLoader(
             self.crops,
             self._batches(self.step, max(self.step, self.total_steps)),
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
-            say=self.say,
+            say=say,
             unreadable=self.unreadable,
         )
-        quiet = None if self.ranks.is_first else True
-        progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc=self.config.kind, disable=quiet)
+        progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc=self.config.kind, disable=None)
         with self._stop_requests() as stop, progress, self._breakdown_told(), self._saved_all_the_same():
-            self.say(self._opening_line())
+            say(self._opening_line())
             for said in (*self.why, *self.images.said):
-                self.say(said)
+                say(said)
             if self.changed:
-                self.say(f"changed since it was started: {self.changed}")
+                say(f"changed since it was started: {self.changed}")
             if self._pending():
                 self._validate_and_save(stop)
             with contextlib.closing(iter(loader)) as batches:
@@ -313,9 +317,7 @@ class Run(ABC, Generic[Config, Errors]):
                     self.errors = self.validation(self.model)
         self.unreadable.share()
         if counted := self.unreadable.counted():
-            self.say(
-                f"images that could not be read, others stood in: {counted}; they are listed in {self.unreadable.file}"
-            )
+            say(f"images that could not be read, others stood in: {counted}; they are listed in {self.unreadable.file}")
 
     def _write_down(self) -> None:
         """What the run is of, ahead of its first state."""
@@ -341,7 +343,7 @@ class Run(ABC, Generic[Config, Errors]):
         )
 
     def _take_steps(self, feed: Feed, progress: tqdm, stop: StopRequest) -> None:
-        lines = ProgressLines(self.step, self.total_steps) if progress.disable and self.ranks.is_first else None
+        lines = ProgressLines(self.step, self.total_steps) if progress.disable else None
         self.record.meter.restart_clock()
         batches = iter(feed)
         while self.step < self.total_steps:
@@ -350,7 +352,7 @@ class Run(ABC, Generic[Config, Errors]):
             progress.update()
             asked, save_is_due = self.ranks.agreed(stop.signal or 0, self._save_is_due())
             if lines and not asked and (line := lines.after(self.step, loss, self.lr, self.batch_size, feed.waited)):
-                self.say(line)
+                say(line)
             due, look_is_due = self._validation_is_due(), self._look_is_due()
             if due or look_is_due or self.step % self.config.run.log_every == 0:
                 averages = self.record.log(self.lr)
@@ -437,7 +439,7 @@ class Run(ABC, Generic[Config, Errors]):
             self.errors = errors
             self.record.log_validation(errors)
         self.unreadable.share()
-        self.say(f"{self.epochs_done}: {self._said_of(errors)}")
+        say(f"{self.epochs_done}: {self._said_of(errors)}")
         return True
 
     def _save(self, *, draw: bool) -> None:
@@ -528,7 +530,3 @@ class Run(ABC, Generic[Config, Errors]):
             f"{len(self.train_images)} images to train on and {held_out} to validate on{workers}, {precision} on {where}, "
             f"{self.steps_per_epoch} steps an epoch, {config.schedule.epochs} epochs, {self.start}, into {config.out}"
         )
-
-
-def _silent(line: str) -> None:
-    """What all ranks but the first say."""

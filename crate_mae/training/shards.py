@@ -11,6 +11,7 @@ import pickle
 import re
 import secrets
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -115,7 +116,9 @@ def read_tensors(folder: Path, written: dict[str, Any]) -> dict[str, dict[Any, A
         for key, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant: each reads for itself
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     parts: dict[str, dict[Any, Any]] = {part: {} for part in TENSORS[:2]}
     for key, tensor in tensors.items():
         part, _, rest = key.partition(".")
