@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,28 +82,33 @@ PARTS = {
 
 
 def ranks_table(results: Sequence[Results], readme: Path) -> str | None:
-    """What each rank needs memory for: a line a model and way of running, and a column more for each provider's step."""
-    lines: dict[tuple[str, str, str], dict[str, str]] = {}
-    providers: list[str] = []
+    """What each rank needs memory for: a line a model and ways of running that need the same, a column more a provider's step."""
+    parts: dict[tuple[str, str], dict[str, dict[str, int]]] = {}
+    cells: dict[tuple[str, str], dict[str, str]] = {}
     for each in results:
         links = Links(each.folder, readme)
         for row in select(each.rows, operator="memory_per_rank"):
-            parts = row["parts"]
-            cells = lines.setdefault((describe_model(row), describe_shape(row), row["mode"]), {})
-            for words, names in PARTS.items():
-                if count := sum(parts.get(name, 0) for name in names):
-                    cells[words] = gibibytes(count)
-            cells[row["provider"]] = f"{gibibytes(parts['saved'])}; {links.line(row, gibibytes(row['peak_bytes']))}"
-            providers = sorted({*providers, row["provider"]}, key=provider_order)
-    if not lines:
+            key, provider = (f"`{describe_model(row)}`, {describe_shape(row)}", row["mode"]), row["provider"]
+            parts.setdefault(key, {})[provider] = row["parts"]
+            sum_of_it = links.line(row, gibibytes(row["peak_bytes"]))
+            cells.setdefault(key, {})[provider] = f"{gibibytes(row['parts']['saved'])}; {sum_of_it}"
+    if not parts:
         return None
+    providers = sorted({provider for found in parts.values() for provider in found}, key=provider_order)
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for key, found in parts.items():
+        alike.setdefault(json.dumps([key[0], found], sort_keys=True), []).append(key)
+    table = []
+    for keys in alike.values():
+        counts = next(iter(parts[keys[0]].values()))
+        sums = [sum(counts.get(name, 0) for name in names) for names in PARTS.values()]
+        of_providers = [cells[keys[0]].get(provider, "") for provider in providers]
+        where = "; ".join(mode for _, mode in keys)
+        table.append([keys[0][0], where, *(gibibytes(count) if count else "" for count in sums), *of_providers])
     columns = ["model", "on each of", *PARTS, *(f"saved by {name_of(provider)}; sum" for provider in providers)]
-    table = [
-        [f"`{model}`, {shape}", mode, *(cells.get(column, "") for column in (*PARTS, *providers))]
-        for (model, shape, mode), cells in lines.items()
-    ]
     about = (
-        "What each rank needs memory for, counted likewise (`python -m benchmarks.memory_per_rank` says what is not)"
+        "What each rank needs memory for, counted likewise (`python -m benchmarks.memory_per_rank` says what is not); "
+        "accumulated: with several micro-batches a step, between which FSDP2 keeps whole gradients"
     )
     return f"{about}:\n\n{markdown(columns, table)}"
 
