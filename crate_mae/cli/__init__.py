@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             message += _how_to_go_on(arguments)
         line = f"crate-mae: {one_line(message)}"
         if launched() and argv is None:
-            end_of_rank(line, status)
+            end_of_rank(line, error, status)
         with suppress(OSError):  # of a terminal that is gone; the exit status tells
             print(line, file=sys.stderr, flush=True)
         return status

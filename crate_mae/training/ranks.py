@@ -15,7 +15,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from crate_mae.data import STOPPING
 from crate_mae.training.interrupts import RunStopped
@@ -248,17 +247,16 @@ def is_silent() -> bool:
     return launched() and os.environ["RANK"] != "0"
 
 
-def end_of_rank(line: str, status: int) -> NoReturn:
+def end_of_rank(line: str, error: BaseException, status: int) -> NoReturn:
     """End this process at once: the others are ended by torchrun, or by the connections that break.
 
-    Says why, unless another rank has failed before: what followed from that need not be told. torchrun gets the line, too, for
-    its own report.
+    Says why, unless another rank has failed before: what followed from that need not be told. Of a stop, which is that of all,
+    the first rank tells.
     """
-    if _is_first_to_fail():
+    if not is_silent() if isinstance(error, RunStopped) else _is_first_to_fail():
         rank = os.environ["RANK"]
         with contextlib.suppress(OSError):
             print(line if rank == "0" else f"{line} (rank {rank})", file=sys.stderr, flush=True)
-        get_error_handler().record_exception(RuntimeError(line))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -231,14 +231,15 @@ def restore(
     state: dict[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    average: Average | None,
-    scaler: torch.amp.GradScaler,
-    ranks: Ranks,
+    average: Average | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    ranks: Ranks | None = None,
 ) -> list[str]:
     """Give the model, the optimizer and the generators what a state that fits holds; returns what it could not, in words.
 
     The optimizer's settings stay: those of the run as it goes on, not as it was.
     """
+    ranks = ranks or Ranks()
     expected = model.state_dict()
     fill(expected.values(), [state["model"][name] for name in expected])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -251,7 +252,7 @@ def restore(
     if average:
         average.load_state(state.get("average") or state["model"])
         without += [] if "average" in state else ["an average of the weights, which begins with them now"]
-    if scaler.is_enabled():
+    if scaler and scaler.is_enabled():
         if state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
         else:

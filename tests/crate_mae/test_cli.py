@@ -544,7 +544,7 @@ def test_divergence_is_reported(run, capsys):
         ("pretrain --out {out} --batch_size 4", "did you mean --schedule.batch_size?"),
         (
             "pretrain --out {out} --run.precision bf16",
-            "expected one of auto, float32, bfloat16, got bf16; did you mean bfl",
+            "expected one of auto, float32, bfloat16, float16, got bf16; did you mean bfl",
         ),
         ("pretrain --out {out} --architecture crate_mae_bse", "did you mean crate_mae_base?"),
         ("pretrain --out {out} --config optimizer:{{baselr:1}}", "is no file of settings"),
