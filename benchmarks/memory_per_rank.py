@@ -127,7 +127,7 @@ def whole(model: CrateMAE, complete: Sequence[str], ranks: int, *, accumulated: 
         earlier + before + 2 * layer for before, layer in zip([rest_gathered, *gathered], gathered, strict=False)
     ]
     sent = 0
-    for index in reversed(range(len(layers))):
+    for index in reversed(range(len(layers))):  # of the backward
         layer, following = gathered[index], gathered[index - 1] if index else 0
         if accumulated:
             there = rest_gradients + sum(gradients[: index + 1])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ RANKS, IMAGES = 2, 3
 
 # Two ranks do not divide the tokens' first dimension, 1, nor that of decoder_pred, 75.
 CONFIG = ModelConfig(
-    img_size=20, patch_size=5, embed_dim=24, depth=3, num_heads=2, decoder_depth=2, decoder_num_heads=2, lambd=0.1
+    img_size=20, patch_size=5, embed_dim=24, depth=2, num_heads=2, decoder_depth=2, decoder_num_heads=2, lambd=0.1
 )
 
 
@@ -91,10 +92,18 @@ def saved_by(model: nn.Module, call: nn.Module, images: Tensor) -> tuple[Tensor,
     return loss, stored([*kept, *apart]) - stored(apart)
 
 
-def steps(rank: int, folder: Path) -> dict[str, Any]:
-    """What this rank has: sharded, sharded with two micro-batches a step, and replicated."""
+@contextmanager
+def one_of_two(rank: int, folder: Path) -> Iterator[None]:
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS, timeout=timedelta(minutes=1))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def steps() -> dict[str, Any]:
+    """What this rank has: sharded, sharded with two micro-batches a step, and replicated."""
     images, found = torch.randn(IMAGES, 3, 20, 20), {}
     model = CrateMAE(CONFIG)
     shard(model, dist.init_device_mesh("cpu", (RANKS,)))
@@ -116,13 +125,13 @@ def steps(rank: int, folder: Path) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
     found["replicated"] = held(model, optimizer) | {"saved": saved}
-    dist.destroy_process_group()
     return found
 
 
 def second_rank(_: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    (folder / "second.json").write_text(json.dumps(steps(1, folder)))
+    with one_of_two(1, folder):
+        (folder / "second.json").write_text(json.dumps(steps()))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +139,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of each rank. The first one is this process, which need not import everything again."""
     folder = tmp_path_factory.mktemp("ranks")
     other = torch.multiprocessing.spawn(second_rank, (folder,), join=False)
-    first = steps(0, folder)
+    with one_of_two(0, folder):
+        first = steps()
     other.join()
     return [first, json.loads((folder / "second.json").read_text())]
 
