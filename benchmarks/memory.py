@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,11 +26,11 @@ import crate_mae
 from benchmarks import harness
 from benchmarks.command_line import device_named, positive
 from benchmarks.models import add_model_arguments, bytes_of, check_model
-from benchmarks.peers import STEPS, Absent
+from benchmarks.peers import STEPS, Absent, Step
 from benchmarks.records import Record, in_one_line
 from benchmarks.training_step import BASELINE, Batch, Stepper
 from crate_kernels import dispatch
-from crate_kernels.precision import layer_norm
+from crate_kernels.precision import is_autocast, layer_norm
 from crate_mae.config import ModelConfig, grid_of
 
 # Whole layers, by their name in the rows, and where CrateMAE has them.
@@ -116,6 +117,31 @@ def official_as_on_cuda() -> Iterator[None]:
         yield
 
 
+def layer_norm_as_on_cuda(x: Tensor, *arguments: Any, of_torch: Callable[..., Tensor] = F.layer_norm) -> Tensor:
+    """Of modules of their own, which CUDA's autocast takes in float32, too."""
+    return of_torch(x.float() if is_autocast(x) else x, *arguments)
+
+
+@contextmanager
+def as_on_a_gpu(step: Step) -> Iterator[None]:
+    """Fake tensors, and operators that do with those of a CPU what they would do with a GPU's.
+
+    Raises:
+        Absent: the step is compiled or composed.
+    """
+    if step.mode is not None:
+        raise Absent("what compiled code saves is measured on a CUDA device only")
+    if step.implementation == "composed":
+        raise Absent("it keeps probabilities on a CPU, where this is counted, and none on a GPU")
+    with FakeTensorMode(), crate_kernels.use(step.implementation), ExitStack() as stack:
+        stack.enter_context(patch.object(F, "layer_norm", layer_norm_as_on_cuda))
+        if step.implementation == "reference":
+            stack.enter_context(official_as_on_cuda())
+        if step.implementation == "triton":  # no kernel runs: this lets fake tensors in that are on no GPU
+            stack.enter_context(patch.object(dispatch, "_INTERPRETING", True))
+        yield
+
+
 def saved_by_layer(
     layer: str, name: str, model_name: str, overrides: dict[str, Any], size: int, dtype: torch.dtype
 ) -> int:
@@ -125,15 +151,7 @@ def saved_by_layer(
         Absent: the step is compiled or composed.
     """
     step = STEPS[name]
-    if step.mode is not None:
-        raise Absent("what compiled code saves is measured on a CUDA device only")
-    if step.implementation == "composed":
-        raise Absent("it keeps probabilities on a CPU, where this is counted, and none on a GPU")
-    with FakeTensorMode(), crate_kernels.use(step.implementation), ExitStack() as stack:
-        if step.implementation == "reference":
-            stack.enter_context(official_as_on_cuda())
-        if step.implementation == "triton":  # no kernel runs: this lets fake tensors in that are on no GPU
-            stack.enter_context(patch.object(dispatch, "_INTERPRETING", True))
+    with as_on_a_gpu(step):
         model = crate_mae.create_model(model_name, **overrides | {"depth": 1, "decoder_depth": 1})
         stream = dtype if step.stream == "16bit" else torch.float32
         x = torch.randn(size, tokens_of(model.config), model.config.embed_dim, dtype=stream, requires_grad=True)

@@ -29,13 +29,14 @@ class Row(TypedDict, total=False):
     work, has a row too: ``unavailable`` says why, and there are no times.
     """
 
-    operator: str  # "attention", ...; "training_step", "memory", "data_loading"; "ceilings": what the device reaches
+    # "attention", ...; "training_step", "memory", "memory_per_rank", "data_loading"; "ceilings": what the device reaches
+    operator: str
     model: str  # of a whole step
     overrides: dict[str, Any]  # of the model's configuration
     shape: dict[str, int] | list[int]  # batch, tokens, width, heads; of images [batch, channels, height, width]
     dtype: str  # of ``harness.DTYPES``; under autocast where it has 16 bits
-    # "forward", "backward", "forward+backward", ...; of memory "peak", "saved for backward", "largest batch"; of data loading
-    # "one process", "2 workers".
+    # "forward", "backward", "forward+backward", ...; of memory "peak", "saved for backward", "largest batch"; of memory a rank
+    # "one process", "FSDP2, 8 ranks"; of data loading "one process", "2 workers".
     mode: str
     data: str  # the files that images were loaded from, in words
     provider: str
@@ -49,7 +50,9 @@ class Row(TypedDict, total=False):
     gigabytes_per_second: float  # 10^9, of the least bytes: every input, output and gradient once
     # Of min(product rate, copy rate x intensity) that the same process measured; of the product rate where bytes are unknown.
     roofline_percent: float
-    peak_bytes: int  # of a kernel, more than before it; of a step, with the model
+    peak_bytes: int  # of a kernel, more than before it; of a step, with the model; of a rank, the sum of its parts
+    ranks: int  # processes that share a step
+    parts: dict[str, int]  # bytes of what a rank needs memory for
     ratio: dict[str, float]  # p20, p50, p80: how many times better than the baseline, within each turn
     images_per_second: float
     loss: float

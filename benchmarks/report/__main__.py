@@ -16,8 +16,9 @@ from pathlib import Path
 
 from benchmarks import ROOT
 from benchmarks.report.plots import plan, save
+from benchmarks.report.readme import readme_part
 from benchmarks.report.rows import Results, Row, by_device, device_folders, read
-from benchmarks.report.tables import BEGIN, END, readme_part, report
+from benchmarks.report.tables import BEGIN, END, report
 
 
 def with_part(readme: Path, part: str) -> str:

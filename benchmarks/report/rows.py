@@ -71,7 +71,8 @@ def by_device(folder: Path, rows: Iterable[Row]) -> list[Results]:
 
 
 def _shows_cuda(row: Row) -> bool:
-    counted = (row.get("mode") or "").startswith("saved")  # on tensors without memory: no device did anything
+    # On tensors without memory: no device did anything.
+    counted = (row.get("mode") or "").startswith("saved") or row["operator"] == "memory_per_rank"
     return bool(row.get("driver")) or (row["provider"].startswith("triton") and not absent(row) and not counted)
 
 

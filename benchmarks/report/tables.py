@@ -1,4 +1,4 @@
-"""Tables in Markdown: a device's report, and the README's part. Every number leads to the line that it comes from."""
+"""Tables in Markdown: a device's report. Every number leads to the line that it comes from."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import SAVED_BY
 from benchmarks.report.rows import Results, Row, absent, describe_model, describe_shape, select, size
 from benchmarks.targets import TARGETS, Case, Target, copy_ceiling, product_ceiling
-from benchmarks.training_step import BASELINE
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 WRITTEN = "Written by `python -m benchmarks.report`."
@@ -72,6 +70,7 @@ OPERATORS = {
     "norm_linear": "LayerNorm and product",
     "overcomplete_ista": "Overcomplete ISTA",
     "memory": "Memory",
+    "memory_per_rank": "Memory a rank",
     "data_loading": "Data loading",
     "ceilings": "Ceilings of this device",
 }
@@ -244,6 +243,9 @@ def operator_table(rows: Sequence[Row], links: Links) -> str:
         "GB/s": _number_of("gigabytes_per_second"),
         "% of roofline": _number_of("roofline_percent"),
         "memory": lambda row: gibibytes(row["peak_bytes"]) if row.get("peak_bytes") else "",
+        "of it": lambda row: ", ".join(
+            f"{name} {gibibytes(count)}" for name, count in (row.get("parts") or {}).items()
+        ),
         "error": lambda row: _error(row.get("error")),
         "timed by": lambda row: row.get("timed_by") or "",
         "commit": commit,
@@ -284,101 +286,3 @@ def absent_table(rows: Sequence[Row], links: Links) -> str:
             [OPERATORS.get(operator, operator), name_of(provider), first + more, " ".join(reason.split()), where]
         )
     return markdown(("operator", "provider", "asked for", "reason", "rows"), lines)
-
-
-def readme_part(results: Sequence[Results], readme: Path) -> str:
-    """What stands between the README's markers: each device's targets and training steps, and what layers keep."""
-    parts = [
-        f"{WRITTEN} Every number leads to the line of its measurement; a ratio is the official order's time over the provider's."
-    ]
-    for each in results:
-        links = Links(each.folder, readme)
-        steps = [row for row in select(each.rows, operator="training_step") if not absent(row) and row.get("ms")]
-        parts.append(f"**{each.device}** ({surroundings(each.rows)}; [report]({links.path('report.md')})):")
-        if steps:
-            parts.append(steps_table(steps, links))
-        if loading := [row for row in select(each.rows, operator="data_loading") if not absent(row)]:
-            parts.append(loading_table(loading, links))
-        parts.append(short_targets_table(each, links))
-    layers = layers_table(results, readme)
-    parts += [layers] if layers else []
-    if not any(each.on_cuda for each in results):
-        parts.append("Nothing has been measured on a GPU yet.")
-    return "\n\n".join([BEGIN, *parts, END])
-
-
-def layers_table(results: Sequence[Results], readme: Path) -> str | None:
-    """What one layer keeps for its backward, a line a provider: bytes, and their share of the official order's."""
-    cells: dict[str, dict[str, str]] = {}
-    for each in results:
-        links = Links(each.folder, readme)
-        for layer, mode in SAVED_BY.items():
-            found = {row["provider"]: row for row in select(each.rows, operator="memory", mode=mode) if not absent(row)}
-            official = found.get(BASELINE)
-            for name, row in found.items() if official else ():
-                share = f"; {100 * row['peak_bytes'] / official['peak_bytes']:.1f}%" if name != BASELINE else ""
-                cells.setdefault(name, {})[layer] = links.line(row, gibibytes(row["peak_bytes"]) + share)
-                shape, model = describe_shape(row), describe_model(row)
-    if not cells:
-        return None
-    columns = ["kept for the backward by one layer", *(layer.replace("_", " ") for layer in SAVED_BY)]
-    lines = [
-        [name_of(name), *(cells[name].get(layer, "") for layer in SAVED_BY)]
-        for name in sorted(cells, key=provider_order)
-    ]
-    about = "Counted from shapes, on no device, with the share of the official order's under bfloat16 autocast"
-    return f"{about}; `{model}`, {shape}:\n\n{markdown(columns, lines)}"
-
-
-def steps_table(rows: Sequence[Row], links: Links) -> str:
-    """Forward and backward of whole models, a line a model, dtype and batch, a column a provider: milliseconds and ratio."""
-    rows = [row for row in rows if (row.get("mode") or "").startswith("forward+backward")]
-    providers = sorted({row["provider"] for row in rows}, key=provider_order)
-    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in sorted(rows, key=row_order):
-        key = describe_model(row), row["mode"], row.get("dtype") or "", str(row["shape"][0])
-        lines.setdefault(key, {})[row["provider"]] = row
-    table = []
-    for (model, mode, dtype, batch), found in lines.items():
-        commits = dict.fromkeys(map(commit, found.values()))
-        cells = [_step_cell(found[provider], links) if provider in found else "" for provider in providers]
-        table.append([f"`{model}`", mode, dtype, batch, *cells, ", ".join(f"`{each}`" for each in commits)])
-    headings = [f"{name_of(provider)}, ms" for provider in providers]
-    return markdown(["model", "step", "dtype", "batch", *headings, "commit"], table)
-
-
-def loading_table(rows: Sequence[Row], links: Links) -> str:
-    """Images a second of each loader, and its share of what Pillow alone decodes in the same turns."""
-    lines = []
-    for row in sorted(rows, key=row_order):
-        share = f"{number(row['ratio']['p50'])} ({spread(row['ratio'])})" if row.get("ratio") else ""
-        speed = links.line(row, number(row["images_per_second"]))
-        lines.append([name_of(row["provider"]), row["mode"], speed, share, row["data"], f"`{commit(row)}`"])
-    return markdown(["images from", "in", "images/s", "share of Pillow's", "files", "commit"], lines)
-
-
-def _step_cell(row: Row, links: Links) -> str:
-    """Milliseconds and ratio, as one link."""
-    words = number(row["ms"]["p50"])
-    if row.get("ratio") and row["provider"] != row.get("baseline"):
-        words += f"; {number(row['ratio']['p50'])}x ({spread(row['ratio'])})"
-    return links.line(row, words)
-
-
-def short_targets_table(results: Results, links: Links) -> str:
-    """A line a target: what was measured, and the verdict on the worst of it."""
-    lines = []
-    for target, cases in targets_of(results):
-        found = [each for each in cases if each.value is not None]
-        numbers = "; ".join(
-            f"{each.name}: {links.line(each.sources[0], target.in_unit(each.value))}"
-            + "".join(f" against {links.line(row, name_of(row['provider']))}" for row in each.sources[1:])
-            for each in found
-        )
-        worst = target.worst(cases)
-        verdict = target.verdict(worst.value if worst else None)
-        verdict += f" ({worst.name})" if worst and len(found) > 1 else ""
-        missing = len(cases) - len(found)
-        verdict += f"; {missing} of {len(cases)} not measured" if found and missing else ""
-        lines.append([target.name, target.in_unit(target.floor), target.in_unit(target.goal), numbers, verdict])
-    return markdown(("target", "floor", "goal", "measured", "verdict"), lines)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from crate_mae.training.config import TrainingConfig
+from crate_mae.training.fitting import fit
 from crate_mae.training.ranks import Ranks
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -47,11 +48,9 @@ def with_batch_chosen(
         raise ValueError(f"schedule.batch_size: expected an image for each of {count} processes or more, got {size}")
     why = []
     if "auto" in (size, parts):
-        from crate_mae.training.fitting import fit
-
         share = (images if size == "auto" else -(-size // count * count)) // count
         trials = _Trials(model, loss_of, device)
-        fitting = fit(trials, device, share, later=_allocated_later(config, model, count))
+        fitting = fit(trials, device, share, later=_allocated_later(config, model, count), processes=ranks.local_count)
         most = -ranks.largest(-fitting.batch)  # the smallest of all devices'
         if size == "auto":
             parts = 1 if parts == "auto" else parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -81,9 +82,9 @@ class Replicated(_Several):
         super().__init__(model, ranks, compiled=compiled, accumulate=accumulate)
         self._replica = DistributedDataParallel(
             self.forward,
-            broadcast_buffers=False,  # they are constants
             gradient_as_bucket_view=True,
             static_graph=accumulate == 1,  # which steps of several micro-batches, synced in the last, are not
+            **{_BUFFERS: False},  # they are constants
         )
         self.forward = self._replica
 
@@ -110,6 +111,12 @@ class Sharded(_Several):
         self.model.set_requires_gradient_sync(is_last)
         yield
 
+
+_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"  # as PyTorch up to 2.12 calls it
+)
 
 MODES: dict[str, type[Alone]] = {"ddp": Replicated, "fsdp2": Sharded}
 """How several processes share a model, by the setting's values."""

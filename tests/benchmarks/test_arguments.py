@@ -7,12 +7,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import gpu_bench, gpu_check, memory, records, training_step
+from benchmarks import gpu_bench, gpu_check, memory, memory_per_rank, records, training_step
 from benchmarks.command_line import device_named
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.report import __main__ as report
 
-PROGRAMS = pytest.mark.parametrize("program", [kernels, memory, training_step], ids=["kernels", "memory", "step"])
+PROGRAMS = pytest.mark.parametrize(
+    "program", [kernels, memory, memory_per_rank, training_step], ids=["kernels", "memory", "ranks", "step"]
+)
 TINY = ["--device", "cpu", "--model", "crate_mae_tiny", "--batch", "2", "--dtype", "float32"]
 SHALLOW = ["--set", "depth=1", "--set", "decoder_depth=1"]
 

@@ -354,6 +354,29 @@ def test_what_layers_keep_is_of_no_device(place):
     assert "[104 MiB; 10.4%](results/cpu/rows.jsonl#L2)" in readme and "Nothing has been measured on a GPU" in readme
 
 
+def test_what_ranks_need_is_of_no_device(place):
+    alone = {"parameters": 2**20, "gradients": 2**20, "means": 3 * 2**20}
+    rows = [
+        memory(provider, mode=mode, batch=64, operator="memory_per_rank", driver=None)
+        | {"parts": parts | {"saved": saved * 2**20}, "peak_bytes": (saved + 5) * 2**20}
+        for provider, saved in (("triton recompute", 30), ("triton", 70))
+        for mode, parts in {
+            "one process": alone,
+            "DDP, 8 ranks": alone,
+            "FSDP2, 8 ranks": {"parameters": 2**19, "whole": 2**21, "batch": 2**20, "constants": 2**19},
+        }.items()
+    ]
+    write(place["results"] / "cpu", rows)
+    assert run(place) == 0
+    readme = place["readme"].read_text()
+    parts = "| parameters | gradients | AdamW | whole layers | images, constants |"
+    assert f"{parts} saved by triton; sum | saved by triton, 16-bit stream, recompute; sum |" in readme
+    whole = "| 1.00 MiB | 1.00 MiB | 3.00 MiB |  |  | 70.0 MiB; [75.0 MiB](results/cpu/rows.jsonl#L4) |"
+    assert f"| `crate_mae_base`, batch 64, 224 x 224 px | one process; DDP, 8 ranks {whole} 30.0 MiB; " in readme
+    assert "| FSDP2, 8 ranks | 0.5 MiB |  |  | 2.00 MiB | 1.50 MiB | 70.0 MiB; " in readme
+    assert "Nothing has been measured on a GPU" in readme
+
+
 def test_one_device_can_be_asked_for(place):
     for name in ("one", "two"):
         write(place["results"] / name, [step("triton", 90, 4)])
