@@ -126,7 +126,8 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 def unnamed_tensors(out: Path) -> list[str]:
     """Folders of tensors that no state names."""
-    named = {torch.load(state.path, weights_only=True)["shards"]["folder"] for state in saved_states(out / "states")}
+    states = [torch.load(state.path, weights_only=True) for state in saved_states(out / "states")]
+    named = {state["shards"]["folder"] for state in states if "shards" in state}
     return sorted({path.name for path in (out / "states").glob("step_*-*")} - named)
 
 

@@ -49,13 +49,13 @@ def tiny_config(out: Path, photographs: Path) -> PretrainConfig:
 
 
 def uneven_config(folder: Path) -> PretrainConfig:
-    """20 steps, each with a row, and a state every other one. Of two ranks, one has 3 images of a batch and the other 2, and one
+    """12 steps, each with a row, and a state every other one. Of two ranks, one has 3 images of a batch and the other 2, and one
     has the last image that is validated on."""
     config = tiny_config(folder / "run", write_photographs(folder / "photographs"))
     return dataclasses.replace(
         config,
         val=str(write_photographs(folder / "held out", 13)),
-        schedule=ScheduleConfig(epochs=10, warmup_epochs=1, batch_size=5),
+        schedule=ScheduleConfig(epochs=6, warmup_epochs=1, batch_size=5),
         run=dataclasses.replace(config.run, log_every=1, keep_every=1, pictures=1),
     )
 

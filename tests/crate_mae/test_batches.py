@@ -85,6 +85,28 @@ class TestOrder:
         with pytest.raises(ValueError, match="rank: expected"):
             BatchSampler(Numbered(11), 4, 0, start_step=0, end_step=1, rank=rank, ranks=ranks)
 
+    def test_parts_of_ranks_and_of_accumulation_are_the_batch(self):
+        def batches(**part):
+            return BatchSampler(Numbered(11), 5, 0, start_step=1, end_step=4, **part)
+
+        parts = [batches(rank=rank, ranks=2, accumulate=2) for rank in range(2)]
+        of_ranks = [list(part) for part in parts]
+        for step, whole in enumerate(batches()):
+            micro_batches = [batch for of_rank in of_ranks for batch in of_rank[2 * step : 2 * step + 2]]
+            assert sorted(len(batch) for batch in micro_batches) == [1, 1, 1, 2]
+            assert sorted(key for batch in micro_batches for key in batch) == sorted(whole)
+        for part, of_rank in zip(parts, of_ranks, strict=True):
+            assert len(part) == 6
+            for done in range(6):  # in the middle of a step, too
+                rest = part.after(done)
+                assert (len(rest), list(rest)) == (6 - done, of_rank[done:])
+            assert list(part.after(1).after(2)) == of_rank[3:]
+
+    @pytest.mark.parametrize("accumulate", [0, 3])
+    def test_each_part_has_an_image(self, accumulate):
+        with pytest.raises(ValueError, match="accumulate: expected 1 to 2, .* got"):
+            BatchSampler(Numbered(11), 5, 0, start_step=0, end_step=1, rank=1, ranks=2, accumulate=accumulate)
+
 
 class TestSamples:
     @pytest.mark.parametrize("num_workers", [2, 4])
