@@ -98,7 +98,8 @@ def remove_unused_tensors(folder: Path) -> list[Path]:
             continue
         try:
             state = torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)
-            used.add(state["shards"]["folder"])
+            if shards := state.get("shards"):  # else one process has written it anew
+                used.add(shards["folder"])
         except Exception:  # whatever it is
             used.update(folders)
     return remove_rubbish(folder, used)
