@@ -104,7 +104,7 @@ class TestOrder:
 
     @pytest.mark.parametrize("accumulate", [0, 3])
     def test_each_part_has_an_image(self, accumulate):
-        with pytest.raises(ValueError, match="accumulate: expected 1 to 2, .* got"):
+        with pytest.raises(ValueError, match=r"accumulate: expected 1 to 2, .* got"):
             BatchSampler(Numbered(11), 5, 0, start_step=0, end_step=1, rank=1, ranks=2, accumulate=accumulate)
 
 
