@@ -38,6 +38,9 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False, overwrite: bool 
     has logged the same.
     An opening line on stdout says what it does; where stderr is no terminal, and so has no progress bar, lines follow.
 
+    In processes that torchrun started all of them do one run, each a part of every step, and get its result; the first writes
+    and speaks. The process group is made here, and ends here.
+
     Args:
         resume: go on with the run in `config.out`, from its last state that can be read; its model, seed, batch size and
             images must be the same, all other settings are as given now. "best": from the state with the best
@@ -54,7 +57,8 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False, overwrite: bool 
         TooManyUnreadable: more images than `images.max_unreadable` cannot be read; the state has been saved.
         UnreadableImage: a ValueError: none of a hundred images tried can be read.
         MissingLibrary: an ImportError: a library that `config.data` or `config.val` needs is not installed.
-        LostWorkers: processes that load images died again and again; the state has been saved.
+        LostWorkers: processes that load images died again and again; the state has been saved, if there is one process.
+        LostRank: another process of the run is gone; the last state saved is kept.
         NonFiniteLoss: training broke down; the last state saved is kept.
         RunStopped: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the state has been saved.
     """

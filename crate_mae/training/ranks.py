@@ -56,12 +56,12 @@ class LostRank(Exception):
 
 
 def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return all(name in os.environ for name in _OF_TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+    """Whether torchrun started this process, as one of several, or as the only one."""
+    return all(name in os.environ for name in _OF_TORCHRUN)
 
 
 def local_rank() -> int | None:
-    """Which of the processes that torchrun started on this machine this is, if it is one of several."""
+    """Which of the processes that torchrun started on this machine this is, if it is one."""
     return int(os.environ["LOCAL_RANK"]) if launched() else None
 
 

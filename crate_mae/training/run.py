@@ -48,7 +48,7 @@ from crate_mae.training.precision import (
     choose_precision,
     cpu_threads,
 )
-from crate_mae.training.ranks import LostRank, Ranks, check_launcher, is_of_a_collective, local_rank, met
+from crate_mae.training.ranks import LostRank, Ranks, TorchrunRanks, check_launcher, is_of_a_collective, local_rank, met
 from crate_mae.training.record import Record
 from crate_mae.training.run_folder import (
     BREAKDOWN,
@@ -175,7 +175,7 @@ class Run(ABC, Generic[Config, Errors]):
         ranks.check_alike(by_name(config.to_dict()) | {"--data": self.train_images.fingerprint()})
         if ranks.count > 1 and device.type == "cuda":
             check_same_on_all_ranks(device)
-        mode = MODES[config.run.parallel] if ranks.count > 1 else Alone
+        mode = MODES[config.run.parallel] if isinstance(ranks, TorchrunRanks) else Alone
         parallel = mode(model, ranks, compiled=config.run.compile, accumulate=self.accumulate)
         self.model, self.parallel = parallel.model, parallel
         decay = config.optimizer.average
@@ -523,9 +523,9 @@ class Run(ABC, Generic[Config, Errors]):
         config, held_out = self.config, len(self.val_images or ())
         workers = f", loaded by {self.num_workers} process{'es' * (self.num_workers > 1)}" if self.num_workers else ""
         precision = self.precision + " compiled" * config.run.compile
-        where = str(self.device) if self.ranks.count == 1 else f"{self.ranks.count} x {self.device.type}"
-        if self.ranks.count > 1:
-            where += f" ({config.run.parallel})"
+        where = str(self.device)
+        if isinstance(self.ranks, TorchrunRanks):
+            where = f"{self.ranks.count} x {self.device.type} ({config.run.parallel})"
         return (
             f"{len(self.train_images)} images to train on and {held_out} to validate on{workers}, {precision} on {where}, "
             f"{self.steps_per_epoch} steps an epoch, {config.schedule.epochs} epochs, {self.start}, into {config.out}"

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import metric_lines, tiny_config, write_photographs
 
 from crate_mae.training import pretrain
@@ -112,3 +113,17 @@ def test_slurm(folder: Path) -> None:
     said = said_by(toy(SLURM, folder, epochs=2), folder)
     assert_trained(folder, said, "2 x cpu (ddp)", epochs=2)
     assert "from step 3 (weights, optimizer, random numbers restored" in said[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_on_all_gpus_of_this_machine(folder: Path, mode: str) -> None:
+    """By NCCL, with one process for each GPU: the curve of one process, within the rounding of sums in another order."""
+    of_one, of_all = (toy(command, folder, processes=torch.cuda.device_count()) for command in (ONE, EIGHT))
+    settings = " --run.device auto --optimizer.average 0.9 --run.parallel " + mode
+    said_by(of_one.strip().replace("runs/base", "runs/one") + settings, folder)
+    said_by(of_all.strip() + settings, folder)
+    rows = [metric_lines(folder / "runs" / name) for name in ("one", "base")]
+    for expected, found in zip(*rows, strict=True):
+        for measure in {"loss", "grad_norm", "val_loss"} & expected.keys():
+            assert found[measure] == pytest.approx(expected[measure], rel=1e-4)
