@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crate_mae import cli
 from crate_mae.__main__ import main as command
@@ -116,6 +117,14 @@ def attempt(config: PretrainConfig, before: Callable[[], object] | None = None, 
 
     sys.argv, cli._run = ["crate-mae", "pretrain"], run
     sys.exit(command())
+
+
+def under_torchrun(config: PretrainConfig) -> None:
+    """Be torchrun, whose two ranks are forks of this process."""
+    for name in ("RANK", "WORLD_SIZE"):
+        del os.environ[name]
+    once = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+    elastic_launch(once, attempt)(config)
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:

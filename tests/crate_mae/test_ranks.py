@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import ENDS_WITHIN, Ended, ForkedRanks, attempt, cannot_read, rows_of, unnamed_tensors
+from kills import bring_about
+from ranks import ENDS_WITHIN, Ended, ForkedRanks, attempt, cannot_read, rows_of, under_torchrun, unnamed_tensors
 from support import error
 from tiny_runs import assert_same_weights, saved_steps, tiny_config, uneven_config, weights, with_run, write_photographs
 
@@ -29,7 +30,6 @@ from crate_mae.training.average import Average
 from crate_mae.training.step import Step
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = Path(__file__).with_name("kills.py")
 MODES = ("ddp", "fsdp2")
 
 ROUNDING = 16 * torch.finfo(torch.float32).eps
@@ -165,13 +165,13 @@ def test_kill_9_of_one_rank_ends_all_and_no_bit_is_lost(by_torchrun, tmp_path):
 def test_sigterm_to_torchrun_saves_and_no_bit_is_lost(by_torchrun, tmp_path):
     expected = by_torchrun("fsdp2")
     config = with_run(expected, out=tmp_path / "run")
-    run = Torchrun(config)
+    agent = ForkedRanks(1, partial(under_torchrun, config), tmp_path / "printed")
     wait_for_state(2, config.out)
-    run.process.terminate()
-    status, printed = run.end(ENDS_WITHIN)
+    agent.signal(signal.SIGTERM)
+    ended = agent.end()
     step = saved_steps(config.out)[0]
-    assert status != 0
-    assert printed.count(f"crate-mae: stopped at step {step} of 12, saved in {config.out}") == 1, printed
+    assert ended.statuses == [1] and not ended.hung
+    assert ended.printed.count(f"crate-mae: stopped at step {step} of 12, saved in {config.out}") == 1, ended
     go_on(2, config, tmp_path)
     assert_same_bits(config.out, expected.out)
 
@@ -358,7 +358,5 @@ def test_other_commands_are_refused_under_torchrun(command, monkeypatch, capsys)
     assert f"crate-mae {command} is one process: start it without torchrun" in capsys.readouterr().err
 
 
-def test_no_kill_costs_a_run_or_a_row():
-    count = os.environ.get("CRATE_MAE_KILLS", "3")
-    done = subprocess.run([sys.executable, KILLS, f"--count={count}"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_no_kill_costs_a_run_or_a_row(tmp_path):
+    assert bring_about(tmp_path, int(os.environ.get("CRATE_MAE_KILLS", "3")), seed=0)

@@ -1,6 +1,6 @@
 """Kills of ranks, by the dozen: of a run that saves at almost every step, replicated and sharded in turn.
 
-    python tests/crate_mae/kills.py --count 20 --seed 0
+    python tests/kills.py --count 20 --seed 0
 
 Each run is killed three times, one rank or all of them, at any time or, more often, while a state is written; then it is left
 in peace. What is saved by then must be what the run goes on from, and what it leaves in the end is compared with what a run left
@@ -24,8 +24,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest has it
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest has it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ranks import Ended, ForkedRanks, attempt, rows_of, unnamed_tensors
 from tiny_runs import tiny_config, with_run, write_photographs
@@ -83,7 +83,7 @@ class Kills:
             victims = self._rng.choice(([0], [1], [*range(self.count)]))
             moment = partial(self._at_any_time, seconds) if self._rng.random() < 0.3 else self._while_writing
             ranks = self._start(mode, saved)
-            when = moment(ranks)
+            left, when = set(unnamed_tensors(self.out)), moment(ranks)
             ranks.signal(signal.SIGKILL, *victims)
             killed = time.monotonic()
             ended = ranks.end()
@@ -91,7 +91,7 @@ class Kills:
             problems = self._wrong_with(ended, victims, saved)
             before, saved = saved, max((state.step for state in saved_states(self.out / "states")), default=0)
             problems += [f"run lost: step {before} was saved, and is gone"] if saved < before else []
-            cut = unnamed_tensors(self.out)
+            cut = set(unnamed_tensors(self.out)) - left
             self.in_writes += bool(cut)
             of_write = ", in a write" * bool(cut)
             yield f"{mode}: killed {victims} {when}{of_write}, step {saved} saved, over in {took:.1f} s", problems
@@ -154,24 +154,29 @@ class Kills:
         return problems
 
 
+def bring_about(folder: Path, count: int, seed: int) -> bool:
+    """Kill so many times in an empty folder, and print what comes of it; returns whether nothing was wrong."""
+    start, found, left, modes = time.monotonic(), Counter(), count, ["ddp", "fsdp2"]
+    kills = Kills(folder, seed)
+    while left:
+        some = min(left, KILLS_OF_A_RUN)
+        for story, problems in kills.bring_about(modes[0], some):
+            print(story, *(f"      FAILED: {problem}" for problem in problems), sep="\n", flush=True)
+            found.update({problem.partition(":")[0] for problem in problems})
+        left, modes = left - some, modes[::-1]
+    wrong = ", ".join(f"{count} {problem}" for problem, count in sorted(found.items()))
+    right = "no run lost, no row doubled or missing, all bit for bit as undisturbed"
+    print(f"{count} kills, {kills.in_writes} in writes, in {time.monotonic() - start:.0f} s: {wrong or right}")
+    return not found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=20, help="how many kills")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    start, found, left, modes = time.monotonic(), Counter(), chosen.count, ["ddp", "fsdp2"]
     with tempfile.TemporaryDirectory() as folder:
-        kills = Kills(Path(folder), chosen.seed)
-        while left:
-            some = min(left, KILLS_OF_A_RUN)
-            for story, problems in kills.bring_about(modes[0], some):
-                print(story, *(f"      FAILED: {problem}" for problem in problems), sep="\n", flush=True)
-                found.update({problem.partition(":")[0] for problem in problems})
-            left, modes = left - some, modes[::-1]
-    wrong = ", ".join(f"{count} {problem}" for problem, count in sorted(found.items()))
-    right = "no run lost, no row doubled or missing, all bit for bit as undisturbed"
-    print(f"{chosen.count} kills, {kills.in_writes} in writes, in {time.monotonic() - start:.0f} s: {wrong or right}")
-    return 1 if found else 0
+        return 0 if bring_about(Path(folder), chosen.count, chosen.seed) else 1
 
 
 if __name__ == "__main__":
