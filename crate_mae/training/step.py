@@ -100,13 +100,3 @@ class Step:
     def shown(self) -> AbstractContextManager[None]:
         """The model has the weights that are validated and exported while the block lasts: their average, if one is kept."""
         return self.average.in_place() if self.average else nullcontext()
-
-    def rehearse(self, batch: Batch) -> None:
-        """Forward and backward without a step, before the first one.
-
-        DistributedDataParallel orders gradients anew after its first backward, and sums of more than two ranks then round
-        otherwise: a resumed run would not be, to the bit, the one that went on.
-        """
-        with torch.random.fork_rng([self._broken.device] if self._broken.is_cuda else []):
-            self.loss_of(self.parallel.forward, *batch, 0).backward()
-        self.optimizer.zero_grad(set_to_none=True)
