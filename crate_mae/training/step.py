@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,6 +97,13 @@ class Step:
         summed()
         return total
 
-    def shown(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def shown(self) -> Iterator[None]:
         """The model has the weights that are validated and exported while the block lasts: their average, if one is kept."""
-        return self.average.in_place() if self.average else nullcontext()
+        if self.average is None:
+            yield
+            return
+        with self.average.in_place():
+            self.parallel.changed()
+            yield
+        self.parallel.changed()
