@@ -36,6 +36,9 @@ class Alone:
         """A model of the same sizes on the first rank, whose weights may be anything."""
         return copy.deepcopy(self.model)
 
+    def changed(self) -> None:
+        """The weights were changed otherwise than by the optimizer."""
+
     def synced(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """What a micro-batch is done in: gradients of the ranks are added up in the last of a step alone."""
         return contextlib.nullcontext()
@@ -104,6 +107,10 @@ class Sharded(_Several):
             )
         super().__init__(model, ranks, compiled=False, accumulate=accumulate)
         shard(model, dist.init_device_mesh(next(model.parameters()).device.type, (ranks.count,)))
+
+    def changed(self) -> None:
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()  # after a forward without a backward, it keeps whole weights for the next
 
     @contextlib.contextmanager
     def synced(self, is_last: bool) -> Iterator[None]:

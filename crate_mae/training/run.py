@@ -37,7 +37,7 @@ from crate_mae.training.image_sets import image_sets
 from crate_mae.training.interrupts import ONE_REQUEST_OF_RANKS, SAID, RunStopped, StopRequest, stop_requests
 from crate_mae.training.metrics import NonFiniteLoss, ProgressLines
 from crate_mae.training.ownership import owned
-from crate_mae.training.parallel import MODES, Alone, Replicated
+from crate_mae.training.parallel import MODES, Alone
 from crate_mae.training.precision import (
     autocast,
     check_compiler,
@@ -189,8 +189,6 @@ class Run(ABC, Generic[Config, Errors]):
             average=Average(model, decay) if decay else None,
             scaled=self.precision == "float16",
         )
-        if isinstance(parallel, Replicated):
-            self.stepping.rehearse(self.batch_of(min(2, self.micro_batch)))
         if not ranks.is_first:  # what steps draw, as layers do that drop paths, each draws for itself
             torch.manual_seed(hash((config.run.seed, ranks.rank)) % 2**63)
         self.lr = config.peak_lr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,16 +97,13 @@ class Step:
         summed()
         return total
 
-    def shown(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def shown(self) -> Iterator[None]:
         """The model has the weights that are validated and exported while the block lasts: their average, if one is kept."""
-        return self.average.in_place() if self.average else nullcontext()
-
-    def rehearse(self, batch: Batch) -> None:
-        """Forward and backward without a step, before the first one.
-
-        DistributedDataParallel orders gradients anew after its first backward, and sums of more than two ranks then round
-        otherwise: a resumed run would not be, to the bit, the one that went on.
-        """
-        with torch.random.fork_rng([self._broken.device] if self._broken.is_cuda else []):
-            self.loss_of(self.parallel.forward, *batch, 0).backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is None:
+            yield
+            return
+        with self.average.in_place():
+            self.parallel.changed()
+            yield
+        self.parallel.changed()
