@@ -124,7 +124,7 @@ class Kills:
 
     def _while_writing(self, ranks: ForkedRanks) -> str:
         """Some time after one of the next states has begun to be written."""
-        nth, delay = self._rng.randint(1, 4), self._rng.uniform(0, 0.03)
+        nth, delay = self._rng.randint(1, 4), self._rng.uniform(0, 0.1)
         seen = set(self._writing())
         until = len(seen) + nth
         while len(seen) < until and all(process.exitcode is None for process in ranks.processes):

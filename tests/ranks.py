@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tqdm import tqdm
 
 from crate_mae import cli
 from crate_mae.__main__ import main as command
@@ -102,6 +104,7 @@ def _be_rank(work: Callable[[], object], environment: dict[str, Any], printed: P
     for descriptor in (1, 2):
         os.dup2(os.open(printed, os.O_WRONLY | os.O_APPEND), descriptor)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own, between processes, would outlive those that are killed
     work()
 
 
