@@ -289,7 +289,7 @@ def test_dry_run_lists_every_kind_of_part(monkeypatch, capsys):
         assert expected in listed
 
 
-def test_rehearsal_on_the_cpu(tmp_path, capsys):
+def test_rehearsal_on_the_cpu(tmp_path, capsys, in_this_process):
     file = tmp_path / "rehearsal.json"
     status = gpu_check.main(["--device", "cpu", "--json", str(file)])
     printed = capsys.readouterr().out
