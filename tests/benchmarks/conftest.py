@@ -13,13 +13,14 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import parts
 from benchmarks.parts import RESULTS, Attempt, Part, Runner
 
 
 @pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_this_process(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     """Parts run as ``python -m`` would run them, without a new process, which would import all of torch again."""
 
     def attempt(self: Runner, part: Part, tests: Sequence[str] = ()) -> Attempt:
@@ -29,6 +30,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         results.touch()
         with monkeypatch.context() as patch, redirect_stdout(output), redirect_stderr(output), warnings.catch_warnings():
             patch.setattr(sys, "argv", [module, *(str(results) if word == RESULTS else word for word in words)])
+            patch.delenv("TRITON_INTERPRET", raising=False)
             warnings.filterwarnings("ignore", ".*found in sys.modules.*", RuntimeWarning)
             try:
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -37,4 +39,5 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
                 status = 0 if isinstance(problem, SystemExit) and not problem.code else 1
         return Attempt(parts.ending(status), status, time.time() - begin, parts.read_lines(results), output.getvalue())
 
+    torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(Runner, "attempt", attempt)
