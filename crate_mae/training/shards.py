@@ -154,7 +154,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith(("torch", "pathlib", "collections")):
             found = super().find_class(module, name)
-            of_metadata = isinstance(found, type) and module in _OF_METADATA
+            # Defined there, and not only known: a name may have dots in it, and "io.FileIO" of pathlib would empty a file.
+            of_metadata = isinstance(found, type) and found.__module__ in _OF_METADATA
             if of_metadata or isinstance(found, torch.dtype) or (module, name) in _ALSO:
                 return found
         raise ValueError(f"it names {module}.{name}, which no state does")
