@@ -86,7 +86,11 @@ class _Writer(dcp.FileSystemWriter):
     def finish(self, metadata: Metadata, results: Any) -> None:
         super().finish(metadata, results)
         sync_folder(self._folder)
-        sums = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(self._folder.iterdir())}
+        names = {result.storage_data.relative_path for of_rank in results for result in of_rank} | {".metadata"}
+        paths = [self._folder / name for name in sorted(names)]
+        if missing := next((path for path in paths if not path.is_file()), None):
+            raise FileNotFoundError(f"cannot write {missing}: it is not there; expected a folder that all processes see")
+        sums = {path.name: [path.stat().st_size, _checksum(path)] for path in paths}
         self._commit({"folder": self._folder.name, "files": sums})
 
 
