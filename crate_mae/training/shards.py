@@ -89,9 +89,7 @@ class _Writer(dcp.FileSystemWriter):
         names = {result.storage_data.relative_path for of_rank in results for result in of_rank} | {".metadata"}
         paths = [self._folder / name for name in sorted(names)]
         if missing := next((path for path in paths if not path.is_file()), None):
-            raise FileNotFoundError(
-                f"cannot write {missing}: it is not there; expected a folder that all processes see"
-            )
+            raise FileNotFoundError(f"cannot write {missing}: it is not there; do all processes see the folder?")
         sums = {path.name: [path.stat().st_size, _checksum(path)] for path in paths}
         self._commit({"folder": self._folder.name, "files": sums})
 
