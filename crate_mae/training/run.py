@@ -190,7 +190,8 @@ class Run(ABC, Generic[Config, Errors]):
             scaled=self.precision == "float16",
         )
         if isinstance(parallel, Replicated):
-            self.stepping.rehearse(self.batch_of(min(2, self.micro_batch)))
+            # Compiled for a batch of another size, it would be compiled again for any size, and be slower ever after.
+            self.stepping.rehearse(self.batch_of(self.micro_batch if config.run.compile else min(2, self.micro_batch)))
         if not ranks.is_first:  # what steps draw, as layers do that drop paths, each draws for itself
             torch.manual_seed(hash((config.run.seed, ranks.rank)) % 2**63)
         self.lr = config.peak_lr
