@@ -478,6 +478,8 @@ class Run(ABC, Generic[Config, Errors]):
         try:
             yield
         except NonFiniteLoss as error:
+            with contextlib.suppress(OSError):  # a state on its way to the disk is of a step that was sound
+                self.record.settle()
             rate, exact = (
                 self.config.optimizer.base_lr,
                 "" if self.precision == "float32" else ", or --run.precision float32",
