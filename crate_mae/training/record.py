@@ -81,6 +81,7 @@ class Record:
         self._metrics = MetricsLog(config.out / METRICS, writes=ranks.is_first)
         self._saving: BackgroundSave | None = None
         self._weights: dict[str, torch.Tensor] = {}
+        self._best: int | None = None  # as the last state has it: of a later one there is no state yet
 
     @property
     def epoch(self) -> float:
@@ -110,6 +111,7 @@ class Record:
         self.step = state["step"]
         self.meter.load_state(state["meter"], next(self.model.parameters()).device)
         self.watch = type(self.watch)(**state["watch"])
+        self._best = self.watch.best_step
         self._unreadable = set(passed_over)
         for line in passed_over.values():
             self.say(f"{line}; going on from a state before it")
@@ -222,6 +224,7 @@ class Record:
         }
         self._metrics.sync()
         folder, diverging = self.config.out / STATES, bool(self.watch.diverging)
+        self._best = self.watch.best_step
         if isinstance(self.ranks, TorchrunRanks):
             with self.stepping.shown():
                 self._weights = whole_weights(self.model, self.ranks)
@@ -286,8 +289,8 @@ class Record:
             self.say(f"the run ended diverging: {self.watch.diverging}{self._way_back()}")
 
     def _forget_states(self) -> list[Path]:
-        keep, best = self.config.run.keep_states, self.watch.best_step
-        return forget_states(self.config.out / STATES, step=self.step, keep=keep, best=best, is_kept=self.is_kept)
+        folder, keep = self.config.out / STATES, self.config.run.keep_states
+        return forget_states(folder, step=self.step, keep=keep, best=self._best, is_kept=self.is_kept)
 
     def _write_best(self, model: nn.Module) -> None:
         save_model(model, self.config.out / BEST, **self.config.meaning)

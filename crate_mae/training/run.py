@@ -225,7 +225,7 @@ class Run(ABC, Generic[Config, Errors]):
                 f"schedule.epochs: the run in {config.out} has done {self.step / self.steps_per_epoch:g}, "
                 f"got {config.schedule.epochs}"
             )
-        self.saved_at = time.monotonic()
+        self.saves, self.saved_at = 0, time.monotonic()
 
     def _settled(self, resumed: bool) -> Config:
         """The settings, with those that the images decide."""
@@ -348,7 +348,8 @@ class Run(ABC, Generic[Config, Errors]):
             loss = self._take_step(batches)
             self.record.meter.waited = feed.waited
             progress.update()
-            asked, save_is_due = self.ranks.agreed(stop.signal or 0, self._save_is_due())
+            # A save has its number: what ranks say of one comes to all a step later, when it may be done.
+            asked, save_asked = self.ranks.agreed(stop.signal or 0, (self.saves + 1) * self._save_is_due())
             if lines and not asked and (line := lines.after(self.step, loss, self.lr, self.batch_size, feed.waited)):
                 say(line)
             due, look_is_due = self._validation_is_due(), self._look_is_due()
@@ -366,7 +367,7 @@ class Run(ABC, Generic[Config, Errors]):
                 self.record.meter.restart_clock()  # behind a row: none of its images are forgotten
             if due:
                 self._validate_and_save(stop)
-            elif asked or save_is_due:
+            elif asked or save_asked > self.saves:
                 self._save(draw=not asked)
             if asked and self.step < self.total_steps:
                 self._stop(asked)
@@ -444,7 +445,7 @@ class Run(ABC, Generic[Config, Errors]):
         self.record.save()
         if draw:
             self._shown(self._draw)
-        self.saved_at = time.monotonic()
+        self.saves, self.saved_at = self.saves + 1, time.monotonic()
         self.record.meter.restart_clock()
 
     def _shown(self, show: Callable[[nn.Module], None]) -> None:
@@ -474,6 +475,8 @@ class Run(ABC, Generic[Config, Errors]):
         try:
             yield
         except NonFiniteLoss as error:
+            with contextlib.suppress(OSError):  # a state on its way to the disk is of a step that was sound
+                self.record.settle()
             rate, exact = (
                 self.config.optimizer.base_lr,
                 "" if self.precision == "float32" else ", or --run.precision float32",

@@ -86,7 +86,11 @@ class _Writer(dcp.FileSystemWriter):
     def finish(self, metadata: Metadata, results: Any) -> None:
         super().finish(metadata, results)
         sync_folder(self._folder)
-        sums = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(self._folder.iterdir())}
+        names = {result.storage_data.relative_path for of_rank in results for result in of_rank} | {".metadata"}
+        paths = [self._folder / name for name in sorted(names)]
+        if missing := next((path for path in paths if not path.is_file()), None):
+            raise FileNotFoundError(f"cannot write {missing}: it is not there; do all processes see the folder?")
+        sums = {path.name: [path.stat().st_size, _checksum(path)] for path in paths}
         self._commit({"folder": self._folder.name, "files": sums})
 
 
@@ -154,7 +158,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith(("torch", "pathlib", "collections")):
             found = super().find_class(module, name)
-            of_metadata = isinstance(found, type) and module in _OF_METADATA
+            # Defined there, and not only known: a name may have dots in it, and "io.FileIO" of pathlib would empty a file.
+            of_metadata = isinstance(found, type) and found.__module__ in _OF_METADATA
             if of_metadata or isinstance(found, torch.dtype) or (module, name) in _ALSO:
                 return found
         raise ValueError(f"it names {module}.{name}, which no state does")

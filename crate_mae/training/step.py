@@ -91,7 +91,7 @@ class Step:
                 if is_last:
                     summed = ranks.sum(total)
                 if self.scaler.is_enabled():  # whose own steps would go on behind one with a loss that is not finite
-                    loss = torch.where(self._broken > 0, torch.nan, loss)
+                    loss = loss * torch.where(self._broken > 0, torch.nan, 1.0)  # as a factor, of gradients, too
                 # Both modes divide by the number of ranks what they have added up.
                 self.scaler.scale(loss * (share * ranks.count)).backward()
         summed()
