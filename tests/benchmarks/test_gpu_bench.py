@@ -64,7 +64,7 @@ def test_parts_that_find_no_time_are_reported(tmp_path, monkeypatch, capsys):
     assert "not run: out of time" in capsys.readouterr().out
 
 
-def test_rehearsal_on_the_cpu(tmp_path, monkeypatch, capsys):
+def test_rehearsal_on_the_cpu(tmp_path, monkeypatch, capsys, in_this_process):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert gpu_bench.main(["--device", "cpu", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
     rows = {path.stem: parts.read_lines(path) for path in tmp_path.glob("*.jsonl")}

@@ -281,7 +281,14 @@ def test_what_the_memory_checker_watches_runs(arguments):
     assert kernels.main([*arguments, "--once", "--device", "cpu"]) == []
 
 
-def test_dry_run_lists_every_kind_of_part(monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Part], list[dict]]:
+    """What is found of the tests in this repository."""
+    return gpu_check.collected_parts(tmp_path_factory.mktemp("collected"))
+
+
+def test_dry_run_lists_every_kind_of_part(monkeypatch, capsys, collected):
+    monkeypatch.setattr(gpu_check, "collected_parts", lambda scratch: collected)
     monkeypatch.setattr(gpu_check, "find_memory_checker", lambda: "/usr/local/cuda/bin/compute-sanitizer")
     assert gpu_check.main(["--dry-run"]) == 0
     listed = capsys.readouterr().out
@@ -289,7 +296,7 @@ def test_dry_run_lists_every_kind_of_part(monkeypatch, capsys):
         assert expected in listed
 
 
-def test_rehearsal_on_the_cpu(tmp_path, capsys):
+def test_rehearsal_on_the_cpu(tmp_path, capsys, in_this_process):
     file = tmp_path / "rehearsal.json"
     status = gpu_check.main(["--device", "cpu", "--json", str(file)])
     printed = capsys.readouterr().out
@@ -322,7 +329,7 @@ def test_a_copy_without_its_repository_is_not_called_clean(tmp_path, monkeypatch
 OPTIONAL = ("hypothesis", "jsonargparse", "matplotlib", "tensorboard", "pytest_benchmark", "transformers", "timm")
 
 
-def test_collection_needs_no_optional_package(tmp_path):
+def test_collection_needs_no_optional_package(tmp_path, collected):
     """On a machine where nothing can be installed, every test marked for the device is still found."""
     code = f"""
 import sys
@@ -332,7 +339,7 @@ import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
     file = tmp_path / "collected.jsonl"
-    expected, failures = gpu_check.collected_parts(tmp_path)
+    expected, failures = collected
     assert not failures
     files = sorted({test.partition("::")[0] for part in expected for test in part.tests})
     options = [str(file) if word == RESULTS else word for word in gpu_check.PYTEST[3:]]
