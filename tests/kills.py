@@ -104,7 +104,7 @@ class Kills:
 
     def _start(self, mode: str, saved: int) -> ForkedRanks:
         # 6 ms: as often as steps allow, each while the state before it is written.
-        config = with_run(self._config, parallel=mode, save_minutes=1e-4, pictures=1)
+        config = with_run(self._config, parallel=mode, log_every=1, save_minutes=1e-4, pictures=1)
         how = {"resume": True} if saved else {"overwrite": True}
         return ForkedRanks(self.count, partial(attempt, config, **how), self.folder / "printed")
 

@@ -213,7 +213,7 @@ class TestDamage:
     @staticmethod
     def plant_code(tensors: Path) -> None:
         """What a list would run that Python's own reader reads; its checksum is right."""
-        data = pickle.dumps(Evil(tensors / "ran"))
+        data = pickle.dumps(Evil(tensors.parents[2] / "ran"))
         (tensors / ".metadata").write_bytes(data)
         file = next(tensors.parent.glob("step_12.pt"))
         state = torch.load(file, weights_only=True)
@@ -229,7 +229,7 @@ class TestDamage:
         printed = capsys.readouterr().out
         assert "step_12.pt" in printed and "going on from a state before it" in printed
         assert "from step 10 " in printed
-        assert not (tensors / "ran").exists()
+        assert not (tmp_path / "ran").exists()
         assert_same_curve(config.out, alone.out)
 
     def test_what_a_killed_save_left_is_removed(self, by_torchrun, tmp_path, capsys):
