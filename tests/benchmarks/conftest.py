@@ -28,7 +28,12 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> N
         assert (python, option, tests) == (sys.executable, "-m", [])
         results, output, begin, status = Path(self.scratch, f"{time.time_ns()}.jsonl"), io.StringIO(), time.time(), 0
         results.touch()
-        with monkeypatch.context() as patch, redirect_stdout(output), redirect_stderr(output), warnings.catch_warnings():
+        with (
+            monkeypatch.context() as patch,
+            redirect_stdout(output),
+            redirect_stderr(output),
+            warnings.catch_warnings(),
+        ):
             patch.setattr(sys, "argv", [module, *(str(results) if word == RESULTS else word for word in words)])
             patch.delenv("TRITON_INTERPRET", raising=False)
             warnings.filterwarnings("ignore", ".*found in sys.modules.*", RuntimeWarning)

@@ -30,7 +30,8 @@ OFFICIAL: dict[str, Callable[[], nn.Module]] = {
 WHOLE = {"crate_mae": lambda: small_model(embed_dim=16, img_size=12)}
 MODELS = OFFICIAL | WHOLE
 CLASSIFIERS = {
-    family: functools.partial(small_classifier, family, embed_dim=16, img_size=12, depth=1) for family in ("crate", "crate_alpha")
+    family: functools.partial(small_classifier, family, embed_dim=16, img_size=12, depth=1)
+    for family in ("crate", "crate_alpha")
 }
 REFUSED = "the triton implementation was forced, but its kernels take no"  # tensors of other classes
 IMAGES, NOISE, TOKENS = torch.randn(2, 3, 12, 12), torch.rand(2, 9), torch.randn(2, 20, 16)

@@ -156,7 +156,9 @@ def test_dropout_in_training_only_and_by_the_seed(implementation: str) -> None:
         zeros = (run(3) == 0).float().mean()
         assert 0.1 < zeros < 0.4, "after the projection a quarter is dropped"
         plain = mssa(x, module.qkv.weight, module.to_out[0].weight, module.to_out[0].bias, num_heads=2)
-        mean = torch.stack([run(seed) for seed in range(24)]).mean(0)  # off by sqrt(0.25 / 0.75 / 24), a bare mask by 0.27
+        mean = torch.stack([run(seed) for seed in range(24)]).mean(
+            0
+        )  # off by sqrt(0.25 / 0.75 / 24), a bare mask by 0.27
         assert error(mean, plain) < 0.2, "what is kept is scaled up, so that the mean stays"
         module.eval()
         assert torch.equal(run(1), plain)
