@@ -284,7 +284,7 @@ def averaged(alone, tmp_path_factory) -> tuple[PretrainConfig, list[dict[str, to
             return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("crate_mae.training.run.Step", Recording)
+        patch.setattr("crate_mae.training.parts.Step", Recording)
         pretrain(config)
     return config, recorded
 

@@ -1,0 +1,251 @@
+"""What a run is made of, whatever it trains."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from crate_kernels.tiles import check_same_on_all_ranks
+from crate_mae.data import BatchSampler, Normalization, PretrainImages, Sample
+from crate_mae.data.progress import say
+from crate_mae.training.average import Average
+from crate_mae.training.batch_size import with_batch_chosen
+from crate_mae.training.config import TrainingConfig, of_section
+from crate_mae.training.divergence import DivergenceWatch, Measured
+from crate_mae.training.feed import Feed, workers_for
+from crate_mae.training.image_sets import image_sets
+from crate_mae.training.parallel import MODES, Alone
+from crate_mae.training.precision import (
+    autocast,
+    check_compiler,
+    check_implementation,
+    check_threads,
+    check_workers,
+    choose_precision,
+)
+from crate_mae.training.ranks import Ranks, TorchrunRanks
+from crate_mae.training.record import Record
+from crate_mae.training.run_folder import IMAGES, UNREADABLE, by_name, changed_settings
+from crate_mae.training.step import Batch, Step
+from crate_mae.training.unreadable import UnreadableImages
+
+Resume = bool | Literal["best"] | int
+"""Where a run goes on from: nowhere, its last state, that of its best validation, or that of a step."""
+
+_FEW = 8
+"""Images that a batch is made of which is only to see what a step needs."""
+
+Config = TypeVar("Config", bound=TrainingConfig)
+Errors = TypeVar("Errors", bound=Measured)
+
+
+class Validates(Protocol[Errors]):
+    """What measures a model on images held out."""
+
+    def __call__(self, model: Any) -> Errors: ...
+
+    def unless(self, model: Any, stopped: Callable[[], object]) -> Errors | None:
+        """The measurement, or None where `stopped` was so before the last batch."""
+
+
+class Parts(ABC, Generic[Config, Errors]):
+    """All that a run is made of. Its kind adds the model, the batches, the loss, the validation, and what is said and drawn.
+
+    Attributes:
+        beside: the field of the samples that a loss takes beside the pixels.
+        watch: which kind of watch knows the best validation.
+        errors: of the last validation.
+    """
+
+    beside: ClassVar[str]
+    watch: ClassVar[type[DivergenceWatch]] = DivergenceWatch
+
+    def __init__(self, config: Config, resume: Resume, device: torch.device, ranks: Ranks) -> None:
+        self.config, self.device, self.ranks = config, device, ranks
+        self.precision = choose_precision(config.run.precision, self.device)
+        check_implementation(self.device, self.precision)
+        check_threads(config.run.threads)
+        check_workers(config.images.num_workers)
+        if config.run.compile:
+            check_compiler(self.device)
+        if config.run.stream == "16bit" and self.precision == "float32":
+            raise ValueError('run.stream: "16bit" needs the autocast of another run.precision; here it is "float32"')
+
+        images, channels = config.images, config.model.in_chans
+        with of_section("images"):
+            self.normalization = Normalization(images.mean, images.std, channels)
+        kept = config.out / IMAGES if resume is not False else None
+        self.images = ranks.each_after_first(lambda: image_sets(config, kept))
+        self.train_images, self.val_images = self.images.train, self.images.val
+        self.config = config = self._settled(resume is not False)
+        self.crops = PretrainImages(
+            self.train_images,
+            config.model.image_shape,
+            config.run.seed,
+            channels=channels,
+            scale=images.crop_scale,
+            ratio=images.crop_ratio,
+            flip=images.flip,
+            blur=images.blur,
+            solarize=images.solarize,
+            **self._of_samples(),
+        )
+
+        torch.manual_seed(config.run.seed)
+        model = self._model(resume is not False).to(self.device).train()
+        model.stream, model.recompute = config.run.stream, config.run.recompute
+        self.config, self.why = config, _ = with_batch_chosen(
+            config,
+            model,
+            lambda images: self._loss_of(model, *self.batch_of(images), 0),
+            images=len(self.train_images),
+            device=device,
+            ranks=ranks,
+        )
+        self.accumulate = int(config.schedule.accumulate)
+        self.batch_size = batch_size = int(config.schedule.batch_size)
+        self.steps_per_epoch = len(self.train_images) // batch_size
+        self.total_steps = config.schedule.epochs * self.steps_per_epoch
+        self.micro_batch = -(-batch_size // (ranks.count * self.accumulate))
+
+        # What all must have alike: on machines of their own, files may differ, and tuned tiles.
+        ranks.check_alike(by_name(config.to_dict()) | {"--data": self.train_images.fingerprint()})
+        if ranks.count > 1 and device.type == "cuda":
+            check_same_on_all_ranks(device)
+        mode = MODES[config.run.parallel] if isinstance(ranks, TorchrunRanks) else Alone
+        parallel = mode(model, ranks, compiled=config.run.compile, accumulate=self.accumulate)
+        self.model, self.parallel = parallel.model, parallel
+        decay = config.optimizer.average
+        self.stepping = Step(
+            parallel,
+            self._optimizer(),
+            self._loss_of,
+            batch_size=batch_size,
+            accumulate=self.accumulate,
+            clip_grad=config.optimizer.clip_grad,
+            average=Average(model, decay) if decay else None,
+            scaled=self.precision == "float16",
+        )
+        if not ranks.is_first:  # what steps draw, as layers do that drop paths, each draws for itself
+            torch.manual_seed(hash((config.run.seed, ranks.rank)) % 2**63)
+        self.lr = config.peak_lr
+        self.unreadable = UnreadableImages(
+            config.out / UNREADABLE,
+            len(self.train_images) + len(self.val_images or ()),
+            images.max_unreadable,
+            say,
+            ranks,
+        )
+        batch_bytes = self.micro_batch * channels * math.prod(config.model.image_shape)
+        self.num_workers = workers_for(
+            images.num_workers, self.device, config.run.threads, batch_bytes, ranks.local_count
+        )
+        self.validation = self._validation()
+
+        self.errors: Errors | None = None
+        self.record = Record(
+            config,
+            self.stepping,
+            ranks,
+            images=self.train_images.fingerprint(),
+            image_count=len(self.train_images),
+            steps_per_epoch=self.steps_per_epoch,
+            watch=self.watch,
+            say=say,
+        )
+        self.start = f"from the weights of {config.init}" if config.init else "from the start"
+        self.changed = ""
+        if resume is not False:
+            self.start, self.changed = self.record.go_on_from(resume), changed_settings(config)
+        if self.step > self.total_steps:
+            raise ValueError(
+                f"schedule.epochs: the run in {config.out} has done {self.step / self.steps_per_epoch:g}, "
+                f"got {config.schedule.epochs}"
+            )
+        self.saves, self.saved_at = 0, time.monotonic()
+
+    def _settled(self, resumed: bool) -> Config:
+        """The settings, with those that the images decide."""
+        return self.config
+
+    @abstractmethod
+    def _model(self, resumed: bool) -> nn.Module:
+        """The model, with the weights that the run starts from unless it is resumed; its images are known."""
+
+    @abstractmethod
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Of the model. Where a group has an `lr_scale`, its learning rate is so many times that of the schedule."""
+
+    @abstractmethod
+    def _of_samples(self) -> dict[str, Any]:
+        """What `PretrainImages` needs besides for the batches of this kind."""
+
+    @abstractmethod
+    def _validation(self) -> Validates[Errors] | None:
+        """The validation, if there are images for it; called when all else is there, but the state that is resumed."""
+
+    @abstractmethod
+    def _loss(self, forward: Callable[..., Any], images: torch.Tensor, beside: torch.Tensor, step: int) -> torch.Tensor:
+        """The loss of the step after so many others, on images as the model takes them; called under autocast."""
+
+    @abstractmethod
+    def _opening_line(self) -> str: ...
+
+    @abstractmethod
+    def _said_of(self, errors: Errors) -> str:
+        """A validation, in words."""
+
+    def _draw(self, model: nn.Module) -> None:
+        """Draw the picture of the run, if it has one."""
+
+    def _look_is_due(self) -> bool:
+        """Whether this step has a row of its own beside those of losses and validations."""
+        return False
+
+    def _look(self, model: nn.Module) -> None:
+        """Write that row."""
+
+    def _batches(self, start_step: int, end_step: int) -> BatchSampler:
+        return BatchSampler(
+            self.train_images,
+            self.batch_size,
+            self.config.run.seed,
+            start_step=start_step,
+            end_step=end_step,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+            accumulate=self.accumulate,
+        )
+
+    def _loss_of(
+        self, forward: Callable[..., Any], pixels: torch.Tensor, beside: torch.Tensor, step: int
+    ) -> torch.Tensor:
+        images = self.normalization(pixels)
+        with autocast(self.precision, self.device):
+            return self._loss(forward, images, beside, step)
+
+    def batch_of(self, images: int) -> Batch:
+        """A batch of so many images as steps have them, one after the other of the few that it is made of."""
+        few = self.crops.batch([(0, index) for index in range(min(images, _FEW, len(self.crops)))], [])
+        repeated = Sample(*(field[torch.arange(images) % len(field)] for field in few))
+        [batch] = Feed([repeated], self.device, self.beside)
+        return batch
+
+    def _computed_by(self) -> str:
+        """The end of an opening line: images, processes, precision, steps."""
+        config, held_out = self.config, len(self.val_images or ())
+        workers = f", loaded by {self.num_workers} process{'es' * (self.num_workers > 1)}" if self.num_workers else ""
+        precision = self.precision + " compiled" * config.run.compile
+        where = str(self.device)
+        if isinstance(self.ranks, TorchrunRanks):
+            where = f"{self.ranks.count} x {self.device.type} ({config.run.parallel})"
+        return (
+            f"{len(self.train_images)} images to train on and {held_out} to validate on{workers}, {precision} on {where}, "
+            f"{self.steps_per_epoch} steps an epoch, {config.schedule.epochs} epochs, {self.start}, into {config.out}"
+        )
