@@ -277,17 +277,20 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unsynced", choices=("files", "folders"), default="", help="let their fsync do nothing")
+    parser.add_argument("--stop", action="store_true", help="at the first fault that does damage")
     chosen = parser.parse_args()
-    start, found = time.monotonic(), Counter()
+    start, found, number = time.monotonic(), Counter(), chosen.first - 1
     with tempfile.TemporaryDirectory() as folder:
         harness = Harness(Attempts(Path(folder), chosen.unsynced), chosen.seed)
         for number in range(chosen.first, chosen.first + chosen.count):
             story, problems = harness.bring_about(number)
             print(f"{number:4}  {story}", *(f"      FAILED: {problem}" for problem in problems), sep="\n", flush=True)
             found.update({problem.partition(":")[0] for problem in problems})
+            if found and chosen.stop:
+                break
     wrong = ", ".join(f"{count} {problem}" for problem, count in sorted(found.items()))
     right = "no run lost, no row doubled or missing, all bit for bit as undisturbed"
-    print(f"{chosen.count} faults in {time.monotonic() - start:.0f} s: {wrong or right}")
+    print(f"{number + 1 - chosen.first} faults in {time.monotonic() - start:.0f} s: {wrong or right}")
     return 1 if found else 0
 
 

@@ -54,12 +54,11 @@ def step(model: torch.nn.Module, batch: int) -> None:
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize("name", ["crate_mae_small", "crate_mae_base"])  # heads of 48, and of 64
-def test_one_graph_at_full_depth(name: str) -> None:
-    """``fullgraph`` raises at a graph break; forward and backward are traced and run."""
+def test_one_graph_at_full_depth() -> None:
+    """``fullgraph`` raises at a graph break; forward and backward are traced and run. The other sizes: one layer, below."""
     counter = CompileCounterWithBackend("aot_eager")
     with crate_kernels.use("triton"):
-        model = create_model(name, img_size=32)
+        model = create_model("crate_mae_small", img_size=32)
         step(torch.compile(model, fullgraph=True, backend=counter), 2)
     assert counter.frame_count == 1
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -79,6 +78,7 @@ def test_batches_do_not_recompile(name: str) -> None:
         for batch in range(4, 24):
             step(compiled, batch)
     assert counter.frame_count == graphs == 2
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.usefixtures("no_kernels")

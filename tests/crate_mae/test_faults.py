@@ -26,6 +26,6 @@ def test_no_fault_costs_a_run_or_a_row():
 
 @pytest.mark.parametrize("unsynced, damage", [("files", "is missing or broken"), ("folders", "run lost")])
 def test_the_harness_finds_what_is_not_synced(unsynced, damage):
-    done = bring_about(8, f"--unsynced={unsynced}")
+    done = bring_about(8, f"--unsynced={unsynced}", "--stop")
     assert done.returncode == 1
     assert damage in done.stdout, done.stdout + done.stderr
