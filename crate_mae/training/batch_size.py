@@ -49,9 +49,11 @@ def with_batch_chosen(
     why = []
     if "auto" in (size, parts):
         share = (images if size == "auto" else -(-size // count * count)) // count
-        trials = _Trials(model, loss_of, device)
+        trials = _Trials(loss_of, device)
         fitting = fit(trials, device, share, later=_allocated_later(config, model, count), processes=ranks.local_count)
-        most = -ranks.largest(-fitting.batch)  # the smallest of all devices'
+        model.zero_grad(set_to_none=True)
+        fitting = min(ranks.gathered(fitting))  # of the device that takes the fewest
+        most = fitting.batch
         if size == "auto":
             parts = 1 if parts == "auto" else parts
             size = min(most * count * parts, images)
@@ -70,21 +72,19 @@ def with_batch_chosen(
 class _Trials:
     """Forward and backward, as steps have them."""
 
-    def __init__(self, model: nn.Module, loss_of: Callable[[int], torch.Tensor], device: torch.device) -> None:
-        self._model, self._loss_of = model, loss_of
+    def __init__(self, loss_of: Callable[[int], torch.Tensor], device: torch.device) -> None:
+        self._loss_of = loss_of
         self._devices = [device] if device.type == "cuda" else []
 
     def __call__(self, images: int) -> None:
-        try:
-            with torch.random.fork_rng(self._devices):
-                self._loss_of(images).backward()
-        finally:
-            self._model.zero_grad(set_to_none=True)
+        with torch.random.fork_rng(self._devices):
+            self._loss_of(images).backward()
 
 
 def _allocated_later(config: TrainingConfig, model: nn.Module, count: int) -> int:
-    """Bytes that a run has beside those of a trial: AdamW's means, and an average; less what is shared out then."""
+    """Bytes that a run has beside those of a trial: AdamW's means, and an average; less the weights that are shared out then.
+    Gradients may be whole until the last part of a step."""
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
     share = 1 / count if config.run.parallel == "fsdp2" else 1.0
     kept = 2 + bool(config.optimizer.average)
-    return round(weights * (kept * share - 2 * (1 - share)))
+    return round(weights * (kept * share - (1 - share)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,21 +18,21 @@ _SHOWN = 3
 def cause(
     error: NonFiniteLoss,
     model: nn.Module,
-    loss_of_step: Callable[[], torch.Tensor],
+    losses_of_step: Callable[[], Iterable[torch.Tensor]],
     images: Sequence[str],
     file: Path,
 ) -> str:
     """What was not finite first, and in which images, in words that go on from the error's; all of it in a file, too.
 
     Args:
-        model, loss_of_step: as of `first_bad`.
+        model, losses_of_step: as of `first_bad`.
         images: names of those of the step.
         file: to write, as JSON.
     """
     if error.weights:
         return ""
     try:
-        first = first_bad(model, loss_of_step) or "nothing, when the step was taken again"
+        first = first_bad(model, losses_of_step) or "nothing, when the step was taken again"
         numbers = {"step": error.step, "loss": str(error.loss), "grad_norm": str(error.grad_norm)}
         write_json(file, numbers | {"first": first, "images": list(images)})
     except Exception as problem:  # the error itself must not be lost by it
@@ -42,12 +42,12 @@ def cause(
     return f"; not finite first: {first}; images: {shown}{more}"
 
 
-def first_bad(model: nn.Module, loss_of_step: Callable[[], torch.Tensor]) -> str:
+def first_bad(model: nn.Module, losses_of_step: Callable[[], Iterable[torch.Tensor]]) -> str:
     """What of a step was NaN or infinite first, in words: a weight, the output of a layer, the loss, or a gradient.
 
     Args:
         model: with the weights before the step.
-        loss_of_step: does the forward again.
+        losses_of_step: does the forward again, part by part, with the share of each in the loss.
     """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -66,16 +66,14 @@ def first_bad(model: nn.Module, loss_of_step: Callable[[], torch.Tensor]) -> str
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that layers with hooks are not fused
-            loss = loss_of_step()
+            model.zero_grad(set_to_none=True)
+            for loss in losses_of_step():
+                if bad or not loss.isfinite():
+                    return bad[0] if bad else "the loss"
+                loss.backward()
     finally:
         for handle in hooks:
             handle.remove()
-    if bad:
-        return bad[0]
-    if not loss.isfinite():
-        return "the loss"
-    model.zero_grad(set_to_none=True)
-    loss.backward()
     for name, parameter in reversed(list(model.named_parameters())):  # as the backward comes to them
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             return f"gradient of {name}"

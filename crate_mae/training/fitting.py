@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-_GROWTH = 4
+_GROWTH = 2
 """How many times the largest batch that is known to fit the next trial may have: memory grows with the batch as a line does, and
 two small trials tell less of it than large ones."""
-
-_CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 
 class Fit(NamedTuple):
@@ -55,7 +53,7 @@ def fit(
     On CUDA, memory is what PyTorch's allocator takes at most; on a CPU, what the process has at most, which Linux tells.
 
     Args:
-        step: does them, with so many images, and leaves nothing behind.
+        step: does them, with so many images, and leaves the gradients, as all parts of a step but the last one do.
         most: images that are asked for.
         later: bytes that will be allocated besides, once steps are taken.
         processes: that share the host's memory, where that is the device's.
@@ -65,7 +63,9 @@ def fit(
         ValueError: one image does not fit; or memory cannot be measured here.
     """
     meter = _Cuda(device) if device.type == "cuda" else _Host(processes)
-    step(1)  # what is allocated once, by libraries and compilers, is there before anything is measured
+    meter.peak(
+        lambda: step(min(2, most))
+    )  # what is allocated once, by libraries and compilers, is there before all others
     room = meter.room() * (1 - margin) - later
     needed: dict[int, float] = {}
 
@@ -80,7 +80,7 @@ def fit(
 def largest(needs: Callable[[int], float], room: float, most: int) -> int:
     """The largest number from 1 to `most` whose needs fit the room.
 
-    No number is tried that a line through the last two that fit puts beyond it, nor one above four times the largest of these.
+    No number is tried that a line through the last two that fit puts beyond it, nor one above twice the largest of these.
 
     Args:
         needs: grows with the number, about as a line; infinite where it cannot be.
@@ -155,10 +155,9 @@ class _Host:
     def room(self) -> float:
         """Bytes of this process, and its share of those that are free."""
         available = _kilobytes(Path("/proc/meminfo"), "MemAvailable")
-        for limit, usage in _CGROUPS:
-            with suppress(OSError, ValueError):  # there is none, or its limit is "max"
-                numbers = [int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, usage)]
-                available = min(available, numbers[0] - numbers[1])
+        for limit, usage in _limits():
+            with suppress(OSError, ValueError):  # there is none, or it is "max"
+                available = min(available, int(limit.read_text()) - int(usage.read_text()))
         return _kilobytes(Path("/proc/self/status"), "VmRSS") + available / self._processes
 
     def peak(self, trial: Callable[[], object]) -> float:
@@ -169,6 +168,20 @@ class _Host:
     @staticmethod
     def _reset() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # the highest of this process starts anew
+
+
+def _limits() -> Iterator[tuple[Path, Path]]:
+    """Files with what the control groups of this process, and those around them, may have of memory, and with what they have."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+            if controllers:  # of version 1
+                root, names = root / controllers, ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            own = root / path.lstrip("/")
+            for group in (own, *own.parents):
+                if group.is_relative_to(root):
+                    yield group / names[0], group / names[1]
 
 
 def _kilobytes(file: Path, name: str) -> float:

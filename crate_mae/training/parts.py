@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,7 +32,7 @@ from crate_mae.training.precision import (
 )
 from crate_mae.training.ranks import Ranks, TorchrunRanks
 from crate_mae.training.record import Record
-from crate_mae.training.run_folder import IMAGES, UNREADABLE, by_name, changed_settings
+from crate_mae.training.run_folder import IMAGES, UNREADABLE, by_name, changed_settings, with_its_batch_size
 from crate_mae.training.step import Batch, Step
 from crate_mae.training.unreadable import UnreadableImages
 
@@ -67,6 +68,8 @@ class Parts(ABC, Generic[Config, Errors]):
     watch: ClassVar[type[DivergenceWatch]] = DivergenceWatch
 
     def __init__(self, config: Config, resume: Resume, device: torch.device, ranks: Ranks) -> None:
+        if resume is not False:
+            config = with_its_batch_size(config)
         self.config, self.device, self.ranks = config, device, ranks
         self.precision = choose_precision(config.run.precision, self.device)
         check_implementation(self.device, self.precision)
@@ -133,7 +136,8 @@ class Parts(ABC, Generic[Config, Errors]):
             scaled=self.precision == "float16",
         )
         if not ranks.is_first:  # what steps draw, as layers do that drop paths, each draws for itself
-            torch.manual_seed(hash((config.run.seed, ranks.rank)) % 2**63)
+            of_rank = np.random.SeedSequence((config.run.seed, ranks.rank)).generate_state(1, np.uint64)
+            torch.manual_seed(int(of_rank[0]))
         self.lr = config.peak_lr
         self.unreadable = UnreadableImages(
             config.out / UNREADABLE,

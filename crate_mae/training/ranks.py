@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -42,6 +44,14 @@ _HARMLESS = (
     r"FSDP2-wrapped module \(FSDP\w+\) returned a view",  # of the prediction, which nothing writes to
 )
 """Beginnings of warnings that PyTorch gives."""
+
+_FIRST_TELLS = 2.0
+"""Seconds in which the first rank may tell of an error before another does."""
+
+_ENDING = [
+    number for number in STOPPING if number != getattr(signal, "SIGUSR1", None)
+]  # which is a warning ahead of these
+_GIVEN_UP = b"crate-mae: a process has not come to an end in time, and is ended; what was saved before is kept\n"
 
 _OF_COLLECTIVES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out waiting")
 
@@ -173,7 +183,8 @@ class TorchrunRanks(Ranks):
             try:
                 made[0] = make()
             except Exception as error:
-                made[1] = error
+                dist.broadcast_object_list([None, _as_it_travels(error)], src=0)
+                raise
         dist.broadcast_object_list(made, src=0)
         if made[1] is not None:
             raise made[1]
@@ -236,6 +247,14 @@ def met(device: torch.device) -> Iterator[Ranks]:
         ranks.part()
 
 
+def _as_it_travels(error: Exception) -> Exception:
+    """An error as another process can have it: itself, or its words."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
 def is_of_a_collective(error: BaseException) -> bool:
     """Whether an error is one of a process whose peers are gone, as far as its words tell."""
     words = str(error).lower()
@@ -265,13 +284,19 @@ def end_of_rank(line: str, error: BaseException, status: int) -> NoReturn:
 
 def _is_first_to_fail() -> bool:
     """Whether no other rank of this run failed before this one. torchrun's agent keeps which did; where it cannot be asked, each
-    is."""
+    is. What all have met the first rank tells: the others wait for it."""
     environment = os.environ
     try:
         store = dist.TCPStore(
             environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
         )
         key = f"crate_mae/failed/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if environment["RANK"] != "0":
+            for number in _ENDING:  # by which torchrun ends those that are left
+                signal.signal(number, signal.SIG_IGN)
+            until = time.monotonic() + _FIRST_TELLS
+            while time.monotonic() < until and not store.check([key]):
+                time.sleep(0.05)
         return store.compare_set(key, "", environment["RANK"]).decode() == environment["RANK"]
     except (RuntimeError, ValueError):
         return True
@@ -289,7 +314,8 @@ def _ended_in_time() -> Iterator[None]:
 
     def wait() -> None:
         while heard := hears.recv(1):
-            if heard[0] in STOPPING and not over.wait(_LONGEST_END):
+            if heard[0] in _ENDING and not over.wait(_LONGEST_END):
+                os.write(2, _GIVEN_UP)
                 os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

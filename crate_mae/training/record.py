@@ -103,7 +103,7 @@ class Record:
             return found[0]["step"], found[1]
 
         step, passed_over = self.ranks.of_first(choose)
-        state = found[0] if found else read_state(folder, step, self._check_fits)[0]
+        state = found[0] if found else read_state(folder, step, self._check_fits, passed_over)[0]
         if state["images"] != self.images:
             why = other_images(self.config, state["image_count"], self.image_count)
             raise ValueError(f"{folder} is of a run on other images: {why}")
@@ -258,6 +258,7 @@ class Record:
             twin = self.stepping.parallel.twin
             twin.load_state_dict(self._weights)
             save_model(twin, self.config.out)
+        self._weights = {}
 
     def _made_of(self, written: Path) -> None:
         """Delete the states that the one just written makes superfluous."""

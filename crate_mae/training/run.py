@@ -99,6 +99,7 @@ class Run(Parts[Config, Errors]):
                 self._validate_and_save(stop)
             with contextlib.closing(iter(loader)) as batches:
                 self._take_steps(Feed(batches, self.device, self.beside), progress, stop)
+            self.unreadable.share()
             self.record.settle()
             self.record.told_at_the_end()
             if self.errors is None and self.validation:
@@ -273,11 +274,10 @@ class Run(Parts[Config, Errors]):
         names = [self.train_images.name(index) for keys in batches for _, index in keys]
 
         def look(model: nn.Module) -> str:
-            def again() -> torch.Tensor:
+            def again() -> Iterator[torch.Tensor]:
                 loader = ImageLoader(self.crops, batches, unreadable=lambda errors: None)
-                feed = Feed(loader, self.device, self.beside)
-                losses = [self._loss_of(model, pixels, beside, step) * len(pixels) for pixels, beside in feed]
-                return torch.stack(losses).sum() / self.batch_size
+                for pixels, beside in Feed(loader, self.device, self.beside):
+                    yield self._loss_of(model, pixels, beside, step) * (len(pixels) / self.batch_size)
 
             return cause(error, model, again, names, self.config.out / BREAKDOWN)
 

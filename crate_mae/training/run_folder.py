@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from crate_mae.files import remove, remove_unfinished
 from crate_mae.pictures.inside import SHOWS
 from crate_mae.training.config import TrainingConfig
 from crate_mae.training.states import remove_unused_tensors, saved_states
+
+Config = TypeVar("Config", bound=TrainingConfig)
 
 METRICS, PICTURE, BREAKDOWN = "metrics.jsonl", "reconstructions.png", "breakdown.json"
 UNREADABLE, IMAGES = "unreadable.txt", "images.safetensors"
@@ -127,11 +130,21 @@ def _refuse_other_run(config: TrainingConfig) -> None:
     if kind != config.kind:
         raise ValueError(f"{config.out} holds a run of crate-mae {kind}, and that resumes it; --overwrite deletes it")
     pairs["init"] = (saved.get("init"), asked["init"])
+    if config.schedule.batch_size == "auto":  # as the command was that started the run, which found a number
+        pairs.pop("schedule.batch_size", None)
     for name, (had, got) in pairs.items():
         if had != got:
             raise ValueError(
                 f"{name}: the run in {config.out} has {had}, got {got}; a resumed run keeps it, --overwrite starts anew"
             )
+
+
+def with_its_batch_size(config: Config) -> Config:
+    """The settings of a run that is resumed, with the batch size that it has where it is to be found."""
+    if config.schedule.batch_size != "auto":
+        return config
+    number = _settings_of_run(config)["schedule.batch_size"]
+    return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, batch_size=number))
 
 
 def changed_settings(config: TrainingConfig) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,19 +106,20 @@ def remove_unused_tensors(folder: Path) -> list[Path]:
 
 
 def read_state(
-    folder: Path, wanted: bool | str | int, fits: Callable[[dict[str, Any]], None]
+    folder: Path, wanted: bool | str | int, fits: Callable[[dict[str, Any]], None], without: Container[Path] = ()
 ) -> tuple[Any, dict[Path, str]]:
     """A state of the run, and what was wrong with newer ones that were passed over, a line for each file.
 
     Args:
         wanted: True for the newest that can be read, "best" for the one with the best validation, or a step.
         fits: raises a ValueError for a state that is no state of this run.
+        without: states that others could not read.
 
     Raises:
         FileNotFoundError: there is no state, or not the one that is wanted.
         ValueError: none of them can be read, or the one that is wanted cannot.
     """
-    states, broken = saved_states(folder), {}
+    states, broken = [saved for saved in saved_states(folder) if saved.path not in without], {}
     if wanted is not True and wanted != "best":
         return _read(_of_step(states, int(wanted), folder).path, fits), {}
     for saved in states:
@@ -290,7 +291,7 @@ def _shared_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def _states_of_cuda(ranks: Ranks) -> list[torch.Tensor]:
     """Of this process' device where there are several processes, which must not touch those of the others."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():  # as of a run on a CPU, which shall not take memory of a GPU
         return []
     return torch.cuda.get_rng_state_all() if ranks.count == 1 else [torch.cuda.get_rng_state()]
 

@@ -145,7 +145,7 @@ class TestLayerwiseRates:
         bad = classifier.encoder_layers[1]
         bad.forward = lambda x: x * np.nan
         layer = next(name for name, module in classifier.named_modules() if module is bad)
-        assert first_bad(classifier, lambda: classifier(torch.rand(2, 3, 8, 8)).sum()) == f"output of {layer}"
+        assert first_bad(classifier, lambda: [classifier(torch.rand(2, 3, 8, 8)).sum()]) == f"output of {layer}"
 
 
 class TestClasses:
