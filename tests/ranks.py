@@ -24,6 +24,7 @@ from crate_mae import cli
 from crate_mae.__main__ import main as command
 from crate_mae.data import ImageFolder, UnreadableImage
 from crate_mae.training import PretrainConfig, pretrain
+from crate_mae.training.ranks import TorchrunRanks
 from crate_mae.training.states import saved_states
 
 ENDS_WITHIN = 30.0
@@ -141,6 +142,17 @@ def unnamed_tensors(out: Path) -> list[str]:
     states = [torch.load(state.path, weights_only=True) for state in saved_states(out / "states")]
     named = {state["shards"]["folder"] for state in states if "shards" in state}
     return sorted({path.name for path in (out / "states").glob("step_*-*")} - named)
+
+
+def leave_one_by_one() -> None:
+    """Ranks that have stopped end one after the other, the first one last."""
+    part = TorchrunRanks.part
+
+    def slowly(self: TorchrunRanks) -> None:
+        part(self)
+        time.sleep(0.6 - 0.3 * self.rank)
+
+    TorchrunRanks.part = slowly
 
 
 def cannot_read(rank: int) -> None:

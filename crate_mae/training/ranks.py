@@ -236,15 +236,25 @@ def met(device: torch.device) -> Iterator[Ranks]:
             within.enter_context(contextlib.redirect_stdout(nowhere))
             within.enter_context(contextlib.redirect_stderr(nowhere))
         try:
-            yield ranks
-        except RunStopped:  # as all are, at the same step
-            ranks.part()
-            raise
+            try:
+                yield ranks
+            except RunStopped:  # as all are, at the same step
+                _hear_no_signal()
+                ranks.gathered(None)  # else the end of one would be what torchrun ends the others for
+                ranks.part()
+                raise
         except RuntimeError as error:
             if is_of_a_collective(error):
                 raise LostRank.told_by(error) from error
             raise
         ranks.part()
+
+
+def _hear_no_signal() -> None:
+    """Of torchrun, which sends one to the ranks that are left when the first has stopped; for good, since this one ends now."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_travels(error: Exception) -> Exception:

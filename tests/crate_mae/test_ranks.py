@@ -20,7 +20,17 @@ from typing import Any
 import pytest
 import torch
 from kills import bring_about
-from ranks import ENDS_WITHIN, Ended, ForkedRanks, attempt, cannot_read, rows_of, under_torchrun, unnamed_tensors
+from ranks import (
+    ENDS_WITHIN,
+    Ended,
+    ForkedRanks,
+    attempt,
+    cannot_read,
+    leave_one_by_one,
+    rows_of,
+    under_torchrun,
+    unnamed_tensors,
+)
 from support import error
 from tiny_runs import assert_same_weights, saved_steps, tiny_config, uneven_config, weights, with_run, write_photographs
 
@@ -178,7 +188,7 @@ def test_sigterm_to_torchrun_saves_and_no_bit_is_lost(by_torchrun, tmp_path):
 
 def test_sigterm_to_one_rank_stops_all(by_torchrun, tmp_path):
     config = with_run(by_torchrun("ddp"), out=tmp_path / "run")
-    ranks = ForkedRanks(2, partial(attempt, config), tmp_path / "printed")
+    ranks = ForkedRanks(2, partial(attempt, config, before=leave_one_by_one), tmp_path / "printed")
     wait_for_state(2, config.out)
     ranks.signal(signal.SIGTERM, 1)
     ended = ranks.end()
