@@ -76,7 +76,9 @@ def worded(error: ArgumentError, options: Iterable[str]) -> ValueError:
     return ValueError(message)
 
 
-_OF_TRAINING = "--schedule.accumulate auto takes what fits; --run.recompute true and --run.stream 16bit need less"
+_OF_TRAINING = (
+    "a lower --schedule.batch_size needs less, or --schedule.accumulate auto, --run.recompute true, --run.stream 16bit"
+)
 _LESS_MEMORY = {
     "analyze": "a lower --batch_size needs less",
     "evaluate": "a lower --batch_size needs less",

@@ -749,7 +749,7 @@ class TestExitStatus:
             (KeyError("images"), 70, "KeyError: 'images'; this is a bug: --debug shows where"),
             (RecursionError("too deep"), 70, "RecursionError: too deep; this is a bug"),
             (RuntimeError("two\nlines"), 70, "RuntimeError: two lines; this is a bug"),
-            (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 1, "--schedule.accumulate auto takes what fits"),
+            (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 1, "a lower --schedule.batch_size needs less"),
             (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 1, "--run.recompute true"),
             (MemoryError(), 1, "--run.stream 16bit"),
             (OSError(errno.ENOSPC, "No space left on device", "state.pt"), 1, "No space left on device"),

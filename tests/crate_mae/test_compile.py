@@ -67,7 +67,7 @@ def test_one_graph_at_full_depth() -> None:
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("name", MODELS)
 def test_batches_do_not_recompile(name: str) -> None:
-    """The second batch size makes the graph dynamic; the next twenty run it as it is."""
+    """The second batch size makes the graph dynamic; others run it as it is."""
     counter = CompileCounterWithBackend("aot_eager")
     with crate_kernels.use("triton"):
         model = create_model(name, img_size=32, depth=1, decoder_depth=1)
@@ -75,7 +75,7 @@ def test_batches_do_not_recompile(name: str) -> None:
         step(compiled, 2)
         step(compiled, 3)
         graphs = counter.frame_count
-        for batch in range(4, 24):
+        for batch in (4, 7, 16, 23):
             step(compiled, batch)
     assert counter.frame_count == graphs == 2
     assert all(parameter.grad is not None for parameter in model.parameters())

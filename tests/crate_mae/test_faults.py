@@ -20,7 +20,7 @@ def bring_about(count: int, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_fault_costs_a_run_or_a_row():
-    done = bring_about(int(os.environ.get("CRATE_MAE_FAULTS", "20")))
+    done = bring_about(int(os.environ.get("CRATE_MAE_FAULTS", "12")))
     assert done.returncode == 0, done.stdout + done.stderr
 
 

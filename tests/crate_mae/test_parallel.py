@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -9,12 +10,12 @@ import torch
 import torch.distributed as dist
 from support import error, small_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import crate_kernels
+from crate_mae.training.parallel import shard
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["composed", "triton"])
 IMAGES, NOISE = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
@@ -47,11 +48,20 @@ def twins() -> tuple[nn.Module, nn.Module]:
     return model, twin
 
 
+@functools.cache
+def expected_of(implementation: str) -> dict[str, Tensor]:
+    """The gradients of the first of the twins, which is the same in every test."""
+    torch.manual_seed(0)
+    model, _ = twins()
+    with crate_kernels.use(implementation):
+        return gradients(model, model)
+
+
 @IMPLEMENTATIONS
 def test_recompute_and_activation_checkpointing(implementation: str) -> None:
-    model, twin = twins()
+    _, twin = twins()
     with crate_kernels.use(implementation):
-        expected = gradients(model, model)
+        expected = expected_of(implementation)
         twin.recompute = True
         same(gradients(twin, twin), expected)
         twin.recompute = False
@@ -66,7 +76,7 @@ def test_recompute_and_activation_checkpointing(implementation: str) -> None:
 def test_functional_call(implementation: str) -> None:
     model, twin = twins()
     with crate_kernels.use(implementation):
-        expected = gradients(model, model)
+        expected = expected_of(implementation)
         parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
         loss = functional_call(twin, parameters, (IMAGES,), {"noise": NOISE}).loss
         found = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
@@ -76,21 +86,18 @@ def test_functional_call(implementation: str) -> None:
 @IMPLEMENTATIONS
 def test_ddp(implementation: str, one_process: None) -> None:
     """With its default settings, which fail where a parameter goes without a gradient."""
-    model, twin = twins()
+    _, twin = twins()
     with crate_kernels.use(implementation):
-        same(gradients(DistributedDataParallel(twin), twin), gradients(model, model))
+        same(gradients(DistributedDataParallel(twin), twin), expected_of(implementation))
 
 
 @IMPLEMENTATIONS
 def test_fsdp2(implementation: str, one_process: None) -> None:
     """Layer by layer: weights are whole only while their layer runs, so nothing may prepare them all at once."""
-    model, twin = twins()
-    mesh = dist.init_device_mesh("cpu", (1,))
-    for block in (*twin.blocks, *twin.decoder_blocks):
-        fully_shard(block, mesh=mesh)
-    fully_shard(twin, mesh=mesh)
+    _, twin = twins()
+    shard(twin, dist.init_device_mesh("cpu", (1,)))
     with crate_kernels.use(implementation):
-        same(gradients(twin, twin), gradients(model, model))
+        same(gradients(twin, twin), expected_of(implementation))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
