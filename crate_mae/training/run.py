@@ -99,13 +99,12 @@ class Run(Parts[Config, Errors]):
                 self._validate_and_save(stop)
             with contextlib.closing(iter(loader)) as batches:
                 self._take_steps(Feed(batches, self.device, self.beside), progress, stop)
-            self.unreadable.share()
             self.record.settle()
             self.record.told_at_the_end()
             if self.errors is None and self.validation:
                 with self.stepping.shown():
                     self.errors = self.validation(self.model)
-        self.unreadable.share()
+            self.unreadable.share()
         if counted := self.unreadable.counted():
             say(f"images that could not be read, others stood in: {counted}; they are listed in {self.unreadable.file}")
 
