@@ -18,7 +18,7 @@ from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, 
 from crate_mae.cli.settings import check_argument, load
 from crate_mae.data import STOPPING
 from crate_mae.training import RunStopped
-from crate_mae.training.ranks import end_of_rank, is_silent, launched
+from crate_mae.training.ranks import end_of_rank, is_silent, launched, leave
 
 OTHERS = {
     "reconstruct": reconstruct,
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_silent():
             with suppress(OSError):  # of a pipe that nobody reads: all is done
                 print(report, flush=True)
+        if launched() and argv is None:
+            leave(0)
     except (Exception, KeyboardInterrupt) as error:
         if DEBUG in given:
             traceback.print_exc()

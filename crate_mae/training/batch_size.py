@@ -45,7 +45,7 @@ def with_batch_chosen(
             "lower --schedule.batch_size"
         )
     if size != "auto" and size < count:
-        raise ValueError(f"schedule.batch_size: expected an image for each of {count} processes or more, got {size}")
+        raise ValueError(f"schedule.batch_size: expected {count} or more, an image for each process, got {size}")
     why = []
     if "auto" in (size, parts):
         share = (images if size == "auto" else -(-size // count * count)) // count
@@ -59,11 +59,12 @@ def with_batch_chosen(
             size = min(most * count * parts, images)
         else:
             parts = -(-share // most)
-        why.append(f"batch of {size} images in {parts} part{'s' * (parts > 1)}: {fitting.in_words}")
+        of_all = ", all there are," * (size == images)
+        why.append(f"batch of {size} images{of_all} in {parts} part{'s' * (parts > 1)}: {fitting.in_words}")
     if parts > size // count:
         raise ValueError(
-            f"schedule.accumulate: expected 1 to {size // count}, as each of {count} processes has so many of the {size} images "
-            f"of a step, got {parts}"
+            f"schedule.accumulate: expected 1 to {size // count}, an image of the {size} of a step for each part of each of "
+            f"{count} process{'es' * (count > 1)}, got {parts}"
         )
     chosen = dataclasses.replace(schedule, batch_size=size, accumulate=parts)
     return dataclasses.replace(config, schedule=chosen), why

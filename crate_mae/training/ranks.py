@@ -126,6 +126,10 @@ class Ranks:
         """Of what the ranks give, on all."""
         return value
 
+    def abandoned(self) -> int:
+        """The signal that stands for the end of torchrun, if it has ended without a word; else 0."""
+        return 0
+
     def sum(self, tensor: torch.Tensor) -> Callable[[], object]:
         """Add up over the ranks, in place; it is done, to whatever follows on the device, when the result has been called."""
         return lambda: None
@@ -173,6 +177,7 @@ class TorchrunRanks(Ranks):
             "cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_PATIENCE, device_id=device if on_gpus else None
         )
         self.of_states = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._parent = os.getppid()
         self._asked: torch.Tensor | None = None
         self._asking: Any = None
 
@@ -199,6 +204,9 @@ class TorchrunRanks(Ranks):
         tensor = torch.tensor(value)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
+
+    def abandoned(self) -> int:
+        return 0 if os.getppid() == self._parent else getattr(signal, "SIGHUP", signal.SIGTERM)
 
     def sum(self, tensor: torch.Tensor) -> Callable[[], object]:
         return dist.all_reduce(tensor, async_op=True).wait
@@ -286,10 +294,15 @@ def end_of_rank(line: str, error: BaseException, status: int) -> NoReturn:
         rank = os.environ["RANK"]
         with contextlib.suppress(OSError):
             print(line if rank == "0" else f"{line} (rank {rank})", file=sys.stderr, flush=True)
+    leave(status)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process without waiting for the threads of its collectives: they may wait for others, or abort it."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(status)  # threads of collectives that wait for others would keep it
+    os._exit(status)
 
 
 def _is_first_to_fail() -> bool:

@@ -128,7 +128,8 @@ class Run(Parts[Config, Errors]):
             self.record.meter.waited = feed.waited
             progress.update()
             # A save has its number: what ranks say of one comes to all a step later, when it may be done.
-            asked, save_asked = self.ranks.agreed(stop.signal or 0, (self.saves + 1) * self._save_is_due())
+            ours = stop.signal or self.ranks.abandoned()
+            asked, save_asked = self.ranks.agreed(ours, (self.saves + 1) * self._save_is_due())
             if lines and not asked and (line := lines.after(self.step, loss, self.lr, self.batch_size, feed.waited)):
                 say(line)
             due, look_is_due = self._validation_is_due(), self._look_is_due()
@@ -255,7 +256,7 @@ class Run(Parts[Config, Errors]):
             raise told from error
         except RuntimeError as error:
             if self.ranks.count > 1 and is_of_a_collective(error):
-                raise LostRank.told_by(error, f"; {self.record.saved()}, and --resume goes on") from error
+                raise LostRank.told_by(error, f"; {self.record.saved()}") from error
             raise
 
     def _cause(self, error: NonFiniteLoss) -> str:
