@@ -97,10 +97,10 @@ class CommonRun:
     """"auto" (CUDA where there is one), or a torch device such as "cpu" or "cuda:1"."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """How the processes of torchrun share the model: each has all of it, or a part of each parameter, of its gradient and of the
-    optimizer's means; of one process, neither."""
+    optimizer's means (not with run.compile); of one process, neither."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"bfloat16" is autocast; "auto" takes it on CUDA and on CPUs with bfloat16 instructions. "float16" is autocast with a loss
-    that is scaled, for GPUs without them."""
+    that is scaled, for GPUs without bfloat16; metrics.jsonl has the scale and the steps skipped for it."""
     stream: Literal["float32", "16bit"] = "float32"
     """Tokens between layers; "16bit", under autocast, halves their memory and traffic, at the price of more rounding."""
     recompute: bool = False

@@ -163,6 +163,7 @@ def fill(tensors: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> Non
     """Copy whole values into tensors, of which each rank may have a part."""
     for tensor, value in zip(tensors, values, strict=True):
         if isinstance(tensor, DTensor):
-            ours = DTensor.from_local(value, tensor.device_mesh, run_check=False)  # replicated: all have the same
+            # Replicated: all have the same.
+            ours = DTensor.from_local(value.to(tensor.device), tensor.device_mesh, run_check=False)
             value = ours.redistribute(tensor.device_mesh, tensor.placements).to_local()
         local(tensor).copy_(value)

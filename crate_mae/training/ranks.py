@@ -48,9 +48,9 @@ _HARMLESS = (
 _FIRST_TELLS = 2.0
 """Seconds in which the first rank may tell of an error before another does."""
 
-_ENDING = [
-    number for number in STOPPING if number != getattr(signal, "SIGUSR1", None)
-]  # which is a warning ahead of these
+_ENDING = {*STOPPING} - {getattr(signal, "SIGUSR1", None)}
+"""Signals by which a process is to end: SIGUSR1 is a warning ahead of these."""
+
 _GIVEN_UP = b"crate-mae: a process has not come to an end in time, and is ended; what was saved before is kept\n"
 
 _OF_COLLECTIVES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out waiting")
