@@ -1,4 +1,4 @@
-"""What programs about whole models share: how a model is named on the command line, its bytes, and a step's least work."""
+"""What programs about whole models share: how a model is named on the command line, and its bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 import crate_mae
 from benchmarks.records import in_one_line
-from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
+from crate_mae.config import ClassifierConfig, ModelConfig
 from crate_mae.registry import MODELS
 
 
@@ -68,22 +68,3 @@ def _override(text: str) -> tuple[str, Any]:
 
 def bytes_of(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
-def least_flops(config: ModelConfig | ClassifierConfig, batch: int) -> int:
-    """Of one step: ISTA in one product, every layer's products once forward and twice backward, attention 2 and 5.
-
-    CRATE-alpha's sparse step is four products of four times the width. Of CRATE-MAE a quarter of the patches is kept, as it has
-    it unless told otherwise, and the others are not embedded.
-    """
-    rows, columns = grid_of(config.image_shape, config.patch_size)
-    patches, width = rows * columns, config.embed_dim
-    tokens, patch = patches + 1, config.patch_size**2 * config.in_chans
-    is_mae, is_alpha = isinstance(config, ModelConfig), getattr(config, "family", None) == "crate_alpha"
-    layers = config.depth + (config.decoder_depth if is_mae else 0)
-    layer = 3 * (2 + (4 * 4 if is_alpha else 1)) * 2 * tokens * width**2 + (2 + 5) * 2 * tokens**2 * width
-    combinations = 0 if is_alpha else config.depth * 2 * 2 * width**3  # W^T W and its gradient, once a step
-    embedded = int(0.25 * patches) if is_mae else patches
-    embedding = 2 * 2 * embedded * width * patch  # no gradient of the images
-    prediction = 3 * 2 * width * (tokens * patch if is_mae else config.num_classes)
-    return batch * (layers * layer + embedding + prediction) + combinations

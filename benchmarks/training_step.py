@@ -36,12 +36,13 @@ import crate_mae
 from benchmarks import ROOT, harness, peers
 from benchmarks.command_line import device_named, positive
 from benchmarks.harness import Ceilings
-from benchmarks.models import add_model_arguments, bytes_of, check_model, least_flops
+from benchmarks.models import add_model_arguments, bytes_of, check_model
 from benchmarks.parts import run_while_it_tells
 from benchmarks.peers import STEPS, Absent, Step
 from benchmarks.records import Record, in_one_line
 from crate_mae.classifiers import Classifier
 from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
+from crate_mae.flops import least_flops
 from crate_mae.registry import CLASSIFIERS, MODELS
 
 BASELINE = "reference"

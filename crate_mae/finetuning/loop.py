@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from crate_mae.finetuning.optimizer import build_layerwise_optimizer
 from crate_mae.finetuning.scoring import Scores, ScoreWatch, Scoring
 from crate_mae.finetuning.starting import starting_classifier
 from crate_mae.registry import count_parameters
+from crate_mae.training.callbacks import Callback
 from crate_mae.training.config import of_section
 from crate_mae.training.image_sets import of_option
 from crate_mae.training.run import Resume, Run, train
@@ -50,7 +51,9 @@ class FinetuneResult(NamedTuple):
     best_epoch: float | None
 
 
-def finetune(config: FinetuneConfig, *, resume: Resume = False, overwrite: bool = False) -> FinetuneResult:
+def finetune(
+    config: FinetuneConfig, *, resume: Resume = False, overwrite: bool = False, callbacks: Sequence[Callback] = ()
+) -> FinetuneResult:
     """Train a classifier end to end, from a trained encoder or from random weights; its files are left in `config.out`.
 
     The recipe is that of MAE's fine-tuning (arXiv 2111.06377, appendix A.1, table 9; facebookresearch/mae, FINETUNE.md) with its
@@ -68,7 +71,7 @@ def finetune(config: FinetuneConfig, *, resume: Resume = False, overwrite: bool 
         ValueError: images have no classes, or some that are not trained on; or as of `training.pretrain`.
         Exception: all others as of `training.pretrain`.
     """
-    run = train(FinetuneRun, config, resume, overwrite)
+    run = train(FinetuneRun, config, resume, overwrite, callbacks)
     per_epoch, watch = run.steps_per_epoch, run.record.watch
     return FinetuneResult(
         out=config.out,

@@ -121,6 +121,12 @@ class CommonRun:
     """States to resume from that are kept: so many of the last ones, and that of the best validation."""
     keep_every: int = 0
     """Epochs between states that are kept besides, while this setting is; 0 keeps none."""
+    log_to: tuple[str, ...] = ()
+    """Where the lines of metrics.jsonl go as well: any of csv, tensorboard, wandb, mlflow."""
+    norms_every: int = 0
+    """Steps between rows of metrics.jsonl with the norm of the gradient of each part of the model; 0 for none."""
+    profile: int = 0
+    """Steps to profile when the run has begun: a trace and a table of the longest operations, in profile/; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,9 @@ class RunConfig(CommonRun):
     pictures: int = 8
     """Validation images shown in reconstructions.png."""
 
+
+TRACKERS = ("csv", "tensorboard", "wandb", "mlflow")
+"""What rows of metrics.jsonl can be sent to, beside it."""
 
 MAX_SEED = 2**64 - 1
 """The largest that torch's generators take."""
@@ -171,6 +180,12 @@ _LIMITS: dict[str, Limit] = {
     "run.save_minutes": NOT_NEGATIVE,
     "run.keep_states": AT_LEAST_ONE,
     "run.keep_every": NOT_NEGATIVE,
+    "run.log_to": (
+        lambda names: len(set(names)) == len(names) and set(names) <= set(TRACKERS),
+        f"some of {', '.join(TRACKERS)}, each once",
+    ),
+    "run.norms_every": NOT_NEGATIVE,
+    "run.profile": NOT_NEGATIVE,
 }
 
 

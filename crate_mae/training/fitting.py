@@ -116,6 +116,15 @@ def _on_the_line(fitting: list[tuple[int, float]], room: float) -> float:
     return many + math.floor((room - more) / slope) if slope > 0 else math.inf
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes so far: of tensors on a CUDA device, or of this whole process on the host, where Linux tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):
+        return round(_kilobytes(Path("/proc/self/status"), "VmHWM"))
+    return None
+
+
 class _Cuda:
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,10 @@ from crate_mae.checkpoints import load_weights
 from crate_mae.config import grid_of
 from crate_mae.data import CentreCropped
 from crate_mae.data.progress import say
+from crate_mae.flops import least_flops
 from crate_mae.model import CrateMAE
 from crate_mae.registry import count_parameters
+from crate_mae.training.callbacks import Callback
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.inside import LookInside, in_words, values_of
 from crate_mae.training.optimizer import build_optimizer
@@ -31,7 +33,9 @@ class PretrainResult(NamedTuple):
     errors: ValidationErrors | None
 
 
-def pretrain(config: PretrainConfig, *, resume: Resume = False, overwrite: bool = False) -> PretrainResult:
+def pretrain(
+    config: PretrainConfig, *, resume: Resume = False, overwrite: bool = False, callbacks: Sequence[Callback] = ()
+) -> PretrainResult:
     """Pre-train a CRATE-MAE, and leave its files in `config.out`.
 
     A run is a function of its configuration and its images: interrupted and resumed, it ends with the same weights, and
@@ -46,6 +50,10 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False, overwrite: bool 
             images must be the same, all other settings are as given now. "best": from the state with the best
             validation; a number: from that of this step. What came after it is forgotten.
         overwrite: delete the run in `config.out` first.
+        callbacks: each is called with (step, metrics, model) after each row of metrics.jsonl, by the first process: how many
+            steps have been taken, the row as a dict, and the model with the weights that would be exported then. All processes
+            give as many. The run goes on as if they had not been called; they must leave the weights alone. What one raises ends
+            the run; the last state saved is kept.
 
     Raises:
         FileExistsError: `config.out` holds a run, and neither `resume` nor `overwrite` is given.
@@ -62,7 +70,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = False, overwrite: bool 
         NonFiniteLoss: training broke down; the last state saved is kept.
         RunStopped: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the state has been saved.
     """
-    run = train(PretrainRun, config, resume, overwrite)
+    run = train(PretrainRun, config, resume, overwrite, callbacks)
     return PretrainResult(config.out, run.step, run.errors)
 
 
@@ -123,10 +131,14 @@ class PretrainRun(Run[PretrainConfig, ValidationErrors]):
     def _look_is_due(self) -> bool:
         return self._is_due(self.config.run.analyze_every)
 
-    def _look(self, model: CrateMAE) -> None:
-        if (seen := self.look_inside(model)) is not None:
-            self.record.log_inside(values_of(seen))
-            say(f"{self.epochs_done}: {in_words(seen)}")
+    def _look(self, model: CrateMAE) -> dict[str, Any] | None:
+        if (seen := self.look_inside(model)) is None:
+            return None
+        say(f"{self.epochs_done}: {in_words(seen)}")
+        return values_of(seen)
+
+    def _flops(self) -> int:
+        return least_flops(self.config.model, self.batch_size, mask_ratio=self.config.schedule.mask_ratio)
 
     def _draw(self, model: CrateMAE) -> None:
         self.picture.write(model)

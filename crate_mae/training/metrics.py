@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from crate_mae.files import append, replaced, sync
+from crate_mae.training.pace import Pace
 
 
 class MetricsLog:
@@ -33,6 +35,11 @@ class MetricsLog:
         """Wait until all lines are on the disk: a state must not outlive lines of the steps before it."""
         if self._writes and self.path.exists():  # before the first line
             sync(self.path)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All rows that there are; lines that are none are left out."""
+        with suppress(FileNotFoundError), self.path.open("rb") as lines:
+            yield from filter(None, map(_values_of, lines))
 
     def keep(self, belongs: Callable[[dict[str, Any]], bool]) -> int:
         """Forget the lines that a run going on from an earlier state logs again, and those that are none.
@@ -139,8 +146,8 @@ class StepMeter:
 class ProgressLines:
     """Says in lines, at most one every so many seconds, what else a progress bar would show."""
 
-    def __init__(self, step: int, total_steps: int, *, seconds: float = 30.0) -> None:
-        self.step, self.total_steps, self.seconds = step, total_steps, seconds
+    def __init__(self, step: int, total_steps: int, pace: Pace, *, seconds: float = 30.0) -> None:
+        self.step, self.total_steps, self.pace, self.seconds = step, total_steps, pace, seconds
         self._began, self._waited_before = time.perf_counter(), 0.0
 
     def after(self, step: int, loss: torch.Tensor, lr: float, batch: int, waited: float) -> str | None:
@@ -153,12 +160,13 @@ class ProgressLines:
         if elapsed < self.seconds:
             return None
         steps_per_second = (step - self.step) / elapsed
+        rate = steps_per_second * batch
         left = timedelta(seconds=round((self.total_steps - step) / steps_per_second))
         waiting = (waited - self._waited_before) / elapsed
         self.step, self._began, self._waited_before = step, time.perf_counter(), waited
         return (
             f"step {step}/{self.total_steps}: loss {loss.item():.4f}, lr {lr:.2e}, "
-            f"{steps_per_second * batch:.1f} images/s, {waiting:.0%} of the time waiting for images, {left} left"
+            f"{rate:.1f} images/s, {waiting:.0%} of the time waiting for images, {self.pace.in_words(rate)}, {left} left"
         )
 
 

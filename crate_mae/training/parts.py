@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -15,12 +15,15 @@ from torch import nn
 from crate_kernels.tiles import check_same_on_all_ranks
 from crate_mae.data import BatchSampler, Normalization, PretrainImages, Sample
 from crate_mae.data.progress import say
+from crate_mae.flops import least_flops
 from crate_mae.training.average import Average
 from crate_mae.training.batch_size import with_batch_chosen
+from crate_mae.training.callbacks import Callback, call
 from crate_mae.training.config import TrainingConfig, of_section
 from crate_mae.training.divergence import DivergenceWatch, Measured
 from crate_mae.training.feed import Feed, workers_for
 from crate_mae.training.image_sets import image_sets
+from crate_mae.training.pace import Pace
 from crate_mae.training.parallel import MODES, Alone
 from crate_mae.training.precision import (
     autocast,
@@ -62,10 +65,12 @@ class Parts(ABC, Generic[Config, Errors]):
         beside: the field of the samples that a loss takes beside the pixels.
         watch: which kind of watch knows the best validation.
         errors: of the last validation.
+        callbacks: that are called with each row; the same number on all ranks.
     """
 
     beside: ClassVar[str]
     watch: ClassVar[type[DivergenceWatch]] = DivergenceWatch
+    callbacks: Sequence[Callback] = ()
 
     def __init__(self, config: Config, resume: Resume, device: torch.device, ranks: Ranks) -> None:
         if resume is not False:
@@ -160,6 +165,7 @@ class Parts(ABC, Generic[Config, Errors]):
             images=self.train_images.fingerprint(),
             image_count=len(self.train_images),
             steps_per_epoch=self.steps_per_epoch,
+            pace=Pace(self._flops() / batch_size, device, self.total_steps),
             watch=self.watch,
             say=say,
         )
@@ -212,8 +218,13 @@ class Parts(ABC, Generic[Config, Errors]):
         """Whether this step has a row of its own beside those of losses and validations."""
         return False
 
-    def _look(self, model: nn.Module) -> None:
-        """Write that row."""
+    def _look(self, model: nn.Module) -> dict[str, Any] | None:
+        """What that row says, if there is something to say."""
+        return None
+
+    def _flops(self) -> int:
+        """Of a step."""
+        return least_flops(self.config.model, self.batch_size)
 
     def _batches(self, start_step: int, end_step: int) -> BatchSampler:
         return BatchSampler(

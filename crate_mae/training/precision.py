@@ -12,7 +12,7 @@ from crate_kernels.dispatch import choose
 from crate_kernels.precision import CPU_PRODUCT_DTYPES
 from crate_mae.compilation import obstacle_to_compiling
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str, option: str = "--run.device", rank: int | None = None) -> torch.device:
@@ -48,7 +48,7 @@ def check_implementation(device: torch.device, precision: str) -> None:
         ValueError: it cannot.
     """
     try:
-        choose("training", torch.empty(0, device=device), _DTYPES[precision])
+        choose("training", torch.empty(0, device=device), DTYPES[precision])
     except RuntimeError as error:
         raise ValueError(f"environment variable CRATE_KERNELS_IMPL: {error}") from error
 
@@ -109,4 +109,4 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    return nullcontext() if precision == "float32" else torch.autocast(device.type, dtype=_DTYPES[precision])
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, dtype=DTYPES[precision])

@@ -16,6 +16,7 @@ from crate_mae.files import remove
 from crate_mae.training.config import TrainingConfig
 from crate_mae.training.divergence import DivergenceWatch, Measured
 from crate_mae.training.metrics import MetricsLog, NonFiniteLoss, StepAverages, StepMeter
+from crate_mae.training.pace import Pace
 from crate_mae.training.parallel import local, whole_weights
 from crate_mae.training.ranks import Ranks, TorchrunRanks
 from crate_mae.training.run_folder import BEST, BREAKDOWN, METRICS, STATES, other_images, remove_leftovers
@@ -49,6 +50,7 @@ class Record:
         stepping: the model, its optimizer, and what else a step changes.
         images, image_count: the fingerprint of the images to train on, and how many they are. Their order and crops are
             functions of the seed and the step.
+        pace: how fast the run goes.
         watch: which kind of watch knows the best validation.
         say: takes a line for the user.
 
@@ -56,6 +58,7 @@ class Record:
         step: optimiser steps taken.
         watch: whether it diverges, and which validation is the best.
         meter: what was gathered since the last row.
+        written: called with each row when it has been written, on all ranks.
     """
 
     def __init__(
@@ -67,12 +70,15 @@ class Record:
         images: str,
         image_count: int,
         steps_per_epoch: int,
+        pace: Pace,
         watch: type[DivergenceWatch] = DivergenceWatch,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.stepping, self.ranks = config, stepping, ranks
         self.model, self.optimizer, self._scaler = stepping.parallel.model, stepping.optimizer, stepping.scaler
         self.images, self.image_count, self.steps_per_epoch, self.say = images, image_count, steps_per_epoch, say
+        self.pace = pace
+        self.written: Callable[[dict[str, Any]], object] = bool
         self.step = 0
         self.meter = StepMeter(skips=self._scaler.is_enabled())
         self.watch = watch()
@@ -132,6 +138,8 @@ class Record:
         """Remove what belongs to none of the steps taken: unfinished files, and rows, states and a best model of later steps."""
         if self.ranks.of_first(self._tidied):
             self.watch.forget_best()
+        for row in self._metrics.rows():
+            self.pace.go_on(row.get("hours", self.pace.hours))
 
     def _tidied(self) -> bool:
         """Returns whether the best model is lost."""
@@ -163,14 +171,14 @@ class Record:
         averages = self.meter.read()
         with self._divergence_told():
             self.watch.read(averages)
-        self._metrics.append(
-            step=self.step,
+        self._write(
             epoch=self.epoch,
             loss=averages.loss,
             lr=lr,
             grad_norm=averages.grad_norm,
             images_per_second=averages.images_per_second,
             waiting=averages.waiting,
+            **self.pace.row(self.step, averages.images_per_second),
             **({"skipped": averages.skipped, "loss_scale": self._scaler.get_scale()} if self.meter.skips else {}),
             **({"diverging": True} if self.watch.of_steps else {}),
         )
@@ -189,11 +197,25 @@ class Record:
                 if model is not None:
                     self._write_best(model)
         diverging = {"diverging": True} if self.watch.of_validation else {}
-        self._metrics.append(step=self.step, epoch=int(self.epoch), **errors._asdict(), **diverging)
+        self._write(epoch=int(self.epoch), **errors._asdict(), **diverging)
 
     def log_inside(self, values: dict[str, Any]) -> None:
         """Write the row of a look inside, `inside.values_of`."""
-        self._metrics.append(step=self.step, epoch=int(self.epoch), inside=values)
+        self._write(epoch=int(self.epoch), inside=values)
+
+    def log_grad_norms(self, norms: dict[str, float]) -> None:
+        """Write the row of the gradient's norm by part of the model.
+
+        Raises:
+            NonFiniteLoss: as of `log`, where that would raise it.
+        """
+        self.meter.check()
+        self._write(epoch=self.epoch, grad_norms=norms)
+
+    def _write(self, **values: Any) -> None:
+        row = {"step": self.step, **values}
+        self._metrics.append(**row)
+        self.written(row)
 
     def save(self) -> None:
         """Write the state, then the weights.

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from crate_kernels import __version__
 from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.data import BatchSampler, ImageLoader, LostWorkers, UnreadableImage
 from crate_mae.data.progress import say
-from crate_mae.files import write_json
+from crate_mae.files import append, write_json
 from crate_mae.training.breakdown import cause
+from crate_mae.training.callbacks import Callback, call
 from crate_mae.training.config import TrainingConfig
 from crate_mae.training.feed import Feed
 from crate_mae.training.interrupts import ONE_REQUEST_OF_RANKS, SAID, RunStopped, StopRequest, stop_requests
 from crate_mae.training.metrics import NonFiniteLoss, ProgressLines
 from crate_mae.training.ownership import owned
+from crate_mae.training.pace import product_rate
 from crate_mae.training.parts import Config, Errors, Parts, Resume
 from crate_mae.training.precision import choose_device, cpu_threads
+from crate_mae.training.profiling import Profiler
 from crate_mae.training.ranks import LostRank, check_launcher, is_of_a_collective, local_rank, met
-from crate_mae.training.run_folder import BREAKDOWN, IMAGES, check_run_folder, clear_run_folder, refuse_unwritable
+from crate_mae.training.run_folder import BREAKDOWN, IMAGES, STARTS, check_run_folder, clear_run_folder, refuse_unwritable
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.step import Batch
 from crate_mae.training.unreadable import TooManyUnreadable
 
+T = TypeVar("T")
 
-def train(kind: type[Run], config: TrainingConfig, resume: Resume, overwrite: bool) -> Run:
+
+def train(
+    kind: type[Run], config: TrainingConfig, resume: Resume, overwrite: bool, callbacks: Sequence[Callback] = ()
+) -> Run:
     """Do a run of a kind in the folder of its configuration, with all processes that torchrun started; returns it when it has
     ended. Errors as of `pretrain`."""
     if not (resume == "best" or isinstance(resume, int)):
@@ -48,6 +60,8 @@ def train(kind: type[Run], config: TrainingConfig, resume: Resume, overwrite: bo
 
         ranks.of_first(own)
         run = kind(config, resume, device, ranks)
+        run.callbacks = callbacks
+        ranks.check_alike({"callbacks": len(callbacks)})
         # Only now: settings or images that cannot be used must not cost the run that is there.
         if overwrite:
             ranks.of_first(lambda: clear_run_folder(config.out))
@@ -95,10 +109,16 @@ class Run(Parts[Config, Errors]):
                 say(said)
             if self.changed:
                 say(f"changed since it was started: {self.changed}")
+            self.record.written = self._tell
             if self._pending():
                 self._validate_and_save(stop)
-            with contextlib.closing(iter(loader)) as batches:
-                self._take_steps(Feed(batches, self.device, self.beside), progress, stop)
+            # All at once, as they will compute.
+            rates = self.ranks.gathered(product_rate(self.device, self.precision))
+            self.record.pace.begin(self.step, sum(rates))
+            to_profile = self.config.run.profile if self.ranks.is_first else 0
+            profiler = Profiler(to_profile, self.config.out, self.device, say)
+            with contextlib.closing(iter(loader)) as batches, contextlib.closing(profiler):
+                self._take_steps(Feed(batches, self.device, self.beside), progress, stop, profiler)
             self.record.settle()
             self.record.told_at_the_end()
             if self.errors is None and self.validation:
@@ -113,19 +133,36 @@ class Run(Parts[Config, Errors]):
         if self.images.listed:
             self.images.listed.save_list(self.config.out / IMAGES)
         write_json(self.config.out / CONFIG_FILE, self.config.to_dict())
+        start = {
+            "step": self.step,
+            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "changed": self.changed,
+            "processes": self.ranks.count,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "torch": torch.__version__,
+            "crate_kernels": __version__,
+        }
+        append(self.config.out / STARTS, json.dumps(start) + "\n")
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        """Tell of a row that has been written whoever wants to know."""
+        if self.callbacks:
+            self._shown(lambda model: call(self.callbacks, row, model))
+            self.record.meter.restart_clock()
 
     def _stop_requests(self) -> contextlib.AbstractContextManager[StopRequest]:
         if self.ranks.count == 1:
             return stop_requests()
         return stop_requests(SAID if self.ranks.is_first else b"", ONE_REQUEST_OF_RANKS)
 
-    def _take_steps(self, feed: Feed, progress: tqdm, stop: StopRequest) -> None:
-        lines = ProgressLines(self.step, self.total_steps) if progress.disable else None
+    def _take_steps(self, feed: Feed, progress: tqdm, stop: StopRequest, profiler: Profiler) -> None:
+        lines = ProgressLines(self.step, self.total_steps, self.record.pace) if progress.disable else None
         self.record.meter.restart_clock()
         batches = iter(feed)
         while self.step < self.total_steps:
             loss = self._take_step(batches)
             self.record.meter.waited = feed.waited
+            profiler.stepped()
             progress.update()
             # A save has its number: what ranks say of one comes to all a step later, when it may be done.
             ours = stop.signal or self.ranks.abandoned()
@@ -138,12 +175,15 @@ class Run(Parts[Config, Errors]):
                 self.unreadable.share()
                 progress.set_postfix_str(
                     f"loss {averages.loss:.4f}, lr {self.lr:.2e}, {averages.images_per_second:.0f} images/s, "
-                    f"{averages.waiting:.0%} waiting for images",
+                    f"{averages.waiting:.0%} waiting for images, {self.record.pace.in_words(averages.images_per_second)}",
                     refresh=False,
                 )
+            if self._norms_are_due(self.step):
+                self.record.log_grad_norms(self.stepping.grad_norms)
             self.record.settle(wait=False)
             if look_is_due:  # before the state of this step, which says that it is done
-                self._shown(self._look)
+                if (seen := self._shown(self._look)) is not None:
+                    self.record.log_inside(seen)
                 self.record.meter.restart_clock()  # behind a row: none of its images are forgotten
             if due:
                 self._validate_and_save(stop)
@@ -177,9 +217,14 @@ class Run(Parts[Config, Errors]):
             warmup_steps=round(schedule.warmup_epochs * self.steps_per_epoch),
             total_steps=self.total_steps,
         )
-        loss = self.stepping(batches, self.lr, self.step, self.record.meter)
+        by_part = self._norms_are_due(self.step + 1)
+        loss = self.stepping(batches, self.lr, self.step, self.record.meter, by_part=by_part)
         self.record.step += 1
         return loss
+
+    def _norms_are_due(self, step: int) -> bool:
+        every = self.config.run.norms_every
+        return every > 0 and step % every == 0
 
     def _validation_is_due(self) -> bool:
         return self._is_due(self.config.run.save_every) or self.record.is_kept(self.step)
@@ -214,10 +259,10 @@ class Run(Parts[Config, Errors]):
         self.saves, self.saved_at = self.saves + 1, time.monotonic()
         self.record.meter.restart_clock()
 
-    def _shown(self, show: Callable[[nn.Module], None]) -> None:
-        """Show the whole model, with the weights that are exported, to what the first rank does with it."""
+    def _shown(self, show: Callable[[nn.Module], T]) -> T:
+        """Show the whole model, with the weights that are exported, to what the first rank does with it; returns what that does."""
         with self.stepping.shown(), self.parallel.whole() as model:
-            self.ranks.of_first(lambda: show(model))
+            return self.ranks.of_first(lambda: show(model))
 
     @contextlib.contextmanager
     def _saved_all_the_same(self) -> Iterator[None]:

@@ -18,10 +18,13 @@ from crate_mae.training.states import remove_unused_tensors, saved_states
 Config = TypeVar("Config", bound=TrainingConfig)
 
 METRICS, PICTURE, BREAKDOWN = "metrics.jsonl", "reconstructions.png", "breakdown.json"
+STARTS = "starts.jsonl"
+"""A line for each time the run was started: from which step, when, by what, and with which settings changed."""
 UNREADABLE, IMAGES = "unreadable.txt", "images.safetensors"
 """The images that could not be read, and the names of all in the order of the run, where they are of a folder."""
 STATES, BEST = "states", "best"
-RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, PICTURE, BREAKDOWN, UNREADABLE, IMAGES)
+RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, PICTURE, BREAKDOWN, UNREADABLE, IMAGES, STARTS)
+PROFILE, TRACE, OPERATIONS = "profile", "trace.json.gz", "operations.txt"
 SUMMARY = "summary.png"
 """Written by the demo alone."""
 ANALYSIS, ANALYSIS_PICTURE, INSIDE = "analysis.json", "analysis.png", "inside"
@@ -52,13 +55,14 @@ def clear_run_folder(out: Path) -> None:
     files += (out / FEATURES).glob("*.safetensors")
     files += [out / INSIDE / name for name in SHOWS]
     files += [out / BEST / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    files += [out / PROFILE / name for name in (TRACE, OPERATIONS)]
     files += [state.path for state in saved_states(out / STATES)]
     for path in files:
         remove(path)
     remove_leftovers(out)
     for folder in (out / INSIDE, out / FEATURES):
         remove_unfinished(folder)
-    for folder in (out / STATES, out / BEST, out / INSIDE, out / FEATURES):
+    for folder in (out / STATES, out / BEST, out / INSIDE, out / FEATURES, out / PROFILE):
         with suppress(OSError):  # not there, or with something in it that is not the run's
             folder.rmdir()
 

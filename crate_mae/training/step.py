@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
+from crate_mae.layers import PreNorm
 from crate_mae.training.average import Average
 from crate_mae.training.metrics import StepMeter
 from crate_mae.training.parallel import Alone, whole
@@ -37,6 +39,7 @@ class Step:
     Attributes:
         average: of the weights, if one is kept.
         scaler: of the loss.
+        grad_norms: of the last step that was asked for them, by part of the model.
     """
 
     def __init__(
@@ -58,13 +61,23 @@ class Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self._broken = torch.zeros((), device=device)
         optimizer.found_inf = self._broken
+        self.grad_norms: dict[str, float] = {}
+        self._is_shown = False
 
-    def __call__(self, batches: Iterator[Batch], lr: float, step: int, meter: StepMeter) -> torch.Tensor:
-        """Take the step after `step` others on the next micro-batches; returns its loss, the mean over all images."""
+    def __call__(
+        self, batches: Iterator[Batch], lr: float, step: int, meter: StepMeter, *, by_part: bool = False
+    ) -> torch.Tensor:
+        """Take the step after `step` others on the next micro-batches; returns its loss, the mean over all images.
+
+        Args:
+            by_part: measure `grad_norms`, for which the device is waited for.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         loss = self._backward(batches, step)
         self.scaler.unscale_(self.optimizer)
+        if by_part:
+            self.grad_norms = _norms_by_part(self.parallel.model)
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.parallel.model.parameters(), self._longest)).detach()
         # From the first step on that is not finite, this number keeps the optimizer from changing anything, and nobody waits for
         # it: when the loss is read, some steps later, the weights are still those that it went bad with.
@@ -100,10 +113,27 @@ class Step:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """The model has the weights that are validated and exported while the block lasts: their average, if one is kept."""
-        if self.average is None:
+        if self.average is None or self._is_shown:
             yield
             return
-        with self.average.in_place():
+        self._is_shown = True
+        try:
+            with self.average.in_place():
+                self.parallel.changed()
+                yield
             self.parallel.changed()
-            yield
-        self.parallel.changed()
+        finally:
+            self._is_shown = False
+
+
+def _norms_by_part(model: nn.Module) -> dict[str, float]:
+    """The norm of the gradient of each step of each layer (attention, sparse step, with their LayerNorms), and of each of the
+    modules and tokens beside them, by their names in the model."""
+    steps = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PreNorm))
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            part = next((step[:-1] for step in steps if name.startswith(step)), name.partition(".")[0])
+            parts.setdefault(part, []).append(parameter.grad)
+    norms = torch.stack([whole(torch.nn.utils.get_total_norm(gradients)).float() for gradients in parts.values()])
+    return dict(zip(parts, norms.tolist(), strict=True))

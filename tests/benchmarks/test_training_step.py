@@ -173,20 +173,6 @@ def test_the_first_step_of_a_process(tmp_path):
         assert "transformers" in absent["unavailable"]
 
 
-def test_least_work_of_a_step():
-    """About 20 GFLOP forward and 61 GFLOP in all, an image of CRATE-MAE-Base."""
-    config = crate_mae.create_model("crate_mae_tiny").config
-    config = dataclasses.replace(config, embed_dim=768, num_heads=12, decoder_num_heads=12)
-    assert models.least_flops(config, 1000) / 1000 == pytest.approx(61e9, rel=0.02)
-
-
-@pytest.mark.parametrize(("name", "gflop"), [("crate_base", 30.6), ("crate_alpha_base", 156)])
-def test_least_work_of_a_supervised_step(name, gflop):
-    """12 layers of 197 tokens, each 3 * 2 * 197 * (2 + 1 or 2 + 16) * 768**2 and 7 * 2 * 197**2 * 768; and the embedding."""
-    config = crate_mae.CLASSIFIERS[name]
-    assert models.least_flops(config, 1000) / 1000 / 1e9 == pytest.approx(gflop, rel=0.005)
-
-
 def test_an_unknown_override_is_named(capsys):
     with pytest.raises(SystemExit):
         training_step.main([*TINY, "--set", "depth"])

@@ -1,0 +1,68 @@
+"""A profile of a few steps: a trace for a viewer, and the operations that took the longest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from crate_mae.files import make_folder, replaced
+from crate_mae.training.run_folder import OPERATIONS, PROFILE, TRACE
+
+_BEFORE, _WARM = 2, 1
+"""Steps that are let pass, in which libraries and compilers get ready, and steps in which the profiler does."""
+
+_ROWS = 40
+
+
+class Profiler:
+    """Profiles some of the first steps that a process takes.
+
+    Args:
+        steps: how many; 0 for none.
+        out: folder of the run, in which they are written.
+        say: takes a line for the user.
+    """
+
+    def __init__(self, steps: int, out: Path, device: torch.device, say: Callable[[str], None]) -> None:
+        self._out, self._on_cuda, self._say = out, device.type == "cuda", say
+        self._steps = steps
+        self._profile: profile | None = None
+        if steps:
+            self._profile = profile(
+                activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_cuda else [])],
+                schedule=schedule(wait=_BEFORE, warmup=_WARM, active=steps, repeat=1),
+                on_trace_ready=self._write,
+                record_shapes=True,
+            )
+            self._profile.start()
+
+    def stepped(self) -> None:
+        """A step has been taken."""
+        if self._profile:
+            self._profile.step()
+
+    def close(self) -> None:
+        """No more steps are taken; of fewer than asked for there is no profile, which a line says."""
+        if self._profile:
+            least = _BEFORE + _WARM + self._steps
+            self._profile.on_trace_ready = None
+            self._profile.stop()
+            self._profile = None
+            self._say(f"no profile: a run of {least} steps or more has one of {self._steps}")
+
+    def _write(self, done: profile) -> None:
+        self._profile = None
+        folder = self._out / PROFILE
+        make_folder(folder)
+        done.export_chrome_trace(str(folder / TRACE))
+        by = "self_device_time_total" if self._on_cuda else "self_cpu_time_total"
+        table = done.key_averages().table(sort_by=by, row_limit=_ROWS, max_name_column_width=80)
+        with replaced(folder / OPERATIONS) as file:
+            file.write((table + "\n").encode())
+        self._say(
+            f"profiled {self._steps} steps: what took the longest is in {folder / OPERATIONS}; chrome://tracing and "
+            f"ui.perfetto.dev show {folder / TRACE}"
+        )
