@@ -1,5 +1,8 @@
 """CRATE-MAE: a masked autoencoder whose layers are derived, its models and its pre-training, on ``crate_kernels``."""
 
+import importlib
+from typing import Any
+
 from crate_kernels import __version__
 from crate_mae import analysis
 from crate_mae.backbone import Backbone
@@ -16,13 +19,31 @@ __all__ = [
     "Classifier",
     "ClassifierConfig",
     "CrateMAE",
+    "FinetuneConfig",
     "MAEOutput",
     "ModelConfig",
+    "PretrainConfig",
     "__version__",
     "analysis",
     "classifier_of",
     "create_model",
+    "finetune",
     "load_model",
     "load_transform",
+    "pretrain",
     "save_model",
 ]
+
+_OF_TRAINING = {
+    "FinetuneConfig": "finetuning",
+    "finetune": "finetuning",
+    "PretrainConfig": "training",
+    "pretrain": "training",
+}
+"""Modules that only those need who train, and that take their time to import."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_OF_TRAINING[name]}"), name)

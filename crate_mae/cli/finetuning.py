@@ -24,7 +24,7 @@ from crate_mae.cli.training import (
     with_configs,
 )
 from crate_mae.config import ClassifierConfig
-from crate_mae.finetuning import FinetuneConfig, FinetuneResult, Scores, finetune
+from crate_mae.finetuning import FinetuneConfig, FinetuneResult, Scores, finetune, plan
 from crate_mae.registry import CLASSIFIERS, MODELS
 from crate_mae.training.config import of_section
 
@@ -83,6 +83,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         ClassifierConfig(**chosen[chosen.subcommand].model.as_dict())
     settings = parser.instantiate(chosen)[chosen.subcommand]
     config = config_from(settings, FinetuneConfig)
+    if settings.dry_run:
+        return str(plan(config, resume=settings.resume, overwrite=settings.overwrite))
     return report(finetune(config, resume=settings.resume, overwrite=settings.overwrite))
 
 

@@ -31,7 +31,7 @@ from crate_mae.cli.training import (
 from crate_mae.config import ModelConfig
 from crate_mae.demo import summarise
 from crate_mae.registry import MODELS
-from crate_mae.training import PretrainConfig, PretrainResult, demo_config, pretrain
+from crate_mae.training import PretrainConfig, PretrainResult, demo_config, plan, pretrain
 from crate_mae.training.config import of_section
 from crate_mae.training.run_folder import has_state, stopped_early
 
@@ -91,6 +91,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         ModelConfig(**chosen[chosen.subcommand].model.as_dict())
     settings = parser.instantiate(chosen)[chosen.subcommand]
     config = config_from(settings, PretrainConfig)
+    if settings.dry_run:
+        return str(plan(config, resume=settings.resume, overwrite=settings.overwrite))
     result = pretrain(config, resume=settings.resume, overwrite=settings.overwrite)
     more = summarise(result, config) if chosen.subcommand == "demo" else []
     return "\n".join([_report(result), *more])

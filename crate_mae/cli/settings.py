@@ -231,9 +231,9 @@ def _check_names(settings: dict[Any, Any], known: Names, where: str) -> None:
         elif name in known.paths:
             if value is not None and not _is_path(value):
                 raise ValueError(f"{where}: {name}: expected the name of a file or folder, got {value!r}")
-        elif name in ("resume", "overwrite", "config"):
+        elif name in ("resume", "overwrite", "dry_run", "config"):
             if value:  # --print_config writes them
-                raise ValueError(f"{where}: {name}: expected on the command line alone, as --{name}")
+                raise ValueError(f"{where}: {name}: expected on the command line alone, as --{name.replace('_', '-')}")
         elif name != "architecture":
             hint = nearest(str(name), [*known.sections, *known.paths, *known.lists, "architecture"])
             raise ValueError(f"{where}: {name}: no such setting{hint}")

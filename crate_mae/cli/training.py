@@ -235,6 +235,11 @@ def training_parser(kind: type[TrainingConfig], defaults: dict[str, object]) -> 
         help="Go on with the run in --out, from its last saved state, from that of the best validation, or of a step.",
     )
     parser.add_argument("--overwrite", action="store_true", help="Delete the run in --out and start anew.")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Say what the run would be, its memory, its time and its files, after some steps that are forgotten; write nothing.",
+    )
     parser.add_class_arguments(kind)
     parser.set_defaults(defaults)
     return parser

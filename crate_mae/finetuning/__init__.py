@@ -9,7 +9,7 @@ from crate_mae.finetuning.config import (
     FinetuneRunConfig,
     FinetuneScheduleConfig,
 )
-from crate_mae.finetuning.loop import FinetuneResult, finetune
+from crate_mae.finetuning.loop import FinetuneResult, finetune, plan
 from crate_mae.finetuning.mixing import Mix, draw_mix, mixed, mixed_targets
 from crate_mae.finetuning.optimizer import build_layerwise_optimizer, layer_of, lr_scale
 from crate_mae.finetuning.scoring import Scores, Scoring
@@ -32,5 +32,6 @@ __all__ = [
     "lr_scale",
     "mixed",
     "mixed_targets",
+    "plan",
     "starting_classifier",
 ]

@@ -25,6 +25,7 @@ from crate_mae.registry import count_parameters
 from crate_mae.training.callbacks import Callback
 from crate_mae.training.config import of_section
 from crate_mae.training.image_sets import of_option
+from crate_mae.training.planning import Plan, planned
 from crate_mae.training.run import Resume, Run, train
 
 
@@ -84,6 +85,11 @@ def finetune(
         best=watch.best,
         best_epoch=None if watch.best_step is None else watch.best_step / per_epoch,
     )
+
+
+def plan(config: FinetuneConfig, *, resume: Resume = False, overwrite: bool = False) -> Plan:
+    """What `finetune` with the same arguments would be, as of `training.plan`."""
+    return planned(FinetuneRun, config, resume, overwrite)
 
 
 class FinetuneRun(Run[FinetuneConfig, Scores]):

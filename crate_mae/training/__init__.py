@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from crate_mae.training.callbacks import Callback
 from crate_mae.training.config import (
     ImagesConfig,
     OptimizerConfig,
@@ -11,19 +12,22 @@ from crate_mae.training.config import (
     demo_config,
 )
 from crate_mae.training.interrupts import RunStopped
-from crate_mae.training.loop import PretrainResult, pretrain
+from crate_mae.training.loop import PretrainResult, plan, pretrain
 from crate_mae.training.metrics import NonFiniteLoss
 from crate_mae.training.optimizer import build_optimizer
+from crate_mae.training.planning import Plan
 from crate_mae.training.ranks import LostRank
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.unreadable import TooManyUnreadable
 from crate_mae.training.validation import Validation, ValidationErrors
 
 __all__ = [
+    "Callback",
     "ImagesConfig",
     "LostRank",
     "NonFiniteLoss",
     "OptimizerConfig",
+    "Plan",
     "PretrainConfig",
     "PretrainResult",
     "RunConfig",
@@ -34,6 +38,7 @@ __all__ = [
     "ValidationErrors",
     "build_optimizer",
     "demo_config",
+    "plan",
     "pretrain",
     "warmup_cosine",
 ]

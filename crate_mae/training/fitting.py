@@ -116,6 +116,18 @@ def _on_the_line(fitting: list[tuple[int, float]], room: float) -> float:
     return many + math.floor((room - more) / slope) if slope > 0 else math.inf
 
 
+def room(device: torch.device, processes: int = 1) -> float:
+    """Bytes that this process may have of a device, with those that it has; infinitely many where nothing tells.
+
+    Args:
+        processes: that share the host's memory, where that is the device's.
+    """
+    try:
+        return (_Cuda(device) if device.type == "cuda" else _Host(processes)).room()
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
 def peak_memory(device: torch.device) -> int | None:
     """The most bytes so far: of tensors on a CUDA device, or of this whole process on the host, where Linux tells."""
     if device.type == "cuda":

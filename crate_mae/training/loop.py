@@ -20,8 +20,10 @@ from crate_mae.training.config import PretrainConfig
 from crate_mae.training.inside import LookInside, in_words, values_of
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.picture import Picture
+from crate_mae.training.planning import Plan, planned
 from crate_mae.training.ranks import Ranks
 from crate_mae.training.run import Resume, Run, train
+from crate_mae.training.run_folder import PICTURE
 from crate_mae.training.validation import Validation, ValidationErrors
 
 
@@ -74,10 +76,19 @@ def pretrain(
     return PretrainResult(config.out, run.step, run.errors)
 
 
+def plan(config: PretrainConfig, *, resume: Resume = False, overwrite: bool = False) -> Plan:
+    """What `pretrain` with the same arguments would be: sizes, memory, time, and what it would write. Nothing is written.
+
+    Some of the first steps are taken, on the images and the device of the run, and forgotten. Errors as of `pretrain`.
+    """
+    return planned(PretrainRun, config, resume, overwrite)
+
+
 class PretrainRun(Run[PretrainConfig, ValidationErrors]):
     """Removed patches are reconstructed; what goes with the pixels is the noise that fixes which are removed."""
 
     beside = "noise"
+    pictures = (PICTURE,)
 
     def __init__(self, config: PretrainConfig, resume: Resume, device: torch.device, ranks: Ranks) -> None:
         rows, columns = grid_of(config.model.image_shape, config.model.patch_size)

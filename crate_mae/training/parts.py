@@ -18,7 +18,7 @@ from crate_mae.data.progress import say
 from crate_mae.flops import least_flops
 from crate_mae.training.average import Average
 from crate_mae.training.batch_size import with_batch_chosen
-from crate_mae.training.callbacks import Callback, call
+from crate_mae.training.callbacks import Callback
 from crate_mae.training.config import TrainingConfig, of_section
 from crate_mae.training.divergence import DivergenceWatch, Measured
 from crate_mae.training.feed import Feed, workers_for
@@ -63,6 +63,7 @@ class Parts(ABC, Generic[Config, Errors]):
 
     Attributes:
         beside: the field of the samples that a loss takes beside the pixels.
+        pictures: names of the files that it draws.
         watch: which kind of watch knows the best validation.
         errors: of the last validation.
         callbacks: that are called with each row; the same number on all ranks.
@@ -70,6 +71,7 @@ class Parts(ABC, Generic[Config, Errors]):
 
     beside: ClassVar[str]
     watch: ClassVar[type[DivergenceWatch]] = DivergenceWatch
+    pictures: ClassVar[tuple[str, ...]] = ()
     callbacks: Sequence[Callback] = ()
 
     def __init__(self, config: Config, resume: Resume, device: torch.device, ranks: Ranks) -> None:

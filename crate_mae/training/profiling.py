@@ -39,10 +39,12 @@ class Profiler:
             )
             self._profile.start()
 
-    def stepped(self) -> None:
-        """A step has been taken."""
-        if self._profile:
-            self._profile.step()
+    def stepped(self) -> bool:
+        """A step has been taken; returns whether the profile was written now, which took some time."""
+        if self._profile is None:
+            return False
+        self._profile.step()
+        return self._profile is None
 
     def close(self) -> None:
         """No more steps are taken; of fewer than asked for there is no profile, which a line says."""

@@ -32,7 +32,14 @@ from crate_mae.training.parts import Config, Errors, Parts, Resume
 from crate_mae.training.precision import choose_device, cpu_threads
 from crate_mae.training.profiling import Profiler
 from crate_mae.training.ranks import LostRank, check_launcher, is_of_a_collective, local_rank, met
-from crate_mae.training.run_folder import BREAKDOWN, IMAGES, STARTS, check_run_folder, clear_run_folder, refuse_unwritable
+from crate_mae.training.run_folder import (
+    BREAKDOWN,
+    IMAGES,
+    STARTS,
+    check_run_folder,
+    clear_run_folder,
+    refuse_unwritable,
+)
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.step import Batch
 from crate_mae.training.unreadable import TooManyUnreadable
@@ -162,7 +169,6 @@ class Run(Parts[Config, Errors]):
         while self.step < self.total_steps:
             loss = self._take_step(batches)
             self.record.meter.waited = feed.waited
-            profiler.stepped()
             progress.update()
             # A save has its number: what ranks say of one comes to all a step later, when it may be done.
             ours = stop.signal or self.ranks.abandoned()
@@ -180,6 +186,8 @@ class Run(Parts[Config, Errors]):
                 )
             if self._norms_are_due(self.step):
                 self.record.log_grad_norms(self.stepping.grad_norms)
+            if profiler.stepped():
+                self.record.meter.restart_clock()
             self.record.settle(wait=False)
             if look_is_due:  # before the state of this step, which says that it is done
                 if (seen := self._shown(self._look)) is not None:
@@ -260,7 +268,7 @@ class Run(Parts[Config, Errors]):
         self.record.meter.restart_clock()
 
     def _shown(self, show: Callable[[nn.Module], T]) -> T:
-        """Show the whole model, with the weights that are exported, to what the first rank does with it; returns what that does."""
+        """Show the whole model, with the weights that are exported, to what the first rank does with it, and return that."""
         with self.stepping.shown(), self.parallel.whole() as model:
             return self.ranks.of_first(lambda: show(model))
 

@@ -25,6 +25,8 @@ UNREADABLE, IMAGES = "unreadable.txt", "images.safetensors"
 STATES, BEST = "states", "best"
 RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, PICTURE, BREAKDOWN, UNREADABLE, IMAGES, STARTS)
 PROFILE, TRACE, OPERATIONS = "profile", "trace.json.gz", "operations.txt"
+SINK_FILES = {"csv": "metrics.csv", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+"""Where rows are sent to beside metrics.jsonl: a file or a folder each, those of wandb and mlflow where they are on no server."""
 SUMMARY = "summary.png"
 """Written by the demo alone."""
 ANALYSIS, ANALYSIS_PICTURE, INSIDE = "analysis.json", "analysis.png", "inside"
@@ -106,13 +108,18 @@ def _held(out: Path) -> list[str]:
     return names + [folder for folder in (STATES, BEST) if (out / folder).exists()]
 
 
+def existing(out: Path) -> Path:
+    """What there is of a path: itself, or the nearest above it."""
+    return next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+
+
 def refuse_unwritable(out: Path) -> None:
     """Raise what a run says of a folder that cannot be written."""
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"--out {out}: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {out}: {existing} cannot be written to")
+    there = existing(out)
+    if not there.is_dir():
+        raise NotADirectoryError(f"--out {out}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out}: {there} cannot be written to")
 
 
 def _refuse_other_run(config: TrainingConfig) -> None:
