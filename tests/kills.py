@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ranks import Ended, ForkedRanks, attempt, rows_of, unnamed_tensors
 from tiny_runs import tiny_config, with_run, write_photographs
 
+from crate_mae.training.run_folder import METRICS, STARTS
 from crate_mae.training.states import saved_states
 
 KILLS_OF_A_RUN = 3
@@ -46,7 +47,7 @@ class Left(NamedTuple):
 def left_in(out: Path) -> Left:
     """All of it but the insides of the states, of which what the run goes on from tells."""
     paths = [path for path in out.rglob("*") if path.is_file() and out / "states" not in path.parents]
-    others = {str(path.relative_to(out)): path.read_bytes() for path in paths if path.name != "metrics.jsonl"}
+    others = {str(path.relative_to(out)): path.read_bytes() for path in paths if path.name not in (METRICS, STARTS)}
     return Left(rows_of(out), sorted(state.step for state in saved_states(out / "states")), others)
 
 

@@ -24,6 +24,7 @@ from crate_mae import cli
 from crate_mae.__main__ import main as command
 from crate_mae.data import ImageFolder, UnreadableImage
 from crate_mae.training import PretrainConfig, pretrain
+from crate_mae.training.pace import OF_THE_MACHINE
 from crate_mae.training.ranks import TorchrunRanks
 from crate_mae.training.states import saved_states
 
@@ -32,8 +33,6 @@ ENDS_WITHIN = 30.0
 
 DEADLINE = 60.0
 """Seconds after which ranks, of about two, count as hung."""
-
-OF_TIME = ("images_per_second", "waiting")
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
@@ -134,7 +133,7 @@ def under_torchrun(config: PretrainConfig) -> None:
 def rows_of(out: Path) -> list[dict[str, Any]]:
     """The rows of a run, without what the clock decides."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
-    return [{name: value for name, value in row.items() if name not in OF_TIME} for row in rows]
+    return [{name: value for name, value in row.items() if name not in OF_THE_MACHINE} for row in rows]
 
 
 def unnamed_tensors(out: Path) -> list[str]:

@@ -34,6 +34,8 @@ from tiny_runs import tiny_config, write_photographs
 
 from crate_mae import files
 from crate_mae.training import PretrainConfig, pretrain
+from crate_mae.training.pace import OF_THE_MACHINE
+from crate_mae.training.run_folder import STARTS
 
 DEADLINE = 20.0
 """Seconds after which an attempt, of about 0.3 s, counts as hung."""
@@ -186,10 +188,10 @@ def left_in(out: Path) -> Left:
             left.rows.extend(json.loads(line) for line in path.read_bytes().splitlines())
         elif state := STATE.fullmatch(name):
             left.states.append(int(state[1]))
-        else:
+        elif name != STARTS:  # which tells when each of them was
             left.others[name] = path.read_bytes()
     for row in left.rows:
-        for of_time in ("images_per_second", "waiting"):
+        for of_time in OF_THE_MACHINE:
             row.pop(of_time, None)
     return left
 

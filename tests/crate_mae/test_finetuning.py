@@ -49,6 +49,7 @@ from crate_mae.finetuning.classes import classes_of, labels_among
 from crate_mae.finetuning.scoring import ScoreWatch
 from crate_mae.training import ImagesConfig, RunStopped
 from crate_mae.training.breakdown import first_bad
+from crate_mae.training.pace import OF_THE_MACHINE
 
 TINY = ClassifierConfig("crate_mae", 2, "mean", img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2)
 FAMILIES = [dataclasses.replace(TINY, family=family) for family in ("crate", "crate_alpha", "crate_mae")]
@@ -88,7 +89,7 @@ def config(tmp_path: Path, colours: Path) -> FinetuneConfig:
 
 
 def rows(out: Path) -> list[dict]:
-    return [{name: row[name] for name in row.keys() - {"images_per_second", "waiting"}} for row in metric_lines(out)]
+    return [{name: row[name] for name in row.keys() - {*OF_THE_MACHINE}} for row in metric_lines(out)]
 
 
 class TestMixing:

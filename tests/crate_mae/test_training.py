@@ -55,6 +55,7 @@ from crate_mae.training import (
     warmup_cosine,
 )
 from crate_mae.training.metrics import ProgressLines, StepMeter
+from crate_mae.training.pace import OF_THE_MACHINE, Pace
 from crate_mae.training.precision import choose_device, choose_precision
 from crate_mae.training.run_folder import RUN_FILES
 
@@ -219,7 +220,7 @@ class TestRun:
         steps = [line for line in lines if "loss" in line]
         epochs = [line for line in lines if "val_loss" in line]
         assert [line["step"] for line in steps] == list(range(2, 49, 2))
-        assert steps[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "waiting"}
+        assert steps[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", *OF_THE_MACHINE}
         assert [line["epoch"] for line in epochs] == list(range(1, 13))
         assert len({line["mean_fill_loss"] for line in epochs}) == 1
         assert epochs[-1]["val_loss"] < 0.85 * epochs[0]["val_loss"]
@@ -451,14 +452,17 @@ class TestRun:
         assert all(torch.isfinite(value).all() for value in weights(config.out).values())
 
     def test_progress_lines_come_when_their_time_has(self, monkeypatch):
-        now = iter([0.0, 10.0, 40.0, 40.0, 60.0])
+        now = iter([0.0, 0.0, 10.0, 40.0, 40.0, 60.0])
         monkeypatch.setattr("crate_mae.training.metrics.time.perf_counter", lambda: next(now))
-        lines = ProgressLines(4, 104)
+        pace = Pace(2e12, torch.device("cpu"), 104)
+        pace.begin(4, product_rate=32e12)
+        lines = ProgressLines(4, 104, pace)
         assert lines.after(8, torch.tensor(math.nan), 1e-3, batch=8, waited=4.0) is None
         line = lines.after(24, torch.tensor(0.5), 1e-3, batch=8, waited=10.0)  # 20 steps in 40 s, 80 to go
         assert (
             line
-            == "step 24/104: loss 0.5000, lr 1.00e-03, 4.0 images/s, 25% of the time waiting for images, 0:02:40 left"
+            == "step 24/104: loss 0.5000, lr 1.00e-03, 4.0 images/s, 25% of the time waiting for images, "
+            "8 TFLOP/s (25% of large products), 0:02:40 left"
         )
         assert lines.after(25, torch.tensor(0.5), 1e-3, batch=8, waited=10.0) is None  # 20 s later
 
