@@ -126,12 +126,13 @@ def open_sinks(
     with ExitStack() as undoing:
         for name in dict.fromkeys(names):
             closed = before.get(name, {})
-            sink = _opened(name, out, config, closed.get("identity") if closed.get("rows") == len(rows) else None, say)
+            identity = closed["identity"] if closed.get("rows") == len(rows) else None
+            sink = _opened(name, out, config, identity, say)
             opened.append(sink)
             undoing.callback(sink.close, "failed")  # should another not open
         undoing.pop_all()
     sinks = Sinks(opened, out, len(rows), say)
-    if before:  # from here on they hold other rows
+    if (out / _CLOSED).exists():  # from here on they hold other rows
         remove(out / _CLOSED)
         sync_folder(out)
     sinks._fill(rows)

@@ -58,6 +58,8 @@ class MLflowSink(Sink):
         else:
             if identity is None:
                 shutil.rmtree(out / FOLDER, ignore_errors=True)  # of rows that are all sent again
+            # MLflow makes these itself, but not where this process had the folder open before.
+            (out / FOLDER / ".trash").mkdir(parents=True, exist_ok=True)
             with _files_allowed():
                 client = MlflowClient(tracking_uri=(out / FOLDER).absolute().as_uri())
         before = _params_of(client, identity) if identity else None

@@ -86,6 +86,8 @@ def _library() -> ModuleType:
 
 def _has_key(wandb: ModuleType) -> bool:
     """Whether there is a key, or other credentials, without asking for one."""
+    if wandb.run:  # of whoever else uses it in this process
+        return not wandb.run.offline
     with contextlib.redirect_stderr(io.StringIO()):
         return wandb.login(prompt=False, verify=False)
 
