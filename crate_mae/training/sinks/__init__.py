@@ -1,0 +1,171 @@
+"""Where the rows of metrics.jsonl go beside: CSV, TensorBoard, Weights & Biases, MLflow.
+
+metrics.jsonl stays the truth, and is cut back where a run is resumed from an earlier state. What was sent cannot be, so that there is
+one rule for going on: a sink that was closed in order with just the rows that metrics.jsonl has now goes on; any other starts anew,
+and gets all of them. How they were closed is in sinks.json, which is there only between two runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from crate_mae.data import MissingLibrary
+from crate_mae.files import remove, sync_folder, write_json
+from crate_mae.training.sinks import csv, mlflow, tensorboard, wandb
+from crate_mae.training.sinks.sink import Sink, scalars_of
+
+__all__ = ["NAMES", "Sink", "Sinks", "clear_sinks", "open_sinks", "scalars_of"]
+
+_KINDS: dict[str, type[Sink]] = {
+    kind.name: kind for kind in (csv.CSVSink, tensorboard.TensorBoardSink, wandb.WandbSink, mlflow.MLflowSink)
+}
+NAMES = tuple(_KINDS)
+
+_CLOSED = "sinks.json"
+
+
+class Sinks:
+    """The sinks of a run.
+
+    A tracker that fails is said so once, and left alone from then on.
+
+    Args:
+        rows: how many there are already.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], out: Path, rows: int, say: Callable[[str], None]) -> None:
+        self._sinks, self._out, self._rows, self._say = list(sinks), out, rows, say
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Send a row, as it was written to metrics.jsonl.
+
+        Raises:
+            OSError: a file could not be written; it names the path.
+        """
+        self._rows += 1
+        scalars = scalars_of(row)
+        for sink in tuple(self._sinks):
+            with self._failure_told(sink):
+                sink.row(row["step"], scalars)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Send a PNG file, as it is now; errors as of `row`."""
+        for sink in tuple(self._sinks):
+            with self._failure_told(sink):
+                sink.picture(step, name, path)
+
+    def close(self, ended: str) -> None:
+        """Wait until all is sent, and note which sinks can go on. What fails is said.
+
+        Args:
+            ended: how the run has: "finished", "stopped" or "failed".
+        """
+        closed = {}
+        for sink in self._sinks:
+            try:
+                sink.close(ended)
+                closed[sink.name] = {"identity": sink.identity, "rows": self._rows}
+            except Exception as error:
+                self._say(f"{sink.name}: {_in_words(error)}; it may lack rows, and metrics.jsonl has all")
+        self._sinks = []
+        if closed:
+            try:
+                write_json(self._out / _CLOSED, closed)
+            except OSError as error:
+                self._say(f"{error}; resumed, the run sends all rows to {', '.join(closed)} again")
+
+    def _fill(self, rows: Sequence[dict[str, Any]]) -> None:
+        for sink in tuple(self._sinks):
+            if rows and not sink.goes_on:
+                self._say(f"{sink.name}: starts anew, with all {len(rows)} rows of metrics.jsonl")
+                with self._failure_told(sink):
+                    sink.fill(rows)
+
+    @contextmanager
+    def _failure_told(self, sink: Sink) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._sinks.remove(sink)
+            if sink.in_files:
+                raise
+            self._say(f"{sink.name}: {_in_words(error)}; nothing more is sent to it, and metrics.jsonl has all rows")
+
+
+def open_sinks(
+    names: Sequence[str],
+    out: Path,
+    config: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    *,
+    say: Callable[[str], None],
+) -> Sinks:
+    """Open the sinks that a run logs to, and bring them to where metrics.jsonl is.
+
+    Args:
+        names: of them, `run.log_to`; each one of `NAMES`.
+        out: the run's folder.
+        config: the run's settings, as config.json has them.
+        rows: of metrics.jsonl, now.
+        say: takes a line for the user.
+
+    Raises:
+        MissingLibrary: an ImportError: a library is not installed.
+        ValueError: there is no such sink, or a tracker cannot be opened.
+        OSError: a file cannot be written.
+    """
+    for name in names:
+        if name not in _KINDS:
+            raise ValueError(f"run.log_to: expected some of {', '.join(NAMES)}, got {name!r}")
+    before, opened = _closed_before(out), []
+    with ExitStack() as undoing:
+        for name in dict.fromkeys(names):
+            closed = before.get(name, {})
+            identity = closed["identity"] if closed.get("rows") == len(rows) else None
+            sink = _opened(name, out, config, identity, say)
+            opened.append(sink)
+            undoing.callback(sink.close, "failed")  # should another not open
+        undoing.pop_all()
+    sinks = Sinks(opened, out, len(rows), say)
+    if (out / _CLOSED).exists():  # from here on they hold other rows
+        remove(out / _CLOSED)
+        sync_folder(out)
+    sinks._fill(rows)
+    return sinks
+
+
+def clear_sinks(out: Path) -> None:
+    """Delete what sinks wrote into the folder of a run."""
+    for name in (_CLOSED, csv.FILE):
+        remove(out / name)
+    for name in (tensorboard.FOLDER, wandb.FOLDER, mlflow.FOLDER):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _opened(name: str, out: Path, config: dict[str, Any], identity: str | None, say: Callable[[str], None]) -> Sink:
+    kind = _KINDS[name]
+    try:
+        return kind(out, config, identity, say)
+    except Exception as error:
+        if kind.in_files or isinstance(error, MissingLibrary):
+            raise
+        going_on = f" (to begin a new run there, delete {out / _CLOSED})" if identity else ""
+        raise ValueError(f"run.log_to: {name} cannot be opened: {_in_words(error)}{going_on}") from error
+
+
+def _closed_before(out: Path) -> dict[str, dict[str, Any]]:
+    """By name, with what identity and how many rows each was closed; empty where that is not known."""
+    try:
+        closed = json.loads((out / _CLOSED).read_text(encoding="utf-8"))
+        return {name: {"identity": str(one["identity"]), "rows": int(one["rows"])} for name, one in closed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,102 @@
+"""Weights & Biases."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from crate_mae.data import MissingLibrary
+from crate_mae.training.sinks.sink import Sink
+
+FOLDER = "wandb"
+
+_SECONDS_TO_CLOSE = 20.0
+"""For what is still on its way: less than what torchrun leaves a run that is told to stop."""
+_LONGEST_GROUP = 128
+
+
+class WandbSink(Sink):
+    """A run of the project $WANDB_PROJECT, or "crate-mae", whose group is the run's folder.
+
+    Each row is one of its history, so that rows of the same step stay apart; charts have the step on their axis. A process of
+    wandb's own sends them, and retries; it ends with this one.
+
+    Without a key it is offline, unless $WANDB_MODE says otherwise: then its files wait in the folder for `wandb sync`. A part of a
+    run cannot be added to another in that way, so that an offline run always starts anew, with all rows.
+    """
+
+    name = "wandb"
+
+    def __init__(self, out: Path, config: dict[str, Any], identity: str | None, say: Callable[[str], None]) -> None:
+        super().__init__(out, config, identity, say)
+        self._wandb = _library()
+        with _process_left_alone():
+            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(self._wandb) else "offline")
+            offline = mode in ("offline", "dryrun")
+            if offline or not identity:
+                identity = None
+                shutil.rmtree(out / FOLDER, ignore_errors=True)  # of rows that are all sent again
+            self._run = self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT") or "crate-mae",
+                dir=str(out),
+                name=out.name,
+                group=str(out.absolute())[-_LONGEST_GROUP:],
+                id=identity,
+                resume="allow" if identity else None,
+                config=config,
+                mode=mode,
+                allow_val_change=True,  # settings may, where a run is resumed
+                reinit="create_new",  # and leave alone whatever else this process sends
+                settings=self._wandb.Settings(
+                    console="off", silent=True, finish_timeout=_SECONDS_TO_CLOSE, finish_timeout_raises=True
+                ),
+            )
+        self._run.define_metric("*", step_metric="step")
+        self.goes_on = bool(identity and self._run.resumed)
+        self.identity = "" if offline else self._run.id
+        if offline:
+            say(f"wandb: offline; to send it, wandb sync {Path(self._run.dir).parent}")
+
+    def row(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log({"step": step, **scalars})
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self._run.log({"step": step, name: self._wandb.Image(str(path))})
+
+    def close(self, ended: str) -> None:
+        self._run.finish(exit_code=1 if ended == "failed" else 0)
+
+
+def _library() -> ModuleType:
+    try:
+        import wandb
+    except ImportError as error:
+        raise MissingLibrary(
+            f"run.log_to: wandb needs the package wandb ({error}): pip install 'crate-kernels[wandb]'"
+        ) from error
+    return wandb
+
+
+def _has_key(wandb: ModuleType) -> bool:
+    """Whether there is a key, or other credentials, without asking for one."""
+    if wandb.run:  # of whoever else uses it in this process
+        return not wandb.run.offline
+    with contextlib.redirect_stderr(io.StringIO()):
+        return wandb.login(prompt=False, verify=False)
+
+
+@contextlib.contextmanager
+def _process_left_alone() -> Iterator[None]:
+    """Put back what wandb puts hooks in the place of."""
+    before = sys.exit, sys.excepthook
+    try:
+        yield
+    finally:
+        sys.exit, sys.excepthook = before
