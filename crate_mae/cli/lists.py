@@ -6,15 +6,16 @@ import dataclasses
 import re
 
 from crate_mae.config import ModelConfig
-from crate_mae.training import ImagesConfig, OptimizerConfig
+from crate_mae.training import ImagesConfig, OptimizerConfig, RunConfig
 
-_SECTIONS = {"model": ModelConfig, "images": ImagesConfig, "optimizer": OptimizerConfig}
+_SECTIONS = {"model": ModelConfig, "images": ImagesConfig, "optimizer": OptimizerConfig, "run": RunConfig}
 
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 
 _FORMS = {
     "int | tuple[int, int]": (r"\d+(,\d+)?", "a whole number of pixels, or two: height,width"),
     "tuple[float, float]": (rf"{_NUMBER},{_NUMBER}", "two numbers"),
+    "tuple[str, ...]": (r"([a-z]+(,[a-z]+)*)?", "names"),
     "tuple[float, ...]": (rf"{_NUMBER}(,{_NUMBER})*", "a number for each channel of the images"),
 }
 """By type, what values separated by commas look like, and how to call it."""

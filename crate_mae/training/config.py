@@ -17,6 +17,7 @@ import torch
 
 from crate_mae.config import ModelConfig, fits_float32, grid_of
 from crate_mae.data import IMAGENET_MEAN, IMAGENET_STD, absolute
+from crate_mae.training.sinks import PLACES
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,6 @@ class RunConfig(CommonRun):
     """Validation images shown in reconstructions.png."""
 
 
-TRACKERS = ("csv", "tensorboard", "wandb", "mlflow")
-"""What rows of metrics.jsonl can be sent to, beside it."""
-
 MAX_SEED = 2**64 - 1
 """The largest that torch's generators take."""
 
@@ -181,8 +179,8 @@ _LIMITS: dict[str, Limit] = {
     "run.keep_states": AT_LEAST_ONE,
     "run.keep_every": NOT_NEGATIVE,
     "run.log_to": (
-        lambda names: len(set(names)) == len(names) and set(names) <= set(TRACKERS),
-        f"some of {', '.join(TRACKERS)}, each once",
+        lambda names: len(set(names)) == len(names) and set(names) <= set(PLACES),
+        f"some of {', '.join(PLACES)}, each once",
     ),
     "run.norms_every": NOT_NEGATIVE,
     "run.profile": NOT_NEGATIVE,

@@ -36,6 +36,7 @@ from crate_mae.training.precision import (
 from crate_mae.training.ranks import Ranks, TorchrunRanks
 from crate_mae.training.record import Record
 from crate_mae.training.run_folder import IMAGES, UNREADABLE, by_name, changed_settings, with_its_batch_size
+from crate_mae.training.sinks import check_sinks
 from crate_mae.training.step import Batch, Step
 from crate_mae.training.unreadable import UnreadableImages
 
@@ -84,6 +85,7 @@ class Parts(ABC, Generic[Config, Errors]):
         check_workers(config.images.num_workers)
         if config.run.compile:
             check_compiler(self.device)
+        check_sinks(config.run.log_to if ranks.is_first else ())
         if config.run.stream == "16bit" and self.precision == "float32":
             raise ValueError('run.stream: "16bit" needs the autocast of another run.precision; here it is "float32"')
 

@@ -31,13 +31,13 @@ from crate_mae.training.run_folder import (
     BEST,
     METRICS,
     PROFILE,
-    SINK_FILES,
     STARTS,
     STATES,
     check_run_folder,
     existing,
     refuse_unwritable,
 )
+from crate_mae.training.sinks import PLACES
 
 SECONDS = 10.0
 """For which steps are measured, if so many are enough."""
@@ -273,7 +273,7 @@ def _files(run: Run[Any, Any]) -> list[tuple[Path, str, int]]:
     ]
     files += [(out / PROFILE, f"profile of {config.run.profile} steps", 0)] * bool(config.run.profile)
     files += [(out / name, "a picture", 0) for name in run.pictures]
-    return files + [(out / SINK_FILES[name], f"the lines of {METRICS}, for {name}", 0) for name in config.run.log_to]
+    return files + [(out / PLACES[name], f"the lines of {METRICS}, for {name}", 0) for name in config.run.log_to]
 
 
 def _bytes(size: float) -> str:

@@ -138,7 +138,7 @@ class Record:
         """Remove what belongs to none of the steps taken: unfinished files, and rows, states and a best model of later steps."""
         if self.ranks.of_first(self._tidied):
             self.watch.forget_best()
-        for row in self._metrics.rows():
+        for row in self.rows():
             self.pace.go_on(row.get("hours", self.pace.hours))
 
     def _tidied(self) -> bool:
@@ -161,6 +161,10 @@ class Record:
         if broken:
             self.say(f"removed {broken} broken lines of {METRICS}")
         return is_lost
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Those written so far."""
+        return self._metrics.rows()
 
     def log(self, lr: float) -> StepAverages:
         """Write the row of the steps since the last one.

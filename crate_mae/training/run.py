@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +42,7 @@ from crate_mae.training.run_folder import (
     refuse_unwritable,
 )
 from crate_mae.training.schedule import warmup_cosine
+from crate_mae.training.sinks import Sinks, open_sinks
 from crate_mae.training.step import Batch
 from crate_mae.training.unreadable import TooManyUnreadable
 
@@ -80,6 +82,8 @@ def train(
 class Run(Parts[Config, Errors]):
     """One run in progress. Of several ranks each has one, and they do all together but speaking and writing."""
 
+    _sinks: Sinks | None = None
+
     @property
     def step(self) -> int:
         return self.record.step
@@ -110,7 +114,8 @@ class Run(Parts[Config, Errors]):
             unreadable=self.unreadable,
         )
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", desc=self.config.kind, disable=None)
-        with self._stop_requests() as stop, progress, self._breakdown_told(), self._saved_all_the_same():
+        opened = self._sinks_open() if left else contextlib.nullcontext()
+        with self._stop_requests() as stop, opened, progress, self._breakdown_told(), self._saved_all_the_same():
             say(self._opening_line())
             for said in (*self.why, *self.images.said):
                 say(said)
@@ -153,9 +158,30 @@ class Run(Parts[Config, Errors]):
 
     def _tell(self, row: dict[str, Any]) -> None:
         """Tell of a row that has been written whoever wants to know."""
+        if self._sinks:
+            self._sinks.row(row)
         if self.callbacks:
             self._shown(lambda model: call(self.callbacks, row, model))
             self.record.meter.restart_clock()
+
+    @contextlib.contextmanager
+    def _sinks_open(self) -> Iterator[None]:
+        """Rows are sent to the run's sinks, by the first rank, while the block lasts."""
+        names, ended = self.config.run.log_to, "finished"
+        if names:
+            self.ranks.of_first(self._open_sinks)
+        try:
+            yield
+        except BaseException as error:
+            ended = "stopped" if isinstance(error, RunStopped) else "failed"
+            raise
+        finally:
+            if self._sinks:
+                self._sinks.close(ended)
+
+    def _open_sinks(self) -> None:
+        config = self.config
+        self._sinks = open_sinks(config.run.log_to, config.out, config.to_dict(), [*self.record.rows()], say=say)
 
     def _stop_requests(self) -> contextlib.AbstractContextManager[StopRequest]:
         if self.ranks.count == 1:
@@ -264,6 +290,9 @@ class Run(Parts[Config, Errors]):
         self.record.save()
         if draw:
             self._shown(self._draw)
+            for name in self.pictures if self._sinks else ():
+                if (self.config.out / name).exists():
+                    self._sinks.picture(self.step, Path(name).stem, self.config.out / name)
         self.saves, self.saved_at = self.saves + 1, time.monotonic()
         self.record.meter.restart_clock()
 

@@ -13,6 +13,7 @@ from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from crate_mae.files import remove, remove_unfinished
 from crate_mae.pictures.inside import SHOWS
 from crate_mae.training.config import TrainingConfig
+from crate_mae.training.sinks import clear_sinks
 from crate_mae.training.states import remove_unused_tensors, saved_states
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -25,8 +26,6 @@ UNREADABLE, IMAGES = "unreadable.txt", "images.safetensors"
 STATES, BEST = "states", "best"
 RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, PICTURE, BREAKDOWN, UNREADABLE, IMAGES, STARTS)
 PROFILE, TRACE, OPERATIONS = "profile", "trace.json.gz", "operations.txt"
-SINK_FILES = {"csv": "metrics.csv", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-"""Where rows are sent to beside metrics.jsonl: a file or a folder each, those of wandb and mlflow where they are on no server."""
 SUMMARY = "summary.png"
 """Written by the demo alone."""
 ANALYSIS, ANALYSIS_PICTURE, INSIDE = "analysis.json", "analysis.png", "inside"
@@ -61,6 +60,7 @@ def clear_run_folder(out: Path) -> None:
     files += [state.path for state in saved_states(out / STATES)]
     for path in files:
         remove(path)
+    clear_sinks(out)
     remove_leftovers(out)
     for folder in (out / INSIDE, out / FEATURES):
         remove_unfinished(folder)

@@ -20,18 +20,27 @@ from PIL import Image
 
 from crate_mae.data import MissingLibrary
 from crate_mae.files import append
-from crate_mae.training.sinks import NAMES, clear_sinks, open_sinks, scalars_of
+from crate_mae.training.sinks import PLACES, clear_sinks, open_sinks, scalars_of
 
 CONFIG = {"out": "runs/base", "optimizer": {"base_lr": 1.5e-4, "betas": [0.9, 0.95]}, "data": None}
 
 ROWS = [
-    {"step": 2, "epoch": 0.4, "loss": 1 / 3, "lr": 1e-4 / 3, "grad_norm": math.inf, "images_per_second": 3217.123456789},
+    {
+        "step": 2,
+        "epoch": 0.4,
+        "loss": 1 / 3,
+        "lr": 1e-4 / 3,
+        "grad_norm": math.inf,
+        "images_per_second": 3217.123456789,
+    },
     {"step": 4, "epoch": 0.8, "loss": 0.1 + 0.2, "lr": 2e-4 / 3, "grad_norm": 5e-324, "images_per_second": 1e300},
     {"step": 4, "epoch": 1, "val_loss": math.nan, "mean_fill_loss": 2 / 7, "diverging": True},
     {"step": 4, "epoch": 1, "inside": {"encoder": {"zeros": [0.1, 0.7]}, "decoder": {"norm": [1.25]}}},
     {"step": 6, "epoch": 1.2, "loss": 0.1, "lr": 1e-5, "grad_norm": 0.25, "images_per_second": 1.0},
 ]
-MORE = [{"step": 8, "epoch": 1.6, "loss": 0.7, "lr": 1e-6, "grad_norm": 1 / 9, "images_per_second": 2.0, "waiting": 0.5}]
+MORE = [
+    {"step": 8, "epoch": 1.6, "loss": 0.7, "lr": 1e-6, "grad_norm": 1 / 9, "images_per_second": 2.0, "waiting": 0.5}
+]
 
 FILES = ["csv", "tensorboard"]
 """Those that any run can have: no process and no store of their own."""
@@ -164,7 +173,14 @@ def png(path, colour=(200, 30, 60)):
 
 
 def test_scalars_are_the_numbers_of_a_row_by_path():
-    row = {"step": 3, "epoch": 1, "diverging": True, "inside": {"encoder": {"zeros": [0.5, [1, 2]]}}, "note": "x", "none": None}
+    row = {
+        "step": 3,
+        "epoch": 1,
+        "diverging": True,
+        "inside": {"encoder": {"zeros": [0.5, [1, 2]]}},
+        "note": "x",
+        "none": None,
+    }
 
     scalars = scalars_of(row)
 
@@ -184,7 +200,7 @@ def test_all_have_every_scalar_to_the_digit_and_the_picture(tmp_path):
     out, said = tmp_path / "a run", []
     out.mkdir()
     hooks = sys.exit, sys.excepthook, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    sinks = opened(out, NAMES, ROWS[:3], said=said)
+    sinks = opened(out, PLACES, ROWS[:3], said=said)
     assert hooks == (sys.exit, sys.excepthook, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
     send(sinks, ROWS[3:])
     picture = png(tmp_path / "reconstructions.png")
@@ -193,9 +209,9 @@ def test_all_have_every_scalar_to_the_digit_and_the_picture(tmp_path):
     picture.unlink()  # as the next one takes its place
     sinks.close("finished")
 
-    for name in NAMES:
+    for name in PLACES:
         assert read(out, name) == just(ROWS), name
-    assert [line.partition(":")[0] for line in said] == ["wandb", *NAMES]  # offline; and all rows so far to each
+    assert [line.partition(":")[0] for line in said] == ["wandb", *PLACES]  # offline; and all rows so far to each
 
     events = accumulated(out)
     assert events.Images("reconstructions")[0].encoded_image_string == content
@@ -223,7 +239,7 @@ def test_all_have_every_scalar_to_the_digit_and_the_picture(tmp_path):
     assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [0]
 
     closed = json.loads((out / "sinks.json").read_text())
-    assert {name: one["rows"] for name, one in closed.items()} == dict.fromkeys(NAMES, len(ROWS))
+    assert {name: one["rows"] for name, one in closed.items()} == dict.fromkeys(PLACES, len(ROWS))
     clear_sinks(out)
     assert not list(out.iterdir())
 
@@ -342,7 +358,11 @@ def test_wandb_goes_on_by_its_identity_or_begins_another_run_of_the_same_name(tm
     opened(tmp_path, ["wandb"], ROWS[:2]).close("finished")
     assert len(tracker.rows) == len(ROWS) + 2
 
-    assert [(begun["id"], begun["resume"]) for begun in tracker.begun] == [(None, None), ("new1", "allow"), (None, None)]
+    assert [(begun["id"], begun["resume"]) for begun in tracker.begun] == [
+        (None, None),
+        ("new1", "allow"),
+        (None, None),
+    ]
     assert {(begun["name"], begun["group"], begun["mode"]) for begun in tracker.begun} == {
         (tmp_path.name, str(tmp_path)[-128:], "online")
     }
@@ -439,7 +459,8 @@ def full(*args):
 
 
 @pytest.mark.parametrize(
-    "name, library, extra", [("tensorboard", "tensorboard", "log"), ("wandb", "wandb", "wandb"), ("mlflow", "mlflow", "mlflow")]
+    "name, library, extra",
+    [("tensorboard", "tensorboard", "log"), ("wandb", "wandb", "wandb"), ("mlflow", "mlflow", "mlflow")],
 )
 def test_a_missing_library_is_named_and_others_are_closed(name, library, extra, tmp_path, monkeypatch):
     for module in [module for module in sys.modules if module.partition(".")[0] == library]:

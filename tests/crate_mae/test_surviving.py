@@ -39,8 +39,8 @@ from crate_mae.training import NonFiniteLoss, PretrainConfig, RunStopped, pretra
 from crate_mae.training.divergence import DivergenceWatch
 from crate_mae.training.interrupts import EndedAtOnce, StopRequest
 from crate_mae.training.metrics import StepAverages
-from crate_mae.training.pace import OF_THE_MACHINE
 from crate_mae.training.ownership import LOCK, owned
+from crate_mae.training.pace import OF_THE_MACHINE
 from crate_mae.training.states import forget_states, saved_states
 from crate_mae.training.validation import Validation, ValidationErrors
 
@@ -63,10 +63,7 @@ def config(config: PretrainConfig) -> PretrainConfig:
 
 def rows(out: Path) -> list[dict]:
     """What is logged, without what the clock decides."""
-    return [
-        {name: value for name, value in row.items() if name not in OF_THE_MACHINE}
-        for row in metric_lines(out)
-    ]
+    return [{name: value for name, value in row.items() if name not in OF_THE_MACHINE} for row in metric_lines(out)]
 
 
 @pytest.fixture

@@ -460,8 +460,7 @@ class TestRun:
         assert lines.after(8, torch.tensor(math.nan), 1e-3, batch=8, waited=4.0) is None
         line = lines.after(24, torch.tensor(0.5), 1e-3, batch=8, waited=10.0)  # 20 steps in 40 s, 80 to go
         assert (
-            line
-            == "step 24/104: loss 0.5000, lr 1.00e-03, 4.0 images/s, 25% of the time waiting for images, "
+            line == "step 24/104: loss 0.5000, lr 1.00e-03, 4.0 images/s, 25% of the time waiting for images, "
             "8 TFLOP/s (25% of large products), 0:02:40 left"
         )
         assert lines.after(25, torch.tensor(0.5), 1e-3, batch=8, waited=10.0) is None  # 20 s later

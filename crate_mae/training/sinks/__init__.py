@@ -1,8 +1,8 @@
 """Where the rows of metrics.jsonl go beside: CSV, TensorBoard, Weights & Biases, MLflow.
 
-metrics.jsonl stays the truth, and is cut back where a run is resumed from an earlier state. What was sent cannot be, so that there is
-one rule for going on: a sink that was closed in order with just the rows that metrics.jsonl has now goes on; any other starts anew,
-and gets all of them. How they were closed is in sinks.json, which is there only between two runs.
+metrics.jsonl stays the truth, and is cut back where a run is resumed from an earlier state. What was sent cannot be, so that
+there is one rule for going on: a sink that was closed in order with just the rows that metrics.jsonl has now goes on; any other
+starts anew, and gets all of them. How they were closed is in sinks.json, which is there only between two runs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from crate_mae.files import remove, sync_folder, write_json
 from crate_mae.training.sinks import csv, mlflow, tensorboard, wandb
 from crate_mae.training.sinks.sink import Sink, scalars_of
 
-__all__ = ["NAMES", "Sink", "Sinks", "clear_sinks", "open_sinks", "scalars_of"]
+__all__ = ["PLACES", "Sink", "Sinks", "check_sinks", "clear_sinks", "open_sinks", "scalars_of"]
 
 _KINDS: dict[str, type[Sink]] = {
     kind.name: kind for kind in (csv.CSVSink, tensorboard.TensorBoardSink, wandb.WandbSink, mlflow.MLflowSink)
 }
-NAMES = tuple(_KINDS)
+PLACES = {kind.name: kind.place for kind in _KINDS.values()}
+"""Where each leaves what it does not send elsewhere: a file or a folder in that of the run."""
 
 _CLOSED = "sinks.json"
 
@@ -108,7 +109,7 @@ def open_sinks(
     """Open the sinks that a run logs to, and bring them to where metrics.jsonl is.
 
     Args:
-        names: of them, `run.log_to`; each one of `NAMES`.
+        names: of them, `run.log_to`; each one of `PLACES`.
         out: the run's folder.
         config: the run's settings, as config.json has them.
         rows: of metrics.jsonl, now.
@@ -121,7 +122,7 @@ def open_sinks(
     """
     for name in names:
         if name not in _KINDS:
-            raise ValueError(f"run.log_to: expected some of {', '.join(NAMES)}, got {name!r}")
+            raise ValueError(f"run.log_to: expected some of {', '.join(_KINDS)}, got {name!r}")
     before, opened = _closed_before(out), []
     with ExitStack() as undoing:
         for name in dict.fromkeys(names):
@@ -141,10 +142,19 @@ def open_sinks(
 
 def clear_sinks(out: Path) -> None:
     """Delete what sinks wrote into the folder of a run."""
-    for name in (_CLOSED, csv.FILE):
-        remove(out / name)
-    for name in (tensorboard.FOLDER, wandb.FOLDER, mlflow.FOLDER):
-        shutil.rmtree(out / name, ignore_errors=True)
+    remove(out / _CLOSED)
+    for name in PLACES.values():
+        place = out / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            remove(place)
+
+
+def check_sinks(names: Sequence[str]) -> None:
+    """Raise a MissingLibrary if one is not installed that a sink needs."""
+    for name in names:
+        _KINDS[name].check()
 
 
 def _opened(name: str, out: Path, config: dict[str, Any], identity: str | None, say: Callable[[str], None]) -> Sink:

@@ -12,8 +12,6 @@ from typing import Any
 from crate_mae.files import append, remove, replaced, sync
 from crate_mae.training.sinks.sink import Sink, scalars_of
 
-FILE = "metrics.csv"
-
 _LINES_AT_ONCE = 10_000
 
 
@@ -21,11 +19,11 @@ class CSVSink(Sink):
     """A line for each row and a column for each number that any row has, empty where others have none. Floats are written to the
     digit. A number that is new gets a column at the end, for which the file is written again."""
 
-    name, in_files = "csv", True
+    name, place, in_files = "csv", "metrics.csv", True
 
     def __init__(self, out: Path, config: dict[str, Any], identity: str | None, say: Callable[[str], None]) -> None:
         super().__init__(out, config, identity, say)
-        self.path = out / FILE
+        self.path = out / self.place
         self._columns: dict[str, None] = {}
         if identity is None:
             remove(self.path)

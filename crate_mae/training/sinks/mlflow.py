@@ -14,14 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from crate_mae.data import MissingLibrary
 from crate_mae.training.sinks.sink import Sink
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
-
-FOLDER = "mlflow"
 
 _SECONDS_TO_ANSWER = 10.0
 _SECONDS_TO_CLOSE = 20.0
@@ -36,32 +33,29 @@ class MLflowSink(Sink):
     """A run of the experiment $MLFLOW_EXPERIMENT_NAME, or "crate-mae", on the server $MLFLOW_TRACKING_URI or else in files in the
     run's folder; its tag "group" is that folder.
 
-    A thread sends what there is, since a server may take its time. The settings are parameters. Those never change in MLflow: where
-    a run that goes on has others, they are tags of the same name.
+    A thread sends what there is, since a server may take its time. The settings are parameters. Those never change in MLflow:
+    where a run that goes on has others, they are tags of the same name.
     """
 
-    name = "mlflow"
+    name, place = "mlflow", "mlflow"
+    library, installed_by = "mlflow", "pip install 'crate-kernels[mlflow]'"
 
     def __init__(self, out: Path, config: dict[str, Any], identity: str | None, say: Callable[[str], None]) -> None:
         super().__init__(out, config, identity, say)
-        try:
-            from mlflow import MlflowClient
-            from mlflow.entities import Metric
-        except ImportError as error:
-            raise MissingLibrary(
-                f"run.log_to: mlflow needs the package mlflow-skinny ({error}): pip install 'crate-kernels[mlflow]'"
-            ) from error
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
+
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if uri:
             _ask(uri)
             client = MlflowClient(tracking_uri=uri)
         else:
             if identity is None:
-                shutil.rmtree(out / FOLDER, ignore_errors=True)  # of rows that are all sent again
+                shutil.rmtree(out / self.place, ignore_errors=True)  # of rows that are all sent again
             # MLflow makes these itself, but not where this process had the folder open before.
-            (out / FOLDER / ".trash").mkdir(parents=True, exist_ok=True)
+            (out / self.place / ".trash").mkdir(parents=True, exist_ok=True)
             with _files_allowed():
-                client = MlflowClient(tracking_uri=(out / FOLDER).absolute().as_uri())
+                client = MlflowClient(tracking_uri=(out / self.place).absolute().as_uri())
         before = _params_of(client, identity) if identity else None
         self.goes_on = before is not None
         if identity and self.goes_on:
@@ -92,7 +86,9 @@ class MLflowSink(Sink):
         for name, value in settings.items():
             if len(value) > MAX_PARAM_VAL_LENGTH:
                 settings[name] = value[:MAX_PARAM_VAL_LENGTH]
-                self.say(f"mlflow: the parameter {name} has {len(value)} characters; the first {MAX_PARAM_VAL_LENGTH} are kept")
+                self.say(
+                    f"mlflow: the parameter {name} has {len(value)} characters; the first {MAX_PARAM_VAL_LENGTH} are kept"
+                )
         params = [Param(name, value) for name, value in settings.items() if name not in before]
         changed = [RunTag(name, value) for name, value in settings.items() if before.get(name, value) != value]
         for start in range(0, len(params), _PARAMS_AT_ONCE):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
+
+from crate_mae.data import MissingLibrary
 
 
 class Sink:
     """One more place for the rows of metrics.jsonl.
 
-    What was sent to it cannot be taken back. So it goes on only where it was closed in order with just the rows that metrics.jsonl
-    has now; otherwise it starts anew.
+    What was sent to it cannot be taken back. So it goes on only where it was closed in order with just the rows that
+    metrics.jsonl has now; otherwise it starts anew.
 
     Args:
         out: the run's folder.
@@ -21,6 +24,8 @@ class Sink:
 
     Attributes:
         name: as `run.log_to` has it.
+        place: the file or folder in the run's folder where it leaves what it does not send elsewhere.
+        library, installed_by: the module that it needs, and what installs it.
         in_files: it writes files of the run, whose errors end the run as those of metrics.jsonl do.
         identity: what a tracker knows the run by; empty where there is none.
         goes_on: whether it holds the rows before; otherwise it is empty.
@@ -31,12 +36,25 @@ class Sink:
     """
 
     name: ClassVar[str]
+    place: ClassVar[str]
+    library: ClassVar[str] = ""
+    installed_by: ClassVar[str] = ""
     in_files: ClassVar[bool] = False
 
     def __init__(self, out: Path, config: dict[str, Any], identity: str | None, say: Callable[[str], None]) -> None:
+        self.check()
         self.out, self.say = out, say
         self.identity = ""
         self.goes_on = False
+
+    @classmethod
+    def check(cls) -> None:
+        """Raise a MissingLibrary if what it needs is not installed."""
+        try:
+            if cls.library:
+                importlib.import_module(cls.library)
+        except ImportError as error:
+            raise MissingLibrary(f"run.log_to: {cls.name} needs a library ({error}): {cls.installed_by}") from error
 
     def row(self, step: int, scalars: dict[str, float]) -> None:
         """Take a row; it may be on its way still when this returns."""

@@ -13,45 +13,41 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from crate_mae.data import MissingLibrary
 from crate_mae.files import make_folder, sync
 from crate_mae.training.sinks.sink import Sink
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-FOLDER = "tensorboard"
-
 
 class TensorBoardSink(Sink):
-    """A file of events, one for each row, with its numbers in float64; a run that goes on adds a file. The settings are a text, the
-    pictures images.
+    """A file of events, one for each row, with its numbers in float64; a run that goes on adds a file. The settings are a text,
+    the pictures images.
 
-    Events are written by TensorBoard's own writer of records, at once and not in a thread of its own, whose errors would come late
-    and with a traceback.
+    Events are written by TensorBoard's own writer of records, at once and not in a thread of its own, whose errors would come
+    late and with a traceback.
     """
 
-    name, in_files = "tensorboard", True
+    name, place, in_files = "tensorboard", "tensorboard", True
+    library, installed_by = "tensorboard", "pip install 'crate-kernels[log]'"
 
     def __init__(self, out: Path, config: dict[str, Any], identity: str | None, say: Callable[[str], None]) -> None:
         super().__init__(out, config, identity, say)
-        try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.record_writer import RecordWriter
-            from torch.utils.tensorboard import summary
-        except ImportError as error:
-            raise MissingLibrary(
-                f"run.log_to: tensorboard needs the package tensorboard ({error}): pip install 'crate-kernels[log]'"
-            ) from error
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+
         self._event, self._summary, self._make = event_pb2.Event, summary_pb2.Summary, summary
         self._described: set[str] = set()
-        folder = out / FOLDER
+        folder = out / self.place
         self.goes_on = identity is not None and any(folder.glob("*.tfevents.*"))
         if not self.goes_on and folder.exists():
             shutil.rmtree(folder)
         make_folder(folder)
         now = time.time()
-        self.path = folder / f"events.out.tfevents.{now:020.6f}.{socket.gethostname()}.{os.getpid()}"  # read in this order
+        self.path = (
+            folder / f"events.out.tfevents.{now:020.6f}.{socket.gethostname()}.{os.getpid()}"
+        )  # read in this order
         self._file = open(self.path, "xb")  # noqa: SIM115
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")

@@ -12,10 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from crate_mae.data import MissingLibrary
 from crate_mae.training.sinks.sink import Sink
-
-FOLDER = "wandb"
 
 _SECONDS_TO_CLOSE = 20.0
 """For what is still on its way: less than what torchrun leaves a run that is told to stop."""
@@ -28,21 +25,24 @@ class WandbSink(Sink):
     Each row is one of its history, so that rows of the same step stay apart; charts have the step on their axis. A process of
     wandb's own sends them, and retries; it ends with this one.
 
-    Without a key it is offline, unless $WANDB_MODE says otherwise: then its files wait in the folder for `wandb sync`. A part of a
-    run cannot be added to another in that way, so that an offline run always starts anew, with all rows.
+    Without a key it is offline, unless $WANDB_MODE says otherwise: then its files wait in the folder for `wandb sync`. A part of
+    a run cannot be added to another in that way, so that an offline run always starts anew, with all rows.
     """
 
-    name = "wandb"
+    name, place = "wandb", "wandb"
+    library, installed_by = "wandb", "pip install 'crate-kernels[wandb]'"
 
     def __init__(self, out: Path, config: dict[str, Any], identity: str | None, say: Callable[[str], None]) -> None:
         super().__init__(out, config, identity, say)
-        self._wandb = _library()
+        import wandb
+
+        self._wandb = wandb
         with _process_left_alone():
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(self._wandb) else "offline")
             offline = mode in ("offline", "dryrun")
             if offline or not identity:
                 identity = None
-                shutil.rmtree(out / FOLDER, ignore_errors=True)  # of rows that are all sent again
+                shutil.rmtree(out / self.place, ignore_errors=True)  # of rows that are all sent again
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or "crate-mae",
                 dir=str(out),
@@ -72,16 +72,6 @@ class WandbSink(Sink):
 
     def close(self, ended: str) -> None:
         self._run.finish(exit_code=1 if ended == "failed" else 0)
-
-
-def _library() -> ModuleType:
-    try:
-        import wandb
-    except ImportError as error:
-        raise MissingLibrary(
-            f"run.log_to: wandb needs the package wandb ({error}): pip install 'crate-kernels[wandb]'"
-        ) from error
-    return wandb
 
 
 def _has_key(wandb: ModuleType) -> bool:
