@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -41,8 +42,46 @@ class Bar(NamedTuple):
     spread: float = 0.0
 
 
-Shape = Literal["round", "square", "ring"]
+Shape = Literal["round", "square", "ring", "triangle", "cross"]
 """Of a marker; a ring is a round one that is empty."""
+
+
+class Mark(NamedTuple):
+    """A marker at a point of a plot, and what is written beside it."""
+
+    at: tuple[float, float]
+    colour: str
+    shape: Shape = "round"
+    radius: float = 4.0
+    label: str = ""
+
+
+class Axis(NamedTuple):
+    """What a plot shows along x or y: from `lowest` to `highest`, which is above that; a logarithmic one above 0."""
+
+    lowest: float
+    highest: float
+    label: str = ""
+    logarithmic: bool = False
+
+    def share(self, value: float) -> float:
+        """How far on the way from the lowest to the highest a value is; beyond them, below 0 or above 1."""
+        ends = value, self.lowest, self.highest
+        at, start, end = map(math.log, ends) if self.logarithmic else ends
+        return (at - start) / (end - start)
+
+    def ticks(self, most: int) -> list[float]:
+        """Round values on it, up to about so many; of a logarithmic one that spans decades, 1, 2 and 5 or powers of ten alone."""
+        if self.logarithmic:
+            powers = range(math.floor(math.log10(self.lowest)), math.ceil(math.log10(self.highest)) + 1)
+            for digits in ((1, 2, 5), (1,)):
+                values = [digit * 10.0**power for power in powers for digit in digits]
+                shown = [value for value in values if self.lowest <= value <= self.highest]
+                if 3 <= len(shown) <= 2 * most:
+                    return shown
+        step = _round_step((self.highest - self.lowest) / most)
+        first, last = math.ceil(self.lowest / step - 1e-9), math.floor(self.highest / step + 1e-9)
+        return [number * step for number in range(first, last + 1)]
 
 
 class Series(NamedTuple):
@@ -103,6 +142,12 @@ class Canvas:
         box = [x - 2 * radius, y - 2 * radius, x + 2 * radius, y + 2 * radius]
         if shape == "square":
             self._draw.rectangle(box, fill=colour)
+        elif shape == "triangle":
+            self._draw.regular_polygon((x, y, 2.6 * radius), 3, fill=colour, outline="white")
+        elif shape == "cross":
+            left, top, right, bottom = box
+            for ends in ([left, top, right, bottom], [left, bottom, right, top]):
+                self._draw.line(ends, fill=colour, width=round(1.4 * radius))
         else:
             self._draw.ellipse(box, fill="white" if shape == "ring" else colour, outline=colour, width=3)
 
@@ -197,6 +242,52 @@ class Canvas:
             self.line(placed, colour, width)
             self.text((placed[-1][0], placed[-1][1] + 8), label, 14, colour, "ra")
 
+    def plot(self, box: Box, lines: Sequence[Line], marks: Sequence[Mark], x: Axis, y: Axis, *, numbered: bool) -> None:
+        """Lines and markers over any axes. Lines are cut off at the edges of the box, markers beyond them stand on them.
+
+        Args:
+            numbered: whether the y axis has numbers.
+        """
+        left, top, right, bottom = box
+
+        def place(point: tuple[float, float]) -> tuple[float, float]:
+            return left + x.share(point[0]) * (right - left), bottom - y.share(point[1]) * (bottom - top)
+
+        for tick in y.ticks(6 if bottom - top > 200 else 3):
+            height = place((x.lowest, tick))[1]
+            self.line([(left, height), (right, height)], GRID)
+            if numbered:
+                self.text((left - 8, height), short(tick), 13, FAINT, "rm")
+        self.line([(left, bottom), (right, bottom)], FAINT)
+        for tick in x.ticks(6):
+            across = place((tick, y.lowest))[0]
+            self.line([(across, bottom), (across, bottom + 4)], FAINT)
+            self.text((across, bottom + 9), short(tick), 13, FAINT, "ma")
+        self.text(((left + right) / 2, bottom + 28), x.label, 14, FAINT, "ma")
+        with self._within(box):
+            for points, colour, _, width in lines:
+                self.line([place(point) for point in points], colour, width)
+        for at, colour, shape, radius, label in marks:
+            across, height = place(at)
+            across, height = min(max(across, left), right), min(max(height, top), bottom)
+            self.marker((across, height), shape, colour, radius)
+            if label:
+                fits = across + 10 + text_width(label, 13) < right
+                self.text((across + (10 if fits else -10), height - 8), label, 13, colour, "ls" if fits else "rs")
+
+    @contextmanager
+    def _within(self, box: Box) -> Iterator[None]:
+        """What is drawn meanwhile shows in the box alone."""
+        left, top, right, bottom = (round(2 * edge) for edge in box)
+        whole, inside = self._image, (left, top, right + 1, bottom + 1)
+        self._image = whole.copy()
+        self._draw = ImageDraw.Draw(self._image)
+        try:
+            yield
+        finally:
+            whole.paste(self._image.crop(inside), inside)
+            self._image, self._draw = whole, ImageDraw.Draw(whole)
+
     def bars(
         self, box: Box, groups: Sequence[tuple[str, Sequence[Bar]]], *, highest: float, level: Level | None
     ) -> None:
@@ -225,6 +316,14 @@ class Canvas:
 def text_width(words: str, size: float) -> float:
     """Of words as `Canvas.text` writes them."""
     return ImageFont.load_default(2 * size).getlength(words) / 2
+
+
+def short(value: float) -> str:
+    """A number on an axis: such as 0.05, 2,500, 20k, 1.5M."""
+    for power, unit in ((9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 10.0 ** max(power, 4):
+            return f"{round(value / 10.0**power, 6):g}{unit}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{round(value, 12):g}"
 
 
 def blend(one: str, other: str, share: float) -> str:
