@@ -113,9 +113,14 @@ class ComparedRun:
         return median(reading.values["images_per_second"] for reading in self.steps)
 
     @property
+    def last(self) -> Reading | None:
+        """The last validation; None where there is none."""
+        return self.validations[-1] if self.validations else None
+
+    @property
     def guess(self) -> float | None:
         """The error of the last validation's guess; None where there is none."""
-        return self.validations[-1].values.get(GUESSES[self.kind][0]) if self.validations else None
+        return self.last.values.get(GUESSES[self.kind][0]) if self.last else None
 
     @property
     def best(self) -> Reading | None:
@@ -129,7 +134,9 @@ class ComparedRun:
             for reading in self.validations
             if not reading.diverging and _is_same(reading.values.get(guess), self.guess)
         ]
-        return min(comparable, key=lambda each: (-each.values.get("val_top1", 0), each.values["val_loss"]), default=None)
+        return min(
+            comparable, key=lambda each: (-each.values.get("val_top1", 0), each.values["val_loss"]), default=None
+        )
 
     @property
     def resumed_at(self) -> list[int]:
@@ -137,16 +144,22 @@ class ComparedRun:
         return list(dict.fromkeys(start.step for start in self.starts if start.step > 0 and not start.forgotten))
 
     @property
+    def progress(self) -> str:
+        """Epochs done of all, such as "40 of 110"."""
+        done = f"{self.epochs:.3g}" if self.epochs < 1 else f"{round(self.epochs, 2):g}"
+        return f"{done} of {self.settings['schedule.epochs']}"
+
+    @property
     def state(self) -> str:
         """How it stands with the run, in words."""
-        of_all = f"{f'{self.epochs:.3g}' if self.epochs < 1 else f'{round(self.epochs, 2):g}'} of "
-        of_all += f"{self.settings['schedule.epochs']} epochs"
         if self.broke_down_at is not None:
-            said = f"broke down at step {self.broke_down_at:,}: loss or weights not finite, {of_all}"
+            said = f"broke down at step {self.broke_down_at:,}: loss or weights not finite, {self.progress} epochs"
         elif self.epochs >= self.settings["schedule.epochs"]:
             said = "finished"
         else:
-            said = f"{'running, or killed' if self.locked else 'stopped'}, at step {self.step:,}, {of_all}"
+            said = (
+                f"{'running, or killed' if self.locked else 'stopped'}, at step {self.step:,}, {self.progress} epochs"
+            )
         if self.diverged_at is not None:
             said = f"diverged at step {self.diverged_at:,}: {self._error_since(self.diverged_at)}; {said}"
         if self.resumed_at:
@@ -155,8 +168,8 @@ class ComparedRun:
 
     def _error_since(self, step: int) -> str:
         """The last validation's error, if it is of a run that diverges, else the loss."""
-        if self.validations and self.validations[-1].step >= step:
-            return f"validation error {self.validations[-1].values['val_loss']:.4g}"
+        if self.last and self.last.step >= step:
+            return f"validation error {self.last.values['val_loss']:.4g}"
         return f"loss {self.steps[-1].values['loss']:.4g}"
 
 
@@ -210,10 +223,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
 def _names(paths: Sequence[Path]) -> list[str]:
     """The shortest end of each path that no other path has."""
     ends = [[str(Path(*path.parts[-count:])) for count in range(1, len(path.parts) + 1)] for path in paths]
-    return [
-        next(end for end in own if not any(end in others for others in ends if others is not own)) or "/"
-        for own in ends
-    ]
+    return [next(end for end in own if not any(end in others for others in ends if others is not own)) for own in ends]
 
 
 def _read(folder: Path, name: str) -> ComparedRun:
@@ -227,9 +237,12 @@ def _read(folder: Path, name: str) -> ComparedRun:
             "(run.log_every), got none yet"
         )
     for row in of_steps:
-        if lacking := {"epoch", "images_per_second"} - row.keys():
-            raise ValueError(f"{folder / METRICS}: the row of step {row['step']} has no {' and no '.join(sorted(lacking))}")
-    estimated = not all("hours" in row for row in of_steps)
+        if not _has(row, "loss", "epoch", "images_per_second") or not row["epoch"] * row["images_per_second"] > 0:
+            raise ValueError(
+                f"{folder / METRICS}: expected numbers as loss, and above 0 as epoch and images_per_second, in the row of step "
+                f"{row['step']}, got {row}"
+            )
+    estimated = not all(_has(row, "hours") for row in of_steps)
     at = [row["step"] for row in of_steps]
     hours = _estimated_hours(of_steps, batch_size) if estimated else [row["hours"] for row in of_steps]
 
@@ -246,7 +259,7 @@ def _read(folder: Path, name: str) -> ComparedRun:
         kind,
         settings,
         steps=readings(of_steps),
-        validations=readings([row for row in rows if "val_loss" in row]),
+        validations=readings([row for row in rows if _has(row, "val_loss")]),
         starts=tuple(_starts(folder / STARTS)),
         step=step,
         epochs=step * of_steps[-1]["epoch"] / at[-1],
@@ -290,6 +303,11 @@ def _rows(file: Path) -> list[dict[str, Any]]:
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
+
+
+def _has(row: Mapping[str, Any], *names: str) -> bool:
+    """Whether there are numbers by these names."""
+    return all(isinstance(row.get(name), int | float) for name in names)
 
 
 def _reading(row: Mapping[str, Any], batch_size: int, hours: float) -> Reading:
@@ -355,7 +373,9 @@ def _remarks(runs: Sequence[ComparedRun], differing: Mapping[str, object]) -> li
         _, guess = GUESSES[runs[0].kind]
         said.append(f"Validation errors are not of the same images, masks or scales: {guess} has {told}.")
     if changing := [name for name in _OF_TRAINING_LOSS if name in differing]:
-        said.append(f"Training losses are not of one measure: {', '.join(changing)} {'differ' if changing[1:] else 'differs'}.")
+        said.append(
+            f"Training losses are not of one measure: {', '.join(changing)} {'differ' if changing[1:] else 'differs'}."
+        )
     if estimated := [run.name for run in runs if run.hours_estimated]:
         said.append(f"Times of {', '.join(estimated)} are estimated, from images per second: the rows have no hours.")
     return said

@@ -111,11 +111,19 @@ class Canvas:
         return self._image.reduce(2)
 
     def text(
-        self, at: tuple[float, float], words: str, size: float = 15, colour: str = INK, anchor: str = "ls"
+        self,
+        at: tuple[float, float],
+        words: str,
+        size: float = 15,
+        colour: str = INK,
+        anchor: str = "ls",
+        *,
+        over_lines: bool = False,
     ) -> None:
-        """Words at a point; `anchor` as Pillow has it: l, m or r, then a, m or s."""
-        font = ImageFont.load_default(2 * size)
-        self._draw.text((2 * at[0], 2 * at[1]), words, fill=colour, font=font, anchor=anchor)
+        """Words at a point; `anchor` as Pillow has it: l, m or r, then a, m or s. Over lines, they have a white rim."""
+        font, rim = ImageFont.load_default(2 * size), 5 if over_lines else 0
+        place = 2 * at[0], 2 * at[1]
+        self._draw.text(place, words, fill=colour, font=font, anchor=anchor, stroke_width=rim, stroke_fill="white")
 
     def paste(self, image: Image.Image, box: Box, *, smooth: bool = True) -> None:
         """An image, fitted into the box."""
@@ -267,13 +275,21 @@ class Canvas:
         with self._within(box):
             for points, colour, _, width in lines:
                 self.line([place(point) for point in points], colour, width)
+        written: list[tuple[float, float, float]] = []
         for at, colour, shape, radius, label in marks:
             across, height = place(at)
             across, height = min(max(across, left), right), min(max(height, top), bottom)
             self.marker((across, height), shape, colour, radius)
             if label:
-                fits = across + 10 + text_width(label, 13) < right
-                self.text((across + (10 if fits else -10), height - 8), label, 13, colour, "ls" if fits else "rs")
+                width = text_width(label, 14)
+                start = across + 10 if across + 10 + width < right else across - 10 - width
+                base = height + (-8 if height > top + 24 else 22)
+                while any(
+                    start < end and begin < start + width and abs(base - other) < 17 for begin, end, other in written
+                ):
+                    base += 17
+                written.append((start, start + width, base))
+                self.text((start, base), label, 14, colour, over_lines=True)
 
     @contextmanager
     def _within(self, box: Box) -> Iterator[None]:
