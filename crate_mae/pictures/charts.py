@@ -47,13 +47,14 @@ Shape = Literal["round", "square", "ring", "triangle", "cross"]
 
 
 class Mark(NamedTuple):
-    """A marker at a point of a plot, and what is written beside it."""
+    """A marker at a point of a plot, and what is written beside it, in the colour `ink`."""
 
     at: tuple[float, float]
     colour: str
     shape: Shape = "round"
     radius: float = 4.0
     label: str = ""
+    ink: str = INK
 
 
 class Axis(NamedTuple):
@@ -275,21 +276,25 @@ class Canvas:
         with self._within(box):
             for points, colour, _, width in lines:
                 self.line([place(point) for point in points], colour, width)
+        placed = [(place(mark.at), mark) for mark in marks]
+        placed = [((min(max(x, left), right), min(max(y, top), bottom)), mark) for (x, y), mark in placed]
+        for at, mark in placed:
+            self.marker(at, mark.shape, mark.colour, mark.radius)
+        self._label([(at, mark.label, mark.ink) for at, mark in placed if mark.label], right, top)
+
+    def _label(self, labels: Sequence[tuple[tuple[float, float], str, str]], right: float, top: float) -> None:
+        """Words beside points, each in its colour, within a box that ends there; one below the other where they would overlap."""
         written: list[tuple[float, float, float]] = []
-        for at, colour, shape, radius, label in marks:
-            across, height = place(at)
-            across, height = min(max(across, left), right), min(max(height, top), bottom)
-            self.marker((across, height), shape, colour, radius)
-            if label:
-                width = text_width(label, 14)
-                start = across + 10 if across + 10 + width < right else across - 10 - width
-                base = height + (-8 if height > top + 24 else 22)
-                while any(
-                    start < end and begin < start + width and abs(base - other) < 17 for begin, end, other in written
-                ):
-                    base += 17
-                written.append((start, start + width, base))
-                self.text((start, base), label, 14, colour, over_lines=True)
+        for (x, y), words, colour in labels:
+            width = text_width(words, 14)
+            start = x + 10 if x + 10 + width < right else x - 10 - width
+            base = y + (-8 if y > top + 24 else 22)
+            while any(
+                start < end and begin < start + width and abs(base - other) < 17 for begin, end, other in written
+            ):
+                base += 17
+            written.append((start, start + width, base))
+            self.text((start, base), words, 14, colour, over_lines=True)
 
     @contextmanager
     def _within(self, box: Box) -> Iterator[None]:

@@ -205,21 +205,21 @@ def _marks(curve: _Curve, over: _Across, *, told: bool, alone: bool) -> list[Mar
         told: with words beside what went wrong.
         alone: only the first of these.
     """
-    run, colour, thin, thick = curve
+    run, run_colour, thin, thick = curve
     points = thin or thick
 
     def mark(point: tuple[Reading, float], colour: str, shape: Shape, radius: float, words: str = "") -> Mark:
-        return Mark((over(point[0]), point[1]), colour, shape, radius, words if told else "")
+        return Mark((over(point[0]), point[1]), colour, shape, radius, words if told else "", run_colour)
 
-    marks = [mark(thin[0], colour, "ring", 4)] if len(thin) == 1 else []
+    marks = [mark(thin[0], run_colour, "ring", 4)] if len(thin) == 1 else []
     if alone or not points:
         return marks
     marks += [mark(point, _BAD, "round", 2.5) for point in _some(thin) if point[0].diverging]
-    marks += [mark(point, _BAD if point[0].diverging else colour, "round", 4.5) for point in _some(thick)]
+    marks += [mark(point, _BAD if point[0].diverging else run_colour, "round", 4.5) for point in _some(thick)]
     steps, places, values = zip(*((reading.step, over(reading), value) for reading, value in points), strict=True)
     for step in run.resumed_at:
         at = float(np.interp(step, steps, places)), float(np.interp(step, steps, values))
-        marks.append(Mark(at, colour, "triangle", 5))
+        marks.append(Mark(at, run_colour, "triangle", 5))
     if run.diverged_at is not None:
         first = next((point for point in points if point[0].step >= run.diverged_at), points[-1])
         marks.append(mark(first, _BAD, "ring", 6, f"diverged at step {run.diverged_at:,}"))
