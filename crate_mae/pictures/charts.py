@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -41,8 +42,47 @@ class Bar(NamedTuple):
     spread: float = 0.0
 
 
-Shape = Literal["round", "square", "ring"]
+Shape = Literal["round", "square", "ring", "triangle", "cross"]
 """Of a marker; a ring is a round one that is empty."""
+
+
+class Mark(NamedTuple):
+    """A marker at a point of a plot, and what is written beside it, in the colour `ink`."""
+
+    at: tuple[float, float]
+    colour: str
+    shape: Shape = "round"
+    radius: float = 4.0
+    label: str = ""
+    ink: str = INK
+
+
+class Axis(NamedTuple):
+    """What a plot shows along x or y: from `lowest` to `highest`, which is above that; a logarithmic one above 0."""
+
+    lowest: float
+    highest: float
+    label: str = ""
+    logarithmic: bool = False
+
+    def share(self, value: float) -> float:
+        """How far on the way from the lowest to the highest a value is; beyond them, below 0 or above 1."""
+        ends = value, self.lowest, self.highest
+        at, start, end = map(math.log, ends) if self.logarithmic else ends
+        return (at - start) / (end - start)
+
+    def ticks(self, most: int) -> list[float]:
+        """Round values on it, up to about so many; of a logarithmic one that spans decades, 1, 2 and 5 or powers of ten alone."""
+        if self.logarithmic:
+            powers = range(math.floor(math.log10(self.lowest)), math.ceil(math.log10(self.highest)) + 1)
+            for digits in ((1, 2, 5), (1,)):
+                values = [digit * 10.0**power for power in powers for digit in digits]
+                shown = [value for value in values if self.lowest <= value <= self.highest]
+                if 3 <= len(shown) <= 2 * most:
+                    return shown
+        step = _round_step((self.highest - self.lowest) / most)
+        first, last = math.ceil(self.lowest / step - 1e-9), math.floor(self.highest / step + 1e-9)
+        return [number * step for number in range(first, last + 1)]
 
 
 class Series(NamedTuple):
@@ -72,11 +112,19 @@ class Canvas:
         return self._image.reduce(2)
 
     def text(
-        self, at: tuple[float, float], words: str, size: float = 15, colour: str = INK, anchor: str = "ls"
+        self,
+        at: tuple[float, float],
+        words: str,
+        size: float = 15,
+        colour: str = INK,
+        anchor: str = "ls",
+        *,
+        over_lines: bool = False,
     ) -> None:
-        """Words at a point; `anchor` as Pillow has it: l, m or r, then a, m or s."""
-        font = ImageFont.load_default(2 * size)
-        self._draw.text((2 * at[0], 2 * at[1]), words, fill=colour, font=font, anchor=anchor)
+        """Words at a point; `anchor` as Pillow has it: l, m or r, then a, m or s. Over lines, they have a white rim."""
+        font, rim = ImageFont.load_default(2 * size), 5 if over_lines else 0
+        place = 2 * at[0], 2 * at[1]
+        self._draw.text(place, words, fill=colour, font=font, anchor=anchor, stroke_width=rim, stroke_fill="white")
 
     def paste(self, image: Image.Image, box: Box, *, smooth: bool = True) -> None:
         """An image, fitted into the box."""
@@ -103,6 +151,12 @@ class Canvas:
         box = [x - 2 * radius, y - 2 * radius, x + 2 * radius, y + 2 * radius]
         if shape == "square":
             self._draw.rectangle(box, fill=colour)
+        elif shape == "triangle":
+            self._draw.regular_polygon((x, y, 2.6 * radius), 3, fill=colour, outline="white")
+        elif shape == "cross":
+            left, top, right, bottom = box
+            for ends in ([left, top, right, bottom], [left, bottom, right, top]):
+                self._draw.line(ends, fill=colour, width=round(1.4 * radius))
         else:
             self._draw.ellipse(box, fill="white" if shape == "ring" else colour, outline=colour, width=3)
 
@@ -197,6 +251,64 @@ class Canvas:
             self.line(placed, colour, width)
             self.text((placed[-1][0], placed[-1][1] + 8), label, 14, colour, "ra")
 
+    def plot(self, box: Box, lines: Sequence[Line], marks: Sequence[Mark], x: Axis, y: Axis, *, numbered: bool) -> None:
+        """Lines and markers over any axes. Lines are cut off at the edges of the box, markers beyond them stand on them.
+
+        Args:
+            numbered: whether the y axis has numbers.
+        """
+        left, top, right, bottom = box
+
+        def place(point: tuple[float, float]) -> tuple[float, float]:
+            return left + x.share(point[0]) * (right - left), bottom - y.share(point[1]) * (bottom - top)
+
+        for tick in y.ticks(6 if bottom - top > 200 else 3):
+            height = place((x.lowest, tick))[1]
+            self.line([(left, height), (right, height)], GRID)
+            if numbered:
+                self.text((left - 8, height), short(tick), 13, FAINT, "rm")
+        self.line([(left, bottom), (right, bottom)], FAINT)
+        for tick in x.ticks(6):
+            across = place((tick, y.lowest))[0]
+            self.line([(across, bottom), (across, bottom + 4)], FAINT)
+            self.text((across, bottom + 9), short(tick), 13, FAINT, "ma")
+        self.text(((left + right) / 2, bottom + 28), x.label, 14, FAINT, "ma")
+        with self._within(box):
+            for points, colour, _, width in lines:
+                self.line([place(point) for point in points], colour, width)
+        placed = [(place(mark.at), mark) for mark in marks]
+        placed = [((min(max(x, left), right), min(max(y, top), bottom)), mark) for (x, y), mark in placed]
+        for at, mark in placed:
+            self.marker(at, mark.shape, mark.colour, mark.radius)
+        self._label([(at, mark.label, mark.ink) for at, mark in placed if mark.label], right, top)
+
+    def _label(self, labels: Sequence[tuple[tuple[float, float], str, str]], right: float, top: float) -> None:
+        """Words beside points, each in its colour, within a box that ends there; one below the other where they would overlap."""
+        written: list[tuple[float, float, float]] = []
+        for (x, y), words, colour in labels:
+            width = text_width(words, 14)
+            start = x + 10 if x + 10 + width < right else x - 10 - width
+            base = y + (-8 if y > top + 24 else 22)
+            while any(
+                start < end and begin < start + width and abs(base - other) < 17 for begin, end, other in written
+            ):
+                base += 17
+            written.append((start, start + width, base))
+            self.text((start, base), words, 14, colour, over_lines=True)
+
+    @contextmanager
+    def _within(self, box: Box) -> Iterator[None]:
+        """What is drawn meanwhile shows in the box alone."""
+        left, top, right, bottom = (round(2 * edge) for edge in box)
+        whole, inside = self._image, (left, top, right + 1, bottom + 1)
+        self._image = whole.copy()
+        self._draw = ImageDraw.Draw(self._image)
+        try:
+            yield
+        finally:
+            whole.paste(self._image.crop(inside), inside)
+            self._image, self._draw = whole, ImageDraw.Draw(whole)
+
     def bars(
         self, box: Box, groups: Sequence[tuple[str, Sequence[Bar]]], *, highest: float, level: Level | None
     ) -> None:
@@ -225,6 +337,14 @@ class Canvas:
 def text_width(words: str, size: float) -> float:
     """Of words as `Canvas.text` writes them."""
     return ImageFont.load_default(2 * size).getlength(words) / 2
+
+
+def short(value: float) -> str:
+    """A number on an axis: such as 0.05, 2,500, 20k, 1.5M."""
+    for power, unit in ((9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 10.0 ** max(power, 4):
+            return f"{round(value / 10.0**power, 6):g}{unit}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{round(value, 12):g}"
 
 
 def blend(one: str, other: str, share: float) -> str:
