@@ -16,11 +16,8 @@ import numpy as np
 
 from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.training.ownership import LOCK
-from crate_mae.training.run_folder import BREAKDOWN, METRICS, STATES, by_name, kind_of
+from crate_mae.training.run_folder import BREAKDOWN, METRICS, STARTS, STATES, by_name, kind_of
 from crate_mae.training.states import saved_states
-
-STARTS = "starts.jsonl"
-"""A line for each time that the run was started: `step`, `when`, and what was `changed` since the time before, in words."""
 
 GUESSES = {"pretrain": ("mean_fill_loss", "mean fill"), "finetune": ("guess_loss", "guessing")}
 """By kind of run: the error that needs no model, in rows of validations, and what it is of. It tells measures apart."""
@@ -162,6 +159,8 @@ class ComparedRun:
             )
         if self.diverged_at is not None:
             said = f"diverged at step {self.diverged_at:,}: {self._error_since(self.diverged_at)}; {said}"
+        elif marked := [reading.step for reading in (*self.steps, *self.validations) if reading.diverging]:
+            said += f"; it diverged at step {min(marked):,}, and no longer after step {max(marked):,}"
         if self.resumed_at:
             said += f"; resumed at step {', '.join(f'{step:,}' for step in self.resumed_at)}"
         return said

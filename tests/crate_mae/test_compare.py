@@ -161,10 +161,11 @@ class TestReading:
             "broke down at step 11: loss or weights not finite, 3 of 3"
         )
 
-    def test_a_jump_that_was_back_is_no_divergence(self, written):
+    def test_a_run_that_came_back_is_said_to_have_diverged(self, written):
         rows = [of_steps(2), of_steps(4, 50.0, diverging=True), of_validation(4, 9.0, diverging=True), of_steps(6)]
         (run,) = compare([written("run", [*rows, of_validation(8, 1.0)])]).runs
         assert run.diverged_at is None and [reading.diverging for reading in run.steps] == [False, True, False]
+        assert "; it diverged at step 4, and no longer after step 4" in run.state
         (run,) = compare([written("still", rows)]).runs  # by its last validation
         assert run.diverged_at == 4 and "diverged at step 4: validation error 9" in run.state
 
