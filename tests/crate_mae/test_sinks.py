@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import http.server
 import json
 import math
 import os
@@ -11,7 +12,9 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
+import urllib.parse
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,13 +28,22 @@ from crate_mae.training.sinks import NAMES, clear_sinks, open_sinks, scalars_of
 CONFIG = {"out": "runs/base", "optimizer": {"base_lr": 1.5e-4, "betas": [0.9, 0.95]}, "data": None}
 
 ROWS = [
-    {"step": 2, "epoch": 0.4, "loss": 1 / 3, "lr": 1e-4 / 3, "grad_norm": math.inf, "images_per_second": 3217.123456789},
+    {
+        "step": 2,
+        "epoch": 0.4,
+        "loss": 1 / 3,
+        "lr": 1e-4 / 3,
+        "grad_norm": math.inf,
+        "images_per_second": 3217.123456789,
+    },
     {"step": 4, "epoch": 0.8, "loss": 0.1 + 0.2, "lr": 2e-4 / 3, "grad_norm": 5e-324, "images_per_second": 1e300},
     {"step": 4, "epoch": 1, "val_loss": math.nan, "mean_fill_loss": 2 / 7, "diverging": True},
     {"step": 4, "epoch": 1, "inside": {"encoder": {"zeros": [0.1, 0.7]}, "decoder": {"norm": [1.25]}}},
     {"step": 6, "epoch": 1.2, "loss": 0.1, "lr": 1e-5, "grad_norm": 0.25, "images_per_second": 1.0},
 ]
-MORE = [{"step": 8, "epoch": 1.6, "loss": 0.7, "lr": 1e-6, "grad_norm": 1 / 9, "images_per_second": 2.0, "waiting": 0.5}]
+MORE = [
+    {"step": 8, "epoch": 1.6, "loss": 0.7, "lr": 1e-6, "grad_norm": 1 / 9, "images_per_second": 2.0, "waiting": 0.5}
+]
 
 FILES = ["csv", "tensorboard"]
 """Those that any run can have: no process and no store of their own."""
@@ -164,7 +176,14 @@ def png(path, colour=(200, 30, 60)):
 
 
 def test_scalars_are_the_numbers_of_a_row_by_path():
-    row = {"step": 3, "epoch": 1, "diverging": True, "inside": {"encoder": {"zeros": [0.5, [1, 2]]}}, "note": "x", "none": None}
+    row = {
+        "step": 3,
+        "epoch": 1,
+        "diverging": True,
+        "inside": {"encoder": {"zeros": [0.5, [1, 2]]}},
+        "note": "x",
+        "none": None,
+    }
 
     scalars = scalars_of(row)
 
@@ -325,6 +344,10 @@ class Tracker:
             finish=lambda exit_code: self.ended.append(exit_code),
         )
 
+    def teardown(self):
+        self.torn_down = True
+        raise ConnectionError("still gone")
+
     def log(self, row):
         if len(self.rows) == self.fails_at:
             raise ConnectionError("the server\nis gone")
@@ -342,7 +365,11 @@ def test_wandb_goes_on_by_its_identity_or_begins_another_run_of_the_same_name(tm
     opened(tmp_path, ["wandb"], ROWS[:2]).close("finished")
     assert len(tracker.rows) == len(ROWS) + 2
 
-    assert [(begun["id"], begun["resume"]) for begun in tracker.begun] == [(None, None), ("new1", "allow"), (None, None)]
+    assert [(begun["id"], begun["resume"]) for begun in tracker.begun] == [
+        (None, None),
+        ("new1", "allow"),
+        (None, None),
+    ]
     assert {(begun["name"], begun["group"], begun["mode"]) for begun in tracker.begun} == {
         (tmp_path.name, str(tmp_path)[-128:], "online")
     }
@@ -372,6 +399,7 @@ def test_a_tracker_that_fails_is_said_once_and_left_alone(tmp_path, monkeypatch)
 
     assert said == ["wandb: the server is gone; nothing more is sent to it, and metrics.jsonl has all rows"]
     assert len(tracker.rows) == 2
+    assert tracker.torn_down
     assert read(tmp_path, "csv") == just(ROWS)
     assert json.loads((tmp_path / "sinks.json").read_text()) == {"csv": {"identity": "", "rows": 5}}
 
@@ -406,7 +434,7 @@ def test_mlflow_that_does_not_get_all_in_time_is_not_waited_for(tmp_path, monkey
 
     said = []
     sinks = opened(tmp_path, ["mlflow"], said=said)
-    monkeypatch.setattr(mlflow, "_SECONDS_TO_CLOSE", 0.1)
+    monkeypatch.setitem(mlflow._SECONDS_TO_CLOSE, "stopped", 0.1)
     monkeypatch.setattr(MlflowClient, "log_batch", lambda *args, **kwargs: time.sleep(2))
     send(sinks)
     sinks.close("stopped")
@@ -439,7 +467,8 @@ def full(*args):
 
 
 @pytest.mark.parametrize(
-    "name, library, extra", [("tensorboard", "tensorboard", "log"), ("wandb", "wandb", "wandb"), ("mlflow", "mlflow", "mlflow")]
+    "name, library, extra",
+    [("tensorboard", "tensorboard", "log"), ("wandb", "wandb", "wandb"), ("mlflow", "mlflow", "mlflow")],
 )
 def test_a_missing_library_is_named_and_others_are_closed(name, library, extra, tmp_path, monkeypatch):
     for module in [module for module in sys.modules if module.partition(".")[0] == library]:
@@ -462,6 +491,78 @@ def test_what_cannot_be_opened_is_told_before_anything_is_sent(tmp_path, monkeyp
         with pytest.raises(ValueError, match=r"^run\.log_to: mlflow cannot be opened: .*(nowhere|refused)"):
             opened(tmp_path, ["mlflow"])
         assert time.monotonic() - began < 10
+
+
+def test_a_disk_that_is_full_at_the_start_ends_the_others(tmp_path, monkeypatch):
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    monkeypatch.setattr("crate_mae.files._write_all", full)
+    with pytest.raises(OSError, match=r"^cannot write .*metrics.csv: No space left on device$"):
+        opened(tmp_path, ["wandb", "csv"], ROWS)
+    assert tracker.ended == [1]
+    assert not (tmp_path / "sinks.json").exists()
+
+
+@pytest.fixture
+def server():
+    """MLflow's server as its clients know it: what it was asked, and answers that will do."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            what = urllib.parse.urlparse(self.path).path.rpartition("/mlflow/")[2]
+            asked.append((what, json.loads(body) if body else {}))
+            info = {"run_id": "a" * 32, "lifecycle_stage": "active", "experiment_id": "1", "status": "RUNNING"}
+            run = {"info": info, "data": {"params": [{"key": "data", "value": "photos"}]}}
+            answers = {"experiments/get-by-name": {"experiment": {"experiment_id": "1", "name": "crate-mae"}}}
+            answers |= {"runs/create": {"run": run}, "runs/get": {"run": run}, "runs/update": {"run_info": info}}
+            content = json.dumps(answers.get(what, {})).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_POST = do_HEAD = answer
+
+        def log_message(self, *args):
+            pass
+
+    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{serving.server_port}", asked
+    serving.shutdown()
+    serving.server_close()
+
+
+def test_mlflow_sends_to_a_server_and_goes_on_there_quietly(tmp_path, monkeypatch, server, capfd):
+    uri, asked = server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    sinks = opened(tmp_path, ["mlflow"])
+    send(sinks)
+    sinks.close("stopped")
+    first = list(asked)
+    asked.clear()
+    sinks = opened(tmp_path, ["mlflow"], ROWS)
+    send(sinks, MORE)
+    sinks.close("finished")
+
+    def sent(asked):
+        metrics = [metric for what, body in asked if what == "runs/log-batch" for metric in body.get("metrics", ())]
+        series = {}
+        for metric in metrics:
+            series.setdefault(metric["key"], []).append((int(metric["step"]), repr(float(metric["value"]))))
+        return series
+
+    assert sent(first) == expected(ROWS)
+    assert sent(asked) == expected(MORE)
+    assert "runs/create" in [what for what, _ in first]
+    assert "runs/create" not in [what for what, _ in asked]
+    statuses = [body["status"] for what, body in first + asked if what == "runs/update"]
+    assert statuses == ["KILLED", "RUNNING", "FINISHED"]
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / "mlflow").exists()
 
 
 def test_mlflow_says_which_parameter_it_cuts(tmp_path):

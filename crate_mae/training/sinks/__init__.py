@@ -1,8 +1,8 @@
 """Where the rows of metrics.jsonl go beside: CSV, TensorBoard, Weights & Biases, MLflow.
 
-metrics.jsonl stays the truth, and is cut back where a run is resumed from an earlier state. What was sent cannot be, so that there is
-one rule for going on: a sink that was closed in order with just the rows that metrics.jsonl has now goes on; any other starts anew,
-and gets all of them. How they were closed is in sinks.json, which is there only between two runs.
+metrics.jsonl stays the truth, and is cut back where a run is resumed from an earlier state. What was sent cannot be, so that
+there is one rule for going on: a sink that was closed in order with just the rows that metrics.jsonl has now goes on; any other
+starts anew, and gets all of them. How they were closed is in sinks.json, which is there only between two runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +129,13 @@ def open_sinks(
             identity = closed["identity"] if closed.get("rows") == len(rows) else None
             sink = _opened(name, out, config, identity, say)
             opened.append(sink)
-            undoing.callback(sink.close, "failed")  # should another not open
+            undoing.callback(_abandon, sink)
+        if (out / _CLOSED).exists():  # from here on they hold other rows
+            remove(out / _CLOSED)
+            sync_folder(out)
+        sinks = Sinks(opened, out, len(rows), say)
+        sinks._fill(rows)
         undoing.pop_all()
-    sinks = Sinks(opened, out, len(rows), say)
-    if (out / _CLOSED).exists():  # from here on they hold other rows
-        remove(out / _CLOSED)
-        sync_folder(out)
-    sinks._fill(rows)
     return sinks
 
 
@@ -156,6 +156,12 @@ def _opened(name: str, out: Path, config: dict[str, Any], identity: str | None, 
             raise
         going_on = f" (to begin a new run there, delete {out / _CLOSED})" if identity else ""
         raise ValueError(f"run.log_to: {name} cannot be opened: {_in_words(error)}{going_on}") from error
+
+
+def _abandon(sink: Sink) -> None:
+    """Close one of a run that did not come to begin."""
+    with suppress(Exception):  # there is an error already
+        sink.close("failed")
 
 
 def _closed_before(out: Path) -> dict[str, dict[str, Any]]:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 class Sink:
     """One more place for the rows of metrics.jsonl.
 
-    What was sent to it cannot be taken back. So it goes on only where it was closed in order with just the rows that metrics.jsonl
-    has now; otherwise it starts anew.
+    What was sent to it cannot be taken back. So it goes on only where it was closed in order with just the rows that
+    metrics.jsonl has now; otherwise it starts anew.
 
     Args:
         out: the run's folder.

@@ -24,11 +24,11 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardSink(Sink):
-    """A file of events, one for each row, with its numbers in float64; a run that goes on adds a file. The settings are a text, the
-    pictures images.
+    """A file of events, one for each row, with its numbers in float64; a run that goes on adds a file. The settings are a text,
+    the pictures images.
 
-    Events are written by TensorBoard's own writer of records, at once and not in a thread of its own, whose errors would come late
-    and with a traceback.
+    Events are written by TensorBoard's own writer of records, at once and not in a thread of its own, whose errors would come
+    late and with a traceback.
     """
 
     name, in_files = "tensorboard", True
@@ -51,7 +51,9 @@ class TensorBoardSink(Sink):
             shutil.rmtree(folder)
         make_folder(folder)
         now = time.time()
-        self.path = folder / f"events.out.tfevents.{now:020.6f}.{socket.gethostname()}.{os.getpid()}"  # read in this order
+        self.path = (
+            folder / f"events.out.tfevents.{now:020.6f}.{socket.gethostname()}.{os.getpid()}"
+        )  # read in this order
         self._file = open(self.path, "xb")  # noqa: SIM115
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
