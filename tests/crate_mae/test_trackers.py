@@ -83,6 +83,19 @@ def test_wandb_without_a_key_is_offline_and_says_so_and_starts_anew(tmp_path, mo
     assert len(tracker.rows) == 2 * len(ROWS)
 
 
+def test_wandb_that_was_online_and_is_offline_now_starts_anew(tmp_path, monkeypatch):
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    sinks = opened(tmp_path, ["wandb"])
+    send(sinks)
+    sinks.close("stopped")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    opened(tmp_path, ["wandb"], ROWS).close("finished")
+
+    assert [(begun["id"], begun["mode"]) for begun in tracker.begun] == [(None, "online"), (None, "offline")]
+    assert len(tracker.rows) == 2 * len(ROWS)
+
+
 def test_a_tracker_that_fails_is_said_once_and_left_alone(tmp_path, monkeypatch):
     tracker, said = Tracker(fails_at=2), []
     monkeypatch.setitem(sys.modules, "wandb", tracker)
