@@ -1,175 +1,38 @@
-"""What is sent to CSV, TensorBoard, Weights & Biases and MLflow, each read back as its own tools do."""
+"""What is sent to CSV, TensorBoard, Weights & Biases and MLflow, and when each goes on or starts anew."""
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
 import math
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from PIL import Image
+from sink_readers import (
+    CONFIG,
+    FILES,
+    MORE,
+    ROWS,
+    accumulated,
+    just,
+    mlflow_client,
+    mlflow_runs,
+    no_account,  # noqa: F401
+    opened,
+    png,
+    read,
+    records_of,
+    send,
+)
 
 from crate_mae.data import MissingLibrary
-from crate_mae.files import append
-from crate_mae.training.sinks import PLACES, clear_sinks, open_sinks, scalars_of
-
-CONFIG = {"out": "runs/base", "optimizer": {"base_lr": 1.5e-4, "betas": [0.9, 0.95]}, "data": None}
-
-ROWS = [
-    {
-        "step": 2,
-        "epoch": 0.4,
-        "loss": 1 / 3,
-        "lr": 1e-4 / 3,
-        "grad_norm": math.inf,
-        "images_per_second": 3217.123456789,
-    },
-    {"step": 4, "epoch": 0.8, "loss": 0.1 + 0.2, "lr": 2e-4 / 3, "grad_norm": 5e-324, "images_per_second": 1e300},
-    {"step": 4, "epoch": 1, "val_loss": math.nan, "mean_fill_loss": 2 / 7, "diverging": True},
-    {"step": 4, "epoch": 1, "inside": {"encoder": {"zeros": [0.1, 0.7]}, "decoder": {"norm": [1.25]}}},
-    {"step": 6, "epoch": 1.2, "loss": 0.1, "lr": 1e-5, "grad_norm": 0.25, "images_per_second": 1.0},
-]
-MORE = [
-    {"step": 8, "epoch": 1.6, "loss": 0.7, "lr": 1e-6, "grad_norm": 1 / 9, "images_per_second": 2.0, "waiting": 0.5}
-]
-
-FILES = ["csv", "tensorboard"]
-"""Those that any run can have: no process and no store of their own."""
-
-
-@pytest.fixture(autouse=True)
-def no_account(monkeypatch, tmp_path_factory):
-    """Whoever runs the tests may have one."""
-    for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
-        if name != "WANDB_SERVICE":  # which runs already
-            monkeypatch.delenv(name)
-    nothing = tmp_path_factory.mktemp("home")
-    monkeypatch.setenv("NETRC", str(nothing / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(nothing))
-
-
-def opened(out, names=FILES, rows=(), config=CONFIG, said=None):
-    return open_sinks(names, out, config, rows, say=(said if said is not None else []).append)
-
-
-def send(sinks, rows=ROWS):
-    for row in rows:
-        sinks.row(row)
-
-
-def expected(rows) -> dict[str, list[tuple[int, str]]]:
-    """Step and number of each row by name; in the words of `repr`, which are those of one float only, and NaN's."""
-    series = {}
-    for row in rows:
-        for name, value in scalars_of(row).items():
-            series.setdefault(name, []).append((row["step"], repr(value)))
-    return series
-
-
-def of_csv(out) -> dict[str, list[tuple[int, str]]]:
-    series = {}
-    with open(out / "metrics.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            for name, text in row.items():
-                if name != "step" and text:
-                    series.setdefault(name, []).append((int(row["step"]), repr(float(text))))
-    return series
-
-
-def of_tensorboard(out) -> dict[str, list[tuple[int, str]]]:
-    """By what its dashboard of scalars reads."""
-    from tensorboard import context
-    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
-    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
-    from tensorboard.plugins.scalar.metadata import PLUGIN_NAME
-
-    everything = EventMultiplexer(size_guidance={"scalars": 0, "tensors": 0})
-    everything.AddRunsFromDirectory(str(out / "tensorboard")).Reload()
-    provider, of = MultiplexerDataProvider(everything, "tensorboard"), context.RequestContext()
-    read = provider.read_scalars(of, experiment_id="", plugin_name=PLUGIN_NAME, downsample=10**9)
-    (series,) = read.values() if read else [{}]
-    return {name: [(datum.step, repr(datum.value)) for datum in data] for name, data in series.items()}
-
-
-def accumulated(out):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-
-
-def records_of(path: Path) -> list:
-    """Of a .wandb file: LevelDB's log, in blocks of 32 KiB, whose chunks have a checksum, a length and a place in the record."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, at, records, parts = path.read_bytes(), 7, [], b""  # after its own seven bytes
-    while at + 7 <= len(content):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, place = struct.unpack("<HB", content[at + 4 : at + 7])
-        parts += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if place in (1, 4):  # the whole of one, or its last part
-            records.append(Record.FromString(parts))
-            parts = b""
-    return records
-
-
-def of_wandb(out) -> dict[str, list[tuple[int, str]]]:
-    (path,) = out.glob("wandb/*run-*/*.wandb")
-    series = {}
-    for record in records_of(path):
-        if record.WhichOneof("record_type") == "history":
-            items = [item for item in record.history.item if len(item.nested_key) == 1]  # and not what a picture is
-            row = {item.nested_key[0]: json.loads(item.value_json) for item in items}
-            for name, value in row.items():
-                if not name.startswith("_") and name != "step":
-                    series.setdefault(name, []).append((row["step"], repr(float(value))))
-    return series
-
-
-def mlflow_client(out):
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=(out / "mlflow").absolute().as_uri())  # MLflow keeps what it opened for the sink
-
-
-def mlflow_runs(out):
-    client = mlflow_client(out)
-    return client.search_runs([client.get_experiment_by_name("crate-mae").experiment_id])
-
-
-def of_mlflow(out) -> dict[str, list[tuple[int, str]]]:
-    client, (run,) = mlflow_client(out), mlflow_runs(out)
-    return {
-        name: [(metric.step, repr(metric.value)) for metric in client.get_metric_history(run.info.run_id, name)]
-        for name in run.data.metrics
-    }
-
-
-READERS = {"csv": of_csv, "tensorboard": of_tensorboard, "wandb": of_wandb, "mlflow": of_mlflow}
-
-
-def read(out, name):
-    return {series: sorted(values) for series, values in READERS[name](out).items()}
-
-
-def just(rows):
-    return {series: sorted(values) for series, values in expected(rows).items()}
-
-
-def png(path, colour=(200, 30, 60)):
-    Image.new("RGB", (24, 16), colour).save(path)
-    return path
+from crate_mae.training.sinks import PLACES, clear_sinks, scalars_of
+from crate_mae.training.sinks.tensorboard import TensorBoardSink
 
 
 def test_scalars_are_the_numbers_of_a_row_by_path():
@@ -317,130 +180,11 @@ def test_no_sink_is_no_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class Tracker:
-    """In place of the library: keeps what `wandb.init` was given."""
-
-    run = None
-    Settings, Image = staticmethod(dict), staticmethod(str)
-
-    def __init__(self, fails_at: int | None = None, has_key: bool = True) -> None:
-        self.begun, self.rows, self.ended, self.fails_at, self.has_key = [], [], [], fails_at, has_key
-
-    def login(self, *, prompt, verify):
-        assert not prompt
-        return self.has_key
-
-    def init(self, **kwargs):
-        self.begun.append(kwargs)
-        return SimpleNamespace(
-            id=kwargs["id"] or f"new{len(self.begun)}",
-            resumed=kwargs["resume"] == "allow",
-            dir="wandb/run/files",
-            define_metric=lambda *args, **kwargs: None,
-            log=self.log,
-            finish=lambda exit_code: self.ended.append(exit_code),
-        )
-
-    def log(self, row):
-        if len(self.rows) == self.fails_at:
-            raise ConnectionError("the server\nis gone")
-        self.rows.append(row)
-
-
-def test_wandb_goes_on_by_its_identity_or_begins_another_run_of_the_same_name(tmp_path, monkeypatch):
-    tracker = Tracker()
-    monkeypatch.setitem(sys.modules, "wandb", tracker)
-    sinks = opened(tmp_path, ["wandb"])
-    send(sinks)
-    sinks.close("failed")
-    opened(tmp_path, ["wandb"], ROWS).close("stopped")
-    assert len(tracker.rows) == len(ROWS)
-    opened(tmp_path, ["wandb"], ROWS[:2]).close("finished")
-    assert len(tracker.rows) == len(ROWS) + 2
-
-    assert [(begun["id"], begun["resume"]) for begun in tracker.begun] == [
-        (None, None),
-        ("new1", "allow"),
-        (None, None),
-    ]
-    assert {(begun["name"], begun["group"], begun["mode"]) for begun in tracker.begun} == {
-        (tmp_path.name, str(tmp_path)[-128:], "online")
-    }
-    assert tracker.ended == [1, 0, 0]
-
-
-def test_wandb_without_a_key_is_offline_and_says_so_and_starts_anew(tmp_path, monkeypatch):
-    tracker, said = Tracker(has_key=False), []
-    monkeypatch.setitem(sys.modules, "wandb", tracker)
-    sinks = opened(tmp_path, ["wandb"], said=said)
-    send(sinks)
-    sinks.close("stopped")
-    opened(tmp_path, ["wandb"], ROWS).close("finished")
-
-    assert said[0] == "wandb: offline; to send it, wandb sync wandb/run"
-    assert [begun["mode"] for begun in tracker.begun] == ["offline", "offline"]
-    assert len(tracker.rows) == 2 * len(ROWS)
-
-
-def test_a_tracker_that_fails_is_said_once_and_left_alone(tmp_path, monkeypatch):
-    tracker, said = Tracker(fails_at=2), []
-    monkeypatch.setitem(sys.modules, "wandb", tracker)
-    sinks = opened(tmp_path, ["wandb", "csv"], said=said)
-    send(sinks)
-    sinks.picture(6, "reconstructions", png(tmp_path / "picture.png"))
-    sinks.close("finished")
-
-    assert said == ["wandb: the server is gone; nothing more is sent to it, and metrics.jsonl has all rows"]
-    assert len(tracker.rows) == 2
-    assert read(tmp_path, "csv") == just(ROWS)
-    assert json.loads((tmp_path / "sinks.json").read_text()) == {"csv": {"identity": "", "rows": 5}}
-
-
-def test_mlflow_that_fails_in_the_background_is_said_once(tmp_path, monkeypatch):
-    from mlflow import MlflowClient
-
-    said, sent = [], []
-    sinks = opened(tmp_path, ["mlflow"], said=said)
-
-    def fails(*args, **kwargs):
-        sent.append(args)
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(MlflowClient, "log_batch", fails)
-    deadline = time.monotonic() + 10
-    while not said and time.monotonic() < deadline:
-        send(sinks, ROWS[:1])
-        time.sleep(0.01)
-    send(sinks)
-    sinks.close("finished")
-
-    assert said == ["mlflow: no route to host; nothing more is sent to it, and metrics.jsonl has all rows"]
-    assert len(sent) == 1
-    assert not (tmp_path / "sinks.json").exists()
-
-
-def test_mlflow_that_does_not_get_all_in_time_is_not_waited_for(tmp_path, monkeypatch):
-    from mlflow import MlflowClient
-
-    from crate_mae.training.sinks import mlflow
-
-    said = []
-    sinks = opened(tmp_path, ["mlflow"], said=said)
-    monkeypatch.setattr(mlflow, "_SECONDS_TO_CLOSE", 0.1)
-    monkeypatch.setattr(MlflowClient, "log_batch", lambda *args, **kwargs: time.sleep(2))
-    send(sinks)
-    sinks.close("stopped")
-
-    assert said == ["mlflow: not everything was sent in 0.1 seconds; it may lack rows, and metrics.jsonl has all"]
-    assert not (tmp_path / "sinks.json").exists()
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_full_disk_ends_the_run_as_that_of_its_rows_does(name, tmp_path, monkeypatch):
     sinks = opened(tmp_path, [name])
     send(sinks, ROWS[:1])
     if name == "csv":
-        append(tmp_path / "metrics.csv", "")  # opens
         monkeypatch.setattr("crate_mae.files._write_all", full)
     else:
         monkeypatch.setattr(sinks._sinks[0]._records, "write", full)
@@ -485,11 +229,14 @@ def test_what_cannot_be_opened_is_told_before_anything_is_sent(tmp_path, monkeyp
         assert time.monotonic() - began < 10
 
 
-def test_mlflow_says_which_parameter_it_cuts(tmp_path):
-    said = []
-    opened(tmp_path, ["mlflow"], config={"data": "x" * 7000}, said=said).close("finished")
-    assert said == ["mlflow: the parameter data has 7000 characters; the first 6000 are kept"]
-    assert mlflow_runs(tmp_path)[0].data.params == {"data": "x" * 6000}
+def test_a_disk_that_is_full_at_the_start_leaves_nothing_to_go_on_from(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(TensorBoardSink, "close", lambda sink, ended: closed.append(ended))
+    monkeypatch.setattr("crate_mae.files._write_all", full)
+    with pytest.raises(OSError, match=r"^cannot write .*metrics.csv: No space left on device$"):
+        opened(tmp_path, ["tensorboard", "csv"], ROWS)
+    assert closed == ["failed"]
+    assert not (tmp_path / "sinks.json").exists()
 
 
 def test_libraries_are_imported_only_when_asked_for():

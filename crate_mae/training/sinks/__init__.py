@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,13 @@ def open_sinks(
             identity = closed["identity"] if closed.get("rows") == len(rows) else None
             sink = _opened(name, out, config, identity, say)
             opened.append(sink)
-            undoing.callback(sink.close, "failed")  # should another not open
+            undoing.callback(_abandon, sink)
+        if (out / _CLOSED).exists():  # from here on they hold other rows
+            remove(out / _CLOSED)
+            sync_folder(out)
+        sinks = Sinks(opened, out, len(rows), say)
+        sinks._fill(rows)
         undoing.pop_all()
-    sinks = Sinks(opened, out, len(rows), say)
-    if (out / _CLOSED).exists():  # from here on they hold other rows
-        remove(out / _CLOSED)
-        sync_folder(out)
-    sinks._fill(rows)
     return sinks
 
 
@@ -166,6 +166,12 @@ def _opened(name: str, out: Path, config: dict[str, Any], identity: str | None, 
             raise
         going_on = f" (to begin a new run there, delete {out / _CLOSED})" if identity else ""
         raise ValueError(f"run.log_to: {name} cannot be opened: {_in_words(error)}{going_on}") from error
+
+
+def _abandon(sink: Sink) -> None:
+    """Close one of a run that did not come to begin."""
+    with suppress(Exception):  # there is an error already
+        sink.close("failed")
 
 
 def _closed_before(out: Path) -> dict[str, dict[str, Any]]:

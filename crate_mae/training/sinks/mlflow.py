@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 _SECONDS_TO_ANSWER = 10.0
-_SECONDS_TO_CLOSE = 20.0
-"""For what is still on its way: less than what torchrun leaves a run that is told to stop."""
+_SECONDS_TO_CLOSE = {"finished": 300.0, "stopped": 10.0, "failed": 10.0}
+"""For what is still on its way; torchrun does not leave a run that is told to stop much more."""
 _ROWS_ON_THEIR_WAY = 10_000
 _PARAMS_AT_ONCE, _METRICS_AT_ONCE = 100, 1000
 """As many as MLflow takes."""
@@ -63,7 +63,7 @@ class MLflowSink(Sink):
             client.update_run(identity, status="RUNNING")
         else:
             tags = {"group": str(out.absolute())}
-            self.identity = client.create_run(_experiment(client), run_name=out.name, tags=tags).info.run_id
+            self.identity = client.create_run(_experiment(client), run_name=out.absolute().name, tags=tags).info.run_id
         self._send_settings(client, config, before or {})
         self._metric = Metric
         self._sending = _Sending(client, self.identity)
@@ -76,7 +76,7 @@ class MLflowSink(Sink):
         self._sending.add(_Artifact(f"step_{step}", path.name, path.read_bytes()))
 
     def close(self, ended: str) -> None:
-        self._sending.close(_STATUS[ended])
+        self._sending.close(_STATUS[ended], _SECONDS_TO_CLOSE[ended])
 
     def _send_settings(self, client: MlflowClient, config: dict[str, Any], before: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
@@ -135,16 +135,16 @@ class _Sending(threading.Thread):
                 self._waiting.put(item, timeout=1.0)
                 return
 
-    def close(self, status: str) -> None:
-        """Wait until all is sent, but not for ever.
+    def close(self, status: str, seconds: float) -> None:
+        """Wait until all is sent, so long at most.
 
         Raises:
             Exception: it is not.
         """
         self.add(_Status(status))
-        self.join(_SECONDS_TO_CLOSE)
+        self.join(seconds)
         if self.is_alive():
-            raise TimeoutError(f"not everything was sent in {_SECONDS_TO_CLOSE:g} seconds")
+            raise TimeoutError(f"not everything was sent in {seconds:g} seconds")
         if self._error:
             raise self._error
 

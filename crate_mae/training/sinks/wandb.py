@@ -14,7 +14,7 @@ from typing import Any
 
 from crate_mae.training.sinks.sink import Sink
 
-_SECONDS_TO_CLOSE = 20.0
+_SECONDS_TO_CLOSE = 10.0
 """For what is still on its way: less than what torchrun leaves a run that is told to stop."""
 _LONGEST_GROUP = 128
 
@@ -46,7 +46,7 @@ class WandbSink(Sink):
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or "crate-mae",
                 dir=str(out),
-                name=out.name,
+                name=out.absolute().name,
                 group=str(out.absolute())[-_LONGEST_GROUP:],
                 id=identity,
                 resume="allow" if identity else None,
@@ -65,13 +65,21 @@ class WandbSink(Sink):
             say(f"wandb: offline; to send it, wandb sync {Path(self._run.dir).parent}")
 
     def row(self, step: int, scalars: dict[str, float]) -> None:
-        self._run.log({"step": step, **scalars})
+        self._log({"step": step, **scalars})
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        self._run.log({"step": step, name: self._wandb.Image(str(path))})
+        self._log({"step": step, name: self._wandb.Image(str(path))})
 
     def close(self, ended: str) -> None:
         self._run.finish(exit_code=1 if ended == "failed" else 0)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        try:
+            self._run.log(row)
+        except ConnectionError:  # to wandb's own process, which is gone
+            with contextlib.suppress(ConnectionError):
+                self._wandb.teardown()  # else it is done when this process ends, with a traceback
+            raise
 
 
 def _has_key(wandb: ModuleType) -> bool:
