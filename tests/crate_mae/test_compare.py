@@ -47,7 +47,6 @@ def real(tmp_path_factory) -> Path:
     schedule = dataclasses.replace(schedule, epochs=5, warmup_epochs=0)
     optimizer = dataclasses.replace(diverged.optimizer, base_lr=1e4)
     pretrain(dataclasses.replace(diverged, schedule=schedule, optimizer=optimizer), resume=True)
-    write_lines(folder / "resumed" / "starts.jsonl", [start(0), start(8, "schedule.epochs 2 -> 3")])
     return folder
 
 
@@ -114,7 +113,7 @@ class TestReading:
         first = next(row["step"] for row in metric_lines(real / "diverged") if row.get("diverging"))
         last = [row["val_loss"] for row in metric_lines(real / "diverged") if "val_loss" in row][-1]
         assert diverged.diverged_at == first > 16
-        assert diverged.state == f"diverged at step {first}: validation error {last:.4g}; finished"
+        assert diverged.state == f"diverged at step {first}: validation error {last:.4g}; finished; resumed at step 16"
         assert diverged.best.step <= 16 and not diverged.best.diverging
         assert comparison.differing == {
             "optimizer.base_lr": (0.2, 1e4),
@@ -327,7 +326,7 @@ class TestCommand:
         for name, field in {"training loss": "loss", "validation error": "val_loss"}.items():
             assert cells[name] == [f"{[row[field] for row in each if field in row][-1]:.4g}" for each in rows]
         assert any(line.split() == ["optimizer.base_lr", "0.2", "10000.0"] for line in lines)
-        assert "resumed, step 8:  schedule.epochs 2 -> 3" in lines and lines[-1] == f"Look at {out}."
+        assert "resumed, step 8:    schedule.epochs 2 -> 3" in lines and lines[-1] == f"Look at {out}."
         assert not any(line.startswith("out ") for line in lines)
         with Image.open(out) as picture:
             assert picture.format == "PNG" and picture.width == 1760

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import gzip
 import itertools
@@ -16,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import ForkedRanks
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.util.tensor_util import make_ndarray
+from sink_readers import accumulated, just, no_account, read  # noqa: F401
 from tiny_runs import TINY, assert_same_weights, metric_lines, tiny_config, weights, with_run, write_photographs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +28,6 @@ from crate_mae.model import CrateMAE
 from crate_mae.training import PretrainConfig, RunStopped, plan, pretrain
 from crate_mae.training.counting import LiveBytes
 from crate_mae.training.pace import OF_THE_MACHINE, Pace, product_rate
-from crate_mae.training.sinks import scalars_of
 
 
 class TestFlops:
@@ -265,11 +262,8 @@ class TestProfile:
 
 
 class TestSinks:
-    def test_a_run_by_the_command_has_every_scalar_in_all_of_them(self, tmp_path, monkeypatch, capsys):
+    def test_a_run_by_the_command_has_every_scalar_in_all_of_them(self, tmp_path, capsys):
         """Stopped and resumed on the way."""
-        for name in ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("WANDB_MODE", "offline")
         config = tiny_config(tmp_path / "run", write_photographs(tmp_path / "photographs"))
         config = with_run(config, log_to=("csv", "tensorboard"), norms_every=3, analyze_every=2)
 
@@ -281,27 +275,9 @@ class TestSinks:
             pretrain(config, callbacks=[stop])
         names = ["csv", "tensorboard", "wandb", "mlflow"]
         assert main(["pretrain", f"--out={config.out}", "--resume", "--run.log_to", *names]) == 0
-        rows = metric_lines(config.out)
-        expected = {(row["step"], name, value) for row in rows for name, value in scalars_of(row).items()}
-        with (config.out / "metrics.csv").open(newline="") as file:
-            of_csv = {
-                (int(line["step"]), name, float(text))
-                for line in csv.DictReader(file)
-                for name, text in line.items()
-                if name != "step" and text
-            }
-        assert of_csv == expected
-        events = EventAccumulator(str(config.out / "tensorboard"), size_guidance={"tensors": 0, "images": 0}).Reload()
-        of_events = {
-            (event.step, name, make_ndarray(event.tensor_proto).item())
-            for name in events.Tags()["tensors"]
-            if name != "config/text_summary"
-            for event in events.Tensors(name)
-        }
-        assert of_events == expected
-        assert [image.step for image in events.Images("reconstructions")][-1] == 12
-        assert _of_wandb(config.out) == expected
-        assert _of_mlflow(config.out) == expected
+        for name in names:
+            assert read(config.out, name) == just(metric_lines(config.out)), name
+        assert [image.step for image in accumulated(config.out).Images("reconstructions")][-1] == 12
         capsys.readouterr()
 
     def test_overwriting_clears_them(self, config):
@@ -319,36 +295,6 @@ class TestSinks:
             ValueError, match=r"run\.log_to: expected some of csv, tensorboard, wandb, mlflow, each once"
         ):
             with_run(config, log_to=("csv", "csv"))
-
-
-def _of_wandb(out: Path) -> set[tuple[int, str, float]]:
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    [file] = (out / "wandb").glob("offline-run-*/*.wandb")
-    store, found = DataStore(), set()
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        found |= {
-            (items["step"], name, value)
-            for name, value in items.items()
-            if name != "step" and not name.startswith("_") and isinstance(value, int | float)
-        }
-    return found
-
-
-def _of_mlflow(out: Path) -> set[tuple[int, str, float]]:
-    files = [file for file in (out / "mlflow").glob("*/*/metrics/**/*") if file.is_file()]
-    found = set()
-    for file in files:
-        name = str(file).partition("/metrics/")[2]
-        for line in file.read_text().splitlines():
-            _, value, step = line.split()[:3]
-            found.add((int(step), name, float(value)))
-    return found
 
 
 class TestPlanning:
