@@ -213,6 +213,9 @@ class TrainingConfig:
     """Folder of a run, or file of weights, to start from; without it, from random weights. A run also gives the model's sizes."""
 
     def __post_init__(self) -> None:
+        for name in ("out", "init"):  # from Python, texts will do
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(path))
         for name, value in _numbers(self):
             if not fits_float32(value):
                 raise ValueError(f"{name}: expected finite numbers, in float32, too, got {value}")

@@ -29,6 +29,7 @@ from crate_mae.training.ranks import check_launcher, local_rank, met
 from crate_mae.training.run import Run
 from crate_mae.training.run_folder import (
     BEST,
+    IMAGES,
     METRICS,
     PROFILE,
     STARTS,
@@ -271,6 +272,7 @@ def _files(run: Run[Any, Any]) -> list[tuple[Path, str, int]]:
         (out / BEST, "the model of the best validation", weights if run.validation else 0),
         (out / STATES, f"up to {states} states to resume from, {_bytes(state)} each", states * state),
     ]
+    files += [(out / IMAGES, "the names of the images", 0)] * bool(run.images.listed)
     files += [(out / PROFILE, f"profile of {config.run.profile} steps", 0)] * bool(config.run.profile)
     files += [(out / name, "a picture", 0) for name in run.pictures]
     return files + [(out / PLACES[name], f"the lines of {METRICS}, for {name}", 0) for name in config.run.log_to]
