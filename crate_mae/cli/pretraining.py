@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import CONFIG_FILE, read_mae_config
 from crate_mae.cli.errors import worded
+from crate_mae.cli.mae_flags import in_our_options
 from crate_mae.cli.settings import check_json, read_settings
 from crate_mae.cli.training import (
     add_architecture,
@@ -29,10 +30,13 @@ from crate_mae.cli.training import (
     with_configs,
 )
 from crate_mae.config import ModelConfig
+from crate_mae.data.progress import say
 from crate_mae.demo import summarise
 from crate_mae.registry import MODELS
 from crate_mae.training import PretrainConfig, PretrainResult, demo_config, plan, pretrain
 from crate_mae.training.config import of_section
+from crate_mae.training.ranks import is_silent
+from crate_mae.training.recipes import RECIPES
 from crate_mae.training.run_folder import has_state, stopped_early
 
 PUBLISHED = ("embed_dim", "depth", "num_heads", "decoder_depth", "decoder_num_heads")
@@ -47,6 +51,11 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     Raises:
         ValueError: options or configs contradict each other.
     """
+    if arguments[0] == "pretrain":
+        options, said = in_our_options(arguments[1:])
+        arguments = ["pretrain", *options]
+        for line in said if not is_silent() else ():
+            say(line)
     command, options, early = read_early(arguments, PretrainConfig)
     is_demo = command == "demo"
     if is_demo and early.out is None:
@@ -67,6 +76,15 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     elif init is not None and init.exists():  # the run refuses what there is not
         refuse_no_file(init)
         refuse_without_meaning(init, configs, explicit)
+    if early.recipe in RECIPES and command == "pretrain":  # of others, the parser refuses the option
+        if early.resume:
+            raise ValueError("--recipe: expected nothing with --resume: a run that is resumed has its settings")
+        for section, settings in RECIPES[early.recipe].items():
+            whole = defaults.get(section)
+            if whole is None:
+                defaults |= {f"{section}.{name}": value for name, value in settings.items()}
+            else:
+                defaults[section] = whole | settings
     return [command, *options], defaults
 
 
@@ -74,6 +92,11 @@ def add_commands(commands: ArgumentParser, defaults: dict[str, Any]) -> dict[str
     """Add `pretrain` and `demo` to the commands; returns their parsers."""
     pretrain_parser, demo_parser = training_parser(PretrainConfig, defaults), training_parser(PretrainConfig, defaults)
     add_architecture(pretrain_parser, MODELS)
+    pretrain_parser.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        help="Published settings to start from, which options and configs go over: those of MAE, or of the CRATE-MAE paper.",
+    )
     commands.add_subcommand(
         "pretrain", pretrain_parser, help="Learn to reconstruct masked images from a folder of them."
     )

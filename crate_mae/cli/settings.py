@@ -231,7 +231,7 @@ def _check_names(settings: dict[Any, Any], known: Names, where: str) -> None:
         elif name in known.paths:
             if value is not None and not _is_path(value):
                 raise ValueError(f"{where}: {name}: expected the name of a file or folder, got {value!r}")
-        elif name in ("resume", "overwrite", "dry_run", "config"):
+        elif name in ("resume", "overwrite", "dry_run", "recipe", "config"):
             if value:  # --print_config writes them
                 raise ValueError(f"{where}: {name}: expected on the command line alone, as --{name.replace('_', '-')}")
         elif name != "architecture":

@@ -119,6 +119,7 @@ def _early_parser(names: Names) -> argparse.ArgumentParser:
     """The options that decide the defaults of the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--architecture")
+    parser.add_argument("--recipe")
     parser.add_argument("--config", action="append", default=[])
     for name in names.paths:
         parser.add_argument(f"--{name}", type=_path)

@@ -17,6 +17,7 @@ from crate_mae.training.metrics import NonFiniteLoss
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.planning import Plan
 from crate_mae.training.ranks import LostRank
+from crate_mae.training.recipes import recipe
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.unreadable import TooManyUnreadable
 from crate_mae.training.validation import Validation, ValidationErrors
@@ -40,5 +41,6 @@ __all__ = [
     "demo_config",
     "plan",
     "pretrain",
+    "recipe",
     "warmup_cosine",
 ]
