@@ -54,8 +54,9 @@ def pretrain(
         overwrite: delete the run in `config.out` first.
         callbacks: each is called with (step, metrics, model) after each row of metrics.jsonl, by the first process: how many
             steps have been taken, the row as a dict, and the model with the weights that would be exported then. All processes
-            give as many. The run goes on as if they had not been called; they must leave the weights alone. What one raises ends
-            the run; the last state saved is kept.
+            give as many, and there the weights are gathered for each call. The run goes on as if they had not been called; they
+            must leave the weights alone. If one returns True, the run is saved and ends; what one raises ends it, too, and the
+            last state saved is kept.
 
     Raises:
         FileExistsError: `config.out` holds a run, and neither `resume` nor `overwrite` is given.

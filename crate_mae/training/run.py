@@ -83,6 +83,7 @@ class Run(Parts[Config, Errors]):
     """One run in progress. Of several ranks each has one, and they do all together but speaking and writing."""
 
     _sinks: Sinks | None = None
+    _is_enough = False
 
     @property
     def step(self) -> int:
@@ -161,7 +162,7 @@ class Run(Parts[Config, Errors]):
         if self._sinks:
             self._sinks.row(row)
         if self.callbacks:
-            self._shown(lambda model: call(self.callbacks, row, model))
+            self._is_enough |= self._shown(lambda model: call(self.callbacks, row, model))
             self.record.meter.restart_clock()
 
     @contextlib.contextmanager
@@ -221,10 +222,13 @@ class Run(Parts[Config, Errors]):
                 self.record.meter.restart_clock()  # behind a row: none of its images are forgotten
             if due:
                 self._validate_and_save(stop)
-            elif asked or save_asked > self.saves:
+            elif asked or save_asked > self.saves or self._is_enough:
                 self._save(draw=not asked)
             if asked and self.step < self.total_steps:
                 self._stop(asked)
+            if self._is_enough and self.step < self.total_steps:
+                say(f"ended at step {self.step} of {self.total_steps}, by a callback; --resume goes on")
+                return
 
     def _validate_and_save(self, stop: StopRequest) -> None:
         """What a stop keeps from being done is done when the run is resumed."""

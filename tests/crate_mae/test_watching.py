@@ -181,6 +181,14 @@ class TestCallbacks:
         exported = crate_mae.load_model(config.out).state_dict()
         assert all(torch.equal(last[name], value) for name, value in exported.items())
 
+    def test_one_that_returns_true_ends_the_run_in_order(self, config, tmp_path):
+        found = pretrain(config, callbacks=[lambda step, metrics, model: step == 6, lambda *others: 1])
+        assert found.steps == 6 and (config.out / "states" / "step_6.pt").exists()
+        pretrain(config, resume=True)
+        other = dataclasses.replace(config, out=tmp_path / "other")
+        pretrain(other)
+        assert_same_weights(weights(config.out), weights(other.out))
+
     def test_what_one_raises_ends_the_run(self, config):
         def enough(step: int, metrics: dict, model: nn.Module) -> None:
             if step == 6:
