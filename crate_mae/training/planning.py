@@ -90,7 +90,7 @@ class Plan(NamedTuple):
         flops: of a step, of all devices together, `least_flops`.
         product_rate: FLOP/s that these reach in large products.
         memory: of the first process.
-        measured: some of its first steps, if what is counted has room.
+        measured: some of its first steps, if what is counted has room and there are any.
         room: bytes that the device has for this process.
         files: what would be written: file or folder, what it holds, about how many bytes (0: few).
         free: bytes free on the disk where that would be.
@@ -127,6 +127,8 @@ class Plan(NamedTuple):
         rate = self.flops / steps.seconds
         products, peak = "", ""
         taken = f"not measured: what is counted does not fit the {_bytes(self.room)} that there are"
+        if not self.steps:
+            taken = "not measured: all epochs are done"
         if steps.steps:
             products = f"; {rate / 1e12:.3g} TFLOP/s, {rate / self.product_rate:.0%} of what large products reach here"
             taken = (
@@ -178,7 +180,7 @@ def planned(kind: type[Run], config: TrainingConfig, resume: Resume = False, ove
             memory = Memory(own, 2 * trained, own if run.stepping.average else 0, kept, made, None)
             first, there = run.step, room(device, ranks.local_count)
             measured = Measured(0, math.nan, math.nan)
-            if not ranks.largest(memory.counted > there):
+            if first < run.total_steps and not ranks.largest(memory.counted > there):
                 measured = _measured(run)
                 memory = memory._replace(peak=peak_memory(device))
     return Plan(
