@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def _names_model(options: list[str]) -> bool:
 
 def _values(options: list[str], name: str) -> Iterator[str]:
     """Those given to an option, as --name VALUE or --name=VALUE."""
-    for option, following in zip(options, [*options[1:], "--"], strict=True):
+    for option, following in pairwise([*options, "--"]):
         if option == name:
             yield following
         elif option.startswith(f"{name}="):
