@@ -6,10 +6,14 @@ import argparse
 import os
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from crate_mae.cli.errors import nearest
 from crate_mae.registry import MODELS
+from crate_mae.training import PretrainConfig
+from crate_mae.training.config import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Limit
 
 _ALONE_THERE = ("--blr", "--data_path", "--output_dir", "--accum_iter", "--log_dir", "--input_size", "--job_dir")
 """By these a command is known as one of its: others, such as --epochs, may be meant for --schedule.epochs."""
@@ -32,6 +36,14 @@ _OURS = {
 _DEFAULTS = {"epochs": 400, "blr": 1e-3, "batch_size": 64, "model": "mae_vit_large_patch16"}
 """Those of its code that are not ours; it does not clip gradients, either."""
 
+_LIMITS: dict[str, Limit] = {
+    **{flag: PretrainConfig.limits[name] for flag, name in _OURS.items() if name in PretrainConfig.limits},
+    **dict.fromkeys(("batch_size", "accum_iter", "input_size"), AT_LEAST_ONE),  # none takes "auto", as our settings do
+    **dict.fromkeys(("lr", "blr"), POSITIVE),
+    "num_workers": NOT_NEGATIVE,
+    "data_path": (bool, "a folder of images, or what else --data takes"),
+}
+
 _MODELS = {f"mae_vit_{size}_patch16": f"crate_mae_{size}" for size in ("base", "large")}
 
 _WITHOUT_EFFECT = ("pin_mem", "no_pin_mem", "dist_on_itp", "use_volta32")
@@ -48,7 +60,7 @@ def in_our_options(options: list[str]) -> tuple[list[str], list[str]]:
     """The options of a command, those of facebookresearch/mae replaced by ours, and lines that say what became of them.
 
     A command is one of mae's if it has a flag that only mae has; another one is left as it is. It means here what it means there:
-    what it leaves out is as mae's code has it, unless a --recipe says it, or the run that is resumed.
+    what it leaves out is as mae's code has it, unless a --recipe says it, the run that is resumed, or, of the model, --init.
 
     ================================================== ==================================================================
     --batch_size B (of each process)                   --schedule.batch_size B * accum_iter * processes of torchrun
@@ -69,13 +81,13 @@ def in_our_options(options: list[str]) -> tuple[list[str], list[str]]:
         return options, []
     given, rest = _parsed(options)
     named = {option.partition("=")[0].removeprefix("--") for option in rest}
-    explicit = _settings(given, given)
+    defaults = _left_out(named | {name for name in ("resume",) if given.get(name)})
+    # What --lr is in our terms depends on the batch, of which a config may say something else than mae's default.
+    says_batch = named & {"config", "schedule", "schedule.batch_size"}
+    explicit = _settings(given, given if says_batch else defaults | given)
     for name, (flag, _) in explicit.items():
         if name in named:
             raise ValueError(f"--{flag}: expected it or --{name}, which are the same setting, not both")
-    defaults = {"output_dir": "./output_dir"}
-    if "resume" not in named | explicit.keys():
-        defaults |= {} if "recipe" in named else _DEFAULTS
     implied = _settings({name: value for name, value in defaults.items() if name not in given}, defaults | given)
     if "batch_size" in defaults:
         implied["optimizer.clip_grad"] = ("", 0)
@@ -92,13 +104,22 @@ def in_our_options(options: list[str]) -> tuple[list[str], list[str]]:
     return [*first, *rest, *last], said
 
 
+def _left_out(named: set[str]) -> dict[str, Any]:
+    """The flags that a command with these options does not need to have, by mae's defaults."""
+    defaults: dict[str, Any] = {"output_dir": "./output_dir"}
+    if "resume" in named:
+        return defaults
+    defaults |= {"model": _DEFAULTS["model"]} if "recipe" in named else _DEFAULTS  # of its size, recipes say nothing
+    return {flag: value for flag, value in defaults.items() if not (flag == "model" and "init" in named)}
+
+
 def _names_model(options: list[str]) -> bool:
     return any(map(_is_model, _values(options, "--model")))
 
 
 def _values(options: list[str], name: str) -> Iterator[str]:
     """Those given to an option, as --name VALUE or --name=VALUE."""
-    for option, following in zip(options, [*options[1:], "--"], strict=True):
+    for option, following in pairwise([*options, "--"]):
         if option == name:
             yield following
         elif option.startswith(f"{name}="):
@@ -130,6 +151,10 @@ def _parsed(options: list[str]) -> tuple[dict[str, Any], list[str]]:
         wrong = re.match(r"invalid (int|float) value: (.*)", error.message or "")
         what = f"expected {kinds[wrong[1]]}, got {wrong[2]}" if wrong else error.message
         raise ValueError(f"{error.argument_name}: {what}") from error
+    for flag, value in vars(given).items():
+        holds, expected = _LIMITS.get(flag, (lambda _: True, ""))
+        if not holds(value):
+            raise ValueError(f"--{flag}: expected {expected}, got {value!r}")
     return vars(given), rest
 
 
@@ -179,14 +204,15 @@ def _settings(flags: dict[str, Any], all_flags: dict[str, Any]) -> dict[str, tup
 def _architecture(name: str) -> str:
     architecture = _MODELS.get(name, name)
     if architecture not in MODELS:
-        raise ValueError(f"--model: expected one of {', '.join([*_MODELS, *MODELS])}, got {name!r}")
+        known = [*_MODELS, *MODELS]
+        raise ValueError(f"--model: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
     return architecture
 
 
 def _resumed(path: Path, out: tuple[str, str] | None) -> dict[str, tuple[str, Any]]:
     state = re.fullmatch(r"step_([0-9]+)(_diverging)?\.pt", path.name)
-    folder = path.parent.parent if state else path
-    if not state and path.is_file():
+    folder = path.absolute().parent.parent if state else path
+    if not state and (path.is_file() or path.suffix in (".pth", ".pt")):
         raise ValueError(
             f"--resume: expected a state of ours, RUN/states/step_N.pt, or the folder of a run, got {path}; --init starts from a "
             "file of weights"

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import metric_lines, write_photographs
+from tiny_runs import TINY, metric_lines, write_photographs
 
 import crate_mae
 from crate_mae.cli import main
@@ -115,7 +115,15 @@ class TestFlagsOfMae:
             config.model.embed_dim == crate_mae.MODELS["crate_mae_large"].embed_dim and not config.model.norm_pix_loss
         )
         assert config.optimizer.clip_grad == 0 and config.out == Path("output_dir")
-        assert settings("--data_path=photos", "--recipe=crate-mae-paper").optimizer.base_lr == 3e-5
+
+    def test_a_recipe_lies_under_them(self, settings):
+        config = settings("--data_path=photos", "--recipe=crate-mae-paper", "--epochs=90")
+        assert (config.optimizer.base_lr, config.schedule.batch_size, config.schedule.epochs) == (3e-5, 4096, 90)
+        assert config.model == crate_mae.MODELS["crate_mae_large"]  # of which the recipe says nothing
+
+    def test_init_says_the_model(self, settings, tmp_path):
+        crate_mae.save_model(crate_mae.CrateMAE(TINY), tmp_path, mean=[0.5] * 3, std=[0.5] * 3)
+        assert settings("--data_path=photos", f"--init={tmp_path}").model == TINY
 
     @pytest.mark.parametrize(
         ("flags", "setting", "value"),
@@ -123,6 +131,8 @@ class TestFlagsOfMae:
             ("--accum_iter 4 --batch_size 8", "schedule.batch_size", 32),
             ("--accum_iter=4 --batch_size=8", "schedule.accumulate", 4),
             ("--blr 2e-4 --lr 1e-3 --batch_size 512", "optimizer.base_lr", 5e-4),
+            ("--blr 2e-4 --lr 1e-3", "optimizer.base_lr", 4e-3),  # of a batch of 64, its default
+            ("--accum_iter 2 --lr 1e-3", "optimizer.base_lr", 2e-3),
             ("--input_size 160", "model.img_size", 160),
             ("--model=crate_mae_tiny", "model.embed_dim", 384),
             ("--model mae_vit_base_patch16", "model.depth", 12),
@@ -154,6 +164,14 @@ class TestFlagsOfMae:
         ("flags", "message"),
         [
             ("--blr x", "--blr: expected a number, got 'x'"),
+            ("--blr -1", "--blr: expected above 0, got -1.0"),
+            ("--accum_iter 0", "--accum_iter: expected 1 or more, got 0"),
+            ("--lr 1e-3 --accum_iter 1 --batch_size 0", "--batch_size: expected 1 or more, got 0"),
+            ("--blr 1e-3 --mask_ratio 2", "--mask_ratio: expected above 0 and below 1, got 2.0"),
+            ("--data_path=", "--data_path: expected a folder of images, or what else --data takes, got ''"),
+            ("--model crate_mae_bse", "got 'crate_mae_bse'; did you mean crate_mae_base?"),
+            ("--blr 1e-3 --resume gone.pth", "--resume: expected a state of ours"),
+            ("--input_size 32 --lr 1e-3 --schedule.batch_size 512", "--lr: expected --batch_size beside it"),
             ("--data_path d --epochs 1.5", "--epochs: expected a whole number, got '1.5'"),
             ("--data_path d --data e", "--data_path: expected it or --data, which are the same setting, not both"),
             (
