@@ -25,9 +25,9 @@ from crate_mae.cli import main
 from crate_mae.data import PretrainImages
 from crate_mae.flops import least_flops
 from crate_mae.model import CrateMAE
-from crate_mae.training import PretrainConfig, RunStopped, plan, pretrain
+from crate_mae.training import PretrainConfig, RunStopped, pace, plan, pretrain
 from crate_mae.training.counting import LiveBytes
-from crate_mae.training.pace import OF_THE_MACHINE, Pace, product_rate
+from crate_mae.training.pace import OF_THE_MACHINE, Pace
 
 
 class TestFlops:
@@ -58,13 +58,13 @@ class TestPace:
     def test_flops_of_a_counted_loop_of_products(self):
         side, images, steps = 512, 4, 40
         left, right = torch.randn(2, side, side).unbind()
-        pace = Pace(steps * 2 * side**3 / images, torch.device("cpu"), total_steps=10)
-        pace.begin(0, product_rate=1e12)
+        found = Pace(steps * 2 * side**3 / images, torch.device("cpu"), total_steps=10)
+        found.begin(0, product_rate=1e12)
         began = time.perf_counter()
         for _ in range(steps):
             torch.mm(left, right)
         seconds = time.perf_counter() - began
-        row = pace.row(1, images / seconds)
+        row = found.row(1, images / seconds)
         assert row["flops_per_second"] == pytest.approx(steps * 2 * side**3 / seconds)
         assert row["product_share"] == pytest.approx(row["flops_per_second"] / 1e12)
         assert row["hours"] * 3600 == pytest.approx(seconds, rel=0.05)
@@ -73,15 +73,11 @@ class TestPace:
     def test_the_rate_is_that_of_a_product(self, monkeypatch):
         """Of turns of 5 s (the first, in which libraries are loaded), 2, 1, 2, 2, 2 s the best."""
         ticks = itertools.accumulate(itertools.chain(*zip([0.0] * 6, [5.0, 2.0, 1.0, 2.0, 2.0, 2.0], strict=True)))
-        monkeypatch.setattr("crate_mae.training.pace.time.perf_counter", lambda: next(ticks))
-        monkeypatch.setattr(
-            "crate_mae.training.pace._measured_rate", product_rate.__globals__["_measured_rate"].__wrapped__
-        )
+        monkeypatch.setattr(pace.time, "perf_counter", lambda: next(ticks))
+        monkeypatch.setattr(pace, "_measured_rate", pace._measured_rate.__wrapped__)  # what was measured before is kept
         asked = []
-        monkeypatch.setattr(
-            "crate_mae.training.pace.torch.mm", lambda left, right: asked.append((left.shape, right.shape))
-        )
-        rate = product_rate(torch.device("cpu"), "float32")
+        monkeypatch.setattr(torch, "mm", lambda left, right: asked.append((left.shape, right.shape)))
+        rate = pace.product_rate(torch.device("cpu"), "float32")
         (rows, inner), (_, columns) = asked[0]
         assert len(asked) == 6 and rate == 2 * rows * inner * columns / 1.0
 
