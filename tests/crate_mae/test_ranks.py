@@ -286,10 +286,10 @@ def averaged(alone, tmp_path_factory) -> tuple[PretrainConfig, list[dict[str, to
         recorded.append({name: value.double().clone() for name, value in average.parameters.items()})
 
     class Recording(Step):
-        def __call__(self, *args: Any) -> torch.Tensor:
+        def __call__(self, *args: Any, **settings: Any) -> torch.Tensor:
             if not recorded:
                 record(self.average)
-            loss = super().__call__(*args)
+            loss = super().__call__(*args, **settings)
             record(self.average)
             return loss
 
