@@ -371,6 +371,11 @@ def _remarks(runs: Sequence[ComparedRun], differing: Mapping[str, object]) -> li
         told = ", ".join(f"{guess:.4g} ({name})" for name, guess in guesses.items())
         _, guess = GUESSES[runs[0].kind]
         said.append(f"Validation errors are not of the same images, masks or scales: {guess} has {told}.")
+    if "model.norm_pix_loss" in differing:
+        said.append(
+            "Validation errors are not of one measure: with model.norm_pix_loss, brightness and contrast of every predicted "
+            "patch are the true ones."
+        )
     if changing := [name for name in _OF_TRAINING_LOSS if name in differing]:
         said.append(
             f"Training losses are not of one measure: {', '.join(changing)} {'differ' if changing[1:] else 'differs'}."

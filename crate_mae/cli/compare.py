@@ -91,7 +91,9 @@ def _figures(comparison: Comparison) -> Iterator[tuple[str, Callable[[ComparedRu
             yield "best top-1", lambda run: _of(run.best, "val_top1", "{:.2%}")
         else:
             yield "best error", lambda run: _of(run.best, "val_loss", "{:.4g}")
-        yield "  at step", lambda run: f"{run.best.step:,}" if run.best else "-"
+            yield "  mean fill", lambda run: _of(run.last, "mean_fill_loss", "{:.4g}")
+            yield "  best blur", lambda run: _of(run.last, "blur_loss", "{:.4g}")
+        yield "best at step", lambda run: f"{run.best.step:,}" if run.best else "-"
 
 
 def _of(reading: Reading | None, name: str, form: str) -> str:

@@ -38,6 +38,7 @@ _WORDING = (
     (r"invalid choice: (.*) \(choose from (.*)\)$", r"expected one of \2, got \1"),
     (r"(?<=: )(.*) not among choices \[(.*)\]$", r"expected one of \2, got \1"),
     (r"(?<=required: )(pretrain|demo|finetune)\.", "--"),
+    (r"(?<=required: )compare\.runs", "RUN, the folder of a run, or several"),
     (r", got $", ", got nothing"),
 )
 """What the parsers say, and how it reads in the words of all other messages."""

@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import CONFIG_FILE, read_mae_config
-from crate_mae.cli.errors import worded
+from crate_mae.cli.errors import DEBUG_HELP, worded
 from crate_mae.cli.mae_flags import in_our_options
 from crate_mae.cli.settings import check_json, read_settings
 from crate_mae.cli.training import (
@@ -32,6 +32,7 @@ from crate_mae.cli.training import (
 from crate_mae.config import ModelConfig
 from crate_mae.data.progress import say
 from crate_mae.demo import summarise
+from crate_mae.pictures.inside import GIVEN_CONTRAST
 from crate_mae.registry import MODELS
 from crate_mae.training import PretrainConfig, PretrainResult, demo_config, plan, pretrain
 from crate_mae.training.config import of_section
@@ -92,6 +93,10 @@ def add_commands(commands: ArgumentParser, defaults: dict[str, Any]) -> dict[str
     """Add `pretrain` and `demo` to the commands; returns their parsers."""
     pretrain_parser, demo_parser = training_parser(PretrainConfig, defaults), training_parser(PretrainConfig, defaults)
     add_architecture(pretrain_parser, MODELS)
+    pretrain_parser.epilog = (
+        "The flags of facebookresearch/mae's main_pretrain.py (--blr, --data_path, --accum_iter...) are understood, too. "
+        + DEBUG_HELP
+    )
     pretrain_parser.add_argument(
         "--recipe",
         choices=list(RECIPES),
@@ -118,7 +123,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         return str(plan(config, resume=settings.resume, overwrite=settings.overwrite))
     result = pretrain(config, resume=settings.resume, overwrite=settings.overwrite)
     more = summarise(result, config) if chosen.subcommand == "demo" else []
-    return "\n".join([_report(result), *more])
+    given = [GIVEN_CONTRAST] if config.model.norm_pix_loss and result.errors else []
+    return "\n".join([_report(result), *given, *more])
 
 
 def config_of(run: Path) -> PretrainConfig:

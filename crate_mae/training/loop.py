@@ -55,8 +55,8 @@ def pretrain(
         callbacks: each is called with (step, metrics, model) after each row of metrics.jsonl, by the first process: how many
             steps have been taken, the row as a dict, and the model with the weights that would be exported then. All processes
             give as many, and there the weights are gathered for each call. The run goes on as if they had not been called; they
-            must leave the weights alone. If one returns True, the run is saved and ends; what one raises ends it, too, and the
-            last state saved is kept.
+            must leave the weights alone. If one returns True, the run is saved and ends; what one raises is raised when the run
+            has been saved.
 
     Raises:
         FileExistsError: `config.out` holds a run, and neither `resume` nor `overwrite` is given.

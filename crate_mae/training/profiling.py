@@ -15,6 +15,10 @@ _BEFORE, _WARM = 2, 1
 """Steps that are let pass, in which libraries and compilers get ready, and steps in which the profiler does."""
 
 _ROWS = 40
+_BY = {
+    "self_device_time_total": "time of their own on the device",
+    "self_cpu_time_total": "time of their own on the CPU",
+}
 
 
 class Profiler:
@@ -22,15 +26,19 @@ class Profiler:
 
     Args:
         steps: how many; 0 for none.
+        left: steps that the run has left; of too few there is no profile, which a line says.
         out: folder of the run, in which they are written.
         say: takes a line for the user.
     """
 
-    def __init__(self, steps: int, out: Path, device: torch.device, say: Callable[[str], None]) -> None:
+    def __init__(self, steps: int, left: int, out: Path, device: torch.device, say: Callable[[str], None]) -> None:
         self._out, self._on_cuda, self._say = out, device.type == "cuda", say
         self._steps = steps
         self._profile: profile | None = None
-        if steps:
+        least = _BEFORE + _WARM + steps
+        if steps and left < least:
+            say(f"run.profile: no profile of {steps} steps, for which {least} must be left to take, and {left} are")
+        elif steps:
             self._profile = profile(
                 activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_cuda else [])],
                 schedule=schedule(wait=_BEFORE, warmup=_WARM, active=steps, repeat=1),
@@ -47,13 +55,11 @@ class Profiler:
         return self._profile is None
 
     def close(self) -> None:
-        """No more steps are taken; of fewer than asked for there is no profile, which a line says."""
+        """No more steps are taken; of a run that ends before all have been there is no profile."""
         if self._profile:
-            least = _BEFORE + _WARM + self._steps
             self._profile.on_trace_ready = None
             self._profile.stop()
             self._profile = None
-            self._say(f"no profile: a run of {least} steps or more has one of {self._steps}")
 
     def _write(self, done: profile) -> None:
         self._profile = None
@@ -63,7 +69,10 @@ class Profiler:
         by = "self_device_time_total" if self._on_cuda else "self_cpu_time_total"
         table = done.key_averages().table(sort_by=by, row_limit=_ROWS, max_name_column_width=80)
         with replaced(folder / OPERATIONS) as file:
-            file.write((table + "\n").encode())
+            heading = (
+                f"{self._steps} steps, after {_BEFORE + _WARM} others; the {_ROWS} operations with the most {_BY[by]}"
+            )
+            file.write(f"{heading}\n{table}\n".encode())
         self._say(
             f"profiled {self._steps} steps: what took the longest is in {folder / OPERATIONS}; chrome://tracing and "
             f"ui.perfetto.dev show {folder / TRACE}"

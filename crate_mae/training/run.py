@@ -59,6 +59,8 @@ def train(
     if resume is not False and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     check_launcher()
+    if not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks: expected functions of (step, metrics, model), got {callbacks!r}")
     device = choose_device(config.run.device, rank=local_rank())
     with met(device) as ranks, contextlib.ExitStack() as owning:
 
@@ -84,6 +86,7 @@ class Run(Parts[Config, Errors]):
 
     _sinks: Sinks | None = None
     _is_enough = False
+    _raised: Exception | None = None
 
     @property
     def step(self) -> int:
@@ -129,7 +132,7 @@ class Run(Parts[Config, Errors]):
             rates = self.ranks.gathered(product_rate(self.device, self.precision))
             self.record.pace.begin(self.step, sum(rates))
             to_profile = self.config.run.profile if self.ranks.is_first else 0
-            profiler = Profiler(to_profile, self.config.out, self.device, say)
+            profiler = Profiler(to_profile, self.total_steps - self.step, self.config.out, self.device, say)
             with contextlib.closing(iter(loader)) as batches, contextlib.closing(profiler):
                 self._take_steps(Feed(batches, self.device, self.beside), progress, stop, profiler)
             self.record.settle()
@@ -162,7 +165,12 @@ class Run(Parts[Config, Errors]):
         if self._sinks:
             self._sinks.row(row)
         if self.callbacks:
-            self._is_enough |= self._shown(lambda model: call(self.callbacks, row, model))
+            try:
+                self._is_enough |= self._shown(lambda model: call(self.callbacks, row, model))
+            except Exception as error:
+                if is_of_a_collective(error):
+                    raise
+                self._raised = error  # to be raised when the run has been saved
             self.record.meter.restart_clock()
 
     @contextlib.contextmanager
@@ -222,8 +230,11 @@ class Run(Parts[Config, Errors]):
                 self.record.meter.restart_clock()  # behind a row: none of its images are forgotten
             if due:
                 self._validate_and_save(stop)
-            elif asked or save_asked > self.saves or self._is_enough:
+            elif asked or save_asked > self.saves or self._is_enough or self._raised:
                 self._save(draw=not asked)
+            if self._raised:
+                self.record.settle()
+                raise self._raised
             if asked and self.step < self.total_steps:
                 self._stop(asked)
             if self._is_enough and self.step < self.total_steps:

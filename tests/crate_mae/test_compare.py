@@ -198,7 +198,8 @@ class TestReading:
         same = written("same", [of_steps(4), of_validation(4, 0.9, fill=1.5001)])
         remarks = compare([plain, other]).remarks
         assert remarks[0].endswith("not of the same images, masks or scales: mean fill has 1.5 (plain), 1.8 (other).")
-        assert remarks[1] == "Training losses are not of one measure: model.norm_pix_loss differs."
+        assert remarks[1].startswith("Validation errors are not of one measure: with model.norm_pix_loss")
+        assert remarks[2] == "Training losses are not of one measure: model.norm_pix_loss differs."
         assert len(compare([plain, same]).remarks) == 1  # that hours are estimated
 
     def test_what_is_no_run_to_compare_is_refused(self, plain, written, tmp_path):

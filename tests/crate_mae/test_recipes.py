@@ -150,13 +150,13 @@ class TestFlagsOfMae:
         ],
     )
     def test_each_flag(self, settings, flags, setting, value):
-        config = settings(*shlex.split(flags))
+        config = settings("--data_path=photos", *shlex.split(flags))
         for name in setting.split("."):
             config = getattr(config, name)
         assert config == pytest.approx(value) if isinstance(value, float) else config == value
 
     def test_what_has_no_effect_is_said(self, settings):
-        settings("--blr=1e-3", "--pin_mem", "--dist_url", "env://", "--log_dir=there")
+        settings("--data_path=d", "--blr=1e-3", "--pin_mem", "--dist_url", "env://", "--log_dir=there")
         assert "without effect here: --dist_url, --pin_mem" in settings.said
         assert "events for TensorBoard go to the folder tensorboard" in settings.said
 
@@ -181,6 +181,7 @@ class TestFlagsOfMae:
             ("--blr 1e-3 --start_epoch 3", "--start_epoch: expected 0, got 3"),
             ("--blr 1e-3 --lr 1e-3 --recipe mae", "--lr: expected --batch_size beside it"),
             ("--output_dir ''", "--output_dir: expected a folder, got nothing"),
+            ("--blr 1e-4 --out run", "--data_path: expected the folder of the images, got nothing"),
             ("--output_dir a --resume b/states/step_3.pt", "--resume: expected a state of the run in --output_dir a"),
             ("--epochs 3 --out run", "did you mean --schedule.epochs?"),  # of no command of mae's
         ],
