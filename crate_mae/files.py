@@ -12,6 +12,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -167,6 +168,14 @@ def remove(path: Path) -> None:
     """Delete a file, if there is one."""
     with suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder with all that is in it, or a file, if there is one; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        remove(path)
 
 
 def remove_unfinished(folder: Path) -> list[Path]:

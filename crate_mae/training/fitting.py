@@ -137,6 +137,15 @@ def peak_memory(device: torch.device) -> int | None:
     return None
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` be of what comes from now on, with what there is; where Linux cannot forget, it stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 class _Cuda:
     def __init__(self, device: torch.device) -> None:
         self._device = device

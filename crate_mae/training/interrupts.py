@@ -27,6 +27,9 @@ class RunStopped(Exception):
         super().__init__(message)
         self.signal = signal
 
+    def __reduce__(self) -> tuple[type[RunStopped], tuple[str, int]]:  # to the other ranks
+        return type(self), (str(self), self.signal)
+
 
 class EndedAtOnce(KeyboardInterrupt):
     """The second signal, of that number."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from crate_kernels.precision import CPU_PRODUCT_DTYPES
-from crate_mae.training.fitting import peak_memory
+from crate_mae.training.fitting import forget_peak, peak_memory
 from crate_mae.training.precision import DTYPES
 
 OF_THE_MACHINE = (
@@ -91,6 +91,7 @@ class Pace:
 
     def begin(self, step: int, product_rate: float) -> None:
         """The first step after so many others begins."""
+        forget_peak(self._device)  # of the product that was measured, and of the batches that were tried
         self._began, self._first_step, self.product_rate = time.perf_counter(), step, product_rate
 
     def in_words(self, images_per_second: float) -> str:

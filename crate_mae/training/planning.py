@@ -20,13 +20,13 @@ from crate_mae.registry import count_parameters
 from crate_mae.training.config import TrainingConfig
 from crate_mae.training.counting import LiveBytes
 from crate_mae.training.feed import Feed
-from crate_mae.training.fitting import peak_memory, room
+from crate_mae.training.fitting import forget_peak, peak_memory, room
 from crate_mae.training.pace import product_rate
 from crate_mae.training.parallel import local
 from crate_mae.training.parts import Resume
 from crate_mae.training.precision import choose_device, cpu_threads
-from crate_mae.training.ranks import check_launcher, local_rank, met
-from crate_mae.training.run import Run
+from crate_mae.training.ranks import local_rank, met
+from crate_mae.training.run import Run, check_start
 from crate_mae.training.run_folder import (
     BEST,
     IMAGES,
@@ -90,7 +90,7 @@ class Plan(NamedTuple):
         flops: of a step, of all devices together, `least_flops`.
         product_rate: FLOP/s that these reach in large products.
         memory: of the first process.
-        measured: some of its first steps, if what is counted has room and there are any.
+        measured: some of its first steps, if there are any and what is counted has room.
         room: bytes that the device has for this process.
         files: what would be written: file or folder, what it holds, about how many bytes (0: few).
         free: bytes free on the disk where that would be.
@@ -128,8 +128,8 @@ class Plan(NamedTuple):
         products, peak = "", ""
         taken = f"not measured: what is counted does not fit the {_bytes(self.room)} that there are"
         if not self.steps:
-            taken = "not measured: all epochs are done"
-        if steps.steps:
+            taken = f"nothing left to do: all {self.epochs} epochs are done"
+        elif steps.steps:
             products = f"; {rate / 1e12:.3g} TFLOP/s, {rate / self.product_rate:.0%} of what large products reach here"
             taken = (
                 f"{_seconds(steps.seconds)} a step, of which {steps.waiting:.0%} waiting for images; "
@@ -137,9 +137,7 @@ class Plan(NamedTuple):
                 f"{_seconds(steps.seconds * self.steps)} for {self.steps:,} steps; validations and saves come on top"
             )
         if memory.peak:
-            peak = (
-                f"{_bytes(memory.peak)} at the peak of {steps.steps} steps, with all that the process needs besides; "
-            )
+            peak = f"{_bytes(memory.peak)} at the peak of {steps.steps} steps, with libraries and all else; of these, "
         width = max(len(str(path)) for path, _, _ in self.files)
         return "\n".join(
             [
@@ -162,7 +160,7 @@ def planned(kind: type[Run], config: TrainingConfig, resume: Resume = False, ove
 
     Errors as of `train`. In processes that torchrun started all come here, and each gets a plan.
     """
-    check_launcher()
+    check_start(resume, overwrite)
     device = choose_device(config.run.device, rank=local_rank())
     with met(device) as ranks:
 
@@ -181,6 +179,7 @@ def planned(kind: type[Run], config: TrainingConfig, resume: Resume = False, ove
             first, there = run.step, room(device, ranks.local_count)
             measured = Measured(0, math.nan, math.nan)
             if first < run.total_steps and not ranks.largest(memory.counted > there):
+                forget_peak(device)
                 measured = _measured(run)
                 memory = memory._replace(peak=peak_memory(device))
     return Plan(
@@ -226,6 +225,7 @@ def _measured(run: Run[Any, Any]) -> Measured:
 
     Before them come steps in which libraries get ready, and what loaders have made ahead is used up.
     """
+    unreadable: set[str] = set()
     before = 2 + 3 * run.num_workers
     end = min(run.total_steps, run.step + before + _MOST)
     if end - run.step <= before + _LEAST:
@@ -236,7 +236,7 @@ def _measured(run: Run[Any, Any]) -> Measured:
         num_workers=run.num_workers,
         pin_memory=run.device.type == "cuda",
         say=say,
-        unreadable=lambda errors: None,
+        unreadable=lambda errors: unreadable.update(error.name for error in errors),
     )
     progress = tqdm(total=SECONDS, unit="s", desc="measuring", disable=None)
     with contextlib.closing(iter(loader)) as batches, progress:
@@ -254,6 +254,10 @@ def _measured(run: Run[Any, Any]) -> Measured:
             enough = elapsed >= SECONDS and run.step - first >= _LEAST
             if run.ranks.largest(enough):  # all at the same step
                 break
+    if unreadable := set().union(*run.ranks.gathered(unreadable)):
+        say(
+            f"{len(unreadable)} of the images met cannot be read, such as {min(unreadable)}; crate-mae check finds all there are"
+        )
     taken = run.step - first
     return Measured(taken, elapsed / taken, (feed.waited - waited) / elapsed)
 
@@ -263,7 +267,7 @@ def _files(run: Run[Any, Any]) -> list[tuple[Path, str, int]]:
     config, out = run.config, run.config.out
     weights = sum(weight.nbytes for weight in run.model.state_dict().values())
     state = weights * (3 + bool(run.stepping.average))
-    states = min(config.run.keep_states + 1, max(1, config.schedule.epochs // config.run.save_every))
+    states = min(config.run.keep_states + 1, -(-config.schedule.epochs // config.run.save_every))
     if config.run.keep_every:
         states += config.schedule.epochs // config.run.keep_every
     files = [
@@ -271,9 +275,9 @@ def _files(run: Run[Any, Any]) -> list[tuple[Path, str, int]]:
         (out / METRICS, f"a line every {config.run.log_every} steps", 0),
         (out / STARTS, "a line for each start", 0),
         (out / WEIGHTS_FILE, "the model", weights),
-        (out / BEST, "the model of the best validation", weights if run.validation else 0),
-        (out / STATES, f"up to {states} states to resume from, {_bytes(state)} each", states * state),
+        (out / STATES, f"to resume from, up to {states} of {_bytes(state)}", states * state),
     ]
+    files += [(out / BEST, "the model of the best validation", weights)] * bool(run.validation)
     files += [(out / IMAGES, "the names of the images", 0)] * bool(run.images.listed)
     files += [(out / PROFILE, f"profile of {config.run.profile} steps", 0)] * bool(config.run.profile)
     files += [(out / name, "a picture", 0) for name in run.pictures]

@@ -208,13 +208,14 @@ class Record:
         self._write(epoch=int(self.epoch), inside=values)
 
     def log_grad_norms(self, norms: dict[str, float]) -> None:
-        """Write the row of the gradient's norm by part of the model.
+        """Write the row of the gradient's norm by part of the model; none of a step that was skipped for too large a gradient.
 
         Raises:
             NonFiniteLoss: as of `log`, where that would raise it.
         """
         self.meter.check()
-        self._write(epoch=self.epoch, grad_norms=norms)
+        if all(map(math.isfinite, norms.values())):
+            self._write(epoch=self.epoch, grad_norms=norms)
 
     def _write(self, **values: Any) -> None:
         row = {"step": self.step, **values}

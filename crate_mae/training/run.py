@@ -54,11 +54,7 @@ def train(
 ) -> Run:
     """Do a run of a kind in the folder of its configuration, with all processes that torchrun started; returns it when it has
     ended. Errors as of `pretrain`."""
-    if not (resume == "best" or isinstance(resume, int)):
-        raise ValueError(f'resume: expected True, False, "best" or the number of a step, got {resume!r}')
-    if resume is not False and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
-    check_launcher()
+    check_start(resume, overwrite)
     if not all(map(callable, callbacks)):
         raise TypeError(f"callbacks: expected functions of (step, metrics, model), got {callbacks!r}")
     device = choose_device(config.run.device, rank=local_rank())
@@ -79,6 +75,15 @@ def train(
         with cpu_threads(config.run.threads):
             run.train()
         return run
+
+
+def check_start(resume: Resume, overwrite: bool) -> None:
+    """Raise a ValueError if a run cannot begin so, or not as the process that this is."""
+    if not (resume == "best" or isinstance(resume, int)):
+        raise ValueError(f'resume: expected True, False, "best" or the number of a step, got {resume!r}')
+    if resume is not False and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    check_launcher()
 
 
 class Run(Parts[Config, Errors]):
@@ -176,9 +181,8 @@ class Run(Parts[Config, Errors]):
     @contextlib.contextmanager
     def _sinks_open(self) -> Iterator[None]:
         """Rows are sent to the run's sinks, by the first rank, while the block lasts."""
-        names, ended = self.config.run.log_to, "finished"
-        if names:
-            self.ranks.of_first(self._open_sinks)
+        ended = "finished"
+        self.ranks.of_first(self._open_sinks)  # also where there are none: those of before lack the rows to come
         try:
             yield
         except BaseException as error:
@@ -189,8 +193,9 @@ class Run(Parts[Config, Errors]):
                 self._sinks.close(ended)
 
     def _open_sinks(self) -> None:
-        config = self.config
-        self._sinks = open_sinks(config.run.log_to, config.out, config.to_dict(), [*self.record.rows()], say=say)
+        config, names = self.config, self.config.run.log_to
+        rows = list(self.record.rows()) if names else []
+        self._sinks = open_sinks(names, config.out, config.to_dict(), rows, say=say)
 
     def _stop_requests(self) -> contextlib.AbstractContextManager[StopRequest]:
         if self.ranks.count == 1:
@@ -348,6 +353,8 @@ class Run(Parts[Config, Errors]):
             error.args = (f"{error}{self._cause(error)}; {remedy}; {self.record.saved()}",)
             raise
         except OSError as error:
+            if type(error).__module__ != "builtins":  # a library's, of a callback, that may be made of other arguments
+                raise
             told = type(error)(f"{error}; {self.record.saved()}")
             told.errno = error.errno
             raise told from error

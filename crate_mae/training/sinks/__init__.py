@@ -8,14 +8,13 @@ starts anew, and gets all of them. How they were closed is in sinks.json, which 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from crate_mae.data import MissingLibrary
-from crate_mae.files import remove, sync_folder, write_json
+from crate_mae.files import remove, remove_tree, sync_folder, write_json
 from crate_mae.training.sinks import csv, mlflow, tensorboard, wandb
 from crate_mae.training.sinks.sink import Sink, scalars_of
 
@@ -144,11 +143,7 @@ def clear_sinks(out: Path) -> None:
     """Delete what sinks wrote into the folder of a run."""
     remove(out / _CLOSED)
     for name in PLACES.values():
-        place = out / name
-        if place.is_dir():
-            shutil.rmtree(place)
-        else:
-            remove(place)
+        remove_tree(out / name)
 
 
 def check_sinks(names: Sequence[str]) -> None:

@@ -50,12 +50,14 @@ class MLflowSink(Sink):
             _ask(uri)
             client = MlflowClient(tracking_uri=uri)
         else:
-            if identity is None:
-                shutil.rmtree(out / self.place, ignore_errors=True)  # of rows that are all sent again
+            folder = (out / self.place).absolute()
+            if identity is None or not _is_of(folder, identity):
+                identity = None
+                shutil.rmtree(folder, ignore_errors=True)  # of rows that are all sent again
             # MLflow makes these itself, but not where this process had the folder open before.
-            (out / self.place / ".trash").mkdir(parents=True, exist_ok=True)
+            (folder / ".trash").mkdir(parents=True, exist_ok=True)
             with _files_allowed():
-                client = MlflowClient(tracking_uri=(out / self.place).absolute().as_uri())
+                client = MlflowClient(tracking_uri=folder.as_uri())
         before = _params_of(client, identity) if identity else None
         self.goes_on = before is not None
         if identity and self.goes_on:
@@ -198,6 +200,11 @@ def _files_allowed() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _is_of(folder: Path, run_id: str) -> bool:
+    """Whether a run's artifacts are in this folder: MLflow writes down where, and follows no folder that is moved."""
+    return any(folder.as_uri() in meta.read_text(encoding="utf-8") for meta in folder.glob(f"*/{run_id}/meta.yaml"))
 
 
 def _experiment(client: MlflowClient) -> str:

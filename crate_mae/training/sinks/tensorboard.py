@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from crate_mae.files import make_folder, sync
+from crate_mae.files import make_folder, remove_tree, sync
 from crate_mae.training.sinks.sink import Sink
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ class TensorBoardSink(Sink):
         self._described: set[str] = set()
         folder = out / self.place
         self.goes_on = identity is not None and any(folder.glob("*.tfevents.*"))
-        if not self.goes_on and folder.exists():
-            shutil.rmtree(folder)
+        if not self.goes_on:
+            remove_tree(folder)
         make_folder(folder)
         now = time.time()
         self.path = (
