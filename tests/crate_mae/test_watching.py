@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import math
+import pickle
 import subprocess
 import sys
 import time
@@ -193,6 +194,8 @@ class TestCallbacks:
         with pytest.raises(StopIteration, match="enough"):
             pretrain(config, callbacks=[enough])
         assert (config.out / "states" / "step_6.pt").exists()
+        stopped = pickle.loads(pickle.dumps(RunStopped("enough", 2)))  # as it comes to other ranks
+        assert (str(stopped), stopped.signal) == ("enough", 2)
         with pytest.raises(TypeError, match="callbacks: expected functions"):
             pretrain(config, resume=True, callbacks=[3])
 
@@ -287,6 +290,12 @@ class TestSinks:
         assert [image.step for image in accumulated(config.out).Images("reconstructions")][-1] == 12
         capsys.readouterr()
 
+    def test_one_that_was_left_out_for_a_while_has_all_rows(self, config):
+        for epochs, names in ((2, ("csv",)), (3, ()), (4, ("csv",))):
+            schedule = dataclasses.replace(config.schedule, epochs=epochs)
+            pretrain(dataclasses.replace(with_run(config, log_to=names), schedule=schedule), resume=epochs > 2)
+        assert read(config.out, "csv") == just(metric_lines(config.out))
+
     def test_overwriting_clears_them(self, config):
         pretrain(with_run(config, log_to=("csv", "tensorboard")))
         pretrain(config, overwrite=True)
@@ -348,6 +357,18 @@ class TestPlanning:
         assert not (tmp_path / "new").exists()
         assert main(["pretrain", f"--config={config.out / 'config.json'}", "--dry-run"]) == 2
         assert "holds a run already" in capsys.readouterr().err
+
+    def test_of_a_finished_run_nothing_is_left(self, config):
+        pretrain(config)
+        before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
+        found = plan(config, resume=True)
+        assert (found.steps, found.measured.steps) == (0, 0) and "nothing left to do: all 3 epochs are done" in str(
+            found
+        )
+        assert plan(config, overwrite=True).steps == 12
+        assert before == {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
+            plan(config, resume=True, overwrite=True)
 
     def test_what_does_not_fit_is_counted_and_not_tried(self, config, monkeypatch):
         monkeypatch.setattr("crate_mae.training.planning.room", lambda *arguments: 1e5)
