@@ -98,9 +98,8 @@ def in_our_options(options: list[str]) -> tuple[list[str], list[str]]:
     )
     if not {"data", "config", "resume"} & (named | explicit.keys()):
         raise ValueError("--data_path: expected the folder of the images, got nothing")
-    said = [
-        f"read as flags of facebookresearch/mae: {' '.join(last)}; left out, and as its code has it: {' '.join(first)}"
-    ]
+    left_out = f"; left out, and as its code has it: {' '.join(first)}" if first else ""
+    said = [f"read as flags of facebookresearch/mae: {' '.join(last)}{left_out}"]
     if without := [f"--{name}" for name in (*_OF_THE_LAUNCHER, *_WITHOUT_EFFECT) if name in given]:
         said.append(f"without effect here: {', '.join(without)}")
     if "log_dir" in given:
