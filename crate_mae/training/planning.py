@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
@@ -204,9 +205,17 @@ def _counted(run: Run[Any, Any]) -> tuple[int, int]:
     Counted on fake tensors, by the operations that the device would do; of a compiled model, by those of one that is not.
     """
     pixels, beside = run.batch_of(1)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.random.fork_rng([]), fake, LiveBytes() as live, torch.device(run.device):
+    with torch.random.fork_rng([]):
         model = run._model(resumed=True).train()  # which begins with no weights in particular
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, torch.device(run.device):
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    made = torch.empty(weight.shape, dtype=weight.dtype)
+                    module._parameters[name] = nn.Parameter(made, weight.requires_grad)
+            for name, constant in module._buffers.items():
+                if constant is not None:
+                    module._buffers[name] = torch.empty(constant.shape, dtype=constant.dtype)
         model.stream, model.recompute = run.config.run.stream, run.config.run.recompute
         weights = live.now
         images = run.micro_batch

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import crate_mae
+from crate_mae import ClassifierConfig, finetuning
 from crate_mae.cli import main
 from crate_mae.data import PretrainImages
 from crate_mae.flops import least_flops
@@ -369,6 +370,20 @@ class TestPlanning:
         assert before == {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
         with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
             plan(config, resume=True, overwrite=True)
+
+    @pytest.mark.parametrize("family", ["crate", "crate_alpha", "crate_mae"])
+    def test_of_a_fine_tuning(self, family, tmp_path):
+        model = ClassifierConfig(family=family, img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+        found = finetuning.plan(
+            finetuning.FinetuneConfig(
+                out=tmp_path / "run",
+                model=model,
+                schedule=finetuning.FinetuneScheduleConfig(epochs=2, warmup_epochs=1, batch_size=100),
+                run=finetuning.FinetuneRunConfig(device="cpu", precision="float32", threads=1),
+            )
+        )
+        assert found.steps == 10 and found.measured.steps > 0 and found.memory.kept > 0
+        assert not list(tmp_path.iterdir())
 
     def test_what_does_not_fit_is_counted_and_not_tried(self, config, monkeypatch):
         monkeypatch.setattr("crate_mae.training.planning.room", lambda *arguments: 1e5)
