@@ -230,6 +230,7 @@ def test_what_cannot_be_opened_is_told_before_anything_is_sent(tmp_path, monkeyp
 
 
 def test_a_disk_that_is_full_at_the_start_leaves_nothing_to_go_on_from(tmp_path, monkeypatch):
+    opened(tmp_path, ["tensorboard", "csv"]).close("stopped")
     closed = []
     monkeypatch.setattr(TensorBoardSink, "close", lambda sink, ended: closed.append(ended))
     monkeypatch.setattr("crate_mae.files._write_all", full)

@@ -297,6 +297,20 @@ class TestSinks:
             pretrain(dataclasses.replace(with_run(config, log_to=names), schedule=schedule), resume=epochs > 2)
         assert read(config.out, "csv") == just(metric_lines(config.out))
 
+    def test_what_no_run_made_is_left_alone(self, config):
+        mine = config.out / "tensorboard" / "mine"
+        mine.parent.mkdir(parents=True)
+        mine.touch()
+        pretrain(with_run(config, log_to=("csv",)))
+        for settings in (dict(resume=True), dict(overwrite=True)):
+            with pytest.raises(
+                ValueError, match=r"run\.log_to: .*tensorboard is there already, and is not of a run in this"
+            ):
+                pretrain(with_run(config, log_to=("tensorboard",)), **settings)
+        assert metric_lines(config.out)
+        pretrain(config, overwrite=True)
+        assert mine.exists() and not (config.out / "metrics.csv").exists()
+
     def test_overwriting_clears_them(self, config):
         pretrain(with_run(config, log_to=("csv", "tensorboard")))
         pretrain(config, overwrite=True)

@@ -8,13 +8,14 @@ starts anew, and gets all of them. How they were closed is in sinks.json, which 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from crate_mae.data import MissingLibrary
-from crate_mae.files import remove, remove_tree, sync_folder, write_json
+from crate_mae.files import remove, remove_tree, replaced, sync_folder, write_json
 from crate_mae.training.sinks import csv, mlflow, tensorboard, wandb
 from crate_mae.training.sinks.sink import Sink, scalars_of
 
@@ -27,6 +28,8 @@ PLACES = {kind.name: kind.place for kind in _KINDS.values()}
 """Where each leaves what it does not send elsewhere: a file or a folder in that of the run."""
 
 _CLOSED = "sinks.json"
+_OURS = ".sinks"
+"""Names of the sinks that were ever opened in a folder: what stands in the place of another is not the run's, and left alone."""
 
 
 class Sinks:
@@ -122,6 +125,10 @@ def open_sinks(
     for name in names:
         if name not in _KINDS:
             raise ValueError(f"run.log_to: expected some of {', '.join(_KINDS)}, got {name!r}")
+    check_sinks(names, out)
+    if {*names} - {*_ours(out)}:  # ahead of what they write: a run that is killed knows what is its own
+        with replaced(out / _OURS) as file:
+            file.write("\n".join(sorted({*_ours(out), *names})).encode())
     before, opened = _closed_before(out), []
     with ExitStack() as undoing:
         for name in dict.fromkeys(names):
@@ -140,16 +147,34 @@ def open_sinks(
 
 
 def clear_sinks(out: Path) -> None:
-    """Delete what sinks wrote into the folder of a run."""
+    """Delete what sinks wrote into the folder of a run, and nothing else."""
     remove(out / _CLOSED)
-    for name in PLACES.values():
-        remove_tree(out / name)
+    for name in _ours(out):
+        remove_tree(out / PLACES[name])
+    remove(out / _OURS)
 
 
-def check_sinks(names: Sequence[str]) -> None:
-    """Raise a MissingLibrary if one is not installed that a sink needs."""
+def check_sinks(names: Sequence[str], out: Path) -> None:
+    """Refuse sinks that cannot be opened in the folder of a run.
+
+    Raises:
+        MissingLibrary: an ImportError: a library is not installed.
+        ValueError: what is in the place of one is not of a run in this folder.
+    """
     for name in names:
         _KINDS[name].check()
+        place = out / PLACES[name]
+        if name not in _ours(out) and os.path.lexists(place):
+            raise ValueError(
+                f"run.log_to: {place} is there already, and is not of a run in this folder; name another --out"
+            )
+
+
+def _ours(out: Path) -> list[str]:
+    try:
+        return [name for name in (out / _OURS).read_text(encoding="utf-8").split() if name in PLACES]
+    except OSError:
+        return []
 
 
 def _opened(name: str, out: Path, config: dict[str, Any], identity: str | None, say: Callable[[str], None]) -> Sink:
