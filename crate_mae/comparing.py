@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crate_mae.checkpoints import CONFIG_FILE
+from crate_mae.training.metrics import MetricsLog
 from crate_mae.training.ownership import LOCK
 from crate_mae.training.run_folder import BREAKDOWN, METRICS, STARTS, STATES, by_name, kind_of
 from crate_mae.training.states import saved_states
@@ -228,7 +228,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> ComparedRun:
     kind, settings = _settings(folder)
     batch_size = settings["schedule.batch_size"]
-    rows = _rows(folder / METRICS)
+    rows = list(MetricsLog(folder / METRICS, writes=False).rows())
     of_steps = [row for row in rows if "loss" in row]
     if not of_steps:
         raise ValueError(
@@ -293,17 +293,6 @@ def _json(file: Path) -> Any:
         raise ValueError(f"{file}: not whole JSON ({error})") from None
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines; without those that a run that was killed, or is writing just now, has left cut short."""
-    rows = []
-    for line in file.read_bytes().splitlines() if file.exists() else ():
-        with suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-    return rows
-
-
 def _has(row: Mapping[str, Any], *names: str) -> bool:
     """Whether there are numbers by these names."""
     return all(isinstance(row.get(name), int | float) for name in names)
@@ -325,7 +314,7 @@ def _estimated_hours(rows: Iterable[Mapping[str, Any]], batch_size: int) -> list
 
 
 def _starts(file: Path) -> list[Start]:
-    rows = _rows(file)
+    rows = list(MetricsLog(file, writes=False).rows())
     return [
         Start(row["step"], str(row.get("changed", "")), any(later["step"] < row["step"] for later in rows[place:]))
         for place, row in enumerate(rows)

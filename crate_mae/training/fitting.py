@@ -143,7 +143,7 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            _Host.forget_peak()
 
 
 class _Cuda:
@@ -175,7 +175,7 @@ class _Host:
     def __init__(self, processes: int) -> None:
         self._processes = processes
         try:
-            self._reset()
+            self.forget_peak()
         except (OSError, StopIteration) as error:
             raise ValueError(
                 f"schedule.batch_size and schedule.accumulate: expected numbers, since here the memory of a CPU cannot be "
@@ -191,12 +191,12 @@ class _Host:
         return _kilobytes(Path("/proc/self/status"), "VmRSS") + available / self._processes
 
     def peak(self, trial: Callable[[], object]) -> float:
-        self._reset()
+        self.forget_peak()
         trial()
         return _kilobytes(Path("/proc/self/status"), "VmHWM")
 
     @staticmethod
-    def _reset() -> None:
+    def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # the highest of this process starts anew
 
 

@@ -102,8 +102,9 @@ class Pace:
     def row(self, step: int, images_per_second: float) -> dict[str, Any]:
         """What a row of metrics.jsonl has of it, once steps have been taken.
 
-        ``product_share`` is that of the devices' product rate; ``memory_bytes`` the most so far, of CUDA's tensors on the device
-        of this process, or of all that this process has on a host (left out where that is not known).
+        ``product_share`` is that of the devices' product rate; ``memory_bytes`` the most since steps began, of CUDA's tensors on
+        the device of this process, or of all that this process has on a host (left out where that is not known); ``hours`` go on
+        from the last row that the run still has.
         """
         flops = images_per_second * self._flops_an_image
         memory = peak_memory(self._device)

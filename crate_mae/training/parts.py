@@ -85,7 +85,7 @@ class Parts(ABC, Generic[Config, Errors]):
         check_workers(config.images.num_workers)
         if config.run.compile:
             check_compiler(self.device)
-        check_sinks(config.run.log_to if ranks.is_first else (), config.out)
+        ranks.of_first(lambda: check_sinks(config.run.log_to, config.out))
         if config.run.stream == "16bit" and self.precision == "float32":
             raise ValueError('run.stream: "16bit" needs the autocast of another run.precision; here it is "float32"')
 

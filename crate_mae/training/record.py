@@ -138,8 +138,6 @@ class Record:
         """Remove what belongs to none of the steps taken: unfinished files, and rows, states and a best model of later steps."""
         if self.ranks.of_first(self._tidied):
             self.watch.forget_best()
-        for row in self.rows():
-            self.pace.go_on(row.get("hours", self.pace.hours))
 
     def _tidied(self) -> bool:
         """Returns whether the best model is lost."""
@@ -158,6 +156,9 @@ class Record:
                 row["step"] < self.step or (row["step"] == self.step and (self.validated or "val_loss" not in row))
             )
         )
+        for row in self.rows():
+            if isinstance(hours := row.get("hours"), int | float):
+                self.pace.go_on(hours)
         if broken:
             self.say(f"removed {broken} broken lines of {METRICS}")
         return is_lost

@@ -7,7 +7,6 @@ import gzip
 import itertools
 import json
 import math
-import pickle
 import subprocess
 import sys
 import time
@@ -57,20 +56,23 @@ class TestFlops:
 
 
 class TestPace:
-    def test_flops_of_a_counted_loop_of_products(self):
+    def test_flops_of_a_counted_loop_of_products(self, monkeypatch):
         side, images, steps = 512, 4, 40
         left, right = torch.randn(2, side, side).unbind()
+        now = [100.0]
+        monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
         found = Pace(steps * 2 * side**3 / images, torch.device("cpu"), total_steps=10)
         found.begin(0, product_rate=1e12)
-        began = time.perf_counter()
+        began = time.monotonic()
         for _ in range(steps):
             torch.mm(left, right)
-        seconds = time.perf_counter() - began
+        seconds = time.monotonic() - began
+        now[0] += seconds
         row = found.row(1, images / seconds)
         assert row["flops_per_second"] == pytest.approx(steps * 2 * side**3 / seconds)
         assert row["product_share"] == pytest.approx(row["flops_per_second"] / 1e12)
-        assert row["hours"] * 3600 == pytest.approx(seconds, rel=0.05)
-        assert row["hours_left"] == pytest.approx(9 * row["hours"], rel=0.05)
+        assert row["hours"] * 3600 == pytest.approx(seconds)
+        assert row["hours_left"] == pytest.approx(9 * row["hours"])
 
     def test_the_rate_is_that_of_a_product(self, monkeypatch):
         """Of turns of 5 s (the first, in which libraries are loaded), 2, 1, 2, 2, 2 s the best."""
@@ -195,8 +197,6 @@ class TestCallbacks:
         with pytest.raises(StopIteration, match="enough"):
             pretrain(config, callbacks=[enough])
         assert (config.out / "states" / "step_6.pt").exists()
-        stopped = pickle.loads(pickle.dumps(RunStopped("enough", 2)))  # as it comes to other ranks
-        assert (str(stopped), stopped.signal) == ("enough", 2)
         with pytest.raises(TypeError, match="callbacks: expected functions"):
             pretrain(config, resume=True, callbacks=[3])
 
@@ -382,8 +382,6 @@ class TestPlanning:
         )
         assert plan(config, overwrite=True).steps == 12
         assert before == {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
-        with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
-            plan(config, resume=True, overwrite=True)
 
     @pytest.mark.parametrize("family", ["crate", "crate_alpha", "crate_mae"])
     def test_of_a_fine_tuning(self, family, tmp_path):

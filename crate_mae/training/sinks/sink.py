@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 from crate_mae.data import MissingLibrary
 
 
-class Sink:
+class Sink(ABC):
     """One more place for the rows of metrics.jsonl.
 
     What was sent to it cannot be taken back. So it goes on only where it was closed in order with just the rows that
@@ -56,18 +57,19 @@ class Sink:
         except ImportError as error:
             raise MissingLibrary(f"run.log_to: {cls.name} needs a library ({error}): {cls.installed_by}") from error
 
+    @abstractmethod
     def row(self, step: int, scalars: dict[str, float]) -> None:
         """Take a row; it may be on its way still when this returns."""
-        raise NotImplementedError
 
     def fill(self, rows: Iterable[dict[str, Any]]) -> None:
         """Take all rows so far, as metrics.jsonl has them."""
         for row in rows:
             self.row(row["step"], scalars_of(row))
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def picture(self, step: int, name: str, path: Path) -> None:  # noqa: B027 - nothing, where there is no place for one
         """Take a PNG file as it is now, where pictures can be shown."""
 
+    @abstractmethod
     def close(self, ended: str) -> None:
         """Wait until it has all that it was given.
 
