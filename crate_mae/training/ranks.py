@@ -309,14 +309,14 @@ def _is_first_to_fail() -> bool:
     """Whether no other rank of this run failed before this one. torchrun's agent keeps which did; where it cannot be asked, each
     is. What all have met the first rank tells: the others wait for it."""
     environment = os.environ
+    for number in _ENDING:  # by which torchrun ends those that are left, and which must not come before the line
+        signal.signal(number, signal.SIG_IGN)
     try:
         store = dist.TCPStore(
             environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
         )
         key = f"crate_mae/failed/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         if environment["RANK"] != "0":
-            for number in _ENDING:  # by which torchrun ends those that are left
-                signal.signal(number, signal.SIG_IGN)
             until = time.monotonic() + _FIRST_TELLS
             while time.monotonic() < until and not store.check([key]):
                 time.sleep(0.05)
