@@ -27,23 +27,27 @@ __all__ = [
     "analysis",
     "classifier_of",
     "create_model",
+    "download",
     "finetune",
+    "import_checkpoint",
     "load_model",
     "load_transform",
     "pretrain",
     "save_model",
 ]
 
-_OF_TRAINING = {
+_LATER = {
     "FinetuneConfig": "finetuning",
+    "download": "sharing.loading",
     "finetune": "finetuning",
+    "import_checkpoint": "sharing.importing",
     "PretrainConfig": "training",
     "pretrain": "training",
 }
-"""Modules that only those need who train, and that take their time to import."""
+"""By modules that not everybody needs, and that take their time to import."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OF_TRAINING:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_OF_TRAINING[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

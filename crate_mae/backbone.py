@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from crate_kernels.fusing import attached
 from crate_kernels.precision import compute_dtype, is_autocast
 from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
 from crate_mae.layers import AlphaBlock, Block, EncoderBlock
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FINAL_NORM_EPS = 1e-6
 
@@ -178,6 +182,99 @@ class Backbone(nn.Module):
                 raise ValueError(f"drop_path: layer {index} is of class {type(layer).__name__}, which has none")
             for block in ours:
                 block.drop_path = rate * index / max(1, len(layers) - 1)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A model that ``save_pretrained``, ``save_model`` or a run wrote, on the CPU and in evaluation mode.
+
+        Args:
+            name: its folder, or the id of a repository on the Hugging Face Hub, "user/model", which huggingface_hub downloads
+                (``pip install 'crate-kernels[hub]'``).
+            revision: of the repository: branch, tag or commit.
+            token, cache_dir, force_download, local_files_only: as of ``huggingface_hub.snapshot_download``.
+
+        Raises:
+            FileNotFoundError: there is no such folder, and nothing by this name could be had from the hub; or no model in it.
+            ValueError, RuntimeError: it is damaged, as of ``load_model``.
+            TypeError: it is a model of another kind.
+            MissingLibrary: an ImportError: there is no such folder, and huggingface_hub is not installed.
+        """
+        from crate_mae.sharing.loading import from_pretrained
+
+        options = dict(revision=revision, token=token, cache_dir=cache_dir)
+        return from_pretrained(name, cls, force_download=force_download, local_files_only=local_files_only, **options)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        run: str | Path | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        classes: Sequence[str] | None = None,
+        license: str = "",
+    ) -> None:
+        """Write ``model.safetensors``, ``config.json`` (lambda and step size included) and a model card, ``README.md``.
+
+        Of a model from a run the card has data, recipe, curves (``curves.png``) and what ``crate-mae evaluate`` measured of
+        these weights, and ``config.json`` has the recipe, too. None of them has paths of this machine, nor images.
+
+        Args:
+            folder: made if it is not there; files of these names in it are replaced, together.
+            run: folder of the run, or of a model, that the weights are from. Its mean, std and classes count where none are
+                given.
+            mean, std, classes: as for ``save_model``.
+            license: an identifier of the Hugging Face Hub, such as "mit".
+
+        Raises:
+            FileNotFoundError: there is no model in ``run``.
+            FileExistsError: ``folder`` is that of a run.
+            ValueError: the weights are not those of ``run``, a file there is damaged, or as of ``save_model``.
+            OSError: the files cannot be written; those that were there before are there still.
+        """
+        from crate_mae.sharing.folder import save_pretrained
+
+        save_pretrained(self, folder, run=run, mean=mean, std=std, classes=classes, license=license)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        **saved: Any,
+    ) -> str:
+        """Put what ``save_pretrained`` writes into a repository on the Hugging Face Hub, which is made if it is not there.
+
+        Nothing is made or sent before the files are whole.
+
+        Args:
+            repo_id: "user/model".
+            private, token, branch, create_pr: as of ``huggingface_hub.ModelHubMixin.push_to_hub``.
+            **saved: ``run``, ``mean``, ``std``, ``classes``, ``license``, as for ``save_pretrained``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            MissingLibrary: an ImportError: huggingface_hub is not installed.
+            Exception: as of ``save_pretrained``, and of huggingface_hub, such as where nobody is logged in (``hf auth login``).
+        """
+        from crate_mae.sharing.folder import push_to_hub
+
+        options = dict(private=private, token=token, branch=branch, create_pr=create_pr)
+        return push_to_hub(self, repo_id, **options, **saved)
 
     @property
     def _configured_grid(self) -> tuple[int, int]:

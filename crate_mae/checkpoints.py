@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,25 +70,50 @@ def save_model(
             without values (on the meta device), with values that are not finite or of which this process has only a shard, or
             layers with other settings.
     """
-    model = _unwrapped(model)
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean and std: expected both or neither, got {mean} and {std}")
-    if mean is not None and std is not None:
-        Normalization(mean, std, model.config.in_chans)  # which checks them
-    weights = _weights_to_save(model)
     directory = Path(directory)
     config_file = directory / CONFIG_FILE
-    config = _read_json(config_file) if config_file.exists() else {}
-    config["model"] = dataclasses.asdict(model.config)
+    other = _read_json(config_file) if config_file.exists() else {}
+    write_files(directory, packed(model, other, mean=mean, std=std, classes=classes))
+
+
+def packed(
+    model: nn.Module,
+    other: Mapping[str, Any],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    classes: Sequence[str] | None = None,
+) -> dict[str, bytes]:
+    """The files of a model directory, by name, as ``save_model`` writes them; arguments and errors as there.
+
+    Args:
+        other: what stands in ``config.json`` beside what the model and the arguments say.
+    """
+    model = unwrapped(model)
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std: expected both or neither, got {mean} and {std}")
+    config = {**other, "model": dataclasses.asdict(model.config)}
     if mean is not None and std is not None:
+        Normalization(mean, std, model.config.in_chans)  # which checks them
         config["images"] = {**config.get("images", {}), "mean": list(mean), "std": list(std)}
     if classes is not None:
         config["classes"] = list(classes)
+    weights = weights_to_save(model)
+    # One entry alone: safetensors writes several in any order, and one model is one file, to the byte.
+    of_weights = save(weights, metadata={CHECKSUM: checksum(weights)})
+    return {CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(), WEIGHTS_FILE: of_weights}
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write several files, by name, into a directory, which is made if it is not there: all of them, or none.
+
+    Raises:
+        OSError: one cannot be written.
+    """
     make_folder(directory)
-    with replaced(config_file, directory / WEIGHTS_FILE) as (of_config, of_weights):
-        of_config.write((json.dumps(config, indent=2) + "\n").encode())
-        # One entry alone: safetensors writes several in any order, and one model is one file, to the byte.
-        of_weights.write(save(weights, metadata={CHECKSUM: checksum(weights)}))
+    with replaced(*(directory / name for name in files)) as outputs:
+        for output, content in zip(outputs, files.values(), strict=True):
+            output.write(content)
 
 
 def load_model(
@@ -218,7 +243,7 @@ def read_normalization(directory: str | Path) -> Normalization:
     return Normalization(images["mean"], images["std"], channels)
 
 
-def _unwrapped(model: nn.Module) -> CrateMAE | Classifier:
+def unwrapped(model: nn.Module) -> CrateMAE | Classifier:
     """The model inside PyTorch's wrappers, which hold nothing to learn beside it."""
     inner: Any = model
     while isinstance(inner, nn.Module) and not isinstance(inner, CrateMAE | Classifier):
@@ -232,7 +257,7 @@ def _unwrapped(model: nn.Module) -> CrateMAE | Classifier:
     return inner
 
 
-def _weights_to_save(model: CrateMAE | Classifier) -> dict[str, Tensor]:
+def weights_to_save(model: CrateMAE | Classifier) -> dict[str, Tensor]:
     """The model's state dict, by plain names and each in memory of its own; errors as of ``save_model``."""
     with torch.device("meta"):
         loaded = model_of(model.config)  # what ``load_model`` will make, without values

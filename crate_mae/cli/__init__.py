@@ -13,7 +13,19 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from crate_mae import __version__
-from crate_mae.cli import analyze, check, compare, evaluate, finetuning, pack, pretraining, reconstruct, visualize
+from crate_mae.cli import (
+    analyze,
+    check,
+    compare,
+    evaluate,
+    finetuning,
+    importing,
+    pack,
+    pretraining,
+    reconstruct,
+    share,
+    visualize,
+)
 from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, worded
 from crate_mae.cli.settings import check_argument, load
 from crate_mae.data import STOPPING
@@ -26,6 +38,8 @@ OTHERS = {
     "visualize": visualize,
     "evaluate": evaluate,
     "compare": compare,
+    "import": importing,
+    "share": share,
     "pack": pack,
     "check": check,
 }

@@ -20,6 +20,7 @@ from crate_mae.cli.runs import backbone_of, check_run, is_run, normalization_of
 from crate_mae.cli.settings import path_of
 from crate_mae.data import FLOWERS, LabelledParts, absolute, labelled_parts
 from crate_mae.data.progress import say
+from crate_mae.data.specification import without_folders
 from crate_mae.evaluating import How, Results, evaluate_features, evaluate_finetuned, evaluation_lines, write_evaluation
 from crate_mae.evaluation import METHODS, FeatureSpec, Scores
 from crate_mae.finetuning import FinetuneConfig, FinetuneOptimizerConfig, FinetuneRunConfig, FinetuneScheduleConfig
@@ -170,7 +171,9 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         for seed in seeds:
             config = _finetuning(asked, runs[0], None, out, parts, f"untrained_{seed}", seed=seed)
             untrained[f"seed {seed}"][FINETUNE] = evaluate_finetuned(config, parts, how, overwrite=asked.overwrite)
-    results = Results(of_runs, untrained, list(parts.train.classes), _about(asked, parts, how))
+    about = _about(asked, parts, how, asked.data or _learnt_from(runs[0]))
+    about["weights"] = {str(each): checksum(model.state_dict()) for each, model in models.items()}
+    results = Results(of_runs, untrained, list(parts.train.classes), about)
     numbers, picture = write_evaluation(out, results, caption=_caption(runs, parts, spec))
     return "\n".join([*evaluation_lines(results), f"Look at {picture}; all numbers are in {numbers}."])
 
@@ -243,9 +246,9 @@ def _learnt_from(run: Path) -> str:
     return config_of(run).data or str(FLOWERS)
 
 
-def _about(asked: Namespace, parts: LabelledParts, how: How) -> dict[str, object]:
+def _about(asked: Namespace, parts: LabelledParts, how: How, data: str) -> dict[str, object]:
     return {
-        "data": json.loads(json.dumps({"data": asked.data, "test": asked.test, "said": parts.said})),
+        "data": {"data": asked.data, "test": asked.test, "said": parts.said, "name": without_folders(data)},
         "images": {"train": len(parts.train), "test": len(parts.test)},
         "features": how.spec.in_words(),
         "precision": how.precision,

@@ -9,6 +9,7 @@ from crate_mae.data.layouts import layout_in
 from crate_mae.data.listing import holds_images
 
 _PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+PART_NAMES = frozenset(name for names in _PARTS.values() for name in names)
 _PURPOSES = {"train": "train", "val": "validate", "test": "test"}
 
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
-from crate_mae.data.folder import ImageFolder
+from crate_mae.data.folder import FLOWERS, ImageFolder
 from crate_mae.data.huggingface import HuggingFaceImages
 from crate_mae.data.layouts import open_layout
 from crate_mae.data.mixture import Mixture
 from crate_mae.data.packing import JOURNAL
-from crate_mae.data.parts import part_of
+from crate_mae.data.parts import PART_NAMES, part_of
 from crate_mae.data.reading import IMAGE_SUFFIXES
 from crate_mae.data.shards import TarShards, shard_paths
 from crate_mae.data.source import Source
@@ -128,6 +128,25 @@ def absolute(what: str | Path) -> str:
         name, comma, settings = rest.partition(",")
         return f"hf:{os.path.abspath(name) if os.path.exists(name) else name}{comma}{settings}"
     return os.path.abspath(what)
+
+
+def without_folders(what: str | Path | None) -> str:
+    """What it names, without the folders of the machine that it lies in; None stands for the photographs of the package."""
+    if what is None or str(what) == str(FLOWERS):
+        return "the flower photographs of crate_mae"
+    what = str(what)
+    if weighted := _weighted(what):
+        return " + ".join(f"{weight} {without_folders(each)}" for weight, each in weighted)
+    kind, colon, rest = what.partition(":")
+    if colon and kind == "synthetic":
+        return what
+    if colon and kind == "hf":
+        name, *settings = rest.split(",")
+        return ",".join(
+            [f"hf:{Path(name).name if Path(name).is_absolute() or os.path.exists(name) else name}", *settings]
+        )
+    path = Path(os.path.abspath(what))
+    return "/".join(path.parts[-2:]) if path.name.lower() in PART_NAMES else path.name
 
 
 def is_folder(what: str | Path) -> bool:

@@ -1,0 +1,94 @@
+"""`crate-mae import`: an official checkpoint as a folder that all commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from crate_mae.checkpoints import WEIGHTS_FILE
+from crate_mae.classifiers import Classifier
+from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.settings import path_of
+from crate_mae.cli.share import refuse_folder
+from crate_mae.registry import count_parameters
+from crate_mae.sharing.folder import save_pretrained
+from crate_mae.sharing.importing import import_checkpoint
+
+
+def add_command(commands: ArgumentParser) -> ArgumentParser:
+    """Add `import` to the commands; returns its parser."""
+    parser = ArgumentParser(
+        description="Reads an official checkpoint of CRATE-MAE, CRATE or CRATE-alpha, of any size, and writes a folder with "
+        "model.safetensors, config.json and a model card, as all commands and from_pretrained take it.",
+        epilog=DEBUG_HELP,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="Checkpoint: .pth, .pt or .safetensors.")
+    parser.add_argument("out", metavar="OUT", type=Path, help="Folder to write.")
+    parser.add_argument(
+        "--lambd",
+        type=float,
+        help="Sparsity weight that it was trained with, which it does not hold: official releases of CRATE-MAE had 5.0 and later "
+        "0.5; CRATE and CRATE-alpha 0.1, the default for these.",
+    )
+    parser.add_argument("--step_size", type=float, help="Likewise; 0.1 in all official releases.")
+    parser.add_argument("--num_heads", type=int, help="Of a width that no published model has; those are known.")
+    parser.add_argument("--decoder_num_heads", type=int, help="By default, as many as the encoder's.")
+    parser.add_argument(
+        "--img_size",
+        type=int,
+        nargs="+",
+        help="Side of the images, or height and width; by default, as the positions tell.",
+    )
+    parser.add_argument(
+        "--norm_pix_loss", action="store_true", help="It was trained to reconstruct standardised patches."
+    )
+    parser.add_argument("--mean", type=float, nargs="+", help="Of each channel, by which its images were standardised.")
+    parser.add_argument("--std", type=float, nargs="+", help="Likewise.")
+    parser.add_argument("--license", type=str, default="", help="Of the weights, for the card: mit, cc-by-nc-4.0, ...")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a model in OUT.")
+    commands.add_subcommand("import", parser, help="Make a model's folder of an official checkpoint.")
+    return parser
+
+
+def run(parser: ArgumentParser, chosen: Namespace) -> str:
+    """Write the folder; returns what to print.
+
+    Raises:
+        OSError: there is no such file, or the folder cannot be written.
+        ValueError: an argument is missing or does not fit, or the file is of no such model; the message names it.
+    """
+    asked = chosen["import"]
+    file, out = path_of(str(asked.file)), path_of(str(asked.out))
+    refuse_folder(out, "OUT", asked.overwrite)
+    size = asked.img_size
+    if size is not None and len(size) > 2:
+        raise ValueError(f"--img_size: expected a side, or height and width, got {len(size)} numbers")
+    try:
+        model = import_checkpoint(
+            file,
+            lambd=asked.lambd,
+            step_size=asked.step_size,
+            num_heads=asked.num_heads,
+            decoder_num_heads=asked.decoder_num_heads,
+            img_size=size and (size[0] if len(size) == 1 else tuple(size)),
+            norm_pix_loss=asked.norm_pix_loss,
+        )
+        remark = f"Made of the checkpoint `{file.name}` by `crate-mae import`."
+        save_pretrained(model, out, mean=asked.mean, std=asked.std, license=asked.license, remark=remark)
+    except (RuntimeError, TypeError) as error:  # weights that are not the model's; settings that are none
+        raise ValueError(str(error)) from error
+    config, (trained, _) = model.config, count_parameters(model)
+    what = f"classifier of {config.num_classes} classes" if isinstance(model, Classifier) else "CRATE-MAE"
+    lines = [
+        f"{out / WEIGHTS_FILE}: {what}, width {config.embed_dim}, {config.depth} layers, {config.num_heads} heads, patch "
+        f"{config.patch_size}, images of {' x '.join(map(str, config.image_shape))}, {trained:,} parameters; lambda "
+        f"{config.lambd:g}, step size {config.step_size:g}"
+    ]
+    if asked.mean is None:
+        lines.append(
+            "How its images were standardised is not in it: --mean and --std say so, for what is shown photographs."
+        )
+    return "\n".join(lines)
