@@ -222,6 +222,7 @@ class Backbone(nn.Module):
         std: Sequence[float] | None = None,
         classes: Sequence[str] | None = None,
         license: str = "",
+        name: str | None = None,
     ) -> None:
         """Write ``model.safetensors``, ``config.json`` (lambda and step size included) and a model card, ``README.md``.
 
@@ -234,6 +235,7 @@ class Backbone(nn.Module):
                 given.
             mean, std, classes: as for ``save_model``.
             license: an identifier of the Hugging Face Hub, such as "mit".
+            name: under which others will load the model, for the card; the folder's own where none is given.
 
         Raises:
             FileNotFoundError: there is no model in ``run``.
@@ -243,7 +245,7 @@ class Backbone(nn.Module):
         """
         from crate_mae.sharing.folder import save_pretrained
 
-        save_pretrained(self, folder, run=run, mean=mean, std=std, classes=classes, license=license)
+        save_pretrained(self, folder, run=run, mean=mean, std=std, classes=classes, license=license, name=name)
 
     def push_to_hub(
         self,

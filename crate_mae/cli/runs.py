@@ -10,6 +10,7 @@ from crate_mae.classifiers import Classifier
 from crate_mae.cli.settings import check_json
 from crate_mae.data.transforms import Normalization
 from crate_mae.model import CrateMAE
+from crate_mae.sharing.origin import RECIPE
 from crate_mae.training.config import MAX_SEED
 
 
@@ -65,7 +66,9 @@ def backbone_of(run: Path) -> CrateMAE | Classifier:
 
 def trained_ratio(run: Path) -> float:
     """The share of patches removed in training; of a model alone, what is usual."""
-    schedule = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8")).get("schedule", {})
+    content = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    recipe = content.get(RECIPE)  # of a shared model
+    schedule = (recipe if isinstance(recipe, dict) else content).get("schedule", {})
     ratio = schedule.get("mask_ratio", 0.75) if isinstance(schedule, dict) else schedule
     if not isinstance(ratio, int | float):
         raise ValueError(f"{run / CONFIG_FILE}: schedule.mask_ratio: expected a number, got {ratio!r}")

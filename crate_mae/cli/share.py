@@ -18,8 +18,8 @@ from crate_mae.training.run_folder import BEST, METRICS, refuse_unwritable
 def add_command(commands: ArgumentParser) -> ArgumentParser:
     """Add `share` to the commands; returns its parser."""
     parser = ArgumentParser(
-        description="Writes the model of a run as a folder for others, or puts it on the Hugging Face Hub: weights, configuration "
-        "and a model card with data, recipe, curves and evaluation. Paths of this machine and images stay here.",
+        description="Writes the model of a run as a folder for others, or puts it on the Hugging Face Hub: weights, "
+        "configuration and a model card with data, recipe, curves and evaluation. Paths of this machine and images stay here.",
         epilog=DEBUG_HELP,
         exit_on_error=False,
         allow_abbrev=False,

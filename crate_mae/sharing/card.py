@@ -101,10 +101,10 @@ def _in_words(model: CrateMAE | Classifier) -> str:
         layers = f"{config.depth} layers of {config.num_heads} heads"
         last = f'pools tokens as "{config.pool}" says'
     return (
-        f"{kind}: width {config.embed_dim}, {layers}, {trained:,} parameters. It sees images of {height} x {width} pixels and "
-        f"{config.in_chans} channels, or others, in patches of {config.patch_size} x {config.patch_size}, and {last}. It was trained "
-        f"with **lambda {config.lambd:g} and step size {config.step_size:g}**, without which its weights mean nothing; `config.json` "
-        f"has them."
+        f"{kind}: width {config.embed_dim}, {layers}, {trained:,} parameters. It sees images of {height} x {width} pixels "
+        f"and {config.in_chans} channels, or others, in patches of {config.patch_size} x {config.patch_size}, and {last}. It was "
+        f"trained with **lambda {config.lambd:g} and step size {config.step_size:g}**, without which its weights mean nothing; "
+        f"`config.json` has them."
     )
 
 

@@ -35,7 +35,6 @@ def save_pretrained(
 
     Args:
         model: as for ``save_model``: one in PyTorch's wrappers will do.
-        name: under which others will load the model, for the card; the folder's own where none is given.
         remark: a paragraph for the card.
     """
     folder, plain = Path(folder), unwrapped(model)
