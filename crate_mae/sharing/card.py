@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -20,7 +20,7 @@ LIBRARY = "crate-kernels"
 CARD, CURVES = "README.md", "curves.png"
 
 _PAPERS = {"crate": "2306.01129", "crate_alpha": "2405.20299", "crate_mae": "2404.02446"}
-_NAMES = {"crate": "CRATE", "crate_alpha": "CRATE-alpha", "crate_mae": "the encoder of a CRATE-MAE with a head"}
+_NAMES = {"crate": "A CRATE", "crate_alpha": "A CRATE-alpha", "crate_mae": "The encoder of a CRATE-MAE"}
 
 
 def card(
@@ -29,6 +29,7 @@ def card(
     origin: Origin | None,
     *,
     has_transform: bool,
+    classes: Sequence[str] | None = None,
     remark: str = "",
     license: str = "",
 ) -> str:
@@ -39,6 +40,7 @@ def card(
         name: under which others load it: of a repository on the hub, or of a folder.
         origin: what is known of its training; None of a model alone.
         has_transform: whether ``load_transform`` works of the folder.
+        classes: of a classifier, by name.
         remark: a paragraph on where it comes from.
         license: an identifier of the hub, such as "mit"; without one the card says none.
     """
@@ -48,6 +50,7 @@ def card(
         f"# {name.rpartition('/')[2]}",
         *([remark] if remark else []),
         _in_words(model),
+        *([f"Its classes, in the order of the logits: {', '.join(classes)}."] if classes else []),
         f"## Use\n\n`pip install {LIBRARY}`, then\n\n```python\n{_use(config, name, has_transform)}\n```",
         *_training(origin),
         *(_evaluation(origin.scores) if origin and origin.scores else ()),
@@ -96,8 +99,8 @@ def _in_words(model: CrateMAE | Classifier) -> str:
             layers += f" (the decoder's of {config.decoder_num_heads})"
         last = f"reconstructs {'standardised patches (norm_pix_loss)' if config.norm_pix_loss else 'pixels'}"
     else:
-        head = f"with {config.num_classes} classes" if config.num_classes else "without a head"
-        kind = f"A classifier {head}, {_NAMES[config.family]} ({paper})"
+        head = f"with a head for {config.num_classes} classes" if config.num_classes else "without a head"
+        kind = f"{_NAMES[config.family]} ({paper}) {head}"
         layers = f"{config.depth} layers of {config.num_heads} heads"
         last = f'pools tokens as "{config.pool}" says'
     return (
@@ -142,11 +145,21 @@ def _training(origin: Origin | None) -> Iterator[str]:
 
 
 def _course(run: ComparedRun, best: bool) -> str:
-    done = f"{run.step:,} steps of {run.settings['schedule.batch_size']:,} images, {run.epochs:.4g} epochs, {run.hours:.3g} hours"
+    took = f"{run.hours:.3g} hours" if run.hours >= 1 else f"{run.hours * 60:.3g} minutes"
+    done = f"{run.step:,} steps of {run.settings['schedule.batch_size']:,} images, {run.epochs:.4g} epochs, {took} of training"
     if not run.validations:
         return f"{done}."
-    measured = min(run.validations, key=lambda reading: reading.values["val_loss"]) if best else run.validations[-1]
+    # As each kind of run chooses its best model.
+    rank = ("val_top1", "val_loss") if run.kind == "finetune" else ("val_loss",)
+    measured = run.validations[-1]
+    if best:
+        measured = min(
+            run.validations,
+            key=lambda reading: [reading.values[name] * (-1 if name == "val_top1" else 1) for name in rank],
+        )
     error = f"validation error {measured.values['val_loss']:.4f} at step {measured.step:,}"
+    if "val_top1" in measured.values:
+        error = f"top-1 {measured.values['val_top1']:.1%}, {error}"
     name, guess = GUESSES[run.kind]
     beside = f" (of {guess}: {measured.values[name]:.4f})" if name in measured.values else ""
     which = "This is the model of the best validation" if best else "This is the last model"

@@ -49,7 +49,7 @@ def save_pretrained(
             mean, std = origin.mean, origin.std
     files = packed(plain, other, mean=mean, std=std, classes=classes)
     name = name or folder.absolute().name
-    text = card(plain, name, origin, has_transform=mean is not None, remark=remark, license=license)
+    text = card(plain, name, origin, has_transform=mean is not None, classes=classes, remark=remark, license=license)
     files[CARD] = text.encode()
     if origin is not None and origin.comparison is not None:
         curves = io.BytesIO()
