@@ -4,7 +4,7 @@
     python examples/finetune.py --init runs/callback
     python examples/finetune.py                               # the same from random weights, to compare
 
-Any run will do, and any folder that has a sub-folder for each class (--data).
+After so short a pre-training the two come out alike. Any run will do, and any folder with a sub-folder for each class (--data).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 import crate_mae
-from crate_mae.checkpoints import read_config
+from crate_mae.checkpoints import read_config, read_normalization
 from crate_mae.classifiers import classifier_config
 from crate_mae.data import FLOWERS
 from crate_mae.finetuning import AugmentConfig, FinetuneOptimizerConfig, FinetuneRunConfig, FinetuneScheduleConfig
-from crate_mae.training import demo_config
+from crate_mae.training import ImagesConfig, demo_config
 
 
 def main() -> None:
@@ -37,12 +37,17 @@ def main() -> None:
 
     if options.init is None:
         print("No --init: from random weights, with the sizes of the demo's encoder.")
-    encoder = read_config(options.init) if options.init else demo_config(options.out).model
+        encoder, images = demo_config(options.out).model, ImagesConfig()
+    else:
+        normalization = read_normalization(options.init)  # what the encoder saw in pre-training, the classifier shall see
+        mean, std = (tuple(values.flatten().tolist()) for values in (normalization.mean, normalization.std))
+        encoder, images = read_config(options.init), ImagesConfig(mean=mean, std=std)
     config = crate_mae.FinetuneConfig(
         out=options.out,
         init=options.init,
         data=options.data,
         model=classifier_config(encoder),
+        images=images,
         optimizer=FinetuneOptimizerConfig(base_lr=options.base_lr, layer_decay=0.8),
         schedule=FinetuneScheduleConfig(epochs=options.epochs, warmup_epochs=options.epochs / 10, batch_size=16),
         augment=AugmentConfig(mixup=0.0, cutmix=0.0, drop_path=0.0),  # which are for runs of many epochs
