@@ -23,14 +23,6 @@ from crate_mae.pictures.sheet import CELL, Column, Row, sheet
 from crate_mae.training import demo_config
 
 
-def pretrained(out: Path, epochs: int) -> Path:
-    """The folder of a short run of the demo's model on the shipped flowers."""
-    config = demo_config(out)
-    schedule = replace(config.schedule, epochs=epochs, warmup_epochs=epochs / 10)
-    crate_mae.pretrain(replace(config, schedule=schedule), overwrite=True)
-    return out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="folder of a run; without it, one is made in OUT/run")
@@ -39,10 +31,15 @@ def main() -> None:
     parser.add_argument("--query", default="14266917699_91b207888e.jpg", help="name of one of them, or its end")
     parser.add_argument("--count", type=int, default=6, help="neighbours to find")
     parser.add_argument("--out", type=Path, default=Path("runs/search"), help="folder for what is written")
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier call has left in --out")
     options = parser.parse_args()
 
-    run = options.run or pretrained(options.out / "run", options.epochs)
-    embedded = embed(run, options.data, options.out / "embeddings", overwrite=True)
+    run = options.run or options.out / "run"
+    if options.run is None:
+        config = demo_config(run)
+        schedule = replace(config.schedule, epochs=options.epochs, warmup_epochs=options.epochs / 10)
+        crate_mae.pretrain(replace(config, schedule=schedule), overwrite=options.overwrite)
+    embedded = embed(run, options.data, options.out / "embeddings", overwrite=options.overwrite)
     print(f"{embedded.images} images, each {embedded.width} numbers, are in {embedded.path}.")
 
     found = read_embeddings(embedded.path)

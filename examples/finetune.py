@@ -39,7 +39,9 @@ def main() -> None:
         print("No --init: from random weights, with the sizes of the demo's encoder.")
         encoder, images = demo_config(options.out).model, ImagesConfig()
     else:
-        normalization = read_normalization(options.init)  # what the encoder saw in pre-training, the classifier shall see
+        normalization = read_normalization(
+            options.init
+        )  # what the encoder saw in pre-training, the classifier shall see
         mean, std = (tuple(values.flatten().tolist()) for values in (normalization.mean, normalization.std))
         encoder, images = read_config(options.init), ImagesConfig(mean=mean, std=std)
     config = crate_mae.FinetuneConfig(
