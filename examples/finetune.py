@@ -1,8 +1,8 @@
 """Fine-tune an encoder on the classes of the shipped flowers, and ask the classifier about one photograph.
 
-    python examples/pretrain_with_callback.py                 # makes runs/callback
+    python examples/pretrain_with_callback.py        # makes runs/callback
     python examples/finetune.py --init runs/callback
-    python examples/finetune.py                               # the same from random weights, to compare
+    python examples/finetune.py --out runs/scratch   # the same from random weights, to compare
 
 After so short a pre-training the two come out alike. Any run will do, and any folder with a sub-folder for each class (--data).
 """
@@ -39,9 +39,8 @@ def main() -> None:
         print("No --init: from random weights, with the sizes of the demo's encoder.")
         encoder, images = demo_config(options.out).model, ImagesConfig()
     else:
-        normalization = read_normalization(
-            options.init
-        )  # what the encoder saw in pre-training, the classifier shall see
+        # The classifier shall see images as the encoder saw them in pre-training.
+        normalization = read_normalization(options.init)
         mean, std = (tuple(values.flatten().tolist()) for values in (normalization.mean, normalization.std))
         encoder, images = read_config(options.init), ImagesConfig(mean=mean, std=std)
     config = crate_mae.FinetuneConfig(
@@ -57,9 +56,7 @@ def main() -> None:
     )
     result = crate_mae.finetune(config, overwrite=options.overwrite)
     chance = 1 / len(result.classes)
-    print(
-        f"Top-1 on {result.val_images} images that it has not seen: {result.scores.val_top1:.1%}; chance is {chance:.1%}."
-    )
+    print(f"Top-1 on {result.val_images} images not trained on: {result.scores.val_top1:.1%}; chance is {chance:.1%}.")
 
     model = crate_mae.load_model(options.out).eval()
     transform = crate_mae.load_transform(options.out)

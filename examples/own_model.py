@@ -78,11 +78,12 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     held_out = draw(500, options.length, device)
     for step in range(options.steps + 1):
-        if step % 20 == 0 or step == options.steps:
+        last = step == options.steps
+        if step % 20 == 0 or last:
             with torch.no_grad():
                 loss, right = loss_and_share(model, *held_out)
             print(f"step {step:3}: loss {loss:.4f}, right at {right:.1%} of the places of new sequences")
-            if right > 0.995:
+            if right > 0.995 or last:
                 break
         loss, _ = loss_and_share(trained, *draw(100, options.length, device))
         optimizer.zero_grad()

@@ -72,7 +72,7 @@ def pretrained(said: str, folder: Path) -> None:
     errors = [row["val_loss"] for row in rows(folder / "runs/callback") if "val_loss" in row]
     assert len(errors) == 2
     assert f"went from {errors[0]:.4f} to {errors[-1]:.4f}" in said
-    zeros = [int(share) for share in re.findall("after [0-9]+ steps ([0-9]+)% of the photograph's tokens", said)]
+    zeros = [int(share) for share in re.findall("after [0-9]+ steps ([0-9]+)% of the photograph's code", said)]
     assert len(zeros) == 2 and all(0 < share < 100 for share in zeros)
     with Image.open(folder / "runs/callback/photograph.png") as picture:
         shown = np.asarray(picture.convert("RGB"))
@@ -99,7 +99,7 @@ def searched(said: str, folder: Path) -> None:
 def finetuned(said: str, folder: Path) -> None:
     out = folder / "runs/finetuned"
     top1 = [row["val_top1"] for row in rows(out) if "val_top1" in row][-1]
-    assert f"Top-1 on 10 images that it has not seen: {top1:.1%}; chance is 20.0%." in said
+    assert f"Top-1 on 10 images not trained on: {top1:.1%}; chance is 20.0%." in said
     model, transform = crate_mae.load_model(out).eval(), crate_mae.load_transform(out)
     with Image.open(FLOWERS / "val/sunflowers/14266917699_91b207888e.jpg") as image, torch.no_grad():
         best, number = model(transform(image)[None]).softmax(-1)[0].max(0)
