@@ -39,30 +39,31 @@ def main() -> None:
         config = demo_config(run)
         schedule = replace(config.schedule, epochs=options.epochs, warmup_epochs=options.epochs / 10)
         crate_mae.pretrain(replace(config, schedule=schedule), overwrite=options.overwrite)
-    embedded = embed(run, options.data, options.out / "embeddings", overwrite=options.overwrite)
-    print(f"{embedded.images} images, each {embedded.width} numbers, are in {embedded.path}.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    embedded = embed(run, options.data, options.out / "embeddings.npz", overwrite=options.overwrite)
 
-    found = read_embeddings(embedded.path)
-    query = next((number for number, name in enumerate(found.names) if name.endswith(options.query)), None)
+    features, paths, *_ = read_embeddings(embedded.path)  # of a folder, the names of images are their paths
+    names = [Path(path).relative_to(options.data).as_posix() for path in paths]
+    query = next((number for number, name in enumerate(names) if name.endswith(options.query)), None)
     if query is None:
         raise SystemExit(f"--query: expected the name of an image in {options.data}, or its end, got {options.query}")
-    directions = found.features / np.linalg.norm(found.features, axis=1, keepdims=True)
+    directions = features / np.linalg.norm(features, axis=1, keepdims=True)
     cosines = directions @ directions[query]
     nearest = [number for number in np.argsort(-cosines) if number != query][: options.count]
 
-    print(f"Most like {found.names[query]}:")
+    print(f"Most like {names[query]}:")
     for number in nearest:
-        print(f"  {cosines[number]:.4f}  {found.names[number]}")
+        print(f"  {cosines[number]:.4f}  {names[number]}")
 
     def cell(number: int) -> Image.Image:
-        with Image.open(Path(options.data) / found.names[number]) as image:
+        with Image.open(paths[number]) as image:
             return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (2 * CELL, 2 * CELL))
 
     shown = [query, *nearest]
     columns = [Column("query"), *(Column(f"cosine {cosines[number]:.4f}") for number in nearest)]
-    row = Row("", (), [cell(number) for number in shown], notes=[Path(found.names[number]).name for number in shown])
+    row = Row("", (), [cell(number) for number in shown], notes=[Path(names[number]).name for number in shown])
     picture = options.out / "neighbours.png"
-    sheet(f"Most like {found.names[query]}", [f"by the encoder of {run}"], columns, [row]).save(picture)
+    sheet(f"Most like {names[query]}", [f"by the encoder of {run}"], columns, [row]).save(picture)
     print(f"Side by side: {picture}")
 
 

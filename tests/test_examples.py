@@ -82,11 +82,13 @@ def pretrained(said: str, folder: Path) -> None:
 def searched(said: str, folder: Path) -> None:
     from crate_mae.embedding import read_embeddings
 
-    embeddings = read_embeddings(folder / Path(re.search("are in (.+)[.]\n", said)[1]))
+    embeddings = read_embeddings(folder / "runs/search/embeddings.npz")
     features = embeddings.features / np.linalg.norm(embeddings.features, axis=1, keepdims=True)
-    query = re.search("Most like (.+):", said)[1]
-    assert query.endswith("14266917699_91b207888e.jpg")
-    cosines = dict(zip(embeddings.names, features @ features[embeddings.names.index(query)], strict=True))
+    names = ["/".join(Path(name).parts[-2:]) for name in embeddings.names]
+    assert len(names) == 10
+    query = "sunflowers/14266917699_91b207888e.jpg"
+    assert f"Most like {query}:" in said
+    cosines = dict(zip(names, features @ features[names.index(query)], strict=True))
     del cosines[query]
     wanted = sorted(cosines, key=cosines.get, reverse=True)[:3]
     assert re.findall(r"^  ([-0-9.]+)  (.+)$", said, re.MULTILINE) == [
