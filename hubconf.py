@@ -3,8 +3,9 @@
     model = torch.hub.load("path/to/crate-kernels", "crate_mae_base", source="local")
     model = torch.hub.load("path/to/crate-kernels", "load", "user/model", source="local")
 
-torch.hub has this folder on ``sys.path`` only while it loads. What the packages import later is found all the same, as Python
-looks for a package's modules in the package's own folder. Processes that are spawned find neither: they need an installation.
+torch.hub has this folder on ``sys.path`` only while it loads. What crate_mae and crate_kernels import later is found all the
+same, as Python looks for a package's modules in the package's own folder. A spawned process finds neither:
+it needs an installation.
 
 Names begin with an underscore here unless they are entries, as torch.hub takes everything else that can be called for one.
 """
@@ -55,20 +56,19 @@ def _entry(name: str) -> _Callable[..., _Model]:
                 )
         return model
 
-    kind, needed = (
-        ("CrateMAE", "needed with") if name in _MODELS else ("Classifier", "0.1 each unless given, also with")
-    )
-    fields = vars(config).items()
+    kind, of_file = "Classifier", "0.1 unless given"
+    if name in _MODELS:
+        kind, of_file = "CrateMAE", "a file of weights does not hold them, and needs both"
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f"""A {kind} of the published size {name}, on the CPU and in training mode.
 
-    Its configuration: {", ".join(f"{field}={value!r}" for field, value in fields)}.
+    Its configuration: {", ".join(f"{field}={value!r}" for field, value in vars(config).items())}.
 
     Args:
         weights: an official checkpoint, or a file of weights alone (.pth, .pt, .safetensors); or the folder of such a model, as
             save_pretrained, save_model and runs write it. Without, the model is freshly initialised.
-        lambd, step_size: sparsity weight and step of the sparse steps; {needed} a file of weights, which does not hold
-            them. A folder's config.json says them.
+        lambd, step_size: sparsity weight and step of the sparse steps: {of_file}. A folder's
+            config.json says them.
         **overrides: further fields of the configuration that differ, such as img_size; not with a folder.
 
     Raises:
