@@ -1,4 +1,4 @@
-"""README: every command of crate-mae in it is one that the parsers take, and the section on sharing runs as it stands, at toy size.
+"""README: every command of crate-mae in it is one that the parsers take; the section on sharing runs as it stands, at toy size.
 
 (Those of other sections run in the tests of what they are of: test_many_gpus, test_sources, test_recipes, test_makefile.)
 """
@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("jsonargparse")  # lacking where nothing can be installed, as on some GPU machines
 
-from tiny_runs import tiny_config, write_photographs
+from tiny_runs import tiny_config
 
 import crate_mae
 from crate_mae.cli import OTHERS, TRAINING, main
@@ -44,7 +43,7 @@ def test_every_command_is_parsed(command: str, tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(module, "run", lambda parser, chosen: parsed.append(chosen.subcommand))
     _, *words = shlex.split(command)
     if "--help" in words:
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main(words)
     else:
         assert main(words) == 0
