@@ -198,7 +198,7 @@ def _bicubic(old: int, new: int) -> Tensor:
     """[new, old], what ``F.interpolate(..., mode="bicubic", antialias=True)`` multiplies a side of ``old`` with.
 
     Place i of the new side lies at c = (i + 1/2) old / new of the old one, whose place j weighs k((j + 1/2 - c) / s) there, with
-    s = max(old / new, 1) and Keys' kernel k of a = -1/2; each row then has the sum 1. Where the sides are equal it is the identity.
+    s = max(old / new, 1) and Keys' kernel k of a = -1/2; each row is then given the sum 1. Of equal sides it is the identity.
     """
     places = torch.arange(new, dtype=torch.float32)
     scale = old / _count(places, torch.float32)

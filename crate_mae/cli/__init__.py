@@ -13,7 +13,18 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from crate_mae import __version__
-from crate_mae.cli import analyze, check, compare, evaluate, finetuning, pack, pretraining, reconstruct, visualize
+from crate_mae.cli import (
+    analyze,
+    check,
+    compare,
+    evaluate,
+    export,
+    finetuning,
+    pack,
+    pretraining,
+    reconstruct,
+    visualize,
+)
 from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, worded
 from crate_mae.cli.settings import check_argument, load
 from crate_mae.data import STOPPING
@@ -25,6 +36,7 @@ OTHERS = {
     "analyze": analyze,
     "visualize": visualize,
     "evaluate": evaluate,
+    "export": export,
     "compare": compare,
     "pack": pack,
     "check": check,
