@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from crate_kernels import MSSA, combine
 from crate_kernels.overcomplete.reference import overcomplete_ista
 from crate_mae.backbone import Backbone
-from crate_mae.classifiers import Classifier
+from crate_mae.classifiers import Classifier, CrateAlpha
 from crate_mae.layers import AlphaBlock, Block, DecoderBlock, EncoderBlock
-from crate_mae.model import CrateMAE
+from crate_mae.model import CrateMAE, MAEEncoder
 
 
 class ExportForm(nn.Module):
@@ -30,25 +31,22 @@ class ExportForm(nn.Module):
         super().__init__()
         self.output = output
         self.model = model.eval().requires_grad_(False)
+        self.embed = embedding_of(model)
         self.positions = positions_of(model)
         self.layers = nn.ModuleList(layer_of(block) for block in model.encoder_layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self._encoded(self._embedded(images), images)
+        x = self._encoded(self.embed(images), images)
         if self.output == "features":
             return self.model.last_norm(x)[:, 1:].mean(dim=1)
         tokens = self.model._normed(x)
         return tokens if self.output == "tokens" else self.model.forward_head(tokens)
 
-    def _embedded(self, images: Tensor) -> Tensor:
-        """[batch, patches, width], without positions."""
-        return self.model._embedded_patches(images)
-
     def _encoded(self, x: Tensor, images: Tensor) -> Tensor:
         """What the last encoder layer makes of embedded patches: [batch, 1 + patches, width]."""
-        size = self.model.config.patch_size
+        patch = self.model.config.patch_size
         x = torch.cat([self.model.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        x = x + self.positions(images.shape[2] // size, images.shape[3] // size)
+        x = x + self.positions(images.shape[2] // patch, images.shape[3] // patch)
         for layer in self.layers:
             x = layer(x)
         return x
@@ -68,7 +66,7 @@ class ReconstructionForm(ExportForm):
         self.decoder_layers = nn.ModuleList(layer_of(block) for block in model.decoder_blocks)
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        embedded = self._embedded(images)
+        embedded = self.embed(images)
         mask = self._mask(noise)
         x = torch.where(mask.bool().unsqueeze(-1), self.model.mask_token, embedded)
         x = self.model._normed(self._encoded(x, images))
@@ -81,6 +79,26 @@ class ReconstructionForm(ExportForm):
         ranks = noise.argsort(dim=1).argsort(dim=1)
         patches = _count(ranks[0], torch.float64)
         return (ranks >= (patches * (1 - self.mask_ratio)).floor()).to(noise.dtype)
+
+
+def embedding_of(model: Backbone) -> nn.Module:
+    """A module of images that gives embedded patches [batch, patches, width], without positions."""
+    if isinstance(model, MAEEncoder):
+        return _Patches(model.patch_embed.proj)
+    return _Patches(model.conv1) if isinstance(model, CrateAlpha) else model.to_patch_embedding
+
+
+class _Patches(nn.Module):
+    """A convolution that is one linear map a patch, as that: of images that are no whole patches it would drop the rest."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.patch = conv.kernel_size[0]
+        self.weight, self.bias = nn.Parameter(conv.weight.flatten(1), requires_grad=False), conv.bias
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
+        return F.linear(patches, self.weight, self.bias)
 
 
 def layer_of(block: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from crate_mae import __version__
 from crate_mae.checkpoints import CONFIG_FILE, load_model
@@ -245,7 +246,20 @@ def _program(form: ExportForm, model: CrateMAE | Classifier, inputs: Sequence[st
         raise WrongExport(f"the graph has operators that are not PyTorch's own: {', '.join(sorted(foreign))}")
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths and lines of this machine's files
+    _drop_unused_weights(program)
     return program
+
+
+def _drop_unused_weights(program: ExportedProgram) -> None:
+    """Such as those of the decoder, of tokens: torch.export keeps all that a module has."""
+    inputs = program.graph_signature.input_specs
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in [spec for spec in inputs if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)]:
+        if not nodes[spec.arg.name].users:
+            program.graph.erase_node(nodes[spec.arg.name])
+            inputs.remove(spec)
+            program.state_dict.pop(spec.target)
+    program.graph_module.recompile()
 
 
 def _namespace(target: Any) -> str:
