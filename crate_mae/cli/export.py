@@ -11,7 +11,7 @@ from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.runs import check_run, trained_ratio
 from crate_mae.cli.settings import path_of
 from crate_mae.config import ModelConfig, grid_of
-from crate_mae.export_check import LEAST_SIDE, TOLERANCE
+from crate_mae.export_check import LEAST_SIDE, ROUNDINGS, TOLERANCE
 from crate_mae.exporting import DEFAULT_OPSET, FORMATS, METADATA, OPSETS, OUTPUTS, Exported, export
 from crate_mae.visualizing import check_mask_ratio
 
@@ -93,12 +93,13 @@ def _lines(exported: Exported) -> list[str]:
         f"{path}, {exported.size / 1e6:,.2f} MB: {' and '.join(inputs)} in, {' and '.join(exported.outputs)} out. "
         f"Any batch; height and width are multiples of {exported.patch_size}, {least} or more.",
         "Loaded where crate_mae and crate_kernels cannot be imported, and compared with the model; at most "
-        f"{TOLERANCE:g} * max(1, largest value) apart:",
+        f"{TOLERANCE:g} * max(1, largest value) apart, or {ROUNDINGS} times as far as the model is from itself in float64:",
         "  batch x height x width   largest difference   relative, in norm   largest value",
     ]
     for each in exported.checked:
         size = f"{each.batch} x {each.height} x {each.width}"
-        lines.append(f"  {size:<22}   {each.difference:>18.1e}   {each.relative:>17.1e}   {each.largest:>13.3g}")
+        line = f"  {size:<22}   {each.difference:>18.1e}   {each.relative:>17.1e}   {each.largest:>13.3g}"
+        lines.append(line if each.rounding is None else f"{line}   itself {each.rounding:.1e} from float64")
     if exported.format == "onnx":
         given = ", ".join(f'"{name}": {name}' for name in inputs)
         loaded = f'onnxruntime.InferenceSession("{path}").run(None, {{{given}}})'
