@@ -159,7 +159,9 @@ def _path_of(run: Path, out: str | Path | None, format: Format, overwrite: bool)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"out {path}: there is no folder {path.parent}")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"out {path}: there is such a file; overwrite puts another in its place")
+        raise FileExistsError(
+            f"out {path}: there is such a file; --overwrite (overwrite=True) puts another in its place"
+        )
     return path
 
 

@@ -36,10 +36,10 @@ OTHERS = {
     "analyze": analyze,
     "visualize": visualize,
     "evaluate": evaluate,
-    "export": export,
     "compare": compare,
     "pack": pack,
     "check": check,
+    "export": export,
 }
 """Commands with a module of their own."""
 

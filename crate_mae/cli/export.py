@@ -71,18 +71,15 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         raise ValueError(
             "--mask_ratio: expected with --output reconstruction of a CRATE-MAE alone, which removes patches"
         )
-    try:
-        exported = export(
-            asked.run,
-            asked.out,
-            format=asked.format,
-            output=asked.output,
-            opset=asked.opset,
-            overwrite=asked.overwrite,
-            **options,
-        )
-    except FileExistsError as error:
-        raise FileExistsError(str(error).replace("overwrite", "--overwrite")) from error
+    exported = export(
+        asked.run,
+        asked.out,
+        format=asked.format,
+        output=asked.output,
+        opset=asked.opset,
+        overwrite=asked.overwrite,
+        **options,
+    )
     return "\n".join(_lines(exported))
 
 
