@@ -18,6 +18,7 @@ from crate_mae.cli import (
     check,
     compare,
     evaluate,
+    export,
     finetuning,
     importing,
     pack,
@@ -38,10 +39,11 @@ OTHERS = {
     "visualize": visualize,
     "evaluate": evaluate,
     "compare": compare,
-    "import": importing,
-    "share": share,
     "pack": pack,
     "check": check,
+    "import": importing,
+    "share": share,
+    "export": export,
 }
 """Commands with a module of their own."""
 
