@@ -30,5 +30,9 @@ def resampled(positions: Tensor, old_grid: tuple[int, int], grid: tuple[int, int
     """
     of_class, of_patches = positions[:, :1], positions[:, 1:]
     wide = of_patches.to(torch.promote_types(positions.dtype, torch.float32))
-    places = F.interpolate(wide.mT.unflatten(-1, old_grid), size=grid, mode="bicubic", antialias=True)
+    places = wide.mT.unflatten(-1, old_grid)
+    if grid[1] == 1:  # of one column PyTorch (2.13) makes something else, of one row it does not
+        places = F.interpolate(places.mT, size=(1, grid[0]), mode="bicubic", antialias=True).mT
+    else:
+        places = F.interpolate(places, size=grid, mode="bicubic", antialias=True)
     return torch.cat([of_class, places.flatten(2).mT.to(positions.dtype)], dim=1)

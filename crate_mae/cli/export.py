@@ -11,8 +11,8 @@ from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.runs import check_run, trained_ratio
 from crate_mae.cli.settings import path_of
 from crate_mae.config import ModelConfig, grid_of
-from crate_mae.export_check import LEAST_SIDE, ROUNDINGS, TOLERANCE
-from crate_mae.exporting import DEFAULT_OPSET, FORMATS, METADATA, OPSETS, OUTPUTS, Exported, export
+from crate_mae.exporting.check import LEAST_SIDE, ROUNDINGS, TOLERANCE
+from crate_mae.exporting.writing import DEFAULT_OPSET, FORMATS, METADATA, OPSETS, OUTPUTS, Exported, export
 from crate_mae.visualizing import check_mask_ratio
 
 

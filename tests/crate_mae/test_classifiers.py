@@ -287,3 +287,12 @@ def test_compiles_whole() -> None:
     model, images = small_classifier("crate_alpha", depth=1), torch.randn(2, 3, 8, 24)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert error(compiled(images), model(images)) < 1e-6
+
+
+def test_positions_of_one_column_are_those_of_one_row_turned() -> None:
+    """By ``interpolate`` alone they are not: PyTorch makes something else of a single column."""
+    model = small_classifier("crate")
+    turned = small_classifier("crate")
+    places = model.pos_embedding.data[0, 1:].view(4, 4, -1)
+    turned.pos_embedding.data[0] = torch.cat([model.pos_embedding.data[0, :1], places.transpose(0, 1).flatten(0, 1)])
+    assert torch.allclose(turned._positions((6, 1))[0, 1:], model._positions((1, 6))[0, 1:], atol=1e-6)

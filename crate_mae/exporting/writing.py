@@ -26,7 +26,7 @@ from crate_mae import __version__
 from crate_mae.checkpoints import CONFIG_FILE, load_model
 from crate_mae.classifiers import Classifier
 from crate_mae.data import MissingLibrary, Normalization
-from crate_mae.export_check import (
+from crate_mae.exporting.check import (
     LEAST_SIDE,
     Checked,
     WrongExport,
@@ -35,7 +35,7 @@ from crate_mae.export_check import (
     outputs_of_file,
     outputs_of_model,
 )
-from crate_mae.export_form import ExportForm, ReconstructionForm
+from crate_mae.exporting.form import ExportForm, ReconstructionForm
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
 
