@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from crate_kernels._version import __version__
@@ -95,26 +95,25 @@ def check(source: str, file: Path, modules: set[str]) -> None:
         BuildError: it would; the message says where.
     """
     for node in ast.walk(ast.parse(source)):
-        if found := next(_obstacles(node, file, modules), None):
-            raise BuildError(f"{PACKAGE}/{file}:{node.lineno}: {found}")
+        if obstacle := _obstacle(node, file, modules):
+            raise BuildError(f"{PACKAGE}/{file}:{node.lineno}: {obstacle}")
 
 
-def _obstacles(node: ast.AST, file: Path, modules: set[str]) -> Iterator[str]:
-    if isinstance(node, ast.Import):
-        yield from (f"imports {one.name} by its name" for one in node.names if _is_ours(one.name))
-    elif isinstance(node, ast.ImportFrom) and not node.level:
-        yield from [f"imports {node.module} by its name"] * _is_ours(node.module)
-    elif isinstance(node, ast.ImportFrom):
-        target = ".".join((*file.parts[: len(file.parts) - node.level], *filter(None, [node.module])))
-        if target not in modules:
-            yield f"imports {PACKAGE}.{target}, which the kernel leaves out"
-        names = [f"{target}.{one.name}".removeprefix(".") for one in node.names]
-        yield from (f"imports {PACKAGE}.{one}, which the kernel leaves out" for one in names if f"{one}.py" in LEFT_OUT)
-    elif isinstance(node, ast.Attribute):
-        yield from ["names the package's operators"] * (node.attr == PACKAGE)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-        if re.fullmatch(rf"{PACKAGE}(\.|::)[\w.:]*", node.value):
-            yield f"has the name {node.value!r}"
+def _obstacle(node: ast.AST, file: Path, modules: set[str]) -> str | None:
+    match node:
+        case ast.Import(names=names) if ours := [one.name for one in names if _is_ours(one.name)]:
+            return f"imports {ours[0]} by its name"
+        case ast.ImportFrom(module=module, level=0) if _is_ours(module):
+            return f"imports {module} by its name"
+        case ast.ImportFrom(module=module, names=names, level=level) if level:
+            origin = ".".join((*file.parts[: len(file.parts) - level], *([module] if module else [])))
+            lacking = [origin] if origin not in modules else [one.name for one in names if f"{one.name}.py" in LEFT_OUT]
+            return f"imports {lacking[0]}, which the kernel leaves out" if lacking else None
+        case ast.Attribute(attr=name) if name == PACKAGE:
+            return f"names the operators {ast.unparse(node)}"
+        case ast.Constant(value=str(text)) if re.fullmatch(rf"{PACKAGE}(\.|::)[\w.:]*", text):
+            return f"has the name {text!r}"
+    return None
 
 
 def modules_of(package: Path) -> dict[Path, str]:
@@ -169,7 +168,6 @@ def build(out: Path, repo_id: str = f"USER/{NAME}", package: Path = ROOT / PACKA
         _write(folder / "README.md", card.replace("REPO_ID", repo_id).replace("VERSION", str(HUB_VERSION)))
         shutil.copy(ROOT / "LICENSE", folder / "LICENSE")
         _import_once(folder / VARIANT, identity)
-        check_out(out)
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
