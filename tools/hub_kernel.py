@@ -107,7 +107,9 @@ def _obstacle(node: ast.AST, file: Path, modules: set[str]) -> str | None:
             return f"imports {module} by its name"
         case ast.ImportFrom(module=module, names=names, level=level) if level:
             origin = ".".join((*file.parts[: len(file.parts) - level], *([module] if module else [])))
-            lacking = [origin] if origin not in modules else [one.name for one in names if f"{one.name}.py" in LEFT_OUT]
+            lacking = [origin] if origin not in modules else []
+            if not origin:
+                lacking = [one.name for one in names if f"{one.name}.py" in LEFT_OUT]
             return f"imports {lacking[0]}, which the kernel leaves out" if lacking else None
         case ast.Attribute(attr=name) if name == PACKAGE:
             return f"names the operators {ast.unparse(node)}"
@@ -156,6 +158,7 @@ def build(out: Path, repo_id: str = f"USER/{NAME}", package: Path = ROOT / PACKA
         BuildError: out holds something else, or a module cannot be rewritten or imported. Then out is as it was.
     """
     check_out(out)
+    out = out.resolve()
     modules = modules_of(package)
     identity = re.search(r'^NAMESPACE = "(\w+)"$', modules[Path("_ops.py")], re.MULTILINE)[1]
     out.parent.mkdir(parents=True, exist_ok=True)

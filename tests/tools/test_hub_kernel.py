@@ -244,14 +244,14 @@ def test_relative_imports() -> None:
 )
 def test_what_reaches_for_the_package_is_named(line: str, what: str) -> None:
     modules = {"", "checks", "mssa", "mssa.api"}
-    check('from .. import checks\nfrom .api import mssa\n"crate_kernels: a word"', Path("mssa", "op.py"), modules)
+    check('from .. import checks\nfrom .api import mssa, tune\n"crate_kernels: a word"', Path("mssa", "op.py"), modules)
     with pytest.raises(BuildError, match=re.escape(f"crate_kernels/mssa/op.py:2: {what}")):
         check(f"x = 0\n{line}\n", Path("mssa", "op.py"), modules)
 
 
 def test_package_without_its_namespace(tmp_path: Path) -> None:
     (tmp_path / "__init__.py").touch()
-    with pytest.raises(BuildError, match='_ops.py: expected the line `NAMESPACE = "crate_kernels"`, once'):
+    with pytest.raises(BuildError, match=r'_ops\.py: expected the line `NAMESPACE = "crate_kernels"`, once'):
         modules_of(tmp_path)
 
 
