@@ -171,9 +171,11 @@ def build(out: Path, repo_id: str = f"USER/{NAME}", package: Path = ROOT / PACKA
         _write(folder / "README.md", card.replace("REPO_ID", repo_id).replace("VERSION", str(HUB_VERSION)))
         shutil.copy(ROOT / "LICENSE", folder / "LICENSE")
         _import_once(folder / VARIANT, identity)
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
+        out.mkdir(exist_ok=True)
+        for old in out.iterdir():  # not the folder itself: somebody may be in it
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for new in folder.iterdir():
+            new.rename(out / new.name)
     return identity
 
 

@@ -255,7 +255,7 @@ def test_package_without_its_namespace(tmp_path: Path) -> None:
         modules_of(tmp_path)
 
 
-def test_what_cannot_be_imported_is_not_written(tmp_path: Path) -> None:
+def test_what_cannot_be_imported_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package, out = tmp_path / PACKAGE, tmp_path / "out"
     package.mkdir()
     (package / "_ops.py").write_text(f'NAMESPACE = "{PACKAGE}"\n')
@@ -267,7 +267,9 @@ def test_what_cannot_be_imported_is_not_written(tmp_path: Path) -> None:
     (package / "later.py").write_text("")
     first = build(out, package=package)
     (package / "later.py").unlink()
-    assert build(out, package=package) != first and not (out / VARIANT / "later.py").exists()
+    monkeypatch.chdir(out)
+    assert build(Path("."), package=package) != first and not (out / VARIANT / "later.py").exists()
+    assert {file.name for file in Path(".").iterdir()} == {"LICENSE", "README.md", "build"}
 
 
 def test_refuses_to_write_over_something_else(kernel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
