@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from crate_kernels._ops import add_op_namespace_prefix, ops
 from crate_kernels.dispatch import is_transformed
 from crate_kernels.precision import no_autocast
 
@@ -49,11 +50,11 @@ def register(
             return function(*arguments)
 
     run.__signature__ = inspect.Signature(parameters, return_annotation=kinds["return"])
-    full_name = f"crate_kernels::{name}"
+    full_name = add_op_namespace_prefix(name)
     torch.library.define(full_name, torch.library.infer_schema(run, mutates_args=()))
     torch.library.impl(full_name, "CompositeExplicitAutograd", run)
     torch.library.register_fake(full_name, fake)
-    register_flop_formula(getattr(torch.ops.crate_kernels, name))(lambda *shapes, **_: flops(*shapes))
+    register_flop_formula(getattr(ops, name))(lambda *shapes, **_: flops(*shapes))
 
 
 def _of_tuple(function: Callable[..., Any], leading: int, kind: Any) -> Callable[..., Any]:

@@ -56,7 +56,7 @@ class _Forced(threading.local):
 _forced = _Forced()
 # What a checkpoint does again in the backward of CUDA tensors runs in a thread of autograd's own. That knows of the thread that
 # called ``backward`` what PyTorch carries over, as it does grad mode and autocast; torch.compile cannot trace that.
-_CARRIED = "crate_kernels.implementation"
+_CARRIED = f"{__package__}.implementation"
 
 
 def _force(implementation: str | None) -> None:
@@ -163,4 +163,4 @@ def obstacle_to_kernels(tensor: Tensor, dtype: torch.dtype) -> str | None:
 
 def load(operator: str, implementation: str) -> ModuleType:
     """The module ``crate_kernels.<operator>.<implementation>``, imported only now: nobody pays for a path not taken."""
-    return importlib.import_module(f"crate_kernels.{operator}.{implementation}")
+    return importlib.import_module(f"{__package__}.{operator}.{implementation}")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crate_kernels._ops import ops
 from crate_kernels.boundary import register
 from crate_kernels.dispatch import is_plain, is_transformed
 from crate_kernels.precision import CPU, arithmetic_dtype, no_autocast
@@ -101,7 +102,7 @@ class _Linear(torch.autograd.Function):
         rows: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype
     ) -> Tensor:
         bias = None if bias is None else bias.to(dtype)
-        return torch.ops.crate_kernels.linear(rows.to(dtype), weight.to(dtype), bias).to(out_dtype)
+        return ops.linear(rows.to(dtype), weight.to(dtype), bias).to(out_dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crate_kernels import checks, dispatch
+from crate_kernels._ops import ops
 from crate_kernels.boundary import Formula, asked, derivative, number_as_tensor, save, saved
 from crate_kernels.ista import op, reference
 from crate_kernels.ista.form import combination, one_product
@@ -154,7 +155,7 @@ class _ISTA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
-        y, kept = torch.ops.crate_kernels.ista_forward(x, out_dtype, *arguments)
+        y, kept = ops.ista_forward(x, out_dtype, *arguments)
         given = op.ISTAArguments(*arguments)
         ctx.keeps_cast = given.implementation == "composed" and given.norm is None and x.dtype != given.dtype
         if ctx.keeps_cast:
@@ -171,7 +172,7 @@ class _ISTA(torch.autograd.Function):
         needs = need_x, want.dictionary or want.norm_weight or want.norm_bias
         found, numbers = [None] * 4, ()
         if any(needs):
-            found = torch.ops.crate_kernels.ista_backward(grad_y, x, y, kept, *needs, *given)
+            found = ops.ista_backward(grad_y, x, y, kept, *needs, *given)
         if want.step_size or want.lambd:
             numbers = _gradients_of_numbers(grad_y, x, y, given)
         grad_x, grad_dictionary, *grads_of_norm = found

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import checks, dispatch
+from crate_kernels._ops import ops
 from crate_kernels.boundary import asked, derivative, save, saved
 from crate_kernels.mssa import composed, op, reference
 from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
@@ -164,7 +165,7 @@ class _MSSA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
-        out, kept = torch.ops.crate_kernels.mssa_forward(x, skip, out_dtype, *arguments)
+        out, kept = ops.mssa_forward(x, skip, out_dtype, *arguments)
         save(ctx, op.MSSAArguments(*arguments), x, *kept)
         ctx.skip_dtype = None if skip is None else skip.dtype
         return out
@@ -176,5 +177,5 @@ class _MSSA(torch.autograd.Function):
         want_x, want_skip, _, *want_fields = ctx.needs_input_grad
         want = op.MSSAArguments(*want_fields)
         needs = [want_x, want.qkv_weight or want.norm_weight or want.norm_bias, want.out_weight or want.out_bias]
-        grad_x, *grads = torch.ops.crate_kernels.mssa_backward(grad, x, kept, needs, *given) if any(needs) else [None]
+        grad_x, *grads = ops.mssa_backward(grad, x, kept, needs, *given) if any(needs) else [None]
         return asked((grad_x, grad.to(ctx.skip_dtype) if want_skip else None, None, *grads), ctx.needs_input_grad)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from crate_kernels import checks, dispatch
+from crate_kernels._ops import ops
 from crate_kernels.boundary import asked, derivative, save, saved
 from crate_kernels.norm_linear import composed, op, reference
 from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
@@ -84,7 +85,7 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
-        y, kept = torch.ops.crate_kernels.norm_linear_forward(x, *arguments)
+        y, kept = ops.norm_linear_forward(x, *arguments)
         save(ctx, op.NormLinearArguments(*arguments), x, *([y, *kept] if kept else []))
         return y
 
@@ -93,5 +94,5 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given, (x, *kept) = saved(ctx)
         need_x, *want = ctx.needs_input_grad
-        grads = torch.ops.crate_kernels.norm_linear_backward(grad, x, kept, need_x, any(want), *given)
+        grads = ops.norm_linear_backward(grad, x, kept, need_x, any(want), *given)
         return asked(grads, ctx.needs_input_grad)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from crate_kernels import checks, dispatch
+from crate_kernels._ops import ops
 from crate_kernels.boundary import asked, derivative, number_as_tensor, save, saved
 from crate_kernels.overcomplete import composed, op, reference
 from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
@@ -91,7 +92,7 @@ class _OvercompleteISTA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, *arguments: Any) -> Tensor:
-        out, *codes = torch.ops.crate_kernels.overcomplete_forward(x, skip, out_dtype, *arguments)
+        out, *codes = ops.overcomplete_forward(x, skip, out_dtype, *arguments)
         save(ctx, op.OvercompleteArguments(*arguments), x, *codes)
         ctx.skip_dtype = None if skip is None else skip.dtype
         return out
@@ -103,6 +104,6 @@ class _OvercompleteISTA(torch.autograd.Function):
         want_x, want_skip, _, *want_fields = ctx.needs_input_grad
         want = op.OvercompleteArguments(*want_fields)
         needs = [want_x, want.dictionary, want.out_dictionary, want.step_size or want.lambd]
-        operator = torch.ops.crate_kernels.overcomplete_backward
+        operator = ops.overcomplete_backward
         grad_x, *grads = operator(grad, x, z1, z2, needs, *given) if any(needs) else [None]
         return asked((grad_x, grad.to(ctx.skip_dtype) if want_skip else None, None, *grads), ctx.needs_input_grad)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from crate_kernels import dispatch
+from crate_kernels._ops import ops
 from crate_kernels.boundary import register
 from crate_kernels.products.operand import Norm, Operand, as_norm
 
@@ -30,7 +31,7 @@ def operands(
 ) -> list[Operand]:
     """The operands of ``LN(x) (scale * B) + bias``, matrices B [inner, width] of one shape and any strides, in one launch."""
     columns = [None if n is None else n.weight for n in norms], [None if n is None else n.bias for n in norms]
-    stacks = torch.ops.crate_kernels.prepare(matrices, biases, *columns, scale, dtype)
+    stacks = ops.prepare(matrices, biases, *columns, scale, dtype)
     rows = zip(biases, norms, *(stack.unbind(0) for stack in stacks), strict=True)
     return [
         Operand(matrix, None if norm is None else column_sum, None if norm is None and bias is None else offset)
@@ -44,7 +45,7 @@ def combinations(
 ) -> list[tuple[Tensor, Operand]]:
     """G = W - W^T W [width, width] float32 of dictionaries of one shape, and the operands of ``LN(x) (eta G)``, in one launch."""
     columns = [None if n is None else n.weight for n in norms], [None if n is None else n.bias for n in norms]
-    stacks = torch.ops.crate_kernels.combinations(dictionaries, *columns, step_size, dtype)
+    stacks = ops.combinations(dictionaries, *columns, step_size, dtype)
     rows = zip(norms, *(stack.unbind(0) for stack in stacks), strict=True)
     return [
         (combined, Operand(matrix, None, None) if norm is None else Operand(matrix, *vectors))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from crate_kernels import checks, dispatch
+from crate_kernels._ops import ops
 from crate_kernels.boundary import Formula, derivative, save, saved
 from crate_kernels.precision import compute_dtype
 from crate_kernels.shared_attention import op, reference
@@ -150,7 +151,7 @@ class _SharedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
-        out, kept = torch.ops.crate_kernels.shared_attention_forward(w, *arguments)
+        out, kept = ops.shared_attention_forward(w, *arguments)
         given = op.AttentionArguments(*arguments)
         save(ctx, given, w, out, kept)
         if not given.return_lse:
@@ -164,5 +165,5 @@ class _SharedAttention(torch.autograd.Function):
         given, tensors = saved(ctx)
         scale, is_causal, _, implementation, lengths, dropout, seed, _ = given
         settings = scale, is_causal, implementation, lengths, dropout, seed
-        grad_w = torch.ops.crate_kernels.shared_attention_backward(grad_out, *tensors, *settings)
+        grad_w = ops.shared_attention_backward(grad_out, *tensors, *settings)
         return grad_w, *[None] * len(given)

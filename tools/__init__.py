@@ -1,0 +1,1 @@
+"""What the maintainers of the packages run; no part of them."""
