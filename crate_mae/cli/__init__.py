@@ -13,7 +13,18 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from crate_mae import __version__
-from crate_mae.cli import analyze, check, compare, evaluate, finetuning, pack, pretraining, reconstruct, visualize
+from crate_mae.cli import (
+    analyze,
+    check,
+    compare,
+    embed,
+    evaluate,
+    finetuning,
+    pack,
+    pretraining,
+    reconstruct,
+    visualize,
+)
 from crate_mae.cli.errors import DEBUG, DEBUG_HELP, nearest, one_line, outcome, worded
 from crate_mae.cli.settings import check_argument, load
 from crate_mae.data import STOPPING
@@ -25,6 +36,7 @@ OTHERS = {
     "analyze": analyze,
     "visualize": visualize,
     "evaluate": evaluate,
+    "embed": embed,
     "compare": compare,
     "pack": pack,
     "check": check,
@@ -86,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _how_to_go_on(arguments: list[str]) -> str:
     if arguments[0] == "check":
         return ""
+    if arguments[0] == "embed":
+        return "; the same command goes on"
     own_model = any(argument.startswith("--model.") for argument in arguments)
     if not (arguments[0] == "pack" or (arguments[0] == "demo" and not own_model)):
         return "; --resume goes on"

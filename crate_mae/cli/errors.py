@@ -83,6 +83,7 @@ _OF_TRAINING = (
 _LESS_MEMORY = {
     "analyze": "a lower --batch_size needs less",
     "evaluate": "a lower --batch_size needs less",
+    "embed": "a lower --batch_size needs less",
     "visualize": "a lower --size needs less, and so do fewer images",
     "reconstruct": "fewer images need less",
 }
