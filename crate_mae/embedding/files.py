@@ -103,20 +103,14 @@ def read_embeddings(path: str | Path) -> Embeddings:
     with path.open("rb") as file:
         try:
             return (_read_npz if path.suffix == ".npz" else _read_parquet)(file)
-        except (
-            ValueError,
-            KeyError,
-            EOFError,
-            OSError,
-            zipfile.BadZipFile,
-        ) as error:  # PyArrow's are ValueErrors and OSErrors
+        except Exception as error:  # whatever a broken file leads the reading to
             raise ValueError(
                 f"{path}: not a whole file of features, as crate-mae embed writes them ({error})"
             ) from error
 
 
 def _write_npz(file: BinaryIO, shape: Shape, chunks: Callable[[], Iterable[Rows]]) -> None:
-    """As ``np.savez`` writes it, which would have all in memory."""
+    """As ``np.savez`` writes it, which would want all in memory."""
     text = f"<U{max(1, shape.longest)}"
     with zipfile.ZipFile(file, "w") as archive:
 
@@ -152,17 +146,11 @@ def _write_parquet(file: BinaryIO, shape: Shape, chunks: Callable[[], Iterable[R
     import pyarrow.parquet as pq
 
     classes = shape.classes
-    kinds = {
-        "name": pa.string(),
-        "label": pa.int64(),
-        "class": pa.string(),
-        "features": pa.list_(pa.float32(), shape.width),
-    }
-    if classes is None:
-        del kinds["label"], kinds["class"]
+    of_classes = {} if classes is None else {"label": pa.int64(), "class": pa.string()}
+    kinds = {"name": pa.string(), **of_classes, "features": pa.list_(pa.float32(), shape.width)}
     said = {_ABOUT: json.dumps(shape.about, allow_nan=False), _CLASSES: json.dumps(classes)}
     schema = pa.schema(kinds, metadata=said)
-    with pq.ParquetWriter(file, schema, use_dictionary=["class"]) as writer:
+    with pq.ParquetWriter(file, schema, use_dictionary=["class"], write_page_checksum=True) as writer:
         for rows in chunks():
             if not rows.names:
                 continue
@@ -178,7 +166,7 @@ def _write_parquet(file: BinaryIO, shape: Shape, chunks: Callable[[], Iterable[R
 def _read_parquet(file: BinaryIO) -> Embeddings:
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(file)
+    table = pq.ParquetFile(file, page_checksum_verification=True)
     said = table.schema_arrow.metadata or {}
     about, classes = json.loads(said[_ABOUT]), json.loads(said[_CLASSES])
     width = table.schema_arrow.field("features").type.list_size

@@ -365,6 +365,7 @@ def test_a_batch_is_found_on_cuda(run, classes, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--data", "{classes}", "--out", "{tmp}/a.npz"], "required: RUN, the folder of a run or of a model"),
         (["{run}", "--out", "{tmp}/a.npz"], "--data: expected images"),
         (["{run}", "--data", "{classes}"], "--out: expected a file, .npz or .parquet"),
         (
