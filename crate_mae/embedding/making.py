@@ -98,7 +98,7 @@ def embed(
         ValueError: an argument cannot be used; no image can be read, or features are not finite.
         MissingLibrary: an ImportError: one that the images or .parquet need is not installed.
         RunStopped: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; finished chunks are kept.
-        torch.OutOfMemoryError: a batch of the size that was asked for does not fit, or not even one image.
+        torch.OutOfMemoryError: a batch of the size that was asked for does not fit.
     """
     out = Path(out)
     check_out(out, overwrite)
@@ -159,6 +159,8 @@ def embed_with(
     check_out(out, overwrite)
     if batch_size != "auto" and not 1 <= batch_size <= _CHUNK:
         raise ValueError(f"--batch_size: expected 1 to {_CHUNK:,}, or auto, got {batch_size}")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--precision: expected auto, float32 or bfloat16, got {precision!r}")
     place = choose_device(device, "--device")
     chosen = choose_precision(precision, place)
     config = model.config
@@ -180,16 +182,9 @@ def embed_with(
             # Of one kind of device, since each rounds in its own way.
             fingerprint = f"{fingerprint_of(model, images, normalization, spec, chosen)} {place.type}"
             chunks = Chunks(folder, fingerprint, in_order(len(images), _CHUNK))
-            if batch_size != "auto":
-                size = batch_size
-            elif chunks.held:  # as before, for the same roundings
-                size = chunks.held[min(chunks.held)].batch_size
-            else:
-                size = _fitting(compute, images, normalization, place)
-            say(
-                f"embed: {len(images):,} images; {spec.in_words()}, {chosen} on {place}, {size} images at once"
-                f"{' (auto)' if batch_size == 'auto' else ''}"
-            )
+            size = _batch_size(chunks, compute, images, normalization, place) if batch_size == "auto" else batch_size
+            taken = f"{size} image{'s' * (size > 1)} at once{' (auto)' * (batch_size == 'auto')}"
+            say(f"embed: {len(images):,} images; {spec.in_words()}, {chosen} on {place}, {taken}")
             if chunks.held:
                 say(f"going on: {len(chunks.held):,} of {len(chunks):,} chunks are in {folder} already")
             elif chunks.discarded:
@@ -243,10 +238,21 @@ class _Forward:
             torch.cuda.empty_cache()
 
 
-def _fitting(
-    compute: Callable[[Tensor], Tensor], images: CentreCropped, normalization: Normalization, device: torch.device
+def _batch_size(
+    chunks: Chunks,
+    compute: Callable[[Tensor], Tensor],
+    images: CentreCropped,
+    normalization: Normalization,
+    device: torch.device,
 ) -> int:
-    """A power of two that the images fill: the largest that fits a CUDA device, by trying; on a CPU what is known to do."""
+    """That of chunks that are there, for the same roundings. Else a power of two that the images fill: the largest that fits a
+    CUDA device, by trying; on a CPU what is known to do.
+
+    Raises:
+        ValueError: not even one image fits.
+    """
+    if chunks.held:
+        return chunks.held[max(chunks.held)].batch_size
     most = min(_CHUNK, 1 << (len(images) - 1).bit_length())
     if device.type != "cuda":
         return min(_ON_A_CPU, most)
@@ -259,7 +265,7 @@ def _fitting(
     try:
         fits = fit(trial, device, most).batch
     except ValueError as error:  # in the words of training
-        raise torch.OutOfMemoryError(f"not even one image at once fits {device}") from error
+        raise ValueError(f"--device {device}: its memory does not take one image at once") from error
     return 1 << (fits.bit_length() - 1)
 
 

@@ -6,6 +6,8 @@ import json
 import shutil
 import signal
 import sys
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ from crate_mae.cli import main
 from crate_mae.data import CentreCropped, ImageFolder, Normalization, Subset, open_source
 from crate_mae.data.packing import pack
 from crate_mae.embedding import embed, making, read_embeddings
+from crate_mae.embedding.chunks import Chunks
+from crate_mae.embedding.files import Rows, Shape, write
 from crate_mae.evaluation import FeatureSpec, features_of
 from crate_mae.evaluation.features import extract
 from crate_mae.model import CrateMAE
@@ -338,26 +342,36 @@ def test_where_memory_runs_out_batches_are_halved(run, classes, tmp_path, monkey
     assert "out of memory: a lower --batch_size needs less" in capsys.readouterr().err
 
 
-def test_the_largest_power_of_two_that_fits_is_taken(classes, monkeypatch):
+def test_the_largest_power_of_two_that_fits_is_taken(classes, tmp_path, monkeypatch):
     monkeypatch.setattr(making, "_CHUNK", 1024)
     monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
     tried = []
     monkeypatch.setattr(making, "fit", lambda step, device, most: tried.append(most) or Fit(min(most, 300), most, 0, 0))
+    nothing = Chunks(tmp_path, "", [])
 
     def taken(images: int, device: str = "cuda") -> int:
-        source = Subset(ImageFolder(classes), np.zeros(images))
-        return making._fitting(abs, CentreCropped(source, (32, 32)), Normalization(MEAN, STD, 3), torch.device(device))
+        cropped = CentreCropped(Subset(ImageFolder(classes), np.zeros(images)), (32, 32))
+        return making._batch_size(nothing, abs, cropped, Normalization(MEAN, STD, 3), torch.device(device))
 
     assert [taken(count) for count in (1, 5, 250, 5000)] == [1, 8, 256, 256]
     assert tried == [1, 8, 256, 1024]
     assert [taken(count, "cpu") for count in (5, 5000)] == [8, 32] and len(tried) == 4
 
 
+def test_what_is_found_once_is_taken_again(run, classes, tmp_path, monkeypatch, capsys):
+    whole, out = tmp_path / "whole.npz", tmp_path / "out.npz"
+    assert main(command(run, classes, whole, "--batch_size", "2")) == 0
+    interrupted_at(monkeypatch, 7)
+    assert main(command(run, classes, out, "--batch_size", "2")) == 130
+    assert main(command(run, classes, out)) == 0
+    assert "2 images at once (auto)" in capsys.readouterr().out and out.read_bytes() == whole.read_bytes()
+
+
 @pytest.mark.gpu
 def test_a_batch_is_found_on_cuda(run, classes, tmp_path):
     said = []
     embed(run, str(classes), tmp_path / "out.npz", precision="float32", say=said.append)
-    assert "float32 on cuda" in said[0] and "8 images at once (auto)" in said[0]  # of chunks of 5 images
+    assert "float32 on cuda" in said[0] and "4 images at once (auto)" in said[0]  # of chunks of 5 images
     found = read_embeddings(tmp_path / "out.npz").features
     np.testing.assert_allclose(found, expected(run, classes), rtol=1e-3, atol=1e-3)
 
@@ -399,6 +413,10 @@ def test_a_batch_is_found_on_cuda(run, classes, tmp_path):
             "--num_workers: expected a whole",
         ),
         (["{run}", "--data", "{classes}", "--out", "{tmp}/a.npz", "--device", "tpu"], "--device: expected auto"),
+        (
+            ["{run}", "--data", "{classes}", "--out", "{tmp}/a.npz", "--precision", "int8"],
+            "precision: expected one of auto",
+        ),
     ],
 )
 def test_mistakes_are_one_line(run, classes, tmp_path, arguments, message, capsys):
@@ -435,6 +453,26 @@ def test_a_bit_that_changed_is_found(run, classes, out):
     out.write_bytes(content)
     with pytest.raises(ValueError, match="not a whole file of features"):
         read_embeddings(out)
+
+
+def test_files_are_written_without_all_of_them_in_memory(out):
+    chunk = Rows(np.random.default_rng(0).normal(size=(1024, 512)).astype(np.float32), ["name"] * 1024, None)
+    count = 32  # 64 MiB in all
+    of_arrow = [0]
+
+    def chunks() -> Iterator[Rows]:
+        for _ in range(count):
+            if out.suffix == ".parquet":
+                of_arrow.append(sys.modules["pyarrow"].total_allocated_bytes())
+            yield chunk
+
+    tracemalloc.start()
+    with out.open("wb") as file:
+        write(file, out, Shape(1024 * count, 512, 4, None, {}), chunks)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak + max(of_arrow) < chunk.features.nbytes * count / 4
+    np.testing.assert_array_equal(read_embeddings(out).features, np.tile(chunk.features, (count, 1)))
 
 
 def test_pickles_are_not_read(tmp_path):
