@@ -35,6 +35,18 @@ def write_photographs(folder: Path, count: int = 12) -> Path:
     return folder
 
 
+def write_classes(folder: Path) -> Path:
+    """Three classes of noisy colours, 8 images each to learn from and 4 to test on, each class under another first letter."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 8), ("test", 4)):
+        for name, colour in (("brick", (150, 60, 50)), ("grass", (60, 140, 60)), ("water", (60, 90, 150))):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = (np.array(colour) + generator.normal(0, 25, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
+    return folder
+
+
 def tiny_config(out: Path, photographs: Path) -> PretrainConfig:
     return PretrainConfig(
         out=out,

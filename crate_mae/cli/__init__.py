@@ -17,6 +17,7 @@ from crate_mae.cli import (
     analyze,
     check,
     compare,
+    embed,
     evaluate,
     export,
     finetuning,
@@ -38,6 +39,7 @@ OTHERS = {
     "analyze": analyze,
     "visualize": visualize,
     "evaluate": evaluate,
+    "embed": embed,
     "compare": compare,
     "pack": pack,
     "check": check,
@@ -102,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _how_to_go_on(arguments: list[str]) -> str:
     if arguments[0] == "check":
         return ""
+    if arguments[0] == "embed":
+        return "; the same command goes on"
     own_model = any(argument.startswith("--model.") for argument in arguments)
     if not (arguments[0] == "pack" or (arguments[0] == "demo" and not own_model)):
         return "; --resume goes on"

@@ -39,6 +39,7 @@ _WORDING = (
     (r"(?<=: )(.*) not among choices \[(.*)\]$", r"expected one of \2, got \1"),
     (r"(?<=required: )(pretrain|demo|finetune)\.", "--"),
     (r"(?<=required: )compare\.runs", "RUN, the folder of a run, or several"),
+    (r"(?<=required: )embed\.run", "RUN, the folder of a run or of a model"),
     (r", got $", ", got nothing"),
 )
 """What the parsers say, and how it reads in the words of all other messages."""
@@ -83,6 +84,7 @@ _OF_TRAINING = (
 _LESS_MEMORY = {
     "analyze": "a lower --batch_size needs less",
     "evaluate": "a lower --batch_size needs less",
+    "embed": "a lower --batch_size needs less",
     "visualize": "a lower --size needs less, and so do fewer images",
     "reconstruct": "fewer images need less",
 }

@@ -15,6 +15,7 @@ from crate_mae.backbone import Backbone
 from crate_mae.checkpoints import read_config
 from crate_mae.classifiers import classifier_config
 from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.features import add_computing, add_features, num_workers_of, spec_of
 from crate_mae.cli.pretraining import config_of
 from crate_mae.cli.runs import backbone_of, check_run, is_run, normalization_of
 from crate_mae.cli.settings import path_of
@@ -72,17 +73,7 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         "--base_lr", type=float, default=5e-4, help="Of fine-tuning, for a batch of 256, as --optimizer.base_lr there."
     )
     parser.add_argument("--overwrite", action="store_true", help="Fine-tune anew, where it was done or begun before.")
-    parser.add_argument(
-        "--pool", type=str, default="mean", choices=["mean", "cls", "both"], help="Patch tokens, class token, or both."
-    )
-    parser.add_argument(
-        "--layer",
-        type=int,
-        default=-1,
-        help="Of the encoder: 1, 2, ... or back from its end -1, -2, whose tokens are taken.",
-    )
-    parser.add_argument("--last", type=int, default=1, help="So many layers up to that one, joined.")
-    parser.add_argument("--norm", type=bool, default=True, help="After the final norm; else as the layers leave them.")
+    add_features(parser)
     parser.add_argument(
         "--baseline",
         type=str,
@@ -93,19 +84,8 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="How many models with random weights.")
     parser.add_argument("--out", type=Path, help="Folder for the files; by default, RUN.")
     parser.add_argument("--cache", type=bool, default=True, help="Keep features in RUN/features, for the next time.")
-    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
-    parser.add_argument(
-        "--precision",
-        type=str,
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="As --run.precision of pretrain.",
-    )
-    parser.add_argument(
-        "--threads", type=int, default=0, help="CPU threads that compute; 0 leaves the number to torch."
-    )
     parser.add_argument("--batch_size", type=int, default=50, help="Images at once: fewer need less memory.")
-    parser.add_argument("--num_workers", type=str, default="auto", help='Processes that load images, or "auto".')
+    add_computing(parser)
     commands.add_subcommand(
         "evaluate", parser, help="Measure what a run has learnt by the classes that it tells apart."
     )
@@ -134,7 +114,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         check_run(each)
     device = choose_device(asked.device, "--device")
     models = {each: backbone_of(each).to(device).eval() for each in runs}
-    spec = _spec(asked, [len(model.encoder_layers) for model in models.values()])
+    spec = spec_of(asked, [len(model.encoder_layers) for model in models.values()])
     refuse_unwritable(out)
     with of_option("--data"):
         parts = labelled_parts(asked.data if asked.data is not None else _learnt_from(runs[0]), test=asked.test)
@@ -142,7 +122,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         say(line)
     first = models[runs[0]].config
     batch_bytes = asked.batch_size * first.in_chans * first.image_shape[0] * first.image_shape[1]
-    workers = workers_for(_workers(asked.num_workers), device, asked.threads, batch_bytes)
+    workers = workers_for(num_workers_of(asked.num_workers), device, asked.threads, batch_bytes)
     how = How(spec, asked.batch_size, workers, choose_precision(asked.precision, device))
     methods = list(dict.fromkeys(asked.method))
     say(
@@ -207,7 +187,7 @@ def _finetuning(
         images=ImagesConfig(
             mean=tuple(normalization.mean.flatten().tolist()),
             std=tuple(normalization.std.flatten().tolist()),
-            num_workers=_workers(asked.num_workers),
+            num_workers=num_workers_of(asked.num_workers),
         ),
         optimizer=FinetuneOptimizerConfig(base_lr=asked.base_lr),
         schedule=FinetuneScheduleConfig(
@@ -218,26 +198,6 @@ def _finetuning(
     settings = {each: value for each, value in config.to_dict().items() if each not in ("out", "init")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return dataclasses.replace(config, out=config.out / f"{name}_{digest[:8]}")
-
-
-def _spec(asked: Namespace, depths: Sequence[int]) -> FeatureSpec:
-    """Options count layers from 1, as the pictures number them."""
-    for depth in depths:
-        if not (1 <= asked.layer <= depth or -depth <= asked.layer <= -1):
-            raise ValueError(f"--layer: expected 1 to {depth}, or -1 to {-depth} from the end, got {asked.layer}")
-        layers = asked.layer if asked.layer > 0 else depth + 1 + asked.layer
-        if asked.last > layers:
-            raise ValueError(
-                f"--last: expected 1 to {layers}, the layers up to --layer {asked.layer}, got {asked.last}"
-            )
-    layer = asked.layer - 1 if asked.layer > 0 else asked.layer
-    return FeatureSpec(asked.pool, layer, asked.last, asked.norm)
-
-
-def _workers(asked: str) -> int | str:
-    if asked != "auto" and not asked.isdigit():
-        raise ValueError(f"--num_workers: expected a whole number, or auto, got {asked!r}")
-    return asked if asked == "auto" else int(asked)
 
 
 def _learnt_from(run: Path) -> str:

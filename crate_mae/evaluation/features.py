@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from crate_mae.backbone import Backbone
-from crate_mae.data import CentreCropped, ImageLoader, Normalization, UnreadableImage, in_order
+from crate_mae.data import CentreCropped, ImageLoader, Normalization, Source, UnreadableImage, in_order
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class FeatureSpec:
         if not 1 <= self.last <= end:
             raise ValueError(f"last: expected 1 to {end}, the layers up to layer {self.layer}, got {self.last}")
         return list(range(end - self.last, end))
+
+    def width(self, tokens: int) -> int:
+        """How many numbers an image has, where its tokens have so many."""
+        return tokens * self.last * (2 if self.pool == "both" else 1)
 
     def in_words(self) -> str:
         pooled = {"mean": "the mean patch token", "cls": "the class token", "both": "class token and mean patch token"}
@@ -119,6 +123,31 @@ class Readable(Dataset[tuple[Tensor, Tensor]]):
         return torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8), torch.tensor(indices).long()
 
 
+def of_batches(
+    forward: Callable[[Tensor], Tensor],
+    images: CentreCropped,
+    normalization: Normalization,
+    device: torch.device,
+    batches: Sequence[Sequence[int]],
+    *,
+    num_workers: int = 0,
+    unreadable: Callable[[Sequence[UnreadableImage]], None],
+) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Of each batch the features, float32 [readable, width], and which images these are, int64 [readable]; on the CPU. Of a batch
+    that has no readable image, None and no number.
+
+    Args:
+        forward, unreadable: as of ``extract``; ``unreadable`` is called before the batch comes.
+        batches: numbers of the images of each.
+    """
+    loader = ImageLoader(
+        Readable(images), batches, num_workers=num_workers, pin_memory=device.type == "cuda", unreadable=unreadable
+    )
+    for pixels, indices in loader:
+        features = forward(normalization(pixels.to(device, non_blocking=True))).cpu() if len(indices) else None
+        yield features, indices
+
+
 def extract(
     forward: Callable[[Tensor], Tensor],
     images: CentreCropped,
@@ -141,19 +170,27 @@ def extract(
         ValueError: no image can be read, or a feature is not finite.
     """
     batches = in_order(len(images), batch_size)
-    loader = ImageLoader(
-        Readable(images), batches, num_workers=num_workers, pin_memory=device.type == "cuda", unreadable=unreadable
-    )
+    made = of_batches(forward, images, normalization, device, batches, num_workers=num_workers, unreadable=unreadable)
     found, numbers = [], []
-    for keys, (pixels, indices) in zip(batches, loader, strict=True):
-        if len(indices):
-            found.append(forward(normalization(pixels.to(device, non_blocking=True))).cpu())
+    for keys, (features, indices) in zip(batches, made, strict=True):
+        if features is not None:
+            found.append(features)
             numbers.append(indices)
         done(len(keys))
     if not found:
-        raise ValueError(f"none of the {len(images):,} images can be read; crate-mae check says why")
+        raise none_readable(len(images))
     features, indices = torch.cat(found), torch.cat(numbers)
-    if not (finite := features.isfinite().all(1)).all():
-        first = images.source.name(int(indices[~finite][0]))
-        raise ValueError(f"features of {int((~finite).sum()):,} images are not finite, those of {first} for one")
+    refuse_not_finite(features, indices, images.source)
     return features, indices
+
+
+def none_readable(images: int) -> ValueError:
+    """What to raise where no image of so many can be read."""
+    return ValueError(f"none of the {images:,} images can be read; crate-mae check says why")
+
+
+def refuse_not_finite(features: Tensor, indices: Tensor, source: Source) -> None:
+    """Raise a ValueError for features that are not finite, which names an image that they are of."""
+    if not (finite := features.isfinite().all(1)).all():
+        first = source.name(int(indices[~finite][0]))
+        raise ValueError(f"features of {int((~finite).sum()):,} images are not finite, those of {first} for one")

@@ -540,7 +540,7 @@ def test_divergence_is_reported(run, capsys):
         ("demo --out {out} --schedule.batch_size 5000", "lower --schedule.batch_size"),
         (
             "pretrian --out {out}",
-            "expected a command, one of pretrain, demo, finetune, reconstruct, analyze, visualize, evaluate, compare, pack,",
+            "expected a command, one of pretrain, demo, finetune, reconstruct, analyze, visualize, evaluate, embed, compare,",
         ),
         ("pretrain --out {out} --optimzer.base_lr 1", "--optimzer.base_lr 1; did you mean --optimizer.base_lr?"),
         ("pretrain --out {out} --optimizer.baselr 1", "did you mean --optimizer.base_lr?"),

@@ -13,7 +13,7 @@ from PIL import Image
 
 pytest.importorskip("jsonargparse")  # lacking where nothing can be installed, as on some GPU machines
 
-from tiny_runs import TINY
+from tiny_runs import TINY, write_classes
 
 import crate_mae
 from crate_mae.analyzing import random_model
@@ -24,18 +24,6 @@ from crate_mae.evaluation import FeatureSpec, features_of, linear_probe, nearest
 from crate_mae.model import CrateMAE
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)
-
-
-def write_classes(folder: Path) -> Path:
-    """Three classes of noisy colours, 8 images each to learn from and 4 to test on, each class under another first letter."""
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 8), ("test", 4)):
-        for name, colour in (("brick", (150, 60, 50)), ("grass", (60, 140, 60)), ("water", (60, 90, 150))):
-            (folder / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = (np.array(colour) + generator.normal(0, 25, (32, 32, 3))).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ for implementation in "reference", "triton":
     grads.append((out, *torch.autograd.grad(out.square().sum(), w)))
 assert crate.__name__ + ".shared_attention.triton" in sys.modules
 for one, other in zip(*grads):
-    torch.testing.assert_close(one, other)
+    assert (one - other).norm() < 1e-5 * one.norm()
 """
 
 COMPARED = """

@@ -1,0 +1,125 @@
+"""Features of some successive images each, on the disk until all are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from crate_mae.data.unreadable import Unreadable
+from crate_mae.files import remove, remove_unfinished, replaced
+from crate_mae.state_dicts import checksum
+
+_MADE_OF, _CHECKSUM = "made_of", "crc32"
+"""In the metadata of a file: what the features depend on, and the checksum of all that is in it."""
+
+
+class Chunk(NamedTuple):
+    """Features of successive images.
+
+    Attributes:
+        features: float32 [readable, width].
+        indices: int64 [readable], the images' numbers.
+        names: theirs.
+        unreadable: the others.
+        batch_size: with which the chunk ended.
+    """
+
+    features: Tensor
+    indices: Tensor
+    names: list[str]
+    unreadable: list[Unreadable]
+    batch_size: int
+
+
+class Summary(NamedTuple):
+    """What is remembered of a chunk that is on the disk: characters of its longest name, and the rest as of ``Chunk``."""
+
+    longest_name: int
+    unreadable: list[Unreadable]
+    batch_size: int
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> Summary:
+        return cls(max(map(len, chunk.names), default=0), chunk.unreadable, chunk.batch_size)
+
+
+class Chunks:
+    """The chunks of a source in a folder, a file each. What is there of other features, or damaged, is deleted.
+
+    Args:
+        fingerprint: of all that the features depend on.
+        images: which each chunk has.
+
+    Attributes:
+        held: those that are there and whole, by number.
+        discarded: whether there were any that had to be deleted.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, images: Sequence[range]) -> None:
+        self.folder, self.images, self._fingerprint = folder, images, fingerprint
+        remove_unfinished(folder)
+        found = ((number, self.read(number)) for number in range(len(images)))  # one at a time in memory
+        self.held = {number: Summary.of(chunk) for number, chunk in found if chunk is not None}
+        useless = set(self._files()) - {self._path(number) for number in self.held}
+        for path in useless:
+            remove(path)
+        self.discarded = bool(useless)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def unreadable(self) -> list[Unreadable]:
+        """Images that cannot be read, of all that are there."""
+        return [image for _, chunk in sorted(self.held.items()) for image in chunk.unreadable]
+
+    def write(self, number: int, chunk: Chunk) -> None:
+        """Add a chunk.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        words = {"names": chunk.names, "unreadable": chunk.unreadable, "batch_size": chunk.batch_size}
+        encoded = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
+        tensors = {"features": chunk.features.contiguous(), "indices": chunk.indices, "words": encoded}
+        with replaced(self._path(number)) as file:
+            file.write(save(tensors, {_MADE_OF: self._made_of(number), _CHECKSUM: checksum(tensors)}))
+        self.held[number] = Summary.of(chunk)
+
+    def read(self, number: int) -> Chunk | None:
+        """None where it is not there, of something else, or damaged: it can be made again."""
+        try:
+            with safe_open(self._path(number), framework="pt") as file:
+                said = file.metadata() or {}
+                if said.get(_MADE_OF) != self._made_of(number):
+                    return None
+                tensors = {name: file.get_tensor(name) for name in ("features", "indices", "words")}
+        except (OSError, SafetensorError):
+            return None
+        if said.get(_CHECKSUM) != checksum(tensors):
+            return None
+        words = json.loads(tensors["words"].numpy().tobytes())
+        unreadable = [Unreadable(*each) for each in words["unreadable"]]
+        return Chunk(tensors["features"], tensors["indices"], words["names"], unreadable, words["batch_size"])
+
+    def remove(self) -> None:
+        """Delete all."""
+        for path in self._files():
+            remove(path)
+
+    def _files(self) -> Iterator[Path]:
+        return self.folder.glob("chunk_*.safetensors")
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"chunk_{number:08}.safetensors"
+
+    def _made_of(self, number: int) -> str:
+        images = self.images[number]
+        return f"{self._fingerprint} {images.start}:{images.stop}"
