@@ -28,21 +28,27 @@ __all__ = [
     "classifier_of",
     "create_model",
     "download",
+    "embed",
+    "export",
     "finetune",
     "import_checkpoint",
     "load_model",
     "load_transform",
     "pretrain",
+    "read_embeddings",
     "save_model",
 ]
 
 _LATER = {
     "FinetuneConfig": "finetuning",
     "download": "sharing.loading",
+    "embed": "embedding",
+    "export": "exporting",
     "finetune": "finetuning",
     "import_checkpoint": "sharing.importing",
     "PretrainConfig": "training",
     "pretrain": "training",
+    "read_embeddings": "embedding",
 }
 """By modules that not everybody needs, and that take their time to import."""
 
