@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from crate_mae.backbone import Backbone
 from crate_mae.checkpoints import load_model
@@ -14,25 +14,14 @@ from crate_mae.data.source import MissingLibrary
 Model = TypeVar("Model", bound=Backbone)
 
 
-def from_pretrained(
-    name: str | Path,
-    kind: type[Model] = Backbone,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-) -> Model:
-    """The model in a folder or a repository, on the CPU and in evaluation mode; see ``Backbone.from_pretrained``."""
-    folder = download(
-        name,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        force_download=force_download,
-        local_files_only=local_files_only,
-    )
+def from_pretrained(name: str | Path, kind: type[Model], **options: Any) -> Model:
+    """The model in a folder or a repository, on the CPU and in evaluation mode; see ``Backbone.from_pretrained``.
+
+    Args:
+        kind: which is expected.
+        **options: as for ``download``.
+    """
+    folder = download(name, **options)
     model = load_model(folder).eval()
     if not isinstance(model, kind):
         raise TypeError(
