@@ -271,7 +271,8 @@ class Backbone(nn.Module):
 
         Raises:
             MissingLibrary: an ImportError: huggingface_hub is not installed.
-            Exception: as of ``save_pretrained``, and of huggingface_hub, such as where nobody is logged in (``hf auth login``).
+            OSError: the hub would not have it, such as where nobody is logged in (``hf auth login``), or cannot be reached.
+            Exception: as of ``save_pretrained``.
         """
         from crate_mae.sharing.folder import push_to_hub
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -94,14 +95,33 @@ def packed(
         raise ValueError(f"mean and std: expected both or neither, got {mean} and {std}")
     config = {**other, "model": dataclasses.asdict(model.config)}
     if mean is not None and std is not None:
+        mean, std = _numbers("mean", mean), _numbers("std", std)
         Normalization(mean, std, model.config.in_chans)  # which checks them
-        config["images"] = {**config.get("images", {}), "mean": list(mean), "std": list(std)}
+        config["images"] = {**config.get("images", {}), "mean": mean, "std": std}
     if classes is not None:
-        config["classes"] = list(classes)
+        config["classes"] = _names(classes, model)
     weights = weights_to_save(model)
     # One entry alone: safetensors writes several in any order, and one model is one file, to the byte.
     of_weights = save(weights, metadata={CHECKSUM: checksum(weights)})
     return {CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(), WEIGHTS_FILE: of_weights}
+
+
+def _numbers(name: str, values: Sequence[float]) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a number for each channel, got {values!r}") from error
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"{name}: expected finite numbers, got {numbers}")
+    return numbers
+
+
+def _names(classes: Sequence[str], model: CrateMAE | Classifier) -> list[str]:
+    wanted = model.num_classes if isinstance(model, Classifier) else 0
+    named = not isinstance(classes, str) and all(isinstance(name, str) for name in classes)
+    if not named or len(classes) != wanted:
+        raise ValueError(f"classes: expected {wanted} names, one for each logit, got {classes!r:.200}")
+    return list(classes)
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -236,7 +256,7 @@ def read_normalization(directory: str | Path) -> Normalization:
     if not isinstance(images, dict) or not {"mean", "std"} <= images.keys():
         raise ValueError(
             f"{file}: expected a section images with mean and std, as a pre-training run writes; it has none: "
-            f"save_model(model, directory, mean=..., std=...) writes it, too"
+            f"save_model(model, directory, mean=..., std=...) writes it, too, and crate-mae import with --mean and --std"
         )
     if channels not in COLOUR_MODES:
         raise ValueError(f"{file}: photographs have {', '.join(map(str, COLOUR_MODES))} channels, its model {channels}")

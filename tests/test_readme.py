@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import official
 import pytest
 import torch
 from PIL import Image
@@ -62,8 +63,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the commands of the section on sharing are given: there are a run, photographs and an official checkpoint."""
     config = tiny_config(tmp_path / "runs" / "base", write_photographs(tmp_path / "photos"))
     crate_mae.pretrain(config)
-    official = crate_mae.create_model("crate_mae_tiny", depth=1, decoder_depth=1)
-    torch.save({"model": official.state_dict(), "epoch": 800}, tmp_path / "official.pth")
+    trained = crate_mae.create_model("crate_mae_tiny", depth=1, decoder_depth=1)
+    torch.save({"model": trained.state_dict(), "epoch": 800}, tmp_path / "official.pth")
     monkeypatch.chdir(tmp_path)
     Path("shared").mkdir()
     Path("models").mkdir()
@@ -102,11 +103,12 @@ def test_commands_and_snippets_on_sharing(folder: Path, monkeypatch: pytest.Monk
     assert json.loads(names["about"])["patch_size"] == 8
 
 
-def test_without_installing(folder: Path) -> None:
+def test_without_installing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("kernels")
     *_, snippet = re.findall(r"```python\n(.*?)```", SHARING, re.DOTALL)
     [told] = re.findall(r"python (-m tools\.hub_kernel --out) (runs/hub_kernel)", snippet)
     subprocess.run([sys.executable, *told[0].split(), folder / told[1]], cwd=ROOT, check=True)
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"official_model": official.Model()}
     exec(snippet.replace("path/of/this/repository", str(ROOT)).replace("crate_mae_base", "crate_mae_tiny"), names)
     assert type(names["model"]) is crate_mae.CrateMAE
+    assert "swapped 6 modules, left 0 alone" in capsys.readouterr().out

@@ -55,7 +55,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             raise ValueError(f"--{name}: expected {what}")
     out = path_of(str(asked.out))
     check_out(out, asked.overwrite)
-    if asked.batch_size != "auto" and not asked.batch_size.isdigit():
+    if asked.batch_size != "auto" and not (asked.batch_size.isascii() and asked.batch_size.isdigit()):
         raise ValueError(f"--batch_size: expected a whole number, or auto, got {asked.batch_size!r}")
     check_run(folder)
     model = backbone_of(folder)

@@ -90,7 +90,8 @@ def _lines(exported: Exported) -> list[str]:
         f"{path}, {exported.size / 1e6:,.2f} MB: {' and '.join(inputs)} in, {' and '.join(exported.outputs)} out. "
         f"Any batch; height and width are multiples of {exported.patch_size}, {least} or more.",
         "Loaded where crate_mae and crate_kernels cannot be imported, and compared with the model; at most "
-        f"{TOLERANCE:g} * max(1, largest value) apart, or {ROUNDINGS} times as far as the model is from itself in float64:",
+        f"{TOLERANCE:g} * max(1, largest value) and {TOLERANCE:g} of the norm apart, or {ROUNDINGS} times as far as the model is "
+        "from itself in float64:",
         "  batch x height x width   largest difference   relative, in norm   largest value",
     ]
     for each in exported.checked:

@@ -67,6 +67,6 @@ def num_workers_of(asked: str) -> int | str:
     Raises:
         ValueError: it is neither.
     """
-    if asked != "auto" and not asked.isdigit():
+    if asked != "auto" and not (asked.isascii() and asked.isdigit()):
         raise ValueError(f"--num_workers: expected a whole number, or auto, got {asked!r}")
     return asked if asked == "auto" else int(asked)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import WEIGHTS_FILE
@@ -11,6 +9,7 @@ from crate_mae.classifiers import Classifier
 from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.settings import path_of
 from crate_mae.cli.share import refuse_folder
+from crate_mae.config import POOLS
 from crate_mae.registry import count_parameters
 from crate_mae.sharing.folder import save_pretrained
 from crate_mae.sharing.importing import import_checkpoint
@@ -25,8 +24,8 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="Checkpoint: .pth, .pt or .safetensors.")
-    parser.add_argument("out", metavar="OUT", type=Path, help="Folder to write.")
+    parser.add_argument("file", metavar="FILE", type=str, help="Checkpoint: .pth, .pt or .safetensors.")
+    parser.add_argument("out", metavar="OUT", type=str, help="Folder to write.")
     parser.add_argument(
         "--lambd",
         type=float,
@@ -41,6 +40,12 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         type=int,
         nargs="+",
         help="Side of the images, or height and width; by default, as the positions tell.",
+    )
+    parser.add_argument("--in_chans", type=int, help="Channels of a CRATE's images, where its shapes leave them open.")
+    parser.add_argument(
+        "--pool",
+        choices=POOLS,
+        help="What a CRATE's or CRATE-alpha's head sees, which no weight tells; by default, cls.",
     )
     parser.add_argument(
         "--norm_pix_loss", action="store_true", help="It was trained to reconstruct standardised patches."
@@ -61,7 +66,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         ValueError: an argument is missing or does not fit, or the file is of no such model; the message names it.
     """
     asked = chosen["import"]
-    file, out = path_of(str(asked.file)), path_of(str(asked.out))
+    file, out = path_of(asked.file), path_of(asked.out)
     refuse_folder(out, "OUT", asked.overwrite)
     size = asked.img_size
     if size is not None and len(size) > 2:
@@ -73,6 +78,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             step_size=asked.step_size,
             num_heads=asked.num_heads,
             decoder_num_heads=asked.decoder_num_heads,
+            in_chans=asked.in_chans,
+            pool=asked.pool,
             img_size=size and (size[0] if len(size) == 1 else tuple(size)),
             norm_pix_loss=asked.norm_pix_loss,
         )
@@ -81,14 +88,20 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     except (RuntimeError, TypeError) as error:  # weights that are not the model's; settings that are none
         raise ValueError(str(error)) from error
     config, (trained, _) = model.config, count_parameters(model)
-    what = f"classifier of {config.num_classes} classes" if isinstance(model, Classifier) else "CRATE-MAE"
+    what = (
+        f"classifier of {config.num_classes} classes, pool {config.pool}"
+        if isinstance(model, Classifier)
+        else "CRATE-MAE"
+    )
+    assumed = "" if asked.num_heads else " (as published models of this width have)"
     lines = [
-        f"{out / WEIGHTS_FILE}: {what}, width {config.embed_dim}, {config.depth} layers, {config.num_heads} heads, patch "
-        f"{config.patch_size}, images of {' x '.join(map(str, config.image_shape))}, {trained:,} parameters; lambda "
+        f"{out / WEIGHTS_FILE}: {what}, width {config.embed_dim}, {config.depth} layers, {config.num_heads} heads{assumed}, "
+        f"patch {config.patch_size}, images of {' x '.join(map(str, config.image_shape))}, {trained:,} parameters; lambda "
         f"{config.lambd:g}, step size {config.step_size:g}"
     ]
     if asked.mean is None:
         lines.append(
-            "How its images were standardised is not in it: --mean and --std say so, for what is shown photographs."
+            "How its images were standardised is not in it, and commands that show it photographs will refuse it: say so by "
+            "--mean and --std (and --overwrite), ImageNet's being --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
         )
     return "\n".join(lines)

@@ -10,9 +10,10 @@ from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.runs import backbone_of, check_run
 from crate_mae.cli.settings import path_of
-from crate_mae.sharing.card import CARD
-from crate_mae.sharing.folder import push_to_hub, save_pretrained
-from crate_mae.training.run_folder import BEST, METRICS, refuse_unwritable
+from crate_mae.sharing.card import CARD, CURVES
+from crate_mae.sharing.folder import check_repo_id, push_to_hub, save_pretrained
+from crate_mae.training.image_sets import of_option
+from crate_mae.training.run_folder import refuse_unwritable
 
 
 def add_command(commands: ArgumentParser) -> ArgumentParser:
@@ -27,10 +28,10 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
     parser.add_argument(
         "run",
         metavar="RUN",
-        type=Path,
+        type=str,
         help="Folder of a run or of a model; RUN/best is the model of its best validation.",
     )
-    parser.add_argument("--out", type=Path, help="Folder to write.")
+    parser.add_argument("--out", type=str, help="Folder to write.")
     parser.add_argument("--push", metavar="USER/NAME", type=str, help="Repository on the hub, made if it is not there.")
     parser.add_argument("--private", action="store_true", help="A repository that is made is for oneself alone.")
     parser.add_argument("--license", type=str, default="", help="Of the weights, for the card: mit, cc-by-nc-4.0, ...")
@@ -50,19 +51,20 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     asked = chosen.share
     if asked.out is None and asked.push is None:
         raise ValueError("expected --out FOLDER, --push USER/NAME, or both")
-    folder = path_of(str(asked.run))
+    folder = path_of(asked.run)
     check_run(folder)
-    if asked.out is not None:
-        refuse_folder(path_of(str(asked.out)), "--out", asked.overwrite)
+    if asked.push is not None:
+        with of_option("--push"):
+            check_repo_id(asked.push)
+    out = None if asked.out is None else path_of(asked.out)
+    if out is not None:
+        refuse_folder(out, "--out", asked.overwrite)
     model = backbone_of(folder)
-    is_best = folder.name == BEST and (folder.parent / METRICS).exists()
-    card = dict(run=folder.parent if is_best else folder, license=asked.license)
+    card = dict(run=folder, license=asked.license)
     lines = []
-    if asked.out is not None:
-        save_pretrained(model, asked.out, name=asked.push, **card)
-        lines.append(
-            f"{asked.out / CARD} is the card of {asked.out / WEIGHTS_FILE}; look at it before you give it away."
-        )
+    if out is not None:
+        save_pretrained(model, out, name=asked.push, **card)
+        lines.append(f"{out / CARD} is the card of {out / WEIGHTS_FILE}; look at it before you give it away.")
     if asked.push is not None:
         lines.append(push_to_hub(model, asked.push, private=asked.private or None, **card))
     return "\n".join(lines)
@@ -74,8 +76,8 @@ def refuse_folder(out: Path, option: str, overwrite: bool) -> None:
     Raises:
         OSError: it cannot be written, or holds a model, which stays unless ``overwrite`` is given.
     """
-    refuse_unwritable(out)
-    held = [name for name in (CONFIG_FILE, WEIGHTS_FILE, CARD) if (out / name).exists()]
+    refuse_unwritable(out, option)
+    held = [name for name in (CONFIG_FILE, WEIGHTS_FILE, CARD, CURVES) if (out / name).exists()]
     if held and not overwrite:
         raise FileExistsError(
             f"{option}: {out} holds {', '.join(held)}; name another folder, or --overwrite replaces them"

@@ -135,18 +135,33 @@ def without_folders(what: str | Path | None) -> str:
     if what is None or str(what) == str(FLOWERS):
         return "the flower photographs of crate_mae"
     what = str(what)
-    if weighted := _weighted(what):
+    try:
+        weighted = _weighted(what)
+    except ValueError:  # a folder that was called so, and is there no longer
+        weighted = []
+    if weighted:
         return " + ".join(f"{weight} {without_folders(each)}" for weight, each in weighted)
     kind, colon, rest = what.partition(":")
     if colon and kind == "synthetic":
         return what
     if colon and kind == "hf":
         name, *settings = rest.split(",")
-        return ",".join(
-            [f"hf:{Path(name).name if Path(name).is_absolute() or os.path.exists(name) else name}", *settings]
-        )
-    path = Path(os.path.abspath(what))
-    return "/".join(path.parts[-2:]) if path.name.lower() in PART_NAMES else path.name
+        on_the_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not os.path.exists(name)
+        is_file = name.endswith((".parquet", ".arrow"))
+        named = name if on_the_hub and not is_file else _last(name)
+        pairs = (each.partition("=") for each in settings)
+        return ",".join([f"hf:{named}", *(f"{key}={value.rpartition('/')[2]}" for key, _, value in pairs)])
+    return _last(what)
+
+
+def _last(path: str) -> str:
+    """The last part of a path; of a part of a data set, that and its folder's, unless that is of a user."""
+    path = os.path.abspath(path) if path else path
+    folder, name = os.path.split(path)
+    is_of_user = os.path.dirname(folder) in ("/home", "/Users") or folder == os.path.expanduser("~")
+    if name.lower() in PART_NAMES and folder != "/" and not is_of_user:
+        return f"{os.path.basename(folder)}/{name}"
+    return name or "a folder"
 
 
 def is_folder(what: str | Path) -> bool:

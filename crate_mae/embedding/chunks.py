@@ -38,6 +38,15 @@ class Chunk(NamedTuple):
     batch_size: int
 
 
+_PASSING = ("vanished", "no permission", "read error")
+"""Causes why an image could not be read that another day may not have, without a sign of that on the file."""
+
+
+def _may_mend(chunk: Chunk) -> bool:
+    """Whether an image that is left out of it may be readable by now."""
+    return any(image.cause in _PASSING for image in chunk.unreadable)
+
+
 class Summary(NamedTuple):
     """What is remembered of a chunk that is on the disk: characters of its longest name, and the rest as of ``Chunk``."""
 
@@ -51,7 +60,8 @@ class Summary(NamedTuple):
 
 
 class Chunks:
-    """The chunks of a source in a folder, a file each. What is there of other features, or damaged, is deleted.
+    """The chunks of a source in a folder, a file each. What is there of other features, or damaged, is deleted, and so is one
+    that lacks an image which may be readable by now.
 
     Args:
         fingerprint: of all that the features depend on.
@@ -66,7 +76,7 @@ class Chunks:
         self.folder, self.images, self._fingerprint = folder, images, fingerprint
         remove_unfinished(folder)
         found = ((number, self.read(number)) for number in range(len(images)))  # one at a time in memory
-        self.held = {number: Summary.of(chunk) for number, chunk in found if chunk is not None}
+        self.held = {number: Summary.of(chunk) for number, chunk in found if chunk is not None and not _may_mend(chunk)}
         useless = set(self._files()) - {self._path(number) for number in self.held}
         for path in useless:
             remove(path)
@@ -115,7 +125,7 @@ class Chunks:
             remove(path)
 
     def _files(self) -> Iterator[Path]:
-        return self.folder.glob("chunk_*.safetensors")
+        return self.folder.glob(f"chunk_{'[0-9]' * 8}.safetensors")
 
     def _path(self, number: int) -> Path:
         return self.folder / f"chunk_{number:08}.safetensors"

@@ -102,7 +102,9 @@ def read_embeddings(path: str | Path) -> Embeddings:
     check_format(path)
     with path.open("rb") as file:
         try:
-            return (_read_npz if path.suffix == ".npz" else _read_parquet)(file)
+            found = (_read_npz if path.suffix == ".npz" else _read_parquet)(file)
+            _check(found)
+            return found
         except Exception as error:  # whatever a broken file leads the reading to
             raise ValueError(
                 f"{path}: not a whole file of features, as crate-mae embed writes them ({error})"
@@ -180,6 +182,18 @@ def _read_parquet(file: BinaryIO) -> Embeddings:
             labels[here] = batch["label"].to_numpy()
         names += batch["name"].to_pylist()
     return Embeddings(features, names, labels, classes, about)
+
+
+def _check(found: Embeddings) -> None:
+    """Raise a ValueError where its parts do not belong together."""
+    features, names, labels, classes, _ = found
+    if features.dtype != np.float32 or features.ndim != 2:
+        raise ValueError(f"features: expected float32 [images, width], got {features.dtype} {list(features.shape)}")
+    for what, rows in (("names", names), *([] if labels is None else [("labels", labels)])):
+        if len(rows) != len(features):
+            raise ValueError(f"{what}: expected {len(features):,} of them, got {len(rows):,}")
+    if labels is not None and classes is not None and not ((labels >= 0) & (labels < len(classes))).all():
+        raise ValueError(f"labels: expected numbers of {len(classes):,} classes, got {labels.min()} to {labels.max()}")
 
 
 def _pyarrow(path: Path) -> None:

@@ -179,6 +179,7 @@ def embed_with(
     folder = out.with_name(f"{out.name}.partial")
     try:
         with owned(folder, "--out"), stop_requests(_STOPPING) as stop:
+            check_out(out, overwrite)  # again, now that no other process can write it
             # Of one kind of device, since each rounds in its own way.
             fingerprint = f"{fingerprint_of(model, images, normalization, spec, chosen)} {place.type}"
             chunks = Chunks(folder, fingerprint, in_order(len(images), _CHUNK))

@@ -57,7 +57,7 @@ def fingerprint_of(
     """The SHA-256 of all that features depend on: weights, buffers and configuration, the images and how they are cut and
     standardised, which features, the precision.
 
-    Images are told apart by their names, their source's own fingerprint, and size and time of change of the files they lie in.
+    Images are told apart by their names, their source's own fingerprint, and size and times of change of the files they lie in.
     """
     digest = hashlib.sha256()
     for name, value in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
@@ -84,7 +84,8 @@ def _add_images(digest: hashlib._Hash, source: Source) -> None:
     for path in source.files():
         try:
             status = os.stat(path)
-            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+            # The time of change of the entry, too: files that trade names may agree in the other two.
+            digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
         except OSError:  # it cannot be read, then, and is left out
             digest.update(b"none\n")
 

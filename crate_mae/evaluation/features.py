@@ -49,7 +49,8 @@ class FeatureSpec:
 
     def in_words(self) -> str:
         pooled = {"mean": "the mean patch token", "cls": "the class token", "both": "class token and mean patch token"}
-        layer = "the last layer" if self.layer == -1 else f"layer {self.layer}"
+        number = self.layer + 1 if self.layer >= 0 else self.layer  # as options and pictures number them
+        layer = "the last layer" if self.layer == -1 else f"layer {number}"
         layers = layer if self.last == 1 else f"the {self.last} layers up to {layer}"
         return f"{pooled[self.pool]} of {layers}, {'after' if self.norm else 'before'} the final norm"
 

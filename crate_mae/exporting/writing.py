@@ -5,11 +5,13 @@ What is written is loaded in a process that cannot import either, and compared w
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import io
 import json
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,8 +96,9 @@ def export(
     say), ``patch_size``, the configuration ``model`` with lambda and step size, names of inputs and outputs, and versions.
 
     Before it takes its place it is loaded in a process that can import neither `crate_mae` nor `crate_kernels`. On random images
-    of three sizes, of one and of three images a batch, ``max |difference| <= 1e-5 * max(1, max |model's output|)`` must hold;
-    where float32 is less exact than that for this model, thrice its own largest difference from itself in float64.
+    of three sizes, of one and of three images a batch, ``max |difference| <= 1e-5 * max(1, max |model's output|)`` and
+    ``||difference|| <= 1e-5 * ||model's output||`` must hold; where float32 is less exact than that for this model, thrice its
+    own largest difference from itself in float64.
 
     Args:
         run: the folder of a run or model.
@@ -134,7 +137,8 @@ def export(
     about = _metadata(run, model, output, format, mask_ratio)
     cases = cases_of(model, output)
     wanted = [outputs_of_model(model, case, output, mask_ratio) for case in cases]
-    form = ReconstructionForm(model, mask_ratio) if output == "reconstruction" else ExportForm(model, output)
+    own = copy.deepcopy(model)  # what the form did to weights that it shared would be done to what it is compared with
+    form = ReconstructionForm(own, mask_ratio) if output == "reconstruction" else ExportForm(own, output)
     with _quiet():
         program = _program(form, model, about["inputs"])
         content = (_onnx_of(program, about, opset) if format == "onnx" else _pt2_of(program, about)).getbuffer()
@@ -158,6 +162,8 @@ def _path_of(run: Path, out: str | Path | None, format: Format, overwrite: bool)
         raise IsADirectoryError(f"out {path}: expected the name of a file, and this is a folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"out {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"out {path}: {path.parent} cannot be written to")
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"out {path}: there is such a file; --overwrite (overwrite=True) puts another in its place"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,15 +11,22 @@ import yaml
 
 from crate_mae import __version__
 from crate_mae.classifiers import Classifier
-from crate_mae.comparing import GUESSES, ComparedRun
+from crate_mae.comparing import ComparedRun
 from crate_mae.config import ClassifierConfig, ModelConfig
-from crate_mae.evaluation.classes import TITLES
 from crate_mae.model import CrateMAE
 from crate_mae.registry import count_parameters
 from crate_mae.sharing.origin import Origin, Score
+from crate_mae.state_dicts import one_line
 
 LIBRARY = "crate-kernels"
 CARD, CURVES = "README.md", "curves.png"
+WRITTEN_BY = "Written by crate_mae"
+
+_GUESSES = {
+    "pretrain": {"mean_fill_loss": "the mean of the visible pixels", "blur_loss": "the best blur of them"},
+    "finetune": {"guess_loss": "guessing"},
+}
+"""By kind of run, errors that need no model, in rows of validations, and what they are of."""
 
 _PAPERS = {"crate": "2306.01129", "crate_alpha": "2405.20299", "crate_mae": "2404.02446"}
 _NAMES = {"crate": "A CRATE", "crate_alpha": "A CRATE-alpha", "crate_mae": "The encoder of a CRATE-MAE"}
@@ -48,13 +57,13 @@ def card(
     parts = [
         f"---\n{yaml.safe_dump(_metadata(model, name, origin, license), sort_keys=False)}---",
         f"# {name.rpartition('/')[2]}",
-        *([remark] if remark else []),
+        *([one_line(remark)] if remark else []),
         _in_words(model),
-        *([f"Its classes, in the order of the logits: {', '.join(classes)}."] if classes else []),
-        f"## Use\n\n`pip install {LIBRARY}`, then\n\n```python\n{_use(config, name, has_transform)}\n```",
+        *([f"Its classes, in the order of the logits: {one_line(', '.join(classes))}."] if classes else []),
+        f"## Use\n\nWith {LIBRARY}[hub] installed, which has `crate_mae`:\n\n```python\n{_use(config, name, has_transform)}\n```",
         *_training(origin),
         *(_evaluation(origin.scores) if origin and origin.scores else ()),
-        f"Written by crate_mae {__version__}.",
+        f"{WRITTEN_BY} {__version__}.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -76,11 +85,9 @@ def _metadata(model: CrateMAE | Classifier, name: str, origin: Origin | None, li
     if origin and origin.scores:
         results = [
             {
-                "task": {"type": "image-classification", "name": TITLES[score.method]},
-                "dataset": {"type": score.data, "name": score.data},
-                "metrics": [
-                    {"type": "accuracy", "value": round(score.top1, 4), "name": f"top-1, {TITLES[score.method]}"}
-                ],
+                "task": {"type": "image-classification", "name": score.method},
+                "dataset": {"type": re.sub(r"[^\w.-]+", "-", score.data), "name": score.data},
+                "metrics": [{"type": "accuracy", "value": round(score.top1, 4), "name": f"top-1, {score.method}"}],
             }
             for score in origin.scores
         ]
@@ -119,12 +126,15 @@ def _use(config: ModelConfig | ClassifierConfig, name: str, has_transform: bool)
     if has_transform:
         lines += ["from PIL import Image", ""]
         images = 'transform(Image.open("photo.jpg"))[None]'
-        load = [f'transform = crate_mae.load_transform(crate_mae.download("{name}"))']
+        load = [f"transform = crate_mae.load_transform(crate_mae.download({json.dumps(name)}))"]
     else:
         height, width = config.image_shape
         lines, images, load = [*lines, ""], f"torch.randn(1, {config.in_chans}, {height}, {width})", []
-    shape = "# [1, 1 + patches, width]" if result == "tokens" else "# [1, classes]"
-    lines += [f'model = crate_mae.{kind}.from_pretrained("{name}")', *load]
+    classifies = isinstance(config, ClassifierConfig) and config.num_classes > 0
+    shape = "# [1, classes]" if classifies else "# [1, width]" if result == "logits" else "# [1, 1 + patches, width]"
+    given = json.dumps(name)
+    where = "" if "/" in name else "  # where this folder is, or its id on the hub"
+    lines += [f"model = crate_mae.{kind}.from_pretrained({given}){where}", *load]
     return "\n".join([*lines, "with torch.no_grad():", f"    {result} = {run}({images})  {shape}"])
 
 
@@ -134,52 +144,69 @@ def _training(origin: Origin | None) -> Iterator[str]:
         return
     run = origin.run
     if data := origin.recipe.get("data"):
-        of_epoch = f": {round(run.images / run.epochs):,} images an epoch" if run and run.epochs else ""
+        batch = run.settings["schedule.batch_size"] if run else 0
+        of_epoch = (
+            f", {round(run.step / run.epochs):,} batches of {batch:,} images an epoch" if run and run.epochs else ""
+        )
         start = f", from the weights of {origin.recipe['init']}" if "init" in origin.recipe else ", from random weights"
-        yield f"## Data\n\nTrained on {data}{of_epoch}{start}."
+        val = f" Validated on {one_line(origin.recipe['val'])}." if origin.recipe.get("val") else ""
+        yield f"## Data\n\nTrained on {one_line(data)}{of_epoch}{one_line(start)}.{val}"
     if origin.recipe:
-        rows = [(name, value) for name, value in _flat(origin.recipe) if name not in ("data", "init")]
+        rows = [(name, value) for name, value in _flat(origin.recipe) if name not in ("data", "val", "init")]
         yield "## Recipe\n\n" + _table(("setting", "value"), ((f"`{name}`", _plain(value)) for name, value in rows))
     if run:
-        yield f"## Curves\n\n{_course(run, origin.best)}\n\n![Loss and validation error over steps, images and hours]({CURVES})"
+        curves = f"![Loss and validation error over steps, images and hours]({CURVES})"
+        yield f"## Curves\n\n{' '.join(_course(run, origin))}\n\n{curves}"
 
 
-def _course(run: ComparedRun, best: bool) -> str:
-    took = f"{run.hours:.3g} hours" if run.hours >= 1 else f"{run.hours * 60:.3g} minutes"
-    done = f"{run.step:,} steps of {run.settings['schedule.batch_size']:,} images, {run.epochs:.4g} epochs, {took} of training"
-    if not run.validations:
-        return f"{done}."
-    # As each kind of run chooses its best model.
-    rank = ("val_top1", "val_loss") if run.kind == "finetune" else ("val_loss",)
-    measured = run.validations[-1]
-    if best:
-        measured = min(
-            run.validations,
-            key=lambda reading: [reading.values[name] * (-1 if name == "val_top1" else 1) for name in rank],
-        )
-    error = f"validation error {measured.values['val_loss']:.4f} at step {measured.step:,}"
-    if "val_top1" in measured.values:
-        error = f"top-1 {measured.values['val_top1']:.1%}, {error}"
-    name, guess = GUESSES[run.kind]
-    beside = f" (of {guess}: {measured.values[name]:.4f})" if name in measured.values else ""
-    which = "This is the model of the best validation" if best else "This is the last model"
-    return f"{done}. {which}: {error}{beside}."
+def _course(run: ComparedRun, origin: Origin) -> Iterator[str]:
+    hours = run.hours
+    took = (
+        f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes" if hours * 60 >= 1 else "less than a minute"
+    )
+    batch = run.settings["schedule.batch_size"]
+    yield f"The run {run.state}; it came to {run.step:,} steps of {batch:,} images, {took} of training."
+    for start in run.starts:
+        if start.changed:
+            yield f"Settings were changed at step {start.step:,}: {start.changed}; the recipe above has the last ones."
+    if origin.step is not None:
+        which = "the best validation" if origin.best else "the last that was saved"
+        yield f"The weights are those of step {origin.step:,}, {which}."
+    measured = run.best if origin.best else run.last
+    if measured is None:
+        return
+    values = measured.values
+    if run.kind == "finetune":
+        error = f"top-1 {values['val_top1']:.1%}, cross-entropy {values['val_loss']:.4f} on validation images"
+    else:
+        error = f"mean squared error {values['val_loss']:.4f} on removed patches of validation images, in standardised pixels"
+    beside = [f"{title} {values[name]:.4f}" for name, title in _GUESSES[run.kind].items() if name in values]
+    guesses = f" (without a model: {', '.join(beside)})" if beside else ""
+    yield f"At step {measured.step:,}: {error}{guesses}."
 
 
-def _evaluation(scores: Iterable[Score]) -> Iterator[str]:
+def _evaluation(scores: Sequence[Score]) -> Iterator[str]:
     rows = [
         (
-            TITLES[score.method],
+            score.method,
             score.data,
             f"{score.train:,} / {score.test:,}",
             f"{score.top1:.1%}",
-            "" if score.untrained is None else f"{score.untrained:.1%}",
+            _untrained(score),
         )
         for score in scores
     ]
-    yield "## Evaluation\n\nBy `crate-mae evaluate`, of these weights:\n\n" + _table(
+    told = f"By `crate-mae evaluate`, of these weights; {' / '.join(dict.fromkeys(score.features for score in scores))}"
+    yield f"## Evaluation\n\n{told}:\n\n" + _table(
         ("method", "images", "learnt from / tested on", "top-1", "top-1 of random weights"), rows
     )
+
+
+def _untrained(score: Score) -> str:
+    if score.untrained is None:
+        return ""
+    deviation = "" if score.deviation is None else f" +- {score.deviation:.1%}, {score.seeds} models"
+    return f"{score.untrained:.1%}{deviation}"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -191,7 +218,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else f"{value}"
+    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else one_line(f"{value}")
 
 
 def _table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +14,13 @@ from typing import Any
 from torch import nn
 
 from crate_mae.checkpoints import packed, unwrapped, weights_to_save, write_files
+from crate_mae.data.reading import COLOUR_MODES
 from crate_mae.files import remove
 from crate_mae.pictures.comparison import comparison_picture
-from crate_mae.sharing.card import CARD, CURVES, card
+from crate_mae.sharing.card import CARD, CURVES, WRITTEN_BY, card
 from crate_mae.sharing.loading import library
 from crate_mae.sharing.origin import RECIPE, origin_of
-from crate_mae.training.run_folder import METRICS, STATES
+from crate_mae.training.run_folder import BEST, METRICS, STATES
 
 
 def save_pretrained(
@@ -37,8 +41,8 @@ def save_pretrained(
         model: as for ``save_model``: one in PyTorch's wrappers will do.
         remark: a paragraph for the card.
     """
-    folder, plain = Path(folder), unwrapped(model)
-    if (folder / METRICS).exists() or (folder / STATES).exists():
+    folder, plain = Path(os.path.abspath(folder)), unwrapped(model)
+    if (folder.name in (BEST, STATES) and is_run_folder(folder.parent)) or is_run_folder(folder):
         raise FileExistsError(f"{folder} is the folder of a run, which its own model belongs to; name another")
     origin = None if run is None else origin_of(Path(run), weights_to_save(plain))
     other: dict[str, Any] = {}
@@ -48,16 +52,31 @@ def save_pretrained(
         if mean is None and std is None:
             mean, std = origin.mean, origin.std
     files = packed(plain, other, mean=mean, std=std, classes=classes)
-    name = name or folder.absolute().name
-    text = card(plain, name, origin, has_transform=mean is not None, classes=classes, remark=remark, license=license)
+    name = name or folder.name
+    has_transform = mean is not None and plain.config.in_chans in COLOUR_MODES
+    text = card(plain, name, origin, has_transform=has_transform, classes=classes, remark=remark, license=license)
     files[CARD] = text.encode()
     if origin is not None and origin.comparison is not None:
         curves = io.BytesIO()
-        comparison_picture(origin.comparison).save(curves, format="PNG")
+        named = tuple(dataclasses.replace(run, name=name) for run in origin.comparison.runs)
+        comparison_picture(dataclasses.replace(origin.comparison, runs=named)).save(curves, format="PNG")
         files[CURVES] = curves.getvalue()
+    of_another = CURVES not in files and WRITTEN_BY in _read(folder / CARD)
     write_files(folder, files)
-    if CURVES not in files:
-        remove(folder / CURVES)  # of another model, which lay here before
+    if of_another:
+        remove(folder / CURVES)
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run was trained in a folder."""
+    return (folder / METRICS).exists() or (folder / STATES).exists()
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def push_to_hub(
@@ -77,8 +96,21 @@ def push_to_hub(
         **saved: as for ``save_pretrained``.
     """
     hub = library("to put a model on the Hugging Face Hub")
+    check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         save_pretrained(model, folder, name=repo_id, **saved)
         options = dict(private=private, token=token, branch=branch, create_pr=create_pr, commit_message=commit_message)
-        return str(hub.HubFolder(folder).push_to_hub(repo_id, **options))
+        try:
+            return str(hub.HubFolder(folder).push_to_hub(repo_id, **options))
+        except Exception as error:  # those of huggingface_hub and of the library below it have no class in common
+            reason = " ".join(str(error).split())
+            raise OSError(
+                f"{repo_id}: not put on the Hugging Face Hub ({type(error).__name__}: {reason:.300})"
+            ) from error
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a ValueError for what no repository on the Hugging Face Hub can be called."""
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo_id):
+        raise ValueError(f"expected the id of a repository, user/model, got {repo_id!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ import torch
 from torch import Tensor
 
 from crate_mae.classifiers import Classifier, model_of
-from crate_mae.config import ClassifierConfig, ModelConfig
+from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
 from crate_mae.model import CrateMAE
+from crate_mae.positions import sine_cosine
 from crate_mae.registry import CLASSIFIERS, MODELS
 from crate_mae.state_dicts import fitting, one_line, plain_names, read_weights
 
 _HEADS = {config.embed_dim: config.num_heads for config in (*MODELS.values(), *CLASSIFIERS.values())}
 """Of the published models, by width; those of one width have as many."""
 
-_HEAD = re.compile(r"(\w*head\w*|fc|fc_norm|classifier|linear)(\.\d+)?\.(weight|bias)")
+_KINDS = {"CRATE-MAE": "CRATE-MAE", "crate": "CRATE", "crate_alpha": "CRATE-alpha", "crate_mae": "CRATE-MAE's encoder"}
+
+_HEAD = re.compile(r"(\w+\.)*(\w*head\w*|fc|fc_norm|classifier|linear)(\.\d+)*\.(weight|bias)")
 """Names of what classifies, in the codes that fine-tune or probe such models."""
 
 
@@ -32,6 +36,8 @@ def import_checkpoint(
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     img_size: int | tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    pool: str | None = None,
     norm_pix_loss: bool = False,
 ) -> CrateMAE | Classifier:
     """The model of an official checkpoint of any size, which names and shapes of its weights tell.
@@ -46,6 +52,8 @@ def import_checkpoint(
         num_heads, decoder_num_heads: of encoder and decoder, which shapes do not tell; needed of widths that no published model
             has. The decoder's are the encoder's where they are not given.
         img_size: of images that are not square, or where the positions do not tell.
+        in_chans: of a CRATE, where one channel in patches of twice the size would have the same shapes.
+        pool: of CRATE and CRATE-alpha, "cls" unless given, which no weight tells.
         norm_pix_loss: whether a CRATE-MAE reconstructs standardised patches, which no weight tells.
 
     Raises:
@@ -58,8 +66,10 @@ def import_checkpoint(
     weights = read_weights(path)
     found = plain_names(weights, path)
     family = _family(found, path)
-    fields = _sizes(found, family, path)
-    given: dict[str, Any] = dict(lambd=lambd, step_size=step_size, num_heads=num_heads, img_size=img_size)
+    fields = _sizes(found, family, path, in_chans)
+    _refuse_idle(family, path, decoder_num_heads=decoder_num_heads, norm_pix_loss=norm_pix_loss or None, pool=pool)
+    published = fields.get("num_heads")
+    given: dict[str, Any] = dict(lambd=lambd, step_size=step_size, num_heads=num_heads, img_size=img_size, pool=pool)
     fields |= {name: value for name, value in given.items() if value is not None}
     if "num_heads" not in fields:
         known = ", ".join(f"{width}: {heads}" for width, heads in sorted(_HEADS.items()))
@@ -67,6 +77,11 @@ def import_checkpoint(
             f"num_heads: {path} is {fields['embed_dim']} wide, and shapes do not tell how many heads that is; name them "
             f"(published, by width: {known})"
         )
+    if published not in (None, fields["num_heads"]):
+        told = f"published models {fields['embed_dim']} wide have {published} heads, and this one is given {num_heads}"
+        warnings.warn(f"num_heads: {told}; with another number than in training, weights mean nothing", stacklevel=2)
+    if "img_size" not in fields:
+        raise ValueError(f"img_size: {path} has positions of no square of patches; name height and width")
     if family in ("CRATE-MAE", "crate_mae"):
         missing = [name for name in ("lambd", "step_size") if given[name] is None]
         if missing:
@@ -75,10 +90,12 @@ def import_checkpoint(
                 f"were trained with lambd 5.0 and later 0.5, and step_size 0.1)"
             )
     if family == "CRATE-MAE":
-        fields["decoder_num_heads"] = decoder_num_heads or fields["num_heads"]
+        fields["decoder_num_heads"] = fields["num_heads"] if decoder_num_heads is None else decoder_num_heads
         config: ModelConfig | ClassifierConfig = ModelConfig(**fields, norm_pix_loss=norm_pix_loss)
     else:
         config = ClassifierConfig(family=family, **fields)
+    if config.has_fixed_positions and "decoder_pos_embed" in found:
+        _check_positions(found["decoder_pos_embed"], config, path)
     with torch.device("meta"):  # a small file can have the names and shapes of a model that no memory holds
         expected = model_of(config)
     heads = sorted(name for name in found.keys() - expected.state_dict().keys() if _HEAD.fullmatch(name))
@@ -93,6 +110,30 @@ def import_checkpoint(
     model = model_of(config)
     model.load_state_dict(state, strict=True)
     return model
+
+
+def _refuse_idle(family: str, path: Path, **given: Any) -> None:
+    """Raise a ValueError for what was given and is of no meaning to such a model."""
+    of_classifiers = ("pool",) if family in ("crate", "crate_alpha") else ()
+    of_family = ("decoder_num_heads", "norm_pix_loss") if family == "CRATE-MAE" else of_classifiers
+    for name, value in given.items():
+        if value is not None and name not in of_family:
+            raise ValueError(f"{name}: {path} is of a {_KINDS[family]}, which has none to choose, got {value!r}")
+
+
+def _check_positions(positions: Tensor, config: ModelConfig | ClassifierConfig, path: Path) -> None:
+    """That fixed positions are those of the images, which a number of patches alone does not tell: 8 x 2 are 4 x 4.
+
+    Raises:
+        ValueError: they are not.
+    """
+    expected = sine_cosine(grid_of(config.image_shape, config.patch_size), config.embed_dim)
+    if positions.shape != expected.shape or not torch.allclose(positions.float(), expected, atol=1e-3):
+        height, width = config.image_shape
+        raise ValueError(
+            f"img_size: decoder_pos_embed in {path} is not the table of images of {height} x {width} pixels; name their height "
+            f"and width"
+        )
 
 
 def _family(found: Mapping[str, Tensor], path: Path) -> str:
@@ -117,7 +158,7 @@ def _depth(found: Mapping[str, Tensor], layers: str) -> int:
     return len({match[1] for name in found if (match := re.match(rf"{layers}\.(\d+)\.", name))})
 
 
-def _sizes(found: Mapping[str, Tensor], family: str, path: Path) -> dict[str, Any]:
+def _sizes(found: Mapping[str, Tensor], family: str, path: Path, in_chans: int | None) -> dict[str, Any]:
     """What shapes tell of the fields of a configuration."""
     of_mae = family in ("CRATE-MAE", "crate_mae")
     layers = "blocks" if of_mae else r"transformer\.layers"
@@ -127,22 +168,36 @@ def _sizes(found: Mapping[str, Tensor], family: str, path: Path) -> dict[str, An
         fields["num_heads"] = _HEADS[fields["embed_dim"]]
     if family == "crate":
         values = _shape(found, "to_patch_embedding.2.weight", 2, path)[1]
-        channels = next((count for count in (3, 1, 4) if math.isqrt(values // count) ** 2 * count == values), None)
-        if channels is None:
-            raise ValueError(
-                f"{path}: to_patch_embedding.2.weight has {values} columns, of no square patch of 1, 3 or 4 channels"
+        possible = [count for count in (1, 3, 4) if math.isqrt(values // count) ** 2 * count == values]
+        if in_chans is not None:
+            possible = [in_chans] if in_chans > 0 and math.isqrt(values // in_chans) ** 2 * in_chans == values else []
+        if len(possible) != 1:
+            ways = " or ".join(f"{count} (patches of {math.isqrt(values // count)})" for count in possible)
+            told = (
+                f"may have {ways} channels; say which"
+                if ways
+                else f"has {values} values a patch, of no square of so many"
             )
-        fields |= {"in_chans": channels, "patch_size": math.isqrt(values // channels)}
+            raise ValueError(f"in_chans: {path} {told}")
+        fields |= {"in_chans": possible[0], "patch_size": math.isqrt(values // possible[0])}
     else:
         embedding = "patch_embed.proj.weight" if of_mae else "conv1.weight"
         _, fields["in_chans"], fields["patch_size"], _ = _shape(found, embedding, 4, path)
     positions = "decoder_pos_embed" if of_mae else "pos_embedding"
     if positions in found:
         patches = _shape(found, positions, 3, path)[1] - 1
+        if patches < 1:
+            raise ValueError(
+                f"{path}: {positions}: expected a row for the class token and one for each patch, got {patches + 1}"
+            )
         if math.isqrt(patches) ** 2 == patches:
             fields["img_size"] = math.isqrt(patches) * fields["patch_size"]
+    else:
+        fields["img_size"] = 224
     if family == "CRATE-MAE":
         fields["decoder_depth"] = _depth(found, "decoder_blocks")
+        if not fields["decoder_depth"]:
+            raise ValueError(f"{path}: lacks decoder_blocks, and has the mask_token of a whole CRATE-MAE")
     else:
         head = {"crate_mae": "head.weight"}.get(family, "mlp_head.1.weight")
         fields["num_classes"] = _shape(found, head, 2, path)[0] if head in found else 0

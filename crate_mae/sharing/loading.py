@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from crate_mae.backbone import Backbone
-from crate_mae.checkpoints import load_model
+from crate_mae.checkpoints import CONFIG_FILE, load_model
 from crate_mae.data.source import MissingLibrary
 
 Model = TypeVar("Model", bound=Backbone)
@@ -48,8 +48,11 @@ def download(
 
     Raises:
         FileNotFoundError: there is no such folder, and no such repository, or it cannot be reached and is not in the cache.
+        ValueError: there is a repository of this name, and none of a model.
         MissingLibrary: an ImportError: there is no such folder, and huggingface_hub is not installed.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"name: expected a folder or the id of a model, got {name!r}")
     if os.path.isdir(name):
         return Path(name)
     if os.path.exists(name):
@@ -67,6 +70,8 @@ def download(
         raise FileNotFoundError(
             f"{name}: there is no such folder, and nothing by this name came from the Hugging Face Hub ({reason:.300})"
         ) from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # what the mixin makes of a config.json
+        raise ValueError(f"{name}: its {CONFIG_FILE} on the Hugging Face Hub is none ({error})") from error
 
 
 def library(what: str) -> ModuleType:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from torch import Tensor
 from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_config
 from crate_mae.comparing import ComparedRun, Comparison, compare
 from crate_mae.data.specification import without_folders
+from crate_mae.evaluation.classes import TITLES
 from crate_mae.state_dicts import checksum, read_weights
-from crate_mae.training.run_folder import BEST, EVALUATION, METRICS
+from crate_mae.training.run_folder import BEST, EVALUATION, METRICS, STATES
+from crate_mae.training.states import saved_states
 
 RECIPE = "recipe"
 """The section of a shared ``config.json`` that says how the model was trained."""
@@ -35,12 +39,16 @@ _OF_RUN = ("precision", "seed")
 class Score:
     """How often ``method`` found the class of a test image, as a fraction, and models with random weights on the same images.
 
-    ``data`` names the images, of which there were ``train`` to learn from and ``test`` to test on.
+    ``deviation`` is the standard deviation over ``seeds`` such models. ``data`` names the images, of which there were ``train``
+    to learn from and ``test`` to test on; ``features`` says which features were taken.
     """
 
     method: str
     top1: float
     untrained: float | None
+    deviation: float | None
+    seeds: int
+    features: str
     data: str
     train: int
     test: int
@@ -56,6 +64,7 @@ class Origin:
         classes: their names, of a classifier.
         comparison: the course of its training, of one run; None of a folder without rows.
         best: whether it is the model of the best validation, and not the last.
+        step: at which it was saved; None where that is not known.
         scores: what was measured of just these weights.
     """
 
@@ -65,6 +74,7 @@ class Origin:
     classes: list[str] | None
     comparison: Comparison | None
     best: bool
+    step: int | None
     scores: tuple[Score, ...]
 
     @property
@@ -76,6 +86,7 @@ def origin_of(run: Path, weights: Mapping[str, Tensor]) -> Origin:
     """What the folder of a run, or of a model, tells of a model with these weights.
 
     Args:
+        run: the folder; of a run's ``best``, that of the run is looked at.
         weights: as ``weights_to_save`` gives them.
 
     Raises:
@@ -83,28 +94,46 @@ def origin_of(run: Path, weights: Mapping[str, Tensor]) -> Origin:
         ValueError: the model there, the best one included, has other weights, so that nothing told there is of this one; or a
             file in the folder is damaged.
     """
-    content = json.loads(_read(run / CONFIG_FILE)) if read_config(run) else {}
-    given = checksum(weights)
-    if checksum(read_weights(run / WEIGHTS_FILE)) == given:
-        best = False
-    elif (run / BEST / WEIGHTS_FILE).exists() and checksum(read_weights(run / BEST / WEIGHTS_FILE)) == given:
-        best = True
-    else:
+    run = Path(os.path.abspath(run))
+    run = run.parent if run.name == BEST and (run.parent / METRICS).exists() else run
+    config, given = run / CONFIG_FILE, checksum(weights)
+    read_config(run)
+    folder = next((each for each in (run, run / BEST) if _checksum(each) == given), None)
+    if folder is None:
         raise ValueError(
             f"run: the weights of the model are not those in {run}, nor in {run / BEST}, which its card would be of: leave run "
             f"out, and give mean, std and classes yourself"
         )
-    images = content.get("images")
-    mean, std = (images.get("mean"), images.get("std")) if isinstance(images, dict) else (None, None)
-    return Origin(
-        recipe=content.get(RECIPE) or _recipe(content),
-        mean=mean,
-        std=std,
-        classes=content.get("classes"),
-        comparison=compare([run]) if (run / METRICS).exists() else None,
-        best=best,
-        scores=_scores(run / EVALUATION, given),
-    )
+    best = folder != run
+    comparison = compare([run]) if (run / METRICS).exists() else None
+    with _naming(config):
+        content = json.loads(config.read_text(encoding="utf-8"))
+        images = content.get("images", {})
+        recipe = content.get(RECIPE) or _recipe(content)
+        if not isinstance(recipe, dict):
+            raise TypeError(f"{RECIPE}: expected a section of settings, got {recipe!r}")
+        mean, std, classes = images.get("mean"), images.get("std"), content.get("classes")
+    step = None
+    if comparison and best:
+        step = comparison.runs[0].best.step if comparison.runs[0].best else None
+    elif comparison and (states := saved_states(run / STATES)):
+        step = states[0].step
+    return Origin(recipe, mean, std, classes, comparison, best, step, _scores(folder / EVALUATION, given))
+
+
+def _checksum(folder: Path) -> str | None:
+    """Of the weights there; None where there are none."""
+    file = folder / WEIGHTS_FILE
+    return checksum(read_weights(file)) if folder.name != BEST or file.exists() else None
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """What is wrong with what a file says is said of the file."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{file}: not as it was written ({type(error).__name__}: {error})") from error
 
 
 def _recipe(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,8 +141,11 @@ def _recipe(content: Mapping[str, Any]) -> dict[str, Any]:
     if "schedule" not in content:
         return {}
     recipe: dict[str, Any] = {"data": without_folders(content.get("data"))}
+    if content.get("val"):
+        recipe["val"] = without_folders(content["val"])
     if content.get("init"):
-        recipe["init"] = Path(content["init"]).name
+        init = Path(content["init"])
+        recipe["init"] = f"{init.parent.name}/{BEST}" if init.name == BEST else init.name
     for section, others in _SECTIONS.items():
         if section in content:
             recipe[section] = {name: value for name, value in content[section].items() if name not in others}
@@ -125,26 +157,17 @@ def _scores(file: Path, weights: str) -> tuple[Score, ...]:
     """Of evaluation.json, what was measured of the weights with this checksum."""
     if not file.exists():
         return ()
-    found = json.loads(_read(file))
-    names = [name for name, of in found.get("weights", {}).items() if of == weights]
-    if not names:
-        return ()
-    images, untrained = found["images"], found["summary"]
-    return tuple(
-        Score(
-            method,
-            scores["top1"],
-            untrained[method].get("untrained", {}).get("top1"),
-            found["data"]["name"],
-            images["train"],
-            images["test"],
-        )
-        for method, scores in found["runs"][names[0]].items()
-    )
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not whole JSON ({error})") from error
+    with _naming(file):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        names = [name for name, of in found.get("weights", {}).items() if of == weights]
+        if not names:
+            return ()
+        images, scores = found["images"], []
+        for method, of in found["runs"][names[0]].items():
+            untrained = found["summary"][method].get("untrained", {})
+            numbers = of["top1"], untrained.get("top1"), untrained.get("standard_deviation")
+            if not all(number is None or 0 <= number <= 1 for number in numbers) or numbers[0] is None:
+                raise ValueError(f"{method}: expected fractions, got {numbers}")
+            about = found["features"], found["data"]["name"], images["train"], images["test"]
+            scores.append(Score(TITLES[method], *numbers, untrained.get("count", 0), *about))
+    return tuple(scores)

@@ -78,10 +78,10 @@ def check_threads(count: int) -> None:
     """Refuse more threads than CPUs: they only wait for each other, and the library under torch dies of many.
 
     Raises:
-        ValueError: there are fewer CPUs than `count`.
+        ValueError: there are fewer CPUs than `count`, or it is below 0.
     """
     cpus = os.cpu_count() or 1
-    if count > cpus:
+    if not 0 <= count <= cpus:
         raise ValueError(f"--run.threads: expected 0 to {cpus}, the CPUs of this machine, got {count}")
 
 

@@ -113,13 +113,13 @@ def existing(out: Path) -> Path:
     return next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
 
 
-def refuse_unwritable(out: Path) -> None:
+def refuse_unwritable(out: Path, option: str = "--out") -> None:
     """Raise what a run says of a folder that cannot be written."""
     there = existing(out)
     if not there.is_dir():
-        raise NotADirectoryError(f"--out {out}: {there} is a file, not a folder")
+        raise NotADirectoryError(f"{option} {out}: {there} is a file, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {out}: {there} cannot be written to")
+        raise PermissionError(f"{option} {out}: {there} cannot be written to")
 
 
 def _refuse_other_run(config: TrainingConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import safe_open
 
 pytest.importorskip("jsonargparse")  # lacking where nothing can be installed, as on some GPU machines
@@ -22,7 +24,7 @@ from tiny_runs import TINY, write_classes, write_photographs
 import crate_mae
 from crate_mae.classifiers import classifier_of
 from crate_mae.cli import main
-from crate_mae.data import CentreCropped, ImageFolder, Normalization, Subset, open_source
+from crate_mae.data import CentreCropped, ImageFolder, Normalization, Subset, UnreadableImage, open_source
 from crate_mae.data.packing import pack
 from crate_mae.embedding import embed, making, read_embeddings
 from crate_mae.embedding.chunks import Chunks
@@ -282,14 +284,24 @@ def test_a_damaged_chunk_is_made_again(run, classes, tmp_path, monkeypatch, caps
     assert len(done) == 2 and out.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("change", ["weights", "data", "spec", "nothing"])
+@pytest.mark.parametrize("change", ["weights", "data", "names", "spec", "nothing"])
 def test_changed_weights_or_images_make_all_anew(run, classes, tmp_path, monkeypatch, capsys, change):
     data, out = Path(shutil.copytree(classes, tmp_path / "classes")), tmp_path / "out.npz"
+    one, other = data / "brick" / "0.png", data / "water" / "0.png"
+    for path in (one, other):  # as large and as old as each other
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+        os.utime(path.with_suffix(".bmp"), ns=(10**18, 10**18))
+    one, other = one.with_suffix(".bmp"), other.with_suffix(".bmp")
     interrupted(run, data, out, monkeypatch)
     if change == "weights":
         crate_mae.save_model(CrateMAE(TINY), run, mean=MEAN, std=STD)
     elif change == "data":
-        shutil.copy(data / "brick" / "1.png", data / "brick" / "0.png")
+        shutil.copy(data / "brick" / "1.png", data / "brick" / "2.png")
+    elif change == "names":
+        one.rename(tmp_path / "between")
+        other.rename(one)
+        (tmp_path / "between").rename(other)
     more = ["--pool", "cls"] if change == "spec" else []
     done = interrupted_at(monkeypatch)
     assert main(command(run, data, out, *more)) == 0
@@ -300,6 +312,36 @@ def test_changed_weights_or_images_make_all_anew(run, classes, tmp_path, monkeyp
         read_embeddings(out).features, expected(run, data, FeatureSpec("cls" if more else "mean"))
     )
     assert not Path(f"{out}.partial").exists()
+
+
+def test_an_image_that_could_not_be_read_for_a_while_is_read_again(run, classes, tmp_path, monkeypatch):
+    image, out = ImageFolder.image, tmp_path / "out.npz"
+
+    def out_of_reach(self, index):
+        if index == 1:
+            raise UnreadableImage(self.name(index), "read error", "the network is gone")
+        return image(self, index)
+
+    monkeypatch.setattr(ImageFolder, "image", out_of_reach)
+    interrupted(run, classes, out, monkeypatch)
+    monkeypatch.setattr(ImageFolder, "image", image)
+    done = interrupted_at(monkeypatch)
+    made = embed(run, str(classes), out, precision="float32", num_workers=0, say=lambda line: None)
+    assert (made.images, made.unreadable, len(done)) == (24, 0, 2)
+    np.testing.assert_array_equal(read_embeddings(out).features, expected(run, classes))
+
+
+def test_a_file_that_another_process_wrote_meanwhile_stays(run, classes, tmp_path, monkeypatch):
+    out = tmp_path / "out.npz"
+
+    def slowly(data):
+        out.write_bytes(b"precious")
+        return open_source(data)
+
+    monkeypatch.setattr(making, "open_source", slowly)
+    with pytest.raises(FileExistsError, match="it is there already"):
+        embed(run, str(classes), out, say=lambda line: None)
+    assert out.read_bytes() == b"precious" and not Path(f"{out}.partial").exists()
 
 
 def test_a_file_that_is_there_is_replaced_only_when_asked(run, classes, monkeypatch, out, capsys):
@@ -442,6 +484,22 @@ def test_what_is_no_file_of_features_is_refused(content, out):
     out.write_bytes(content)
     with pytest.raises(ValueError, match=r"out\.\w+: not a whole file of features"):
         read_embeddings(out)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"features": np.zeros((2, 3))}, r"features: expected float32 \[images, width\], got float64 \[2, 3\]"),
+        ({"names": np.array(["a"])}, "names: expected 2 of them, got 1"),
+        ({"labels": np.array([0])}, "labels: expected 2 of them, got 1"),
+        ({"labels": np.array([0, 7])}, "labels: expected numbers of 1 classes, got 0 to 7"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(change, message, tmp_path):
+    parts = {"features": np.zeros((2, 3), np.float32), "names": np.array(["a", "b"]), "labels": np.array([0, 0])}
+    np.savez(tmp_path / "out.npz", **parts | {"classes": np.array(["one"]), "about": np.array("{}")} | change)
+    with pytest.raises(ValueError, match=message):
+        read_embeddings(tmp_path / "out.npz")
 
 
 def test_a_bit_that_changed_is_found(run, classes, out):

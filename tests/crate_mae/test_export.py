@@ -262,6 +262,26 @@ class TestWrongFiles:
         monkeypatch.setattr(ExportForm, "forward", lambda self, images: forward(self, images) + 1e-4)
         self.failing(tmp_path, r"images 1 x 16 x 16: the file is up to 0.0001 from the model")
 
+    def test_whose_form_spoils_the_weights(self, tmp_path, monkeypatch):
+        """The model in float64, by which roundings are judged, is not spoilt with them."""
+        make = ExportForm.__init__
+
+        def spoiling(self, model, output):
+            make(self, model, output)
+            for parameter in self.model.encoder_layers[0].parameters():
+                parameter.data.mul_(5)
+
+        monkeypatch.setattr(ExportForm, "__init__", spoiling)
+        self.failing(tmp_path, "images 1 x 16 x 16: the file is up to .* from the model")
+
+    def test_whose_outputs_are_small(self, tmp_path, monkeypatch):
+        """Logits of a fresh head, all below 1e-3: an error of some percent is far below 1e-5."""
+        crate_mae.save_model(crate_mae.classifier_of(small_model(), 5), tmp_path)
+        forward = ExportForm.forward
+        monkeypatch.setattr(ExportForm, "forward", lambda self, images: forward(self, images) * 1.01)
+        with pytest.raises(WrongExport, match=r"0\.01 of the norm"):
+            export(tmp_path)
+
     def test_that_have_another_shape(self, tmp_path, monkeypatch):
         forward = ExportForm.forward
         monkeypatch.setattr(ExportForm, "forward", lambda self, images: forward(self, images)[:, 1:])

@@ -101,16 +101,20 @@ class TestFolder:
         card, config = (tmp_path / "README.md").read_text(), json.loads((run / "config.json").read_text())
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         found = json.loads((run / "evaluation.json").read_text())
-        assert "Trained on photographs: 12 images an epoch, from random weights." in card
+        assert "Trained on photographs, 4 batches of 3 images an epoch, from random weights." in card
         assert f"| `optimizer.base_lr` | {config['optimizer']['base_lr']} |" in card
-        assert f"validation error {rows[-1]['val_loss']:.4f} at step 12" in card
+        assert "The run finished; it came to 12 steps of 3 images, less than a minute of training." in card
+        assert "The weights are those of step 12, the last that was saved." in card
+        assert f"At step 12: mean squared error {rows[-1]['val_loss']:.4f} on removed patches" in card
+        assert f"the best blur of them {rows[-1]['blur_loss']:.4f}" in card
         assert "lambda 0.1 and step size 0.1" in card
         results = metadata(tmp_path)["model-index"][0]["results"]
         assert len(results) == len(found["summary"]) == 2
         for method, result in zip(found["summary"], results, strict=True):
             top1 = found["runs"][str(run)][method]["top1"]
-            untrained = found["summary"][method]["untrained"]["top1"]
-            assert f"| {TITLES[method]} | classes | 8 / 4 | {top1:.1%} | {untrained:.1%} |" in card
+            untrained = found["summary"][method]["untrained"]
+            told = f"{untrained['top1']:.1%} +- {untrained['standard_deviation']:.1%}, 2 models"
+            assert f"| {TITLES[method]} | classes | 8 / 4 | {top1:.1%} | {told} |" in card
             assert result["metrics"][0]["value"] == round(top1, 4)
         assert metadata(tmp_path)["license"] == "mit"
         assert "![" in card and (tmp_path / "curves.png").stat().st_size > 5_000
@@ -155,8 +159,67 @@ class TestFolder:
             model.cls_token += 1
         crate_mae.save_model(model, copy / "best")
         assert main(["share", str(copy / "best"), "--out", str(tmp_path / "given")]) == 0
-        assert "This is the model of the best validation: " in (tmp_path / "given" / "README.md").read_text()
+        assert (
+            "The weights are those of step 12, the best validation." in (tmp_path / "given" / "README.md").read_text()
+        )
         assert load_transform(tmp_path / "given")
+
+    @pytest.mark.parametrize(
+        "file, change",
+        [
+            ("evaluation.json", None),
+            ("evaluation.json", {"weights": []}),
+            ("evaluation.json", {"images": 5}),
+            ("evaluation.json", {"summary": {}}),
+            ("evaluation.json", {"data": {}}),
+            ("config.json", None),
+            ("config.json", {"recipe": 5}),
+            ("config.json", {"images": [1]}),
+            ("config.json", {"optimizer": [1]}),
+            ("config.json", {"init": 5}),
+        ],
+    )
+    def test_a_damaged_file_is_named(self, run: Path, tmp_path: Path, file: str, change: dict | None) -> None:
+        copy = shutil.copytree(run, tmp_path / "run")
+        model, content = CrateMAE.from_pretrained(copy), json.loads((copy / file).read_text())
+        (copy / file).write_text("{" if change is None else json.dumps(content | change))
+        with pytest.raises(ValueError, match=re.escape(str(copy / file))):
+            model.save_pretrained(tmp_path / "given", run=copy)
+        assert not (tmp_path / "given").exists()
+
+    def test_what_the_run_came_to_is_told(self, run: Path, tmp_path: Path) -> None:
+        """A run that was killed behind its last state, that had diverged for a while, and was resumed with another rate."""
+        copy = shutil.copytree(run, tmp_path / "run")
+        rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+        rows[1]["diverging"] = True
+        rows.append({**rows[-2], "step": 13, "epoch": 3.25})
+        (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = json.loads((copy / "config.json").read_text())
+        config["schedule"]["epochs"] = 50
+        (copy / "config.json").write_text(json.dumps(config))
+        with (copy / "starts.jsonl").open("a") as starts:
+            starts.write(json.dumps({"step": 8, "changed": "optimizer.base_lr from 0.3 to 0.2"}) + "\n")
+        CrateMAE.from_pretrained(copy).save_pretrained(tmp_path / "given", run=copy)
+        card = (tmp_path / "given" / "README.md").read_text()
+        assert "The run stopped, at step 13, 3.25 of 50 epochs; it diverged at step 4" in card
+        assert (
+            "resumed at step 8" in card and "Settings were changed at step 8: optimizer.base_lr from 0.3 to 0.2" in card
+        )
+        assert "The weights are those of step 12, the last that was saved." in card
+
+    @pytest.mark.parametrize(
+        "name, message", [("classes", "expected 0 names"), ("mean", "expected a number"), ("std", "finite")]
+    )
+    def test_what_is_given_must_fit(self, run: Path, tmp_path: Path, name: str, message: str) -> None:
+        given: dict[str, Any] = dict(mean=[0.5] * 3, std=[0.5] * 3)
+        given[name] = {"classes": ["one"], "mean": 0.5, "std": [float("nan")] * 3}[name]
+        with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+            CrateMAE.from_pretrained(run).save_pretrained(tmp_path / "given", **given)
+
+    def test_curves_of_others_stay(self, tmp_path: Path) -> None:
+        (tmp_path / "curves.png").write_bytes(b"mine")
+        small_model().save_pretrained(tmp_path)
+        assert (tmp_path / "curves.png").read_bytes() == b"mine"
 
     def test_a_shared_model_can_be_shared_again(self, run: Path, tmp_path: Path) -> None:
         CrateMAE.from_pretrained(run).save_pretrained(tmp_path / "one", run=run)
@@ -174,8 +237,9 @@ class TestFolder:
         assert torch.equal(Classifier.from_pretrained(tmp_path).cls_token, classifier.cls_token)
 
     def test_the_folder_of_a_run_is_refused(self, run: Path) -> None:
-        with pytest.raises(FileExistsError, match="is the folder of a run"):
-            CrateMAE.from_pretrained(run).save_pretrained(run)
+        for folder in (run, run / "best", run / "states"):
+            with pytest.raises(FileExistsError, match="is the folder of a run"):
+                CrateMAE.from_pretrained(run).save_pretrained(folder)
 
     def test_a_model_of_another_kind_is_refused(self, run: Path) -> None:
         with pytest.raises(TypeError, match=r"expected a Classifier, found a CrateMAE; CrateMAE\.from_pretrained"):
@@ -203,6 +267,13 @@ class TestFolder:
         ("/data/shards/images-{000000..000099}.tar", "images-{000000..000099}.tar"),
         ("hf:user/name,split=train", "hf:user/name,split=train"),
         ("hf:/home/me/beans.parquet,column=image", "hf:beans.parquet,column=image"),
+        ("hf:data/me/beans.parquet", "hf:beans.parquet"),
+        ("hf:../me/beans", "hf:beans"),
+        ("hf:json,name=/home/me/x.json", "hf:json,name=x.json"),
+        ("/home/me/train", "train"),
+        ("/train", "train"),
+        ("/", "a folder"),
+        ("cats + dogs", "cats + dogs"),
         ("synthetic:100,size=3x4", "synthetic:100,size=3x4"),
         ("2 /home/me/photos + 1 hf:user/name", "2 photos + 1 hf:user/name"),
     ],
@@ -263,16 +334,27 @@ class TestHub:
         assert model.push_to_hub("user/flowers", run=run, private=True, branch="new").endswith("commit/1")
         assert asked[0]["repo_id"] == "user/flowers" and asked[0]["private"] is True
         assert asked[1]["repo_id"] == "user/flowers" and asked[1]["revision"] == "new"
-        model.save_pretrained(tmp_path / "given", run=run)
+        model.save_pretrained(tmp_path / "given", run=run, name="user/flowers")
         assert sorted(path.name for path in (tmp_path / "sent").iterdir()) == sorted(os.listdir(tmp_path / "given"))
-        for name in ("config.json", "model.safetensors", "curves.png"):
+        for name in os.listdir(tmp_path / "given"):
             assert (tmp_path / "sent" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
         assert 'from_pretrained("user/flowers")' in (tmp_path / "sent" / "README.md").read_text()
+        with pytest.raises(ValueError, match="expected the id of a repository"):
+            model.push_to_hub("user//flowers", run=run)
+        assert len(asked) == 2
+
+        def unreachable(api: HfApi, **options: Any) -> str:
+            raise RuntimeError("Name or service\nnot known")
+
+        monkeypatch.setattr(HfApi, "create_repo", unreachable)
+        with pytest.raises(
+            OSError, match=r"^user/flowers: not put on the Hugging Face Hub \(RuntimeError: Name or service not"
+        ):
+            model.push_to_hub("user/flowers", run=run)
         with torch.no_grad():
             model.cls_token += 1
         with pytest.raises(ValueError, match="not those in"):
             model.push_to_hub("user/flowers", run=run)
-        assert len(asked) == 2
 
     def test_without_the_library_a_line_says_how_to_get_it(
         self, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -412,10 +494,54 @@ class TestImport:
         state |= {
             "patch_embed.proj.weight": torch.zeros(1, 3, 16, 16),
             "blocks.0.layers.0.0.norm.weight": torch.zeros(1),
+            "decoder_blocks.0.layers.0.0.norm.weight": torch.zeros(1),
         }
         torch.save(state, tmp_path / "official.pth")
         with pytest.raises(RuntimeError, match="the weights are not this model's"):
             crate_mae.import_checkpoint(tmp_path / "official.pth", lambd=0.5, step_size=0.1, num_heads=16)
+
+    def test_another_number_of_heads_than_published_is_told(self, tmp_path: Path) -> None:
+        torch.save(crate_mae.create_model("crate_tiny", depth=1).state_dict(), tmp_path / "official.pth")
+        with pytest.warns(
+            UserWarning, match=r"num_heads: published models 384 wide have 6 heads, and this one is given 4"
+        ):
+            assert crate_mae.import_checkpoint(tmp_path / "official.pth", num_heads=4).config.num_heads == 4
+
+    def test_what_shapes_do_not_tell_is_asked_for(self, tmp_path: Path) -> None:
+        file = tmp_path / "official.pth"
+
+        def imported(model: torch.nn.Module, **given: Any) -> CrateMAE | Classifier:
+            torch.save(model.state_dict(), file)
+            return crate_mae.import_checkpoint(file, num_heads=2, **given)
+
+        four = small_classifier("crate", in_chans=4)
+        with pytest.raises(
+            ValueError, match=r"in_chans: .* may have 1 \(patches of 8\) or 4 \(patches of 4\) channels; say which"
+        ):
+            imported(four)
+        assert imported(four, in_chans=4).config == four.config
+        mean = small_classifier("crate", pool="mean")
+        assert imported(mean, pool="mean").config == mean.config
+        oblong, numbers = small_model(img_size=(8, 32)), dict(lambd=0.5, step_size=0.1)
+        with pytest.raises(
+            ValueError, match=r"img_size: decoder_pos_embed in .* is not the table of images of 16 x 16 pixels"
+        ):
+            imported(oblong, **numbers)
+        assert imported(oblong, **numbers, img_size=(8, 32)).config == oblong.config
+        with pytest.raises(ValueError, match="decoder_pos_embed"):
+            imported(small_model(), **numbers, img_size=(8, 32))
+        with pytest.raises(ValueError, match=r"decoder_num_heads: .* is of a CRATE, which has none to choose, got 7"):
+            imported(mean, decoder_num_heads=7)
+        with pytest.raises(ValueError, match=r"decoder_num_heads: expected at least 1"):
+            imported(small_model(), **numbers, decoder_num_heads=0)
+
+    def test_a_decoder_that_is_lost_is_missed(self, tmp_path: Path) -> None:
+        state = {
+            name: value for name, value in small_model().state_dict().items() if not name.startswith("decoder_blocks")
+        }
+        torch.save(state, tmp_path / "official.pth")
+        with pytest.raises(ValueError, match="lacks decoder_blocks"):
+            crate_mae.import_checkpoint(tmp_path / "official.pth", lambd=0.5, step_size=0.1, num_heads=2)
 
     def test_images_that_are_not_square(self, tmp_path: Path) -> None:
         model = small_model(img_size=(8, 16))
