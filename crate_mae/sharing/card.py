@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -167,8 +168,8 @@ def _course(run: ComparedRun, origin: Origin) -> Iterator[str]:
     batch = run.settings["schedule.batch_size"]
     yield f"The run {run.state}; it came to {run.step:,} steps of {batch:,} images, {took} of training."
     for start in run.starts:
-        if start.changed:
-            yield f"Settings were changed at step {start.step:,}: {start.changed}; the recipe above has the last ones."
+        if changed := "; ".join(each for each in start.changed.split("; ") if os.sep not in each):
+            yield f"Settings were changed at step {start.step:,}: {one_line(changed)}; the recipe above has the last ones."
     if origin.step is not None:
         which = "the best validation" if origin.best else "the last that was saved"
         yield f"The weights are those of step {origin.step:,}, {which}."

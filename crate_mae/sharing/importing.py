@@ -67,7 +67,8 @@ def import_checkpoint(
     found = plain_names(weights, path)
     family = _family(found, path)
     fields = _sizes(found, family, path, in_chans)
-    _refuse_idle(family, path, decoder_num_heads=decoder_num_heads, norm_pix_loss=norm_pix_loss or None, pool=pool)
+    idle = dict(decoder_num_heads=decoder_num_heads, norm_pix_loss=norm_pix_loss or None, pool=pool, in_chans=in_chans)
+    _refuse_idle(family, path, **idle)
     published = fields.get("num_heads")
     given: dict[str, Any] = dict(lambd=lambd, step_size=step_size, num_heads=num_heads, img_size=img_size, pool=pool)
     fields |= {name: value for name, value in given.items() if value is not None}
@@ -114,10 +115,13 @@ def import_checkpoint(
 
 def _refuse_idle(family: str, path: Path, **given: Any) -> None:
     """Raise a ValueError for what was given and is of no meaning to such a model."""
-    of_classifiers = ("pool",) if family in ("crate", "crate_alpha") else ()
-    of_family = ("decoder_num_heads", "norm_pix_loss") if family == "CRATE-MAE" else of_classifiers
+    of_families = {
+        "CRATE-MAE": ("decoder_num_heads", "norm_pix_loss"),
+        "crate": ("pool", "in_chans"),
+        "crate_alpha": ("pool",),
+    }
     for name, value in given.items():
-        if value is not None and name not in of_family:
+        if value is not None and name not in of_families.get(family, ()):
             raise ValueError(f"{name}: {path} is of a {_KINDS[family]}, which has none to choose, got {value!r}")
 
 

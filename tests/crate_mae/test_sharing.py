@@ -198,7 +198,12 @@ class TestFolder:
         config["schedule"]["epochs"] = 50
         (copy / "config.json").write_text(json.dumps(config))
         with (copy / "starts.jsonl").open("a") as starts:
-            starts.write(json.dumps({"step": 8, "changed": "optimizer.base_lr from 0.3 to 0.2"}) + "\n")
+            starts.write(
+                json.dumps(
+                    {"step": 8, "changed": "optimizer.base_lr from 0.3 to 0.2; data from /home/me/one to /home/me/two"}
+                )
+                + "\n"
+            )
         CrateMAE.from_pretrained(copy).save_pretrained(tmp_path / "given", run=copy)
         card = (tmp_path / "given" / "README.md").read_text()
         assert "The run stopped, at step 13, 3.25 of 50 epochs; it diverged at step 4" in card
@@ -206,6 +211,7 @@ class TestFolder:
             "resumed at step 8" in card and "Settings were changed at step 8: optimizer.base_lr from 0.3 to 0.2" in card
         )
         assert "The weights are those of step 12, the last that was saved." in card
+        assert "/home/me" not in card
 
     @pytest.mark.parametrize(
         "name, message", [("classes", "expected 0 names"), ("mean", "expected a number"), ("std", "finite")]
