@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +27,9 @@ _GUESSES = {
     "finetune": {"guess_loss": "guessing"},
 }
 """By kind of run, errors that need no model, in rows of validations, and what they are of."""
+
+_A_PATH = re.compile(r"[^\s,]*/[^,]*?(?= ->|,|$)")
+"""In settings that were changed, as a run tells them: "data /home/me/one -> /home/me/two, run.seed 0 -> 1"."""
 
 _PAPERS = {"crate": "2306.01129", "crate_alpha": "2405.20299", "crate_mae": "2404.02446"}
 _NAMES = {"crate": "A CRATE", "crate_alpha": "A CRATE-alpha", "crate_mae": "The encoder of a CRATE-MAE"}
@@ -168,8 +170,9 @@ def _course(run: ComparedRun, origin: Origin) -> Iterator[str]:
     batch = run.settings["schedule.batch_size"]
     yield f"The run {run.state}; it came to {run.step:,} steps of {batch:,} images, {took} of training."
     for start in run.starts:
-        if changed := "; ".join(each for each in start.changed.split("; ") if os.sep not in each):
-            yield f"Settings were changed at step {start.step:,}: {one_line(changed)}; the recipe above has the last ones."
+        if start.changed:
+            changed = one_line(_A_PATH.sub("(a path)", start.changed))
+            yield f"Settings were changed at step {start.step:,}: {changed}; the recipe above has the last ones."
     if origin.step is not None:
         which = "the best validation" if origin.best else "the last that was saved"
         yield f"The weights are those of step {origin.step:,}, {which}."

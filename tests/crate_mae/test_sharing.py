@@ -200,7 +200,7 @@ class TestFolder:
         with (copy / "starts.jsonl").open("a") as starts:
             starts.write(
                 json.dumps(
-                    {"step": 8, "changed": "optimizer.base_lr from 0.3 to 0.2; data from /home/me/one to /home/me/two"}
+                    {"step": 8, "changed": "data 2 /home/me/x + 1 y -> /home/me/my own, optimizer.base_lr 0.3 -> 0.2"}
                 )
                 + "\n"
             )
@@ -208,10 +208,11 @@ class TestFolder:
         card = (tmp_path / "given" / "README.md").read_text()
         assert "The run stopped, at step 13, 3.25 of 50 epochs; it diverged at step 4" in card
         assert (
-            "resumed at step 8" in card and "Settings were changed at step 8: optimizer.base_lr from 0.3 to 0.2" in card
+            "resumed at step 8" in card
+            and "at step 8: data 2 (a path) -> (a path), optimizer.base_lr 0.3 -> 0.2; the recipe" in card
         )
         assert "The weights are those of step 12, the last that was saved." in card
-        assert "/home/me" not in card
+        assert "home" not in card
 
     @pytest.mark.parametrize(
         "name, message", [("classes", "expected 0 names"), ("mean", "expected a number"), ("std", "finite")]
