@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from crate_mae.embedding import embed, read_embeddings
 from PIL import Image, ImageOps
 
 import crate_mae
 from crate_mae.data import FLOWERS
+from crate_mae.embedding import embed, read_embeddings
 from crate_mae.pictures.sheet import CELL, Column, Row, sheet
 from crate_mae.training import demo_config
 
