@@ -409,15 +409,6 @@ def test_what_is_found_once_is_taken_again(run, classes, tmp_path, monkeypatch, 
     assert "2 images at once (auto)" in capsys.readouterr().out and out.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.gpu
-def test_a_batch_is_found_on_cuda(run, classes, tmp_path):
-    said = []
-    embed(run, str(classes), tmp_path / "out.npz", precision="float32", say=said.append)
-    assert "float32 on cuda" in said[0] and "4 images at once (auto)" in said[0]  # of chunks of 5 images
-    found = read_embeddings(tmp_path / "out.npz").features
-    np.testing.assert_allclose(found, expected(run, classes), rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

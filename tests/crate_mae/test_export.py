@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -55,23 +56,45 @@ def folder_of(model: nn.Module, folder: Path, **about: object) -> Path:
     return folder
 
 
-def loaded(exported: Exported):
+def function_of(path: Path, inputs: Sequence[str]) -> Callable[..., list[torch.Tensor]]:
     """The file as a function of tensors, in the order of its inputs, to a list of tensors."""
-    if exported.format == "pt2":
-        program = torch.export.load(exported.path).module()
+    if path.suffix == ".pt2":
+        program = torch.export.load(path).module()
 
-        def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
-            found = program(*inputs)
+        def run(*given: torch.Tensor) -> list[torch.Tensor]:
+            found = program(*given)
             return list(found) if isinstance(found, tuple) else [found]
     else:
-        session = pytest.importorskip("onnxruntime").InferenceSession(exported.path)
-        assert [each.name for each in session.get_outputs()] == list(exported.outputs)
+        session = pytest.importorskip("onnxruntime").InferenceSession(path)
 
-        def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
-            given = {name: value.numpy() for name, value in zip(exported.inputs, inputs, strict=True)}
-            return [torch.from_numpy(value) for value in session.run(None, given)]
+        def run(*given: torch.Tensor) -> list[torch.Tensor]:
+            named = {name: value.numpy() for name, value in zip(inputs, given, strict=True)}
+            return [torch.from_numpy(value) for value in session.run(None, named)]
 
     return run
+
+
+def loaded(exported: Exported) -> Callable[..., list[torch.Tensor]]:
+    if exported.format == "onnx":
+        graph = pytest.importorskip("onnx").load(exported.path).graph
+        assert [each.name for each in graph.output] == list(exported.outputs)
+    return function_of(exported.path, exported.inputs)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is exported is loaded here: the process without our packages takes seconds to start, and has tests of its own."""
+
+    def outputs_of_file(file: Path, cases: Sequence[dict], outputs: int) -> list[list[torch.Tensor]]:
+        run = function_of(file, list(cases[0]))
+        found = [run(*case.values()) for case in cases]
+        assert all(len(each) == outputs for each in found)
+        return found
+
+    monkeypatch.setattr(writing, "outputs_of_file", outputs_of_file)
+
+
+HERE = pytest.mark.usefixtures("in_this_process")
 
 
 def metadata_of(exported: Exported) -> dict:
@@ -88,6 +111,7 @@ def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert (found - wanted).abs().max() <= TOLERANCE * max(1, wanted.abs().max())
 
 
+@HERE
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("family", MODELS)
 def test_it_gives_what_the_model_gives(family, format, tmp_path):
@@ -113,6 +137,7 @@ def test_it_gives_what_the_model_gives(family, format, tmp_path):
             run(torch.randn(1, model.config.in_chans, *shape))
 
 
+@HERE
 @pytest.mark.parametrize("output, format", [("tokens", "pt2"), pytest.param("features", "onnx", marks=needs_onnx)])
 def test_other_outputs(output, format, tmp_path):
     """Of a classifier whose final norm stands in its head."""
@@ -125,6 +150,7 @@ def test_other_outputs(output, format, tmp_path):
     assert_near(run(images)[0], wanted)
 
 
+@HERE
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_reconstruction(format, tmp_path):
     model = small_model().eval()
@@ -154,6 +180,7 @@ def test_images_of_the_usual_size(format, tmp_path):
         assert each.difference <= TOLERANCE * max(1, each.largest) and 0 < each.relative < TOLERANCE
 
 
+@HERE
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_the_file_says_of_itself(format, tmp_path):
     model = small_classifier("crate", lambd=0.3, step_size=0.2)
@@ -166,6 +193,7 @@ def test_what_the_file_says_of_itself(format, tmp_path):
     assert said["versions"]["crate_mae"] == crate_mae.__version__ and said["versions"]["torch"] == torch.__version__
 
 
+@HERE
 def test_the_graph_is_of_pytorch_alone(tmp_path):
     """No operator of ours, no path of this machine, and of the weights those that the tokens need."""
     model = small_model()
@@ -182,6 +210,7 @@ def test_the_graph_is_of_pytorch_alone(tmp_path):
     assert encoder - model.mask_token.numel() + biases + model.config.embed_dim // 4 == found
 
 
+@HERE
 def test_a_file_can_be_moved_to_another_device(tmp_path):
     """By PyTorch's own pass; "meta" is as strict as a GPU on what is still on the CPU."""
     exported = export(folder_of(small_classifier("crate_mae"), tmp_path), output="tokens")
@@ -190,6 +219,7 @@ def test_a_file_can_be_moved_to_another_device(tmp_path):
 
 
 @needs_onnx
+@HERE
 @pytest.mark.parametrize("opset", [18, 23])
 def test_onnx_is_of_its_own_operators_alone(opset, tmp_path):
     import onnx
@@ -242,6 +272,7 @@ class TestWrongFiles:
             export(folder, overwrite=True)
         assert sorted(folder.iterdir()) == before and file.read_bytes() == b"older"
 
+    @HERE
     def test_that_ignore_the_size(self, tmp_path, monkeypatch):
         make = positions_of
 
@@ -257,11 +288,13 @@ class TestWrongFiles:
         # The first images are square, and pass.
         self.failing(tmp_path, r"images 3 x 12 x 16: the file is up to .* from the model")
 
+    @HERE
     def test_that_are_a_little_off(self, tmp_path, monkeypatch):
         forward = ExportForm.forward
         monkeypatch.setattr(ExportForm, "forward", lambda self, images: forward(self, images) + 1e-4)
         self.failing(tmp_path, r"images 1 x 16 x 16: the file is up to 0.0001 from the model")
 
+    @HERE
     def test_whose_form_spoils_the_weights(self, tmp_path, monkeypatch):
         """The model in float64, by which roundings are judged, is not spoilt with them."""
         make = ExportForm.__init__
@@ -274,6 +307,7 @@ class TestWrongFiles:
         monkeypatch.setattr(ExportForm, "__init__", spoiling)
         self.failing(tmp_path, "images 1 x 16 x 16: the file is up to .* from the model")
 
+    @HERE
     def test_whose_outputs_are_small(self, tmp_path, monkeypatch):
         """Logits of a fresh head, all below 1e-3: an error of some percent is far below 1e-5."""
         crate_mae.save_model(crate_mae.classifier_of(small_model(), 5), tmp_path)
@@ -282,6 +316,7 @@ class TestWrongFiles:
         with pytest.raises(WrongExport, match=r"0\.01 of the norm"):
             export(tmp_path)
 
+    @HERE
     def test_that_have_another_shape(self, tmp_path, monkeypatch):
         forward = ExportForm.forward
         monkeypatch.setattr(ExportForm, "forward", lambda self, images: forward(self, images)[:, 1:])
