@@ -66,8 +66,9 @@ def save_model(
 
     Raises:
         TypeError: model is neither.
-        ValueError: only one of mean and std is given, or one of them does not have a value for each channel; or the model is
-            not what ``load_model`` makes of its ``config``: parameters with other names or shapes (parametrizations, adapters),
+        ValueError: only one of mean and std is given, or one of them does not have a finite number for each channel; or classes
+            are not a name for each logit; or the model is not what ``load_model`` makes of its ``config``: parameters with other
+            names or shapes (parametrizations, adapters),
             without values (on the meta device), with values that are not finite or of which this process has only a shard, or
             layers with other settings.
     """

@@ -6,7 +6,7 @@ import errno
 import re
 import signal
 from argparse import ArgumentError
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 import torch
@@ -24,7 +24,23 @@ _LONGEST = 600
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT}
 
-_WORDING = (
+_POSITIONAL = {
+    "run": "RUN, the folder of a run or of a model",
+    "runs": "RUN, the folder of a run, or several",
+    "images": "IMAGE, one or more images",
+}
+"""What the arguments of commands that have no option are called; others as their names, in capitals."""
+
+
+def _required(name: str) -> str:
+    """An argument that is lacking, of the parser's name for it, such as "share.run"."""
+    command, _, argument = name.partition(".")
+    return (
+        f"--{argument}" if command in ("pretrain", "demo", "finetune") else _POSITIONAL.get(argument, argument.upper())
+    )
+
+
+_WORDING: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r'^(argument|Parser key) "?(?P<name>[\w.-]+)"?: ', r"\g<name>: "),
     (r"Does not validate against any of .*tuple\[int, int\].*Given value: ?", "expected a whole number, or two, got "),
     (r"Does not validate against any of .*Literal\['auto'\].*Given value: ?", "expected a whole number, or auto, got "),
@@ -37,9 +53,7 @@ _WORDING = (
     (r"\. Got value: ?", ", got "),
     (r"invalid choice: (.*) \(choose from (.*)\)$", r"expected one of \2, got \1"),
     (r"(?<=: )(.*) not among choices \[(.*)\]$", r"expected one of \2, got \1"),
-    (r"(?<=required: )(pretrain|demo|finetune)\.", "--"),
-    (r"(?<=required: )compare\.runs", "RUN, the folder of a run, or several"),
-    (r"(?<=required: )embed\.run", "RUN, the folder of a run or of a model"),
+    (r"(?<=required: ).*", lambda names: ", ".join(map(_required, names[0].split(", ")))),
     (r", got $", ", got nothing"),
 )
 """What the parsers say, and how it reads in the words of all other messages."""

@@ -122,23 +122,20 @@ def _in_words(model: CrateMAE | Classifier) -> str:
 
 
 def _use(config: ModelConfig | ClassifierConfig, name: str, has_transform: bool) -> str:
-    kind = "CrateMAE" if isinstance(config, ModelConfig) else "Classifier"
-    call, result = ("encode", "tokens") if kind == "CrateMAE" else ("__call__", "logits")
-    run = f"model.{call}" if call != "__call__" else "model"
-    lines = ["import crate_mae", "import torch"]
-    if has_transform:
-        lines += ["from PIL import Image", ""]
-        images = 'transform(Image.open("photo.jpg"))[None]'
-        load = [f"transform = crate_mae.load_transform(crate_mae.download({json.dumps(name)}))"]
+    if isinstance(config, ModelConfig):
+        kind, made, shape = "CrateMAE", "tokens = model.encode", "1 + patches, width"
     else:
-        height, width = config.image_shape
-        lines, images, load = [*lines, ""], f"torch.randn(1, {config.in_chans}, {height}, {width})", []
-    classifies = isinstance(config, ClassifierConfig) and config.num_classes > 0
-    shape = "# [1, classes]" if classifies else "# [1, width]" if result == "logits" else "# [1, 1 + patches, width]"
-    given = json.dumps(name)
+        kind, made, shape = "Classifier", "logits = model", "classes" if config.num_classes else "width"
+    given, (height, width) = json.dumps(name), config.image_shape
     where = "" if "/" in name else "  # where this folder is, or its id on the hub"
-    lines += [f"model = crate_mae.{kind}.from_pretrained({given}){where}", *load]
-    return "\n".join([*lines, "with torch.no_grad():", f"    {result} = {run}({images})  {shape}"])
+    load = [f"model = crate_mae.{kind}.from_pretrained({given}){where}"]
+    if has_transform:
+        imported, images = ["from PIL import Image"], 'transform(Image.open("photo.jpg"))[None]'
+        load += [f"transform = crate_mae.load_transform(crate_mae.download({given}))"]
+    else:
+        imported, images = [], f"torch.randn(1, {config.in_chans}, {height}, {width})"
+    run = f"    {made}({images})  # [1, {shape}]"
+    return "\n".join(["import crate_mae", "import torch", *imported, "", *load, "with torch.no_grad():", run])
 
 
 def _training(origin: Origin | None) -> Iterator[str]:

@@ -579,6 +579,9 @@ class TestImport:
 
 
 def test_share_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, lacking in (("share", "RUN, the folder of a run or of a model"), ("import", "FILE, OUT")):
+        assert main([command]) == 2
+        assert capsys.readouterr().err.endswith(f"required: {lacking}\n")
     assert main(["share", str(run)]) == 2
     assert "expected --out FOLDER, --push USER/NAME, or both" in capsys.readouterr().err
     assert main(["share", str(run), "--out", str(tmp_path / "given"), "--license", "cc-by-4.0"]) == 0
