@@ -22,6 +22,7 @@ test: $(VENV)/.installed lint
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Run again, it goes on where it was interrupted, or shows its results; make demo ARGS=--overwrite starts anew.
 demo: $(VENV)/.installed
