@@ -96,7 +96,9 @@ def taken_on(device: str) -> Iterator[str]:
     if device == "cuda" and not torch.cuda.is_available():
         yield "nothing, without such a device"
         return
-    cases = {_name(dtype): (torch.empty(0, dtype=dtype, device=device), None) for dtype in DTYPES}
+    cases: dict[str, tuple[Tensor, str | None]] = {
+        _name(dtype): (torch.empty(0, dtype=dtype, device=device), None) for dtype in DTYPES
+    }
     cases[f"heads wider than {WIDEST_HEAD}"] = cases["float32"][0], obstacle_to_triton(WIDEST_HEAD + 1)
     by_reason: dict[str, list[str]] = {}
     for name, (tensor, obstacle) in cases.items():

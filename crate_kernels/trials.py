@@ -99,7 +99,7 @@ def _found(module: nn.Module, target: type[nn.Module], trial: Trial) -> str | No
 def _trials(module: nn.Module, weight: Tensor, axis: int, tokens: int, gain: float) -> Iterator[Trial]:
     generator, width, device = torch.Generator().manual_seed(0), weight.shape[axis], weight.device
     dtype = torch.float32 if device.type == "mps" else torch.float64  # which has no float64
-    sizes = [buffer.shape[-1] for buffer in module._buffers.values() if is_causal_mask(buffer)]
+    sizes = [buffer.shape[-1] for buffer in module._buffers.values() if buffer is not None and is_causal_mask(buffer)]
     most, few = min([tokens, *sizes]), min([16, *sizes])
 
     def normal(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
