@@ -63,7 +63,7 @@ _OPTIONS = {
     "PARTS": (1, 2, 4),
     "LIBRARY": (0, 1),
     "num_warps": (2, 4, 8),
-    "num_stages": (1, 2, 3, 4, 5),
+    "num_stages": range(1, 6),
 }
 _MOST_ACCUMULATORS = 128  # float32 numbers in the registers of a thread, which has 255
 

@@ -15,6 +15,7 @@ import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,17 +25,6 @@ from crate_kernels.tiles import products, shared_attention
 
 VARIABLE = "CRATE_KERNELS_CACHE"
 TABLES = (products.TABLE, shared_attention.TABLE)
-
-# The values that kernels take: more than the search tries. Only a launch tells whether a tile fits the device's registers and
-# shared memory.
-_SIDES = (16, 32, 64, 128, 256, 512)
-_OPTIONS = {
-    "GROUP": (1, 2, 4, 8, 16, 32, 64),
-    "PARTS": (1, 2, 4, 8),
-    "LIBRARY": (0, 1),
-    "num_warps": (1, 2, 4, 8, 16),
-    "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
-}
 
 _BEGINNING = b'{"for":{"device":'  # how every file of ``write`` begins, white space left out
 _MOST_BYTES = 2**20  # fifty times what all tables take
@@ -82,7 +72,7 @@ def load(file: Path, device: torch.device) -> dict[tuple, dict[str, int]]:
     """The tiles for ``device``, by key. Empty without a file and, with a warning, where it was made with something else.
 
     Raises:
-        CacheError: the file is no cache, or no kernel can be launched with one of its tiles.
+        CacheError: the file is no cache, or was changed since it was written.
     """
     made_with, tiles = read(file)
     own = identity(device) if made_with else {}
@@ -94,9 +84,6 @@ def load(file: Path, device: torch.device) -> dict[tuple, dict[str, int]]:
             stacklevel=2,
         )
         return {}
-    for key, tile in tiles.items():
-        if objection := _objection(key, tile):
-            raise _error(file, f"{key}: {objection}", clearable=True)
     return tiles
 
 
@@ -104,22 +91,17 @@ def read(file: Path) -> tuple[dict[str, str], dict[tuple, dict[str, int]]]:
     """What a cache was made with, and its tiles by key, for whatever device it is; both are empty without a file.
 
     Raises:
-        CacheError: the file is no cache.
+        CacheError: the file is no cache, or was changed since it was written.
     """
     if (text := _content(file)) is None:
         return {}, {}
     try:
         content = json.loads(text)
-        made_with, pairs = dict(content["for"]), [(tuple(key), dict(tile)) for key, tile in content["tiles"]]
-        if not made_with or not all(isinstance(value, str) and value.isprintable() for value in made_with.values()):
-            raise ValueError(f"for: expected texts, got {made_with}")
-        if odd := [tile for _, tile in pairs if not all(type(value) is int and value >= 0 for value in tile.values())]:
-            raise ValueError(f"{odd[0]}: expected whole numbers")
-        if len(tiles := dict(pairs)) < len(pairs):
-            raise ValueError("two tiles for one key")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if not isinstance(content, dict) or content.pop("sha256", None) != _checksum(content):
+            raise ValueError("its checksum is not that of its content")
+    except (ValueError, RecursionError) as error:
         raise _error(file, f"{type(error).__name__}: {error}", clearable=_is_own(file, text)) from error
-    return made_with, tiles
+    return content["for"], {tuple(key): tile for key, tile in content["tiles"]}
 
 
 def clear(file: Path) -> bool:
@@ -131,7 +113,7 @@ def clear(file: Path) -> bool:
     if (text := _content(file)) is None:
         return False
     if not _is_own(file, text):
-        read(file)  # raises, unless it is a cache that another program wrote in another order
+        read(file)  # raises, unless it is a whole cache in another order
     try:
         file.unlink()
     except OSError as error:
@@ -145,8 +127,15 @@ def write(file: Path, tiles: Mapping[tuple, Mapping[str, int]], device: torch.de
     Raises:
         OSError: the file could not be written; the message names it.
     """
+    content: dict[str, Any] = {"for": identity(device), "tiles": list(tiles.items())}
+    content["sha256"] = _checksum(content)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"for": identity(device), "tiles": list(tiles.items())}, alone=False)
+    write_json(file, content, alone=False)
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """By which damage is found, and that another program wrote or changed the file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _content(file: Path) -> bytes | None:
@@ -178,16 +167,3 @@ def _error(file: Path, why: str, clearable: bool) -> CacheError:
     if not clearable:  # it may be a file of value, which the variable names by mistake
         remedy = f"Have {VARIABLE} name another file"
     return CacheError(f"{file}: not a readable cache of tiles ({why[:300]}). {remedy}")
-
-
-def _objection(key: tuple, tile: Mapping[str, int]) -> str | None:
-    """Why no kernel can be launched with the tile, as far as that is known without compiling it."""
-    shipped = next((of_family[key] for table in TABLES for of_family in table.values() if key in of_family), None)
-    if shipped is None:
-        return "no kernel has this key"
-    if tile.keys() != shipped.keys():
-        return f"expected {', '.join(shipped)}, got {', '.join(map(ascii, tile))}"
-    for name, value in tile.items():
-        if value not in (values := _OPTIONS.get(name, _SIDES)):
-            return f"{name}: expected one of {', '.join(map(str, values))}, got {value}"
-    return None
