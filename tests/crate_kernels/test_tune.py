@@ -227,7 +227,7 @@ def test_every_tile_that_ships_or_that_is_one_step_away_can_be_launched(file: Pa
         ({"num_stages": 5}, [{"num_stages": 4}]),
         ({"BLOCK_M": 16}, [{"BLOCK_M": 32}, {"BLOCK_M": 32, "num_warps": 8}]),
         ({"BLOCK_N": 256}, [{"BLOCK_N": 128}, {"BLOCK_N": 128, "num_warps": 2}]),
-        ({"BLOCK_M": 128, "BLOCK_N": 256}, []),  # 4 warps have too few registers; 8 below
+        ({"BLOCK_M": 128, "BLOCK_N": 256}, [{"BLOCK_M": 64}]),  # 256, or 64 by 2 warps, would take too many registers
         ({"BLOCK_M": 128, "BLOCK_N": 256, "num_warps": 8}, [{"BLOCK_M": 64}, {"BLOCK_M": 64, "num_warps": 4}]),
     ],
 )
@@ -254,6 +254,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
 def find(times) -> Callable[..., tune.Finding]:
     def find(cost, spoil=lambda out, tile: out, seconds=60.0, launches=1) -> tune.Finding:
         times(cost)
+        torch.use_deterministic_algorithms(False)  # the search itself fills memory with NaN
         return tune.search(KEY, SHIPPED, [product(spoil)] * launches, seconds)
 
     return find
