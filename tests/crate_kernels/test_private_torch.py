@@ -29,7 +29,6 @@ def test_operators(without: None, monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
         (torch.ops.aten, "_unsafe_view"),
         (torch, "_softmax_backward_data"),
-        (torch._C, "_stash_obj_in_tls"),
     ):
         monkeypatch.setattr(holder, name, gone)
     w = torch.randn(2, 3, 300, 8, requires_grad=True)  # long enough for flash attention
