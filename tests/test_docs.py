@@ -335,5 +335,8 @@ def test_snippets_run(
 
 
 def test_few_snippets_are_not_run() -> None:
-    left_out = [block for page in [README, *PAGES] for block in blocks(page.read_text(encoding="utf-8")) if block.not_run]
+    assert blocks("<!-- not run: no GPU -->\n```python\n1 / 0\n```\n") == [Block("python", "1 / 0\n", "no GPU")]
+    left_out = [
+        block for page in [README, *PAGES] for block in blocks(page.read_text(encoding="utf-8")) if block.not_run
+    ]
     assert len(left_out) <= 5
