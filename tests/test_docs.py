@@ -1,7 +1,8 @@
-"""README and docs/: every command is one that the parsers take, every Python snippet runs at toy size, every link leads somewhere.
+"""README and docs/: every command is parsed, every Python snippet runs at toy size, every link leads somewhere.
 
-The snippets of a page share one namespace and run in their order, in a folder that has what they name: a run, photographs, official
-weights. A snippet that cannot run here has a comment ``<!-- not run: why -->`` on the line above it.
+The snippets of a page share one namespace and run in their order, in a folder that has what they name: a run,
+photographs, official weights. A snippet that cannot run here has a comment ``<!-- not run: why -->`` on the line
+above it.
 
 (Some commands are also run: those on sharing here, others in test_many_gpus, test_sources, test_recipes and test_makefile.)
 """
