@@ -33,3 +33,16 @@ def test_the_worked_example_of_an_operator_works(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/crate_kernels/test_hard_threshold.py"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_public_ci_and_pre_commit_run_what_the_makefile_runs() -> None:
+    """Each rule of the workflow is a target; the hooks are the lines of `make lint`, without what they are run on."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    makefile = (ROOT / "Makefile").read_text()
+    (steps,) = (job["steps"] for job in workflow["jobs"].values())
+    (made,) = (words[1] for step in steps if (words := step.get("run", "").split())[:1] == ["make"])
+    assert made in (ROOT / ".ci/run").read_text().split() and f"\n{made}: " in makefile
+    lint = makefile.partition("\nlint:")[2].partition("\n\n")[0].replace("$(BIN)", ".venv/bin")
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    lines = [line.strip().removesuffix(" .") for line in lint.splitlines()[1:]]
+    assert [hook["entry"] for hook in repo["hooks"]] == lines
