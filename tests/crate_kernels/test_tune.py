@@ -288,9 +288,14 @@ def last_element_wrong(out: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def nothing_written(out: torch.Tensor) -> torch.Tensor:
+    """To memory where the tile before wrote its result, unless that is filled with NaN."""
+    return torch.empty_like(out) if torch.are_deterministic_algorithms_enabled() else out
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [last_element_wrong, torch.empty_like, lambda out: out.fill_(float("inf")), lambda out: out[1:]],
+    [last_element_wrong, nothing_written, lambda out: out.fill_(float("inf")), lambda out: out[1:]],
     ids=["one element", "nothing written", "overflow", "another shape"],
 )
 def test_a_wrong_candidate_is_rejected_however_fast(find, wrong) -> None:
