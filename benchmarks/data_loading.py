@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from statistics import mean
@@ -121,12 +122,14 @@ def prepare(source: Source, count: int, batch: int, seed: int, out: Path) -> Fil
     images = TarShards(shards, progress=False)
     folder = out / "folder" / "photographs"  # torchvision wants a folder for each class
     folder.mkdir(parents=True)
-    paths = []
+    paths: list[Path] = []
     for shard in shards:
         with tarfile.open(shard) as members:
             for member in members:
+                content = members.extractfile(member)
+                assert content is not None  # None of what is no file, which packing never writes
                 paths.append(folder / f"{len(paths):06}.jpg")
-                paths[-1].write_bytes(members.extractfile(member).read())
+                paths[-1].write_bytes(content.read())
     sizes = [images.image(index).size for index in range(count)]
     order = np.random.default_rng((seed, 0)).permutation(count).tolist()
     batches = [order[first : first + batch] for first in range(0, count, batch)]
@@ -273,6 +276,11 @@ def decode(files: Files) -> None:
                 image.load()
 
 
+def exhaust(loader: Loader) -> int:
+    """Load everything; how many images there were."""
+    return sum(len(batch) for batch in loader())
+
+
 def check(name: str, loader: Loader, wanted: Sequence[Tensor]) -> dict[str, float]:
     """The largest relative error of an image in the first batch.
 
@@ -298,7 +306,7 @@ def first_crops(files: Files, source: Source | None) -> list[Tensor]:
 
 def measure(record: Record, files: Files, names: Sequence[str], rounds: int) -> None:
     """One row a loader: in turns, each over all batches."""
-    common = {"operator": "data_loading", "mode": ONE_PROCESS, "dtype": "uint8", "data": files.about}
+    common: dict[str, Any] = {"operator": "data_loading", "mode": ONE_PROCESS, "dtype": "uint8", "data": files.about}
     common |= {"shape": [len(files.batches[0]), 3, *SIZE], "baseline": BASELINE}
     providers: dict[str, harness.Provider] = {BASELINE: lambda: decode(files)}
     errors: dict[str, dict[str, float]] = {}
@@ -316,7 +324,7 @@ def measure(record: Record, files: Files, names: Sequence[str], rounds: int) -> 
             record.add(**common, provider=name, unavailable=str(problem))
             continue
         errors[name] = check(name, loader, first_crops(visits, source))
-        providers[name] = lambda loader=loader: sum(len(batch) for batch in loader())
+        providers[name] = partial(exhaust, loader)
     # All threads' time together, whatever else the machine does: files that were just written are waited for by nobody.
     times = harness.time_interleaved(providers, torch.device("cpu"), rounds=rounds, clock=time.process_time)
     count = sum(map(len, files.batches))
@@ -347,7 +355,12 @@ def measure_workers(record: Record, files: Files, workers: int, rounds: int) -> 
         rest = sum(len(batch) for batch in batches)
         sample.append(1e3 * (time.perf_counter() - begin) * count / rest)
     ms = harness.Spread.of(sample)
-    common = {"operator": "data_loading", "mode": f"{workers} workers", "dtype": "uint8", "data": files.about}
+    common: dict[str, Any] = {
+        "operator": "data_loading",
+        "mode": f"{workers} workers",
+        "dtype": "uint8",
+        "data": files.about,
+    }
     common |= {"shape": [len(files.batches[0]), 3, *SIZE], "provider": "packed", "timed_by": "host clock"}
     record.add(**common, rounds=rounds, ms=vars(ms), images_per_second=1e3 * count / ms.p50)
 

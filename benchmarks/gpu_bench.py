@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = arguments.out or ROOT / "benchmarks" / "results" / records.slug(name)
     make_folder("--out", folder)
     seconds = arguments.seconds or (float("inf") if arguments.full else 520)
-    statuses = Counter()
+    statuses: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         runner = Runner(Path(scratch), seconds - (time.time() - begin))
         for part in chosen:

@@ -227,8 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device(arguments.device)
         head = {"rehearsal": device.type == "cpu", **surroundings(device), "compute_sanitizer": checker or "absent"}
         results = "runs/rehearsal" if head["rehearsal"] else f"benchmarks/results/{slug(head['device'])}"
-        folder = parts.ROOT / results
-        report = Report(arguments.json or folder / "gpu_check.json", head)
+        report = Report(arguments.json or parts.ROOT / results / "gpu_check.json", head)
         print(", ".join(f"{key} {value}" for key, value in head.items()), flush=True)
         for record in failures:
             report.add(record)

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.records import Record, in_one_line
 
+Result = TypeVar("Result")
 Provider = Callable[[], object]
 
 # As rows name them: tf32 is float32 tensors whose products are taken in TF32.
@@ -127,7 +128,7 @@ def ratios_to(baseline: Sequence[float] | None, times: Sequence[float]) -> dict[
     return None if baseline is None else asdict(ratios(baseline, times))
 
 
-def captured(run: Provider, device: torch.device) -> tuple[Provider, str]:
+def captured(run: Callable[[], Result], device: torch.device) -> tuple[Callable[[], Result], str]:
     """``run`` without the host's time where that can be had, and how its time is taken: "CUDA graph", "events" or "host clock".
 
     On a GPU all must happen on one ``side_stream``, backwards included.
@@ -144,7 +145,7 @@ def captured(run: Provider, device: torch.device) -> tuple[Provider, str]:
     except RuntimeError as problem:
         return run, f"events (no CUDA graph: {in_one_line(problem)})"
 
-    def replay(inputs: Provider = run) -> object:
+    def replay(inputs: Callable[[], Result] = run) -> Result:
         # The graph reads what ``run`` holds, such as tensors kept for a backward, and writes ``kept``: both live as long as this.
         graph.replay()
         return kept

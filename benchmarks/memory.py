@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crate_kernels
@@ -26,12 +27,13 @@ import crate_mae
 from benchmarks import harness
 from benchmarks.command_line import device_named, positive
 from benchmarks.models import add_model_arguments, bytes_of, check_model
-from benchmarks.peers import STEPS, Absent, Step
+from benchmarks.peers import STEPS, Absent, Model, Step
 from benchmarks.records import Record, in_one_line
 from benchmarks.training_step import BASELINE, Batch, Stepper
 from crate_kernels import dispatch
 from crate_kernels.precision import is_autocast, layer_norm
-from crate_mae.config import ModelConfig, grid_of
+from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
+from crate_mae.registry import published
 
 # Whole layers, by their name in the rows, and where CrateMAE has them.
 LAYERS = {"encoder_layer": "blocks", "decoder_layer": "decoder_blocks"}
@@ -67,17 +69,18 @@ def counting_saved(apart: Collection[Tensor]) -> Iterator[Saved]:
         yield saved
 
 
-def clear(model: nn.Module) -> None:
+def clear(model: Model) -> None:
     """The allocator as it was before the first step."""
     model.zero_grad(set_to_none=True)
     harness.clean(next(model.parameters()).device)
 
 
-def peak(name: str, model: nn.Module, batch: Batch) -> int:
+def peak(name: str, model: Model, batch: Batch) -> int:
     """Bytes at the peak of the second step, the first having compiled and chosen; with the model, its gradients and the batch."""
     stepper = Stepper(STEPS[name], model, batch)
     stepper.provider()()
     added = harness.added_bytes(stepper.provider(), batch.images.device)
+    assert added is not None  # a CUDA device counts
     return added + bytes_of(model) + batch.images.nbytes + batch.target.nbytes
 
 
@@ -106,8 +109,8 @@ def official_as_on_cuda() -> Iterator[None]:
         probabilities = (torch.matmul(w, w.transpose(-1, -2)) * scale).float().softmax(dim=-1)
         return torch.matmul(probabilities, w)
 
-    def normalise(*arguments: object, **_: object) -> Tensor:
-        return layer_norm(*arguments)
+    def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, **_: object) -> Tensor:
+        return layer_norm(x, weight, bias, eps)
 
     with (
         patch.object(dispatch.load("mssa", "reference"), "shared_qkv_attention", attention),
@@ -160,12 +163,12 @@ def saved_by_layer(
         return saved.bytes(without=y)
 
 
-def tokens_of(config: ModelConfig) -> int:
+def tokens_of(config: ModelConfig | ClassifierConfig) -> int:
     rows, columns = grid_of(config.image_shape, config.patch_size)
     return rows * columns + 1
 
 
-def fits(name: str, model: nn.Module, size: int, dtype: torch.dtype) -> int | None:
+def fits(name: str, model: Model, size: int, dtype: torch.dtype) -> int | None:
     """Bytes at the peak with a batch of this size; None where memory runs out. The allocator is clean before."""
     clear(model)
     device = next(model.parameters()).device
@@ -207,9 +210,14 @@ def measure(
     overrides, dtype = dict(arguments.set), harness.torch_dtype(dtype_name)
     of_baseline: float | None = None
     layer = next((layer for layer, saved in SAVED_BY.items() if saved == mode), None)
+    config = published(arguments.model, **overrides)
     for name in arguments.providers:
-        config = crate_mae.create_model(arguments.model, **overrides).config
-        row = {"operator": "memory", "model": arguments.model, "overrides": overrides, "dtype": dtype_name}
+        row: dict[str, Any] = {
+            "operator": "memory",
+            "model": arguments.model,
+            "overrides": overrides,
+            "dtype": dtype_name,
+        }
         row |= {"mode": mode, "provider": name, "baseline": BASELINE}
         found, count = None, size
         try:
@@ -220,17 +228,15 @@ def measure(
             else:
                 model = crate_mae.create_model(arguments.model, **overrides).to(device).train()
                 if mode == "largest batch":
-                    count, found = largest(lambda size, model=model, name=name: fits(name, model, size, dtype), size)
+                    count, found = largest(partial(fits, name, model, dtype=dtype), size)
                 else:
                     found = fits(name, model, size, dtype)
             reason = "out of memory"
         except Exception as problem:  # a provider that cannot run here
             reason = in_one_line(problem)
-        row["shape"] = (
-            {"batch": count, "tokens": tokens_of(config), "width": config.embed_dim}
-            if layer is not None
-            else [count, config.in_chans, *config.image_shape]
-        )
+        row["shape"] = [count, config.in_chans, *config.image_shape]
+        if layer is not None:
+            row["shape"] = {"batch": count, "tokens": tokens_of(config), "width": config.embed_dim}
         if found is None:
             record.add(**row, unavailable=reason)
             continue

@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import crate_mae
 from benchmarks import harness
 from benchmarks.command_line import device_named, positive
 from benchmarks.memory import as_on_a_gpu, counting_saved
@@ -37,6 +36,7 @@ from benchmarks.peers import STEPS, Official, Step
 from benchmarks.records import Record, describe_model, table
 from benchmarks.training_step import Batch
 from crate_mae.model import CrateMAE
+from crate_mae.registry import MODELS
 
 MODELS_BY_DEFAULT = ["crate_mae_base", "crate_mae_large"]
 
@@ -161,13 +161,14 @@ def modes(ranks: Sequence[int], accumulate: bool) -> list[Mode]:
 def measure(record: Record, model_name: str, arguments: argparse.Namespace) -> None:
     """One row a way of running, of each batch and provider."""
     overrides, dtype = dict(arguments.set), harness.torch_dtype(arguments.dtype)
+    config = replace(MODELS[model_name], **overrides)
     with torch.device("meta"):
-        model = crate_mae.create_model(model_name, **overrides)
+        model = CrateMAE(config)
     found = modes(arguments.ranks, arguments.accumulate)
     of_shards = {shards: states(model, shards) for shards in {each.shards for each in found}}
     for size, provider in product(arguments.batch, arguments.providers):
         with as_on_a_gpu(STEPS[provider]):
-            counted = count_step(crate_mae.create_model(model_name, **overrides), STEPS[provider], size, dtype)
+            counted = count_step(CrateMAE(config), STEPS[provider], size, dtype)
         for mode in found:
             parts = of_shards[mode.shards] | {"saved": counted.saved, "batch": counted.batch}
             if mode.shards > 1:
@@ -176,7 +177,7 @@ def measure(record: Record, model_name: str, arguments: argparse.Namespace) -> N
                 operator="memory_per_rank",
                 model=model_name,
                 overrides=overrides,
-                shape=[size, model.config.in_chans, *model.config.image_shape],
+                shape=[size, config.in_chans, *config.image_shape],
                 dtype=arguments.dtype,
                 mode=mode.name,
                 provider=provider,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,13 @@ from crate_kernels import AttentionWeights, Norm
 from crate_kernels.ista.form import one_product
 from crate_mae.classifiers import Classifier
 from crate_mae.compilation import obstacle_to_compiling
+from crate_mae.layers import DecoderBlock, EncoderBlock
+from crate_mae.model import CrateMAE
 from crate_mae.patches import kept_patches, removed_patches
 
 Function = Callable[..., Tensor]
+Model = CrateMAE | Classifier
+Stream = Literal["float32", "16bit"]
 
 # Without CUDA graphs of its own: where graphs are compared, every provider gets the same.
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
@@ -122,6 +126,7 @@ def normalised(x: Tensor, norm: Norm) -> Tensor:
 
 
 def mssa(x: Tensor, weights: AttentionWeights, num_heads: int) -> Tensor:
+    assert weights.out is not None  # the models compared here all have one
     w = F.linear(x, weights.qkv).unflatten(-1, (num_heads, -1)).transpose(1, 2)
     return F.linear(attention(w).transpose(1, 2).flatten(2), weights.out, weights.out_bias)
 
@@ -167,29 +172,32 @@ class BestComposed(nn.Module):
         Absent: the model is a CRATE-alpha, whose layers nobody has written so.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        if getattr(model.config, "family", None) == "crate_alpha":
+        if isinstance(model, Classifier) and model.config.family == "crate_alpha":
             raise Absent("best composed has no CRATE-alpha")
         self.model = model
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
-        model, config = self.model, self.model.config
+        model = self.model
         if isinstance(model, Classifier):
             return F.cross_entropy(model.forward_head(self._encoded(model.embed(images))), target)
         kept, pixels = kept_patches(target, 0.75), model.patchify(images)
         x = self._encoded(model._placed(model._embed_kept(pixels, kept), images))
         for block in model.decoder_blocks:
-            x = decoder_layer(x, *block.weights(), num_heads=config.decoder_num_heads)
+            assert isinstance(block, DecoderBlock)
+            x = decoder_layer(x, *block.weights(), num_heads=model.config.decoder_num_heads)
         return model._loss(
             pixels, model.decoder_pred(model.decoder_norm(x))[:, 1:], removed_patches(kept, target.shape[1])
         )
 
     def _encoded(self, x: Tensor) -> Tensor:
         config = self.model.config
-        numbers = dict(num_heads=config.num_heads, step_size=config.step_size, lambd=config.lambd)
         for block in self.model.encoder_layers:
-            x = encoder_layer(x, *block.weights(), **numbers)
+            assert isinstance(block, EncoderBlock)
+            x = encoder_layer(
+                x, *block.weights(), num_heads=config.num_heads, step_size=config.step_size, lambd=config.lambd
+            )
         return self.model._normed(x)
 
 
@@ -199,7 +207,7 @@ class Official(nn.Module):
     ``target``: the masking noise of a CrateMAE, or the labels of a Classifier.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
@@ -244,7 +252,7 @@ class Step:
 
     model: type[nn.Module] = Official
     implementation: str = "reference"
-    stream: str = "float32"
+    stream: Stream = "float32"
     recompute: bool = False
     mode: str | None = None
     graph: bool = False

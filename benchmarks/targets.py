@@ -63,9 +63,9 @@ class Target:
 
     def worst(self, cases: Sequence[Case]) -> Case | None:
         """The case that decides: the worst measured one; None where nothing was measured."""
-        found = [case for case in cases if case.value is not None]
-        sign = 1 if self.better == "higher" else -1
-        return min(found, key=lambda case: sign * case.value, default=None)
+        found = [(case.value, case) for case in cases if case.value is not None]
+        decides = min if self.better == "higher" else max
+        return decides(found, key=lambda pair: pair[0])[1] if found else None
 
     def in_unit(self, value: float) -> str:
         """The value as it is printed: 3.5x, 45%, 30 s."""
@@ -213,7 +213,7 @@ def largest_batch(rows: Sequence[Row]) -> Iterator[Case]:
     for name, provider in (("default", kept), ("with recompute", CONFIGURATIONS[kept])):
         yield case(
             name,
-            lambda ours, theirs: size(ours, "batch") / size(theirs, "batch"),
+            lambda ours, theirs: ours["shape"][0] / theirs["shape"][0],
             measured(rows, provider=provider, **wanted),
             official,
         )
@@ -247,7 +247,7 @@ def attention(
     def measure(rows: Sequence[Row]) -> Iterator[Case]:
         for count in tokens:
             for head_dim in head_dims:
-                wanted = {"operator": "attention", "mode": mode, "dtype": "bfloat16"}
+                wanted: dict[str, object] = {"operator": "attention", "mode": mode, "dtype": "bfloat16"}
                 sizes = {"tokens": count, "head_dim": head_dim}
                 wanted |= largest_measured(rows, **wanted, **sizes, provider="triton")
                 del wanted["provider"]

@@ -25,7 +25,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,12 +38,12 @@ from benchmarks.command_line import device_named, positive
 from benchmarks.harness import Ceilings
 from benchmarks.models import add_model_arguments, bytes_of, check_model
 from benchmarks.parts import run_while_it_tells
-from benchmarks.peers import STEPS, Absent, Step
+from benchmarks.peers import STEPS, Absent, Model, Step, Stream
 from benchmarks.records import Record, in_one_line
 from crate_mae.classifiers import Classifier
 from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
 from crate_mae.flops import least_flops
-from crate_mae.registry import CLASSIFIERS, MODELS
+from crate_mae.registry import CLASSIFIERS, MODELS, published
 
 BASELINE = "reference"
 
@@ -88,7 +88,7 @@ class Stepper:
         Absent: it cannot run on this machine.
     """
 
-    def __init__(self, step: Step, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, step: Step, model: Model, batch: Batch) -> None:
         self.step, self.crate, self.batch = step, model, batch
         device, config = batch.images.device, model.config
         if step.implementation == "triton" and device.type != "cuda" and not _interpreting():
@@ -98,21 +98,24 @@ class Stepper:
         if step.model is peers.ViTMAE:
             if isinstance(model, Classifier):
                 raise Absent("ViT-MAE is no classifier")
-            self.model = peers.ViTMAE(config.image_shape[0], config.patch_size).to(device).train()
+            self.model: nn.Module = peers.ViTMAE(config.image_shape[0], config.patch_size).to(device).train()
         else:
             self.model = step.model(model)
-        self.call = self.model
+        self.call: peers.Function = self.model
         if step.mode is not None:
             self.call = peers.compiled(self.model, step.mode, device, fullgraph=step.model is not peers.ViTMAE)
         self.call = peers.forced(step.implementation, self.call)
-        self.replay: harness.Provider | None = None
+        self.replay: Callable[[], tuple[Tensor, list[Tensor | None]]] | None = None
         self.error: dict[str, float] = {}
         self.loss = float("nan")
 
     def forward_backward(self) -> Tensor:
         """The loss, detached; the gradients stay in the parameters."""
         if self.replay is not None:
-            return self._replayed()
+            loss, gradients = self.replay()
+            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            return loss
         loss = self.forward()
         loss.backward()
         return loss.detach()
@@ -141,12 +144,6 @@ class Stepper:
             raise Absent(how)
         self.replay = replay
 
-    def _replayed(self) -> Tensor:
-        loss, gradients = self.replay()
-        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        return loss
-
     def provider(self, optimizer: torch.optim.Optimizer | None = None) -> harness.Provider:
         """Takes one step and leaves no gradients behind."""
 
@@ -170,7 +167,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def official(model: nn.Module, batch: Batch, dtype: torch.dtype, stream: str = "float32") -> dict[str, Tensor]:
+def official(model: Model, batch: Batch, dtype: torch.dtype, stream: Stream = "float32") -> dict[str, Tensor]:
     """``Stepper.outputs`` of the official order, some images at a time: every image has as many patches removed."""
     total: dict[str, Tensor] = {}
     for part in batch.split(EXACT_AT_A_TIME, dtype):
@@ -193,7 +190,7 @@ def tolerances(baseline: dict[str, Tensor], truth: dict[str, Tensor], dtype: tor
     }
 
 
-def ready(names: Sequence[str], model: nn.Module, batch: Batch) -> tuple[dict[str, Stepper], dict[str, str]]:
+def ready(names: Sequence[str], model: Model, batch: Batch) -> tuple[dict[str, Stepper], dict[str, str]]:
     """Steppers that have taken a step and agree with float32, and why the others cannot take part.
 
     Raises:
@@ -304,8 +301,14 @@ def first_step(
     command = [sys.executable, "-m", "benchmarks.training_step", "--one-step", "--device", arguments.device]
     command += ["--model", arguments.model, *(["--set", *model] if model else [])]
     command += ["--batch", str(batch_size), "--dtype", dtype, "--providers", name, "--seed", str(arguments.seed)]
-    row = {"operator": "training_step", "dtype": dtype, "mode": "first step", "provider": name, "rounds": 1}
-    config = crate_mae.create_model(arguments.model, **dict(arguments.set)).config
+    row: dict[str, Any] = {
+        "operator": "training_step",
+        "dtype": dtype,
+        "mode": "first step",
+        "provider": name,
+        "rounds": 1,
+    }
+    config = published(arguments.model, **dict(arguments.set))
     row |= {"model": arguments.model, "overrides": dict(arguments.set)} | of_model(name)
     row |= {"shape": [batch_size, config.in_chans, *config.image_shape], "timed_by": "host clock"}
     with tempfile.TemporaryDirectory() as folder:

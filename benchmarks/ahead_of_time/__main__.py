@@ -108,12 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(*(f"MAY BE SLOW {line}" for line in found), f"    for {one.slow}", sep="\n")
     for breach in broken:
         print(f"BREACH {breach}")
-    kernels, shapes = (
-        {one.kernel for one in figures},
-        {(case.dtype, case.shape) for some in wanted.values() for case in some},
-    )
+    names = {one.kernel for one in figures}
+    shapes = {(case.dtype, case.shape) for some in wanted.values() for case in some}
     print(
-        f"{len(figures)} compilations of {len(kernels)} kernels at {len(shapes)} shapes for {len(arguments.arch)} targets, "
+        f"{len(figures)} compilations of {len(names)} kernels at {len(shapes)} shapes for {len(arguments.arch)} targets, "
         f"{len(broken)} bounds broken"
     )
     return 1 if broken else 0

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -109,7 +109,8 @@ def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[F
     labels: dict[Request, tuple[str, str]] = {}
     slow: dict[Request, str] = {}
     launches: dict[Request, dict[Launch, None]] = {}
-    figures, failures = [], []
+    figures: list[Figures] = []
+    failures: list[str] = []
     for arch, cases in wanted.items():
         for case in cases:
             try:
@@ -130,7 +131,10 @@ def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[F
             result = task.result()
             # Whoever waits can tell work from a hang.
             print(f"{done} of {len(pending)} compiled", file=sys.stderr, flush=True)
-            (failures if isinstance(result, str) else figures).append(result)
+            if isinstance(result, str):
+                failures.append(result)
+            else:
+                figures.append(result)
     return sorted(figures, key=lambda f: (f.kernel, f.arch, f.dtype, f.shape)), failures
 
 
@@ -244,11 +248,14 @@ class _Watched(dict):
 def unused_tiles() -> Iterator[list[str]]:
     """A list that on leaving the block has the shipped tiles that no launcher asked for within it."""
     unused: list[str] = []
-    with ExitStack() as stack:
-        for module in _modules(tiles):
-            for family, entries in getattr(module, "TABLE", {}).items():
-                watched = module.TABLE[family] = _Watched(entries)
-                stack.callback(module.TABLE.__setitem__, family, entries)
-                name = f"tile of {module.__name__.rpartition('.')[2]} for {family}"
-                stack.callback(lambda w=watched, n=name: unused.extend(f"{n} {key}" for key in w if key not in w.asked))
+    tables = [(module, module.TABLE, dict(module.TABLE)) for module in _modules(tiles) if hasattr(module, "TABLE")]
+    for _, table, shipped in tables:
+        table.update({family: _Watched(entries) for family, entries in shipped.items()})
+    try:
         yield unused
+    finally:
+        for module, table, shipped in tables:
+            name = module.__name__.rpartition(".")[2]
+            for family, watched in table.items():
+                unused += [f"tile of {name} for {family} {key}" for key in watched if key not in watched.asked]
+            table.update(shipped)

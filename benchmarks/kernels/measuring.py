@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def in_chunks(function: Function, inputs: Sequence[Tensor], upstream: Tensor, sa
     found = {}
     for name in parts[0]:
         values = [part[name].double() for part in parts]
-        found[name] = torch.cat(values) if name in ("out", "gradient 0") else sum(values)
+        found[name] = torch.cat(values) if name in ("out", "gradient 0") else reduce(torch.add, values)
     return found
 
 
@@ -210,7 +210,7 @@ def measure(
             implementations = (*implementations, WITH_LIBRARY)
         functions, errors, absent = checked(comparison, implementations, groups, inputs[0], upstreams[0], dtype)
         for mode in modes:
-            common = {"operator": name, "shape": asdict(shape), "dtype": dtype_name, "mode": mode}
+            common: dict[str, Any] = {"operator": name, "shape": asdict(shape), "dtype": dtype_name, "mode": mode}
             common |= {"baseline": BASELINE, "input_sets": count, "rounds": rounds}
             lacking = {key: why for key, why in absent.items() if mode != "forward" or not key.endswith(SUMMED)}
             providers: dict[str, tuple[harness.Provider, str]] = {}
@@ -234,7 +234,7 @@ def measure(
             for provider, sample in times.items():
                 sample = [each / count for each in sample]
                 ms = harness.Spread.of(sample)
-                work = comparison.least_flops(mode), least_bytes(mode, inputs[0], upstreams[0])
+                work: tuple[int, int | None] = comparison.least_flops(mode), least_bytes(mode, inputs[0], upstreams[0])
                 if provider in product_flops:  # less work than the operator's
                     work = product_flops[provider], None
                 record.add(

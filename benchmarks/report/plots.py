@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.report.rows import Results, Row, describe_model, describe_shape, select, size
 from benchmarks.report.tables import DTYPES, OPERATORS, name_of, number, operators_of, provider_order, row_order
@@ -30,7 +30,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
 @dataclass(frozen=True)
 class Style:
     colour: str
-    dashes: str | tuple[int, tuple[int, ...]] = "-"
+    dashes: Literal["-", "--", ":", "-.", "none"] | tuple[float, tuple[int, ...]] = "-"
     marker: str = "o"
     hatch: str = ""
 
@@ -203,17 +203,12 @@ def _panels_along_tokens(rows: Sequence[Row]) -> dict[str, list[Row]]:
             groups.setdefault((_panel_title(row, ""), rest), []).append(row)
     panels: dict[str, list[Row]] = {}
     for (title, rest), found in groups.items():
-        most: dict[int, int] = {}
+        totals_of: dict[int, list[int]] = {}
         for row in found:
-            most[size(row, "tokens")] = max(most.get(size(row, "tokens"), 0), _tokens_in_all(row))
-        aim = min(most.values())
-        nearest = {
-            count: min(
-                (_tokens_in_all(row) for row in found if size(row, "tokens") == count), key=lambda n: abs(log(n / aim))
-            )
-            for count in most
-        }
-        chosen = [row for row in found if _tokens_in_all(row) == nearest[size(row, "tokens")]]
+            totals_of.setdefault(row["shape"]["tokens"], []).append(_tokens_in_all(row))
+        aim = min(map(max, totals_of.values()))
+        nearest = {count: min(totals, key=lambda n: abs(log(n / aim))) for count, totals in totals_of.items()}
+        chosen = [row for row in found if _tokens_in_all(row) == nearest[row["shape"]["tokens"]]]
         totals = sorted(map(_tokens_in_all, chosen))
         in_all = " to ".join(f"{total:,}" for total in dict.fromkeys([totals[0], totals[-1]]))
         panels[f"{rest}, {in_all} tokens in all\n{title}"] = chosen
@@ -250,7 +245,7 @@ def save(plots: Sequence[Plot], results: Results, folder: Path) -> list[Path]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.hashsalt": "crate-kernels",
         "svg.fonttype": "none",
         "font.size": 9,
@@ -305,8 +300,9 @@ def _key(plot: Plot, provider: str) -> Any:
     style, label = style_of(provider), name_of(provider)
     if plot.draw is _draw_ratios:
         return Patch(facecolor=style.colour, edgecolor="white", hatch=style.hatch, label=label)
-    dashes = "none" if plot.draw is _draw_roofline else style.dashes
-    return Line2D([], [], color=style.colour, linestyle=dashes, marker=style.marker, label=label)
+    if plot.draw is _draw_roofline:
+        style = replace(style, dashes="none")
+    return Line2D([], [], color=style.colour, linestyle=style.dashes, marker=style.marker, label=label)
 
 
 def _height_of_bars(rows: list[Row]) -> float:
@@ -393,11 +389,11 @@ def _lines(axis: str, label: str, value: Callable[[Row, str], float]) -> Callabl
         for provider in sorted({row["provider"] for row in rows}, key=provider_order):
             style = style_of(provider)
             found = sorted((row for row in rows if row["provider"] == provider), key=lambda row: size(row, axis) or 0)
-            xs = [size(row, axis) for row in found]
+            xs = [size(row, axis) or 0 for row in found]
             low, middle, high = ([value(row, percentile) for row in found] for percentile in ("p20", "p50", "p80"))
             ax.fill_between(xs, low, high, color=style.colour, alpha=0.2, linewidth=0)
             ax.plot(xs, middle, linestyle=style.dashes, color=style.colour, marker=style.marker, markersize=4)
-        ticks = sorted({size(row, axis) for row in rows})
+        ticks = sorted({size(row, axis) or 0 for row in rows})
         ax.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
         ax.set_xticks(ticks, list(map(str, ticks)), rotation=60 if len(ticks) > 4 else 0)
         ax.set_xticks([], minor=True)

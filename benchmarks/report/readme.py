@@ -56,7 +56,9 @@ def layers_table(results: Sequence[Results], readme: Path) -> str | None:
         for layer, mode in SAVED_BY.items():
             found = {row["provider"]: row for row in select(each.rows, operator="memory", mode=mode) if not absent(row)}
             official = found.get(BASELINE)
-            for name, row in found.items() if official else ():
+            for name, row in found.items():
+                if official is None:
+                    break
                 share = f"; {100 * row['peak_bytes'] / official['peak_bytes']:.1f}%" if name != BASELINE else ""
                 cells.setdefault(name, {})[layer] = links.line(row, gibibytes(row["peak_bytes"]) + share)
                 shape, model = describe_shape(row), describe_model(row)
@@ -157,6 +159,7 @@ def short_targets_table(results: Results, links: Links) -> str:
             f"{each.name}: {links.line(each.sources[0], target.in_unit(each.value))}"
             + "".join(f" against {links.line(row, name_of(row['provider']))}" for row in each.sources[1:])
             for each in found
+            if each.value is not None
         )
         worst = target.worst(cases)
         verdict = target.verdict(worst.value if worst else None)
