@@ -35,9 +35,9 @@ from torch import Tensor, nn
 import crate_mae
 from benchmarks import ROOT, harness, peers
 from benchmarks.command_line import device_named, positive
+from benchmarks.gpu.parts import run_while_it_tells
 from benchmarks.harness import Ceilings
 from benchmarks.models import add_model_arguments, bytes_of, check_model
-from benchmarks.parts import run_while_it_tells
 from benchmarks.peers import STEPS, Absent, Model, Step, Stream
 from benchmarks.records import Record, in_one_line
 from crate_mae.classifiers import Classifier

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from benchmarks.ahead_of_time.__main__ import main
 from benchmarks.ahead_of_time.targets import TARGETS, Usage
-from benchmarks.parts import run_while_it_tells
+from benchmarks.gpu.parts import run_while_it_tells
 
 ROOT = Path(__file__).resolve().parents[2]
 

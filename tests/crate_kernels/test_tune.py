@@ -20,7 +20,7 @@ import torch
 from limits import no_hang
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.parts import run_while_it_tells
+from benchmarks.gpu.parts import run_while_it_tells
 from crate_kernels import tiles, tune
 from crate_kernels.products.op import operands
 from crate_kernels.products.triton import project

@@ -131,6 +131,12 @@ class Runner:
         return record
 
 
+def tell(record: dict[str, Any]) -> None:
+    """Print how a part ended, and how many rows it gave."""
+    rows = f", {len(record['figures'])} rows" if record.get("figures") else ""
+    print(f"{record['status']:<12} {record['seconds']:6.1f} s  {record['kind']}: {record['part']}{rows}", flush=True)
+
+
 def run_while_it_tells(
     command: Sequence[str], *, quiet_seconds: float = 300, **options: Any
 ) -> subprocess.CompletedProcess[str]:
