@@ -28,8 +28,8 @@ from benchmarks import harness
 from benchmarks.command_line import device_named, positive
 from benchmarks.models import add_model_arguments, bytes_of, check_model
 from benchmarks.peers import STEPS, Absent, Model, Step
-from benchmarks.records import Record, in_one_line
-from benchmarks.training_step import BASELINE, Batch, Stepper
+from benchmarks.records import BASELINE, SAVED_BY, Record, in_one_line
+from benchmarks.training_step import Batch, Stepper
 from crate_kernels import dispatch
 from crate_kernels.precision import is_autocast, layer_norm
 from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
@@ -37,7 +37,6 @@ from crate_mae.registry import published
 
 # Whole layers, by their name in the rows, and where CrateMAE has them.
 LAYERS = {"encoder_layer": "blocks", "decoder_layer": "decoder_blocks"}
-SAVED_BY = {layer: f"saved by one {layer.replace('_', ' ')}" for layer in LAYERS}
 
 # No image batch is larger; where even this fits, it is what is reported.
 LARGEST = 2**16

@@ -19,7 +19,12 @@ import torch
 
 from benchmarks import ROOT
 
-_WRITTEN_BY_BENCHMARKS = (":!benchmarks/results", ":!README.md")
+_WRITTEN_BY_BENCHMARKS = (":!benchmarks/results", ":!README.md", ":!docs/results.md")
+
+# The provider that all others are compared with: the published code's order of operations.
+BASELINE = "reference"
+# What a row's mode says of the memory that one layer keeps for its backward.
+SAVED_BY = {layer: f"saved by one {layer.replace('_', ' ')}" for layer in ("encoder_layer", "decoder_layer")}
 
 
 class Row(TypedDict, total=False):
@@ -66,7 +71,7 @@ class Row(TypedDict, total=False):
     python: str
     threads: int
     commit: str
-    dirty: bool  # something other than results and README differed from the commit
+    dirty: bool  # something other than results and pages that show them differed from the commit
     date: str
 
 

@@ -39,13 +39,11 @@ from benchmarks.gpu.parts import run_while_it_tells
 from benchmarks.harness import Ceilings
 from benchmarks.models import add_model_arguments, bytes_of, check_model
 from benchmarks.peers import STEPS, Absent, Model, Step, Stream
-from benchmarks.records import Record, in_one_line
+from benchmarks.records import BASELINE, Record, in_one_line
 from crate_mae.classifiers import Classifier
 from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
 from crate_mae.flops import least_flops
 from crate_mae.registry import CLASSIFIERS, MODELS, published
-
-BASELINE = "reference"
 
 # What float32 rounding grows to through two dozen layers, relative; 2e-6 is usual.
 FLOAT32_ROUNDING = 64 * torch.finfo(torch.float32).eps

@@ -17,10 +17,9 @@ from benchmarks import harness
 from benchmarks.harness import Ceilings
 from benchmarks.kernels.operators import OPERATORS, Comparison, Products, Random, Shape
 from benchmarks.peers import GROUPS, Function, Peer, forced
-from benchmarks.records import Record, in_one_line
+from benchmarks.records import BASELINE, Record, in_one_line
 from crate_kernels import tiles
 
-BASELINE = "reference"
 MODES = ("forward", "backward", "forward+backward")
 
 # After the name of a peer that takes query, key and value: its backward with the three gradients added up, as one tensor's

@@ -142,7 +142,8 @@ def test_of_the_report(tmp_path):
         (["--results", str(tmp_path / "nope")], "--results .*nope: expected a folder"),
         (["--results", str(tmp_path / "cpu")], "--results .*cpu: expected a folder"),
         (["--results", str(tmp_path), "--readme", str(tmp_path / "nope")], "--readme .*nope: expected a file"),
-        (["--results", str(tmp_path), "--device", "gpu"], "--device gpu: .* has results of: cpu"),
+        (["--results", str(tmp_path), "--readme", __file__, "--page", "nope"], "--page nope: expected a file"),
+        (["--results", str(tmp_path), "--page", __file__, "--device", "gpu"], "--device gpu: .* has results of: cpu"),
     ):
         with pytest.raises(SystemExit, match=expected):
             report.main(["--check", *arguments])
