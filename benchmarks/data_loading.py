@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from benchmarks import harness
 from benchmarks.command_line import positive
-from benchmarks.peers import Absent
+from benchmarks.peers import Absent, needed
 from benchmarks.records import Record, in_one_line
 from crate_mae.data import (
     FLOWERS,
@@ -58,12 +58,13 @@ BASELINE = "pillow"
 ONE_PROCESS = "one process"
 CACHES = ("XDG_CACHE_HOME", "HF_DATASETS_CACHE")
 
-# Of the first batch's images to the same crops by Pillow. PyTorch's filter rounds otherwise; another crop is 0.1 off and more.
+# The relative error allowed of an image in the first batch, against the same crop by Pillow. PyTorch's filter rounds
+# differently; a wrong crop is 0.1 off and more.
 TOLERANCE = 0.02
 
 
 class AsWanted(Subset):
-    """A source's images, small ones enlarged and stored as packing stores what it makes smaller."""
+    """A source's images; those with a side below ``SHORT_SIDE`` are enlarged to it and stored as JPEG, as packing stores them."""
 
     def image(self, index: int) -> Image.Image:
         image = super().image(index)
@@ -148,15 +149,12 @@ def drawn(source: Source, seed: int) -> list[tuple[Box, bool]]:
 
 
 def write_parquet(files: Files) -> None:
-    """As datasets on the hub have it.
+    """Write the files as one Parquet file, in the format of datasets on the Hugging Face Hub.
 
     Raises:
         Absent: the library that writes it is not installed.
     """
-    try:
-        import datasets
-    except ImportError as problem:
-        raise Absent(f"it needs the package datasets: {problem}") from problem
+    datasets = needed("datasets")
     if not files.parquet.exists():
         rows = [{"bytes": path.read_bytes(), "path": path.name} for path in files.paths]
         features = datasets.Features({"image": datasets.Image()})
@@ -215,18 +213,15 @@ def by_pillow(files: Files) -> Loader:
 
 
 def by_torchvision(files: Files) -> Loader:
-    try:
-        # Wheels for CUDA lack their compiled operators beside a PyTorch without; nothing here calls one, but each is looked for.
-        with patch.object(torch.library, "register_fake", lambda *_, **__: lambda function: function):
-            from torchvision import datasets
-            from torchvision.transforms.v2 import InterpolationMode, functional
-    except (ImportError, RuntimeError) as problem:
-        raise Absent(f"it needs the package torchvision: {in_one_line(problem)}") from problem
+    # Wheels for CUDA lack their compiled operators beside a PyTorch without; nothing here calls one, but each is looked for.
+    with patch.object(torch.library, "register_fake", lambda *_, **__: lambda function: function):
+        transforms, datasets = needed("torchvision.transforms.v2"), needed("torchvision.datasets")
+    functional, bicubic = transforms.functional, transforms.InterpolationMode.BICUBIC
 
     def crop(image: Image.Image, box: Box, flip: bool) -> Tensor:
         left, top, right, bottom = box
         corner, size = (top, left), (bottom - top, right - left)
-        image = functional.resized_crop(image, *corner, *size, SIZE, InterpolationMode.BICUBIC, antialias=True)
+        image = functional.resized_crop(image, *corner, *size, SIZE, bicubic, antialias=True)
         return functional.to_image(functional.horizontal_flip(image) if flip else image)
 
     folder = datasets.ImageFolder(str(files.folder))
@@ -235,10 +230,7 @@ def by_torchvision(files: Files) -> Loader:
 
 
 def by_webdataset(files: Files) -> Loader:
-    try:
-        import webdataset
-    except ImportError as problem:
-        raise Absent(f"it needs the package webdataset: {problem}") from problem
+    webdataset = needed("webdataset")
 
     class Images(IterableDataset[Tensor]):
         def __iter__(self) -> Iterator[Tensor]:
@@ -251,9 +243,7 @@ def by_webdataset(files: Files) -> Loader:
 
 def by_datasets(files: Files) -> Loader:
     write_parquet(files)
-    import datasets
-
-    table = datasets.load_dataset("parquet", data_files={"train": str(files.parquet)}, split="train")
+    table = needed("datasets").load_dataset("parquet", data_files={"train": str(files.parquet)}, split="train")
     images = Mapped(lambda index: table[index]["image"], crop_by_pillow, files)
     return lambda: DataLoader(images, batch_sampler=files.batches)
 
@@ -297,7 +287,7 @@ def check(name: str, loader: Loader, wanted: Sequence[Tensor]) -> dict[str, floa
 
 
 def first_crops(files: Files, source: Source | None) -> list[Tensor]:
-    """What the first batch should be, by Pillow: of a source of ours, which leaves flips to the device, or of the files."""
+    """The first batch as Pillow crops it: from a source of ours, which leaves flips to the device, or from the files."""
     if source is None:
         return [crop_by_pillow(Image.open(files.paths[index]), *files.draws[index]) for index in files.batches[0]]
     draws = drawn(source, files.seed)
@@ -325,7 +315,7 @@ def measure(record: Record, files: Files, names: Sequence[str], rounds: int) -> 
             continue
         errors[name] = check(name, loader, first_crops(visits, source))
         providers[name] = partial(exhaust, loader)
-    # All threads' time together, whatever else the machine does: files that were just written are waited for by nobody.
+    # Processor time, so that other work on the machine does not count; the files were just written, and no loader waits for them.
     times = harness.time_interleaved(providers, torch.device("cpu"), rounds=rounds, clock=time.process_time)
     count = sum(map(len, files.batches))
     for name, sample in times.items():

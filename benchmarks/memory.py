@@ -3,9 +3,9 @@
     python -m benchmarks.memory --model crate_mae_base --batch 256 --dtype bfloat16 --largest
     python -m benchmarks.memory --layers
 
-On a GPU the peak of what is allocated during a step, model and gradients included. On a CPU nobody counts that: there it is the
-bytes of all tensors saved for the backward, parameters aside, counted without computing anything; ``--layers`` counts them for
-one encoder and one decoder layer as a GPU would save them, on any machine. A ratio is how many times less than the baseline.
+On a GPU: the peak of allocated memory during a step, model and gradients included. On a CPU, where PyTorch does not count that:
+the bytes of all tensors saved for the backward, without parameters, counted from shapes. ``--layers`` counts what one encoder
+and one decoder layer would save on a GPU, on any machine. A ratio is how many times less than the baseline.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import crate_kernels
 import crate_mae
 from benchmarks import harness
-from benchmarks.command_line import device_named, positive
-from benchmarks.models import add_model_arguments, bytes_of, check_model
+from benchmarks.command_line import add_common_arguments, add_model_arguments, check_model, device_named, positive
 from benchmarks.peers import STEPS, Absent, Model, Step
 from benchmarks.records import BASELINE, SAVED_BY, Record, in_one_line
 from benchmarks.training_step import Batch, Stepper
@@ -38,12 +37,12 @@ from crate_mae.registry import published
 # Whole layers, by their name in the rows, and where CrateMAE has them.
 LAYERS = {"encoder_layer": "blocks", "decoder_layer": "decoder_blocks"}
 
-# No image batch is larger; where even this fits, it is what is reported.
+# The search for the largest batch stops here; where even this fits, it is what is reported.
 LARGEST = 2**16
 
 
 class Saved:
-    """Tensors saved for the backward, by storage, each counted once."""
+    """Counts tensors that are saved for the backward, each storage once, without those of the tensors ``apart``."""
 
     def __init__(self, apart: Collection[Tensor]) -> None:
         self._apart = {tensor.untyped_storage()._cdata for tensor in apart}
@@ -80,7 +79,7 @@ def peak(name: str, model: Model, batch: Batch) -> int:
     stepper.provider()()
     added = harness.added_bytes(stepper.provider(), batch.images.device)
     assert added is not None  # a CUDA device counts
-    return added + bytes_of(model) + batch.images.nbytes + batch.target.nbytes
+    return added + harness.bytes_of(model) + batch.images.nbytes + batch.target.nbytes
 
 
 def saved_for_backward(name: str, model_name: str, overrides: dict[str, Any], size: int, dtype: torch.dtype) -> int:
@@ -120,7 +119,7 @@ def official_as_on_cuda() -> Iterator[None]:
 
 
 def layer_norm_as_on_cuda(x: Tensor, *arguments: Any, of_torch: Callable[..., Tensor] = F.layer_norm) -> Tensor:
-    """Of modules of their own, which CUDA's autocast takes in float32, too."""
+    """``F.layer_norm`` as CUDA's autocast runs it, in float32; for ``nn.LayerNorm`` modules."""
     return of_torch(x.float() if is_autocast(x) else x, *arguments)
 
 
@@ -248,7 +247,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = _parser().parse_args(argv)
     device = device_named(arguments.device)
-    check_model(arguments)
+    check_model(arguments.model, dict(arguments.set))
     on_cuda = device.type == "cuda"
     if arguments.largest and arguments.layers:
         raise SystemExit("--largest: not with --layers, which runs no step")
@@ -273,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.partition("\n")[0])
+    add_common_arguments(parser)
     add_model_arguments(parser)
     parser.add_argument("--batch", nargs="+", type=positive, default=[256], help="images a step")
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["bfloat16"])

@@ -29,9 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
-from benchmarks.command_line import device_named, positive
+from benchmarks.command_line import add_common_arguments, add_model_arguments, check_model, device_named, positive
 from benchmarks.memory import as_on_a_gpu, counting_saved
-from benchmarks.models import add_model_arguments, check_model
 from benchmarks.peers import STEPS, Official, Step
 from benchmarks.records import Record, describe_model, table
 from benchmarks.training_step import Batch
@@ -43,8 +42,8 @@ MODELS_BY_DEFAULT = ["crate_mae_base", "crate_mae_large"]
 
 @dataclass(frozen=True)
 class StepCount:
-    """What a step was seen to keep and give: bytes saved for the backward, those of its batch, and the names of parameters in
-    the order in which their gradients are complete."""
+    """What was counted of one step: bytes saved for the backward, bytes of its batch, and the names of parameters in the order
+    in which their gradients are complete."""
 
     saved: int
     batch: int
@@ -52,7 +51,7 @@ class StepCount:
 
 
 def count_step(model: CrateMAE, step: Step, size: int, dtype: torch.dtype) -> StepCount:
-    """One step of ``size`` images; the model's tensors are fake, of the mode that is on, and have no other use."""
+    """Take one step of ``size`` images on fake tensors, which the model must consist of."""
     model.stream, model.recompute = step.stream, step.recompute
     batch = Batch.random(model.config, size, torch.device("cpu"), dtype)
     complete: list[str] = []
@@ -66,18 +65,18 @@ def count_step(model: CrateMAE, step: Step, size: int, dtype: torch.dtype) -> St
 
 
 def shard_of(parameter: Tensor, ranks: int, rank: int) -> Tensor:
-    """What ``fully_shard`` gives a rank of a parameter: a chunk of its first dimension, or nothing; padding aside."""
+    """The part of a parameter that ``fully_shard`` gives a rank: a chunk of its first dimension, perhaps empty, not padded."""
     chunks = parameter.detach().chunk(ranks)
     return chunks[rank] if rank < len(chunks) else parameter.detach()[:0]
 
 
 def padded_bytes(parameters: Iterable[Tensor], ranks: int) -> int:
-    """Of a rank's shards as they are stored and sent: each as large as the first rank's."""
+    """Bytes of a rank's shards as they are stored and sent: all ranks' are padded to the size of the first rank's."""
     return sum(_nbytes(shard_of(parameter, ranks, 0)) for parameter in parameters)
 
 
 def means_bytes(shards: Sequence[Tensor]) -> int:
-    """What AdamW keeps of parameters like these, on one rank: two means, and the number of steps."""
+    """Bytes that AdamW keeps for parameters like these: two means of each, and the number of steps."""
     mine = [nn.Parameter(torch.empty_like(shard, device="meta")) for shard in shards]
     for parameter in mine:
         parameter.grad = torch.empty_like(parameter)
@@ -87,12 +86,12 @@ def means_bytes(shards: Sequence[Tensor]) -> int:
 
 
 def _nbytes(tensor: Tensor) -> int:
-    """Of its elements: what a tensor is a part of may be larger."""
+    """Bytes of a tensor's elements; its storage may be larger."""
     return tensor.numel() * tensor.element_size()
 
 
 def states(model: CrateMAE, ranks: int = 1, rank: int = 0) -> dict[str, int]:
-    """Bytes between two steps, with gradients, of one of the ranks that a model is divided among; 1: it is not divided."""
+    """Bytes that a rank holds from step to step, gradients included, of a model divided among ``ranks``."""
     parameters = list(model.parameters())
     stored = padded_bytes(parameters, ranks)
     means = means_bytes([shard_of(parameter, ranks, rank) for parameter in parameters])
@@ -149,7 +148,7 @@ class Mode(NamedTuple):
 
 
 def modes(ranks: Sequence[int], accumulate: bool) -> list[Mode]:
-    """What is compared: one process, which is the same in all of them, and several with whole models and with shards."""
+    """The ways of running that are compared: one process, DDP with whole models, FSDP2 with shards."""
     several = [count for count in ranks if count > 1]
     found = [Mode("one process", 1)]
     found += [Mode(f"DDP, {count} ranks", count) for count in several]
@@ -204,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     device = device_named(arguments.device)
     models = [arguments.model] if arguments.model else MODELS_BY_DEFAULT
     for model in models:
-        check_model(argparse.Namespace(model=model, set=arguments.set))
+        check_model(model, dict(arguments.set))
     record = Record(device, arguments.seed, arguments.json)
     for model in models:
         measure(record, model, arguments)
@@ -216,6 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory_per_rank", description=__doc__.partition("\n")[0]
     )
+    add_common_arguments(parser)
     add_model_arguments(parser)
     parser.set_defaults(model=None)  # all of MODELS_BY_DEFAULT
     parser.add_argument("--batch", nargs="+", type=positive, default=[64], help="images a step on each rank (64)")

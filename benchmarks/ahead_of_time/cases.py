@@ -29,7 +29,7 @@ DTYPES = {
 # Why kernels that read such tensors may be slow.
 SCATTERED = "the features of a token do not lie side by side: no copy into shared memory runs beside the products"
 
-# What the gate compiles for unless told otherwise.
+# The architectures that the gate compiles for by default.
 GATE_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 FLAGS = (False, True)
@@ -121,7 +121,7 @@ def mssa(dtype: str, subtract: bool = False, norm: bool = True, bias: bool = Tru
 
 
 def preparation(dtype: str, is_encoder: bool = True, layers: int = 12, width: int = 768) -> Case:
-    """What the weights of many layers become before their products."""
+    """The preparation of the weights of many layers for their products."""
 
     def call() -> None:
         from crate_kernels.products.operand import Norm

@@ -20,15 +20,16 @@ import crate_kernels
 from benchmarks.ahead_of_time import addresses, wgmma
 from benchmarks.ahead_of_time.addresses import Launch
 from benchmarks.ahead_of_time.collecting import Case, Request, as_if_on, requests
-from benchmarks.ahead_of_time.targets import TARGETS
+from benchmarks.ahead_of_time.targets import TARGETS, Usage
 from benchmarks.ahead_of_time.wgmma import Wgmma
 from crate_kernels import tiles
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What one compiled kernel uses; dtype and shape are those of the first case that asks for it.
+class Figures(Usage):
+    """What one compiled kernel uses, which it is, and how its products and addresses are made.
 
+    dtype, shape: those of the first case that asks for it.
     products: 16-bit products in the kernel's code; matrix: matrix instructions in its assembly, by kind.
     reach: the largest offset, in elements, that an address has at any launch of it.
     wgmma: how it multiplies, where it has 16-bit products and multiplies by wgmma; slow: why that need not be fast, if so.
@@ -39,16 +40,8 @@ class Figures:
     dtype: str
     shape: str
     tile: str
-    warps: int
     stages: int
-    registers: int
-    spill_bytes: int
-    spilled_registers: int
-    spilled_scalars: int
-    shared_bytes: int
-    tensor_memory: int
     occupancy: float
-    matrix: dict[str, int]
     products: int
     products_without_wgmma: list[str]
     reach: int
@@ -74,21 +67,14 @@ def compile_request(request: Request, launches: Sequence[Launch], dtype: str, sh
     products = len(_products(compiled.asm["ttir"]))
     reports = [addresses.check(compiled.asm["ttir"], launch) for launch in launches]
     return Figures(
+        **vars(usage),
         kernel=request.kernel,
         arch=request.arch,
         dtype=dtype,
         shape=shape,
         tile="x".join(map(str, blocks)),
-        warps=usage.warps,
         stages=compiled.metadata.num_stages,
-        registers=usage.registers,
-        spill_bytes=usage.spill_bytes,
-        spilled_registers=usage.spilled_registers,
-        spilled_scalars=usage.spilled_scalars,
-        shared_bytes=usage.shared_bytes,
-        tensor_memory=usage.tensor_memory,
         occupancy=target.occupancy(usage),
-        matrix=usage.matrix,
         products=products,
         products_without_wgmma=older,
         reach=max(report.reach for report in reports),
@@ -141,7 +127,7 @@ def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[F
 def _figures_or_failure(
     request: Request, launches: Sequence[Launch], dtype: str, shape: str, slow: str
 ) -> Figures | str:
-    """What ``compile_request`` gives or, in words, raises: an exception would lose its cause on the way between processes."""
+    """``compile_request``, or its error in words: an exception would lose its cause on the way between processes."""
     try:
         return compile_request(request, launches, dtype, shape, slow)
     except Exception as error:
@@ -192,7 +178,7 @@ def _name(figures: Figures) -> str:
 
 
 def missing(figures: Sequence[Figures], unused_tiles: Sequence[str]) -> list[str]:
-    """What ought to have been compiled and was not, one line each: kernels, shipped tiles, launches that reach far."""
+    """A line for each kernel and shipped tile that no case compiles, and each kernel that no case takes past 2^31 elements."""
     reach: dict[str, int] = {}
     for one in figures:
         reach[one.kernel] = max(one.reach, reach.get(one.kernel, 0))

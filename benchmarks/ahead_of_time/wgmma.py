@@ -51,8 +51,10 @@ class Loop:
 
 @dataclass(frozen=True)
 class Wgmma:
-    """Of one kernel: its ``loops`` that multiply, the one that multiplies most a step first; what ptxas warns of; and
+    """How one kernel multiplies by wgmma.
 
+    loops: those that multiply, the one that multiplies most a step first.
+    warnings: ptxas' own, of lost performance.
     from_registers: products (rows x inner) whose left factor lies in registers, though it came from memory.
     tails: loops told not to overlap their steps (``tl.range(..., num_stages=1)``): what is left of a walk, a step or two.
     """
@@ -78,7 +80,7 @@ class Wgmma:
 
 
 def read(compiled: Any) -> Wgmma:
-    """Of a ``triton.compiler.CompiledKernel``."""
+    """Read the machine code of a ``triton.compiler.CompiledKernel``."""
     log = _kept(compiled, "ptxas", lambda: _ptxas_log(compiled))
     bodies = _innermost_loops(_kept(compiled, "sass", lambda: _disassemble(compiled.asm["cubin"])))
     loops = [_loop(body, compiled.metadata.num_warps) for body in bodies if any("HGMMA" in line for line in body)]
@@ -92,14 +94,14 @@ def read(compiled: Any) -> Wgmma:
 
 
 def _kept(compiled: Any, name: str, make: Callable[[], str]) -> str:
-    """The text that ``make`` makes of a kernel, once: then it lies beside the kernel in Triton's disk cache."""
+    """The text that ``make`` makes of a kernel, kept beside the kernel in Triton's disk cache."""
     cache = get_cache_manager(compiled.hash)
     path = cache.get_file(name) or cache.put(make(), name, binary=False)
     return Path(path).read_text(encoding="utf-8")
 
 
 def _ptxas_log(compiled: Any) -> str:
-    """What ptxas says when it is called as Triton calls it, which keeps none of it."""
+    """What ptxas prints when it is called as Triton calls it; Triton itself drops that."""
     backend = make_backend(compiled.metadata.target)
     stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}
     backend.add_stages(stages, backend.parse_options(compiled.metadata._asdict()), compiled.src.language)

@@ -40,7 +40,7 @@ PYTEST = (
 )
 PASSING = ("passed", "unavailable")
 
-# Of the time for everything, what is kept for the times at the end; and how long a part may be silent before it is ended.
+# Seconds kept for the times, which are taken last; and how long a part may be silent before it is ended.
 SECONDS_FOR_TIMES = 150
 QUIET_SECONDS = {"tests": 120, "memory checker": 180, "times": 90}
 # Tests of one function that share a process: a process costs some seconds to start, a long one keeps the others waiting.
@@ -160,7 +160,7 @@ class Report:
         parts.tell(record)
 
     def finish(self) -> bool:
-        """Whether everything passed; tests that were skipped to the last one have shown nothing."""
+        """Whether everything passed, and not every test was skipped."""
         tests = [test["outcome"] for record in self.parts for test in record.get("tests", [])]
         passed = bool(self.parts) and all(record["status"] in PASSING for record in self.parts)
         passed = passed and (not tests or "passed" in tests)
@@ -170,7 +170,7 @@ class Report:
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """What ``environment`` says, and what else may explain a difference between two runs."""
+    """``environment``, and more that may explain a difference between two runs."""
     found = environment(device)
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "pytest": version("pytest")}
     if device.type == "cuda":

@@ -114,7 +114,7 @@ class Runner:
         return time.time() >= self.deadline or self.stop.is_set()
 
     def record(self, part: Part, status: str, attempts: Sequence[Attempt]) -> dict[str, Any]:
-        """What is kept of a part: ``tests`` with their outcomes where it has any, else ``figures``, its JSON lines."""
+        """A part's entry in the results: ``tests`` with their outcomes where it has any, else ``figures``, its JSON lines."""
         record: dict[str, Any] = {
             "part": part.name,
             "kind": part.kind,

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness, records
-from benchmarks.command_line import device_named, positive
+from benchmarks.command_line import add_common_arguments, device_named, positive
 from benchmarks.kernels.measuring import MODES, measure, once, ours
 from benchmarks.kernels.operators import OPERATORS, WITH_HEADS, Shape
 from benchmarks.peers import GROUPS
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sweep", nargs="+", choices=[*SWEEPS, "all"], default=[], help="shapes and dtypes besides")
     parser.add_argument("--peers", nargs="+", choices=GROUPS, default=GROUPS, help="kinds of peers (default: all)")
-    parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
+    add_common_arguments(parser)
     parser.add_argument("--batch", type=positive, default=64 if on_cuda else 4)
     parser.add_argument("--tokens", type=positive, default=197)
     parser.add_argument("--width", type=positive, default=768)
@@ -124,8 +124,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=harness.DTYPES, default="bfloat16" if on_cuda else "float32")
     parser.add_argument("--rounds", type=positive, default=100 if on_cuda else 5, help="timed turns")
     parser.add_argument("--once", action="store_true", help="run our operator once, forward and backward; time nothing")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="append the results as JSON lines")
     return parser
 
 

@@ -22,15 +22,15 @@ from crate_kernels import tiles
 
 MODES = ("forward", "backward", "forward+backward")
 
-# After the name of a peer that takes query, key and value: its backward with the three gradients added up, as one tensor's
-# must be. Without it, three gradients are what comes.
+# Follows the name of a peer that takes query, key and value where its backward adds up the three gradients, as the gradient of
+# one tensor takes; without it they are left apart.
 SUMMED = " summed"
 
-# The kernels, forward and backward, where PyTorch multiplies for them and they do what follows.
+# Our kernels where PyTorch multiplies and they do only what follows the products.
 WITH_LIBRARY = "triton library"
 
-# Activations that rounding may move across an inner threshold beyond those that the official order's own error shows: matters
-# at tiny shapes alone, where few are near a threshold and chance decides which.
+# So many more activations may cross an inner threshold by rounding than in the official order. This matters at tiny shapes
+# alone, where few are near a threshold and chance decides which.
 MORE_CROSSINGS = 16
 
 # exp(score - lse) is as far off, relatively, as its float32 argument is absolutely: half a unit of a number of up to 16, which
@@ -277,7 +277,7 @@ def works_of(
 
 
 def flops_of(products: harness.Provider) -> int:
-    """What library products take, counted as they are called."""
+    """FLOPs of library products, counted while they run."""
 
     def with_epilogue(bias: torch.Size, left: torch.Size, right: torch.Size, **_: Any) -> int:
         return 2 * left.numel() * right[-1]

@@ -15,7 +15,7 @@ from crate_kernels import AttentionWeights, Norm
 
 STEP_SIZE, LAMBD = 0.1, 0.5
 
-# From inputs and the gradient that arrives, a provider of a library's products alone; copies are made before it runs.
+# Makes, from inputs and upstream gradient, a provider that runs library products alone; copies are made beforehand.
 Products = Callable[[list[Tensor], Tensor], harness.Provider]
 # A normal sample of a size, on the device, in the dtype of the run or in float32.
 Random = Callable[..., Tensor]
@@ -63,7 +63,7 @@ class Comparison:
     peers: other code that computes the same.
     products: the library products of the same shape, a mode; a mark to measure by, not the same result.
     upstream: draws a gradient for the output, whose shape is that of the tokens.
-    inner_threshold: there is a threshold whose neighbourhood ``upstream`` cannot keep gradients away from.
+    inner_threshold: it has a threshold inside, near which ``upstream`` cannot set gradients to zero.
     """
 
     inputs: Callable[[], list[Tensor]]
@@ -91,9 +91,9 @@ class Comparison:
 
 
 def away_from_threshold(random: Random, function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
-    """A gradient for the function's output that is zero where rounding decides on which side of the threshold an element is.
+    """A random gradient of the function's output, zero near the threshold, where rounding decides which side an element is on.
 
-    ``function(*inputs, lambd=...)`` in float64; all within step_size * LAMBD of the threshold counts as near.
+    Near is within step_size * LAMBD, as ``function(*inputs, lambd=...)`` in float64 tells.
     """
     with torch.no_grad(), crate_kernels.use("reference"):
         inputs = [value.double() for value in inputs]

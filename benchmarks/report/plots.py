@@ -123,7 +123,7 @@ def _ratios(results: Results) -> Iterable[Plot]:
 
 
 def _most_compared(rows: list[Row]) -> list[Row]:
-    """Of an operator's sizes the largest batch; then the rows of the sizes with the most providers, of equals the smaller."""
+    """The rows to draw: of each size the largest batch, then of these the sizes with the most providers, smaller ones first."""
     groups: dict[str, list[Row]] = {}
     largest: dict[Any, str] = {}
     for row in sorted(rows, key=_sizes):
@@ -144,7 +144,7 @@ def _group(row: Row) -> str:
 
 
 def _roofline(results: Results) -> Iterable[Plot]:
-    """Of each size the largest batch, which fills the device; the bfloat16 product bounds no other dtype fairly."""
+    """The roofline of bfloat16, whose product bounds no other dtype; of each size the largest batch, which fills the device."""
     product, copy = product_ceiling(results.rows), copy_ceiling(results.rows)
     if not isinstance(product, dict) or not isinstance(copy, dict):
         return

@@ -298,8 +298,6 @@ def cpu_step(rows: Sequence[Row]) -> Iterator[Case]:
 
 
 def loading(value: Callable[[Row], float]) -> Callable[[Sequence[Row]], Iterator[Case]]:
-    """Of packed images, by one process."""
-
     def measure(rows: Sequence[Row]) -> Iterator[Case]:
         wanted = {"operator": "data_loading", "mode": "one process", "provider": "packed"}
         yield case("packed shards", value, measured(select(rows, threads=1), **wanted))
