@@ -188,9 +188,7 @@ def targets_of(results: Results) -> list[tuple[Target, list[Case]]]:
     found = [target for target in TARGETS if target.device == ("cuda" if results.on_cuda else "cpu")]
     threads = {target.threads for target in found} & {row.get("threads") for row in results.rows}
     return [
-        (target, list(target.measure(results.rows)))
-        for target in found
-        if target.threads is None or target.threads in threads
+        (target, target.cases(results.rows)) for target in found if target.threads is None or target.threads in threads
     ]
 
 

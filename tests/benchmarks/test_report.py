@@ -64,7 +64,7 @@ def numbered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def answers(name: str, rows: list[dict[str, Any]]) -> dict[str, float | None]:
     (target,) = (target for target in targets.TARGETS if target.name == name)
-    return {case.name: case.value for case in target.measure(numbered(rows))}
+    return {case.name: case.value for case in target.cases(numbered(rows))}
 
 
 @pytest.fixture
