@@ -1,4 +1,4 @@
-"""What stored results say: ``report.md`` and plots for each device, and tables in docs/results.md and README.md.
+"""Writes what stored results say, or checks it; see the package.
 
     python -m benchmarks.report                  # write them
     python -m benchmarks.report --check          # fail where what is written is not what the results say
@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import ROOT
+from benchmarks.report import __doc__ as description
 from benchmarks.report.pages import begin, end, headline, results_part
 from benchmarks.report.plots import plan, save
 from benchmarks.report.rows import Results, Row, by_device, device_folders, read
@@ -109,7 +110,9 @@ def check(texts: dict[Path, str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=(description or "").partition("\n")[0]
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="holds a folder a device")
     parser.add_argument("--device", metavar="SLUG", help="write the report and plots of this folder alone")
     for option, (default, name, _) in PAGES.items():
