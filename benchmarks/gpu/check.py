@@ -26,18 +26,8 @@ from benchmarks.kernels.operators import OPERATORS
 from benchmarks.records import environment, slug, table, table_of, version
 from crate_mae.files import write_json
 
-PYTEST = (
-    sys.executable,
-    "-m",
-    "pytest",
-    "-p",
-    "benchmarks.gpu.pytest_outcomes",
-    "--outcomes",
-    RESULTS,
-    "-m",
-    "gpu",
-    "-q",
-)
+PLUGIN = f"-p benchmarks.gpu.pytest_outcomes --outcomes {RESULTS}"
+PYTEST = (sys.executable, "-m", "pytest", *PLUGIN.split(), "-m", "gpu", "-q")
 PASSING = ("passed", "unavailable")
 
 # Seconds kept for the times, which are taken last; and how long a part may be silent before it is ended.
