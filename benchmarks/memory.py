@@ -30,7 +30,8 @@ from benchmarks.peers import STEPS, Absent, Model, Step
 from benchmarks.records import BASELINE, SAVED_BY, Record, in_one_line
 from benchmarks.training_step import Batch, Stepper
 from crate_kernels import dispatch
-from crate_kernels.precision import is_autocast, layer_norm
+from crate_kernels.dtypes import is_autocast
+from crate_kernels.layer_norm import layer_norm
 from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
 from crate_mae.registry import published
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from crate_kernels import tiles
 from crate_kernels._version import __version__
+from crate_kernels.cpu import CPU, arithmetic_dtype
 from crate_kernels.dispatch import choose, obstacle_to_kernels, use
-from crate_kernels.matmul import ONEDNN_IS_FASTER
-from crate_kernels.precision import CPU, arithmetic_dtype
+from crate_kernels.library_products import ONEDNN_IS_FASTER
 from crate_kernels.shared_attention.api import WIDEST_HEAD, obstacle_to_triton
 from crate_kernels.tiles import cache
 

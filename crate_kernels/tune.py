@@ -93,9 +93,9 @@ def problems(model: str, dtype: str, batch: int, device: torch.device, tokens: i
         model, dtype: names in ``MODELS`` and ``DTYPES``.
         batch, tokens: images, and tokens of each.
     """
+    from crate_kernels.products.launchers import gradients, project
+    from crate_kernels.products.norm_folding import Norm
     from crate_kernels.products.op import operands
-    from crate_kernels.products.operand import Norm
-    from crate_kernels.products.triton import gradients, project
     from crate_kernels.shared_attention import triton as attention
 
     (width, heads), (operand, stream) = MODELS[model], DTYPES[dtype]

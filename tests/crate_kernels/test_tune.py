@@ -22,8 +22,8 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks.gpu.parts import run_while_it_tells
 from crate_kernels import tiles, tune
+from crate_kernels.products.launchers import project
 from crate_kernels.products.op import operands
-from crate_kernels.products.triton import project
 from crate_kernels.tiles import cache
 from crate_kernels.tiles.products import TABLE, USES
 
@@ -203,7 +203,7 @@ def test_a_tile_that_does_not_fit_the_device_is_told_of_the_cache(file: Path, mo
 
             return launch
 
-    monkeypatch.setattr("crate_kernels.products.triton.project_kernel", Large())
+    monkeypatch.setattr("crate_kernels.products.kernels.project_kernel", Large())
     if cached:
         save(file)
     (operand,) = operands([torch.randn(16, 16)], [None], [None], torch.float32)
