@@ -6,6 +6,7 @@ Tables are short, and a link leads from every number to the line of its measurem
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def end(name: str) -> str:
 
 
 def headline(results: Sequence[Results], page: Path) -> str:
-    """The README's table: training steps of each device, GPUs first; what a layer keeps; images that a core loads."""
+    """The README's table: steps of CRATE-MAE-Base on each device, GPUs first; what a layer keeps; images that a core loads."""
     by_rank = sorted(results, key=lambda each: not each.on_cuda)
     steps = [line for each in by_rank for line in _headline_steps(each, Links(each.folder, page))]
     others = [line for each in by_rank for line in _headline_others(each, Links(each.folder, page))]
@@ -67,7 +68,7 @@ def _headline_steps(results: Results, links: Links) -> Iterator[list[str]]:
     if not ours:
         return
     best = min(ours, key=lambda row: row["ms"]["p50"])
-    what = f"training step, `{describe_model(at)}`, batch {size(at, 'batch')}, {at['dtype']}"
+    what = f"step, batch {size(at, 'batch')}, {at['dtype']}"
     for name in (BASELINE, "official compiled", "best composed"):
         if name in found:
             ratio = times_faster(best, found[name])
@@ -83,14 +84,14 @@ def _headline_others(results: Results, links: Links) -> Iterator[list[str]]:
     if official and len(kept) > 1:
         best = min(kept, key=lambda row: row["peak_bytes"])
         cells = [_named(row, links, gibibytes(row["peak_bytes"])) for row in (official[0], best)]
-        what = f"kept by an encoder layer for its backward, counted; {describe_shape(best)}"
-        yield _headline_line("any GPU", what, cells, official[0]["peak_bytes"] / best["peak_bytes"], best)
+        what = f"kept by an encoder layer, batch {size(best, 'batch')}"
+        yield _headline_line("a GPU, counted", what, cells, official[0]["peak_bytes"] / best["peak_bytes"], best)
     loading = select(results.rows, operator="data_loading", mode="one process")
     by_name = {row["provider"]: row for row in loading if not absent(row)}
     if {"torchvision", "packed"} <= by_name.keys():
         theirs, best = by_name["torchvision"], by_name["packed"]
         cells = [_named(row, links, f"{number(row['images_per_second'])} images/s") for row in (theirs, best)]
-        yield _headline_line(results.device, "images that one core loads", cells, times_faster(best, theirs), best)
+        yield _headline_line(results.device, "images one core loads", cells, times_faster(best, theirs), best)
 
 
 def _named(row: Row, links: Links, words: str) -> str:
@@ -98,6 +99,7 @@ def _named(row: Row, links: Links, words: str) -> str:
 
 
 def _headline_line(device: str, what: str, cells: Sequence[str], ratio: float | str, ours: Row) -> list[str]:
+    device = re.sub(r"\(R\)| Processor", "", device)
     return [device, what, *cells, ratio if isinstance(ratio, str) else f"{number(ratio)}x", f"`{commit(ours)}`"]
 
 

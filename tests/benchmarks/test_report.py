@@ -399,7 +399,7 @@ def test_the_headline_has_the_largest_batch_against_the_best_of_ours_also_where_
     rows = [step(provider, ms, 400 / ms) for provider, ms in times.items()]
     rows += [step("reference", 100, 1, 64), step("triton", 10, 10, 64), lacking(step("composed", 1, 1), "no compiler")]
     rows += [step("reference", 900, 1, dtype="float32"), step("triton", 100, 9, dtype="float32")]
-    what = "| NVIDIA H200 | training step, `crate_mae_base`, batch 256, bfloat16 |"
+    what = "| NVIDIA H200 | step, batch 256, bfloat16 |"
     assert headline_of(place, rows) == [
         f"{what} [400 ms], official order, eager | [80.0 ms], triton, 16-bit stream | 5.00x | `0123456` |",
         f"{what} [200 ms], official order, compiled | [80.0 ms], triton, 16-bit stream | 2.50x | `0123456` |",
