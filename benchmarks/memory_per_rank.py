@@ -11,9 +11,9 @@ Counted from the tensors of the model, without computing anything and on any mac
     saved       for the backward, as ``benchmarks.memory`` counts it
     constants, batch    buffers of the model; the images and the noise that masks them
 
-They are never there all at once: when the last gradient is complete, nothing saved is left. Not counted: what operators make on
-the way and let go of (gradients of tokens, kernels' scratch, a library's workspace), buffers of NCCL, a running average of the
-weights, CUDA's context, and what PyTorch's allocator holds and does not use. Under DDP gradients are views of what is sent
+The sum is an upper bound: when the last gradient is complete, nothing saved is left. Not counted: temporary tensors of operators
+(gradients of tokens, kernels' scratch, a library's workspace), buffers of NCCL, a running average of the weights, CUDA's context,
+and memory that PyTorch's allocator holds unused. Under DDP gradients are views of the buffers that are sent
 (``gradient_as_bucket_view``), so that a rank takes what one process does.
 """
 
@@ -100,16 +100,18 @@ def states(model: CrateMAE, ranks: int = 1, rank: int = 0) -> dict[str, int]:
 
 
 def whole(model: CrateMAE, complete: Sequence[str], ranks: int, *, accumulated: bool = False) -> int:
-    """The most bytes of whole parameters and gradients that FSDP2 has at once on each of two ranks or more, shards aside.
+    """The most bytes of whole parameters and gradients, beside shards, that FSDP2 holds at once on each of two or more ranks.
 
-    Each layer is gathered by itself, and what belongs to none with the model: that stays until its backward is over. What is
-    gathered has all shards' padding, and is there twice while it is copied from what was received to where parameters are. In
-    the forward what was received for the layer before is still there then. In the backward it is received one layer ahead; with
-    it are a layer's parameters and gradients, what is sent of the gradients of the layer before, as large as its parameters, and
-    such gradients as are complete of those that belong to no layer.
+    FSDP2 gathers each layer by itself. Parameters that belong to no layer are gathered with the model and stay until its
+    backward is over. Gathered parameters include the padding of all shards.
+
+    In the forward, a layer is there twice while it is copied from the receive buffer to its parameters, and the buffer of the
+    layer before is still there. In the backward, the next layer is received ahead. Beside it are the parameters and gradients of
+    the current layer; the gradients of the layer before while they are sent, as large as its parameters; and the complete ones
+    of the gradients that belong to no layer.
 
     Args:
-        complete: the names of all parameters, in the order in which their gradients are complete.
+        complete: the names of all parameters, in the order in which their gradients become complete.
         accumulated: all gradients are there from earlier micro-batches: each layer's are sent in the last.
     """
     layers = [list(block.parameters()) for block in (*model.encoder_layers, *model.decoder_blocks)]

@@ -6,14 +6,17 @@
     python -m benchmarks.training_step --batch 64 --first-step        # from the start of a process, every cache empty
 
 A step is forward, backward and the release of the gradients; ``--optimizer`` adds AdamW's update. All providers but ViT-MAE share
-one model, one set of weights, the images and the masking noise or labels; before any is timed, losses and gradients must be as
-close to float32 as the official order's own with the same stream between layers. 16-bit dtypes run under autocast with float32
-parameters.
+one model, the images, and the masking noise or labels. Before any is timed, losses and gradients must be as close to float32 as
+those of the official order with the same stream between layers. 16-bit dtypes run under autocast with float32 parameters.
 
-Providers: "reference" is the official order, eager, and the baseline; "triton" and "composed" are ours, of which "compiled" is
-under torch.compile, "16bit" keeps tokens in 16 bits between layers, "recompute" does too and projects and attends again in the
-backward, and "graph" does too and is replayed from a CUDA graph. "best composed" is plain PyTorch under torch.compile; "vit-mae"
-is ViT-MAE-Base of transformers on the same images.
+Providers:
+
+    reference           the official order, eager; the baseline
+    triton, composed    ours; with "compiled": under torch.compile; with "16bit": tokens have 16 bits between layers
+    ... recompute       16bit, and the backward projects and attends again; "float32 recompute" has float32 tokens
+    ... graph           16bit, replayed from a CUDA graph
+    best composed       plain PyTorch under torch.compile
+    vit-mae             ViT-MAE-Base of transformers on the same images
 """
 
 from __future__ import annotations
