@@ -34,14 +34,14 @@ AT_HAND = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(
 
 # Tests, memory checker and times, in 8 minutes.
 gpu-check: needs-torch
-	$(AT_HAND) -m benchmarks.gpu_check $(ARGS)
+	$(AT_HAND) -m benchmarks.gpu check $(ARGS)
 
 # What the table of targets needs, in 9 minutes; or every sweep, in hours.
 gpu-bench: needs-torch
-	$(AT_HAND) -m benchmarks.gpu_bench $(ARGS)
+	$(AT_HAND) -m benchmarks.gpu bench $(ARGS)
 
 gpu-bench-full: needs-torch
-	$(AT_HAND) -m benchmarks.gpu_bench --full $(ARGS)
+	$(AT_HAND) -m benchmarks.gpu bench --full $(ARGS)
 
 needs-torch:
 	@$(AT_HAND) -c 'import torch' 2>/dev/null || { echo "$(AT_HAND) cannot import torch: install it there, name another with PYTHON=..., or run make test, which makes .venv" >&2; exit 1; }

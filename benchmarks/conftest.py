@@ -11,12 +11,9 @@ import torch
 
 import crate_kernels
 from benchmarks import harness
+from benchmarks.training_step import THRESHOLD_CROSSINGS
 
 IMPLEMENTATIONS = ["reference", "composed", *["triton"] * torch.cuda.is_available()]
-
-# In float32 a few activations lie so close to the threshold that rounding moves them across it, and their gradients on or off:
-# each is 1e-5 to 1e-4 of the whole gradient's norm. A wrong formula is 1e-2 and more.
-THRESHOLD_CROSSINGS = 5e-4
 
 
 @pytest.fixture(autouse=True)

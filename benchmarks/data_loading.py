@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from statistics import mean
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from benchmarks import harness
 from benchmarks.command_line import positive
-from benchmarks.peers import Absent
+from benchmarks.peers import Absent, needed
 from benchmarks.records import Record, in_one_line
 from crate_mae.data import (
     FLOWERS,
@@ -57,12 +58,13 @@ BASELINE = "pillow"
 ONE_PROCESS = "one process"
 CACHES = ("XDG_CACHE_HOME", "HF_DATASETS_CACHE")
 
-# Of the first batch's images to the same crops by Pillow. PyTorch's filter rounds otherwise; another crop is 0.1 off and more.
+# The relative error allowed of an image in the first batch, against the same crop by Pillow. PyTorch's filter rounds
+# differently; a wrong crop is 0.1 off and more.
 TOLERANCE = 0.02
 
 
 class AsWanted(Subset):
-    """A source's images, small ones enlarged and stored as packing stores what it makes smaller."""
+    """A source's images; those with a side below ``SHORT_SIDE`` are enlarged to it and stored as JPEG, as packing stores them."""
 
     def image(self, index: int) -> Image.Image:
         image = super().image(index)
@@ -121,12 +123,14 @@ def prepare(source: Source, count: int, batch: int, seed: int, out: Path) -> Fil
     images = TarShards(shards, progress=False)
     folder = out / "folder" / "photographs"  # torchvision wants a folder for each class
     folder.mkdir(parents=True)
-    paths = []
+    paths: list[Path] = []
     for shard in shards:
         with tarfile.open(shard) as members:
             for member in members:
+                content = members.extractfile(member)
+                assert content is not None  # None of what is no file, which packing never writes
                 paths.append(folder / f"{len(paths):06}.jpg")
-                paths[-1].write_bytes(members.extractfile(member).read())
+                paths[-1].write_bytes(content.read())
     sizes = [images.image(index).size for index in range(count)]
     order = np.random.default_rng((seed, 0)).permutation(count).tolist()
     batches = [order[first : first + batch] for first in range(0, count, batch)]
@@ -145,15 +149,12 @@ def drawn(source: Source, seed: int) -> list[tuple[Box, bool]]:
 
 
 def write_parquet(files: Files) -> None:
-    """As datasets on the hub have it.
+    """Write the files as one Parquet file, in the format of datasets on the Hugging Face Hub.
 
     Raises:
         Absent: the library that writes it is not installed.
     """
-    try:
-        import datasets
-    except ImportError as problem:
-        raise Absent(f"it needs the package datasets: {problem}") from problem
+    datasets = needed("datasets")
     if not files.parquet.exists():
         rows = [{"bytes": path.read_bytes(), "path": path.name} for path in files.paths]
         features = datasets.Features({"image": datasets.Image()})
@@ -212,18 +213,15 @@ def by_pillow(files: Files) -> Loader:
 
 
 def by_torchvision(files: Files) -> Loader:
-    try:
-        # Wheels for CUDA lack their compiled operators beside a PyTorch without; nothing here calls one, but each is looked for.
-        with patch.object(torch.library, "register_fake", lambda *_, **__: lambda function: function):
-            from torchvision import datasets
-            from torchvision.transforms.v2 import InterpolationMode, functional
-    except (ImportError, RuntimeError) as problem:
-        raise Absent(f"it needs the package torchvision: {in_one_line(problem)}") from problem
+    # Wheels for CUDA lack their compiled operators beside a PyTorch without; nothing here calls one, but each is looked for.
+    with patch.object(torch.library, "register_fake", lambda *_, **__: lambda function: function):
+        transforms, datasets = needed("torchvision.transforms.v2"), needed("torchvision.datasets")
+    functional, bicubic = transforms.functional, transforms.InterpolationMode.BICUBIC
 
     def crop(image: Image.Image, box: Box, flip: bool) -> Tensor:
         left, top, right, bottom = box
         corner, size = (top, left), (bottom - top, right - left)
-        image = functional.resized_crop(image, *corner, *size, SIZE, InterpolationMode.BICUBIC, antialias=True)
+        image = functional.resized_crop(image, *corner, *size, SIZE, bicubic, antialias=True)
         return functional.to_image(functional.horizontal_flip(image) if flip else image)
 
     folder = datasets.ImageFolder(str(files.folder))
@@ -232,10 +230,7 @@ def by_torchvision(files: Files) -> Loader:
 
 
 def by_webdataset(files: Files) -> Loader:
-    try:
-        import webdataset
-    except ImportError as problem:
-        raise Absent(f"it needs the package webdataset: {problem}") from problem
+    webdataset = needed("webdataset")
 
     class Images(IterableDataset[Tensor]):
         def __iter__(self) -> Iterator[Tensor]:
@@ -248,9 +243,7 @@ def by_webdataset(files: Files) -> Loader:
 
 def by_datasets(files: Files) -> Loader:
     write_parquet(files)
-    import datasets
-
-    table = datasets.load_dataset("parquet", data_files={"train": str(files.parquet)}, split="train")
+    table = needed("datasets").load_dataset("parquet", data_files={"train": str(files.parquet)}, split="train")
     images = Mapped(lambda index: table[index]["image"], crop_by_pillow, files)
     return lambda: DataLoader(images, batch_sampler=files.batches)
 
@@ -273,6 +266,11 @@ def decode(files: Files) -> None:
                 image.load()
 
 
+def exhaust(loader: Loader) -> int:
+    """Load everything; how many images there were."""
+    return sum(len(batch) for batch in loader())
+
+
 def check(name: str, loader: Loader, wanted: Sequence[Tensor]) -> dict[str, float]:
     """The largest relative error of an image in the first batch.
 
@@ -289,7 +287,7 @@ def check(name: str, loader: Loader, wanted: Sequence[Tensor]) -> dict[str, floa
 
 
 def first_crops(files: Files, source: Source | None) -> list[Tensor]:
-    """What the first batch should be, by Pillow: of a source of ours, which leaves flips to the device, or of the files."""
+    """The first batch as Pillow crops it: from a source of ours, which leaves flips to the device, or from the files."""
     if source is None:
         return [crop_by_pillow(Image.open(files.paths[index]), *files.draws[index]) for index in files.batches[0]]
     draws = drawn(source, files.seed)
@@ -298,7 +296,7 @@ def first_crops(files: Files, source: Source | None) -> list[Tensor]:
 
 def measure(record: Record, files: Files, names: Sequence[str], rounds: int) -> None:
     """One row a loader: in turns, each over all batches."""
-    common = {"operator": "data_loading", "mode": ONE_PROCESS, "dtype": "uint8", "data": files.about}
+    common: dict[str, Any] = {"operator": "data_loading", "mode": ONE_PROCESS, "dtype": "uint8", "data": files.about}
     common |= {"shape": [len(files.batches[0]), 3, *SIZE], "baseline": BASELINE}
     providers: dict[str, harness.Provider] = {BASELINE: lambda: decode(files)}
     errors: dict[str, dict[str, float]] = {}
@@ -316,8 +314,8 @@ def measure(record: Record, files: Files, names: Sequence[str], rounds: int) -> 
             record.add(**common, provider=name, unavailable=str(problem))
             continue
         errors[name] = check(name, loader, first_crops(visits, source))
-        providers[name] = lambda loader=loader: sum(len(batch) for batch in loader())
-    # All threads' time together, whatever else the machine does: files that were just written are waited for by nobody.
+        providers[name] = partial(exhaust, loader)
+    # Processor time, so that other work on the machine does not count; the files were just written, and no loader waits for them.
     times = harness.time_interleaved(providers, torch.device("cpu"), rounds=rounds, clock=time.process_time)
     count = sum(map(len, files.batches))
     for name, sample in times.items():
@@ -347,7 +345,12 @@ def measure_workers(record: Record, files: Files, workers: int, rounds: int) -> 
         rest = sum(len(batch) for batch in batches)
         sample.append(1e3 * (time.perf_counter() - begin) * count / rest)
     ms = harness.Spread.of(sample)
-    common = {"operator": "data_loading", "mode": f"{workers} workers", "dtype": "uint8", "data": files.about}
+    common: dict[str, Any] = {
+        "operator": "data_loading",
+        "mode": f"{workers} workers",
+        "dtype": "uint8",
+        "data": files.about,
+    }
     common |= {"shape": [len(files.batches[0]), 3, *SIZE], "provider": "packed", "timed_by": "host clock"}
     record.add(**common, rounds=rounds, ms=vars(ms), images_per_second=1e3 * count / ms.p50)
 

@@ -13,16 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.records import Record, in_one_line
 
+Result = TypeVar("Result")
 Provider = Callable[[], object]
 
-# As rows name them: tf32 is float32 tensors whose products are taken in TF32.
+# The names of dtypes in rows. "tf32": float32 tensors whose products are taken in TF32.
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 
 
@@ -43,7 +44,7 @@ class Spread:
 
     @classmethod
     def single(cls, value: float) -> dict[str, float]:
-        """As a row has it, of something that does not vary or was measured once."""
+        """The percentiles of a single value, as rows hold them."""
         return asdict(cls(value, value, value))
 
 
@@ -83,10 +84,10 @@ def time_interleaved(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each provider, if any, in each of ``rounds`` turns; each turn starts with another provider.
+    """Milliseconds of each provider in each of ``rounds`` turns; each turn starts with another provider.
 
-    The device is idle when a call begins, so on a GPU (CUDA events) the time includes what the host fails to hide. On the host it
-    is that of ``clock``, in seconds.
+    On a GPU, CUDA events take the time. The device is idle when a call begins, so the time includes host work that no kernel
+    hides. On a CPU ``clock`` takes it, in seconds.
     """
     names = list(providers)
     timed = _time_on_cuda if device.type == "cuda" else partial(_time_on_host, clock=clock)
@@ -127,10 +128,10 @@ def ratios_to(baseline: Sequence[float] | None, times: Sequence[float]) -> dict[
     return None if baseline is None else asdict(ratios(baseline, times))
 
 
-def captured(run: Provider, device: torch.device) -> tuple[Provider, str]:
-    """``run`` without the host's time where that can be had, and how its time is taken: "CUDA graph", "events" or "host clock".
+def captured(run: Callable[[], Result], device: torch.device) -> tuple[Callable[[], Result], str]:
+    """``run``, on a GPU captured in a CUDA graph where that succeeds, and how it is timed: "CUDA graph", "events", "host clock".
 
-    On a GPU all must happen on one ``side_stream``, backwards included.
+    A graph leaves out the host's time. Everything that is captured, backwards included, must run on one ``side_stream``.
     """
     if device.type != "cuda":
         return run, "host clock"
@@ -144,8 +145,8 @@ def captured(run: Provider, device: torch.device) -> tuple[Provider, str]:
     except RuntimeError as problem:
         return run, f"events (no CUDA graph: {in_one_line(problem)})"
 
-    def replay(inputs: Provider = run) -> object:
-        # The graph reads what ``run`` holds, such as tensors kept for a backward, and writes ``kept``: both live as long as this.
+    def replay(inputs: Callable[[], Result] = run) -> Result:
+        # The graph reads tensors that ``run`` holds and writes those in ``kept``: this function keeps both alive.
         graph.replay()
         return kept
 
@@ -169,6 +170,11 @@ def added_bytes(run: Provider, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype of one of ``DTYPES``, with float32 products set to be taken as the name says."""
     float32_products("high" if name == "tf32" else "highest")
@@ -182,7 +188,7 @@ def float32_products(precision: str) -> None:
 
 
 def clean(device: torch.device) -> None:
-    """Nothing left of what was measured before: neither memory nor compiled code, which counts towards a limit."""
+    """Release what earlier measurements left: memory, and compiled code, of which torch.compile keeps a limited number."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -196,14 +202,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device reached in this process, in the better of its turns: one large product, and one large copy counting bytes
-    read and written."""
+    """The rates that one large product and one large copy reached in this process; bytes count once read and once written."""
 
     tflops: float
     gigabytes_per_second: float
 
     def rates(self, ms: float, flops: float, nbytes: float | None = None) -> dict[str, float | None]:
-        """Of a row: both rates, and the percentage of the roofline; of the product rate alone where no bytes are given."""
+        """A row's rates and its percentage of the roofline; without bytes, of the product rate."""
         tflops, roof = flops / ms / 1e9, self.tflops
         if nbytes is not None:
             roof = min(roof, self.gigabytes_per_second * flops / nbytes / 1e3)

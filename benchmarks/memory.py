@@ -3,9 +3,9 @@
     python -m benchmarks.memory --model crate_mae_base --batch 256 --dtype bfloat16 --largest
     python -m benchmarks.memory --layers
 
-On a GPU the peak of what is allocated during a step, model and gradients included. On a CPU nobody counts that: there it is the
-bytes of all tensors saved for the backward, parameters aside, counted without computing anything; ``--layers`` counts them for
-one encoder and one decoder layer as a GPU would save them, on any machine. A ratio is how many times less than the baseline.
+On a GPU: the peak of allocated memory during a step, model and gradients included. On a CPU, where PyTorch does not count that:
+the bytes of all tensors saved for the backward, without parameters, counted from shapes. ``--layers`` counts what one encoder
+and one decoder layer would save on a GPU, on any machine. A ratio is how many times less than the baseline.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crate_kernels
 import crate_mae
 from benchmarks import harness
-from benchmarks.command_line import device_named, positive
-from benchmarks.models import add_model_arguments, bytes_of, check_model
-from benchmarks.peers import STEPS, Absent, Step
-from benchmarks.records import Record, in_one_line
-from benchmarks.training_step import BASELINE, Batch, Stepper
+from benchmarks.command_line import add_common_arguments, add_model_arguments, check_model, device_named, positive
+from benchmarks.peers import STEPS, Absent, Model, Step
+from benchmarks.records import BASELINE, SAVED_BY, Record, in_one_line
+from benchmarks.training_step import Batch, Stepper
 from crate_kernels import dispatch
 from crate_kernels.dtypes import is_autocast
 from crate_kernels.layer_norm import layer_norm
-from crate_mae.config import ModelConfig, grid_of
+from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
+from crate_mae.registry import published
 
 # Whole layers, by their name in the rows, and where CrateMAE has them.
 LAYERS = {"encoder_layer": "blocks", "decoder_layer": "decoder_blocks"}
-SAVED_BY = {layer: f"saved by one {layer.replace('_', ' ')}" for layer in LAYERS}
 
-# No image batch is larger; where even this fits, it is what is reported.
+# The search for the largest batch stops here; where even this fits, it is what is reported.
 LARGEST = 2**16
 
 
 class Saved:
-    """Tensors saved for the backward, by storage, each counted once."""
+    """Counts tensors that are saved for the backward, each storage once, without those of the tensors ``apart``."""
 
     def __init__(self, apart: Collection[Tensor]) -> None:
         self._apart = {tensor.untyped_storage()._cdata for tensor in apart}
@@ -68,18 +68,19 @@ def counting_saved(apart: Collection[Tensor]) -> Iterator[Saved]:
         yield saved
 
 
-def clear(model: nn.Module) -> None:
+def clear(model: Model) -> None:
     """The allocator as it was before the first step."""
     model.zero_grad(set_to_none=True)
     harness.clean(next(model.parameters()).device)
 
 
-def peak(name: str, model: nn.Module, batch: Batch) -> int:
+def peak(name: str, model: Model, batch: Batch) -> int:
     """Bytes at the peak of the second step, the first having compiled and chosen; with the model, its gradients and the batch."""
     stepper = Stepper(STEPS[name], model, batch)
     stepper.provider()()
     added = harness.added_bytes(stepper.provider(), batch.images.device)
-    return added + bytes_of(model) + batch.images.nbytes + batch.target.nbytes
+    assert added is not None  # a CUDA device counts
+    return added + harness.bytes_of(model) + batch.images.nbytes + batch.target.nbytes
 
 
 def saved_for_backward(name: str, model_name: str, overrides: dict[str, Any], size: int, dtype: torch.dtype) -> int:
@@ -107,8 +108,8 @@ def official_as_on_cuda() -> Iterator[None]:
         probabilities = (torch.matmul(w, w.transpose(-1, -2)) * scale).float().softmax(dim=-1)
         return torch.matmul(probabilities, w)
 
-    def normalise(*arguments: object, **_: object) -> Tensor:
-        return layer_norm(*arguments)
+    def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, **_: object) -> Tensor:
+        return layer_norm(x, weight, bias, eps)
 
     with (
         patch.object(dispatch.load("mssa", "reference"), "shared_qkv_attention", attention),
@@ -119,7 +120,7 @@ def official_as_on_cuda() -> Iterator[None]:
 
 
 def layer_norm_as_on_cuda(x: Tensor, *arguments: Any, of_torch: Callable[..., Tensor] = F.layer_norm) -> Tensor:
-    """Of modules of their own, which CUDA's autocast takes in float32, too."""
+    """``F.layer_norm`` as CUDA's autocast runs it, in float32; for ``nn.LayerNorm`` modules."""
     return of_torch(x.float() if is_autocast(x) else x, *arguments)
 
 
@@ -161,12 +162,12 @@ def saved_by_layer(
         return saved.bytes(without=y)
 
 
-def tokens_of(config: ModelConfig) -> int:
+def tokens_of(config: ModelConfig | ClassifierConfig) -> int:
     rows, columns = grid_of(config.image_shape, config.patch_size)
     return rows * columns + 1
 
 
-def fits(name: str, model: nn.Module, size: int, dtype: torch.dtype) -> int | None:
+def fits(name: str, model: Model, size: int, dtype: torch.dtype) -> int | None:
     """Bytes at the peak with a batch of this size; None where memory runs out. The allocator is clean before."""
     clear(model)
     device = next(model.parameters()).device
@@ -208,9 +209,14 @@ def measure(
     overrides, dtype = dict(arguments.set), harness.torch_dtype(dtype_name)
     of_baseline: float | None = None
     layer = next((layer for layer, saved in SAVED_BY.items() if saved == mode), None)
+    config = published(arguments.model, **overrides)
     for name in arguments.providers:
-        config = crate_mae.create_model(arguments.model, **overrides).config
-        row = {"operator": "memory", "model": arguments.model, "overrides": overrides, "dtype": dtype_name}
+        row: dict[str, Any] = {
+            "operator": "memory",
+            "model": arguments.model,
+            "overrides": overrides,
+            "dtype": dtype_name,
+        }
         row |= {"mode": mode, "provider": name, "baseline": BASELINE}
         found, count = None, size
         try:
@@ -221,17 +227,15 @@ def measure(
             else:
                 model = crate_mae.create_model(arguments.model, **overrides).to(device).train()
                 if mode == "largest batch":
-                    count, found = largest(lambda size, model=model, name=name: fits(name, model, size, dtype), size)
+                    count, found = largest(partial(fits, name, model, dtype=dtype), size)
                 else:
                     found = fits(name, model, size, dtype)
             reason = "out of memory"
         except Exception as problem:  # a provider that cannot run here
             reason = in_one_line(problem)
-        row["shape"] = (
-            {"batch": count, "tokens": tokens_of(config), "width": config.embed_dim}
-            if layer is not None
-            else [count, config.in_chans, *config.image_shape]
-        )
+        row["shape"] = [count, config.in_chans, *config.image_shape]
+        if layer is not None:
+            row["shape"] = {"batch": count, "tokens": tokens_of(config), "width": config.embed_dim}
         if found is None:
             record.add(**row, unavailable=reason)
             continue
@@ -244,7 +248,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = _parser().parse_args(argv)
     device = device_named(arguments.device)
-    check_model(arguments)
+    check_model(arguments.model, dict(arguments.set))
     on_cuda = device.type == "cuda"
     if arguments.largest and arguments.layers:
         raise SystemExit("--largest: not with --layers, which runs no step")
@@ -269,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.partition("\n")[0])
+    add_common_arguments(parser)
     add_model_arguments(parser)
     parser.add_argument("--batch", nargs="+", type=positive, default=[256], help="images a step")
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["bfloat16"])

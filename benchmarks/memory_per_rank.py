@@ -11,9 +11,9 @@ Counted from the tensors of the model, without computing anything and on any mac
     saved       for the backward, as ``benchmarks.memory`` counts it
     constants, batch    buffers of the model; the images and the noise that masks them
 
-They are never there all at once: when the last gradient is complete, nothing saved is left. Not counted: what operators make on
-the way and let go of (gradients of tokens, kernels' scratch, a library's workspace), buffers of NCCL, a running average of the
-weights, CUDA's context, and what PyTorch's allocator holds and does not use. Under DDP gradients are views of what is sent
+The sum is an upper bound: when the last gradient is complete, nothing saved is left. Not counted: temporary tensors of operators
+(gradients of tokens, kernels' scratch, a library's workspace), buffers of NCCL, a running average of the weights, CUDA's context,
+and memory that PyTorch's allocator holds unused. Under DDP gradients are views of the buffers that are sent
 (``gradient_as_bucket_view``), so that a rank takes what one process does.
 """
 
@@ -21,30 +21,29 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import crate_mae
 from benchmarks import harness
-from benchmarks.command_line import device_named, positive
+from benchmarks.command_line import add_common_arguments, add_model_arguments, check_model, device_named, positive
 from benchmarks.memory import as_on_a_gpu, counting_saved
-from benchmarks.models import add_model_arguments, check_model
 from benchmarks.peers import STEPS, Official, Step
 from benchmarks.records import Record, describe_model, table
 from benchmarks.training_step import Batch
 from crate_mae.model import CrateMAE
+from crate_mae.registry import MODELS
 
 MODELS_BY_DEFAULT = ["crate_mae_base", "crate_mae_large"]
 
 
 @dataclass(frozen=True)
 class StepCount:
-    """What a step was seen to keep and give: bytes saved for the backward, those of its batch, and the names of parameters in
-    the order in which their gradients are complete."""
+    """What was counted of one step: bytes saved for the backward, bytes of its batch, and the names of parameters in the order
+    in which their gradients are complete."""
 
     saved: int
     batch: int
@@ -52,7 +51,7 @@ class StepCount:
 
 
 def count_step(model: CrateMAE, step: Step, size: int, dtype: torch.dtype) -> StepCount:
-    """One step of ``size`` images; the model's tensors are fake, of the mode that is on, and have no other use."""
+    """Take one step of ``size`` images on fake tensors, which the model must consist of."""
     model.stream, model.recompute = step.stream, step.recompute
     batch = Batch.random(model.config, size, torch.device("cpu"), dtype)
     complete: list[str] = []
@@ -66,18 +65,18 @@ def count_step(model: CrateMAE, step: Step, size: int, dtype: torch.dtype) -> St
 
 
 def shard_of(parameter: Tensor, ranks: int, rank: int) -> Tensor:
-    """What ``fully_shard`` gives a rank of a parameter: a chunk of its first dimension, or nothing; padding aside."""
+    """The part of a parameter that ``fully_shard`` gives a rank: a chunk of its first dimension, perhaps empty, not padded."""
     chunks = parameter.detach().chunk(ranks)
     return chunks[rank] if rank < len(chunks) else parameter.detach()[:0]
 
 
 def padded_bytes(parameters: Iterable[Tensor], ranks: int) -> int:
-    """Of a rank's shards as they are stored and sent: each as large as the first rank's."""
+    """Bytes of a rank's shards as they are stored and sent: all ranks' are padded to the size of the first rank's."""
     return sum(_nbytes(shard_of(parameter, ranks, 0)) for parameter in parameters)
 
 
 def means_bytes(shards: Sequence[Tensor]) -> int:
-    """What AdamW keeps of parameters like these, on one rank: two means, and the number of steps."""
+    """Bytes that AdamW keeps for parameters like these: two means of each, and the number of steps."""
     mine = [nn.Parameter(torch.empty_like(shard, device="meta")) for shard in shards]
     for parameter in mine:
         parameter.grad = torch.empty_like(parameter)
@@ -87,12 +86,12 @@ def means_bytes(shards: Sequence[Tensor]) -> int:
 
 
 def _nbytes(tensor: Tensor) -> int:
-    """Of its elements: what a tensor is a part of may be larger."""
+    """Bytes of a tensor's elements; its storage may be larger."""
     return tensor.numel() * tensor.element_size()
 
 
 def states(model: CrateMAE, ranks: int = 1, rank: int = 0) -> dict[str, int]:
-    """Bytes between two steps, with gradients, of one of the ranks that a model is divided among; 1: it is not divided."""
+    """Bytes that a rank holds from step to step, gradients included, of a model divided among ``ranks``."""
     parameters = list(model.parameters())
     stored = padded_bytes(parameters, ranks)
     means = means_bytes([shard_of(parameter, ranks, rank) for parameter in parameters])
@@ -101,16 +100,18 @@ def states(model: CrateMAE, ranks: int = 1, rank: int = 0) -> dict[str, int]:
 
 
 def whole(model: CrateMAE, complete: Sequence[str], ranks: int, *, accumulated: bool = False) -> int:
-    """The most bytes of whole parameters and gradients that FSDP2 has at once on each of two ranks or more, shards aside.
+    """The most bytes of whole parameters and gradients, beside shards, that FSDP2 holds at once on each of two or more ranks.
 
-    Each layer is gathered by itself, and what belongs to none with the model: that stays until its backward is over. What is
-    gathered has all shards' padding, and is there twice while it is copied from what was received to where parameters are. In
-    the forward what was received for the layer before is still there then. In the backward it is received one layer ahead; with
-    it are a layer's parameters and gradients, what is sent of the gradients of the layer before, as large as its parameters, and
-    such gradients as are complete of those that belong to no layer.
+    FSDP2 gathers each layer by itself. Parameters that belong to no layer are gathered with the model and stay until its
+    backward is over. Gathered parameters include the padding of all shards.
+
+    In the forward, a layer is there twice while it is copied from the receive buffer to its parameters, and the buffer of the
+    layer before is still there. In the backward, the next layer is received ahead. Beside it are the parameters and gradients of
+    the current layer; the gradients of the layer before while they are sent, as large as its parameters; and the complete ones
+    of the gradients that belong to no layer.
 
     Args:
-        complete: the names of all parameters, in the order in which their gradients are complete.
+        complete: the names of all parameters, in the order in which their gradients become complete.
         accumulated: all gradients are there from earlier micro-batches: each layer's are sent in the last.
     """
     layers = [list(block.parameters()) for block in (*model.encoder_layers, *model.decoder_blocks)]
@@ -149,7 +150,7 @@ class Mode(NamedTuple):
 
 
 def modes(ranks: Sequence[int], accumulate: bool) -> list[Mode]:
-    """What is compared: one process, which is the same in all of them, and several with whole models and with shards."""
+    """The ways of running that are compared: one process, DDP with whole models, FSDP2 with shards."""
     several = [count for count in ranks if count > 1]
     found = [Mode("one process", 1)]
     found += [Mode(f"DDP, {count} ranks", count) for count in several]
@@ -161,13 +162,14 @@ def modes(ranks: Sequence[int], accumulate: bool) -> list[Mode]:
 def measure(record: Record, model_name: str, arguments: argparse.Namespace) -> None:
     """One row a way of running, of each batch and provider."""
     overrides, dtype = dict(arguments.set), harness.torch_dtype(arguments.dtype)
+    config = replace(MODELS[model_name], **overrides)
     with torch.device("meta"):
-        model = crate_mae.create_model(model_name, **overrides)
+        model = CrateMAE(config)
     found = modes(arguments.ranks, arguments.accumulate)
     of_shards = {shards: states(model, shards) for shards in {each.shards for each in found}}
     for size, provider in product(arguments.batch, arguments.providers):
         with as_on_a_gpu(STEPS[provider]):
-            counted = count_step(crate_mae.create_model(model_name, **overrides), STEPS[provider], size, dtype)
+            counted = count_step(CrateMAE(config), STEPS[provider], size, dtype)
         for mode in found:
             parts = of_shards[mode.shards] | {"saved": counted.saved, "batch": counted.batch}
             if mode.shards > 1:
@@ -176,7 +178,7 @@ def measure(record: Record, model_name: str, arguments: argparse.Namespace) -> N
                 operator="memory_per_rank",
                 model=model_name,
                 overrides=overrides,
-                shape=[size, model.config.in_chans, *model.config.image_shape],
+                shape=[size, config.in_chans, *config.image_shape],
                 dtype=arguments.dtype,
                 mode=mode.name,
                 provider=provider,
@@ -203,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     device = device_named(arguments.device)
     models = [arguments.model] if arguments.model else MODELS_BY_DEFAULT
     for model in models:
-        check_model(argparse.Namespace(model=model, set=arguments.set))
+        check_model(model, dict(arguments.set))
     record = Record(device, arguments.seed, arguments.json)
     for model in models:
         measure(record, model, arguments)
@@ -215,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory_per_rank", description=__doc__.partition("\n")[0]
     )
+    add_common_arguments(parser)
     add_model_arguments(parser)
     parser.set_defaults(model=None)  # all of MODELS_BY_DEFAULT
     parser.add_argument("--batch", nargs="+", type=positive, default=[64], help="images a step on each rank (64)")

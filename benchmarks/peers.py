@@ -1,7 +1,7 @@
-"""What ours is compared with: plain PyTorch at its best, other attention code, torch.compile, and a neighbour's model.
+"""Peers that ours is compared with: plain PyTorch, other attention code, torch.compile, and ViT-MAE.
 
-"Best composed" is CRATE in the fewest products that PyTorch's own calls allow (one for ISTA, one attention call), written for
-torch.compile to fuse the rest.
+"Best composed" is CRATE in as few products as PyTorch's own calls allow (one for ISTA, one attention call); torch.compile fuses
+the rest.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import crate_kernels
+from benchmarks.records import in_one_line
 from crate_kernels import AttentionWeights, Norm
 from crate_kernels.ista.form import one_product
 from crate_mae.classifiers import Classifier
 from crate_mae.compilation import obstacle_to_compiling
+from crate_mae.layers import DecoderBlock, EncoderBlock
+from crate_mae.model import CrateMAE
 from crate_mae.patches import kept_patches, removed_patches
 
 Function = Callable[..., Tensor]
+Model = CrateMAE | Classifier
+Stream = Literal["float32", "16bit"]
 
 # Without CUDA graphs of its own: where graphs are compared, every provider gets the same.
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
@@ -34,6 +40,19 @@ GROUP_OF_MODE = {None: LIBRARY, "default": COMPILED, MAX_AUTOTUNE: MAX_AUTOTUNED
 
 class Absent(RuntimeError):
     """A peer cannot take part on this machine; the message says why."""
+
+
+def needed(package: str) -> Any:
+    """A package that only some peers need, imported.
+
+    Raises:
+        Absent: it is not installed, or does not work with this PyTorch.
+    """
+    try:
+        return import_module(package)
+    except (ImportError, RuntimeError) as problem:
+        name = package.partition(".")[0]
+        raise Absent(f"it needs the package {name}: {in_one_line(problem)}") from problem
 
 
 def compiled(function: Callable[..., Any], mode: str, device: torch.device, *, fullgraph: bool = True) -> Function:
@@ -61,10 +80,11 @@ def forced(implementation: str, function: Callable[..., Any]) -> Callable[..., A
 class Peer:
     """Other code that computes an operator.
 
-    function: takes the operator's inputs; query, key and value where ``separate``.
+    function: takes the operator's inputs.
     mode: of torch.compile, if it is compiled.
     implementation: that the operators of ours in it are forced to.
-    separate: one tensor is asked of it three times, and its backward gives three gradients: with and without their sum.
+    separate: it takes query, key and value. It gets one tensor three times, and is timed with and without adding up its three
+        gradients.
     """
 
     function: Function
@@ -122,6 +142,7 @@ def normalised(x: Tensor, norm: Norm) -> Tensor:
 
 
 def mssa(x: Tensor, weights: AttentionWeights, num_heads: int) -> Tensor:
+    assert weights.out is not None  # the models compared here all have one
     w = F.linear(x, weights.qkv).unflatten(-1, (num_heads, -1)).transpose(1, 2)
     return F.linear(attention(w).transpose(1, 2).flatten(2), weights.out, weights.out_bias)
 
@@ -167,39 +188,42 @@ class BestComposed(nn.Module):
         Absent: the model is a CRATE-alpha, whose layers nobody has written so.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        if getattr(model.config, "family", None) == "crate_alpha":
+        if isinstance(model, Classifier) and model.config.family == "crate_alpha":
             raise Absent("best composed has no CRATE-alpha")
         self.model = model
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
-        model, config = self.model, self.model.config
+        model = self.model
         if isinstance(model, Classifier):
             return F.cross_entropy(model.forward_head(self._encoded(model.embed(images))), target)
         kept, pixels = kept_patches(target, 0.75), model.patchify(images)
         x = self._encoded(model._placed(model._embed_kept(pixels, kept), images))
         for block in model.decoder_blocks:
-            x = decoder_layer(x, *block.weights(), num_heads=config.decoder_num_heads)
+            assert isinstance(block, DecoderBlock)
+            x = decoder_layer(x, *block.weights(), num_heads=model.config.decoder_num_heads)
         return model._loss(
             pixels, model.decoder_pred(model.decoder_norm(x))[:, 1:], removed_patches(kept, target.shape[1])
         )
 
     def _encoded(self, x: Tensor) -> Tensor:
         config = self.model.config
-        numbers = dict(num_heads=config.num_heads, step_size=config.step_size, lambd=config.lambd)
         for block in self.model.encoder_layers:
-            x = encoder_layer(x, *block.weights(), **numbers)
+            assert isinstance(block, EncoderBlock)
+            x = encoder_layer(
+                x, *block.weights(), num_heads=config.num_heads, step_size=config.step_size, lambd=config.lambd
+            )
         return self.model._normed(x)
 
 
 class Official(nn.Module):
-    """A model whose forward gives the loss alone: what is compiled, and what is run.
+    """A model of ours whose forward gives the loss alone.
 
     ``target``: the masking noise of a CrateMAE, or the labels of a Classifier.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
@@ -210,7 +234,7 @@ class Official(nn.Module):
 
 
 class ViTMAE(nn.Module):
-    """ViT-MAE-Base of transformers, randomly initialised, its attention by SDPA: a model for the same images and masking.
+    """ViT-MAE-Base of transformers with SDPA, randomly initialised; it takes the same images and masking noise.
 
     Raises:
         Absent: transformers is not installed.
@@ -218,12 +242,9 @@ class ViTMAE(nn.Module):
 
     def __init__(self, image_size: int, patch_size: int, **sizes: int) -> None:
         super().__init__()
-        try:
-            from transformers import ViTMAEConfig, ViTMAEForPreTraining
-        except ImportError as problem:
-            raise Absent(f"ViT-MAE needs the package transformers: {problem}") from problem
-        config = ViTMAEConfig(image_size=image_size, patch_size=patch_size, mask_ratio=0.75, **sizes)
-        self.model = ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa")
+        transformers = needed("transformers")
+        config = transformers.ViTMAEConfig(image_size=image_size, patch_size=patch_size, mask_ratio=0.75, **sizes)
+        self.model = transformers.ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa")
         if self.model.config._attn_implementation != "sdpa":
             raise Absent(f"ViT-MAE took {self.model.config._attn_implementation} attention rather than SDPA")
 
@@ -235,7 +256,7 @@ class ViTMAE(nn.Module):
 class Step:
     """One way to take a whole training step.
 
-    model: what makes it from a model of ours, or ``ViTMAE``, which has a model of its own.
+    model: wraps a model of ours; or ``ViTMAE``, which is another model.
     implementation: of the operators of ours in it.
     stream, recompute: ``Backbone``'s attributes.
     mode: of torch.compile, if it is compiled.
@@ -244,7 +265,7 @@ class Step:
 
     model: type[nn.Module] = Official
     implementation: str = "reference"
-    stream: str = "float32"
+    stream: Stream = "float32"
     recompute: bool = False
     mode: str | None = None
     graph: bool = False

@@ -1,4 +1,4 @@
-"""The one format of results: what a row holds, where and with what it was measured, and how rows are written and printed."""
+"""The one format of results: what a row holds, and how rows are made, written and printed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ import torch
 
 from benchmarks import ROOT
 
-_WRITTEN_BY_BENCHMARKS = (":!benchmarks/results", ":!README.md")
+_WRITTEN_BY_BENCHMARKS = (":!benchmarks/results", ":!README.md", ":!docs/results.md")
+
+# The provider that all others are compared with: the published code's order of operations.
+BASELINE = "reference"
+# What a row's mode says of the memory that one layer keeps for its backward.
+SAVED_BY = {layer: f"saved by one {layer.replace('_', ' ')}" for layer in ("encoder_layer", "decoder_layer")}
 
 
 class Row(TypedDict, total=False):
-    """One line of a results file. Every row has every key, None where it has no meaning, except ``unavailable``.
+    """One line of a results file. Every row has every key but ``unavailable``; a key without meaning is None.
 
-    From ``seed`` on they say where, when and with what it was measured. A peer that this machine lacks, or that cannot do the
-    work, has a row too: ``unavailable`` says why, and there are no times.
+    The keys from ``seed`` on say where, when and with what it was measured. A peer that this machine lacks, or that cannot do
+    the work, has a row too: ``unavailable`` says why, and there are no times.
     """
 
     # "attention", ...; "training_step", "memory", "memory_per_rank", "data_loading"; "ceilings": what the device reaches
@@ -48,7 +53,8 @@ class Row(TypedDict, total=False):
     # 10^12 floating-point operations a second, of the least that the work takes; of library products, of their own.
     tflops: float
     gigabytes_per_second: float  # 10^9, of the least bytes: every input, output and gradient once
-    # Of min(product rate, copy rate x intensity) that the same process measured; of the product rate where bytes are unknown.
+    # Percent of min(product rate, copy rate x intensity), both measured by the same process; where the bytes are unknown, of
+    # the product rate.
     roofline_percent: float
     peak_bytes: int  # of a kernel, more than before it; of a step, with the model; of a rank, the sum of its parts
     ranks: int  # processes that share a step
@@ -66,7 +72,7 @@ class Row(TypedDict, total=False):
     python: str
     threads: int
     commit: str
-    dirty: bool  # something other than results and README differed from the commit
+    dirty: bool  # something other than results and pages that show them differed from the commit
     date: str
 
 
@@ -110,7 +116,7 @@ class Record:
             print(table_of(self.rows))
 
     def refuse_nothing(self) -> None:
-        """What ends a run in which no provider took part.
+        """End a run in which no provider took part.
 
         Raises:
             SystemExit: every row but the ceilings is of an absent provider; why each is.
@@ -122,17 +128,16 @@ class Record:
 
 
 def in_one_line(problem: BaseException) -> str:
-    """What went wrong: its kind and the beginning of its message; of the compiler, what it met with."""
+    """An exception's type and the beginning of its message; for torch.compile's own, those of its cause."""
     while type(problem).__module__.startswith("torch._dynamo") and problem.__cause__ is not None:
         problem = problem.__cause__
     return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}".removesuffix(": ")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where and with what a result was measured: enough to know whether two results may be compared."""
+    """Device, versions, commit and date: enough to know whether two results may be compared."""
     on_cuda = device.type == "cuda"
-    # A copy of the tree on a machine for the measurement alone has no repository with it, or one that knows nothing of what
-    # came after: it says itself what it is a copy of.
+    # The variable names the commit of a copy that has no repository, as on a machine lent for a measurement.
     copied = os.environ.get("CRATE_KERNELS_COMMIT")
     commit = None if copied else _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *_WRITTEN_BY_BENCHMARKS)
@@ -155,7 +160,7 @@ def slug(device_name: str) -> str:
 
 
 def _cpu_name() -> str:
-    """Of this CPU; with what oneDNN was limited to, where it was: results then stand for another CPU."""
+    """The CPU's name. Where oneDNN is told to use fewer instructions, the name says so: results stand for another CPU."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     return _model_name() + (f", as {limit}" if limit else "")
 
@@ -169,7 +174,7 @@ def _model_name() -> str:
 
 
 def version(distribution: str) -> str | None:
-    """Of an installed distribution; None where it is not."""
+    """The version of a distribution; None where it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -28,7 +28,9 @@ def norm() -> list[Tensor]:
 
 
 def attention(x: Tensor) -> Tensor:
-    return crate_kernels.shared_qkv_attention(x.unflatten(-1, (HEADS, -1)).transpose(1, 2))
+    out = crate_kernels.shared_qkv_attention(x.unflatten(-1, (HEADS, -1)).transpose(1, 2))
+    assert isinstance(out, Tensor)
+    return out
 
 
 def ista(x: Tensor, dictionary: Tensor) -> Tensor:
@@ -79,18 +81,11 @@ def test_operator(compare, device, operator, mode, implementation):
             gradients = torch.autograd.grad(out, leaves, upstream.to(dtype))
         return {"out": out.detach()} | {f"gradient {index}": value for index, value in enumerate(gradients)}
 
-    if mode == "forward":
-
-        def work() -> Tensor:
-            with torch.no_grad():
-                return operator(*inputs)
-
-    else:
-        leaves = [value.clone().requires_grad_() for value in inputs]
-        with crate_kernels.use(implementation):
-            out = operator(*leaves)
-
-        def work() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(out, leaves, upstream, retain_graph=True)
-
-    compare(f"{operator.__name__}, {mode}", outputs, work, implementation)
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    with crate_kernels.use(implementation):
+        out = operator(*leaves)
+    works = {
+        "forward": torch.no_grad()(lambda: operator(*inputs)),
+        "backward": lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True),
+    }
+    compare(f"{operator.__name__}, {mode}", outputs, works[mode], implementation)

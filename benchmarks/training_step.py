@@ -6,14 +6,17 @@
     python -m benchmarks.training_step --batch 64 --first-step        # from the start of a process, every cache empty
 
 A step is forward, backward and the release of the gradients; ``--optimizer`` adds AdamW's update. All providers but ViT-MAE share
-one model, one set of weights, the images and the masking noise or labels; before any is timed, losses and gradients must be as
-close to float32 as the official order's own with the same stream between layers. 16-bit dtypes run under autocast with float32
-parameters.
+one model, the images, and the masking noise or labels. Before any is timed, losses and gradients must be as close to float32 as
+those of the official order with the same stream between layers. 16-bit dtypes run under autocast with float32 parameters.
 
-Providers: "reference" is the official order, eager, and the baseline; "triton" and "composed" are ours, of which "compiled" is
-under torch.compile, "16bit" keeps tokens in 16 bits between layers, "recompute" does too and projects and attends again in the
-backward, and "graph" does too and is replayed from a CUDA graph. "best composed" is plain PyTorch under torch.compile; "vit-mae"
-is ViT-MAE-Base of transformers on the same images.
+Providers:
+
+    reference           the official order, eager; the baseline
+    triton, composed    ours; with "compiled": under torch.compile; with "16bit": tokens have 16 bits between layers
+    ... recompute       16bit, and the backward projects and attends again; "float32 recompute" has float32 tokens
+    ... graph           16bit, replayed from a CUDA graph
+    best composed       plain PyTorch under torch.compile
+    vit-mae             ViT-MAE-Base of transformers on the same images
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,33 +37,30 @@ from torch import Tensor, nn
 
 import crate_mae
 from benchmarks import ROOT, harness, peers
-from benchmarks.command_line import device_named, positive
+from benchmarks.command_line import add_common_arguments, add_model_arguments, check_model, device_named, positive
+from benchmarks.gpu.parts import run_while_it_tells
 from benchmarks.harness import Ceilings
-from benchmarks.models import add_model_arguments, bytes_of, check_model
-from benchmarks.parts import run_while_it_tells
-from benchmarks.peers import STEPS, Absent, Step
-from benchmarks.records import Record, in_one_line
+from benchmarks.peers import STEPS, Absent, Model, Step, Stream
+from benchmarks.records import BASELINE, Record, in_one_line
 from crate_mae.classifiers import Classifier
 from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
 from crate_mae.flops import least_flops
-from crate_mae.registry import CLASSIFIERS, MODELS
-
-BASELINE = "reference"
+from crate_mae.registry import CLASSIFIERS, MODELS, published
 
 # What float32 rounding grows to through two dozen layers, relative; 2e-6 is usual.
 FLOAT32_ROUNDING = 64 * torch.finfo(torch.float32).eps
 
-# An activation that rounding moves across a threshold has its gradient switched on or off. Of the millions in a step a few
-# are that close in float32, and each counts 1e-5 to 1e-4 of the whole gradient's norm; a wrong formula counts 1e-2 and more.
+# Where rounding moves an activation across the threshold, its gradient is switched on or off. In float32 a few of a step's
+# millions are that close. Each is 1e-5 to 1e-4 of the whole gradient's norm; the error of a wrong formula is 1e-2 and more.
 THRESHOLD_CROSSINGS = 5e-4
 
-# Images whose exact step is taken at a time: in float32, with all scores kept, a large batch does not fit.
+# The float32 step that others are compared with keeps all attention scores: a large batch is taken in parts of so many images.
 EXACT_AT_A_TIME = 32
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Random images for a model and, with them, masking noise or a classifier's labels; and the dtype that its products take."""
+    """Random images for a model, with masking noise or a classifier's labels, and the dtype of the products."""
 
     images: Tensor
     target: Tensor
@@ -88,7 +88,7 @@ class Stepper:
         Absent: it cannot run on this machine.
     """
 
-    def __init__(self, step: Step, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, step: Step, model: Model, batch: Batch) -> None:
         self.step, self.crate, self.batch = step, model, batch
         device, config = batch.images.device, model.config
         if step.implementation == "triton" and device.type != "cuda" and not _interpreting():
@@ -98,21 +98,24 @@ class Stepper:
         if step.model is peers.ViTMAE:
             if isinstance(model, Classifier):
                 raise Absent("ViT-MAE is no classifier")
-            self.model = peers.ViTMAE(config.image_shape[0], config.patch_size).to(device).train()
+            self.model: nn.Module = peers.ViTMAE(config.image_shape[0], config.patch_size).to(device).train()
         else:
             self.model = step.model(model)
-        self.call = self.model
+        self.call: peers.Function = self.model
         if step.mode is not None:
             self.call = peers.compiled(self.model, step.mode, device, fullgraph=step.model is not peers.ViTMAE)
         self.call = peers.forced(step.implementation, self.call)
-        self.replay: harness.Provider | None = None
+        self.replay: Callable[[], tuple[Tensor, list[Tensor | None]]] | None = None
         self.error: dict[str, float] = {}
         self.loss = float("nan")
 
     def forward_backward(self) -> Tensor:
         """The loss, detached; the gradients stay in the parameters."""
         if self.replay is not None:
-            return self._replayed()
+            loss, gradients = self.replay()
+            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            return loss
         loss = self.forward()
         loss.backward()
         return loss.detach()
@@ -124,7 +127,7 @@ class Stepper:
             return self.call(images, self.batch.target)
 
     def capture(self) -> None:
-        """From now on, replay a CUDA graph.
+        """Capture the step in a CUDA graph, which all later calls replay.
 
         Raises:
             Absent: the step cannot be captured.
@@ -140,12 +143,6 @@ class Stepper:
         if how != "CUDA graph":
             raise Absent(how)
         self.replay = replay
-
-    def _replayed(self) -> Tensor:
-        loss, gradients = self.replay()
-        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        return loss
 
     def provider(self, optimizer: torch.optim.Optimizer | None = None) -> harness.Provider:
         """Takes one step and leaves no gradients behind."""
@@ -170,7 +167,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def official(model: nn.Module, batch: Batch, dtype: torch.dtype, stream: str = "float32") -> dict[str, Tensor]:
+def official(model: Model, batch: Batch, dtype: torch.dtype, stream: Stream = "float32") -> dict[str, Tensor]:
     """``Stepper.outputs`` of the official order, some images at a time: every image has as many patches removed."""
     total: dict[str, Tensor] = {}
     for part in batch.split(EXACT_AT_A_TIME, dtype):
@@ -193,7 +190,7 @@ def tolerances(baseline: dict[str, Tensor], truth: dict[str, Tensor], dtype: tor
     }
 
 
-def ready(names: Sequence[str], model: nn.Module, batch: Batch) -> tuple[dict[str, Stepper], dict[str, str]]:
+def ready(names: Sequence[str], model: Model, batch: Batch) -> tuple[dict[str, Stepper], dict[str, str]]:
     """Steppers that have taken a step and agree with float32, and why the others cannot take part.
 
     Raises:
@@ -231,51 +228,40 @@ def ready(names: Sequence[str], model: nn.Module, batch: Batch) -> tuple[dict[st
 
 
 def measure(
-    record: Record,
-    ceilings: Ceilings,
-    model_name: str,
-    overrides: dict[str, Any],
-    *,
-    names: Sequence[str],
-    device: torch.device,
-    dtype_name: str,
-    batch_size: int,
-    rounds: int,
-    with_optimizer: bool,
-    seed: int,
+    record: Record, arguments: argparse.Namespace, ceilings: Ceilings, device: torch.device, dtype_name: str, size: int
 ) -> None:
     """One result row a provider, all timed in turns."""
     harness.clean(device)
-    torch.manual_seed(seed)
-    model = crate_mae.create_model(model_name, **overrides).to(device).train()
-    batch = Batch.random(model.config, batch_size, device, harness.torch_dtype(dtype_name))
-    steppers, absent = ready(names, model, batch)
+    torch.manual_seed(arguments.seed)
+    overrides = dict(arguments.set)
+    model = crate_mae.create_model(arguments.model, **overrides).to(device).train()
+    batch = Batch.random(model.config, size, device, harness.torch_dtype(dtype_name))
+    steppers, absent = ready(arguments.providers, model, batch)
     common = {
         "operator": "training_step",
-        "model": model_name,
+        "model": arguments.model,
         "overrides": overrides,
         "shape": list(batch.images.shape),
         "dtype": dtype_name,
-        "mode": "forward+backward+adamw" if with_optimizer else "forward+backward",
+        "mode": "forward+backward" + "+adamw" * arguments.optimizer,
         "baseline": BASELINE,
-        "rounds": rounds,
+        "rounds": arguments.rounds,
     }
     providers: dict[str, harness.Provider] = {}
     peaks: dict[str, int | None] = {}
     for name, stepper in steppers.items():
         parameters = stepper.model.parameters()
-        optimizer = torch.optim.AdamW(parameters, lr=1e-5) if with_optimizer else None
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5) if arguments.optimizer else None
         providers[name] = stepper.provider(optimizer)
         added = None if stepper.replay else harness.added_bytes(providers[name], device)
-        peaks[name] = None if added is None else added + bytes_of(stepper.model)
+        peaks[name] = None if added is None else added + harness.bytes_of(stepper.model)
     for name, reason in absent.items():
         record.add(**common | of_model(name), provider=name, unavailable=reason)
-    times = harness.time_interleaved(providers, device, rounds=rounds)
+    times = harness.time_interleaved(providers, device, rounds=arguments.rounds)
     for name, sample in times.items():
         ms = harness.Spread.of(sample)
-        rates = (
-            {} if STEPS[name].model is peers.ViTMAE else ceilings.rates(ms.p50, least_flops(model.config, batch_size))
-        )
+        of_crate = STEPS[name].model is not peers.ViTMAE
+        rates = ceilings.rates(ms.p50, least_flops(model.config, size)) if of_crate else {}
         timed_by = "host clock" if device.type != "cuda" else "CUDA graph" if STEPS[name].graph else "events"
         record.add(
             **common | of_model(name),
@@ -285,27 +271,33 @@ def measure(
             error=steppers[name].error or None,
             ms=asdict(ms),
             peak_bytes=peaks[name],
-            images_per_second=batch_size * 1e3 / ms.p50,
+            images_per_second=size * 1e3 / ms.p50,
             ratio=harness.ratios_to(times.get(BASELINE), sample),
             **rates,
         )
 
 
 def of_model(name: str) -> dict[str, Any]:
-    """What a row says of its model where that is not CRATE-MAE."""
+    """What a row of this provider says of its model, where it is not the CRATE-MAE that the others share."""
     return {"model": "vit_mae_base", "overrides": None} if STEPS[name].model is peers.ViTMAE else {}
 
 
 def first_step(
     record: Record, arguments: argparse.Namespace, name: str, dtype: str, batch_size: int, device: torch.device
 ) -> None:
-    """From the start of a process with empty caches to the end of its first step, once."""
+    """Time, once, a new process with empty caches: from its start to the end of its first step."""
     model = [f"{key}={json.dumps(value)}" for key, value in arguments.set]
     command = [sys.executable, "-m", "benchmarks.training_step", "--one-step", "--device", arguments.device]
     command += ["--model", arguments.model, *(["--set", *model] if model else [])]
     command += ["--batch", str(batch_size), "--dtype", dtype, "--providers", name, "--seed", str(arguments.seed)]
-    row = {"operator": "training_step", "dtype": dtype, "mode": "first step", "provider": name, "rounds": 1}
-    config = crate_mae.create_model(arguments.model, **dict(arguments.set)).config
+    row: dict[str, Any] = {
+        "operator": "training_step",
+        "dtype": dtype,
+        "mode": "first step",
+        "provider": name,
+        "rounds": 1,
+    }
+    config = published(arguments.model, **dict(arguments.set))
     row |= {"model": arguments.model, "overrides": dict(arguments.set)} | of_model(name)
     row |= {"shape": [batch_size, config.in_chans, *config.image_shape], "timed_by": "host clock"}
     with tempfile.TemporaryDirectory() as folder:
@@ -322,7 +314,7 @@ def first_step(
 
 
 def one_step(arguments: argparse.Namespace, device: torch.device) -> None:
-    """What ``first_step`` starts: one step, and the time at its end."""
+    """Take one step and print the time at its end; ``first_step`` runs this in a process of its own."""
     torch.manual_seed(arguments.seed)
     dtype = harness.torch_dtype(arguments.dtype[0])
     model = crate_mae.create_model(arguments.model, **dict(arguments.set)).to(device).train()
@@ -346,8 +338,8 @@ def default_providers(device: torch.device) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = _parser().parse_args(argv)
     device = device_named(arguments.device)
-    check_model(arguments)
-    rounds = arguments.rounds or (30 if device.type == "cuda" else 5)
+    check_model(arguments.model, dict(arguments.set))
+    arguments.rounds = arguments.rounds or (30 if device.type == "cuda" else 5)
     arguments.providers = arguments.providers or default_providers(device)
     with harness.side_stream(device):
         if arguments.one_step:
@@ -362,19 +354,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 continue
             ceilings = harness.ceilings(record, device, dtype)
             for batch in arguments.batch:
-                measure(
-                    record,
-                    ceilings,
-                    arguments.model,
-                    dict(arguments.set),
-                    names=arguments.providers,
-                    device=device,
-                    dtype_name=dtype,
-                    batch_size=batch,
-                    rounds=rounds,
-                    with_optimizer=arguments.optimizer,
-                    seed=arguments.seed,
-                )
+                measure(record, arguments, ceilings, device, dtype, batch)
     record.show()
     record.refuse_nothing()
     return record.rows
@@ -382,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.partition("\n")[0])
+    add_common_arguments(parser)
     add_model_arguments(parser, {**MODELS, **CLASSIFIERS})
     parser.add_argument("--batch", nargs="+", type=positive, default=[1, 8], help="images a step")
     parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["float32", "bfloat16"])

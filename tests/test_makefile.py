@@ -36,7 +36,7 @@ TARGETS = pytest.mark.parametrize("target", ["gpu-check", "gpu-bench", "gpu-benc
 def test_the_python_named_or_of_the_environment_or_at_hand(tmp_path: Path, target: str, there: list[str]) -> None:
     named = ["PYTHON=./named"] if "named" in there else []
     result = make(tmp_path, target, *named, **{name: f"echo {name} $@" for name in there})
-    program = f"-m benchmarks.{target[:9].replace('-', '_')}" + " --full" * target.endswith("full")
+    program = f"-m benchmarks.{target[:9].replace('-', ' ')}" + " --full" * target.endswith("full")
     assert result.returncode == 0
     assert result.stdout.splitlines()[-1] == f"{there[-1]} {program}"
 

@@ -174,8 +174,7 @@ def test_bench_lists_the_programs_of_a_checkout() -> None:
     programs = {
         "ahead_of_time",
         "data_loading",
-        "gpu_bench",
-        "gpu_check",
+        "gpu",
         "kernels",
         "memory",
         "report",

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks import records
+from benchmarks import ROOT, records
 from benchmarks.ahead_of_time import __doc__ as description
 from benchmarks.ahead_of_time import cases, compiling
 from benchmarks.ahead_of_time.compiling import Figures
 from benchmarks.ahead_of_time.targets import TARGETS
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "ahead_of_time" / triton.__version__
+RESULTS = ROOT / "benchmarks" / "results" / "ahead_of_time" / f"{triton.__version__}.jsonl"
 
 COLUMNS = (
     "kernel", "target", "dtype", "shape", "tile", "warps", "stages", "registers", "spill B", "shared KB",
@@ -64,12 +64,6 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]) if count)
 
 
-def markdown(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as a Markdown table under a title."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join([f"# {title}", "", *("| " + " | ".join(map(str, cells)) + " |" for cells in lines), ""])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if triton.knobs.runtime.interpret:
@@ -89,16 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with compiling.unused_tiles() as unused:
         figures, broken = compiling.compile_all(wanted, arguments.jobs)
     versions = {"triton": triton.__version__, "torch": torch.__version__}
-    title = ", ".join(f"{name} {version}" for name, version in versions.items())
-    print(title)
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
     print(records.table(COLUMNS, map(line, figures)))
     print(f"\n{LOOPS}\n{records.table(LOOP_COLUMNS, loop_lines(figures))}")
     if arguments.json:
-        rows = [json.dumps(versions | asdict(one)) + "\n" for one in figures]
-        _write(arguments.json, "".join(rows))
-    if arguments.table:
-        kernels = markdown(f"Kernels compiled ahead of time: {title}", COLUMNS, map(line, figures))
-        _write(arguments.table, f"{kernels}\n{markdown(LOOPS, LOOP_COLUMNS, loop_lines(figures))}")
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(versions | asdict(one)) + "\n" for one in figures]
+        arguments.json.write_text("".join(lines), encoding="utf-8")
 
     broken += [breach for one in figures for breach in compiling.breaches(one)]
     if wanted == available and set(cases.GATE_TARGETS) <= set(arguments.arch):
@@ -108,20 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(*(f"MAY BE SLOW {line}" for line in found), f"    for {one.slow}", sep="\n")
     for breach in broken:
         print(f"BREACH {breach}")
-    kernels, shapes = (
-        {one.kernel for one in figures},
-        {(case.dtype, case.shape) for some in wanted.values() for case in some},
-    )
+    names = {one.kernel for one in figures}
+    shapes = {(case.dtype, case.shape) for some in wanted.values() for case in some}
     print(
-        f"{len(figures)} compilations of {len(kernels)} kernels at {len(shapes)} shapes for {len(arguments.arch)} targets, "
+        f"{len(figures)} compilations of {len(names)} kernels at {len(shapes)} shapes for {len(arguments.arch)} targets, "
         f"{len(broken)} bounds broken"
     )
     return 1 if broken else 0
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,12 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--operators", nargs="+", choices=operators, help="only these; all by default")
     parser.add_argument("--all", action="store_true", help="all combinations of the cases: some twenty minutes")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile at the same time")
-    for option, suffix in ("--json", ".jsonl"), ("--table", ".md"):
-        default = RESULTS.with_name(RESULTS.name + suffix)
-        parser.add_argument(
-            option, metavar="FILE", type=Path, nargs="?", const=default,
-            help=f"write the figures there, in place of what it held; without FILE to {default.relative_to(RESULTS.parents[2])}",
-        )  # fmt: skip
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, nargs="?", const=RESULTS,
+        help=f"write the figures there, in place of what it held; without FILE to {RESULTS.relative_to(ROOT)}",
+    )  # fmt: skip
     return parser
 
 

@@ -65,7 +65,18 @@ def check(ttir: str, launch: Launch) -> Report:
 
 
 NAME = r"%[\w$.-]+(?:#\d+)?"
-_OPERATION = re.compile(r'(?:(%[^=]*?) = )?"?((?:\w+\.)?\w+)"?(.*)')
+_OPERATION = r'\A(?:(%[^=]*?) = )?"?((?:\w+\.)?\w+)"?(.*)'
+
+
+def found(pattern: str, text: str) -> re.Match[str]:
+    """The first match of a pattern that compilers' output always has.
+
+    Raises:
+        ValueError: it has not: a new version prints otherwise, and what reads it here must learn that.
+    """
+    if match := re.search(pattern, text):
+        return match
+    raise ValueError(f"expected {pattern!r} in {text[:200]!r}")
 
 
 def parse(ttir: str) -> list[Operation]:
@@ -73,6 +84,7 @@ def parse(ttir: str) -> list[Operation]:
     top: list[Operation] = []
     # Innermost last: the operation whose region is open, and that region.
     open_regions: list[tuple[Operation | None, list[Operation]]] = [(None, top)]
+    operation: Operation | None = None
     for line in ttir.splitlines():
         line, _, location = line.strip().partition(" loc(")
         if not line or line.startswith(("#", "^", "//")):
@@ -82,10 +94,10 @@ def parse(ttir: str) -> list[Operation]:
             if operation:
                 operation.end = line
         else:
-            results, name, text = _OPERATION.match(line).groups()
+            results, name, text = found(_OPERATION, line).groups()
             operation = Operation(_result_names(results), name, text + location * (name == "tt.func"), location)
             open_regions[-1][1].append(operation)
-        if line.endswith("{") or (operation and operation.name == "tt.func" and not operation.regions):
+        if operation and (line.endswith("{") or (operation.name == "tt.func" and not operation.regions)):
             operation.regions.append([])
             open_regions.append((operation, operation.regions[-1]))
     return top
@@ -103,8 +115,8 @@ def _source_lines(ttir: str) -> dict[str, str]:
     definitions = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttir, re.MULTILINE))
 
     def line(location: str) -> str:
-        if found := re.search(r'"([^"]*)":(\d+)', location):
-            return f"{'/'.join(found[1].split('/')[-2:])}:{found[2]}"
+        if place := re.search(r'"([^"]*)":(\d+)', location):
+            return f"{'/'.join(place[1].split('/')[-2:])}:{place[2]}"
         inner = re.search(r"#loc\d*", location)
         return line(definitions[inner[0]]) if inner and inner[0] in definitions else "unknown line"
 
@@ -113,8 +125,8 @@ def _source_lines(ttir: str) -> dict[str, str]:
 
 def _integer_type(text: str) -> int | None:
     """Bits of the integer type that ``text`` ends with, alone or in a tensor; None of another type."""
-    found = re.search(r"(?:[\sx]|^)(?:i(\d+)|(index))(?:, #[\w.]+)?>?$", text.strip())
-    return None if found is None else int(found[1] or 64)
+    bits = re.search(r"(?:[\sx]|^)(?:i(\d+)|(index))(?:, #[\w.]+)?>?$", text.strip())
+    return None if bits is None else int(bits[1] or 64)
 
 
 def _within(bits: int) -> Range:
@@ -235,24 +247,24 @@ class _Walk:
         """The range of an integer result, and whether it may have left its type."""
         text, whole = operation.text, _within(bits)
         if operation.name == "arith.constant":
-            found = re.match(r" (?:dense<)?(-?\d+|true|false)>? ", text)
-            if found is None:
+            constant = re.match(r" (?:dense<)?(-?\d+|true|false)>? ", text)
+            if constant is None:
                 return whole
-            value = {"true": 1, "false": 0}.get(found[1]) if found[1].isalpha() else int(found[1])
+            value = int(constant[1] == "true") if constant[1].isalpha() else int(constant[1])
             return Range(value, value)
         if operation.name in ("tt.get_program_id", "tt.get_num_programs"):
             axis = "xyz".index(text.split()[0])
             programs = self.grid[axis] if axis < len(self.grid) else 1
             return Range(0, programs - 1) if operation.name == "tt.get_program_id" else Range(programs, programs)
         if operation.name == "tt.make_range":
-            end, start = (int(re.search(rf"{key} = (\d+)", text)[1]) for key in ("end", "start"))
+            end, start = (int(found(rf"{key} = (\d+)", text)[1]) for key in ("end", "start"))
             return Range(start, end - 1)
         values = [self.of(operand, bits) for operand in operands]
         if operation.name == "arith.select":
             return _join(*values[1:])
         if operation.name in ("arith.trunci", "arith.extui"):
             # From another type: zero extension keeps what is not negative, truncation what fits.
-            source = self.of(operands[0], _integer_type(text.partition(" to ")[0]))
+            source = self.of(operands[0], _integer_type(text.partition(" to ")[0]) or 64)
             exact = source[:2] if operation.name == "arith.trunci" or source.low >= 0 else None
         elif operation.name in _ARITHMETIC and len(values) == 2:
             exact = _ARITHMETIC[operation.name](*values)
@@ -301,14 +313,14 @@ class _Walk:
         definitions = {name: inner for inner in body for name in inner.results}
 
         # Once with nothing assumed, to learn the steps; what it finds on the way does not count.
-        found, reach = list(self.breaches), self.reach
+        breaches, reach = list(self.breaches), self.reach
         for (inside, init), bits in zip(pairs, widths, strict=False):
             if bits is not None:
                 self.ranges[inside] = _within(bits)
             elif init in self.ranges:
                 self.ranges[inside] = self.ranges[init]
         yielded = self.region(body)
-        self.breaches, self.reach = found, reach
+        self.breaches, self.reach = breaches, reach
 
         for (inside, init), bits, name in zip(pairs, widths, yielded, strict=False):
             start, definition = self.ranges.get(init), definitions.get(name)

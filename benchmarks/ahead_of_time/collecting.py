@@ -1,4 +1,4 @@
-"""From a case to the kernels it would compile on an architecture, and how it would launch them; no GPU, nothing compiled."""
+"""Finds the kernels that a case would compile and launch on an architecture, without a GPU and without compiling."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Request:
 
 
 def requests(case: Case, arch: str) -> list[tuple[Request, Launch]]:
-    """What ``case`` would compile on ``arch``, and how it would launch that, in launch order."""
+    """The kernels that ``case`` would compile on ``arch``, each with its launch, in launch order."""
     found, launches = [], []
     run = triton.JITFunction.run
 
@@ -73,8 +73,8 @@ def as_if_on(arch: str) -> Iterator[None]:
 
 
 class _PretendedDriver:
-    """As much of a Triton driver as choosing a target takes. The device index is the architecture: Triton keeps one
-    compilation cache a device, and a cache serves one target."""
+    """The part of a Triton driver that choosing a target takes. Its device index is the architecture's name, because Triton
+    keeps a compilation cache for each device index, and a cache serves one target."""
 
     def __init__(self, arch: str) -> None:
         self._arch = arch
@@ -104,9 +104,9 @@ def _arithmetic_of(dtype: str) -> Iterator[None]:
 
 
 class _RealOperators(TorchDispatchMode):
-    """Runs our operators on meta tensors as on others; PyTorch would take their fakes, which launch nothing.
+    """Runs our operators themselves on meta tensors, where PyTorch would run their fakes, which launch nothing.
 
-    Meta tensors know no autocast. What it changes, between float32 tensors, is the dtype that operators are told to multiply in.
+    There is no autocast of meta tensors. What it changes is the argument ``dtype`` of operators, which is set here.
     """
 
     def __init__(self, autocast: bool) -> None:

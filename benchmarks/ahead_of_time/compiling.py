@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -20,15 +20,16 @@ import crate_kernels
 from benchmarks.ahead_of_time import addresses, wgmma
 from benchmarks.ahead_of_time.addresses import Launch
 from benchmarks.ahead_of_time.collecting import Case, Request, as_if_on, requests
-from benchmarks.ahead_of_time.targets import TARGETS
+from benchmarks.ahead_of_time.targets import TARGETS, Usage
 from benchmarks.ahead_of_time.wgmma import Wgmma
 from crate_kernels import tiles
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What one compiled kernel uses; dtype and shape are those of the first case that asks for it.
+class Figures(Usage):
+    """What one compiled kernel uses, which it is, and how its products and addresses are made.
 
+    dtype, shape: those of the first case that asks for it.
     products: 16-bit products in the kernel's code; matrix: matrix instructions in its assembly, by kind.
     reach: the largest offset, in elements, that an address has at any launch of it.
     wgmma: how it multiplies, where it has 16-bit products and multiplies by wgmma; slow: why that need not be fast, if so.
@@ -39,16 +40,8 @@ class Figures:
     dtype: str
     shape: str
     tile: str
-    warps: int
     stages: int
-    registers: int
-    spill_bytes: int
-    spilled_registers: int
-    spilled_scalars: int
-    shared_bytes: int
-    tensor_memory: int
     occupancy: float
-    matrix: dict[str, int]
     products: int
     products_without_wgmma: list[str]
     reach: int
@@ -74,21 +67,14 @@ def compile_request(request: Request, launches: Sequence[Launch], dtype: str, sh
     products = len(_products(compiled.asm["ttir"]))
     reports = [addresses.check(compiled.asm["ttir"], launch) for launch in launches]
     return Figures(
+        **vars(usage),
         kernel=request.kernel,
         arch=request.arch,
         dtype=dtype,
         shape=shape,
         tile="x".join(map(str, blocks)),
-        warps=usage.warps,
         stages=compiled.metadata.num_stages,
-        registers=usage.registers,
-        spill_bytes=usage.spill_bytes,
-        spilled_registers=usage.spilled_registers,
-        spilled_scalars=usage.spilled_scalars,
-        shared_bytes=usage.shared_bytes,
-        tensor_memory=usage.tensor_memory,
         occupancy=target.occupancy(usage),
-        matrix=usage.matrix,
         products=products,
         products_without_wgmma=older,
         reach=max(report.reach for report in reports),
@@ -109,7 +95,8 @@ def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[F
     labels: dict[Request, tuple[str, str]] = {}
     slow: dict[Request, str] = {}
     launches: dict[Request, dict[Launch, None]] = {}
-    figures, failures = [], []
+    figures: list[Figures] = []
+    failures: list[str] = []
     for arch, cases in wanted.items():
         for case in cases:
             try:
@@ -130,14 +117,17 @@ def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[F
             result = task.result()
             # Whoever waits can tell work from a hang.
             print(f"{done} of {len(pending)} compiled", file=sys.stderr, flush=True)
-            (failures if isinstance(result, str) else figures).append(result)
+            if isinstance(result, str):
+                failures.append(result)
+            else:
+                figures.append(result)
     return sorted(figures, key=lambda f: (f.kernel, f.arch, f.dtype, f.shape)), failures
 
 
 def _figures_or_failure(
     request: Request, launches: Sequence[Launch], dtype: str, shape: str, slow: str
 ) -> Figures | str:
-    """What ``compile_request`` gives or, in words, raises: an exception would lose its cause on the way between processes."""
+    """``compile_request``, or its error in words: an exception would lose its cause on the way between processes."""
     try:
         return compile_request(request, launches, dtype, shape, slow)
     except Exception as error:
@@ -188,7 +178,7 @@ def _name(figures: Figures) -> str:
 
 
 def missing(figures: Sequence[Figures], unused_tiles: Sequence[str]) -> list[str]:
-    """What ought to have been compiled and was not, one line each: kernels, shipped tiles, launches that reach far."""
+    """A line for each kernel and shipped tile that no case compiles, and each kernel that no case takes past 2^31 elements."""
     reach: dict[str, int] = {}
     for one in figures:
         reach[one.kernel] = max(one.reach, reach.get(one.kernel, 0))
@@ -244,11 +234,14 @@ class _Watched(dict):
 def unused_tiles() -> Iterator[list[str]]:
     """A list that on leaving the block has the shipped tiles that no launcher asked for within it."""
     unused: list[str] = []
-    with ExitStack() as stack:
-        for module in _modules(tiles):
-            for family, entries in getattr(module, "TABLE", {}).items():
-                watched = module.TABLE[family] = _Watched(entries)
-                stack.callback(module.TABLE.__setitem__, family, entries)
-                name = f"tile of {module.__name__.rpartition('.')[2]} for {family}"
-                stack.callback(lambda w=watched, n=name: unused.extend(f"{n} {key}" for key in w if key not in w.asked))
+    tables = [(module, module.TABLE, dict(module.TABLE)) for module in _modules(tiles) if hasattr(module, "TABLE")]
+    for _, table, shipped in tables:
+        table.update({family: _Watched(entries) for family, entries in shipped.items()})
+    try:
         yield unused
+    finally:
+        for module, table, shipped in tables:
+            name = module.__name__.rpartition(".")[2]
+            for family, watched in table.items():
+                unused += [f"tile of {name} for {family} {key}" for key in watched if key not in watched.asked]
+            table.update(shipped)

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel takes: registers and bytes spilled of a thread, shared memory and ``warps`` of a block.
+    """What one compiled kernel uses: registers and spilled bytes a thread, shared memory and warps a block.
 
     spilled_registers, spilled_scalars: as AMD's compiler counts them. Scalars go to lanes of vector registers: no memory.
     tensor_memory: columns of a block (sm_100).
@@ -53,12 +53,12 @@ class Target(ABC):
 
     @abstractmethod
     def usage(self, compiled: Any) -> Usage:
-        """What a ``triton.compiler.CompiledKernel`` takes, read from its machine code."""
+        """What a ``triton.compiler.CompiledKernel`` uses, read from its machine code."""
 
 
 @dataclass(frozen=True)
 class Nvidia(Target):
-    """From the CUDA programming guide's table of compute capabilities."""
+    """An NVIDIA GPU; numbers from the CUDA programming guide's table of compute capabilities."""
 
     capability: int
     shared_bytes: int
@@ -161,7 +161,7 @@ class Amd(Target):
         )
 
 
-# As PTX spells those of Ampere, Hopper and Blackwell, and AMD's assembly its own.
+# How PTX spells the matrix instructions of Ampere, Hopper and Blackwell, and AMD's assembly those of CDNA.
 _MATRIX_INSTRUCTIONS = {
     "mma": r"\bmma\.sync\b",
     "wgmma": r"\bwgmma\.mma_async\b",

@@ -27,7 +27,7 @@ import triton
 from triton.compiler.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
-from benchmarks.ahead_of_time.addresses import NAME, Operation, parse
+from benchmarks.ahead_of_time.addresses import NAME, Operation, found, parse
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,10 @@ class Loop:
 
 @dataclass(frozen=True)
 class Wgmma:
-    """Of one kernel: its ``loops`` that multiply, the one that multiplies most a step first; what ptxas warns of; and
+    """How one kernel multiplies by wgmma.
 
+    loops: those that multiply, the one that multiplies most a step first.
+    warnings: ptxas' own, of lost performance.
     from_registers: products (rows x inner) whose left factor lies in registers, though it came from memory.
     tails: loops told not to overlap their steps (``tl.range(..., num_stages=1)``): what is left of a walk, a step or two.
     """
@@ -64,21 +66,21 @@ class Wgmma:
 
     def breaches(self) -> list[str]:
         """What keeps the kernel from the tensor cores' rate, a line each."""
-        found = [f"ptxas: {warning}" for warning in self.warnings]
+        lines = [f"ptxas: {warning}" for warning in self.warnings]
         if self.from_registers:
             factors = ", ".join(self.from_registers)
-            found.append(f"products whose left factor goes through registers: {factors} (rows x inner)")
+            lines.append(f"products whose left factor goes through registers: {factors} (rows x inner)")
         waiting = sum(not loop.in_flight for loop in self.loops)
         if waiting > self.tails or (waiting and not self.loops[0].in_flight):
             of = f"{waiting} of {len(self.loops)} loops"
-            found.append(
+            lines.append(
                 f"{of} wait for every wgmma in each step; tails, which may beside one that does not: {self.tails}"
             )
-        return found
+        return lines
 
 
 def read(compiled: Any) -> Wgmma:
-    """Of a ``triton.compiler.CompiledKernel``."""
+    """Read the machine code of a ``triton.compiler.CompiledKernel``."""
     log = _kept(compiled, "ptxas", lambda: _ptxas_log(compiled))
     bodies = _innermost_loops(_kept(compiled, "sass", lambda: _disassemble(compiled.asm["cubin"])))
     loops = [_loop(body, compiled.metadata.num_warps) for body in bodies if any("HGMMA" in line for line in body)]
@@ -92,15 +94,16 @@ def read(compiled: Any) -> Wgmma:
 
 
 def _kept(compiled: Any, name: str, make: Callable[[], str]) -> str:
-    """The text that ``make`` makes of a kernel, once: then it lies beside the kernel in Triton's disk cache."""
+    """The text that ``make`` makes of a kernel, kept beside the kernel in Triton's disk cache."""
     cache = get_cache_manager(compiled.hash)
     path = cache.get_file(name) or cache.put(make(), name, binary=False)
     return Path(path).read_text(encoding="utf-8")
 
 
 def _ptxas_log(compiled: Any) -> str:
-    """What ptxas says when it is called as Triton calls it, which keeps none of it."""
-    backend, stages = make_backend(compiled.metadata.target), {}
+    """What ptxas prints when it is called as Triton calls it; Triton itself drops that."""
+    backend = make_backend(compiled.metadata.target)
+    stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}
     backend.add_stages(stages, backend.parse_options(compiled.metadata._asdict()), compiled.src.language)
     with triton.knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as printed:
         triton.knobs.nvidia.dump_ptxas_log = True
@@ -123,7 +126,7 @@ def _products(kernel: list[Operation]) -> tuple[list[str], int]:
     it would only go a longer way. A factor that came from memory need never have left it.
     """
     computed: set[str] = set()  # values that depend on a product
-    found: dict[str, str] = {}
+    left_in_registers: dict[str, str] = {}
     tails: set[str] = set()
 
     def walk(operations: list[Operation]) -> list[str]:
@@ -143,11 +146,11 @@ def _products(kernel: list[Operation]) -> tuple[list[str], int]:
                     if not computed.isdisjoint(ends):
                         computed.add(result)
             elif one.name == _PRODUCT:
-                where, shape = re.search(r" : ([\w!.]+)<(\d+x\d+)x", one.text).groups()
+                where, shape = found(r" : ([\w!.]+)<(\d+x\d+)x", one.text).groups()
                 if where == "tensor":
-                    found[one.results[0]] = shape
+                    left_in_registers[one.results[0]] = shape
                 if one.operands[0] in computed:
-                    found.pop(one.results[0], None)
+                    left_in_registers.pop(one.results[0], None)
                 computed.update(one.results)
             elif not computed.isdisjoint(one.operands):
                 computed.update(one.results)
@@ -157,7 +160,7 @@ def _products(kernel: list[Operation]) -> tuple[list[str], int]:
     while len(computed) > known:
         known = len(computed)
         walk(kernel)
-    return list(found.values()), len(tails)
+    return list(left_in_registers.values()), len(tails)
 
 
 _PRODUCT = "ttng.warp_group_dot"
@@ -211,18 +214,18 @@ _TENSOR = 4096
 def _loop(body: list[str], warps: int) -> Loop:
     instructions: Counter[str] = Counter()
     # Of one warp in a quarter, and of one warp in what the quarters share.
-    quarter: Counter[str] = Counter(tensor=0, issue=len(body), MUFU=0, FFMA=0, ALU=0)
-    shared: Counter[str] = Counter(shared=0, L2=0)
+    quarter: dict[str, float] = dict(tensor=0, issue=len(body), MUFU=0, FFMA=0, ALU=0)
+    shared: dict[str, float] = dict(shared=0, L2=0)
     for text in body:
         name = text.split()[0]
         kind, _, pipe, count = next(entry for entry in _KINDS if re.match(entry[1], name))
         instructions[kind] += 1
         if pipe:
             quarter[pipe] += count
-        width = re.search(r"\.(?:(128|64)|[US](16|8))\b|$", name)
+        width = found(r"\.(?:(128|64)|[US](16|8))\b|$", name)
         size = 32 * int(width[1] or width[2] or 32) // 8  # bytes of 32 lanes
         if kind == "HGMMA":  # four warps multiply together
-            columns, depth = map(int, re.match(r"HGMMA\.64x(\d+)x(\d+)", name).groups())
+            columns, depth = map(int, found(r"\AHGMMA\.64x(\d+)x(\d+)", name).groups())
             wide = 2 if ".TF32" in name else 1
             quarter["tensor"] += 2 * 64 * columns * depth * wide / _TENSOR
             rows = columns if re.search(r" R\d+, R\d+\S*, gdesc", text) else columns + 64
@@ -230,7 +233,7 @@ def _loop(body: list[str], warps: int) -> Loop:
         elif kind == "SHFL":
             shared["shared"] += 1
         elif re.match("LDSM|STSM", name):  # so many matrices of 128 bytes
-            shared["shared"] += int(re.search(r"\.(\d)$|$", name)[1] or 1)
+            shared["shared"] += int(found(r"\.(\d)$|$", name)[1] or 1)
         elif kind in ("LDS", "STS", "LDGSTS"):
             shared["shared"] += max(1, size / _SHARED)
         if kind == "LDGSTS":

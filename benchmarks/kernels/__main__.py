@@ -5,16 +5,19 @@
     python -m benchmarks.kernels --sweep all --json FILE               # every operator, every sweep
     python -m benchmarks.kernels ista --once                           # our operator alone, for compute-sanitizer
 
-16-bit operators get 16-bit tokens and matrices, and run under autocast, as the official order does; encoder layers get float32
-tokens. Outputs and gradients are compared with float64 before anything is timed. A time is that of one input set, of several
-that are together larger than the L2 cache and take turns. On a GPU they are captured in one CUDA graph, so that no host time
-counts; where capturing fails, the row says so and has events instead.
+In 16-bit dtypes tokens and matrices have 16 bits and run under autocast, as the official order does; encoder layers get float32
+tokens. Outputs and gradients are compared with float64 before anything is timed. Several input sets, together larger than the L2
+cache, take turns, and a time is that of one set. On a GPU they are captured in one CUDA graph, so that no host time counts; where
+that fails, the row says so and is timed by events.
 
-Providers: "triton library" is "triton" where PyTorch multiplies (LIBRARY = 1 in every tile) and the kernels do what follows;
-"reference" is the official order, eager, and the baseline; "official compiled", "official max-autotune" and "best
-composed" are under torch.compile; "products" are the least library products, a mark and not the result, and "products with
-epilogue" have bias and ReLU in them. Attention's peers with " summed" add up their three gradients in the backward; without,
-they leave them apart.
+Providers:
+
+    reference                                   the official order, eager; the baseline
+    triton, composed                            ours
+    triton library                              triton with LIBRARY = 1 in every tile: PyTorch multiplies
+    official compiled, official max-autotune, best composed     under torch.compile
+    products, products with epilogue            the fewest library products (with bias and ReLU): a mark, not the result
+    NAME summed                                 an attention peer that adds up its three gradients in the backward
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness, records
-from benchmarks.command_line import device_named, positive
+from benchmarks.command_line import add_common_arguments, device_named, positive
 from benchmarks.kernels.measuring import MODES, measure, once, ours
 from benchmarks.kernels.operators import OPERATORS, WITH_HEADS, Shape
 from benchmarks.peers import GROUPS
@@ -116,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sweep", nargs="+", choices=[*SWEEPS, "all"], default=[], help="shapes and dtypes besides")
     parser.add_argument("--peers", nargs="+", choices=GROUPS, default=GROUPS, help="kinds of peers (default: all)")
-    parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
+    add_common_arguments(parser)
     parser.add_argument("--batch", type=positive, default=64 if on_cuda else 4)
     parser.add_argument("--tokens", type=positive, default=197)
     parser.add_argument("--width", type=positive, default=768)
@@ -124,8 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=harness.DTYPES, default="bfloat16" if on_cuda else "float32")
     parser.add_argument("--rounds", type=positive, default=100 if on_cuda else 5, help="timed turns")
     parser.add_argument("--once", action="store_true", help="run our operator once, forward and backward; time nothing")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="append the results as JSON lines")
     return parser
 
 

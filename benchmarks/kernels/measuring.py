@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -17,21 +17,20 @@ from benchmarks import harness
 from benchmarks.harness import Ceilings
 from benchmarks.kernels.operators import OPERATORS, Comparison, Products, Random, Shape
 from benchmarks.peers import GROUPS, Function, Peer, forced
-from benchmarks.records import Record, in_one_line
+from benchmarks.records import BASELINE, Record, in_one_line
 from crate_kernels import tiles
 
-BASELINE = "reference"
 MODES = ("forward", "backward", "forward+backward")
 
-# After the name of a peer that takes query, key and value: its backward with the three gradients added up, as one tensor's
-# must be. Without it, three gradients are what comes.
+# Follows the name of a peer that takes query, key and value where its backward adds up the three gradients, as the gradient of
+# one tensor takes; without it they are left apart.
 SUMMED = " summed"
 
-# The kernels, forward and backward, where PyTorch multiplies for them and they do what follows.
+# Our kernels where PyTorch multiplies and they do only what follows the products.
 WITH_LIBRARY = "triton library"
 
-# Activations that rounding may move across an inner threshold beyond those that the official order's own error shows: matters
-# at tiny shapes alone, where few are near a threshold and chance decides which.
+# So many more activations may cross an inner threshold by rounding than in the official order. This matters at tiny shapes
+# alone, where few are near a threshold and chance decides which.
 MORE_CROSSINGS = 16
 
 # exp(score - lse) is as far off, relatively, as its float32 argument is absolutely: half a unit of a number of up to 16, which
@@ -83,7 +82,7 @@ def in_chunks(function: Function, inputs: Sequence[Tensor], upstream: Tensor, sa
     found = {}
     for name in parts[0]:
         values = [part[name].double() for part in parts]
-        found[name] = torch.cat(values) if name in ("out", "gradient 0") else sum(values)
+        found[name] = torch.cat(values) if name in ("out", "gradient 0") else reduce(torch.add, values)
     return found
 
 
@@ -210,7 +209,7 @@ def measure(
             implementations = (*implementations, WITH_LIBRARY)
         functions, errors, absent = checked(comparison, implementations, groups, inputs[0], upstreams[0], dtype)
         for mode in modes:
-            common = {"operator": name, "shape": asdict(shape), "dtype": dtype_name, "mode": mode}
+            common: dict[str, Any] = {"operator": name, "shape": asdict(shape), "dtype": dtype_name, "mode": mode}
             common |= {"baseline": BASELINE, "input_sets": count, "rounds": rounds}
             lacking = {key: why for key, why in absent.items() if mode != "forward" or not key.endswith(SUMMED)}
             providers: dict[str, tuple[harness.Provider, str]] = {}
@@ -234,7 +233,7 @@ def measure(
             for provider, sample in times.items():
                 sample = [each / count for each in sample]
                 ms = harness.Spread.of(sample)
-                work = comparison.least_flops(mode), least_bytes(mode, inputs[0], upstreams[0])
+                work: tuple[int, int | None] = comparison.least_flops(mode), least_bytes(mode, inputs[0], upstreams[0])
                 if provider in product_flops:  # less work than the operator's
                     work = product_flops[provider], None
                 record.add(
@@ -278,7 +277,7 @@ def works_of(
 
 
 def flops_of(products: harness.Provider) -> int:
-    """What library products take, counted as they are called."""
+    """FLOPs of library products, counted while they run."""
 
     def with_epilogue(bias: torch.Size, left: torch.Size, right: torch.Size, **_: Any) -> int:
         return 2 * left.numel() * right[-1]

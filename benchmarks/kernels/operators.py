@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from crate_kernels import AttentionWeights, Norm
 
 STEP_SIZE, LAMBD = 0.1, 0.5
 
-# From inputs and the gradient that arrives, a provider of a library's products alone; copies are made before it runs.
+# Makes, from inputs and upstream gradient, a provider that runs library products alone; copies are made beforehand.
 Products = Callable[[list[Tensor], Tensor], harness.Provider]
 # A normal sample of a size, on the device, in the dtype of the run or in float32.
 Random = Callable[..., Tensor]
@@ -63,7 +63,7 @@ class Comparison:
     peers: other code that computes the same.
     products: the library products of the same shape, a mode; a mark to measure by, not the same result.
     upstream: draws a gradient for the output, whose shape is that of the tokens.
-    inner_threshold: there is a threshold whose neighbourhood ``upstream`` cannot keep gradients away from.
+    inner_threshold: it has a threshold inside, near which ``upstream`` cannot set gradients to zero.
     """
 
     inputs: Callable[[], list[Tensor]]
@@ -91,14 +91,21 @@ class Comparison:
 
 
 def away_from_threshold(random: Random, function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
-    """A gradient for the function's output that is zero where rounding decides on which side of the threshold an element is.
+    """A random gradient of the function's output, zero near the threshold, where rounding decides which side an element is on.
 
-    ``function(*inputs, lambd=...)`` in float64; all within step_size * LAMBD of the threshold counts as near.
+    Near is within step_size * LAMBD, as ``function(*inputs, lambd=...)`` in float64 tells.
     """
     with torch.no_grad(), crate_kernels.use("reference"):
         inputs = [value.double() for value in inputs]
         passed = [function(*inputs, lambd=lambd) > 0 for lambd in (0.0, 2 * LAMBD)]
     return random(*inputs[0].shape) * (passed[0] == passed[1])
+
+
+def attend(w: Tensor) -> Tensor:
+    """``shared_qkv_attention`` without options; its second result comes only where it is asked for."""
+    out = crate_kernels.shared_qkv_attention(w)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def attention(shape: Shape, random: Random) -> Comparison:
@@ -123,7 +130,7 @@ def attention(shape: Shape, random: Random) -> Comparison:
 
     return Comparison(
         inputs=lambda: [shape.heads_of(random(shape.batch, shape.tokens, shape.width))],
-        operator=crate_kernels.shared_qkv_attention,
+        operator=attend,
         flops=(2 * shape.scores, 5 * shape.scores),
         upstream=lambda _: shape.heads_of(random(shape.batch, shape.tokens, shape.width)),
         best=peers.attention,
@@ -183,9 +190,9 @@ def encoder_layer(shape: Shape, random: Random) -> Comparison:
 
     def of(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(x: Tensor, *weights: Tensor, lambd: float = LAMBD) -> Tensor:
-            attention, norms, dictionary = AttentionWeights(*weights[:3]), weights[3:7], weights[7]
-            arguments = Norm(*norms[:2]), attention, Norm(*norms[2:]), dictionary
-            return layer(x, *arguments, num_heads=shape.heads, step_size=STEP_SIZE, lambd=lambd)
+            attention, first, second, dictionary = _weights_of_layer(weights)
+            numbers = dict(num_heads=shape.heads, step_size=STEP_SIZE, lambd=lambd)
+            return layer(x, first, attention, second, dictionary, **numbers)
 
         return run
 
@@ -207,8 +214,8 @@ def encoder_layer(shape: Shape, random: Random) -> Comparison:
 def decoder_layer(shape: Shape, random: Random) -> Comparison:
     def of(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(x: Tensor, *weights: Tensor) -> Tensor:
-            attention, norms, matrix = AttentionWeights(*weights[:3]), weights[3:7], weights[7]
-            return layer(x, Norm(*norms[:2]), matrix, Norm(*norms[2:]), attention, num_heads=shape.heads)
+            attention, first, second, matrix = _weights_of_layer(weights)
+            return layer(x, first, matrix, second, attention, num_heads=shape.heads)
 
         return run
 
@@ -239,7 +246,7 @@ def norm_linear(shape: Shape, random: Random) -> Comparison:
         operator=lambda x, matrix, *norm: crate_kernels.norm_linear(x, matrix, norm_weight=norm[0], norm_bias=norm[1]),
         flops=(shape.product, 2 * shape.product),
         upstream=lambda inputs: random(*inputs[0].shape),
-        best=lambda x, matrix, *norm: peers.norm_linear(x, matrix, Norm(*norm)),
+        best=lambda x, matrix, weight, bias: peers.norm_linear(x, matrix, Norm(weight, bias)),
         products={"products": with_both(products)},
     )
 
@@ -284,6 +291,12 @@ def _norm(shape: Shape, random: Random) -> list[Tensor]:
     """Weight and bias of a LayerNorm, float32 like every model's."""
     weight, bias = (0.1 * random(shape.width, dtype=torch.float32) for _ in range(2))
     return [1 + weight, bias]
+
+
+def _weights_of_layer(weights: Sequence[Tensor]) -> tuple[AttentionWeights, Norm, Norm, Tensor]:
+    """The eight tensors of a layer, as its inputs have them, put together: attention, two norms, the last matrix."""
+    qkv, out, out_bias, weight, bias, second_weight, second_bias, matrix = weights
+    return AttentionWeights(qkv, out, out_bias), Norm(weight, bias), Norm(second_weight, second_bias), matrix
 
 
 OPERATORS: dict[str, Callable[[Shape, Random], Comparison]] = {

@@ -1,4 +1,4 @@
-"""What stored results say: ``report.md`` and plots for each device, and the README's tables.
+"""Writes what stored results say, or checks it; see the package.
 
     python -m benchmarks.report                  # write them
     python -m benchmarks.report --check          # fail where what is written is not what the results say
@@ -15,50 +15,43 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import ROOT
+from benchmarks.report import __doc__ as description
+from benchmarks.report.pages import begin, end, headline, results_part
 from benchmarks.report.plots import plan, save
-from benchmarks.report.readme import readme_part
 from benchmarks.report.rows import Results, Row, by_device, device_folders, read
-from benchmarks.report.tables import BEGIN, END, report
+from benchmarks.report.tables import report
+
+# Options that name a page, what they name by default, what is generated there, and how.
+PAGES = {
+    "readme": (ROOT / "README.md", "headline", headline),
+    "page": (ROOT / "docs" / "results.md", "results", results_part),
+}
 
 
-def with_part(readme: Path, part: str) -> str:
-    """The README's text with ``part``, markers included, in place of what stands between its markers.
+def with_part(page: Path, name: str, part: str) -> str:
+    """The page's text with ``part``, markers included, in place of what stands between its markers.
 
     Raises:
         ValueError: the markers are not there once each, in order.
     """
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme}: expected one line {BEGIN} and after it one line {END}")
-    before, rest = text.split(BEGIN)
-    return before + part + rest.split(END)[1]
+    text = page.read_text(encoding="utf-8")
+    first, last = begin(name), end(name)
+    if text.count(first) != 1 or text.count(last) != 1 or text.index(first) > text.index(last):
+        raise ValueError(f"{page}: expected one line {first} and after it one line {last}")
+    return text[: text.index(first)] + part + text[text.index(last) + len(last) :]
 
 
 def refuse_dirty(folder: Path, rows: Sequence[Row]) -> list[Row]:
-    """The rows that a commit can reproduce; says how many are not for the README, and where they stand."""
+    """The rows that a commit can reproduce; says how many are not for the pages, and where they stand."""
     dirty = [row for row in rows if row.get("dirty")]
     if dirty:
         counts = Counter(row["file"] for row in dirty)
         first = {row["file"]: row["line"] for row in reversed(dirty)}
         places = ", ".join(f"{count} in {file}, first in line {first[file]}" for file, count in counts.items())
-        print(f"{folder.name}: rows measured on a dirty tree, refused for the README: {len(dirty)} ({places})")
+        print(
+            f"{folder.name}: rows measured on a dirty tree, refused for README.md and docs/results.md: {len(dirty)} ({places})"
+        )
     return [row for row in rows if not row.get("dirty")]
-
-
-def documents(folders: Sequence[Path], chosen: Sequence[Path], readme: Path) -> tuple[dict[Path, str], list[Results]]:
-    """The text that each file should have, the README last; and what was measured in the chosen folders."""
-    texts: dict[Path, str] = {}
-    for_readme: list[Results] = []
-    for_plots: list[Results] = []
-    for folder in folders:
-        rows = read(folder)
-        for_readme += by_device(folder, refuse_dirty(folder, rows))
-        if folder in chosen:
-            results = by_device(folder, rows)
-            texts[folder / "report.md"] = report(results, folder / "report.md", plan)
-            for_plots += results
-    texts[readme] = with_part(readme, readme_part(for_readme, readme))
-    return texts, for_plots
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,22 +59,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = device_folders(arguments.results) if arguments.results.is_dir() else []
     if not folders:
         raise SystemExit(f"--results {arguments.results}: expected a folder that holds one a device, with .jsonl files")
-    if not arguments.readme.is_file():
-        raise SystemExit(
-            f"--readme {arguments.readme}: expected a file, with one line {BEGIN} and after it one line {END}"
-        )
+    for option, (_, name, _) in PAGES.items():
+        page = getattr(arguments, option)
+        if not page.is_file():
+            raise SystemExit(
+                f"--{option} {page}: expected a file, with one line {begin(name)} and after it one line {end(name)}"
+            )
     chosen = [folder for folder in folders if arguments.device in (None, folder.name)]
     if not chosen:
         names = ", ".join(folder.name for folder in folders)
         raise SystemExit(f"--device {arguments.device}: {arguments.results} has results of: {names}")
-    texts, measured = documents(folders, chosen, arguments.readme)
+    texts: dict[Path, str] = {}
+    of_commits: list[Results] = []
+    measured: list[Results] = []
+    for folder in folders:
+        rows = read(folder)
+        of_commits += by_device(folder, refuse_dirty(folder, rows))
+        if folder in chosen:
+            results = by_device(folder, rows)
+            measured += results
+            texts[folder / "report.md"] = report(results, folder / "report.md", plan)
+    for option, (_, name, write) in PAGES.items():
+        page = getattr(arguments, option)
+        texts[page] = with_part(page, name, write(of_commits, page))
     if arguments.check:
-        wrong = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-        for path in wrong:
-            print(f"{path} is not what the results say; `python -m benchmarks.report` writes it")
-        if not wrong:
-            print(f"{', '.join(map(str, texts))}: what the results say")
-        return int(bool(wrong))
+        return check(texts)
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
         print(path)
@@ -89,19 +91,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("no plots: matplotlib is not installed; the extra `plot` brings it")
         return 0
     for folder in chosen:
-        for old in [*folder.glob("plots/*.png"), *folder.glob("plots/*.svg")]:
+        for old in folder.glob("plots/*.png"):
             old.unlink()
-    for results in measured:
-        for path in save(plan(results), results, results.folder / "plots"):
+    for each in measured:
+        for path in save(plan(each), each, each.folder / "plots"):
             print(path)
     return 0
 
 
+def check(texts: dict[Path, str]) -> int:
+    """1, and a line for each file that does not have its text; 0 where all have."""
+    wrong = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in wrong:
+        print(f"{path} is not what the results say; `python -m benchmarks.report` writes it")
+    if not wrong:
+        print(f"{', '.join(map(str, texts))}: what the results say")
+    return int(bool(wrong))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=(description or "").partition("\n")[0]
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="holds a folder a device")
     parser.add_argument("--device", metavar="SLUG", help="write the report and plots of this folder alone")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    for option, (default, name, _) in PAGES.items():
+        parser.add_argument(f"--{option}", type=Path, default=default, help=f"has the {name} between its markers")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file differs")
     return parser
 

@@ -1,6 +1,7 @@
 """Plots of stored results: what to draw, as data, and the drawing, which needs matplotlib (the extra ``plot``).
 
-Colours are those of Okabe and Ito, told apart with any colour vision; hatches, dashes and markers tell apart what shares one.
+The colours are those of Okabe and Ito, which can be told apart with any colour vision; hatches and markers tell apart what shares
+a colour.
 """
 
 from __future__ import annotations
@@ -8,14 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import log
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.rows import Results, Row, describe_model, describe_shape, select, size
-from benchmarks.report.tables import DTYPES, OPERATORS, name_of, number, operators_of, provider_order, row_order
-from benchmarks.targets import copy_ceiling, product_ceiling
+from benchmarks.report.tables import OPERATORS, name_of, number, operators_of, provider_order, row_order
+from benchmarks.report.targets import copy_ceiling, product_ceiling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,45 +30,44 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
 @dataclass(frozen=True)
 class Style:
     colour: str
-    dashes: str | tuple[int, tuple[int, ...]] = "-"
     marker: str = "o"
     hatch: str = ""
 
 
 VARIANTS = {
-    "": Style("", "-", "o"),
-    " 16bit": Style("", "--", "s", "//"),
-    " recompute": Style("", ":", "^", ".."),
-    " float32 recompute": Style("", (0, (1, 3)), "v", "oo"),
-    " graph": Style("", "-.", "D", "xx"),
+    "": Style("", "o"),
+    " 16bit": Style("", "s", "//"),
+    " recompute": Style("", "^", ".."),
+    " float32 recompute": Style("", "v", "oo"),
+    " graph": Style("", "D", "xx"),
 }
 STYLES = {
     "reference": Style(BLACK),
-    "reference graph": Style(BLACK, "-.", "D", "xx"),
+    "reference graph": Style(BLACK, "D", "xx"),
     "official compiled": Style(BLUE),
-    "official max-autotune": Style(BLUE, "--", "s", "//"),
-    "official compiled graph": Style(BLUE, "-.", "D", "xx"),
+    "official max-autotune": Style(BLUE, "s", "//"),
+    "official compiled graph": Style(BLUE, "D", "xx"),
     "products": Style(YELLOW),
-    "products with epilogue": Style(YELLOW, "--", "s", "//"),
+    "products with epilogue": Style(YELLOW, "s", "//"),
     "sdpa flash": Style(SKY),
-    "sdpa flash summed": Style(SKY, "-", "P", "oo"),
-    "sdpa cudnn": Style(SKY, "--", "s", "//"),
-    "sdpa cudnn summed": Style(SKY, "--", "X", "xx"),
-    "sdpa efficient": Style(SKY, ":", "^", ".."),
-    "sdpa efficient summed": Style(SKY, ":", "v", "++"),
+    "sdpa flash summed": Style(SKY, "P", "oo"),
+    "sdpa cudnn": Style(SKY, "s", "//"),
+    "sdpa cudnn summed": Style(SKY, "X", "xx"),
+    "sdpa efficient": Style(SKY, "^", ".."),
+    "sdpa efficient summed": Style(SKY, "v", "++"),
     "flex": Style(ORANGE),
-    "flex summed": Style(ORANGE, "--", "s", "//"),
+    "flex summed": Style(ORANGE, "s", "//"),
     "vit-mae sdpa": Style(PURPLE),
-    "vit-mae compiled": Style(PURPLE, "--", "s", "//"),
+    "vit-mae compiled": Style(PURPLE, "s", "//"),
     "packed": Style(VERMILLION),
-    "folder": Style(VERMILLION, "--", "s", "//"),
-    "parquet": Style(VERMILLION, ":", "^", ".."),
-    "synthetic": Style(VERMILLION, "-.", "D", "xx"),
+    "folder": Style(VERMILLION, "s", "//"),
+    "parquet": Style(VERMILLION, "^", ".."),
+    "synthetic": Style(VERMILLION, "D", "xx"),
     "torchvision": Style(BLUE),
     "webdataset": Style(SKY),
     "datasets": Style(PURPLE),
     "pillow crop": Style(BLACK),
-    "best composed": Style(GREEN, (0, (5, 3)), "X", "++"),
+    "best composed": Style(GREEN, "X", "++"),
     **{"composed" + name: replace(style, colour=GREEN) for name, style in VARIANTS.items()},
     **{"triton" + name: replace(style, colour=VERMILLION) for name, style in VARIANTS.items()},
 }
@@ -79,7 +78,7 @@ def style_of(provider: str) -> Style:
     if provider in STYLES:
         return STYLES[provider]
     like = max((known for known in STYLES if provider.startswith(known)), key=len, default=None)
-    return Style(STYLES[like].colour if like else ORANGE, "-.", "X", "\\\\")
+    return Style(STYLES[like].colour if like else ORANGE, "X", "\\\\")
 
 
 @dataclass(frozen=True)
@@ -91,17 +90,18 @@ class Plot:
     panels: dict[str, list[Row]]
     draw: Callable[[Axes, list[Row]], None]
     panel_height: Callable[[list[Row]], float]
-    columns: int = 3
 
 
-# More groups of bars, or more panels, a picture cannot hold; the tables hold them all.
+COLUMNS = 3
+
+
+# A panel holds no more groups of bars than this; the tables hold them all.
 MOST_GROUPS = 6
-MOST_PANELS = 9
 
 
 def plan(results: Results) -> list[Plot]:
     """The plots that these rows are enough for."""
-    return [*_ratios(results), *_roofline(results), *_sweeps(results)]
+    return [*_ratios(results), *_roofline(results)]
 
 
 def _ratios(results: Results) -> Iterable[Plot]:
@@ -123,7 +123,7 @@ def _ratios(results: Results) -> Iterable[Plot]:
 
 
 def _most_compared(rows: list[Row]) -> list[Row]:
-    """Of an operator's sizes the largest batch; then the rows of the sizes with the most providers, of equals the smaller."""
+    """The rows to draw: of each size the largest batch, then of these the sizes with the most providers, smaller ones first."""
     groups: dict[str, list[Row]] = {}
     largest: dict[Any, str] = {}
     for row in sorted(rows, key=_sizes):
@@ -144,7 +144,7 @@ def _group(row: Row) -> str:
 
 
 def _roofline(results: Results) -> Iterable[Plot]:
-    """Of each size the largest batch, which fills the device; the bfloat16 product bounds no other dtype fairly."""
+    """The roofline of bfloat16, whose product bounds no other dtype; of each size the largest batch, which fills the device."""
     product, copy = product_ceiling(results.rows), copy_ceiling(results.rows)
     if not isinstance(product, dict) or not isinstance(copy, dict):
         return
@@ -164,85 +164,8 @@ def _roofline(results: Results) -> Iterable[Plot]:
         )
 
 
-SWEEPS = {"time": "ms", "memory": "peak_bytes"}
-
-
-def _sweeps(results: Results) -> Iterable[Plot]:
-    """Time and memory against batch and against tokens, wherever two sizes or more were measured."""
-    for what, key in SWEEPS.items():
-        rows = [row for row in results.rows if row.get(key) and row["operator"] != "ceilings"]
-        for operator in operators_of(rows):
-            name = OPERATORS.get(operator, operator)
-            for axis, panels_along, draw in (
-                ("batch", _panels_along_batch, _draw_against_batch[key]),
-                ("tokens", _panels_along_tokens, _draw_against_tokens[key]),
-            ):
-                panels = _longest(panels_along(sorted(select(rows, operator=operator), key=_panel_order)), axis)
-                if panels:
-                    title = f"{name}: {what} against {axis}"
-                    yield Plot(f"{results.slug}-{what}-{axis}-{operator}", title, panels, draw, lambda _: 3.2)
-
-
-def _panels_along_batch(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows that differ in nothing but batch and provider, by what they share."""
-    panels: dict[str, list[Row]] = {}
-    for row in rows:
-        shape = row.get("shape")
-        if shape and row.get("mode") != "largest batch":
-            rest = {**shape, "batch": None} if isinstance(shape, dict) else [None, *shape[1:]]
-            panels.setdefault(_panel_title(row, describe_shape({"shape": rest})), []).append(row)
-    return panels
-
-
-def _panels_along_tokens(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of about as many tokens in all, by what else they share: longer samples, fewer of them."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if size(row, "tokens"):
-            rest = describe_shape({"shape": {**row["shape"], "batch": None, "tokens": None}})
-            groups.setdefault((_panel_title(row, ""), rest), []).append(row)
-    panels: dict[str, list[Row]] = {}
-    for (title, rest), found in groups.items():
-        most: dict[int, int] = {}
-        for row in found:
-            most[size(row, "tokens")] = max(most.get(size(row, "tokens"), 0), _tokens_in_all(row))
-        aim = min(most.values())
-        nearest = {
-            count: min(
-                (_tokens_in_all(row) for row in found if size(row, "tokens") == count), key=lambda n: abs(log(n / aim))
-            )
-            for count in most
-        }
-        chosen = [row for row in found if _tokens_in_all(row) == nearest[size(row, "tokens")]]
-        totals = sorted(map(_tokens_in_all, chosen))
-        in_all = " to ".join(f"{total:,}" for total in dict.fromkeys([totals[0], totals[-1]]))
-        panels[f"{rest}, {in_all} tokens in all\n{title}"] = chosen
-    return panels
-
-
-def _tokens_in_all(row: Row) -> int:
-    return row["shape"]["batch"] * row["shape"]["tokens"]
-
-
-def _panel_title(row: Row, shape: str) -> str:
-    return "\n".join(filter(None, (fill(describe_model(row), 50), shape, f"{row.get('mode')}, {row.get('dtype')}")))
-
-
-def _longest(panels: dict[str, list[Row]], axis: str) -> dict[str, list[Row]]:
-    """The panels with most sizes, two at least, in the order in which they came."""
-    sizes = {title: len({size(row, axis) for row in found}) for title, found in panels.items()}
-    longest = sorted((title for title in panels if sizes[title] > 1), key=lambda title: -sizes[title])[:MOST_PANELS]
-    return {title: panels[title] for title in panels if title in longest}
-
-
-def _panel_order(row: Row) -> tuple[Any, ...]:
-    """Row by row of the picture one dtype, the 16-bit ones first, with a column a mode."""
-    model, mode, *_ = row_order(row)
-    return model, -DTYPES.index(row["dtype"]) if row.get("dtype") in DTYPES else 0, _sizes(row)[:3], mode
-
-
 def save(plots: Sequence[Plot], results: Results, folder: Path) -> list[Path]:
-    """Draw the plots of a device as PNG and SVG, the same bytes for the same rows and the same matplotlib.
+    """Draw the plots of a device as PNG, the same bytes for the same rows and the same matplotlib.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -250,9 +173,7 @@ def save(plots: Sequence[Plot], results: Results, folder: Path) -> list[Path]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
-        "svg.hashsalt": "crate-kernels",
-        "svg.fonttype": "none",
+    settings: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -265,15 +186,14 @@ def save(plots: Sequence[Plot], results: Results, folder: Path) -> list[Path]:
         for plot in plots:
             figure = Figure(layout="constrained")
             _compose(figure, plot, results)
-            for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-                written.append(folder / f"{plot.name}.{ending}")
-                figure.savefig(written[-1], dpi=120, metadata=metadata)
+            written.append(folder / f"{plot.name}.png")
+            figure.savefig(written[-1], dpi=120, metadata={"Software": None})
     return written
 
 
 def _compose(figure: Figure, plot: Plot, results: Results) -> None:
     """Panels in a grid, one legend for all below them, device and versions in the title."""
-    columns = min(plot.columns, len(plot.panels))
+    columns = min(COLUMNS, len(plot.panels))
     rows = -(-len(plot.panels) // columns)
     contents = list(plot.panels.values())
     heights = [max(map(plot.panel_height, contents[row * columns : (row + 1) * columns])) for row in range(rows)]
@@ -305,8 +225,7 @@ def _key(plot: Plot, provider: str) -> Any:
     style, label = style_of(provider), name_of(provider)
     if plot.draw is _draw_ratios:
         return Patch(facecolor=style.colour, edgecolor="white", hatch=style.hatch, label=label)
-    dashes = "none" if plot.draw is _draw_roofline else style.dashes
-    return Line2D([], [], color=style.colour, linestyle=dashes, marker=style.marker, label=label)
+    return Line2D([], [], color=style.colour, linestyle="none", marker=style.marker, label=label)
 
 
 def _height_of_bars(rows: list[Row]) -> float:
@@ -384,36 +303,3 @@ def _plain_numbers(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
-
-
-def _lines(axis: str, label: str, value: Callable[[Row, str], float]) -> Callable[[Axes, list[Row]], None]:
-    """Draws a line a provider through ``value(row, percentile)``, with a band where percentiles differ."""
-
-    def draw(ax: Axes, rows: list[Row]) -> None:
-        for provider in sorted({row["provider"] for row in rows}, key=provider_order):
-            style = style_of(provider)
-            found = sorted((row for row in rows if row["provider"] == provider), key=lambda row: size(row, axis) or 0)
-            xs = [size(row, axis) for row in found]
-            low, middle, high = ([value(row, percentile) for row in found] for percentile in ("p20", "p50", "p80"))
-            ax.fill_between(xs, low, high, color=style.colour, alpha=0.2, linewidth=0)
-            ax.plot(xs, middle, linestyle=style.dashes, color=style.colour, marker=style.marker, markersize=4)
-        ticks = sorted({size(row, axis) for row in rows})
-        ax.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
-        ax.set_xticks(ticks, list(map(str, ticks)), rotation=60 if len(ticks) > 4 else 0)
-        ax.set_xticks([], minor=True)
-        _plain_numbers(ax.yaxis)
-        ax.grid(color="#dddddd", linewidth=0.6)
-
-    return draw
-
-
-_draw_against_batch = {
-    "ms": _lines("batch", "time, ms", lambda row, percentile: row["ms"][percentile]),
-    "peak_bytes": _lines("batch", "memory, GiB", lambda row, _: row["peak_bytes"] / 2**30),
-}
-_draw_against_tokens = {
-    "ms": _lines("tokens", "time a token, ns", lambda row, p: row["ms"][p] * 1e6 / _tokens_in_all(row)),
-    "peak_bytes": _lines(
-        "tokens", "memory a token, KiB", lambda row, _: row["peak_bytes"] / 2**10 / _tokens_in_all(row)
-    ),
-}

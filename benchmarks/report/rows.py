@@ -16,13 +16,13 @@ Row = dict[str, Any]
 # Compiled without a device: another format, with a report of its own.
 NOT_A_DEVICE = "ahead_of_time"
 
-# What a row answers; of two that answer the same, the newer counts.
+# Two rows that agree in these keys answer the same question, and the newer one counts.
 QUESTION = ("operator", "model", "overrides", "shape", "dtype", "mode", "provider")
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured on one device, and is stored in one folder; a folder may hold several devices."""
+    """The rows of one device in one folder, which may hold those of several devices."""
 
     folder: Path
     device: str
@@ -77,7 +77,7 @@ def _shows_cuda(row: Row) -> bool:
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """Of the rows that answer the same question the one with the latest date, of equal dates the last; in stored order.
+    """The newest row for each question, in stored order; of rows with equal dates the last.
 
     A peer reported absent for all modes at once is present after all where a later row of it has times.
     """

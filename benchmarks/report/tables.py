@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.rows import Results, Row, absent, describe_model, describe_shape, select, size
-from benchmarks.targets import TARGETS, Case, Target, copy_ceiling, product_ceiling
+from benchmarks.report.targets import TARGETS, Case, Target, copy_ceiling, product_ceiling
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 WRITTEN = "Written by `python -m benchmarks.report`."
 
 # Providers in words, in the order in which they stand in tables and plots. A provider that is not named here comes last.
@@ -83,7 +82,7 @@ HOW_TO_READ = (
     "Times are medians of turns in which all providers alternate, with their 20th to 80th percentile; a ratio is the baseline's "
     "time over the provider's, taken within each turn. All numbers of a line come from the rows that it ends with."
 )
-DIRTY = "Rows marked dirty were measured with changes that no commit holds; the README shows none of them."
+DIRTY = "Rows marked dirty were measured with changes that no commit holds; README.md and docs/results.md show none of them."
 
 
 def name_of(provider: str) -> str:
@@ -189,9 +188,7 @@ def targets_of(results: Results) -> list[tuple[Target, list[Case]]]:
     found = [target for target in TARGETS if target.device == ("cuda" if results.on_cuda else "cpu")]
     threads = {target.threads for target in found} & {row.get("threads") for row in results.rows}
     return [
-        (target, list(target.measure(results.rows)))
-        for target in found
-        if target.threads is None or target.threads in threads
+        (target, target.cases(results.rows)) for target in found if target.threads is None or target.threads in threads
     ]
 
 

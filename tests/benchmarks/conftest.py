@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import parts
-from benchmarks.parts import RESULTS, Attempt, Part, Runner
+from benchmarks.gpu import parts
+from benchmarks.gpu.parts import RESULTS, Attempt, Part, Runner
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import gpu_bench, gpu_check, memory, memory_per_rank, records, training_step
+from benchmarks import memory, memory_per_rank, records, training_step
 from benchmarks.command_line import device_named
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.parts import Runner
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.report import __main__ as report
 
@@ -126,11 +128,11 @@ def test_nothing_measured_is_a_failure_that_says_why(monkeypatch):
     assert found["triton"] is None and found["composed"]["p50"] > 0
 
 
-@pytest.mark.parametrize(("program", "argument"), [(gpu_check, "--json"), (gpu_bench, "--out")])
-def test_of_the_unattended_runs(monkeypatch, program, argument):
-    monkeypatch.setattr(program.Runner, "run", lambda *_: pytest.fail("a part was run"))
+@pytest.mark.parametrize(("command", "argument"), [("check", "--json"), ("bench", "--out")])
+def test_of_the_unattended_runs(monkeypatch, command, argument):
+    monkeypatch.setattr(Runner, "run", lambda *_: pytest.fail("a part was run"))
     with pytest.raises(SystemExit, match=f"{argument}: expected a folder that can be written, got /proc/x"):
-        program.main(["--device", "cpu", argument, "/proc/x/y"])
+        gpu.main([command, "--device", "cpu", argument, "/proc/x/y"])
 
 
 def test_of_the_report(tmp_path):
@@ -140,7 +142,8 @@ def test_of_the_report(tmp_path):
         (["--results", str(tmp_path / "nope")], "--results .*nope: expected a folder"),
         (["--results", str(tmp_path / "cpu")], "--results .*cpu: expected a folder"),
         (["--results", str(tmp_path), "--readme", str(tmp_path / "nope")], "--readme .*nope: expected a file"),
-        (["--results", str(tmp_path), "--device", "gpu"], "--device gpu: .* has results of: cpu"),
+        (["--results", str(tmp_path), "--readme", __file__, "--page", "nope"], "--page nope: expected a file"),
+        (["--results", str(tmp_path), "--page", __file__, "--device", "gpu"], "--device gpu: .* has results of: cpu"),
     ):
         with pytest.raises(SystemExit, match=expected):
             report.main(["--check", *arguments])

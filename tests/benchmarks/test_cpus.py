@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from benchmarks import ROOT
-from benchmarks.parts import run_while_it_tells
+from benchmarks.gpu.parts import run_while_it_tells
 
 CPUS = {
     "AVX2": dict(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2"),

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, parts, records
+from benchmarks import records
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import check, parts
+from benchmarks.gpu.parts import RESULTS, Part, Runner
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels.operators import OPERATORS
-from benchmarks.parts import RESULTS, Part, Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +49,7 @@ def outcomes_by_name(record: dict) -> dict[str, str]:
 
 
 def run_collected(root: Path) -> list[dict]:
-    found, failures = gpu_check.collected_parts(root)
+    found, failures = check.collected_parts(root)
     runner = Runner(root, seconds=100)
     return failures + [runner.run(part) for part in found]
 
@@ -97,7 +99,7 @@ CULPRITS = {
 @pytest.mark.parametrize(("culprit", "ending"), CULPRITS.values(), ids=CULPRITS)
 def test_what_comes_after_a_culprit_still_runs(root, monkeypatch, culprit, ending):
     if ending == "timed out":  # long enough for pytest to start on busy cores
-        monkeypatch.setitem(gpu_check.QUIET_SECONDS, "tests", 6)
+        monkeypatch.setitem(check.QUIET_SECONDS, "tests", 6)
     write_tests(
         root,
         f"""
@@ -169,19 +171,19 @@ def test_a_process_is_ended_when_it_tells_nothing_and_not_before():
 
 
 class Checked:
-    """gpu_check's main on parts made for the purpose, on a pretended CUDA device."""
+    """The check's main on parts made for the purpose, on a pretended CUDA device."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.file = root / "results" / "gpu_check.json"
         self.monkeypatch = monkeypatch
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(gpu_check, "find_memory_checker", lambda: None)
-        monkeypatch.setattr(gpu_check, "surroundings", lambda device: {"device": "Pretended GPU"})
+        monkeypatch.setattr(check, "find_memory_checker", lambda: None)
+        monkeypatch.setattr(check, "surroundings", lambda device: {"device": "Pretended GPU"})
 
     def run(self, shared: list[Part], alone: list[Part]) -> tuple[int, dict]:
-        self.monkeypatch.setattr(gpu_check, "collected_parts", lambda scratch: (shared, []))
-        self.monkeypatch.setattr(gpu_check, "time_parts", lambda device: alone)
-        status = gpu_check.main(["--json", str(self.file), "--jobs", "2"])
+        self.monkeypatch.setattr(check, "collected_parts", lambda scratch: (shared, []))
+        self.monkeypatch.setattr(check, "time_parts", lambda device: alone)
+        status = gpu.main(["check", "--json", str(self.file), "--jobs", "2"])
         return status, json.loads(self.file.read_text())
 
 
@@ -231,7 +233,7 @@ def test_no_parts_is_not_a_pass(checked):
 
 def test_nothing_but_skipped_tests_is_not_a_pass(checked, root):
     write_tests(root, "def test_left_out(): pytest.skip('no device after all')")
-    found, _ = gpu_check.collected_parts(root)
+    found, _ = check.collected_parts(root)
     status, document = checked.run(found, [python("last", "pass")])
     assert status == 1 and document["complete"]
     assert [record["status"] for record in document["parts"]] == ["passed", "passed"]
@@ -239,7 +241,7 @@ def test_nothing_but_skipped_tests_is_not_a_pass(checked, root):
 
 def test_without_a_device_nothing_is_written(root, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_check.main(["--json", str(root / "file.json")]) == 2
+    assert gpu.main(["check", "--json", str(root / "file.json")]) == 2
     assert "no CUDA device" in capsys.readouterr().err
     assert not (root / "file.json").exists()
 
@@ -269,14 +271,14 @@ def test_the_memory_checker_is_judged_by_its_summary(root, monkeypatch, summary,
     checker.write_text(FAKE_CHECKER.format(summary=summary, status=exit_status))
     checker.chmod(checker.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(root), prepend=":")
-    assert gpu_check.find_memory_checker() == str(checker)
-    found = gpu_check.memory_parts(str(checker))
-    assert len(found) == 2 * len(gpu_check.MEMORY_CHECKS)
+    assert check.find_memory_checker() == str(checker)
+    found = check.memory_parts(str(checker))
+    assert len(found) == 2 * len(check.MEMORY_CHECKS)
     record = Runner(root, seconds=60).run(found[0])
     assert record["status"] == status and summary in record["output"]
 
 
-@pytest.mark.parametrize("arguments", gpu_check.MEMORY_CHECKS.values(), ids=gpu_check.MEMORY_CHECKS)
+@pytest.mark.parametrize("arguments", check.MEMORY_CHECKS.values(), ids=check.MEMORY_CHECKS)
 def test_what_the_memory_checker_watches_runs(arguments):
     assert kernels.main([*arguments, "--once", "--device", "cpu"]) == []
 
@@ -284,13 +286,13 @@ def test_what_the_memory_checker_watches_runs(arguments):
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Part], list[dict]]:
     """What is found of the tests in this repository."""
-    return gpu_check.collected_parts(tmp_path_factory.mktemp("collected"))
+    return check.collected_parts(tmp_path_factory.mktemp("collected"))
 
 
 def test_dry_run_lists_every_kind_of_part(monkeypatch, capsys, collected):
-    monkeypatch.setattr(gpu_check, "collected_parts", lambda scratch: collected)
-    monkeypatch.setattr(gpu_check, "find_memory_checker", lambda: "/usr/local/cuda/bin/compute-sanitizer")
-    assert gpu_check.main(["--dry-run"]) == 0
+    monkeypatch.setattr(check, "collected_parts", lambda scratch: collected)
+    monkeypatch.setattr(check, "find_memory_checker", lambda: "/usr/local/cuda/bin/compute-sanitizer")
+    assert gpu.main(["check", "--dry-run"]) == 0
     listed = capsys.readouterr().out
     for expected in ("test_gpu.py::test_mssa", "memcheck attention", "racecheck ista", "times of a training step"):
         assert expected in listed
@@ -298,7 +300,7 @@ def test_dry_run_lists_every_kind_of_part(monkeypatch, capsys, collected):
 
 def test_rehearsal_on_the_cpu(tmp_path, capsys, in_this_process):
     file = tmp_path / "rehearsal.json"
-    status = gpu_check.main(["--device", "cpu", "--json", str(file)])
+    status = gpu.main(["check", "--device", "cpu", "--json", str(file)])
     printed = capsys.readouterr().out
     assert status == 0, printed
     document = json.loads(file.read_text())
@@ -342,7 +344,7 @@ sys.exit(pytest.main(sys.argv[1:]))
     expected, failures = collected
     assert not failures
     files = sorted({test.partition("::")[0] for part in expected for test in part.tests})
-    options = [str(file) if word == RESULTS else word for word in gpu_check.PYTEST[3:]]
+    options = [str(file) if word == RESULTS else word for word in check.PYTEST[3:]]
     result = parts.run_while_it_tells(
         [sys.executable, "-c", code, *options, "--collect-only", *files],
         cwd=ROOT,

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import targets
 from benchmarks.kernels.operators import OPERATORS as kernels
-from benchmarks.memory import SAVED_BY
+from benchmarks.records import SAVED_BY
 from benchmarks.report import __main__ as command
-from benchmarks.report import tables
+from benchmarks.report import tables, targets
+from benchmarks.report.pages import begin, end
 from benchmarks.report.plots import plan, save
 from benchmarks.report.rows import by_device, newest, read
-from benchmarks.report.tables import BEGIN, END, number
+from benchmarks.report.tables import number
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,32 +64,42 @@ def numbered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def answers(name: str, rows: list[dict[str, Any]]) -> dict[str, float | None]:
     (target,) = (target for target in targets.TARGETS if target.name == name)
-    return {case.name: case.value for case in target.measure(numbered(rows))}
+    return {case.name: case.value for case in target.cases(numbered(rows))}
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> dict[str, Path]:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
-    return {"results": tmp_path / "results", "readme": readme}
+    found = {"results": tmp_path / "results", "readme": tmp_path / "README.md", "page": tmp_path / "results.md"}
+    for option, name in (("readme", "headline"), ("page", "results")):
+        found[option].write_text(f"before\n{begin(name)}\n{end(name)}\nafter\n")
+    return found
 
 
 def run(place: dict[str, Path], *arguments: str) -> int:
-    return command.main(["--results", str(place["results"]), "--readme", str(place["readme"]), *arguments])
+    options = [word for option, path in place.items() for word in (f"--{option}", str(path))]
+    return command.main([*options, *arguments])
 
 
 def test_what_is_committed_is_what_the_results_say(capsys):
     assert command.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_every_link_of_the_readme_leads_to_a_line_with_its_number():
-    part = (ROOT / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
+def test_every_stored_plot_is_shown_and_every_shown_plot_is_stored():
+    for report in (ROOT / "benchmarks" / "results").glob("*/report.md"):
+        shown = set(re.findall(r"!\[[^]]*\]\((plots/[^)]*)\)", report.read_text()))
+        assert shown == {f"plots/{path.name}" for path in report.parent.glob("plots/*")}
+
+
+@pytest.mark.parametrize("option", command.PAGES)
+def test_every_link_of_a_page_leads_to_a_line_with_its_number(option):
+    page, name, _ = command.PAGES[option]
+    part = page.read_text().partition(begin(name))[2].partition(end(name))[0]
     links = re.findall(r"\[([^]]*)\]\(([^)#]*\.jsonl)#L(\d+)\)", part)
     assert links
     for text, file, line in links:
-        row = json.loads((ROOT / file).read_text().splitlines()[int(line) - 1])
+        row = json.loads((page.parent / file).read_text().splitlines()[int(line) - 1])
         assert not row["dirty"]
-        if re.fullmatch(r"[0-9.]+(; .*)?", text):  # milliseconds, and perhaps a ratio with its spread; or images/s
+        if re.fullmatch(r"[0-9.]+(; .*| ms| images/s)?", text):  # perhaps with a ratio and its spread
             of_loading = row["operator"] == "data_loading"
             values = [row["images_per_second"]] if of_loading else [row["ms"]["p50"]]
             values += [row["ratio"][key] for key in ("p50", "p20", "p80") if not of_loading]
@@ -271,7 +281,7 @@ def test_data_loading_counts_on_one_core_alone_and_is_shown(place):
     assert answers(speed, [row | {"threads": 2} for row in rows]) == {"packed shards": None}
     write(place["results"] / "cpu", [*rows, step("reference", 4, 1, 8, **CPU)])
     assert run(place) == 0
-    of_one, of_two = place["readme"].read_text().split("**Some CPU, 2 threads**")
+    of_one, of_two = place["page"].read_text().split("**Some CPU, 2 threads**")
     assert "**Some CPU, 1 threads**" in of_one and "training step" not in of_one and speed not in of_two
     assert "| packed shards | one process | [900](results/cpu/rows.jsonl#L2) | 0.6 (0.54 to 0.66) | 9 JPEGs |" in of_one
     assert f"| {speed} | 700 images/s | 1000 images/s | packed shards: [900 images/s]" in of_one
@@ -287,7 +297,7 @@ def test_every_operator_has_a_name_in_words():
     assert tables.OPERATORS.keys() > kernels.keys()
 
 
-def test_report_and_readme(place, capsys):
+def test_report_and_page(place, capsys):
     write(
         place["results"] / "nvidia_h200",
         [
@@ -306,29 +316,29 @@ def test_report_and_readme(place, capsys):
     assert eager in report and "[steps.jsonl:2](steps.jsonl#L2)" in report
     assert "| best composed, compiled | batch 256, 224 x 224 px; bfloat16 | no C compiler |" in report
     assert "| attention, 197 tokens, forward | 197 tokens, d = 64 | 1.2x | 1.6x |  | not measured |" in report
-    readme = place["readme"].read_text()
-    assert readme.startswith("before\n") and readme.endswith("\nafter\n")
-    assert "[80.0; 5.00x (4.50 to 5.50)](results/nvidia_h200/steps.jsonl#L2)" in readme
-    assert "**NVIDIA H200**" in readme and "`0123456`" in readme and "on a GPU yet" not in readme
+    page = place["page"].read_text()
+    assert page.startswith("before\n") and page.endswith("\nafter\n")
+    assert "[80.0; 5.00x (4.50 to 5.50)](results/nvidia_h200/steps.jsonl#L2)" in page
+    assert "**NVIDIA H200**" in page and "`0123456`" in page and "on a GPU yet" not in page
 
     capsys.readouterr()
     assert run(place, "--check") == 0
-    assert capsys.readouterr().out.endswith(f"{place['readme']}: what the results say\n")
-    place["readme"].write_text(readme.replace("[80.0", "[79.0"))
+    assert capsys.readouterr().out.endswith(f"{place['page']}: what the results say\n")
+    place["page"].write_text(page.replace("[80.0", "[79.0"))
     assert run(place, "--check") == 1
-    assert capsys.readouterr().out.startswith(f"{place['readme']} is not what the results say")
+    assert capsys.readouterr().out.startswith(f"{place['page']} is not what the results say")
 
 
-def test_rows_of_a_dirty_tree_stay_out_of_the_readme(place, capsys):
+def test_rows_of_a_dirty_tree_stay_out_of_the_pages(place, capsys):
     clean = step("triton", 90, 4)
     dirty = step("triton", 10, 40, dirty=True, date="2026-11-23T00:00:00+00:00")
     folder = write(place["results"] / "h200", [step("reference", 400, 1), clean, dirty])
     assert run(place) == 0
     assert (
-        "rows measured on a dirty tree, refused for the README: 1 (1 in rows.jsonl, first in line 3)"
+        "rows measured on a dirty tree, refused for README.md and docs/results.md: 1 (1 in rows.jsonl, first in line 3)"
         in capsys.readouterr().out
     )
-    assert "#L2" in place["readme"].read_text() and "#L3" not in place["readme"].read_text()
+    assert "#L2" in place["page"].read_text() and "#L3" not in place["page"].read_text()
     assert "0123456 (dirty)" in (folder / "report.md").read_text()
 
 
@@ -346,12 +356,12 @@ def test_what_layers_keep_is_of_no_device(place):
     ]
     write(place["results"] / "cpu", rows)
     assert run(place) == 0
-    readme = place["readme"].read_text()
+    page = place["page"].read_text()
     assert (
         "| official order, eager | [1000 MiB](results/cpu/rows.jsonl#L1) | [1000 MiB](results/cpu/rows.jsonl#L3) |"
-        in readme
+        in page
     )
-    assert "[104 MiB; 10.4%](results/cpu/rows.jsonl#L2)" in readme and "Nothing has been measured on a GPU" in readme
+    assert "[104 MiB; 10.4%](results/cpu/rows.jsonl#L2)" in page and "Nothing has been measured on a GPU" in page
 
 
 def test_what_ranks_need_is_of_no_device(place):
@@ -368,13 +378,47 @@ def test_what_ranks_need_is_of_no_device(place):
     ]
     write(place["results"] / "cpu", rows)
     assert run(place) == 0
-    readme = place["readme"].read_text()
+    page = place["page"].read_text()
     parts = "| parameters | gradients | AdamW | whole layers | images, constants |"
-    assert f"{parts} saved by triton; sum | saved by triton, 16-bit stream, recompute; sum |" in readme
+    assert f"{parts} saved by triton; sum | saved by triton, 16-bit stream, recompute; sum |" in page
     whole = "| 1.00 MiB | 1.00 MiB | 3.00 MiB |  |  | 70.0 MiB; [75.0 MiB](results/cpu/rows.jsonl#L4) |"
-    assert f"| `crate_mae_base`, batch 64, 224 x 224 px | one process; DDP, 8 ranks {whole} 30.0 MiB; " in readme
-    assert "| FSDP2, 8 ranks | 0.5 MiB |  |  | 2.00 MiB | 1.50 MiB | 70.0 MiB; " in readme
-    assert "Nothing has been measured on a GPU" in readme
+    assert f"| `crate_mae_base`, batch 64, 224 x 224 px | one process; DDP, 8 ranks {whole} 30.0 MiB; " in page
+    assert "| FSDP2, 8 ranks | 0.5 MiB |  |  | 2.00 MiB | 1.50 MiB | 70.0 MiB; " in page
+    assert "Nothing has been measured on a GPU" in page
+
+
+def headline_of(place: dict[str, Path], rows: list[dict[str, Any]]) -> list[str]:
+    write(place["results"] / "some", rows)
+    assert run(place) == 0
+    lines = [line for line in place["readme"].read_text().splitlines() if line.startswith("| ")]
+    return [re.sub(r"\]\([^)]*\)", "]", line) for line in lines[2:]]
+
+
+def test_the_headline_has_the_largest_batch_against_the_best_of_ours_also_where_it_is_slower(place):
+    times = {"reference": 400, "official compiled": 200, "best composed": 50, "triton": 100, "triton 16bit": 80}
+    rows = [step(provider, ms, 400 / ms) for provider, ms in times.items()]
+    rows += [step("reference", 100, 1, 64), step("triton", 10, 10, 64), lacking(step("composed", 1, 1), "no compiler")]
+    rows += [step("reference", 900, 1, dtype="float32"), step("triton", 100, 9, dtype="float32")]
+    what = "| NVIDIA H200 | step, batch 256, bfloat16 |"
+    assert headline_of(place, rows) == [
+        f"{what} [400 ms], official order, eager | [80.0 ms], triton, 16-bit stream | 5.00x | `0123456` |",
+        f"{what} [200 ms], official order, compiled | [80.0 ms], triton, 16-bit stream | 2.50x | `0123456` |",
+        f"{what} [50.0 ms], best composed, compiled | [80.0 ms], triton, 16-bit stream | 0.625x | `0123456` |",
+    ]
+
+
+def test_the_headline_has_memory_and_loading_whatever_else_there_is(place):
+    rows = [step(name, ms, 100 / ms, 8, **CPU) | {"device": f"CPU {count}"} for count in range(9)
+            for name, ms in (("reference", 100), ("composed", 50))]  # fmt: skip
+    rows += [
+        memory(name, SAVED_BY["encoder_layer"], peak_bytes=count * 2**20, driver=None)
+        for name, count in {"reference": 900, "triton": 300, "triton recompute": 100}.items()
+    ]
+    rows += [loaded("torchvision", 500, 0.4), loaded("packed", 1000, 0.8)]
+    found = headline_of(place, rows)
+    assert len(found) == 8 and all("[100 ms]" in line and "2.00x" in line for line in found[:6])
+    assert "[900 MiB], official order, eager | [100 MiB], triton, 16-bit stream, recompute | 9.00x" in found[6]
+    assert "[500 images/s], torchvision" in found[7] and "[1000 images/s], packed shards | 2.00x" in found[7]
 
 
 def test_one_device_can_be_asked_for(place):
@@ -386,9 +430,9 @@ def test_one_device_can_be_asked_for(place):
         run(place, "--device", "three")
 
 
-def test_a_readme_without_markers_is_refused(place):
+def test_a_page_without_markers_is_refused(place):
     write(place["results"] / "h200", [step("triton", 90, 4)])
-    place["readme"].write_text("nothing here")
+    place["page"].write_text("nothing here")
     with pytest.raises(ValueError, match="expected one line <!-- results: begin -->"):
         run(place)
 
@@ -418,13 +462,7 @@ def test_plots_follow_from_the_rows(tmp_path):
     folder = write(tmp_path / "h200", many_rows())
     (results,) = by_device(folder, read(folder))
     plots = {plot.name.removeprefix("nvidia-h200-"): plot for plot in plan(results)}
-    assert set(plots) == {
-        "ratios-training_step-bfloat16", "ratios-attention-bfloat16", "roofline", "time-batch-training_step",
-        "time-batch-attention", "time-tokens-attention", "memory-batch-training_step", "memory-batch-attention",
-        "memory-tokens-attention",
-    }  # fmt: skip
-    (along_tokens,) = plots["time-tokens-attention"].panels.values()
-    assert {(row["shape"]["batch"], row["shape"]["tokens"]) for row in along_tokens} == {(64, 197), (4, 3137)}
+    assert set(plots) == {"ratios-training_step-bfloat16", "ratios-attention-bfloat16", "roofline"}
     (bars,) = plots["ratios-attention-bfloat16"].panels.values()
     assert {row["shape"]["batch"] for row in bars} == {64, 4} and "reference" not in {row["provider"] for row in bars}
 
@@ -433,10 +471,8 @@ def test_the_same_rows_draw_the_same_bytes(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     folder = write(tmp_path / "h200", many_rows())
     (results,) = by_device(folder, read(folder))
-    plots = [plot for plot in plan(results) if plot.name.endswith(("roofline", "tokens-attention", "bfloat16"))]
+    plots = plan(results)
     first, second = (save(plots, results, tmp_path / name) for name in ("a", "b"))
-    assert [path.name for path in first] == [f"{plot.name}.{ending}" for plot in plots for ending in ("png", "svg")]
+    assert [path.name for path in first] == [f"{plot.name}.png" for plot in plots]
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
-    svg = (tmp_path / "a" / "nvidia-h200-roofline.svg").read_text()
-    assert "NVIDIA H200" in svg and "TFLOP/s" in svg and "<dc:date>" not in svg

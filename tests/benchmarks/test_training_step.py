@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 import crate_mae
-from benchmarks import harness, models, peers, records, training_step
+from benchmarks import command_line, harness, peers, records, training_step
 
 OVERRIDES = ("img_size=32", "embed_dim=48", "depth=1", "num_heads=3", "decoder_depth=1", "decoder_num_heads=3")
 TINY = ["--model", "crate_mae_tiny", "--set", *OVERRIDES, "--device", "cpu"]
@@ -100,7 +100,7 @@ def test_vit_mae_is_made_and_run_as_transformers_has_it(monkeypatch):
 
 
 def test_the_exact_step_in_chunks_is_the_step(monkeypatch):
-    model = crate_mae.create_model("crate_mae_tiny", **dict(map(models._override, OVERRIDES)))
+    model = crate_mae.create_model("crate_mae_tiny", **dict(map(command_line._override, OVERRIDES)))
     batch = training_step.Batch.random(model.config, 5, torch.device("cpu"), torch.float32)
     whole = training_step.official(model, batch, torch.float32)
     monkeypatch.setattr(training_step, "EXACT_AT_A_TIME", 2)
@@ -112,7 +112,7 @@ def test_the_exact_step_in_chunks_is_the_step(monkeypatch):
 @pytest.mark.parametrize("name", ["crate_mae_tiny", "crate_tiny"])
 def test_best_composed_is_the_model(name):
     overrides = OVERRIDES if name in crate_mae.MODELS else OVERRIDES[:4]  # no decoder
-    model = crate_mae.create_model(name, **dict(map(models._override, overrides)))
+    model = crate_mae.create_model(name, **dict(map(command_line._override, overrides)))
     batch = training_step.Batch.random(model.config, 2, torch.device("cpu"), torch.float32)
     official = peers.forced("reference", peers.Official(model))(batch.images, batch.target)
     torch.testing.assert_close(peers.BestComposed(model)(batch.images, batch.target), official)
@@ -120,29 +120,9 @@ def test_best_composed_is_the_model(name):
 
 @pytest.mark.parametrize("name", ["crate_tiny", "crate_alpha_base"])
 def test_supervised_models_take_steps_too(name):
-    arguments = [
-        "--model",
-        name,
-        "--set",
-        *OVERRIDES[:4],
-        "patch_size=16",
-        "num_classes=7",
-        "--device",
-        "cpu",
-        "--optimizer",
-    ]
-    arguments += [
-        "--batch",
-        "3",
-        "--rounds",
-        "1",
-        "--dtype",
-        "float32",
-        "--providers",
-        "reference",
-        "composed",
-        "vit-mae sdpa",
-    ]
+    sizes = [*OVERRIDES[:4], "patch_size=16", "num_classes=7"]
+    arguments = ["--model", name, "--set", *sizes, "--device", "cpu", "--optimizer", "--batch", "3", "--rounds", "1"]
+    arguments += ["--dtype", "float32", "--providers", "reference", "composed", "vit-mae sdpa"]
     rows = {row["provider"]: row for row in training_step.main(arguments) if row["operator"] == "training_step"}
     assert "is no classifier" in rows["vit-mae sdpa"]["unavailable"]
     assert all(row["model"] == name for provider, row in rows.items() if provider != "vit-mae sdpa")

@@ -1,25 +1,15 @@
-"""Everything that needs a CUDA device in one unattended run: tests, memory checker, times; one JSON file, one exit status.
+"""The check: tests marked ``gpu``, every operator under the memory checker, times; one JSON file that is complete at any moment.
 
-    python -m benchmarks.gpu_check                  # `make gpu-check`
-    python -m benchmarks.gpu_check --dry-run        # list the parts and run none
-    python -m benchmarks.gpu_check --device cpu     # rehearse the timing parts, tiny, on the composed path
-
-Every part is a process of its own, so that a crash, a lost CUDA context or a hang costs one test and not the run; what it writes
-is read line by line, and the JSON file is complete up to the last part at any moment. Tests and the memory checker share the
-device, times have it to themselves. Nothing is installed, and nothing but Python, torch, Triton and pytest is needed.
-Exit status: 0 everything passed, 1 something did not, 2 there is no CUDA device.
+Tests and the memory checker share the device, times have it to themselves.
 """
 
 from __future__ import annotations
 
 import argparse
 import glob
-import os
 import re
 import shutil
-import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,17 +19,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import parts
 from benchmarks.command_line import make_folder
+from benchmarks.gpu import parts
+from benchmarks.gpu.parts import RESULTS, Part, Runner
 from benchmarks.kernels.operators import OPERATORS
-from benchmarks.parts import RESULTS, Part, Runner
 from benchmarks.records import environment, slug, table, table_of, version
 from crate_kernels.files import write_json
 
-PYTEST = (sys.executable, "-m", "pytest", "-p", "benchmarks.pytest_outcomes", "--outcomes", RESULTS, "-m", "gpu", "-q")
+PLUGIN = f"-p benchmarks.gpu.pytest_outcomes --outcomes {RESULTS}"
+PYTEST = (sys.executable, "-m", "pytest", *PLUGIN.split(), "-m", "gpu", "-q")
 PASSING = ("passed", "unavailable")
 
-# Of the time for everything, what is kept for the times at the end; and how long a part may be silent before it is ended.
+# Seconds kept for the times, which are taken last; and how long a part may be silent before it is ended.
 SECONDS_FOR_TIMES = 150
 QUIET_SECONDS = {"tests": 120, "memory checker": 180, "times": 90}
 # Tests of one function that share a process: a process costs some seconds to start, a long one keeps the others waiting.
@@ -148,31 +139,28 @@ class Report:
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path = path
-        self.document: dict[str, Any] = {**head, "complete": False, "passed": False, "parts": []}
+        self.parts: list[dict[str, Any]] = []
+        self.document = {**head, "complete": False, "passed": False, "parts": self.parts}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.write()
+        write_json(path, self.document)
 
     def add(self, record: dict[str, Any]) -> None:
-        self.document["parts"].append(record)
-        self.write()
-        print(f"{record['status']:<12} {record['seconds']:6.1f} s  {record['kind']}: {record['part']}", flush=True)
+        self.parts.append(record)
+        write_json(self.path, self.document)
+        parts.tell(record)
 
     def finish(self) -> bool:
-        """Whether everything passed; tests that were skipped to the last one have shown nothing."""
-        records = self.document["parts"]
-        tests = [test["outcome"] for record in records for test in record.get("tests", [])]
-        passed = bool(records) and all(record["status"] in PASSING for record in records)
+        """Whether everything passed, and not every test was skipped."""
+        tests = [test["outcome"] for record in self.parts for test in record.get("tests", [])]
+        passed = bool(self.parts) and all(record["status"] in PASSING for record in self.parts)
         passed = passed and (not tests or "passed" in tests)
         self.document |= {"complete": True, "passed": passed}
-        self.write()
-        return passed
-
-    def write(self) -> None:
         write_json(self.path, self.document)
+        return passed
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """What ``environment`` says, and what else may explain a difference between two runs."""
+    """``environment``, and more that may explain a difference between two runs."""
     found = environment(device)
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "pytest": version("pytest")}
     if device.type == "cuda":
@@ -199,44 +187,35 @@ def print_summary(records: Sequence[dict[str, Any]]) -> None:
     print("tests: " + (", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none"))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+def main(arguments: argparse.Namespace, scratch: Path) -> int:
+    """Run all parts; ``scratch`` is an empty folder for what they leave. The exit status."""
     begin = time.time()
-    if arguments.device == "cuda" and not arguments.dry_run and not torch.cuda.is_available():
-        print(
-            f"gpu_check: no CUDA device that torch {torch.__version__} can use; nothing was run, nothing written",
-            file=sys.stderr,
-        )
-        return 2
+    on_cuda = arguments.device == "cuda"
     if arguments.json and not arguments.dry_run:
         make_folder("--json", arguments.json.parent)
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        checker = find_memory_checker()
-        shared, failures = ([], []) if arguments.device == "cpu" else collected_parts(scratch)
-        shared += memory_parts(checker) if checker and arguments.device == "cuda" else []
-        alone = time_parts(arguments.device)
-        if arguments.dry_run:
-            rows = [[part.kind, part.name, len(part.tests) or ""] for part in (*shared, *alone)]
-            print(table(("kind", "part", "tests"), rows))
-            print(f"compute-sanitizer: {checker or 'absent'}")
-            return 0
+    checker = find_memory_checker()
+    shared, failures = collected_parts(scratch) if on_cuda else ([], [])
+    shared += memory_parts(checker) if checker and on_cuda else []
+    alone = time_parts(arguments.device)
+    if arguments.dry_run:
+        print(table(("kind", "part", "tests"), ([p.kind, p.name, len(p.tests) or ""] for p in (*shared, *alone))))
+        print(f"compute-sanitizer: {checker or 'absent'}")
+        return 0
 
-        device = torch.device(arguments.device)
-        head = {"rehearsal": device.type == "cpu", **surroundings(device), "compute_sanitizer": checker or "absent"}
-        results = "runs/rehearsal" if head["rehearsal"] else f"benchmarks/results/{slug(head['device'])}"
-        folder = parts.ROOT / results
-        report = Report(arguments.json or folder / "gpu_check.json", head)
-        print(", ".join(f"{key} {value}" for key, value in head.items()), flush=True)
-        for record in failures:
-            report.add(record)
-        spent = time.time() - begin
-        run_shared(Runner(scratch, arguments.seconds - SECONDS_FOR_TIMES - spent), shared, arguments.jobs, report)
-        runner = Runner(scratch, arguments.seconds - (time.time() - begin))
-        for part in alone:
-            report.add(runner.run(part))
-        passed = report.finish()
-    print_summary(report.document["parts"])
+    found = surroundings(torch.device(arguments.device))
+    head = {"rehearsal": not on_cuda, **found, "compute_sanitizer": checker or "absent"}
+    results = f"benchmarks/results/{slug(head['device'])}" if on_cuda else "runs/rehearsal"
+    report = Report(arguments.json or parts.ROOT / results / "gpu_check.json", head)
+    print(", ".join(f"{key} {value}" for key, value in head.items()), flush=True)
+    for record in failures:
+        report.add(record)
+    end = begin + arguments.seconds
+    run_shared(Runner(scratch, end - SECONDS_FOR_TIMES - time.time()), shared, arguments.jobs, report)
+    runner = Runner(scratch, end - time.time())
+    for part in alone:
+        report.add(runner.run(part))
+    passed = report.finish()
+    print_summary(report.parts)
     print(f"{'passed' if passed else 'FAILED'} in {time.time() - begin:.0f} s; {report.path}")
     return 0 if passed else 1
 
@@ -249,28 +228,3 @@ def run_shared(runner: Runner, shared: Iterable[Part], jobs: int, report: Report
                 report.add(task.result())
         finally:
             runner.stop.set()  # interrupted: leave nothing running
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="default: benchmarks/results/<device>/gpu_check.json (runs/rehearsal/gpu_check.json on a CPU)",
-    )
-    parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal of the timing parts"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="list the parts; needs no device")
-    parser.add_argument("--seconds", type=float, default=460, help="time for everything (default: 460)")
-    parser.add_argument(
-        "--jobs", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)), help="parts that share the device"
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    # An end asked for from outside unwinds like Ctrl-C, so that no part outlives this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """A pytest plugin that writes every test's outcome as it happens, one JSON object a line, so that a crash loses none before it.
 
-    python -m pytest -p benchmarks.pytest_outcomes --outcomes FILE
+    python -m pytest -p benchmarks.gpu.pytest_outcomes --outcomes FILE
 
 Imports neither torch nor Triton: tests/conftest.py must come first to say whether kernels are interpreted.
 """

@@ -1,17 +1,19 @@
-"""The README's part of the results: in tables that are short, with a link from every number to its line."""
+"""What is generated within pages: all results in docs/results.md, the few that say most in README.md.
+
+Tables are short, and a link leads from every number to the line of its measurement.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import SAVED_BY
-from benchmarks.report.rows import Results, Row, absent, describe_model, describe_shape, select
+from benchmarks.records import BASELINE, SAVED_BY
+from benchmarks.report.rows import Results, Row, absent, describe_model, describe_shape, select, size
 from benchmarks.report.tables import (
-    BEGIN,
-    END,
     WRITTEN,
     Links,
     commit,
@@ -25,16 +27,89 @@ from benchmarks.report.tables import (
     surroundings,
     targets_of,
 )
-from benchmarks.training_step import BASELINE
+from benchmarks.report.targets import times_faster
+
+# The headline has no more lines; of training steps it has those of so many images or more, since fewer say little of training.
+HEADLINE_LINES, HEADLINE_BATCH = 8, 8
 
 
-def readme_part(results: Sequence[Results], readme: Path) -> str:
-    """What stands between the README's markers: each device's targets and training steps, and what layers and ranks keep."""
+def part(name: str, *paragraphs: str) -> str:
+    """Paragraphs between the markers that a page has for them."""
+    return "\n\n".join([begin(name), *paragraphs, end(name)])
+
+
+def begin(name: str) -> str:
+    return f"<!-- {name}: begin -->"
+
+
+def end(name: str) -> str:
+    return f"<!-- {name}: end -->"
+
+
+def headline(results: Sequence[Results], page: Path) -> str:
+    """The README's table: steps of CRATE-MAE-Base on each device, GPUs first; what a layer keeps; images that a core loads."""
+    by_rank = sorted(results, key=lambda each: not each.on_cuda)
+    steps = [line for each in by_rank for line in _headline_steps(each, Links(each.folder, page))]
+    others = [line for each in by_rank for line in _headline_others(each, Links(each.folder, page))]
+    columns = ("device", "what", "compared with", "crate-kernels", "ratio", "commit")
+    return part("headline", markdown(columns, steps[: HEADLINE_LINES - len(others)] + others))
+
+
+def _headline_steps(results: Results, links: Links) -> Iterator[list[str]]:
+    """At the largest batch, in the dtype that the official order is fastest in: it, and others that do the same, against ours."""
+    wanted = dict(operator="training_step", model="crate_mae_base", mode="forward+backward")
+    rows = [row for row in select(results.rows, **wanted) if row.get("ms") and not row.get("overrides")]
+    official = [row for row in select(rows, provider=BASELINE) if (size(row, "batch") or 0) >= HEADLINE_BATCH]
+    if not official:
+        return
+    at = max(official, key=lambda row: (size(row, "batch"), -row["ms"]["p50"]))
+    found = {row["provider"]: row for row in select(rows, shape=at["shape"], dtype=at["dtype"])}
+    ours = [row for name, row in found.items() if name.startswith(("triton", "composed"))]
+    if not ours:
+        return
+    best = min(ours, key=lambda row: row["ms"]["p50"])
+    what = f"step, batch {size(at, 'batch')}, {at['dtype']}"
+    for name in (BASELINE, "official compiled", "best composed"):
+        if name in found:
+            ratio = times_faster(best, found[name])
+            cells = [_named(row, links, f"{number(row['ms']['p50'])} ms") for row in (found[name], best)]
+            yield _headline_line(results.device, what, cells, ratio, best)
+
+
+def _headline_others(results: Results, links: Links) -> Iterator[list[str]]:
+    kept = [
+        row for row in select(results.rows, operator="memory", mode=SAVED_BY["encoder_layer"]) if not absent(row)
+    ]  # fmt: skip
+    official = select(kept, provider=BASELINE)
+    if official and len(kept) > 1:
+        best = min(kept, key=lambda row: row["peak_bytes"])
+        cells = [_named(row, links, gibibytes(row["peak_bytes"])) for row in (official[0], best)]
+        what = f"kept by an encoder layer, batch {size(best, 'batch')}"
+        yield _headline_line("a GPU, counted", what, cells, official[0]["peak_bytes"] / best["peak_bytes"], best)
+    loading = select(results.rows, operator="data_loading", mode="one process")
+    by_name = {row["provider"]: row for row in loading if not absent(row)}
+    if {"torchvision", "packed"} <= by_name.keys():
+        theirs, best = by_name["torchvision"], by_name["packed"]
+        cells = [_named(row, links, f"{number(row['images_per_second'])} images/s") for row in (theirs, best)]
+        yield _headline_line(results.device, "images one core loads", cells, times_faster(best, theirs), best)
+
+
+def _named(row: Row, links: Links, words: str) -> str:
+    return f"{links.line(row, words)}, {name_of(row['provider'])}"
+
+
+def _headline_line(device: str, what: str, cells: Sequence[str], ratio: float | str, ours: Row) -> list[str]:
+    device = re.sub(r"\(R\)| Processor", "", device)
+    return [device, what, *cells, ratio if isinstance(ratio, str) else f"{number(ratio)}x", f"`{commit(ours)}`"]
+
+
+def results_part(results: Sequence[Results], page: Path) -> str:
+    """All results: each device's targets and training steps, and what layers and ranks keep."""
     parts = [
         f"{WRITTEN} Every number leads to the line of its measurement; a ratio is the official order's time over the provider's."
     ]
     for each in results:
-        links = Links(each.folder, readme)
+        links = Links(each.folder, page)
         steps = [row for row in select(each.rows, operator="training_step") if not absent(row) and row.get("ms")]
         parts.append(f"**{each.device}** ({surroundings(each.rows)}; [report]({links.path('report.md')})):")
         if steps:
@@ -42,21 +117,23 @@ def readme_part(results: Sequence[Results], readme: Path) -> str:
         if loading := [row for row in select(each.rows, operator="data_loading") if not absent(row)]:
             parts.append(loading_table(loading, links))
         parts.append(short_targets_table(each, links))
-    parts += filter(None, (layers_table(results, readme), ranks_table(results, readme)))
+    parts += filter(None, (layers_table(results, page), ranks_table(results, page)))
     if not any(each.on_cuda for each in results):
         parts.append("Nothing has been measured on a GPU yet.")
-    return "\n\n".join([BEGIN, *parts, END])
+    return part("results", *parts)
 
 
-def layers_table(results: Sequence[Results], readme: Path) -> str | None:
+def layers_table(results: Sequence[Results], page: Path) -> str | None:
     """What one layer keeps for its backward, a line a provider: bytes, and their share of the official order's."""
     cells: dict[str, dict[str, str]] = {}
     for each in results:
-        links = Links(each.folder, readme)
+        links = Links(each.folder, page)
         for layer, mode in SAVED_BY.items():
             found = {row["provider"]: row for row in select(each.rows, operator="memory", mode=mode) if not absent(row)}
             official = found.get(BASELINE)
-            for name, row in found.items() if official else ():
+            for name, row in found.items():
+                if official is None:
+                    break
                 share = f"; {100 * row['peak_bytes'] / official['peak_bytes']:.1f}%" if name != BASELINE else ""
                 cells.setdefault(name, {})[layer] = links.line(row, gibibytes(row["peak_bytes"]) + share)
                 shape, model = describe_shape(row), describe_model(row)
@@ -81,12 +158,12 @@ PARTS = {
 }
 
 
-def ranks_table(results: Sequence[Results], readme: Path) -> str | None:
+def ranks_table(results: Sequence[Results], page: Path) -> str | None:
     """What each rank needs memory for: a line a model and ways of running that need the same, a column more a provider's step."""
     parts: dict[tuple[str, str], dict[str, dict[str, int]]] = {}
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for each in results:
-        links = Links(each.folder, readme)
+        links = Links(each.folder, page)
         for row in select(each.rows, operator="memory_per_rank"):
             key, provider = (f"`{describe_model(row)}`, {describe_shape(row)}", row["mode"]), row["provider"]
             parts.setdefault(key, {})[provider] = row["parts"]
@@ -157,6 +234,7 @@ def short_targets_table(results: Results, links: Links) -> str:
             f"{each.name}: {links.line(each.sources[0], target.in_unit(each.value))}"
             + "".join(f" against {links.line(row, name_of(row['provider']))}" for row in each.sources[1:])
             for each in found
+            if each.value is not None
         )
         worst = target.worst(cases)
         verdict = target.verdict(worst.value if worst else None)

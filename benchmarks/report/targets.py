@@ -5,7 +5,7 @@ A target is asked in cases, and each case is answered by one number made of one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,21 +35,29 @@ class Case:
     why_not: str = ""
 
 
+# Answers a target's cases from the rows of one device.
+Measure = Callable[[Sequence[Row]], Iterator[Case]]
+
+
 @dataclass(frozen=True)
 class Target:
     """What shall be reached: at least ``floor``, better ``goal``, in ``unit``, on a "cuda" device or the "cpu".
 
-    ``threads``: of the CPU, which it is asked with alone.
+    ``threads``: the number of CPU threads that it is about.
     """
 
     name: str
     floor: float
     goal: float
     unit: str
-    measure: Callable[[Sequence[Row]], Iterator[Case]]
+    measure: Measure
     better: Literal["higher", "lower"] = "higher"
     device: Literal["cuda", "cpu"] = "cuda"
     threads: int | None = None
+
+    def cases(self, rows: Sequence[Row]) -> list[Case]:
+        """The cases as these rows answer them; rows of models of other than published sizes do not count."""
+        return list(self.measure([row for row in rows if not row.get("overrides") and _image(row) in ([], [224, 224])]))
 
     def verdict(self, value: float | None) -> str:
         """ "goal", "floor" and by how much the goal is missed, "below floor by x%", or "not measured"."""
@@ -63,9 +71,9 @@ class Target:
 
     def worst(self, cases: Sequence[Case]) -> Case | None:
         """The case that decides: the worst measured one; None where nothing was measured."""
-        found = [case for case in cases if case.value is not None]
-        sign = 1 if self.better == "higher" else -1
-        return min(found, key=lambda case: sign * case.value, default=None)
+        found = [(case.value, case) for case in cases if case.value is not None]
+        decides = min if self.better == "higher" else max
+        return decides(found, key=lambda pair: pair[0])[1] if found else None
 
     def in_unit(self, value: float) -> str:
         """The value as it is printed: 3.5x, 45%, 30 s."""
@@ -127,20 +135,7 @@ def case(name: str, value: Callable[..., float | str], *sources: Row | str) -> C
     return Case(name, None, rows, found) if isinstance(found, str) else Case(name, found, rows)
 
 
-def percent_of(key: str) -> Callable[[Row, Row], float | str]:
-    def percent(ours: Row, whole: Row) -> float | str:
-        if ours.get(key) is None or whole.get(key) is None:
-            return f"{key} is not in the rows"
-        return 100 * ours[key] / whole[key]
-
-    return percent
-
-
 STEP = {"operator": "training_step", "model": "crate_mae_base", "mode": "forward+backward", "dtype": "bfloat16"}
-
-
-def of_published_size(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if not row.get("overrides") and _image(row) in ([], [224, 224])]
 
 
 def _image(row: Row) -> list[int]:
@@ -150,17 +145,17 @@ def _image(row: Row) -> list[int]:
 
 def configuration(rows: Sequence[Row], known: Iterable[str] = CONFIGURATIONS, batch: int = 256) -> str:
     """The provider that is ours: the first of the known ones that was measured at this batch, or the first of all."""
-    found = {row["provider"] for row in select(of_published_size(rows), **STEP, batch=batch) if not absent(row)}
+    found = {row["provider"] for row in select(rows, **STEP, batch=batch) if not absent(row)}
     return next((provider for provider in known if provider in found), next(iter(known)))
 
 
 def step_against(
     peers: Sequence[str], batches: Sequence[int], provider: str | None = None, dtype: str = "bfloat16"
-) -> Callable[[Sequence[Row]], Iterator[Case]]:
+) -> Measure:
     """The training step of CRATE-MAE-Base: ours, ``configuration`` if None, against the fastest of the peers."""
 
     def measure(rows: Sequence[Row]) -> Iterator[Case]:
-        rows, ours = of_published_size(rows), provider or configuration(rows)
+        ours = provider or configuration(rows)
         for batch in batches:
             wanted = {**STEP, "dtype": dtype, "batch": batch}
             # ViT-MAE's rows bear their own model's name.
@@ -174,12 +169,8 @@ def step_against(
 
 def share_of_matmul(rows: Sequence[Row]) -> Iterator[Case]:
     """A step's roofline is the product rate that the same process measured; its FLOPs are the least."""
-    rows = of_published_size(rows)
     step = measured(rows, provider=configuration(rows), **STEP, batch=256)
-    lacking = "roofline_percent is not in the row"
-    yield case(
-        "batch 256", lambda ours: lacking if ours.get("roofline_percent") is None else ours["roofline_percent"], step
-    )
+    yield case("batch 256", lambda ours: ours.get("roofline_percent") or "roofline_percent is not in the row", step)
 
 
 def product_ceiling(rows: Sequence[Row], dtype: str = "bfloat16") -> Row | str:
@@ -193,67 +184,58 @@ def copy_ceiling(rows: Sequence[Row]) -> Row | str:
     return max(found, key=date) if found else "no row of the large copy"
 
 
-def peak_memory(recompute: bool) -> Callable[[Sequence[Row]], Iterator[Case]]:
+def memory(mode: str, **sizes: int) -> dict[str, object]:
+    return {"operator": "memory", "model": "crate_mae_base", "mode": mode, "dtype": "bfloat16", **sizes}
+
+
+def peak_memory(recompute: bool) -> Measure:
     def measure(rows: Sequence[Row]) -> Iterator[Case]:
-        rows = of_published_size(rows)
-        wanted = {"operator": "memory", "model": "crate_mae_base", "mode": "peak", "dtype": "bfloat16", "batch": 256}
-        kept = configuration(rows)
-        provider = CONFIGURATIONS[kept] if recompute else kept
-        official = measured(rows, provider="reference", **wanted)
-        yield case("batch 256", percent_of("peak_bytes"), measured(rows, provider=provider, **wanted), official)
+        provider = CONFIGURATIONS[configuration(rows)] if recompute else configuration(rows)
+        wanted = memory("peak", batch=256)
+        ours, official = (measured(rows, provider=name, **wanted) for name in (provider, *OFFICIAL))
+        yield case("batch 256", lambda ours, theirs: 100 * ours["peak_bytes"] / theirs["peak_bytes"], ours, official)
 
     return measure
 
 
 def largest_batch(rows: Sequence[Row]) -> Iterator[Case]:
-    rows = of_published_size(rows)
-    wanted = {"operator": "memory", "model": "crate_mae_base", "mode": "largest batch", "dtype": "bfloat16"}
-    official = measured(rows, provider="reference", **wanted)
-    kept = configuration(rows)
-    for name, provider in (("default", kept), ("with recompute", CONFIGURATIONS[kept])):
-        yield case(
-            name,
-            lambda ours, theirs: size(ours, "batch") / size(theirs, "batch"),
-            measured(rows, provider=provider, **wanted),
-            official,
-        )
+    ours = configuration(rows)
+    for name, provider in (("default", ours), ("with recompute", CONFIGURATIONS[ours])):
+        found = [measured(rows, provider=each, **memory("largest batch")) for each in (provider, *OFFICIAL)]
+        yield case(name, lambda ours, theirs: ours["shape"][0] / theirs["shape"][0], *found)
 
 
 def price_of_recomputing(rows: Sequence[Row]) -> Iterator[Case]:
-    rows = of_published_size(rows)
-    wanted = {**STEP, "batch": 256}
-    kept = configuration(rows)
-    again = measured(rows, provider=CONFIGURATIONS[kept], **wanted)
-    yield case(
-        "batch 256", lambda ours, other: times_faster(other, ours), again, measured(rows, provider=kept, **wanted)
-    )
+    ours = configuration(rows)
+    again, kept = (measured(rows, provider=name, **STEP, batch=256) for name in (CONFIGURATIONS[ours], ours))
+    yield case("batch 256", lambda again, kept: times_faster(kept, again), again, kept)
 
 
-def largest_measured(rows: Sequence[Row], **wanted: object) -> dict[str, object]:
-    """``wanted``, with batch and width those of the largest tensor that was measured."""
-    found = [row for row in select(rows, **wanted) if not absent(row)]
+def largest_against(rows: Sequence[Row], peers: Sequence[str], name: str, wanted: Mapping[str, object]) -> Case:
+    """Ours against the fastest of the peers, on the largest tensor that ours was measured on."""
+    found = [row for row in select(rows, **wanted, provider="triton") if not absent(row)]
     if not found:
-        return dict(wanted)
-    row = max(found, key=lambda row: (size(row, "batch"), size(row, "width")))
-    return {**wanted, "shape": row["shape"]}
+        return case(name, times_faster, "no row of triton")
+    shape = max(found, key=lambda row: (size(row, "batch"), size(row, "width")))["shape"]
+    ours = measured(rows, **wanted, shape=shape, provider="triton")
+    return case(name, times_faster, ours, fastest(rows, peers, **wanted, shape=shape))
 
 
-def attention(
-    mode: str, tokens: Sequence[int], head_dims: Sequence[int], summed: bool = False
-) -> Callable[[Sequence[Row]], Iterator[Case]]:
+def attention(mode: str, tokens: Sequence[int], head_dims: Sequence[int], summed: bool = False) -> Measure:
     """Shared-QKV attention against the fastest of SDPA's backends and FlexAttention, in bfloat16."""
     peers = [peer + SUMMED for peer in ATTENTION_PEERS] if summed else ATTENTION_PEERS
 
     def measure(rows: Sequence[Row]) -> Iterator[Case]:
         for count in tokens:
             for head_dim in head_dims:
-                wanted = {"operator": "attention", "mode": mode, "dtype": "bfloat16"}
-                sizes = {"tokens": count, "head_dim": head_dim}
-                wanted |= largest_measured(rows, **wanted, **sizes, provider="triton")
-                del wanted["provider"]
-                ours, peer = measured(rows, provider="triton", **wanted), fastest(rows, peers, **wanted)
-                name = f"{count} tokens, d = {head_dim}"
-                yield case(name, times_faster, ours, peer)
+                wanted = {
+                    "operator": "attention",
+                    "mode": mode,
+                    "dtype": "bfloat16",
+                    "tokens": count,
+                    "head_dim": head_dim,
+                }
+                yield largest_against(rows, peers, f"{count} tokens, d = {head_dim}", wanted)
 
     return measure
 
@@ -264,12 +246,9 @@ SUMMED = " summed"
 ISTA = {"operator": "ista", "mode": "forward+backward", "dtype": "bfloat16", "tokens": 197, "width": 768}
 
 
-def ista_against(peers: Sequence[str]) -> Callable[[Sequence[Row]], Iterator[Case]]:
+def ista_against(peers: Sequence[str]) -> Measure:
     def measure(rows: Sequence[Row]) -> Iterator[Case]:
-        wanted = largest_measured(rows, **ISTA, provider="triton")
-        ours = measured(rows, **wanted)
-        peer = fastest(rows, peers, **{key: value for key, value in wanted.items() if key != "provider"})
-        yield case("197 tokens, width 768", times_faster, ours, peer)
+        yield largest_against(rows, peers, "197 tokens, width 768", ISTA)
 
     return measure
 
@@ -280,7 +259,6 @@ def ista_share_of_products(rows: Sequence[Row]) -> Iterator[Case]:
 
 
 def first_step(rows: Sequence[Row]) -> Iterator[Case]:
-    rows = of_published_size(rows)
     wanted = {"operator": "training_step", "model": "crate_mae_base", "mode": "first step"}
     found = [row for row in select(rows, **wanted) if row["provider"] in CONFIGURATIONS and not absent(row)]
     if not found:
@@ -297,9 +275,7 @@ def cpu_step(rows: Sequence[Row]) -> Iterator[Case]:
             yield Case(f"{found.name}, {dtype}, {ours}", found.value, found.sources, found.why_not)
 
 
-def loading(value: Callable[[Row], float]) -> Callable[[Sequence[Row]], Iterator[Case]]:
-    """Of packed images, by one process."""
-
+def loading(value: Callable[[Row], float]) -> Measure:
     def measure(rows: Sequence[Row]) -> Iterator[Case]:
         wanted = {"operator": "data_loading", "mode": "one process", "provider": "packed"}
         yield case("packed shards", value, measured(select(rows, threads=1), **wanted))
@@ -331,31 +307,17 @@ TARGETS = (
     Target("ISTA against the official three products, compiled", 2.0, 2.7, "x", ista_against(OFFICIAL_COMPILED)),
     Target("ISTA: cuBLAS's least products over ours", 75, 90, "%", ista_share_of_products),
     Target(
-        "small batches, CUDA graphs, against official compiled",
-        1.0,
-        1.4,
-        "x",
-        step_against(OFFICIAL_GRAPH, (1, 8), GRAPH),
+        "small batches, CUDA graphs, against official compiled", 1.0, 1.4, "x", step_against(OFFICIAL_GRAPH, (1, 8), GRAPH)
     ),
     Target("images/s against ViT-MAE-Base, compiled", 0.9, 1.1, "x", step_against(VIT_MAE, [256])),
     Target("first step, cold", 30, 15, " s", first_step, better="lower"),
     Target("training step on two cores against the official order", 1.3, 1.6, "x", cpu_step, device="cpu", threads=2),
     Target(
-        "images a second of one core, of what Pillow alone decodes",
-        0.6,
-        0.8,
-        "x",
-        loading(lambda row: row["ratio"]["p50"]),
-        device="cpu",
-        threads=1,
+        "images a second of one core, of what Pillow alone decodes", 0.6, 0.8, "x",
+        loading(lambda row: row["ratio"]["p50"]), device="cpu", threads=1,
     ),
     Target(
-        "images a second of one core",
-        700,
-        1000,
-        " images/s",
-        loading(lambda row: row["images_per_second"]),
-        device="cpu",
-        threads=1,
+        "images a second of one core", 700, 1000, " images/s",
+        loading(lambda row: row["images_per_second"]), device="cpu", threads=1,
     ),
-)
+)  # fmt: skip

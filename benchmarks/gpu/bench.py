@@ -1,36 +1,26 @@
-"""All measurements that the table of targets needs, on one GPU, unattended, in under nine minutes.
+"""The measurement: what the table of targets needs, or every sweep, in parts, the most important first.
 
-    python -m benchmarks.gpu_bench                  # `make gpu-bench`
-    python -m benchmarks.gpu_bench --full           # `make gpu-bench-full`: every sweep, every peer; hours
-    python -m benchmarks.gpu_bench --dry-run        # list the parts and run none
-    python -m benchmarks.gpu_bench --only step      # parts with this word in their names
-    python -m benchmarks.gpu_bench --device cpu     # rehearse every part, tiny, on the composed path
-
-Every part is a process of its own, the most important first: a crash costs one part, a lack of time the least important ones.
-Rows are appended to ``benchmarks/results/<device>/<program>.jsonl`` as soon as their part is over; then the report is written.
-Nothing is installed. Exit status: 0 every part passed, 1 one did not, 2 there is no CUDA device.
+Rows are appended to ``benchmarks/results/<device>/<program>.jsonl`` as soon as their part is over; then the report is written. A
+lack of time costs the least important parts.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import ROOT, records
 from benchmarks.command_line import make_folder
+from benchmarks.gpu import parts
+from benchmarks.gpu.parts import RESULTS, Part, Runner
 from benchmarks.kernels.operators import OPERATORS
-from benchmarks.parts import RESULTS, Part, Runner
 
 # Compiling two whole models one after the other says nothing for minutes.
 QUIET_SECONDS = 400
@@ -98,66 +88,31 @@ def bench_parts(device: str, full: bool) -> list[Part]:
     return found
 
 
-def write_report() -> bool:
-    """Whether the report was written, or there is none to write."""
-    if importlib.util.find_spec("benchmarks.report") is None:
-        print("no report: there is no benchmarks.report")
-        return True
-    return subprocess.run([sys.executable, "-m", "benchmarks.report"], cwd=ROOT).returncode == 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+def main(arguments: argparse.Namespace, scratch: Path) -> int:
+    """Run all parts; ``scratch`` is an empty folder for what they leave. The exit status."""
     begin = time.time()
     chosen = [part for part in bench_parts(arguments.device, arguments.full) if arguments.only in part.name]
     if arguments.dry_run:
-        print(
-            records.table(
-                ("program", "part", "arguments"), ([p.kind, p.name, shlex.join(p.command[3:])] for p in chosen)
-            )
-        )
+        lines = ([part.kind, part.name, shlex.join(part.command[3:])] for part in chosen)
+        print(records.table(("program", "part", "arguments"), lines))
         return 0
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print(f"gpu_bench: no CUDA device that torch {torch.__version__} can use; nothing was run", file=sys.stderr)
-        return 2
     if arguments.device == "cpu" and arguments.out is None:
-        print("gpu_bench: a rehearsal's times mean nothing; name a folder for them with --out", file=sys.stderr)
+        print("gpu bench: a rehearsal's times mean nothing; name a folder for them with --out", file=sys.stderr)
         return 2
     name = records.environment(torch.device(arguments.device))["device"]
     folder = arguments.out or ROOT / "benchmarks" / "results" / records.slug(name)
     make_folder("--out", folder)
-    seconds = arguments.seconds or (float("inf") if arguments.full else 520)
-    statuses = Counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        runner = Runner(Path(scratch), seconds - (time.time() - begin))
-        for part in chosen:
-            record = runner.run(part)
-            rows = record["figures"]
-            records.write_json_lines(folder / f"{part.kind}.jsonl", rows)
-            statuses[record["status"]] += 1
-            print(f"{record['status']:<12} {record['seconds']:6.1f} s  {len(rows):4} rows  {part.name}", flush=True)
-            if record["status"] != "passed" and record["output"]:
-                print(record["output"][-2000:])
+    runner = Runner(scratch, arguments.seconds or (float("inf") if arguments.full else 520))
+    statuses: Counter[str] = Counter()
+    for part in chosen:
+        record = runner.run(part)
+        records.write_json_lines(folder / f"{part.kind}.jsonl", record["figures"])
+        statuses[record["status"]] += 1
+        parts.tell(record)
+        if record["status"] != "passed":
+            print(record["output"][-2000:])
     print(", ".join(f"{count} {status}" for status, count in statuses.items()) + f"; {folder}")
-    reported = arguments.out is not None or write_report()
+    report = [sys.executable, "-m", "benchmarks.report"]
+    reported = arguments.out is not None or subprocess.run(report, cwd=ROOT).returncode == 0
     print(f"{time.time() - begin:.0f} s")
     return 0 if reported and set(statuses) == {"passed"} else 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="every sweep and every peer")
-    parser.add_argument("--only", default="", metavar="WORD", help="parts with this in their names")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal; needs --out")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for the rows, rather than benchmarks/results; no report"
-    )
-    parser.add_argument("--seconds", type=float, help="time for all parts (default: 520; with --full no limit)")
-    parser.add_argument("--dry-run", action="store_true", help="list the parts; needs no device")
-    return parser
-
-
-if __name__ == "__main__":
-    # An end asked for from outside unwinds like Ctrl-C, so that no part outlives this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    sys.exit(main())

@@ -114,7 +114,7 @@ class Runner:
         return time.time() >= self.deadline or self.stop.is_set()
 
     def record(self, part: Part, status: str, attempts: Sequence[Attempt]) -> dict[str, Any]:
-        """What is kept of a part: ``tests`` with their outcomes where it has any, else ``figures``, its JSON lines."""
+        """A part's entry in the results: ``tests`` with their outcomes where it has any, else ``figures``, its JSON lines."""
         record: dict[str, Any] = {
             "part": part.name,
             "kind": part.kind,
@@ -129,6 +129,12 @@ class Runner:
             record["figures"] = [line for attempt in attempts for line in attempt.lines]
         record["output"] = "\n".join(attempt.output[-4000:] for attempt in attempts)
         return record
+
+
+def tell(record: dict[str, Any]) -> None:
+    """Print how a part ended, and how many rows it gave."""
+    rows = f", {len(record['figures'])} rows" if record.get("figures") else ""
+    print(f"{record['status']:<12} {record['seconds']:6.1f} s  {record['kind']}: {record['part']}{rows}", flush=True)
 
 
 def run_while_it_tells(
