@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from crate_mae import __version__
 from crate_mae.analysis import MEASURES, OFFICIAL_EPS, Analysis, analyze
 from crate_mae.classifiers import Classifier, model_of
-from crate_mae.data import Normalization, Source
-from crate_mae.evaluation.features import standardised
+from crate_mae.data import Source
 from crate_mae.files import make_folder, replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures.layers import TRAINED, UNTRAINED, layers_picture
 from crate_mae.registry import count_parameters
 from crate_mae.training.run_folder import ANALYSIS, ANALYSIS_PICTURE, progress
-
-_Model = TypeVar("_Model", CrateMAE, Classifier)
 
 _COLUMNS = {
     "coding_rate_before": ("R^c before", "{:.1f}"),
@@ -45,8 +41,12 @@ def in_words(run: Path, model: CrateMAE) -> str:
     )
 
 
-def random_model(like: _Model, seed: int = 0) -> _Model:
-    """A model of the same config with random weights, the same for one seed, in evaluation."""
+@overload
+def random_model(like: CrateMAE, seed: int = 0) -> CrateMAE: ...
+@overload
+def random_model(like: Classifier, seed: int = 0) -> Classifier: ...
+def random_model(like: CrateMAE | Classifier, seed: int = 0) -> CrateMAE | Classifier:
+    """A model of the same configuration with random weights, the same for one seed, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model_of(like.config).eval()
@@ -54,18 +54,15 @@ def random_model(like: _Model, seed: int = 0) -> _Model:
 
 def analyze_models(
     models: Mapping[str, CrateMAE],
-    images: Dataset[Tensor],
-    normalization: Normalization,
+    batches: Callable[[], Iterable[Tensor]],
     *,
-    batch_size: int = 20,
     done: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Analysis]:
     """``crate_mae.analysis.analyze`` of each model on the same images.
 
     Args:
         models: by name; each stays where it is, and in its mode.
-        images: items uint8 [channels, height, width], as ``CentreCropped`` has them; all can be read.
-        batch_size: images that go through a model together; it changes memory alone.
+        batches: called for each model; gives the images as the model takes them, where the models are.
         done: told how many images each batch had, for a progress bar over images times models.
 
     Raises:
@@ -74,7 +71,7 @@ def analyze_models(
     analyses = {}
     for name, model in models.items():
         try:
-            analyses[name] = analyze(model, standardised(model, images, normalization, batch_size), done=done)
+            analyses[name] = analyze(model, batches(), done=done)
         except ValueError as error:
             raise ValueError(f"the {name} model: {error}") from error
     return analyses

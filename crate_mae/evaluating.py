@@ -258,8 +258,8 @@ def _class_lines(results: Results) -> list[str]:
         ]
         for method in results.methods
     }
-    first = shares[results.methods[0]]
-    order = sorted((number for number in range(len(first)) if first[number] is not None), key=lambda n: -first[n])
+    first = {number: share for number, share in enumerate(shares[results.methods[0]]) if share is not None}
+    order = sorted(first, key=first.__getitem__, reverse=True)
     lines = [f"  {'class':<22}" + "".join(f"{TITLES[method]:>24}" for method in results.methods)]
     shown: Sequence[int | None] = order
     if len(order) > _SHOWN:

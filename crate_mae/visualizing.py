@@ -77,7 +77,7 @@ def visualize(
     place = place_of_layer(config, layer)
     check_mass(mass)
     for name, pixels in zip(names, images, strict=True):
-        grid = grid_of(tuple(pixels.shape[-2:]), config.patch_size)
+        grid = grid_of(pixels.shape[-2:], config.patch_size)
         check_query(query, grid, name)
         check_mask_ratio(mask_ratio, grid, name)
 
@@ -174,8 +174,10 @@ def _pictures(
     caption: str,
 ) -> Iterator[tuple[str, Image.Image]]:
     """Each when the one before is written, since they are large."""
-    given = {"norm_pix_loss": config.norm_pix_loss, "caption": caption}
-    yield "reconstructions.png", reconstructions_picture(shown, names, config.patch_size, **given)
+    reconstructed = reconstructions_picture(
+        shown, names, config.patch_size, norm_pix_loss=config.norm_pix_loss, caption=caption
+    )
+    yield "reconstructions.png", reconstructed
     yield "attention.png", attention_picture(views, names, layer, query, caption)
     yield "attention_layers.png", layers_picture(views, names, query, caption)
     yield "segmentation.png", segmentation_picture(views, names, layer, query, mass, caption)

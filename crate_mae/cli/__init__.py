@@ -8,6 +8,7 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
@@ -127,10 +128,11 @@ def _run(arguments: list[str]) -> str:
         if argument.startswith("--"):
             option, _, argument = argument.partition("=")
         check_argument(option, argument)
-    defaults: dict[str, object] = {}
+    defaults: dict[str, Any] = {}
     options = ["--help", "--version", DEBUG]
     try:
-        if module := TRAINING.get(arguments[0]):
+        module = TRAINING.get(arguments[0])
+        if module:
             arguments, defaults = module.read_ahead(arguments)
         set_loader("yaml", load, (yaml.YAMLError, ValueError))
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -144,10 +146,12 @@ def _run(arguments: list[str]) -> str:
         )
         commands = parser.add_subcommands()
         parsers = {
-            **pretraining.add_commands(commands, {} if arguments[0] == "finetune" else defaults),
-            "finetune": finetuning.add_command(commands, defaults if arguments[0] == "finetune" else {}),
-            **{name: module.add_command(commands) for name, module in OTHERS.items()},
-        }
+            name: each.make_parser(name, defaults if each is module else {}) for name, each in TRAINING.items()
+        } | {name: each.make_parser() for name, each in OTHERS.items()}
+        helps = {name: each.HELP[name] for name, each in TRAINING.items()}
+        helps |= {name: each.HELP for name, each in OTHERS.items()}
+        for name, own in parsers.items():
+            commands.add_subcommand(name, own, help=helps[name])
         if arguments[0] in parsers:
             options = [*parsers[arguments[0]]._option_string_actions, DEBUG]
         chosen = parser.parse_args(arguments)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from crate_mae.analyzing import (
     random_model,
     write_analysis,
 )
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.pretraining import config_of
 from crate_mae.cli.runs import check_run, is_run, model_of, normalization_of
 from crate_mae.cli.settings import path_of
@@ -35,15 +37,14 @@ from crate_mae.training.precision import choose_device, cpu_threads
 from crate_mae.training.run_folder import IMAGES, STATES, refuse_unwritable
 from crate_mae.training.states import SavedState, load_state_weights, saved_states
 
+HELP = "Measure what each layer of a run's model does to tokens."
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `analyze` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Measures layer by layer how far tokens are compressed and made sparse, and what attention looks at; "
+
+def make_parser() -> ArgumentParser:
+    """The parser of `analyze`."""
+    parser = command_parser(
+        "Measures layer by layer how far tokens are compressed and made sparse, and what attention looks at; "
         "writes analysis.json and analysis.png.",
-        epilog=DEBUG_HELP,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "run", metavar="RUN", type=Path, help="Folder of a run, or of a model alone, which needs --data."
@@ -60,7 +61,6 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
     parser.add_argument("--out", type=Path, help="Folder for the files; by default, RUN.")
     parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
     parser.add_argument("--batch_size", type=int, default=20, help="Images at once: fewer need less memory.")
-    commands.add_subcommand("analyze", parser, help="Measure what each layer of a run's model does to tokens.")
     return parser
 
 
@@ -93,10 +93,11 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     threads = min(config.run.threads if config else 0, os.cpu_count() or 1)
     with cpu_threads(threads), Progress((1 + asked.untrained + len(states)) * len(images), "analyze", say) as progress:
 
+        def batches() -> Iterator[Tensor]:
+            return (normalization(part.to(device)) for part in torch.stack(images).split(asked.batch_size))
+
         def measure(name: str, of: CrateMAE) -> None:
-            analyses.update(
-                analyze_models({name: of}, images, normalization, batch_size=asked.batch_size, done=progress.update)
-            )
+            analyses.update(analyze_models({name: of}, batches, done=progress.update))
 
         # One at a time, so that no more than two models take memory.
         if asked.untrained:
@@ -192,6 +193,6 @@ def _of_state(saved: SavedState, trained: CrateMAE, config: PretrainConfig | Non
     weights = model.state_dict()
     if all(value.equal(weights[name]) for name, value in trained.state_dict().items()):
         raise ValueError("it is the trained model itself")
-    epoch, rest = divmod(saved.step, max(1, images // config.schedule.batch_size))
+    epoch, rest = divmod(saved.step, max(1, images // int(config.schedule.batch_size)))
     name = f"step {saved.step}" if rest else f"epoch {epoch}"
     return f"{name}, diverging" if saved.diverging else name, model

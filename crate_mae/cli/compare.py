@@ -9,21 +9,20 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.settings import path_of
 from crate_mae.comparing import ComparedRun, Comparison, Reading, Start, compare
 from crate_mae.files import make_folder, replaced
 from crate_mae.pictures.comparison import COLOURS, comparison_picture
 
+HELP = "Draw and tabulate runs side by side."
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `compare` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Draws the losses and errors of runs over steps, images and hours, and prints how far each has come, what "
+
+def make_parser() -> ArgumentParser:
+    """The parser of `compare`."""
+    parser = command_parser(
+        "Draws the losses and errors of runs over steps, images and hours, and prints how far each has come, what "
         "came of it, and in which settings they differ. Runs may be going on.",
-        epilog=DEBUG_HELP,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs",
@@ -33,7 +32,6 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         help=f"Folders of runs, all of pretrain or all of finetune, {len(COLOURS)} at most.",
     )
     parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="File for the picture, a PNG.")
-    commands.add_subcommand("compare", parser, help="Draw and tabulate runs side by side.")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -61,12 +62,15 @@ def spec_of(asked: Namespace, depths: Sequence[int]) -> FeatureSpec:
     return FeatureSpec(asked.pool, layer, asked.last, asked.norm)
 
 
-def num_workers_of(asked: str) -> int | str:
-    """The number that --num_workers says, or "auto".
+def number_or_auto(asked: Namespace, name: str) -> int | Literal["auto"]:
+    """The number that the option --`name` says, or "auto".
 
     Raises:
         ValueError: it is neither.
     """
-    if asked != "auto" and not (asked.isascii() and asked.isdigit()):
-        raise ValueError(f"--num_workers: expected a whole number, or auto, got {asked!r}")
-    return asked if asked == "auto" else int(asked)
+    value: str = asked[name]
+    if value == "auto":
+        return "auto"
+    if not (value.isascii() and value.isdigit()):
+        raise ValueError(f"--{name}: expected a whole number, or auto, got {value!r}")
+    return int(value)

@@ -23,12 +23,15 @@ from crate_mae.cli.training import (
     training_parser,
     with_configs,
 )
-from crate_mae.config import ClassifierConfig
+from crate_mae.config import ClassifierConfig, ModelConfig
 from crate_mae.finetuning import FinetuneConfig, FinetuneResult, Scores, finetune, plan
 from crate_mae.registry import CLASSIFIERS, MODELS
 from crate_mae.training.config import of_section
 
-ARCHITECTURES = {name: classifier_config(config) for name, config in {**CLASSIFIERS, **MODELS}.items()}
+HELP = {"finetune": "Train a classifier end to end, from a run, from a checkpoint or from random weights."}
+
+_ALL: dict[str, ModelConfig | ClassifierConfig] = {**CLASSIFIERS, **MODELS}
+ARCHITECTURES = {name: classifier_config(config) for name, config in _ALL.items()}
 """The published sizes; of CRATE-MAE, its encoder with a head."""
 
 PUBLISHED = ("family", "embed_dim", "depth", "num_heads")
@@ -67,13 +70,10 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     return [command, *options], defaults
 
 
-def add_command(commands: ArgumentParser, defaults: dict[str, Any]) -> ArgumentParser:
-    """Add `finetune` to the commands; returns its parser."""
+def make_parser(command: str, defaults: dict[str, Any]) -> ArgumentParser:
+    """The parser of `finetune`."""
     parser = training_parser(FinetuneConfig, defaults)
     add_architecture(parser, ARCHITECTURES)
-    commands.add_subcommand(
-        "finetune", parser, help="Train a classifier end to end, from a run, from a checkpoint or from random weights."
-    )
     return parser
 
 

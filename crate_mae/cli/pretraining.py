@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import CONFIG_FILE, read_mae_config
-from crate_mae.cli.errors import DEBUG_HELP, worded
+from crate_mae.cli.errors import worded
 from crate_mae.cli.mae_flags import in_our_options
 from crate_mae.cli.settings import check_json, read_settings
 from crate_mae.cli.training import (
@@ -44,6 +44,11 @@ PUBLISHED = ("embed_dim", "depth", "num_heads", "decoder_depth", "decoder_num_he
 """What sets the published sizes apart."""
 
 DEMO_FOLDER = Path("runs/demo")
+
+HELP = {
+    "pretrain": "Learn to reconstruct masked images from a folder of them.",
+    "demo": "Pre-train a small CRATE-MAE on the photographs shipped with the package; minutes on two CPU cores.",
+}
 
 
 def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -89,28 +94,22 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     return [command, *options], defaults
 
 
-def add_commands(commands: ArgumentParser, defaults: dict[str, Any]) -> dict[str, ArgumentParser]:
-    """Add `pretrain` and `demo` to the commands; returns their parsers."""
-    pretrain_parser, demo_parser = training_parser(PretrainConfig, defaults), training_parser(PretrainConfig, defaults)
-    add_architecture(pretrain_parser, MODELS)
-    pretrain_parser.epilog = (
-        "The flags of facebookresearch/mae's main_pretrain.py (--blr, --data_path, --accum_iter...) are understood, too. "
-        + DEBUG_HELP
+def make_parser(command: str, defaults: dict[str, Any]) -> ArgumentParser:
+    """The parser of `pretrain` or `demo`."""
+    if command == "demo":
+        return training_parser(PretrainConfig, defaults)
+    parser = training_parser(
+        PretrainConfig,
+        defaults,
+        "The flags of facebookresearch/mae's main_pretrain.py (--blr, --data_path, --accum_iter...) are understood, too.",
     )
-    pretrain_parser.add_argument(
+    add_architecture(parser, MODELS)
+    parser.add_argument(
         "--recipe",
         choices=list(RECIPES),
         help="Published settings to start from, which options and configs go over: those of MAE, or of the CRATE-MAE paper.",
     )
-    commands.add_subcommand(
-        "pretrain", pretrain_parser, help="Learn to reconstruct masked images from a folder of them."
-    )
-    commands.add_subcommand(
-        "demo",
-        demo_parser,
-        help="Pre-train a small CRATE-MAE on the photographs shipped with the package; minutes on two CPU cores.",
-    )
-    return {"pretrain": pretrain_parser, "demo": demo_parser}
+    return parser
 
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:

@@ -53,7 +53,9 @@ def normalization_of(run: Path) -> Normalization:
 def model_of(run: Path) -> CrateMAE:
     """Its CrateMAE. Errors as of ``backbone_of`` and ``read_mae_config``."""
     read_mae_config(run)
-    return backbone_of(run)
+    model = backbone_of(run)
+    assert isinstance(model, CrateMAE)
+    return model
 
 
 def backbone_of(run: Path) -> CrateMAE | Classifier:

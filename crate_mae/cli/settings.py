@@ -35,12 +35,12 @@ def names_of(kind: type[TrainingConfig]) -> Names:
     """The settings of a kind of run."""
     fields = dataclasses.fields(kind)
     sections = {
-        each.name: {inner.name: inner.type for inner in dataclasses.fields(each.default_factory)}
+        each.name: {inner.name: str(inner.type) for inner in dataclasses.fields(each.default_factory())}
         for each in fields
         if each.default_factory is not dataclasses.MISSING
     }
     others = [each for each in fields if each.name not in sections]
-    lists = [each.name for each in others if each.type.startswith("tuple")]
+    lists = [each.name for each in others if str(each.type).startswith("tuple")]
     return Names(sections, [each.name for each in others if each.name not in lists], lists)
 
 
@@ -107,7 +107,7 @@ def check_finite(text: str) -> None:
                     opened.append((anchor, values))
                 elif isinstance(event, yaml.AliasEvent) and anchor in [name for name, _ in opened]:
                     raise EndlessSettings(f"*{anchor} refers to itself")
-                values += sizes.get(anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
+                values += sizes.get(str(anchor), 1) if isinstance(event, yaml.AliasEvent) else 1
             if len(opened) > _DEEPEST:
                 raise EndlessSettings(f"nested more than {_DEEPEST} deep")
             if values > _MOST_VALUES:

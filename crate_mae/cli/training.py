@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import CONFIG_FILE
-from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.lists import with_lists_joined
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.settings import Names, check_json, names_of, path_of, read_settings
 from crate_mae.config import ClassifierConfig, ModelConfig
 from crate_mae.training.config import TrainingConfig
@@ -226,9 +226,15 @@ def published_model(
     return model
 
 
-def training_parser(kind: type[TrainingConfig], defaults: dict[str, object]) -> ArgumentParser:
-    """The parser of a command that trains."""
-    parser = ArgumentParser(epilog=DEBUG_HELP, exit_on_error=False, allow_abbrev=False)
+def training_parser(kind: type[TrainingConfig], defaults: dict[str, Any], epilog: str = "") -> ArgumentParser:
+    """The parser of a command that trains.
+
+    Args:
+        kind: whose settings are its options.
+        defaults: of its options, where they are others than those of `kind`.
+        epilog: as of `command_parser`.
+    """
+    parser = command_parser(epilog=epilog)
     parser.add_argument("--config", action="config", help="File of settings, such as the config.json of another run.")
     parser.add_argument(
         "--resume",

@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.analyzing import in_words
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.runs import check_run, check_seed, model_of, normalization_of, trained_ratio
 from crate_mae.cli.settings import path_of
 from crate_mae.config import ModelConfig, grid_of
@@ -43,14 +43,15 @@ MOST_MEMORY = 8 * 2**30
 """Bytes for what is kept of all images together."""
 
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `visualize` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Draws what goes on inside a model: reconstructions, attention, the regions that heads pick out, tokens in "
+HELP = "Show what goes on inside a run's model, on images of your own."
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of `visualize`."""
+    parser = command_parser(
+        "Draws what goes on inside a model: reconstructions, attention, the regions that heads pick out, tokens in "
         "colour, and an image's path through the layers; and a page to look around in.",
-        epilog=f"Layers, rows and columns are counted from 1, as the pictures number them. {DEBUG_HELP}",
-        exit_on_error=False,
-        allow_abbrev=False,
+        "Layers, rows and columns are counted from 1, as the pictures number them.",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run, such as runs/demo.")
     parser.add_argument(
@@ -82,7 +83,6 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
     parser.add_argument("--mask_ratio", type=float, help="Fraction of the patches removed; by default, the run's own.")
     parser.add_argument("--seed", type=int, default=0, help="Fixes which patches are removed.")
     parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
-    commands.add_subcommand("visualize", parser, help="Show what goes on inside a run's model, on images of your own.")
     return parser
 
 
@@ -126,7 +126,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     _refuse_too_much(images, model.config)
     names = [printable(path.name.encode(errors="surrogateescape")) for path in paths]
     for name, pixels in zip(names, images, strict=True):
-        grid = grid_of(tuple(pixels.shape[-2:]), model.config.patch_size)
+        grid = grid_of(pixels.shape[-2:], model.config.patch_size)
         check_query(query, grid, name, "--patch")
         check_mask_ratio(mask_ratio, grid, name, "--mask_ratio")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -74,13 +75,14 @@ def finetune(
     """
     run = train(FinetuneRun, config, resume, overwrite, callbacks)
     per_epoch, watch = run.steps_per_epoch, run.record.watch
+    assert isinstance(watch, ScoreWatch)
     return FinetuneResult(
         out=config.out,
         steps=run.step,
         epochs=run.step / per_epoch,
         train_images=len(run.train_images),
         val_images=len(run.val_images or ()),
-        classes=run.config.classes,
+        classes=run.classes,
         scores=run.errors,
         best=watch.best,
         best_epoch=None if watch.best_step is None else watch.best_step / per_epoch,
@@ -92,11 +94,20 @@ def plan(config: FinetuneConfig, *, resume: Resume = False, overwrite: bool = Fa
     return planned(FinetuneRun, config, resume, overwrite)
 
 
-class FinetuneRun(Run[FinetuneConfig, Scores]):
-    """Images are classified; what goes with the pixels is the class."""
+class FinetuneRun(Run[FinetuneConfig, Classifier, Scores]):
+    """Images are classified; what goes with the pixels is the class.
+
+    Attributes:
+        classes: the names of the classes, in the order of the logits.
+        labels, val_labels: the class of each image to train on and to validate on, by its place among these.
+    """
 
     beside = "label"
     watch = ScoreWatch
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    val_labels: np.ndarray | None
 
     def _settled(self, resumed: bool) -> FinetuneConfig:
         config, classes = self.config, self.config.classes
@@ -105,13 +116,13 @@ class FinetuneRun(Run[FinetuneConfig, Scores]):
             if config.classes not in (None, classes):
                 raise ValueError(f"classes: a resumed run keeps those it has, {', '.join(classes)}")
         with of_option("--data"):
-            classes = classes or classes_of(self.train_images, self.val_images)
-            self.labels = labels_among(self.train_images, classes)
+            self.classes = classes or classes_of(self.train_images, self.val_images)
+            self.labels = labels_among(self.train_images, self.classes)
         with of_option("--val" if config.val else "--data"):
-            self.val_labels = labels_among(self.val_images, classes) if self.val_images else None
+            self.val_labels = labels_among(self.val_images, self.classes) if self.val_images else None
         with of_section("model"):
-            model = dataclasses.replace(config.model, num_classes=len(classes))
-        return dataclasses.replace(config, classes=classes, model=model)
+            model = dataclasses.replace(config.model, num_classes=len(self.classes))
+        return dataclasses.replace(config, classes=self.classes, model=model)
 
     def _model(self, resumed: bool) -> Classifier:
         try:
@@ -128,7 +139,7 @@ class FinetuneRun(Run[FinetuneConfig, Scores]):
         return {"labels": self.labels}
 
     def _validation(self) -> Scoring | None:
-        if self.val_images is None:
+        if self.val_images is None or self.val_labels is None:
             return None
         model = self.config.model
         return Scoring(

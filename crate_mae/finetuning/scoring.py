@@ -106,7 +106,7 @@ def _sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class ScoreWatch(DivergenceWatch):
-    """For which the best validation is that with the highest top-1, and of several that with the least loss.
+    """A watch for which the best validation is the one with the highest top-1; among equals, the one with the least loss.
 
     Attributes:
         best_top1, best_top5: of the best validation.
@@ -118,17 +118,20 @@ class ScoreWatch(DivergenceWatch):
     @property
     def best(self) -> Scores | None:
         """The scores of the best validation."""
-        if self.best_step is None:
+        loss, top1, top5, guess = self.best_val_loss, self.best_top1, self.best_top5, self.fill
+        if loss is None or top1 is None or top5 is None or guess is None:
             return None
-        return Scores(self.best_val_loss, self.best_top1, self.best_top5, self.fill)
+        return Scores(loss, top1, top5, guess)
 
     def validated(self, step: int, errors: Measured) -> bool:
         is_best = super().validated(step, errors)
         if is_best:
+            assert isinstance(errors, Scores)
             self.best_top1, self.best_top5 = errors.val_top1, errors.val_top5
         return is_best
 
     def is_better(self, errors: Measured) -> bool:
+        assert isinstance(errors, Scores)
         best = self.best
         return best is None or (errors.val_top1, -errors.val_loss) > (best.val_top1, -best.val_loss)
 

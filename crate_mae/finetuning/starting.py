@@ -49,6 +49,7 @@ def _of_file(config: ClassifierConfig, path: Path) -> CrateMAE | Classifier:
     """The model in a file of weights, of which the configuration says what no weights do; errors as of ``fitting``."""
     weights = plain_names(read_weights(path), path)
     head = f"{model_of(dataclasses.replace(config, depth=0)).head_name}.weight"
+    model: CrateMAE | Classifier
     if config.family == "crate_mae" and head not in weights:
         model = CrateMAE(_mae_config(config, weights))
     else:

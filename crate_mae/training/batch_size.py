@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -36,38 +35,39 @@ def with_batch_chosen(
         ValueError: there are too few images, or too few in a step for so many processes and parts; or not even one fits.
     """
     schedule, count = config.schedule, ranks.count
-    size, parts = schedule.batch_size, schedule.accumulate
-    if size == "auto" and images < count:
+    asked, parts = schedule.batch_size, schedule.accumulate
+    if asked == "auto" and images < count:
         raise ValueError(f"schedule.batch_size: expected an image for each of {count} processes, there are {images}")
-    if size != "auto" and size > images:
+    if asked != "auto" and asked > images:
         raise ValueError(
-            f"schedule.batch_size: expected 1 to {images}, the number of training images, got {size}; "
+            f"schedule.batch_size: expected 1 to {images}, the number of training images, got {asked}; "
             "lower --schedule.batch_size"
         )
-    if size != "auto" and size < count:
-        raise ValueError(f"schedule.batch_size: expected {count} or more, an image for each process, got {size}")
+    if asked != "auto" and asked < count:
+        raise ValueError(f"schedule.batch_size: expected {count} or more, an image for each process, got {asked}")
     why = []
-    if "auto" in (size, parts):
-        share = (images if size == "auto" else -(-size // count * count)) // count
+    if asked == "auto" or parts == "auto":
+        share = (images if asked == "auto" else -(-asked // count * count)) // count
         trials = _Trials(loss_of, device)
         fitting = fit(trials, device, share, later=_allocated_later(config, model, count), processes=ranks.local_count)
         model.zero_grad(set_to_none=True)
         fitting = min(ranks.gathered(fitting))  # of the device that takes the fewest
         most = fitting.batch
-        if size == "auto":
+        if asked == "auto":
             parts = 1 if parts == "auto" else parts
             size = min(most * count * parts, images)
         else:
-            parts = -(-share // most)
+            size, parts = asked, -(-share // most)
         of_all = ", all there are," * (size == images)
         why.append(f"batch of {size} images{of_all} in {parts} part{'s' * (parts > 1)}: {fitting.in_words}")
+    else:
+        size = asked
     if parts > size // count:
         raise ValueError(
             f"schedule.accumulate: expected 1 to {size // count}, an image of the {size} of a step for each part of each of "
             f"{count} process{'es' * (count > 1)}, got {parts}"
         )
-    chosen = dataclasses.replace(schedule, batch_size=size, accumulate=parts)
-    return dataclasses.replace(config, schedule=chosen), why
+    return config.with_schedule(batch_size=size, accumulate=parts), why
 
 
 class _Trials:

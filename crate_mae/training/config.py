@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from crate_mae.config import ModelConfig, fits_float32, grid_of
+from crate_mae.config import ClassifierConfig, ModelConfig, fits_float32, grid_of
 from crate_mae.data import IMAGENET_MEAN, IMAGENET_STD, absolute
 from crate_mae.training.sinks import PLACES
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -187,12 +190,19 @@ _LIMITS: dict[str, Limit] = {
 }
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """What to learn from and where to keep the result: the settings that all kinds of runs have.
+class _Sections:
+    """The sections that every kind of run has. Each kind makes fields of them, with its own defaults and in its own order."""
 
-    A kind adds its sections, ``model``, ``images``, ``optimizer``, ``schedule`` and ``run`` among them.
-    """
+    model: ModelConfig | ClassifierConfig
+    images: ImagesConfig
+    optimizer: OptimizerConfig
+    schedule: CommonSchedule
+    run: CommonRun
+
+
+@dataclass(frozen=True)
+class TrainingConfig(_Sections):
+    """What to learn from and where to keep the result: the settings that all kinds of runs have."""
 
     kind: ClassVar[str]
     """The command whose settings these are."""
@@ -254,6 +264,11 @@ class TrainingConfig:
                 f"schedule.min_lr: expected at most the peak learning rate {peak:g} "
                 f"(optimizer.base_lr * schedule.batch_size / 256), got {self.schedule.min_lr:g}"
             )
+
+    def with_schedule(self, **changes: Any) -> Self:
+        """These settings with others in their section `schedule`."""
+        sections: dict[str, Any] = {"schedule": dataclasses.replace(self.schedule, **changes)}
+        return dataclasses.replace(self, **sections)
 
     @property
     def peak_lr(self) -> float:

@@ -95,7 +95,7 @@ def largest(needs: Callable[[int], float], room: float, most: int) -> int:
         )
     fitting, beyond = [(1, first)], most + 1
     while (low := fitting[-1][0]) + 1 < beyond:
-        on_the_line = _on_the_line(fitting, room)
+        on_the_line = _on_the_line(fitting, room, most)
         if on_the_line <= low:
             break
         bound = beyond - 1 if beyond > most else (low + beyond) // 2
@@ -107,13 +107,13 @@ def largest(needs: Callable[[int], float], room: float, most: int) -> int:
     return fitting[-1][0]
 
 
-def _on_the_line(fitting: list[tuple[int, float]], room: float) -> float:
-    """The number at which the line through the last two that fit leaves the room; 2 behind a first one alone."""
+def _on_the_line(fitting: list[tuple[int, float]], room: float, most: int) -> int:
+    """The largest number, up to `most`, that a line through the last two that fit keeps in the room; 2 if one alone was tried."""
     if len(fitting) == 1:
         return 2
     (few, less), (many, more) = fitting[-2:]
     slope = (more - less) / (many - few)
-    return many + math.floor((room - more) / slope) if slope > 0 else math.inf
+    return many + math.floor(min((room - more) / slope, most)) if slope > 0 else most
 
 
 def room(device: torch.device, processes: int = 1) -> float:

@@ -40,7 +40,11 @@ class EndedAtOnce(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether the run was asked to end, and by which signal first."""
+    """Whether the run was asked to end.
+
+    Attributes:
+        signal: the number of the signal that asked first; None as long as none has.
+    """
 
     def __init__(self, said: bytes = SAID, one_request: float | None = None) -> None:
         self.signal: int | None = None
@@ -51,6 +55,11 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def stopped(self, message: str) -> RunStopped:
+        """What to raise when the run has ended because it was asked to."""
+        assert self.signal is not None
+        return RunStopped(message, self.signal)
+
     def take(self, number: int, frame: object = None) -> None:
         """A signal handler. SIGUSR1 is a warning, as Slurm sends it ahead of SIGTERM: what follows counts as the first again.
 
@@ -58,7 +67,7 @@ class StopRequest:
             EndedAtOnce: it was asked before.
         """
         now, is_warning = time.monotonic(), number == getattr(signal, "SIGUSR1", None)
-        first = self.signal is None
+        first = not self
         if not first and not self._warned and not is_warning and now - self._at > self._one_request:
             raise EndedAtOnce(number)
         if first or (self._warned and not is_warning):

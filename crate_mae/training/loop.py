@@ -85,7 +85,7 @@ def plan(config: PretrainConfig, *, resume: Resume = False, overwrite: bool = Fa
     return planned(PretrainRun, config, resume, overwrite)
 
 
-class PretrainRun(Run[PretrainConfig, ValidationErrors]):
+class PretrainRun(Run[PretrainConfig, CrateMAE, ValidationErrors]):
     """Removed patches are reconstructed; what goes with the pixels is the noise that fixes which are removed."""
 
     beside = "noise"
@@ -123,7 +123,9 @@ class PretrainRun(Run[PretrainConfig, ValidationErrors]):
         shown = CentreCropped(self.val_images or self.train_images, model.image_shape, model.in_chans)
         self.look_inside = LookInside(shown, self.normalization, self.micro_batch, say)
         self.picture = Picture(shown, self.normalization, config, say)
-        return self.val_images and Validation(
+        if self.val_images is None:
+            return None
+        return Validation(
             shown,
             self.normalization,
             patches=self.patches,

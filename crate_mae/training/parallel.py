@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from crate_mae.backbone import Backbone
+from crate_mae.classifiers import Classifier
+from crate_mae.model import CrateMAE
 from crate_mae.training.ranks import Ranks
 
+Model_co = TypeVar("Model_co", bound="CrateMAE | Classifier", covariant=True)
 
-class Alone:
+
+class Alone(Generic[Model_co]):
     """A model on one process, which is all there is.
 
     Attributes:
@@ -27,12 +30,12 @@ class Alone:
         forward: the model as a step calls it.
     """
 
-    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+    def __init__(self, model: Model_co, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
         self.model, self.ranks = model, ranks
         # Of the steps alone: validation and pictures are few, and would be graphs of their own.
         self.forward: Callable[..., Any] = torch.compile(model, fullgraph=True) if compiled else model
 
-    def copy(self) -> Backbone:
+    def copy(self) -> Model_co:
         """A model of the same sizes on the first rank, whose weights may be anything."""
         return copy.deepcopy(self.model)
 
@@ -44,28 +47,30 @@ class Alone:
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[Backbone | None]:
+    def whole(self) -> Iterator[Model_co | None]:
         """The whole model on the first rank, and nothing on the others; all ranks come here."""
         yield self.model if self.ranks.is_first else None
 
 
-class _Several(Alone):
+class _Several(Alone[Model_co]):
     """A model on several processes.
 
     Attributes:
         twin: on the first rank, a whole model in the host's memory, for what is looked at and written while steps go on.
     """
 
-    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
-        self.twin = copy.deepcopy(model).cpu() if ranks.is_first else None
+    def __init__(self, model: Model_co, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+        self.twin = copy.deepcopy(model) if ranks.is_first else None
+        if self.twin is not None:
+            self.twin.cpu()
         super().__init__(model, ranks, compiled=compiled, accumulate=accumulate)
 
-    def copy(self) -> Backbone:
+    def copy(self) -> Model_co:
         assert self.twin is not None
         return self.twin
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[Backbone | None]:
+    def whole(self) -> Iterator[Model_co | None]:
         weights = whole_weights(self.model, self.ranks)
         if self.twin is None:
             yield None
@@ -73,21 +78,22 @@ class _Several(Alone):
         self.twin.load_state_dict(weights)
         device = next(self.model.parameters()).device
         try:
-            yield self.twin.to(device).train(self.model.training)
+            self.twin.to(device).train(self.model.training)
+            yield self.twin
         finally:
             self.twin.cpu()
 
 
-class Replicated(_Several):
+class Replicated(_Several[Model_co]):
     """Each rank has the model, and all gradients."""
 
-    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+    def __init__(self, model: Model_co, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
         super().__init__(model, ranks, compiled=compiled, accumulate=accumulate)
         self._replica = DistributedDataParallel(
             self.forward,
             gradient_as_bucket_view=True,
             static_graph=accumulate == 1,  # which steps of several micro-batches, synced in the last, are not
-            **{_BUFFERS: False},  # they are constants
+            **_CONSTANT_BUFFERS,
         )
         self.forward = self._replica
 
@@ -97,10 +103,10 @@ class Replicated(_Several):
             yield
 
 
-class Sharded(_Several):
+class Sharded(_Several[Model_co]):
     """Each rank has a part of each parameter, of its gradient and of the optimizer's means of it."""
 
-    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+    def __init__(self, model: Model_co, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
         if compiled:
             raise ValueError(
                 "run.compile: expected false with run.parallel fsdp2, whose layers are no one graph, got true"
@@ -119,17 +125,18 @@ class Sharded(_Several):
         yield
 
 
-_BUFFERS = (
+_CONSTANT_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"  # as PyTorch up to 2.12 calls it
-)
+    else "broadcast_buffers": False  # the name in PyTorch up to 2.12
+}
+"""The argument that keeps buffers, which are constants here, from being sent among the ranks at every step."""
 
 MODES: dict[str, type[Alone]] = {"ddp": Replicated, "fsdp2": Sharded}
 """How several processes share a model, by the setting's values."""
 
 
-def shard(model: Backbone, mesh: dist.DeviceMesh) -> None:
+def shard(model: CrateMAE | Classifier, mesh: dist.DeviceMesh) -> None:
     """Divide a model's parameters among the processes of a mesh, in place: each layer is whole while it computes, and the rest
     from its forward to the end of its backward. Parameters and operators are what they were while a layer computes."""
     for stack in (model.encoder_layers, getattr(model, "decoder_blocks", ())):

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from crate_kernels.tiles import check_same_on_all_ranks
+from crate_mae.classifiers import Classifier
 from crate_mae.data import BatchSampler, Normalization, PretrainImages, Sample
 from crate_mae.data.progress import say
 from crate_mae.flops import least_flops
+from crate_mae.model import CrateMAE
 from crate_mae.training.average import Average
 from crate_mae.training.batch_size import with_batch_chosen
 from crate_mae.training.callbacks import Callback
@@ -47,19 +48,21 @@ _FEW = 8
 """Images that a batch is made of which is only to see what a step needs."""
 
 Config = TypeVar("Config", bound=TrainingConfig)
+Model = TypeVar("Model", bound="CrateMAE | Classifier")
 Errors = TypeVar("Errors", bound=Measured)
+Errors_co = TypeVar("Errors_co", bound=Measured, covariant=True)
 
 
-class Validates(Protocol[Errors]):
+class Validates(Protocol[Errors_co]):
     """What measures a model on images held out."""
 
-    def __call__(self, model: Any) -> Errors: ...
+    def __call__(self, model: Any) -> Errors_co: ...
 
-    def unless(self, model: Any, stopped: Callable[[], object]) -> Errors | None:
+    def unless(self, model: Any, stopped: Callable[[], object]) -> Errors_co | None:
         """The measurement, or None where `stopped` was so before the last batch."""
 
 
-class Parts(ABC, Generic[Config, Errors]):
+class Parts(ABC, Generic[Config, Model, Errors]):
     """All that a run is made of. Its kind adds the model, the batches, the loss, the validation, and what is said and drawn.
 
     Attributes:
@@ -110,7 +113,8 @@ class Parts(ABC, Generic[Config, Errors]):
         )
 
         torch.manual_seed(config.run.seed)
-        model = self._model(resume is not False).to(self.device).train()
+        self.model: Model = self._model(resume is not False)
+        model = self.model.to(self.device).train()
         model.stream, model.recompute = config.run.stream, config.run.recompute
         self.config, self.why = config, _ = with_batch_chosen(
             config,
@@ -131,11 +135,10 @@ class Parts(ABC, Generic[Config, Errors]):
         if ranks.count > 1 and device.type == "cuda":
             check_same_on_all_ranks(device)
         mode = MODES[config.run.parallel] if isinstance(ranks, TorchrunRanks) else Alone
-        parallel = mode(model, ranks, compiled=config.run.compile, accumulate=self.accumulate)
-        self.model, self.parallel = parallel.model, parallel
+        self.parallel: Alone[Model] = mode(self.model, ranks, compiled=config.run.compile, accumulate=self.accumulate)
         decay = config.optimizer.average
         self.stepping = Step(
-            parallel,
+            self.parallel,
             self._optimizer(),
             self._loss_of,
             batch_size=batch_size,
@@ -177,9 +180,9 @@ class Parts(ABC, Generic[Config, Errors]):
         self.changed = ""
         if resume is not False:
             self.start, self.changed = self.record.go_on_from(resume), changed_settings(config)
-        if self.step > self.total_steps:
+        if self.record.step > self.total_steps:
             raise ValueError(
-                f"schedule.epochs: the run in {config.out} has done {self.step / self.steps_per_epoch:g}, "
+                f"schedule.epochs: the run in {config.out} has done {self.record.step / self.steps_per_epoch:g}, "
                 f"got {config.schedule.epochs}"
             )
         self.saves, self.saved_at = 0, time.monotonic()
@@ -189,7 +192,7 @@ class Parts(ABC, Generic[Config, Errors]):
         return self.config
 
     @abstractmethod
-    def _model(self, resumed: bool) -> nn.Module:
+    def _model(self, resumed: bool) -> Model:
         """The model, with the weights that the run starts from unless it is resumed; its images are known."""
 
     @abstractmethod
@@ -215,14 +218,14 @@ class Parts(ABC, Generic[Config, Errors]):
     def _said_of(self, errors: Errors) -> str:
         """A validation, in words."""
 
-    def _draw(self, model: nn.Module) -> None:
+    def _draw(self, model: Model) -> None:
         """Draw the picture of the run, if it has one."""
 
     def _look_is_due(self) -> bool:
         """Whether this step has a row of its own beside those of losses and validations."""
         return False
 
-    def _look(self, model: nn.Module) -> dict[str, Any] | None:
+    def _look(self, model: Model) -> dict[str, Any] | None:
         """What that row says, if there is something to say."""
         return None
 

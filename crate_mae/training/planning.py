@@ -156,7 +156,9 @@ class Plan(NamedTuple):
         )
 
 
-def planned(kind: type[Run], config: TrainingConfig, resume: Resume = False, overwrite: bool = False) -> Plan:
+def planned(
+    kind: type[Run[Any, Any, Any]], config: TrainingConfig, resume: Resume = False, overwrite: bool = False
+) -> Plan:
     """What a run of a kind would be, from a count and a few of its first steps, which are forgotten.
 
     Errors as of `train`. In processes that torchrun started all come here, and each gets a plan.
@@ -199,7 +201,7 @@ def planned(kind: type[Run], config: TrainingConfig, resume: Resume = False, ove
     )
 
 
-def _counted(run: Run[Any, Any]) -> tuple[int, int]:
+def _counted(run: Run[Any, Any, Any]) -> tuple[int, int]:
     """Bytes kept by the forward of a micro-batch, and what is alive at the most beside that and the weights.
 
     Counted on fake tensors, by the operations that the device would do; of a compiled model, by those of one that is not.
@@ -219,17 +221,17 @@ def _counted(run: Run[Any, Any]) -> tuple[int, int]:
         model.stream, model.recompute = run.config.run.stream, run.config.run.recompute
         weights = live.now
         images = run.micro_batch
-        batch = [
+        pixels, beside = (
             torch.empty(images, *of_one.shape[1:], dtype=of_one.dtype, device=run.device) for of_one in (pixels, beside)
-        ]
+        )
         before = live.now
-        loss = run._loss_of(model, *batch, 0)
-        kept = live.now - before + sum(tensor.nbytes for tensor in batch)
+        loss = run._loss_of(model, pixels, beside, 0)
+        kept = live.now - before + pixels.nbytes + beside.nbytes
         loss.backward()
     return kept, live.most - weights - kept
 
 
-def _measured(run: Run[Any, Any]) -> Measured:
+def _measured(run: Run[Any, Any, Any]) -> Measured:
     """Takes some of the first steps.
 
     Before them come steps in which libraries get ready, and what loaders have made ahead is used up.
@@ -271,7 +273,7 @@ def _measured(run: Run[Any, Any]) -> Measured:
     return Measured(taken, elapsed / taken, (feed.waited - waited) / elapsed)
 
 
-def _files(run: Run[Any, Any]) -> list[tuple[Path, str, int]]:
+def _files(run: Run[Any, Any, Any]) -> list[tuple[Path, str, int]]:
     """What the run would write."""
     config, out = run.config, run.config.out
     weights = sum(weight.nbytes for weight in run.model.state_dict().values())

@@ -7,7 +7,7 @@ from typing import Any
 from crate_mae.config import ModelConfig
 from crate_mae.training.config import ImagesConfig, OptimizerConfig, ScheduleConfig
 
-_MAE = {
+_MAE: dict[str, dict[str, Any]] = {
     "model": {"norm_pix_loss": True},
     "images": {"crop_scale": (0.2, 1.0), "flip": True, "blur": 0.0, "solarize": 0.0},
     "optimizer": {"base_lr": 1.5e-4, "betas": (0.9, 0.95), "weight_decay": 0.05, "clip_grad": 0.0},
@@ -15,7 +15,7 @@ _MAE = {
 }
 """MAE: arXiv 2111.06377, appendix A.1, table 8, and the commands of facebookresearch/mae, PRETRAIN.md."""
 
-_CRATE_MAE = {
+_CRATE_MAE: dict[str, dict[str, Any]] = {
     "model": {"norm_pix_loss": False},
     "images": {"crop_scale": (0.2, 1.0), "flip": True, "blur": 0.1, "solarize": 0.2},
     "optimizer": {"base_lr": 3e-5, "betas": (0.9, 0.95), "weight_decay": 0.1, "clip_grad": 0.0},

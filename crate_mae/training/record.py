@@ -283,9 +283,9 @@ class Record:
         saving.wait()
         if self.ranks.is_first:
             self._made_of(self._written)
-            twin = self.stepping.parallel.twin
-            twin.load_state_dict(self._weights)
-            save_model(twin, self.config.out)
+            whole = self.stepping.parallel.copy()
+            whole.load_state_dict(self._weights)
+            save_model(whole, self.config.out)
         self._weights = {}
 
     def _made_of(self, written: Path) -> None:

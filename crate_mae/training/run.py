@@ -9,11 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from crate_kernels import __version__
@@ -29,7 +27,7 @@ from crate_mae.training.interrupts import ONE_REQUEST_OF_RANKS, SAID, RunStopped
 from crate_mae.training.metrics import NonFiniteLoss, ProgressLines
 from crate_mae.training.ownership import owned
 from crate_mae.training.pace import product_rate
-from crate_mae.training.parts import Config, Errors, Parts, Resume
+from crate_mae.training.parts import Config, Errors, Model, Parts, Resume
 from crate_mae.training.precision import choose_device, cpu_threads
 from crate_mae.training.profiling import Profiler
 from crate_mae.training.ranks import LostRank, check_launcher, is_of_a_collective, local_rank, met
@@ -47,11 +45,12 @@ from crate_mae.training.step import Batch
 from crate_mae.training.unreadable import TooManyUnreadable
 
 T = TypeVar("T")
+AnyRun = TypeVar("AnyRun", bound="Run[Any, Any, Any]")
 
 
 def train(
-    kind: type[Run], config: TrainingConfig, resume: Resume, overwrite: bool, callbacks: Sequence[Callback] = ()
-) -> Run:
+    kind: type[AnyRun], config: TrainingConfig, resume: Resume, overwrite: bool, callbacks: Sequence[Callback] = ()
+) -> AnyRun:
     """Do a run of a kind in the folder of its configuration, with all processes that torchrun started; returns it when it has
     ended. Errors as of `pretrain`."""
     check_start(resume, overwrite)
@@ -86,7 +85,7 @@ def check_start(resume: Resume, overwrite: bool) -> None:
     check_launcher()
 
 
-class Run(Parts[Config, Errors]):
+class Run(Parts[Config, Model, Errors]):
     """One run in progress. Of several ranks each has one, and they do all together but speaking and writing."""
 
     _sinks: Sinks | None = None
@@ -310,16 +309,26 @@ class Run(Parts[Config, Errors]):
         self.record.save()
         if draw:
             self._shown(self._draw)
-            for name in self.pictures if self._sinks else ():
-                if (self.config.out / name).exists():
-                    self._sinks.picture(self.step, Path(name).stem, self.config.out / name)
+            for path in (self.config.out / name for name in self.pictures):
+                if self._sinks and path.exists():
+                    self._sinks.picture(self.step, path.stem, path)
         self.saves, self.saved_at = self.saves + 1, time.monotonic()
         self.record.meter.restart_clock()
 
-    def _shown(self, show: Callable[[nn.Module], T]) -> T:
-        """Show the whole model, with the weights that are exported, to what the first rank does with it, and return that."""
-        with self.stepping.shown(), self.parallel.whole() as model:
-            return self.ranks.of_first(lambda: show(model))
+    def _shown(self, show: Callable[[Model], T]) -> T:
+        """What the first rank makes of the whole model with the weights that are exported; returned on all ranks."""
+        with self.stepping.shown():
+            return self._of_whole(show)
+
+    def _of_whole(self, show: Callable[[Model], T]) -> T:
+        """What the first rank makes of the whole model as it stands; returned on all ranks."""
+        with self.parallel.whole() as model:
+
+            def on_first() -> T:
+                assert model is not None
+                return show(model)
+
+            return self.ranks.of_first(on_first)
 
     @contextlib.contextmanager
     def _saved_all_the_same(self) -> Iterator[None]:
@@ -377,7 +386,7 @@ class Run(Parts[Config, Errors]):
         )
         names = [self.train_images.name(index) for keys in batches for _, index in keys]
 
-        def look(model: nn.Module) -> str:
+        def look(model: Model) -> str:
             def again() -> Iterator[torch.Tensor]:
                 loader = ImageLoader(self.crops, batches, unreadable=lambda errors: None)
                 for pixels, beside in Feed(loader, self.device, self.beside):
@@ -385,5 +394,4 @@ class Run(Parts[Config, Errors]):
 
             return cause(error, model, again, names, self.config.out / BREAKDOWN)
 
-        with self.parallel.whole() as model:
-            return self.ranks.of_first(lambda: look(model))
+        return self._of_whole(look)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from contextlib import suppress
@@ -154,8 +153,7 @@ def with_its_batch_size(config: Config) -> Config:
     """The settings of a run that is resumed, with the batch size that it has where it is to be found."""
     if config.schedule.batch_size != "auto":
         return config
-    number = _settings_of_run(config)["schedule.batch_size"]
-    return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, batch_size=number))
+    return config.with_schedule(batch_size=_settings_of_run(config)["schedule.batch_size"])
 
 
 def changed_settings(config: TrainingConfig) -> str:
@@ -183,7 +181,8 @@ def _settings_of_run(config: TrainingConfig) -> dict[str, Any]:
 
 
 def by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    named = {}
+    """The settings by section.name, and those in no section by their names."""
+    named: dict[str, Any] = {}
     for name, value in settings.items():
         named |= (
             {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}

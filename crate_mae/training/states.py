@@ -177,7 +177,7 @@ def _read(path: Path, fits: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         for name, kind in _PARTS.items():
             if not isinstance(state, dict) or not isinstance(state.get(name), kind):
                 raise ValueError(f"it holds no {name}, as the state of a run does")
-        if state["step"] != int(_NAME.fullmatch(path.name)[1]):
+        if not (named := _NAME.fullmatch(path.name)) or state["step"] != int(named[1]):
             raise ValueError(f"it is of step {state['step']}")
         fits(state)
     except Exception as error:  # what is no state of ours may raise anything, with advice to trust it
@@ -189,7 +189,9 @@ def _read(path: Path, fits: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
 
 def random_state(ranks: Ranks) -> dict[str, Any]:
     """The states of this process' global generators of torch, NumPy and Python, as plain numbers and tensors."""
-    algorithm, keys, position, has_gauss, cached_gauss = np.random.get_state()
+    of_numpy = np.random.get_state()
+    assert isinstance(of_numpy, tuple)
+    algorithm, keys, position, has_gauss, cached_gauss = of_numpy
     return {
         "torch": torch.get_rng_state(),
         "cuda": _states_of_cuda(ranks),

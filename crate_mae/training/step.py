@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from crate_mae.classifiers import Classifier
 from crate_mae.layers import PreNorm
+from crate_mae.model import CrateMAE
 from crate_mae.training.average import Average
 from crate_mae.training.metrics import StepMeter
 from crate_mae.training.parallel import Alone, whole
@@ -44,7 +46,7 @@ class Step:
 
     def __init__(
         self,
-        parallel: Alone,
+        parallel: Alone[CrateMAE | Classifier],
         optimizer: torch.optim.Optimizer,
         loss_of: LossOf,
         *,
@@ -60,7 +62,7 @@ class Step:
         device = next(parallel.model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self._broken = torch.zeros((), device=device)
-        optimizer.found_inf = self._broken
+        optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # fused optimizers look for it, undeclared
         self.grad_norms: dict[str, float] = {}
         self._is_shown = False
 

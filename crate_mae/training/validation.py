@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch.utils.data import Dataset
 
-from crate_mae.data import ImageLoader, Normalization, UnreadableImage, in_order, part_of
+from crate_mae.data import CentreCropped, ImageLoader, Normalization, UnreadableImage, in_order, part_of
 from crate_mae.evaluation import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
 from crate_mae.model import CrateMAE, MAEOutput
 from crate_mae.pictures import predicted_patches
@@ -51,7 +51,7 @@ class Validation:
 
     def __init__(
         self,
-        images: Dataset[torch.Tensor],
+        images: CentreCropped | Sequence[torch.Tensor],
         normalization: Normalization,
         *,
         patches: int,
@@ -73,8 +73,9 @@ class Validation:
         rank, count = self.ranks.rank, self.ranks.count
         self._sizes = [len(batch) for batch in in_order(len(images), batch_size)]
         batches = [part_of(batch, rank, count) for batch in in_order(len(images), batch_size)]
-        self._loader = ImageLoader(images, batches, num_workers=num_workers, say=say, unreadable=unreadable)
-        self._fill_errors: Counter[str | float] = Counter()
+        dataset = cast("Dataset[torch.Tensor]", images)  # the loader asks for items by their numbers alone
+        self._loader = ImageLoader(dataset, batches, num_workers=num_workers, say=say, unreadable=unreadable)
+        self._fill_errors: dict[str | float, float] = {}
 
     @property
     def noise(self) -> torch.Tensor:
@@ -94,7 +95,7 @@ class Validation:
         was_training = model.training
         model.eval()
         first = not self._fill_errors  # which no model changes: they are measured once
-        sums: Counter[str | float] = Counter()
+        sums: defaultdict[str | float, float] = defaultdict(float)
         removed = 0.0
         generator = torch.Generator().manual_seed(self.seed)  # batch by batch, since of millions of images it is large
         for pixels, size in zip(self._loader, self._sizes, strict=True):
@@ -108,7 +109,7 @@ class Validation:
             if self.ranks.rank >= size:  # it has none of this batch
                 continue
             target = model.patchify(images)
-            guesses = {"model": predicted_patches(model, images, output.pred)}
+            guesses: dict[str | float, torch.Tensor] = {"model": predicted_patches(model, images, output.pred)}
             if first:
                 guesses |= _fills(model, images, output)
             for name, guess in guesses.items():

@@ -51,7 +51,7 @@ class WandbSink(Sink):
                 id=identity,
                 resume="allow" if identity else None,
                 config=config,
-                mode=mode,
+                mode=mode,  # type: ignore[arg-type]  # W&B itself refuses a $WANDB_MODE that there is not
                 allow_val_change=True,  # settings may, where a run is resumed
                 reinit="create_new",  # and leave alone whatever else this process sends
                 settings=self._wandb.Settings(
