@@ -32,7 +32,7 @@ _COLUMNS = {
 """Of the table: measures, their headings and how they are written."""
 
 
-def in_words(run: Path, model: CrateMAE) -> str:
+def model_in_words(run: Path, model: CrateMAE) -> str:
     """What a run's model is, and how far its training has come where its folder says so."""
     config, trained = model.config, progress(run)
     return (
@@ -124,7 +124,7 @@ def description(
     config, names = model.config, [source.name(index) for index in range(len(source))]
     bars = "error bars (trained and untrained)" if models > 2 else "error bars"
     caption = (
-        f"{run.absolute().name}: {in_words(run, model)}, lambda {config.lambd:g}; means over {len(names)} {which}, whole; "
+        f"{run.absolute().name}: {model_in_words(run, model)}, lambda {config.lambd:g}; means over {len(names)} {which}, whole; "
         f"{bars}: standard deviation over images"
     )
     images = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crate_mae.checkpoints import CONFIG_FILE
+from crate_mae.training.divergence import is_same_guess
 from crate_mae.training.metrics import MetricsLog
 from crate_mae.training.ownership import LOCK
-from crate_mae.training.run_folder import BREAKDOWN, METRICS, STARTS, STATES, by_name, kind_of
+from crate_mae.training.run_folder import BREAKDOWN, METRICS, STARTS, STATES, kind_of
+from crate_mae.training.sections import by_name
 from crate_mae.training.states import saved_states
 
 GUESSES = {"pretrain": ("mean_fill_loss", "mean fill"), "finetune": ("guess_loss", "guessing")}
 """By kind of run: the error that needs no model, in rows of validations, and what it is of. It tells measures apart."""
-
-_SAME = 1e-3
-"""Relative difference up to which guesses are of the same images and masks, as for `DivergenceWatch`."""
 
 _OF_TRAINING_LOSS = (
     "model.norm_pix_loss",
@@ -375,4 +373,4 @@ def _remarks(runs: Sequence[ComparedRun], differing: Mapping[str, object]) -> li
 
 
 def _is_same(guess: float | None, other: float | None) -> bool:
-    return guess is None or other is None or math.isclose(guess, other, rel_tol=_SAME)
+    return guess is None or other is None or is_same_guess(guess, other)

@@ -14,7 +14,7 @@ from crate_mae.analyzing import (
     analysis_lines,
     analyze_models,
     description,
-    in_words,
+    model_in_words,
     random_model,
     write_analysis,
 )
@@ -102,7 +102,7 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
             mask_ratio=config.schedule.mask_ratio,
             seed=config.run.seed,
             title=f"Inside CRATE-MAE: {config.out}",
-            caption=f"{config.out}: {in_words(config.out, model)}; photographs that the run validated on.",
+            caption=f"{config.out}: {model_in_words(config.out, model)}; photographs that the run validated on.",
         )
     return [
         f"On one page: {config.out / SUMMARY}",

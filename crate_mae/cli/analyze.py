@@ -17,11 +17,11 @@ from crate_mae.analyzing import (
     analysis_lines,
     analyze_models,
     description,
-    in_words,
+    model_in_words,
     random_model,
     write_analysis,
 )
-from crate_mae.cli.parsers import command_parser
+from crate_mae.cli.parsers import add_device, command_parser
 from crate_mae.cli.pretraining import config_of
 from crate_mae.cli.runs import check_run, is_run, model_of, normalization_of
 from crate_mae.cli.settings import path_of
@@ -59,7 +59,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--untrained", type=bool, default=True, help="Show a model with random weights, too.")
     parser.add_argument("--states", action="store_true", help="Show the states that the run has kept, too.")
     parser.add_argument("--out", type=Path, help="Folder for the files; by default, RUN.")
-    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
+    add_device(parser)
     parser.add_argument("--batch_size", type=int, default=20, help="Images at once: fewer need less memory.")
     return parser
 
@@ -123,7 +123,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     return "\n".join(
         [
             *analysis_lines(analyses),
-            f"{folder}: {in_words(folder, model)}.",
+            f"{folder}: {model_in_words(folder, model)}.",
             f"Look at {picture}; all numbers are in {numbers}.",
         ]
     )

@@ -7,6 +7,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from crate_mae.cli.parsers import add_device
 from crate_mae.evaluation import FeatureSpec
 
 
@@ -27,7 +28,7 @@ def add_features(parser: ArgumentParser) -> None:
 
 def add_computing(parser: ArgumentParser) -> None:
     """Add the options that say where and how they are computed, but for the batch."""
-    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
+    add_device(parser)
     parser.add_argument(
         "--precision",
         type=str,

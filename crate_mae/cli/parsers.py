@@ -20,3 +20,14 @@ def command_parser(description: str | None = None, epilog: str = "") -> Argument
         exit_on_error=False,
         allow_abbrev=False,
     )
+
+
+def add_device(parser: ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
+
+
+def add_masks(parser: ArgumentParser) -> None:
+    """Add the options that say which patches are removed from images."""
+    parser.add_argument("--mask_ratio", type=float, help="Fraction of the patches removed; by default, the run's own.")
+    parser.add_argument("--seed", type=int, default=0, help="Fixes which patches are removed.")

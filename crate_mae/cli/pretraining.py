@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from crate_mae.checkpoints import CONFIG_FILE, read_mae_config
 from crate_mae.cli.errors import worded
 from crate_mae.cli.mae_flags import in_our_options
-from crate_mae.cli.settings import check_json, read_settings
+from crate_mae.cli.settings import read_json, read_settings
 from crate_mae.cli.training import (
     add_architecture,
     config_from,
@@ -144,7 +144,7 @@ def config_of(run: Path) -> PretrainConfig:
 def _way_to_go_on(out: Path) -> list[str]:
     """The option with which a demo run in `out` before goes on; none for what is no demo, which no demo shall touch."""
     try:
-        check_json(out / CONFIG_FILE)
+        read_json(out / CONFIG_FILE)
         if not (out / CONFIG_FILE).exists() or read_mae_config(out) != demo_config(out).model:
             return []
     except ValueError:

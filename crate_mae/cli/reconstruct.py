@@ -8,7 +8,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 
-from crate_mae.cli.parsers import command_parser
+from crate_mae.cli.parsers import add_device, add_masks, command_parser
 from crate_mae.cli.runs import check_run, check_seed, model_of, normalization_of, trained_ratio
 from crate_mae.cli.settings import path_of
 from crate_mae.config import grid_of
@@ -31,9 +31,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run, such as runs/demo.")
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="Image files; their centre is taken.")
     parser.add_argument("--out", type=Path, default=Path("reconstructed.png"), help="File for the picture.")
-    parser.add_argument("--mask_ratio", type=float, help="Fraction of the patches removed; by default, the run's own.")
-    parser.add_argument("--seed", type=int, default=0, help="Fixes which patches are removed.")
-    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
+    add_masks(parser)
+    add_device(parser)
     return parser
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_model, read_mae_config, read_normalization
 from crate_mae.classifiers import Classifier
-from crate_mae.cli.settings import check_json
+from crate_mae.cli.settings import read_json
 from crate_mae.data.transforms import Normalization
 from crate_mae.model import CrateMAE
 from crate_mae.sharing.origin import RECIPE
@@ -26,7 +26,7 @@ def check_run(run: Path) -> None:
         raise wrong(
             f"RUN: expected the folder of a run, got {run}, {'a file' if run.exists() else 'which is not there'}"
         )
-    check_json(run / CONFIG_FILE)
+    read_json(run / CONFIG_FILE)
     if (run / CONFIG_FILE).exists() and not (run / WEIGHTS_FILE).exists():
         raise FileNotFoundError(
             f"RUN: {run} has no {WEIGHTS_FILE}: its run has not saved yet, or lost it; crate-mae pretrain --out {run} --resume "

@@ -149,20 +149,20 @@ def read_settings(
     return settings
 
 
-def check_json(file: Path) -> None:
-    """Refuse a file of a model's settings, if it is there, that is no JSON, or on which a reader would spend too much.
+def read_json(file: Path) -> Any:
+    """The content of a file of settings; None if it is not there.
 
     Raises:
-        ValueError: it is; the message names it.
+        ValueError: it is no JSON, or so large or nested that reading it would take too long; the message names it.
     """
     if not file.exists():
-        return
+        return None
     if not file.is_file():  # a pipe would be waited for
         raise ValueError(f"{file}: expected a file")
     try:
         text = _text_of(file)
         check_finite(text)
-        json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not whole JSON ({error})") from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.cli.lists import with_lists_joined
 from crate_mae.cli.parsers import command_parser
-from crate_mae.cli.settings import Names, check_json, names_of, path_of, read_settings
+from crate_mae.cli.settings import Names, names_of, path_of, read_json, read_settings
 from crate_mae.config import ClassifierConfig, ModelConfig
 from crate_mae.training.config import TrainingConfig
 from crate_mae.training.run_folder import kind_of
@@ -83,9 +82,8 @@ def add_architecture(parser: ArgumentParser, models: Iterable[str]) -> None:
 
 def _refuse_other_kind(out: Path, kind: type[TrainingConfig]) -> None:
     try:
-        check_json(out / CONFIG_FILE)  # a pipe would be waited for
-        settings = json.loads((out / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):  # which its reader tells
+        settings = read_json(out / CONFIG_FILE)
+    except ValueError:  # which its reader tells
         return
     if isinstance(settings, dict) and kind_of(settings) != kind.kind:
         raise ValueError(f"{out} holds a run of crate-mae {kind_of(settings)}, and that resumes it")
@@ -151,7 +149,7 @@ def defaults_of(
         ValueError: it cannot be read, or is of another size than the published one that is named as well.
     """
     try:
-        check_json(init / CONFIG_FILE)
+        saved = read_json(init / CONFIG_FILE)
         model = read(init)
     except (OSError, ValueError) as error:
         raise ValueError(f"--init: {error}") from error
@@ -161,7 +159,7 @@ def defaults_of(
             raise ValueError(
                 f"architecture: its {name} is {asked}, but the model in --init {init} has {has}; leave one of them out"
             )
-    images = json.loads((init / CONFIG_FILE).read_text(encoding="utf-8")).get("images", {})
+    images = saved.get("images", {})
     if not isinstance(images, dict):
         raise ValueError(f"--init: {init / CONFIG_FILE}: images: expected a section of settings, got {images!r}")
     for name in {"mean", "std"} & images.keys():

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from crate_mae.analyzing import in_words
-from crate_mae.cli.parsers import command_parser
+from crate_mae.analyzing import model_in_words
+from crate_mae.cli.parsers import add_device, add_masks, command_parser
 from crate_mae.cli.runs import check_run, check_seed, model_of, normalization_of, trained_ratio
 from crate_mae.cli.settings import path_of
 from crate_mae.config import ModelConfig, grid_of
@@ -80,9 +80,8 @@ def make_parser() -> ArgumentParser:
         help="The patch whose attention is drawn, instead of the class token.",
     )
     parser.add_argument("--mass", type=float, default=0.6, help="Share of a head's attention that makes a region.")
-    parser.add_argument("--mask_ratio", type=float, help="Fraction of the patches removed; by default, the run's own.")
-    parser.add_argument("--seed", type=int, default=0, help="Fixes which patches are removed.")
-    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
+    add_masks(parser)
+    add_device(parser)
     return parser
 
 
@@ -130,7 +129,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         check_query(query, grid, name, "--patch")
         check_mask_ratio(mask_ratio, grid, name, "--mask_ratio")
 
-    config, named = model.config, in_words(asked.run, model)
+    config, named = model.config, model_in_words(asked.run, model)
     with Progress(steps(len(images)), "visualize", say, unit="step") as progress:
         files = visualize(
             model,

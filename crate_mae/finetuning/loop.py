@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.classifiers import Classifier
 from crate_mae.data import LabelledCentreCropped
-from crate_mae.data.progress import say
 from crate_mae.finetuning.classes import classes_of, labels_among
 from crate_mae.finetuning.config import FinetuneConfig
 from crate_mae.finetuning.mixing import draw_mix, mixed, mixed_targets
@@ -145,12 +144,7 @@ class FinetuneRun(Run[FinetuneConfig, Classifier, Scores]):
         return Scoring(
             LabelledCentreCropped(self.val_images, self.val_labels, model.image_shape, model.in_chans),
             self.normalization,
-            batch_size=self.micro_batch * self.ranks.count,
-            precision=self.precision,
-            num_workers=self.num_workers,
-            say=say,
-            unreadable=self.unreadable,
-            ranks=self.ranks,
+            **self._measuring(),
         )
 
     def _loss(self, forward: Callable[..., Any], images: torch.Tensor, beside: torch.Tensor, step: int) -> torch.Tensor:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from crate_mae.classifiers import Classifier
-from crate_mae.data import ImageLoader, LabelledCentreCropped, Normalization, UnreadableImage, in_order, part_of
+from crate_mae.data import LabelledCentreCropped, Normalization
 from crate_mae.training.divergence import DivergenceWatch, Measured
+from crate_mae.training.held_out import HeldOut
 from crate_mae.training.precision import autocast
-from crate_mae.training.ranks import Ranks
 
 
 class Scores(NamedTuple):
@@ -39,45 +38,22 @@ class Scores(NamedTuple):
         return "guessing", self.guess_loss
 
 
-class Scoring:
+class Scoring(HeldOut[Classifier, Scores]):
     """Measures a classifier on the same images each time; in evaluation mode, without augmentation.
 
     Args:
-        images: with their classes.
-        unreadable: told of images that cannot be read, for each of which another stands in, with its own class.
-        ranks: which measure a part of each batch each, and all get the scores of all images.
+        images: with their classes; where an image cannot be read, another stands in, with its own class.
+        **measuring: as of `HeldOut`.
     """
 
-    def __init__(
-        self,
-        images: LabelledCentreCropped,
-        normalization: Normalization,
-        *,
-        batch_size: int,
-        precision: str = "float32",
-        num_workers: int = 0,
-        say: Callable[[str], None] = warnings.warn,
-        unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self.images, self.normalization, self.precision = images, normalization, precision
-        self.ranks = ranks or Ranks()
-        rank, count = self.ranks.rank, self.ranks.count
-        self._sizes = [len(batch) for batch in in_order(len(images), batch_size)]
-        batches = [part_of(batch, rank, count) for batch in in_order(len(images), batch_size)]
-        self._loader = ImageLoader(images, batches, num_workers=num_workers, say=say, unreadable=unreadable)
+    def __init__(self, images: LabelledCentreCropped, normalization: Normalization, **measuring: Any) -> None:
+        super().__init__((len(images), images), normalization, **measuring)
+        self.images = images
         shares = np.unique(images.labels, return_counts=True)[1] / len(images)
         self._guess_loss = float(-(shares * np.log(shares)).sum())
 
-    def __call__(self, model: Classifier) -> Scores:
-        """The scores of a model, which is in the mode it was in when this returns."""
-        scores = self.unless(model, lambda: False)
-        assert scores is not None
-        return scores
-
     @torch.no_grad()
     def unless(self, model: Classifier, stopped: Callable[[], object]) -> Scores | None:
-        """The scores, or None where `stopped` was so before the last batch."""
         device, was_training = next(model.parameters()).device, model.training
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -132,8 +108,9 @@ class ScoreWatch(DivergenceWatch):
 
     def is_better(self, errors: Measured) -> bool:
         assert isinstance(errors, Scores)
-        best = self.best
-        return best is None or (errors.val_top1, -errors.val_loss) > (best.val_top1, -best.val_loss)
+        if self.best_val_loss is None or self.best_top1 is None:
+            return True
+        return (errors.val_top1, -errors.val_loss) > (self.best_top1, -self.best_val_loss)
 
     def forget_best(self) -> None:
         super().forget_best()

@@ -15,10 +15,15 @@ _BEST, _GUESS = 3.0, 2.0
 """How many times the error of the best validation before, and of the guess, a validation has in such a run."""
 
 _SAME = 1e-3
-"""Relative difference up to which the error of the guess, which no model changes, is of the same images and masks."""
+"""The relative difference of two guesses' errors up to which they are of the same images and masks."""
 
 _MEMORY = 0.98
 """Of the running means, from one reading to the next."""
+
+
+def is_same_guess(error: float, other: float) -> bool:
+    """Whether two errors of guesses are of the same images and masks: no model changes them, and rounding hardly does."""
+    return math.isclose(error, other, rel_tol=_SAME)
 
 
 class Measured(Protocol):
@@ -78,7 +83,7 @@ class DivergenceWatch:
     def measures_anew(self, errors: Measured) -> bool:
         """Whether a validation is of other images, masks or scales than those before, so that the best starts over."""
         _, guess = errors.guess
-        anew = self.fill is not None and not math.isclose(self.fill, guess, rel_tol=_SAME)
+        anew = self.fill is not None and not is_same_guess(self.fill, guess)
         if anew:
             self.loss = self.grad_norm = None
             self.forget_best()

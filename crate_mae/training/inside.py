@@ -49,7 +49,7 @@ def values_of(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def in_words(analysis: Analysis) -> str:
+def layers_in_words(analysis: Analysis) -> str:
     """The first and the last layer of each stack, in a line."""
     parts = []
     for stack, measures in analysis.stacks.items():

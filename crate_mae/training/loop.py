@@ -17,7 +17,7 @@ from crate_mae.model import CrateMAE
 from crate_mae.registry import count_parameters
 from crate_mae.training.callbacks import Callback
 from crate_mae.training.config import PretrainConfig
-from crate_mae.training.inside import LookInside, in_words, values_of
+from crate_mae.training.inside import LookInside, layers_in_words, values_of
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.picture import Picture
 from crate_mae.training.planning import Plan, planned
@@ -130,13 +130,8 @@ class PretrainRun(Run[PretrainConfig, CrateMAE, ValidationErrors]):
             self.normalization,
             patches=self.patches,
             mask_ratio=schedule.mask_ratio,
-            batch_size=self.micro_batch * self.ranks.count,
             seed=config.run.seed,
-            precision=self.precision,
-            num_workers=self.num_workers,
-            say=say,
-            unreadable=self.unreadable,
-            ranks=self.ranks,
+            **self._measuring(),
         )
 
     def _loss(self, forward: Callable[..., Any], images: torch.Tensor, beside: torch.Tensor, step: int) -> torch.Tensor:
@@ -148,7 +143,7 @@ class PretrainRun(Run[PretrainConfig, CrateMAE, ValidationErrors]):
     def _look(self, model: CrateMAE) -> dict[str, Any] | None:
         if (seen := self.look_inside(model)) is None:
             return None
-        say(f"{self.epochs_done}: {in_words(seen)}")
+        say(f"{self.epochs_done}: {layers_in_words(seen)}")
         return values_of(seen)
 
     def _flops(self) -> int:

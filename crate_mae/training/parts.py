@@ -6,23 +6,22 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from crate_kernels.tiles import check_same_on_all_ranks
-from crate_mae.classifiers import Classifier
 from crate_mae.data import BatchSampler, Normalization, PretrainImages, Sample
 from crate_mae.data.progress import say
 from crate_mae.flops import least_flops
-from crate_mae.model import CrateMAE
 from crate_mae.training.average import Average
 from crate_mae.training.batch_size import with_batch_chosen
 from crate_mae.training.callbacks import Callback
 from crate_mae.training.config import TrainingConfig, of_section
-from crate_mae.training.divergence import DivergenceWatch, Measured
+from crate_mae.training.divergence import DivergenceWatch
 from crate_mae.training.feed import Feed, workers_for
+from crate_mae.training.held_out import Errors, HeldOut, Model
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.pace import Pace
 from crate_mae.training.parallel import MODES, Alone
@@ -36,7 +35,8 @@ from crate_mae.training.precision import (
 )
 from crate_mae.training.ranks import Ranks, TorchrunRanks
 from crate_mae.training.record import Record
-from crate_mae.training.run_folder import IMAGES, UNREADABLE, by_name, changed_settings, with_its_batch_size
+from crate_mae.training.run_folder import IMAGES, UNREADABLE, changed_settings, with_its_batch_size
+from crate_mae.training.sections import by_name
 from crate_mae.training.sinks import check_sinks
 from crate_mae.training.step import Batch, Step
 from crate_mae.training.unreadable import UnreadableImages
@@ -48,18 +48,6 @@ _FEW = 8
 """Images that a batch is made of which is only to see what a step needs."""
 
 Config = TypeVar("Config", bound=TrainingConfig)
-Model = TypeVar("Model", bound="CrateMAE | Classifier")
-Errors = TypeVar("Errors", bound=Measured)
-Errors_co = TypeVar("Errors_co", bound=Measured, covariant=True)
-
-
-class Validates(Protocol[Errors_co]):
-    """What measures a model on images held out."""
-
-    def __call__(self, model: Any) -> Errors_co: ...
-
-    def unless(self, model: Any, stopped: Callable[[], object]) -> Errors_co | None:
-        """The measurement, or None where `stopped` was so before the last batch."""
 
 
 class Parts(ABC, Generic[Config, Model, Errors]):
@@ -204,8 +192,19 @@ class Parts(ABC, Generic[Config, Model, Errors]):
         """What `PretrainImages` needs besides for the batches of this kind."""
 
     @abstractmethod
-    def _validation(self) -> Validates[Errors] | None:
+    def _validation(self) -> HeldOut[Model, Errors] | None:
         """The validation, if there are images for it; called when all else is there, but the state that is resumed."""
+
+    def _measuring(self) -> dict[str, Any]:
+        """The arguments of `HeldOut` that every kind of run gives."""
+        return {
+            "batch_size": self.micro_batch * self.ranks.count,
+            "precision": self.precision,
+            "num_workers": self.num_workers,
+            "say": say,
+            "unreadable": self.unreadable,
+            "ranks": self.ranks,
+        }
 
     @abstractmethod
     def _loss(self, forward: Callable[..., Any], images: torch.Tensor, beside: torch.Tensor, step: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from crate_mae.files import remove, remove_unfinished
 from crate_mae.pictures.inside import SHOWS
 from crate_mae.training.config import TrainingConfig
+from crate_mae.training.sections import by_name
 from crate_mae.training.sinks import clear_sinks
 from crate_mae.training.states import remove_unused_tensors, saved_states
 
@@ -178,13 +179,3 @@ def other_images(config: TrainingConfig, had: int, has: int) -> str:
 
 def _settings_of_run(config: TrainingConfig) -> dict[str, Any]:
     return by_name(json.loads((config.out / CONFIG_FILE).read_text(encoding="utf-8")))
-
-
-def by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings by section.name, and those in no section by their names."""
-    named: dict[str, Any] = {}
-    for name, value in settings.items():
-        named |= (
-            {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
-        )
-    return named

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import Dataset
 
-from crate_mae.data import CentreCropped, ImageLoader, Normalization, UnreadableImage, in_order, part_of
+from crate_mae.data import CentreCropped, Normalization, part_of
 from crate_mae.evaluation import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
 from crate_mae.model import CrateMAE, MAEOutput
 from crate_mae.pictures import predicted_patches
+from crate_mae.training.held_out import HeldOut
 from crate_mae.training.precision import autocast
-from crate_mae.training.ranks import Ranks
 
 
 class ValidationErrors(NamedTuple):
@@ -42,11 +41,15 @@ class ValidationErrors(NamedTuple):
         return "mean fill", self.mean_fill_loss
 
 
-class Validation:
+class Validation(HeldOut[CrateMAE, ValidationErrors]):
     """Measures a model on the same images with the same masks each time, so that epochs can be compared.
 
     Args:
-        ranks: which measure a part of each batch each, and all get the errors of all images.
+        images: uint8 [channels, height, width] each.
+        patches: of an image.
+        mask_ratio: fraction of them that is removed.
+        seed: fixes which.
+        **measuring: as of `HeldOut`.
     """
 
     def __init__(
@@ -56,25 +59,12 @@ class Validation:
         *,
         patches: int,
         mask_ratio: float,
-        batch_size: int,
         seed: int,
-        precision: str = "float32",
-        num_workers: int = 0,
-        say: Callable[[str], None] = warnings.warn,
-        unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
-        ranks: Ranks | None = None,
+        **measuring: Any,
     ) -> None:
-        self.images = images
-        self.normalization = normalization
-        self.mask_ratio = mask_ratio
-        self.precision = precision
-        self.patches, self.seed = patches, seed
-        self.ranks = ranks or Ranks()
-        rank, count = self.ranks.rank, self.ranks.count
-        self._sizes = [len(batch) for batch in in_order(len(images), batch_size)]
-        batches = [part_of(batch, rank, count) for batch in in_order(len(images), batch_size)]
-        dataset = cast("Dataset[torch.Tensor]", images)  # the loader asks for items by their numbers alone
-        self._loader = ImageLoader(dataset, batches, num_workers=num_workers, say=say, unreadable=unreadable)
+        dataset = cast("Dataset[torch.Tensor]", images)  # the loader takes items by their numbers, and nothing else
+        super().__init__((len(images), dataset), normalization, **measuring)
+        self.images, self.mask_ratio, self.patches, self.seed = images, mask_ratio, patches, seed
         self._fill_errors: dict[str | float, float] = {}
 
     @property
@@ -82,15 +72,8 @@ class Validation:
         """As of `mask_noise`, of all images."""
         return mask_noise(len(self.images), self.patches, self.seed)
 
-    def __call__(self, model: CrateMAE) -> ValidationErrors:
-        """The errors of a model, which is in the mode it was in when this returns."""
-        errors = self.unless(model, lambda: False)
-        assert errors is not None
-        return errors
-
     @torch.no_grad()
     def unless(self, model: CrateMAE, stopped: Callable[[], object]) -> ValidationErrors | None:
-        """The errors, or None where `stopped` was so before the last batch."""
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()

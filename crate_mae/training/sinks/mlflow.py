@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from crate_mae.training.sections import by_name
 from crate_mae.training.sinks.sink import Sink
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class MLflowSink(Sink):
         from mlflow.entities import Param, RunTag
         from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
-        settings = {name: str(value) for name, value in _by_name(config)}
+        settings = {name: str(value) for name, value in by_name(config).items()}
         for name, value in settings.items():
             if len(value) > MAX_PARAM_VAL_LENGTH:
                 settings[name] = value[:MAX_PARAM_VAL_LENGTH]
@@ -224,11 +225,3 @@ def _params_of(client: MlflowClient, run_id: str) -> dict[str, str] | None:
             return None
         raise
     return run.data.params if run.info.lifecycle_stage == "active" else None
-
-
-def _by_name(config: dict[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _by_name(value, f"{within}{name}.")
-        else:
-            yield within + name, value
