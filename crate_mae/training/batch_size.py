@@ -1,4 +1,4 @@
-"""How many images a step has, and in how many parts each device computes its share."""
+"""The batch size of a step, and the number of micro-batches in which each device computes its share of it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ def with_batch_chosen(
     device: torch.device,
     ranks: Ranks,
 ) -> tuple[Config, list[str]]:
-    """The settings with numbers for `schedule.batch_size` and `schedule.accumulate`, and why it is these, in words.
+    """Replace "auto" in `schedule.batch_size` and `schedule.accumulate` by numbers; also returns why these, in words.
 
     Args:
-        model: of this process alone, before it is shared.
-        loss_of: of a batch of so many images.
-        images: to train on.
+        config: the run's settings.
+        model: the model of this process, before it is replicated or sharded.
+        loss_of: the loss of a batch of the given number of images.
+        images: how many images there are to train on.
+        device: on which the batch must fit.
+        ranks: the processes of the run.
 
     Raises:
         ValueError: there are too few images, or too few in a step for so many processes and parts; or not even one fits.
@@ -51,7 +54,7 @@ def with_batch_chosen(
         trials = _Trials(loss_of, device)
         fitting = fit(trials, device, share, later=_allocated_later(config, model, count), processes=ranks.local_count)
         model.zero_grad(set_to_none=True)
-        fitting = min(ranks.gathered(fitting))  # of the device that takes the fewest
+        fitting = min(ranks.gathered(fitting))  # the device with the least room decides
         most = fitting.batch
         if asked == "auto":
             parts = 1 if parts == "auto" else parts
@@ -71,7 +74,7 @@ def with_batch_chosen(
 
 
 class _Trials:
-    """Forward and backward, as steps have them."""
+    """Does the forward and backward of a batch, without a trace in the random numbers."""
 
     def __init__(self, loss_of: Callable[[int], torch.Tensor], device: torch.device) -> None:
         self._loss_of = loss_of
@@ -83,8 +86,9 @@ class _Trials:
 
 
 def _allocated_later(config: TrainingConfig, model: nn.Module, count: int) -> int:
-    """Bytes that a run has beside those of a trial: AdamW's means, and an average; less the weights that are shared out then.
-    Gradients may be whole until the last part of a step."""
+    """Bytes that a run allocates beyond those of a trial: AdamW's means and the average of the weights.
+
+    With FSDP2 the weights are sharded then, which saves memory; gradients may stay whole until the last micro-batch of a step."""
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
     share = 1 / count if config.run.parallel == "fsdp2" else 1.0
     kept = 2 + bool(config.optimizer.average)
