@@ -108,7 +108,7 @@ class StepMeter:
         self._started, self._images_since, self._waited_before = time.perf_counter(), 0, self.waited
 
     def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, images: int) -> torch.Tensor:
-        """Add a step; returns 1 if its loss, or a gradient that must be, is not finite, else 0: a float32 scalar on the device."""
+        """Add a step; returns 1.0 on the device if its loss, or a gradient that must be finite, is not; else 0.0."""
         values = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         self._steps.append(step)
         self._values.append(values)

@@ -47,7 +47,7 @@ def product_rate(device: torch.device, precision: str) -> float:
 def _measured_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     """The measurement; `threads`, on which a CPU's rate depends, is there for the cache."""
     side = _SIDE.get(device.type, 768)
-    generator = torch.Generator(device).manual_seed(0)  # a generator of its own, so that the run's random numbers do not depend on this
+    generator = torch.Generator(device).manual_seed(0)  # not the run's own generator
     left, right = torch.randn(2, side, side, device=device, generator=generator).to(dtype).unbind()
     seconds = []
     for _ in range(1 + _TURNS):
@@ -56,7 +56,7 @@ def _measured_rate(device: torch.device, dtype: torch.dtype, threads: int) -> fl
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / min(seconds[1:])  # without the first, in which libraries are loaded,
+    return 2 * side**3 / min(seconds[1:])  # without the first, in which libraries are loaded
 
 
 class Pace:

@@ -1,4 +1,4 @@
-"""The reconstruction error on images held out, and the errors of guesses that any model must beat."""
+"""The reconstruction error on images held out, and the errors of simple guesses that any model must beat."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class ValidationErrors(NamedTuple):
     """Mean squared errors on removed patches, in normalised pixels; all on the same images and masks.
 
     Attributes:
-        val_loss: of the model. With `norm_pix_loss` its prediction is first brought back to pixels with the mean and
-            deviation of the true patch, so that the number can be held against the other errors.
-        mean_fill_loss: of filling the removed patches of an image with the mean of its visible ones; the better of the
-            mean patch (pixel by pixel) and the mean colour.
-        blur_loss: of the best Gaussian blur of the visible pixels, `evaluation.blurred_visible`.
-        blur_sigma: the standard deviation of that blur, in pixels: of those tried, the one with the least error.
+        val_loss: error of the model. With `norm_pix_loss` its prediction is first brought back to pixels with the mean and
+            deviation of the true patch, so that it can be compared with the other errors.
+        mean_fill_loss: error of filling removed patches with a mean of the image's visible ones: the mean patch (pixel by pixel)
+            or the mean colour, whichever is better.
+        blur_loss: error of the best Gaussian blur of the visible pixels, `evaluation.blurred_visible`.
+        blur_sigma: the standard deviation of that blur, in pixels.
     """
 
     val_loss: float
@@ -37,7 +37,7 @@ class ValidationErrors(NamedTuple):
 
     @property
     def guess(self) -> tuple[str, float]:
-        """What a run is held against that diverges, and its error."""
+        """The name and the error of the guess with which `DivergenceWatch` compares."""
         return "mean fill", self.mean_fill_loss
 
 
@@ -69,7 +69,7 @@ class Validation(HeldOut[CrateMAE, ValidationErrors]):
 
     @property
     def noise(self) -> torch.Tensor:
-        """As of `mask_noise`, of all images."""
+        """The noise of all images, see `mask_noise`."""
         return mask_noise(len(self.images), self.patches, self.seed)
 
     @torch.no_grad()
@@ -77,10 +77,10 @@ class Validation(HeldOut[CrateMAE, ValidationErrors]):
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        first = not self._fill_errors  # which no model changes: they are measured once
+        first = not self._fill_errors  # no model changes them, so they are measured once
         sums: defaultdict[str | float, float] = defaultdict(float)
         removed = 0.0
-        generator = torch.Generator().manual_seed(self.seed)  # batch by batch, since of millions of images it is large
+        generator = torch.Generator().manual_seed(self.seed)  # batch by batch: for millions of images the noise is large
         for pixels, size in zip(self._loader, self._sizes, strict=True):
             noise = part_of(torch.rand(size, self.patches, generator=generator), self.ranks.rank, self.ranks.count)
             if stopped():
@@ -89,7 +89,7 @@ class Validation(HeldOut[CrateMAE, ValidationErrors]):
             images = self.normalization(pixels.to(device))
             with autocast(self.precision, device):
                 output = model(images, mask_ratio=self.mask_ratio, noise=noise.to(device))
-            if self.ranks.rank >= size:  # it has none of this batch
+            if self.ranks.rank >= size:  # this rank has no image of this batch
                 continue
             target = model.patchify(images)
             guesses: dict[str | float, torch.Tensor] = {"model": predicted_patches(model, images, output.pred)}
@@ -110,12 +110,12 @@ class Validation(HeldOut[CrateMAE, ValidationErrors]):
 
 
 def mask_noise(images: int, patches: int, seed: int) -> torch.Tensor:
-    """[images, patches]: what fixes the masks of validation images, as in `model(images, mask_ratio, noise)`."""
+    """The noise [images, patches] that fixes the masks of validation images, for `model(images, mask_ratio, noise)`."""
     return torch.rand(images, patches, generator=torch.Generator().manual_seed(seed))
 
 
 def _fills(model: CrateMAE, images: torch.Tensor, output: MAEOutput) -> dict[str | float, torch.Tensor]:
-    """Guesses at all patches, [batch, patches or 1, patch values], by name, or of blurs by sigma in pixels."""
+    """Guesses at all patches, [batch, patches or 1, patch values], by name; blurs by their sigma in pixels."""
     target, side = model.patchify(images), model.config.patch_size
     grid = (images.shape[-2] // side, images.shape[-1] // side)
     visible = model.unpatchify((1 - output.mask).unsqueeze(-1).expand_as(target), grid=grid)
