@@ -33,7 +33,7 @@ _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 def fits_float32(*values: float) -> bool:
     """Whether all values are finite in float32, the precision in which models compute."""
-    return all(abs(value) <= _LARGEST_FLOAT32 for value in values)  # false for NaN
+    return all(abs(value) <= _LARGEST_FLOAT32 for value in values)  # NaN is not
 
 
 def _check(config: ModelConfig | ClassifierConfig) -> None:

@@ -1,4 +1,4 @@
-"""What a finished run has learnt, in a few lines and on one page: the end of ``crate-mae demo``."""
+"""The end of ``crate-mae demo``: what the run has learnt, in a few lines and on one page."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from crate_mae.training.validation import ValidationErrors, mask_noise
 from crate_mae.visualizing import visualize
 
 RANDOM_SEEDS = range(5)
-"""Of the encoders with random weights that the trained one stands beside."""
+"""Seeds of the encoders with random weights, with which the trained one is compared."""
 
 FOLDS = 5
-"""Of the cross-validation by which classes are found."""
+"""Folds of the cross-validation of classes."""
 
 ROWS = 6
 """Photographs on the page."""
@@ -51,10 +51,10 @@ _BATCH = 20
 
 
 def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
-    """Draw summary.png, analysis.png and the page of ``visualize`` into the run's folder, and say what they show in lines.
+    """Draw summary.png, analysis.png and the page of ``visualize`` into the run's folder; returns lines on what they show.
 
-    Classes are found among all images, by labels of others; pre-training saw those to train on too, and no label. Without
-    validation images nothing is drawn; without classes, or with too few images of one, the page does without them.
+    Classes are predicted for all images, each by the labels of others (cross-validation). Pre-training saw the training images,
+    but no label. Without validation images nothing is drawn; without classes, or with too few images of one, they are left out.
     """
     train, val, *_ = image_sets(config)
     if result.errors is None or val is None:
@@ -113,7 +113,7 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
 
 
 def _readable(source: Source) -> Source:
-    """The images of a source that can be read, those included that the run did not come to."""
+    """The images of a source that can be read; all are tried, since the run may not have met all."""
     found = [index for index in range(len(source)) if isinstance(looked_at(source, index), Looked)]
     return Subset(source, found) if len(found) < len(source) else source
 

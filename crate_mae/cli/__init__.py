@@ -1,4 +1,4 @@
-"""The `crate-mae` command: what the commands share. Each has a module."""
+"""The `crate-mae` command: parses the arguments, runs one of its commands, each of which has a module, and reports errors."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ OTHERS = {
     "share": share,
     "export": export,
 }
-"""Commands with a module of their own."""
+"""The commands that do not train, by their modules."""
 
 TRAINING = {"pretrain": pretraining, "demo": pretraining, "finetune": finetuning}
-"""Commands with options that are read ahead of others."""
+"""The commands that train; some of their options decide the defaults of others, and are read first."""
 
 COMMANDS = (*TRAINING, *OTHERS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; an error is one line on stderr, and with --debug anywhere among the arguments its traceback, too.
+    """Run the command. An error is one line on stderr; with --debug anywhere among the arguments, the traceback comes before it.
 
     Returns:
         The exit status.
@@ -74,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in given if argument != DEBUG]
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     try:
         report = _run(arguments)
         if not is_silent():
-            with suppress(OSError):  # of a pipe that nobody reads: all is done
+            with suppress(OSError):  # nobody reads the pipe any more, and all is done
                 print(report, flush=True)
         if launched() and argv is None:
             leave(0)
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, status = outcome(error, *arguments[:1])
         if (
             status > 128 and argv is None
-        ):  # the process ends now, and what Slurm sends next must not change its exit status
+        ):  # the process ends now, and Slurm's next signal must not change its exit status
             for number in STOPPING:
                 signal.signal(number, signal.SIG_IGN)
         if isinstance(error, RunStopped):
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = f"crate-mae: {one_line(message)}"
         if launched() and argv is None:
             end_of_rank(line, error, status)
-        with suppress(OSError):  # of a terminal that is gone; the exit status tells
+        with suppress(OSError):  # the terminal is gone; the exit status tells
             print(line, file=sys.stderr, flush=True)
         return status
     return 0
@@ -142,7 +142,7 @@ def _run(arguments: list[str]) -> str:
             epilog=DEBUG_HELP,
             version=__version__,
             exit_on_error=False,
-            allow_abbrev=False,  # what is read ahead has whole names only, and so both read the same
+            allow_abbrev=False,  # options that are read first need whole names, too
         )
         commands = parser.add_subcommands()
         parsers = {

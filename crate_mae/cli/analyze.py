@@ -89,7 +89,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     source, which, images, unreadable = _images(folder, model.config, config, asked.data, asked.images)
     states = list(reversed(saved_states(folder / STATES))) if asked.states else []
     analyses: dict[str, Analysis] = {}
-    # As many threads as the run had: models as small as the demo's are slower on two, where something else computes, too.
+    # As many threads as the run had: small models are slower on two if something else computes, too.
     threads = min(config.run.threads if config else 0, os.cpu_count() or 1)
     with cpu_threads(threads), Progress((1 + asked.untrained + len(states)) * len(images), "analyze", say) as progress:
 
@@ -99,7 +99,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         def measure(name: str, of: CrateMAE) -> None:
             analyses.update(analyze_models({name: of}, batches, done=progress.update))
 
-        # One at a time, so that no more than two models take memory.
+        # One after the other, so that no more than two models take memory.
         if asked.untrained:
             measure(UNTRAINED, random_model(model).to(device))
         for saved in states:
@@ -130,7 +130,14 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
 
 
 class _Images(NamedTuple):
-    """Images that can be read, which they are in words, each as the model takes it, and how many beside them cannot."""
+    """The images to analyse.
+
+    Attributes:
+        source: the images that can be read.
+        which: what they are, in words.
+        pixels: of each, at the model's size.
+        unreadable: how many more cannot be read.
+    """
 
     source: Source
     which: str
@@ -139,7 +146,7 @@ class _Images(NamedTuple):
 
 
 def _images(folder: Path, model: ModelConfig, config: PretrainConfig | None, data: str | None, most: int) -> _Images:
-    """Up to so many of the images that an option names, or else of the run's, spread evenly; read once for all models."""
+    """At most `most` images, spread evenly over those of --data, or else of the run; read once for all models."""
     if data is not None:
         with of_option("--data"):
             source, which = open_source(data, part="val"), f"images of {data}"
@@ -166,8 +173,8 @@ def _images(folder: Path, model: ModelConfig, config: PretrainConfig | None, dat
 
 
 def _images_of(folder: Path, config: PretrainConfig) -> tuple[Source, str]:
-    """The images that the run in a folder, which may have been moved, validated on, or else trained on."""
-    # Not all decoded: few of them are looked at.
+    """The images on which the run in a folder validated, or else trained, and what they are in words."""
+    # No cache of all decoded images: few of them are needed.
     few = dataclasses.replace(config.images, cache_mb=0)
     try:
         sets = image_sets(dataclasses.replace(config, out=folder, init=None, images=few), folder / IMAGES)
@@ -181,7 +188,7 @@ def _images_of(folder: Path, config: PretrainConfig) -> tuple[Source, str]:
 
 
 def _of_state(saved: SavedState, trained: CrateMAE, config: PretrainConfig | None) -> tuple[str, CrateMAE]:
-    """A state's model, by "epoch N" or "step N".
+    """The name of a state, "epoch N" or "step N", and its model.
 
     Raises:
         ValueError: it cannot be shown.

@@ -55,7 +55,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
-    """What to print: a table of figures, how it stands with each run, the settings that differ, and those changed on the way."""
+    """What to print: a table of figures, the state of each run, the settings that differ, and those changed when resumed."""
     runs = comparison.runs
     lines = _table(["", *(run.name for run in runs)], [[name, *map(of, runs)] for name, of in _figures(comparison)])
     lines += ["", *_table(None, [[f"{run.name}:", run.state] for run in runs])]
@@ -75,7 +75,7 @@ def _changed(start: Start) -> str:
 
 
 def _figures(comparison: Comparison) -> Iterator[tuple[str, Callable[[ComparedRun], str]]]:
-    """Rows of the table: a name, and what it is of a run."""
+    """Rows of the table: a name, and the function that gives a run's figure."""
     yield "steps", lambda run: f"{run.step:,}"
     yield "epochs", lambda run: run.progress
     yield "images", lambda run: f"{run.images:,}"
@@ -104,12 +104,12 @@ def _clock(hours: float) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting as --config has it, without quotation marks."""
+    """A setting as in a --config, without quotation marks."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _table(headings: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns as wide as they need: under headings numbers, on the right; without, words, on the left."""
+    """Lines of columns, as wide as need be: aligned right below headings, which are for numbers, else left, for words."""
     align = str.rjust if headings else str.ljust
     lines = [headings, *rows] if headings else rows
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -45,7 +45,7 @@ def make_parser() -> ArgumentParser:
 
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:
-    """Write the file; returns what to print. Errors as of `crate_mae.embedding.embed`, and of what is no run."""
+    """Write the file; returns what to print. Errors as of `check_run` and of `crate_mae.embedding.embed`."""
     asked = chosen.embed
     folder = path_of(str(asked.run))
     for name, what in (("data", "images, as --data of pretrain names them"), ("out", "a file, .npz or .parquet")):

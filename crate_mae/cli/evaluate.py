@@ -168,10 +168,10 @@ def _evaluate(
 def _finetuning(
     asked: Namespace, run: Path, init: Path | None, out: Path, parts: LabelledParts, name: str, *, seed: int = 0
 ) -> FinetuneConfig:
-    """From the weights in ``init``, or from random ones; the rest as ``run`` has it.
+    """The configuration of a fine-tuning from the weights in ``init``, or from random ones, of the model of ``run``.
 
-    Its folder is called by the weights it starts from, which ``name`` tells, and by its settings: what was begun otherwise is
-    another fine-tuning, and is not taken up.
+    The name of its folder tells the weights it starts from, by ``name``, and a hash of its settings. So a fine-tuning with other
+    weights or settings has another folder, and is not resumed by mistake.
     """
     normalization = normalization_of(run)
     train, test = map(absolute, parts.named)

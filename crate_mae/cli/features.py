@@ -1,4 +1,4 @@
-"""Options of the commands that make features of images: which features, and how they are computed."""
+"""The options of commands that compute features of images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crate_mae.evaluation import FeatureSpec
 
 
 def add_features(parser: ArgumentParser) -> None:
-    """Add the options that say which features are made; `spec_of` reads them."""
+    """Add the options that say which features are computed; `spec_of` reads them."""
     parser.add_argument(
         "--pool", type=str, default="mean", choices=["mean", "cls", "both"], help="Patch tokens, class token, or both."
     )
@@ -27,7 +27,7 @@ def add_features(parser: ArgumentParser) -> None:
 
 
 def add_computing(parser: ArgumentParser) -> None:
-    """Add the options that say where and how they are computed, but for the batch."""
+    """Add the options that say where and how features are computed, except the batch size."""
     add_device(parser)
     parser.add_argument(
         "--precision",
@@ -43,13 +43,14 @@ def add_computing(parser: ArgumentParser) -> None:
 
 
 def spec_of(asked: Namespace, depths: Sequence[int]) -> FeatureSpec:
-    """Which features are asked for. Options count layers from 1, as the pictures number them.
+    """The features that the options ask for. Options count layers from 1, as pictures do.
 
     Args:
-        depths: of the models' encoders, in layers.
+        asked: the options.
+        depths: how many layers the encoder of each model has.
 
     Raises:
-        ValueError: one has not got the layers.
+        ValueError: a model lacks the layers.
     """
     for depth in depths:
         if not (1 <= asked.layer <= depth or -depth <= asked.layer <= -1):

@@ -32,10 +32,10 @@ HELP = {"finetune": "Train a classifier end to end, from a run, from a checkpoin
 
 _ALL: dict[str, ModelConfig | ClassifierConfig] = {**CLASSIFIERS, **MODELS}
 ARCHITECTURES = {name: classifier_config(config) for name, config in _ALL.items()}
-"""The published sizes; of CRATE-MAE, its encoder with a head."""
+"""The published sizes; a CRATE-MAE stands for a classifier on its encoder."""
 
 PUBLISHED = ("family", "embed_dim", "depth", "num_heads")
-"""What sets them apart."""
+"""The settings in which the published sizes differ."""
 
 
 def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -55,7 +55,7 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     defaults: dict[str, Any] = {"model": dataclasses.asdict(published)} if published else {}
     if init is not None and init.is_dir():
         defaults |= defaults_of(init, _classifier_on, published, PUBLISHED)
-    elif init is not None and init.exists():  # the run refuses what there is not
+    elif init is not None and init.exists():  # if it does not exist, the run refuses it
         refuse_no_file(init)
         if not said:
             raise ValueError(
@@ -79,7 +79,7 @@ def make_parser(command: str, defaults: dict[str, Any]) -> ArgumentParser:
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:
     """Fine-tune; returns what to print. Errors as of `crate_mae.finetuning.finetune`."""
-    with of_section("model", img_size="images"):  # of the sections, the one whose own messages lack its name
+    with of_section("model", img_size="images"):  # its messages do not name the section
         ClassifierConfig(**chosen[chosen.subcommand].model.as_dict())
     settings = parser.instantiate(chosen)[chosen.subcommand]
     config = config_from(settings, FinetuneConfig)
@@ -114,7 +114,7 @@ def _classifier_on(init: Path) -> ClassifierConfig:
 
 
 def _family(published: ClassifierConfig | None, configs: dict[str, dict[str, Any]], options: list[str]) -> str:
-    """Of the model that weights alone are said to be of."""
+    """The family that options or configs say the weights are of."""
     named = [option.partition("=")[2] for option in options if option.startswith("--model.family=")]
     named = [
         settings["model"]["family"] for settings in configs.values() if "family" in settings.get("model", {})

@@ -82,7 +82,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         )
         remark = f"Made of the checkpoint `{file.name}` by `crate-mae import`."
         save_pretrained(model, out, mean=asked.mean, std=asked.std, license=asked.license, remark=remark)
-    except (RuntimeError, TypeError) as error:  # weights that are not the model's; settings that are none
+    except (RuntimeError, TypeError) as error:  # weights that do not fit, or settings of a wrong type
         raise ValueError(str(error)) from error
     config, (trained, _) = model.config, count_parameters(model)
     what = "CRATE-MAE"

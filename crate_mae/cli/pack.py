@@ -1,4 +1,4 @@
-"""`crate-mae pack`: any images as tar shards of small ones."""
+"""`crate-mae pack`: stores images, made small, in tar shards."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ def add_workers(parser: ArgumentParser) -> None:
 
 
 def workers_of(asked: int | None) -> int:
-    """How many processes to start.
+    """How many processes to start; by default one for each core.
 
     Raises:
-        ValueError: fewer than none.
+        ValueError: the number is negative.
     """
     if asked is not None and asked < 0:
         raise ValueError(f"--workers: expected 0 or more, got {asked}")
@@ -126,10 +126,10 @@ def workers_of(asked: int | None) -> int:
 
 
 def bytes_of(text: str) -> int:
-    """The bytes that a size such as 1GB, 64MiB or 1000000 means.
+    """The bytes of a size such as 1GB, 64MiB or 1000000.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
     if not found:

@@ -1,4 +1,4 @@
-"""What the parsers of the commands have in common."""
+"""What the commands' parsers have in common."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`crate-mae pretrain` and `crate-mae demo`.
 
-Some options decide what others start from: they are read ahead of all others.
+Some options decide the defaults of others, and are read first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from crate_mae.training.recipes import RECIPES
 from crate_mae.training.run_folder import has_state, stopped_early
 
 PUBLISHED = ("embed_dim", "depth", "num_heads", "decoder_depth", "decoder_num_heads")
-"""What sets the published sizes apart."""
+"""The settings in which the published sizes differ."""
 
 DEMO_FOLDER = Path("runs/demo")
 
@@ -66,7 +66,7 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     is_demo = command == "demo"
     if is_demo and early.out is None:
         early.out = DEMO_FOLDER
-        options.append(f"--out={DEMO_FOLDER}")  # over what the config of a run there says, which may have been moved
+        options.append(f"--out={DEMO_FOLDER}")  # goes over the config of the run there, which may have been moved
     if is_demo and not (early.resume or early.overwrite or {"-h", "--help"} & set(options)):
         way = _way_to_go_on(early.out)
         early.resume = "--resume" in way
@@ -79,10 +79,10 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
         defaults["model"] = dataclasses.asdict(published)
     if init is not None and init.is_dir():
         defaults |= defaults_of(init, read_mae_config, published, PUBLISHED)
-    elif init is not None and init.exists():  # the run refuses what there is not
+    elif init is not None and init.exists():  # if it does not exist, the run refuses it
         refuse_no_file(init)
         refuse_without_meaning(init, configs, explicit)
-    if early.recipe in RECIPES and command == "pretrain":  # of others, the parser refuses the option
+    if early.recipe in RECIPES and command == "pretrain":  # the parser refuses it for the demo, and other names
         if early.resume:
             raise ValueError("--recipe: expected nothing with --resume: a run that is resumed has its settings")
         for section, settings in RECIPES[early.recipe].items():
@@ -114,7 +114,7 @@ def make_parser(command: str, defaults: dict[str, Any]) -> ArgumentParser:
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:
     """Pre-train; returns what to print. Errors as of `crate_mae.training.pretrain`."""
-    with of_section("model", img_size="images"):  # of the sections, the one whose own messages lack its name
+    with of_section("model", img_size="images"):  # its messages do not name the section
         ModelConfig(**chosen[chosen.subcommand].model.as_dict())
     settings = parser.instantiate(chosen)[chosen.subcommand]
     config = config_from(settings, PretrainConfig)
@@ -142,7 +142,7 @@ def config_of(run: Path) -> PretrainConfig:
 
 
 def _way_to_go_on(out: Path) -> list[str]:
-    """The option with which a demo run in `out` before goes on; none for what is no demo, which no demo shall touch."""
+    """The option with which a demo in `out` goes on; none if the run there is not a demo, which is then left alone."""
     try:
         read_json(out / CONFIG_FILE)
         if not (out / CONFIG_FILE).exists() or read_mae_config(out) != demo_config(out).model:
@@ -171,4 +171,4 @@ def _report(result: PretrainResult) -> str:
 
 
 def _compared(error: float, other: float) -> str:
-    return f"{error / other - 1:+.0%}" if other else "n/a"  # nothing is lost in images of one colour
+    return f"{error / other - 1:+.0%}" if other else "n/a"  # the errors of images of one colour are zero

@@ -56,7 +56,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     mask_ratio = trained_ratio(settings.run) if settings.mask_ratio is None else settings.mask_ratio
     check_mask_ratio(mask_ratio, (rows, columns), "an image", "--mask_ratio")
     pixels = [_centre(path, model.config.image_shape, model.config.in_chans) for path in settings.images]
-    # One measure an image, so that each has an error of its own, in the unit of pre-training's.
+    # A validation for each image, so that each has its own error, in the unit of pre-training.
     measures = [
         Validation(
             [image],

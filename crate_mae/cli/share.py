@@ -69,10 +69,10 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
 
 
 def refuse_folder(out: Path, option: str, overwrite: bool) -> None:
-    """Raise what is wrong with a folder that a model shall be written to.
+    """Refuse a folder to which a model cannot be written.
 
     Raises:
-        OSError: it cannot be written, or holds a model, which stays unless ``overwrite`` is given.
+        OSError: it cannot be written to, or holds a model and ``overwrite`` is not given.
     """
     refuse_unwritable(out, option)
     held = [name for name in (CONFIG_FILE, WEIGHTS_FILE, CARD, CURVES) if (out / name).exists()]

@@ -33,14 +33,14 @@ from crate_mae.visualizing import (
 )
 
 OF_A_FOLDER = 12
-"""Images that are taken of a folder."""
+"""The most images taken from a folder."""
 
 MOST_IMAGES = 48
 MOST_PATCHES = 4096
-"""Of one image: what is attended to grows with their square."""
+"""The most patches of an image; the size of attention grows with their square."""
 
 MOST_MEMORY = 8 * 2**30
-"""Bytes for what is kept of all images together."""
+"""The most bytes that may be kept of all images together."""
 
 
 HELP = "Show what goes on inside a run's model, on images of your own."
@@ -172,7 +172,7 @@ def _patch(text: str | None) -> tuple[int, int] | None:
 
 
 def _files(given: Sequence[Path]) -> tuple[list[tuple[Path, bool]], list[str]]:
-    """The images of files and folders, whether each is of a folder, and what to say of folders that are not all taken."""
+    """Images by path, each with whether it comes from a folder; and remarks on folders of which not all images are taken."""
     paths, remarks = [], []
     for path in given:
         if not path.is_dir():
@@ -191,7 +191,7 @@ def _files(given: Sequence[Path]) -> tuple[list[tuple[Path, bool]], list[str]]:
 
 
 def _short_side(size: int | None, config: ModelConfig) -> tuple[int, str]:
-    """In pixels, a multiple of the patch, and what to say where it is another than what was asked for."""
+    """The short side in pixels, a multiple of the patch; and a remark if it is not what was asked for."""
     patch = config.patch_size
     if size is None:
         return min(config.image_shape), ""
@@ -205,7 +205,7 @@ def _short_side(size: int | None, config: ModelConfig) -> tuple[int, str]:
 
 
 def _read(path: Path, short: int, config: ModelConfig) -> torch.Tensor:
-    """The upright image, uint8 [channels, height, width]: whole patches, its sides as they are to one another but for that."""
+    """The upright image, uint8 [channels, height, width], in its proportions up to whole patches."""
     try:
         image = open_file(path)
         shown = shown_size(image, str(path))
@@ -219,7 +219,7 @@ def _read(path: Path, short: int, config: ModelConfig) -> torch.Tensor:
 
 
 def _fitted(shown: tuple[int, int], short: int, patch: int) -> tuple[int, int]:
-    """(width, height) whose short side this is; of the long one, what is no whole patch is left out."""
+    """(width, height) with the given short side; the long side is rounded down to whole patches."""
     width, height = (side * short // min(shown) // patch * patch for side in shown)
     return width, height
 
@@ -241,7 +241,7 @@ def _refuse_too_many(path: Path, shown: tuple[int, int], size: tuple[int, int], 
 
 
 def _refuse_too_much(images: Sequence[torch.Tensor], config: ModelConfig) -> None:
-    """Of each layer, tokens and what attention is of are kept, in float32."""
+    """Refuse images for which too much would be kept: tokens and attention inputs of each layer, in float32."""
     tokens = sum(1 + pixels[0].numel() // config.patch_size**2 for pixels in images)
     needed = 2 * 4 * tokens * config.embed_dim * (config.depth + config.decoder_depth)
     if needed > MOST_MEMORY:

@@ -33,12 +33,12 @@ class FinetuneResult(NamedTuple):
     """How a fine-tuning ended.
 
     Attributes:
-        out: its folder, with the last model, and the best in ``best/``.
+        out: its folder, with the last model, and the best one in ``best/``.
         steps, epochs: optimizer steps, and passes over the images.
         train_images, val_images: how many images were trained on, and validated on.
         classes: their names, in the order of the logits.
-        scores: of the last model; None where there were no images to validate on.
-        best, best_epoch: of the validation with the highest top-1 (of several, the least loss), and after which epoch it was.
+        scores: of the last model; None if there were no images to validate on.
+        best, best_epoch: scores and epoch of the validation with the highest top-1; among equals, with the least loss.
     """
 
     out: Path
@@ -57,19 +57,19 @@ def finetune(
 ) -> FinetuneResult:
     """Train a classifier end to end, from a trained encoder or from random weights; its files are left in `config.out`.
 
-    The recipe is that of MAE's fine-tuning (arXiv 2111.06377, appendix A.1, table 9; facebookresearch/mae, FINETUNE.md) with its
-    code's numbers for ViT-Base: AdamW with a layer-wise learning rate, warm-up and cosine, mixup and CutMix, label smoothing,
-    stochastic depth. Crops and flips are those of pre-training, and there is neither RandAugment nor random erasing. Images are
-    validated on whole, and the best model is that of the highest top-1.
+    The recipe is that of MAE's fine-tuning (arXiv 2111.06377, appendix A.1, table 9; facebookresearch/mae, FINETUNE.md), with the
+    numbers of its code for ViT-Base: AdamW with a layer-wise learning rate, warm-up and cosine, mixup and CutMix, label
+    smoothing, stochastic depth. Crops and flips are those of pre-training; there is no RandAugment and no random erasing.
+    Validation is on whole images, and the best model is the one with the highest top-1.
 
-    A run is a function of its configuration and its images, and goes on where it was interrupted, as `training.pretrain` says,
-    where the arguments are explained, too.
+    A run is a function of its configuration and its images, and can be interrupted and resumed, as for `training.pretrain`.
 
     Args:
-        config: its `model` has the family and sizes of the model in `config.init` (``classifier_config(read_config(init))``).
+        config: the settings; `model` has the family and sizes of the model in `init` (``classifier_config(read_config(init))``).
+        resume, overwrite, callbacks: as of `training.pretrain`.
 
     Raises:
-        ValueError: images have no classes, or some that are not trained on; or as of `training.pretrain`.
+        ValueError: images have no classes, or validation images have others; or as of `training.pretrain`.
         Exception: all others as of `training.pretrain`.
     """
     run = train(FinetuneRun, config, resume, overwrite, callbacks)
@@ -89,12 +89,12 @@ def finetune(
 
 
 def plan(config: FinetuneConfig, *, resume: Resume = False, overwrite: bool = False) -> Plan:
-    """What `finetune` with the same arguments would be, as of `training.plan`."""
+    """What `finetune` with the same arguments would do; see `training.plan`."""
     return planned(FinetuneRun, config, resume, overwrite)
 
 
 class FinetuneRun(Run[FinetuneConfig, Classifier, Scores]):
-    """Images are classified; what goes with the pixels is the class.
+    """Fine-tuning: images are classified. Beside the pixels, the loss takes the classes.
 
     Attributes:
         classes: the names of the classes, in the order of the logits.
@@ -165,7 +165,7 @@ class FinetuneRun(Run[FinetuneConfig, Classifier, Scores]):
 
 
 def _of_run(config: FinetuneConfig) -> tuple[str, ...]:
-    """The classes of the run in the folder, whose other settings have been read before."""
+    """The classes of the run in the folder, by its config.json."""
     file = config.out / CONFIG_FILE
     classes = json.loads(file.read_text(encoding="utf-8")).get("classes")
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):

@@ -1,4 +1,4 @@
-"""How well a classifier knows the classes of images held out."""
+"""How well a classifier predicts the classes of images held out."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from crate_mae.training.precision import autocast
 
 
 class Scores(NamedTuple):
-    """Of all images to validate on, each whole: its largest centred part.
+    """Scores over all images to validate on; of each image, its largest centred part is seen.
 
     Attributes:
-        val_loss: mean cross-entropy with their classes, in nats.
-        val_top1, val_top5: fractions whose class has the largest logit, or one of the five largest.
-        guess_loss: the cross-entropy of who names each class as often as these images have it, and looks at none.
+        val_loss: mean cross-entropy, in nats.
+        val_top1, val_top5: fractions of images whose class has the largest logit, or one of the five largest.
+        guess_loss: cross-entropy of predicting the frequencies of the classes for every image.
     """
 
     val_loss: float
@@ -34,7 +34,7 @@ class Scores(NamedTuple):
 
     @property
     def guess(self) -> tuple[str, float]:
-        """What a run is held against that diverges, and its error."""
+        """The name and the error of the guess with which `DivergenceWatch` compares."""
         return "guessing", self.guess_loss
 
 
@@ -64,7 +64,7 @@ class Scoring(HeldOut[Classifier, Scores]):
                 labels = labels.to(device)
                 with autocast(self.precision, device):
                     logits = model(self.normalization(pixels.to(device)))
-                if self.ranks.rank < size:  # else it has none of this batch
+                if self.ranks.rank < size:  # else this rank has no image of this batch
                     sums += _sums(logits.float(), labels)
         finally:
             model.train(was_training)
@@ -74,7 +74,7 @@ class Scoring(HeldOut[Classifier, Scores]):
 
 
 def _sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Over a batch: cross-entropy, and how many classes are found first, and among the first five."""
+    """Sums over a batch: cross-entropy, and how many classes have the largest logit, or one of the five largest."""
     hit = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels.unsqueeze(-1)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return torch.stack([loss.double(), hit[:, 0].sum().double(), hit.sum().double()])

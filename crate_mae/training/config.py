@@ -324,7 +324,7 @@ def _numbers(config: TrainingConfig) -> Iterator[tuple[str, float]]:
 
 @contextmanager
 def of_section(name: str, **named_otherwise: str) -> Iterator[None]:
-    """Put a section in front of the setting with which a ValueError's message begins: "mean: ..." -> "images.mean: ...".
+    """Put a section in front of the setting at the head of a ValueError's message: "mean: ..." -> "images.mean: ...".
 
     Args:
         name: of the section.
@@ -355,8 +355,8 @@ def demo_config(out: Path) -> PretrainConfig:
             decoder_num_heads=4,
             lambd=0.1,
         ),
-        # In so few steps a model learns large crops of each photograph better than many small ones. One loader process makes them,
-        # which saves the computing process a tenth of its time.
+        # In so few steps a model learns large crops of each photograph better than many small ones. One loader process makes
+        # them, which saves the computing process a tenth of its time.
         images=ImagesConfig(crop_scale=(0.5, 1.0), crop_ratio=(1.0, 1.0), num_workers=1),
         # Models this small do best with a far higher learning rate and smaller batches than those of the published recipes.
         optimizer=OptimizerConfig(base_lr=0.024, weight_decay=0.2),

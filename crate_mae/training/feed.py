@@ -56,9 +56,7 @@ class Feed:
         step = torch.cuda.current_stream(self._device)
         step.wait_stream(self._copying)
         for tensor in (pixels, beside):
-            tensor.record_stream(
-                step
-            )  # else the copying stream could use the memory again before the step is done
+            tensor.record_stream(step)  # else the copying stream could use the memory again before the step is done
         return pixels, beside
 
 

@@ -224,7 +224,7 @@ class TorchrunRanks(Ranks):
         return before
 
     def part(self) -> None:
-        """Leave the process group, when all ranks end in the same way. If one breaks off, the others notice the end of its process."""
+        """Leave the process group when all ranks end alike. If one breaks off, the others notice the end of its process."""
         if self._asking is not None:
             self._asking.wait()
         dist.destroy_process_group()

@@ -233,7 +233,9 @@ class Record:
             OSError: a file could not be written; the error names it, and older states are still there.
         """
         self.settle()
-        if self.ranks.is_first and not self.config.out.is_dir():  # it must not be made again with only some of its files
+        if (
+            self.ranks.is_first and not self.config.out.is_dir()
+        ):  # it must not be made again with only some of its files
             raise FileNotFoundError(f"cannot write {self.config.out}: the folder is gone")
         meter = self.meter.state()
         self._check_weights()
@@ -241,7 +243,9 @@ class Record:
         average = self.stepping.average
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],  # without its settings, which are those of the configuration
+            "optimizer": self.optimizer.state_dict()[
+                "state"
+            ],  # without its settings, which are those of the configuration
             "step": self.step,
             "images": self.images,
             "image_count": self.image_count,

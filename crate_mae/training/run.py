@@ -113,7 +113,9 @@ class Run(Parts[Config, Model, Errors]):
                 "--overwrite starts anew",
                 file=sys.stderr,
             )
-            self._save(draw=True)  # in case the run was killed after its last state, before it wrote the files made of it
+            self._save(
+                draw=True
+            )  # in case the run was killed after its last state, before it wrote the files made of it
         loader = ImageLoader(
             self.crops,
             self._batches(self.step, max(self.step, self.total_steps)),
@@ -182,7 +184,9 @@ class Run(Parts[Config, Model, Errors]):
     def _sinks_open(self) -> Iterator[None]:
         """While the block lasts, the first rank sends rows to the run's sinks."""
         ended = "finished"
-        self.ranks.of_first(self._open_sinks)  # even for no sinks: former ones must be marked as lacking the rows to come
+        self.ranks.of_first(
+            self._open_sinks
+        )  # even for no sinks: former ones must be marked as lacking the rows to come
         try:
             yield
         except BaseException as error:

@@ -1,7 +1,7 @@
-"""The tensors of states that several ranks write together, with `torch.distributed.checkpoint`: a folder, a file a rank.
+"""The tensors of states that several ranks write together, as a folder of `torch.distributed.checkpoint`.
 
-A state of several ranks is the file `states/step_<n>.pt`, as one process would write it; but in place of tensors it holds the name
-of such a folder and the checksums of its files. The state is written when the whole folder is on the disk. A folder that no
+A state of several ranks is the file `states/step_<n>.pt`, as one process would write it; but in place of tensors it holds the
+name of such a folder and the checksums of its files. The state is written when the whole folder is on the disk. A folder that no
 state names, because it is unfinished or its state was deleted, is rubbish, which `remove_rubbish` deletes.
 """
 
@@ -123,7 +123,9 @@ def read_tensors(folder: Path, written: dict[str, Any]) -> dict[str, dict[Any, A
         if isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended: each rank reads for itself
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled"
+        )  # as intended: each rank reads for itself
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     parts: dict[str, dict[Any, Any]] = {part: {} for part in TENSORS[:2]}
     for key, tensor in tensors.items():

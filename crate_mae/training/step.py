@@ -111,7 +111,9 @@ class Step:
                 if is_last:
                     summed = ranks.sum(total)
                 if self.scaler.is_enabled():  # the scaler would take steps again after a loss that was not finite
-                    loss = loss * torch.where(self._broken > 0, torch.nan, 1.0)  # as a factor it makes gradients NaN, too
+                    loss = loss * torch.where(
+                        self._broken > 0, torch.nan, 1.0
+                    )  # as a factor it makes gradients NaN, too
                 # DDP and FSDP2 divide the sum of gradients by the number of ranks.
                 self.scaler.scale(loss * (share * ranks.count)).backward()
         summed()

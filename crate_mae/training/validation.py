@@ -80,7 +80,9 @@ class Validation(HeldOut[CrateMAE, ValidationErrors]):
         first = not self._fill_errors  # no model changes them, so they are measured once
         sums: defaultdict[str | float, float] = defaultdict(float)
         removed = 0.0
-        generator = torch.Generator().manual_seed(self.seed)  # batch by batch: for millions of images the noise is large
+        generator = torch.Generator().manual_seed(
+            self.seed
+        )  # batch by batch: for millions of images the noise is large
         for pixels, size in zip(self._loader, self._sizes, strict=True):
             noise = part_of(torch.rand(size, self.patches, generator=generator), self.ranks.rank, self.ranks.count)
             if stopped():
