@@ -12,7 +12,6 @@ from crate_mae.checkpoints import read_config
 from crate_mae.classifiers import classifier_config
 from crate_mae.cli.training import (
     add_architecture,
-    config_from,
     defaults_of,
     explicit_sizes,
     init_of,
@@ -20,13 +19,13 @@ from crate_mae.cli.training import (
     read_early,
     refuse_no_file,
     refuse_without_meaning,
+    settings_of,
     training_parser,
     with_configs,
 )
 from crate_mae.config import ClassifierConfig, ModelConfig
 from crate_mae.finetuning import FinetuneConfig, FinetuneResult, Scores, finetune, plan
 from crate_mae.registry import CLASSIFIERS, MODELS
-from crate_mae.training.config import of_section
 
 HELP = {"finetune": "Train a classifier end to end, from a run, from a checkpoint or from random weights."}
 
@@ -79,13 +78,10 @@ def make_parser(command: str, defaults: dict[str, Any]) -> ArgumentParser:
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:
     """Fine-tune; returns what to print. Errors as of `crate_mae.finetuning.finetune`."""
-    with of_section("model", img_size="images"):  # its messages do not name the section
-        ClassifierConfig(**chosen[chosen.subcommand].model.as_dict())
-    settings = parser.instantiate(chosen)[chosen.subcommand]
-    config = config_from(settings, FinetuneConfig)
-    if settings.dry_run:
-        return str(plan(config, resume=settings.resume, overwrite=settings.overwrite))
-    return report(finetune(config, resume=settings.resume, overwrite=settings.overwrite))
+    config, options = settings_of(parser, chosen, FinetuneConfig, ClassifierConfig)
+    if options.dry_run:
+        return str(plan(config, resume=options.resume, overwrite=options.overwrite))
+    return report(finetune(config, resume=options.resume, overwrite=options.overwrite))
 
 
 def report(result: FinetuneResult) -> str:

@@ -26,6 +26,7 @@ from crate_mae.cli.training import (
     read_early,
     refuse_no_file,
     refuse_without_meaning,
+    settings_of,
     training_parser,
     with_configs,
 )
@@ -35,7 +36,6 @@ from crate_mae.demo import summarise
 from crate_mae.pictures.inside import GIVEN_CONTRAST
 from crate_mae.registry import MODELS
 from crate_mae.training import PretrainConfig, PretrainResult, demo_config, plan, pretrain
-from crate_mae.training.config import of_section
 from crate_mae.training.ranks import is_silent
 from crate_mae.training.recipes import RECIPES
 from crate_mae.training.run_folder import has_state, stopped_early
@@ -114,13 +114,10 @@ def make_parser(command: str, defaults: dict[str, Any]) -> ArgumentParser:
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:
     """Pre-train; returns what to print. Errors as of `crate_mae.training.pretrain`."""
-    with of_section("model", img_size="images"):  # its messages do not name the section
-        ModelConfig(**chosen[chosen.subcommand].model.as_dict())
-    settings = parser.instantiate(chosen)[chosen.subcommand]
-    config = config_from(settings, PretrainConfig)
-    if settings.dry_run:
-        return str(plan(config, resume=settings.resume, overwrite=settings.overwrite))
-    result = pretrain(config, resume=settings.resume, overwrite=settings.overwrite)
+    config, options = settings_of(parser, chosen, PretrainConfig, ModelConfig)
+    if options.dry_run:
+        return str(plan(config, resume=options.resume, overwrite=options.overwrite))
+    result = pretrain(config, resume=options.resume, overwrite=options.overwrite)
     more = summarise(result, config) if chosen.subcommand == "demo" else []
     given = [GIVEN_CONTRAST] if config.model.norm_pix_loss and result.errors else []
     return "\n".join([_report(result), *given, *more])

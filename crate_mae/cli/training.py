@@ -16,7 +16,7 @@ from crate_mae.cli.lists import with_lists_joined
 from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.settings import Names, names_of, path_of, read_json, read_settings
 from crate_mae.config import ClassifierConfig, ModelConfig
-from crate_mae.training.config import TrainingConfig
+from crate_mae.training.config import TrainingConfig, of_section
 from crate_mae.training.run_folder import kind_of
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -64,6 +64,20 @@ def with_configs(options: list[str], early: Early, kind: type[TrainingConfig]) -
 def explicit_sizes(options: Iterable[str]) -> set[str]:
     """The names of the --model.* options that are given."""
     return {option.split("=")[0].removeprefix("--model.") for option in options if option.startswith("--model.")}
+
+
+def settings_of(
+    parser: ArgumentParser, chosen: Namespace, kind: type[Config], model: type[Model]
+) -> tuple[Config, Namespace]:
+    """The settings of a run, and all options of its command, `resume` and `dry_run` among them.
+
+    Raises:
+        ValueError: a setting cannot be used.
+    """
+    with of_section("model", img_size="images"):  # its messages do not name the section
+        model(**chosen[chosen.subcommand].model.as_dict())
+    options = parser.instantiate(chosen)[chosen.subcommand]
+    return config_from(options, kind), options
 
 
 def config_from(settings: Namespace, kind: type[Config]) -> Config:

@@ -36,11 +36,8 @@ def build_layerwise_optimizer(model: Classifier, config: FinetuneOptimizerConfig
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer, decayed, scale = (
-            layer_of(name, depth),
-            is_decayed(name, parameter),
-            lr_scale(name, depth, config.layer_decay),
-        )
+        layer, decayed = layer_of(name, depth), is_decayed(name, parameter)
+        scale = lr_scale(name, depth, config.layer_decay)
         new = {"params": [], "weight_decay": config.weight_decay * decayed, "lr": peak * scale, "lr_scale": scale}
         groups.setdefault((layer, decayed), new)["params"].append(parameter)
     return torch.optim.AdamW([groups[key] for key in sorted(groups)], lr=peak, betas=config.betas, fused=True)

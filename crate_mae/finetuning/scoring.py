@@ -47,7 +47,7 @@ class Scoring(HeldOut[Classifier, Scores]):
     """
 
     def __init__(self, images: LabelledCentreCropped, normalization: Normalization, **measuring: Any) -> None:
-        super().__init__((len(images), images), normalization, **measuring)
+        super().__init__(images, len(images), normalization, **measuring)
         self.images = images
         shares = np.unique(images.labels, return_counts=True)[1] / len(images)
         self._guess_loss = float(-(shares * np.log(shares)).sum())

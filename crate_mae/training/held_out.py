@@ -21,10 +21,12 @@ Errors = TypeVar("Errors", bound=Measured)
 
 
 class HeldOut(ABC, Generic[Model, Errors]):
-    """Measures a model on images held out. A model is in the mode it was in before, train or eval, when it has been measured.
+    """Measures a model on images held out; the model keeps its mode, train or eval.
 
     Args:
-        images: how many they are, and the dataset of their pixels, as uint8, and of what belongs to them.
+        images: a dataset of their pixels, uint8, and of what belongs to them.
+        count: how many images there are.
+        normalization: of the pixels.
         batch_size: images that are measured at once, by all ranks together.
         precision: "float32", or the dtype of autocast.
         num_workers: processes that load images.
@@ -35,7 +37,8 @@ class HeldOut(ABC, Generic[Model, Errors]):
 
     def __init__(
         self,
-        images: tuple[int, Dataset[Any]],
+        images: Dataset[Any],
+        count: int,
         normalization: Normalization,
         *,
         batch_size: int,
@@ -45,11 +48,10 @@ class HeldOut(ABC, Generic[Model, Errors]):
         unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        count, dataset = images
         self.normalization, self.precision, self.ranks = normalization, precision, ranks or Ranks()
         self._sizes = [len(batch) for batch in in_order(count, batch_size)]
         batches = [part_of(batch, self.ranks.rank, self.ranks.count) for batch in in_order(count, batch_size)]
-        self._loader = ImageLoader(dataset, batches, num_workers=num_workers, say=say, unreadable=unreadable)
+        self._loader = ImageLoader(images, batches, num_workers=num_workers, say=say, unreadable=unreadable)
 
     def __call__(self, model: Model) -> Errors:
         """The errors of a model."""

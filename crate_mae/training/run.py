@@ -359,10 +359,8 @@ class Run(Parts[Config, Model, Errors]):
         except NonFiniteLoss as error:
             with contextlib.suppress(OSError):  # a state on its way to the disk is of a sound step
                 self.record.settle()
-            rate, exact = (
-                self.config.optimizer.base_lr,
-                "" if self.precision == "float32" else ", or --run.precision float32",
-            )
+            rate = self.config.optimizer.base_lr
+            exact = "" if self.precision == "float32" else ", or --run.precision float32"
             remedy = f"--resume with an --optimizer.base_lr below {rate:g}, a longer --schedule.warmup_epochs{exact} may help"
             error.args = (f"{error}{self._cause(error)}; {remedy}; {self.record.saved()}",)
             raise

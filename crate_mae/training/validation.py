@@ -63,7 +63,7 @@ class Validation(HeldOut[CrateMAE, ValidationErrors]):
         **measuring: Any,
     ) -> None:
         dataset = cast("Dataset[torch.Tensor]", images)  # the loader takes items by their numbers, and nothing else
-        super().__init__((len(images), dataset), normalization, **measuring)
+        super().__init__(dataset, len(images), normalization, **measuring)
         self.images, self.mask_ratio, self.patches, self.seed = images, mask_ratio, patches, seed
         self._fill_errors: dict[str | float, float] = {}
 
