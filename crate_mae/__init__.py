@@ -1,4 +1,4 @@
-"""CRATE-MAE: a masked autoencoder whose layers are derived, its models and its pre-training, on ``crate_kernels``."""
+"""CRATE-MAE, a white-box masked autoencoder: models and pre-training, on the operators of ``crate_kernels``."""
 
 import importlib
 from typing import Any
@@ -50,7 +50,7 @@ _LATER = {
     "pretrain": "training",
     "read_embeddings": "embedding",
 }
-"""By modules that not everybody needs, and that take their time to import."""
+"""Names imported on first use, by their modules, which not everybody needs and which take time to import."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The `crate-mae` command before its imports, which take seconds, and in which Ctrl-C and the environment can end it."""
+"""The entry of the `crate-mae` command: handles errors and Ctrl-C during its imports, which take seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import traceback
 
 
 def main() -> int:
-    """Run `crate_mae.cli.main`; what ends the imports before it is one line, too, with the exit status of its table."""
+    """Run `crate_mae.cli.main`. An error during the imports is one line, too, with an exit status of its table."""
     _open_what_is_closed()
     try:
         from crate_mae.cli import main as command
@@ -17,7 +17,7 @@ def main() -> int:
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
             message, status = "interrupted", 130
-        elif "CRATE_KERNELS_IMPL" in str(error):  # which crate_kernels reads when it is imported
+        elif "CRATE_KERNELS_IMPL" in str(error):  # crate_kernels reads it when it is imported
             message, status = str(error), 2
         else:
             message, status = f"{type(error).__name__}: {error}; --debug shows where", 70
@@ -27,18 +27,18 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # nobody reads it any more, which at the exit would be an error again
+        except OSError:  # nobody reads the stream any more; flushing it at exit would fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status
 
 
 def _open_what_is_closed() -> None:
-    """Where a shell's 2>&- closed a standard stream: else the next file opened, such as a state, would get its lines."""
+    """Open standard streams that a shell closed (2>&-): else the next file opened, such as a state, would get their lines."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 

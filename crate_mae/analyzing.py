@@ -1,29 +1,25 @@
-"""What the layers of models do to images, measured side by side, written down and told: for the command and the demo."""
+"""Compares what the layers of several models do to images, and writes the results; for ``crate-mae analyze`` and the demo."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from crate_mae import __version__
 from crate_mae.analysis import MEASURES, OFFICIAL_EPS, Analysis, analyze
 from crate_mae.classifiers import Classifier, model_of
-from crate_mae.data import Normalization, Source
-from crate_mae.evaluation.features import standardised
+from crate_mae.data import Source
 from crate_mae.files import make_folder, replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures.layers import TRAINED, UNTRAINED, layers_picture
 from crate_mae.registry import count_parameters
 from crate_mae.training.run_folder import ANALYSIS, ANALYSIS_PICTURE, progress
-
-_Model = TypeVar("_Model", CrateMAE, Classifier)
 
 _COLUMNS = {
     "coding_rate_before": ("R^c before", "{:.1f}"),
@@ -33,11 +29,11 @@ _COLUMNS = {
     "effective_rank": ("rank", "{:.1f}"),
     "coherence": ("coherence", "{:.3f}"),
 }
-"""Of the table: measures, their headings and how they are written."""
+"""The columns of the table: measure, heading and format."""
 
 
-def in_words(run: Path, model: CrateMAE) -> str:
-    """What a run's model is, and how far its training has come where its folder says so."""
+def model_in_words(run: Path, model: CrateMAE) -> str:
+    """The sizes of a run's model, and how far its training has come if its folder tells."""
     config, trained = model.config, progress(run)
     return (
         f"{f'trained for {trained}, ' if trained else ''}{config.depth} + {config.decoder_depth} layers of width "
@@ -45,8 +41,12 @@ def in_words(run: Path, model: CrateMAE) -> str:
     )
 
 
-def random_model(like: _Model, seed: int = 0) -> _Model:
-    """A model of the same config with random weights, the same for one seed, in evaluation."""
+@overload
+def random_model(like: CrateMAE, seed: int = 0) -> CrateMAE: ...
+@overload
+def random_model(like: Classifier, seed: int = 0) -> Classifier: ...
+def random_model(like: CrateMAE | Classifier, seed: int = 0) -> CrateMAE | Classifier:
+    """A model of the same configuration with random weights, the same for one seed, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model_of(like.config).eval()
@@ -54,18 +54,15 @@ def random_model(like: _Model, seed: int = 0) -> _Model:
 
 def analyze_models(
     models: Mapping[str, CrateMAE],
-    images: Dataset[Tensor],
-    normalization: Normalization,
+    batches: Callable[[], Iterable[Tensor]],
     *,
-    batch_size: int = 20,
     done: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Analysis]:
     """``crate_mae.analysis.analyze`` of each model on the same images.
 
     Args:
-        models: by name; each stays where it is, and in its mode.
-        images: items uint8 [channels, height, width], as ``CentreCropped`` has them; all can be read.
-        batch_size: images that go through a model together; it changes memory alone.
+        models: by name; they keep their device and mode.
+        batches: called for each model; gives the images as the model takes them, where the models are.
         done: told how many images each batch had, for a progress bar over images times models.
 
     Raises:
@@ -74,7 +71,7 @@ def analyze_models(
     analyses = {}
     for name, model in models.items():
         try:
-            analyses[name] = analyze(model, standardised(model, images, normalization, batch_size), done=done)
+            analyses[name] = analyze(model, batches(), done=done)
         except ValueError as error:
             raise ValueError(f"the {name} model: {error}") from error
     return analyses
@@ -85,16 +82,17 @@ def write_analysis(
 ) -> tuple[Path, Path]:
     """Write ``analysis.json`` and ``analysis.png`` into a folder, which is made if it is not there; returns their paths.
 
-    The JSON is strict. Beside ``about`` it has ``versions``, ``definitions`` (``measures``, ``eps``) and ``models``, for each
-    its ``Analysis.to_dict()``.
+    The JSON holds ``about``, ``versions``, ``definitions`` (``measures``, ``eps``) and ``models``: for each its
+    ``Analysis.to_dict()``. It has no NaN and no infinity.
 
     Args:
-        analyses: by the name of the model, as of ``layers_picture``.
-        caption: as of ``layers_picture``.
-        about: what else is to be known, in plain values, such as of which images; its ``definitions`` join those here.
+        folder: to write to.
+        analyses: by the name of the model, as for ``layers_picture``.
+        caption: of the picture, as for ``layers_picture``.
+        about: what else a reader should know, in plain values, such as which images; its ``definitions`` are added to those here.
 
     Raises:
-        OSError: they cannot be written; those that were there before are there still.
+        OSError: a file cannot be written; former files are still there.
         ValueError: there are no analyses, or a number is not finite.
     """
     definitions = {"measures": MEASURES, "eps": OFFICIAL_EPS, **about.get("definitions", {})}
@@ -108,7 +106,7 @@ def write_analysis(
     picture = layers_picture(analyses, caption=caption)
     paths = folder / ANALYSIS, folder / ANALYSIS_PICTURE
     make_folder(folder)
-    with replaced(*paths, alone=False) as (of_numbers, of_picture):  # nothing keeps two from analyzing one run at once
+    with replaced(*paths, alone=False) as (of_numbers, of_picture):  # two processes may analyze one run at once
         of_numbers.write(text.encode())
         picture.save(of_picture, format="PNG")
     return paths
@@ -120,14 +118,16 @@ def description(
     """``caption`` and ``about``, as ``write_analysis`` takes them.
 
     Args:
+        run: the run's folder.
+        model: of the run.
         source, which: the images, and what they are in words, such as "images that the run validated on".
-        models: how many stand side by side.
+        models: how many models are compared.
         unreadable: images that were left out.
     """
     config, names = model.config, [source.name(index) for index in range(len(source))]
     bars = "error bars (trained and untrained)" if models > 2 else "error bars"
     caption = (
-        f"{run.absolute().name}: {in_words(run, model)}, lambda {config.lambd:g}; means over {len(names)} {which}, whole; "
+        f"{run.absolute().name}: {model_in_words(run, model)}, lambda {config.lambd:g}; means over {len(names)} {which}, whole; "
         f"{bars}: standard deviation over images"
     )
     images = {
@@ -142,7 +142,7 @@ def description(
 
 
 def analysis_lines(analyses: Mapping[str, Analysis]) -> list[str]:
-    """A table of the first and the last layer of each stack, and whether coding rate falls and sparsity rises with depth."""
+    """A table of the first and the last layer of each stack; and how coding rate and sparsity change with depth."""
     order = sorted(analyses, key=lambda name: (name != TRAINED, name == UNTRAINED))
     compared = {name: analyses[name] for name in order}
     headings = "".join(f"{heading:>13}" for heading, _ in _COLUMNS.values())
@@ -161,7 +161,7 @@ def analysis_lines(analyses: Mapping[str, Analysis]) -> list[str]:
 
 
 def _with_depth(name: str, analysis: Analysis) -> str:
-    """What the numbers say of one model's encoder."""
+    """A sentence on coding rate and sparsity over the layers of a model's encoder."""
     encoder = analysis.stacks["encoder"]
     before, after, zeros = (encoder[m].mean for m in ("coding_rate_before", "coding_rate_after", "zeros"))
     compressing = sum(end < start for start, end in zip(before, after, strict=True))
@@ -175,7 +175,8 @@ def _with_depth(name: str, analysis: Analysis) -> str:
 
 
 def _trend(values: Sequence[float], form: str) -> str:
-    """Such as "falls from 3.0 to 1.0 (in 2 of 2 steps)": the ends, and how many steps between layers go the same way."""
+    """First and last value, and in how many steps from layer to layer it moves in that direction: "falls from 3.0 to 1.0 (in 2 of
+    2 steps)"."""
     first, last = form.format(values[0]), form.format(values[-1])
     if values[0] == values[-1]:
         return f"ends as it began, at {last}"

@@ -1,9 +1,8 @@
-"""Runs side by side, as data: what their folders tell of their course, how far they have come, and which settings differ."""
+"""Compares runs by what is in their folders: their course, how far they have come, and which settings differ."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crate_mae.checkpoints import CONFIG_FILE
+from crate_mae.training.divergence import is_same_guess
 from crate_mae.training.metrics import MetricsLog
 from crate_mae.training.ownership import LOCK
-from crate_mae.training.run_folder import BREAKDOWN, METRICS, STARTS, STATES, by_name, kind_of
+from crate_mae.training.run_folder import BREAKDOWN, METRICS, STARTS, STATES, kind_of
+from crate_mae.training.sections import by_name
 from crate_mae.training.states import saved_states
 
 GUESSES = {"pretrain": ("mean_fill_loss", "mean fill"), "finetune": ("guess_loss", "guessing")}
-"""By kind of run: the error that needs no model, in rows of validations, and what it is of. It tells measures apart."""
-
-_SAME = 1e-3
-"""Relative difference up to which guesses are of the same images and masks, as for `DivergenceWatch`."""
+"""By kind of run, the error of a guess that needs no model: its name in rows of validations, and in words."""
 
 _OF_TRAINING_LOSS = (
     "model.norm_pix_loss",
@@ -33,16 +31,16 @@ _OF_TRAINING_LOSS = (
     "augment.switch",
     "augment.label_smoothing",
 )
-"""Settings that change what a training loss is of."""
+"""Settings on which the meaning of a training loss depends."""
 
 
 class Reading(NamedTuple):
     """A row of metrics.jsonl.
 
     Attributes:
-        step, images, hours: what training had taken by then; hours of computing, without those between two starts.
-        diverging: whether the run was held to diverge there.
-        values: the numbers in the row, by their names.
+        step, images, hours: what training had taken by then; hours count only while the run was going on.
+        diverging: whether the run was said to diverge there.
+        values: the numbers in the row, by name.
     """
 
     step: int
@@ -53,9 +51,12 @@ class Reading(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A time that a run was started, from which step, and the settings that were changed then, in words.
+    """A start of a run.
 
-    A start is `forgotten` whose steps are, as the run later went back to a step before it.
+    Attributes:
+        step: from which the run went on.
+        changed: the settings that were changed, in words.
+        forgotten: whether the run later went back to an earlier step, so that the steps of this start do not count.
     """
 
     step: int
@@ -65,20 +66,20 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """What the folder of a run tells.
+    """What the folder of a run tells about it.
 
     Attributes:
-        name: the end of the path to `folder`, as short as it can be told apart from the others.
-        kind: the command that the run is of, "pretrain" or "finetune".
-        settings: of config.json, by dotted names.
-        steps: readings of steps, one or more; `loss` among their values.
-        validations: readings of validations; `val_loss` among their values.
-        starts: in their order; none where the folder does not tell them.
+        name: the shortest end of the path to `folder` that no other run's path has.
+        kind: the run's command, "pretrain" or "finetune".
+        settings: of config.json, by section.name.
+        steps: readings of steps, one or more; their values include `loss`.
+        validations: readings of validations; their values include `val_loss`.
+        starts: of the run, in their order, as far as the folder tells.
         step, epochs: how far the run has come by its rows and states.
-        hours_estimated: whether hours are not in the rows, but made of images and images per second.
-        diverged_at: the step since which the run diverges; None where it does not, or does no longer.
-        broke_down_at: the step of a loss or weights that were not finite; None where the run did not end so.
-        locked: whether a process has the folder, or had it when it was killed.
+        hours_estimated: whether the rows have no hours, so that these are estimated from images per second.
+        diverged_at: the step since which the run diverges; None if it does not now.
+        broke_down_at: the step at which the loss or weights were not finite; None if the run did not end so.
+        locked: whether a process has the folder, or was killed while it had it.
     """
 
     name: str
@@ -101,29 +102,29 @@ class ComparedRun:
 
     @property
     def hours(self) -> float:
-        """Those of the last row of steps."""
+        """Hours by the last row of steps."""
         return self.steps[-1].hours
 
     @property
     def images_per_second(self) -> float:
-        """The median of the rows."""
+        """The median over the rows."""
         return median(reading.values["images_per_second"] for reading in self.steps)
 
     @property
     def last(self) -> Reading | None:
-        """The last validation; None where there is none."""
+        """The last validation, if there is one."""
         return self.validations[-1] if self.validations else None
 
     @property
     def guess(self) -> float | None:
-        """The error of the last validation's guess; None where there is none."""
+        """The error of the guess at the last validation, if there is one."""
         return self.last.values.get(GUESSES[self.kind][0]) if self.last else None
 
     @property
     def best(self) -> Reading | None:
-        """The best validation of those that did not diverge and are of the last one's measure; None where there is none.
+        """The best validation, if there is one, among those that did not diverge and are on the same images as the last one.
 
-        In pre-training, the least error; in fine-tuning, the highest top-1, and of several the least error.
+        In pre-training it has the least error; in fine-tuning the highest top-1, and among equals the least error.
         """
         guess, _ = GUESSES[self.kind]
         comparable = [
@@ -137,7 +138,7 @@ class ComparedRun:
 
     @property
     def resumed_at(self) -> list[int]:
-        """The steps from which the run went on, among those that it still consists of."""
+        """The steps from which the run was resumed, without starts that are forgotten."""
         return list(dict.fromkeys(start.step for start in self.starts if start.step > 0 and not start.forgotten))
 
     @property
@@ -148,7 +149,7 @@ class ComparedRun:
 
     @property
     def state(self) -> str:
-        """How it stands with the run, in words."""
+        """The state of the run, in words."""
         if self.broke_down_at is not None:
             said = f"broke down at step {self.broke_down_at:,}: loss or weights not finite, {self.progress} epochs"
         elif self.epochs >= self.settings["schedule.epochs"]:
@@ -166,7 +167,7 @@ class ComparedRun:
         return said
 
     def _error_since(self, step: int) -> str:
-        """The last validation's error, if it is of a run that diverges, else the loss."""
+        """The last validation's error if it is of `step` or later, else the last loss."""
         if self.last and self.last.step >= step:
             return f"validation error {self.last.values['val_loss']:.4g}"
         return f"loss {self.steps[-1].values['loss']:.4g}"
@@ -177,9 +178,10 @@ class Comparison:
     """Runs of one kind.
 
     Attributes:
-        differing: the settings that are not the same in all, by dotted names in the order of config.json, each with one value a
-            run; None, too, where a run's version did not have it. Without `out`.
-        remarks: why numbers cannot be held against each other, or are estimated, a sentence each.
+        runs: that are compared.
+        differing: the settings in which the runs differ, by section.name in the order of config.json, with a value for each run;
+            None, too, if the version of a run did not have the setting. Without `out`.
+        remarks: sentences on why numbers cannot be compared, or are estimated.
     """
 
     runs: tuple[ComparedRun, ...]
@@ -192,7 +194,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Path]) -> Comparison:
-    """Read runs from their folders, which are only read and may be written to meanwhile.
+    """Compare runs by their folders, to which runs may be writing meanwhile.
 
     Args:
         runs: the folders, of runs that are finished, stopped, broken down or going on; one or more, all of `pretrain` or all of
@@ -220,7 +222,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest end of each path that no other path has."""
+    """The shortest end of each path that is not an end of another path."""
     ends = [[str(Path(*path.parts[-count:])) for count in range(1, len(path.parts) + 1)] for path in paths]
     return [next(end for end in own if not any(end in others for others in ends if others is not own)) for own in ends]
 
@@ -270,7 +272,7 @@ def _read(folder: Path, name: str) -> ComparedRun:
 
 
 def _settings(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The kind of run, and its settings by dotted names."""
+    """The kind of run, and its settings by section.name."""
     if not folder.is_dir():
         wrong = NotADirectoryError if folder.exists() else FileNotFoundError
         raise wrong(f"{folder}: expected the folder of a run, got {'a file' if folder.exists() else 'none there'}")
@@ -294,7 +296,7 @@ def _json(file: Path) -> Any:
 
 
 def _has(row: Mapping[str, Any], *names: str) -> bool:
-    """Whether there are numbers by these names."""
+    """Whether the row has numbers by these names."""
     return all(isinstance(row.get(name), int | float) for name in names)
 
 
@@ -304,7 +306,7 @@ def _reading(row: Mapping[str, Any], batch_size: int, hours: float) -> Reading:
 
 
 def _estimated_hours(rows: Iterable[Mapping[str, Any]], batch_size: int) -> list[float]:
-    """As if all steps between two rows were as fast as the second row says."""
+    """Hours at each row, if all steps between two rows were as fast as the second row says."""
     hours, taken, before = [], 0.0, 0
     for row in rows:
         taken += (row["step"] - before) * batch_size / row["images_per_second"] / 3600
@@ -332,7 +334,7 @@ def _broke_down_at(file: Path) -> int | None:
 
 
 def _diverged_at(rows: Iterable[Mapping[str, Any]]) -> int | None:
-    """The step since which the last row of steps, or the last of validations, has been that of a run that diverges."""
+    """The step since which the run diverges, by its last rows of steps and of validations; None if it does not."""
     of_steps = of_validations = False
     since = None
     for row in rows:
@@ -375,4 +377,4 @@ def _remarks(runs: Sequence[ComparedRun], differing: Mapping[str, object]) -> li
 
 
 def _is_same(guess: float | None, other: float | None) -> bool:
-    return guess is None or other is None or math.isclose(guess, other, rel_tol=_SAME)
+    return guess is None or other is None or is_same_guess(guess, other)

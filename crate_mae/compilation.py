@@ -1,4 +1,4 @@
-"""torch.compile, and what it needs of a machine."""
+"""What torch.compile needs of a machine."""
 
 from __future__ import annotations
 

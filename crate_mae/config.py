@@ -1,10 +1,10 @@
-"""What a model is made of."""
+"""The sizes and constants of models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 
 def _is_integer(value: Any) -> bool:
@@ -26,62 +26,60 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 _LARGEST = 2**16
-"""Of every size: beyond all uses, and small enough that what is made of them can be counted."""
+"""The largest size that a field may have: beyond all uses, and small enough that counts made of sizes do not overflow."""
 
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 def fits_float32(*values: float) -> bool:
-    """Whether all are finite numbers in float32, in which models compute."""
-    return all(abs(value) <= _LARGEST_FLOAT32 for value in values)  # which no NaN is
+    """Whether all values are finite in float32, the precision in which models compute."""
+    return all(abs(value) <= _LARGEST_FLOAT32 for value in values)  # NaN is not
 
 
-@dataclass(frozen=True)  # as its heirs are: the command line takes one of any other class for a class to be chosen
-class _Config:
-    """The checks that all configurations share, of those fields that they have."""
+def _check(config: ModelConfig | ClassifierConfig) -> None:
+    """Check the fields of a model's configuration, and make a tuple of an image size that is a list.
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, (holds, expected) = getattr(self, field.name), _TYPES[field.type]
-            if not holds(value):
-                raise TypeError(f"{field.name}: expected {expected}, got {value!r}")
-        if not isinstance(self.img_size, int):  # JSON has lists where we have tuples
-            object.__setattr__(self, "img_size", tuple(self.img_size))
-        least = dict.fromkeys(("patch_size", "in_chans", "embed_dim", "num_heads", "decoder_num_heads"), 1)
-        least |= dict.fromkeys(("depth", "decoder_depth", "num_classes"), 0)
-        for name, lowest in least.items():
-            if hasattr(self, name) and not lowest <= getattr(self, name) <= _LARGEST:
-                raise ValueError(
-                    f"{name}: expected at least {lowest} and at most {_LARGEST}, got {getattr(self, name)}"
-                )
-        if max(self.image_shape) > _LARGEST:
-            raise ValueError(f"img_size: expected at most {_LARGEST} pixels a side, got {self.img_size}")
-        for name in ("num_heads", "decoder_num_heads"):
-            if hasattr(self, name) and self.embed_dim % getattr(self, name):
-                raise ValueError(f"{name}: expected a divisor of embed_dim {self.embed_dim}, got {getattr(self, name)}")
-        if self.has_fixed_positions and self.embed_dim % 4:
-            raise ValueError(f"embed_dim: expected a multiple of 4 for sine-cosine positions, got {self.embed_dim}")
-        if self.lambd < 0:
-            raise ValueError(f"lambd: expected at least 0, got {self.lambd}")
-        if self.step_size <= 0:
-            raise ValueError(f"step_size: expected above 0, got {self.step_size}")
-        if not fits_float32(self.lambd):
-            raise ValueError(f"lambd: expected a number that is finite in float32, got {self.lambd}")
-        if not fits_float32(self.step_size, self.step_size * self.lambd):
-            what = "a number that is finite in float32, times lambd, too"
-            raise ValueError(f"step_size: expected {what}, got {self.step_size}")
-        grid_of(self.image_shape, self.patch_size)
+    Raises:
+        TypeError: a field is not of its type.
+        ValueError: a field is out of range, or does not go with another.
+    """
+    for field in fields(config):
+        value, (holds, expected) = getattr(config, field.name), _TYPES[str(field.type)]
+        if not holds(value):
+            raise TypeError(f"{field.name}: expected {expected}, got {value!r}")
+    if not isinstance(config.img_size, int):  # JSON has lists where we have tuples
+        object.__setattr__(config, "img_size", tuple(config.img_size))
+    least = dict.fromkeys(("patch_size", "in_chans", "embed_dim", "num_heads", "decoder_num_heads"), 1)
+    least |= dict.fromkeys(("depth", "decoder_depth", "num_classes"), 0)
+    for name, lowest in least.items():
+        if hasattr(config, name) and not lowest <= getattr(config, name) <= _LARGEST:
+            raise ValueError(f"{name}: expected at least {lowest} and at most {_LARGEST}, got {getattr(config, name)}")
+    if max(config.image_shape) > _LARGEST:
+        raise ValueError(f"img_size: expected at most {_LARGEST} pixels a side, got {config.img_size}")
+    width, lambd, step_size = config.embed_dim, config.lambd, config.step_size
+    for name in ("num_heads", "decoder_num_heads"):
+        if hasattr(config, name) and width % getattr(config, name):
+            raise ValueError(f"{name}: expected a divisor of embed_dim {width}, got {getattr(config, name)}")
+    if config.has_fixed_positions and width % 4:
+        raise ValueError(f"embed_dim: expected a multiple of 4 for sine-cosine positions, got {width}")
+    if lambd < 0:
+        raise ValueError(f"lambd: expected at least 0, got {lambd}")
+    if step_size <= 0:
+        raise ValueError(f"step_size: expected above 0, got {step_size}")
+    if not fits_float32(lambd):
+        raise ValueError(f"lambd: expected a number that is finite in float32, got {lambd}")
+    if not fits_float32(step_size, step_size * lambd):
+        what = "a number that is finite in float32, times lambd, too"
+        raise ValueError(f"step_size: expected {what}, got {step_size}")
+    grid_of(config.image_shape, config.patch_size)
 
-    has_fixed_positions = True
 
-    @property
-    def image_shape(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+def _pair(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    return (img_size, img_size) if isinstance(img_size, int) else img_size
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Config):
+class ModelConfig:
     """The sizes and constants of a CRATE-MAE model, saved with its weights.
 
     Attributes:
@@ -112,11 +110,19 @@ class ModelConfig(_Config):
     norm_pix_loss: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check(self)
         if self.norm_pix_loss and self.patch_size**2 * self.in_chans == 1:
             raise ValueError(
                 "norm_pix_loss: expected patches of two values or more, got patch_size 1 and in_chans 1; one has no variance"
             )
+
+    has_fixed_positions: ClassVar[bool] = True
+    """Whether positions are sine-cosine tables, which are computed and not learned."""
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return _pair(self.img_size)
 
 
 FAMILIES = ("crate", "crate_alpha", "crate_mae")
@@ -124,7 +130,7 @@ POOLS = ("cls", "mean")
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(_Config):
+class ClassifierConfig:
     """The sizes and constants of a classifier, saved with its weights.
 
     Attributes:
@@ -157,17 +163,23 @@ class ClassifierConfig(_Config):
     step_size: float = 0.1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check(self)
         for name, known in (("family", FAMILIES), ("pool", POOLS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return _pair(self.img_size)
+
+    @property
     def has_fixed_positions(self) -> bool:
+        """Whether positions are sine-cosine tables, which are computed and not learned."""
         return self.family == "crate_mae"
 
 
-def grid_of(image_shape: tuple[int, int], patch_size: int) -> tuple[int, int]:
+def grid_of(image_shape: Sequence[int], patch_size: int) -> tuple[int, int]:
     """(rows, columns) of patches in an image of (height, width) pixels.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a finished run has learnt, in a few lines and on one page: the end of ``crate-mae demo``."""
+"""The end of ``crate-mae demo``: what the run has learnt, in a few lines and on one page."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from statistics import fmean, stdev
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset
 
 from crate_mae.analyzing import (
     analysis_lines,
     analyze_models,
     description,
-    in_words,
+    model_in_words,
     random_model,
     write_analysis,
 )
@@ -25,6 +24,7 @@ from crate_mae.data import CentreCropped, Normalization, Source, Subset, spread
 from crate_mae.data.checking import Looked, looked_at
 from crate_mae.evaluation import class_accuracies, pooled_features
 from crate_mae.evaluation.classes import TITLES
+from crate_mae.evaluation.features import standardised
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
 from crate_mae.pictures import Classes, Curves, Sparsity, summary_picture
@@ -34,24 +34,27 @@ from crate_mae.training import PretrainConfig, PretrainResult
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.precision import choose_device, cpu_threads
 from crate_mae.training.run_folder import INSIDE, METRICS, SUMMARY
-from crate_mae.training.validation import mask_noise
+from crate_mae.training.validation import ValidationErrors, mask_noise
 from crate_mae.visualizing import visualize
 
 RANDOM_SEEDS = range(5)
-"""Of the encoders with random weights that the trained one stands beside."""
+"""Seeds of the encoders with random weights, with which the trained one is compared."""
 
 FOLDS = 5
-"""Of the cross-validation by which classes are found."""
+"""Folds of the cross-validation of classes."""
 
 ROWS = 6
 """Photographs on the page."""
 
+_BATCH = 20
+"""Images that go through a model together."""
+
 
 def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
-    """Draw summary.png, analysis.png and the page of ``visualize`` into the run's folder, and say what they show in lines.
+    """Draw summary.png, analysis.png and the page of ``visualize`` into the run's folder; returns lines on what they show.
 
-    Classes are found among all images, by labels of others; pre-training saw those to train on too, and no label. Without
-    validation images nothing is drawn; without classes, or with too few images of one, the page does without them.
+    Classes are predicted for all images, each by the labels of others (cross-validation). Pre-training saw the training images,
+    but no label. Without validation images nothing is drawn; without classes, or with too few images of one, they are left out.
     """
     train, val, *_ = image_sets(config)
     if result.errors is None or val is None:
@@ -60,10 +63,13 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
     with cpu_threads(config.run.threads):
         device = choose_device(config.run.device)
         model = load_model(config.out).to(device).eval()
+        assert isinstance(model, CrateMAE)
         random = [random_model(model, seed).to(device) for seed in RANDOM_SEEDS]
         normalization = Normalization(config.images.mean, config.images.std, config.model.in_chans)
         shown = CentreCropped(val, config.model.image_shape, config.model.in_chans)
-        analyses = analyze_models({UNTRAINED: random[0], TRAINED: model}, shown, normalization)
+        analyses = analyze_models(
+            {UNTRAINED: random[0], TRAINED: model}, lambda: standardised(model, shown, normalization, _BATCH)
+        )
         sparsity = Sparsity(*(analyses[name].stacks["encoder"]["zeros"].mean for name in (TRAINED, UNTRAINED)))
         classes = _classes(model, random, train, val, normalization)
         chosen = spread(len(shown), ROWS)
@@ -75,7 +81,7 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
             normalization,
             mask_ratio=config.schedule.mask_ratio,
             noise=mask_noise(len(shown), patches, config.run.seed)[chosen],
-            curves=_curves(config, result),
+            curves=_curves(config, result.errors),
             sparsity=sparsity,
             classes=classes,
             caption=(
@@ -96,7 +102,7 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
             mask_ratio=config.schedule.mask_ratio,
             seed=config.run.seed,
             title=f"Inside CRATE-MAE: {config.out}",
-            caption=f"{config.out}: {in_words(config.out, model)}; photographs that the run validated on.",
+            caption=f"{config.out}: {model_in_words(config.out, model)}; photographs that the run validated on.",
         )
     return [
         f"On one page: {config.out / SUMMARY}",
@@ -107,7 +113,7 @@ def summarise(result: PretrainResult, config: PretrainConfig) -> list[str]:
 
 
 def _readable(source: Source) -> Source:
-    """The images of a source that can be read, those included that the run did not come to."""
+    """The images of a source that can be read; all are tried, since the run may not have met all."""
     found = [index for index in range(len(source)) if isinstance(looked_at(source, index), Looked)]
     return Subset(source, found) if len(found) < len(source) else source
 
@@ -118,20 +124,19 @@ def _classes(
     labels = torch.from_numpy(np.concatenate([train.labels, val.labels])).long()
     if train.classes != val.classes or len(train.classes) < 2 or labels.bincount().min() < FOLDS:
         return None
-    images = ConcatDataset(
-        [CentreCropped(source, model.config.image_shape, model.config.in_chans) for source in (train, val)]
-    )
+    parts = [CentreCropped(source, model.config.image_shape, model.config.in_chans) for source in (train, val)]
     trained, *others = (
-        class_accuracies(pooled_features(each, images, normalization), labels, folds=FOLDS) for each in (model, *random)
+        class_accuracies(torch.cat([pooled_features(each, part, normalization) for part in parts]), labels, folds=FOLDS)
+        for each in (model, *random)
     )
     return Classes(train.classes, len(labels), trained, others)
 
 
-def _curves(config: PretrainConfig, result: PretrainResult) -> Curves:
+def _curves(config: PretrainConfig, errors: ValidationErrors) -> Curves:
     lines = [json.loads(line) for line in (config.out / METRICS).read_text(encoding="utf-8").splitlines()]
     training = [(line["epoch"], line["loss"]) for line in lines if "loss" in line]
     validation = [(line["epoch"], line["val_loss"]) for line in lines if "val_loss" in line]
-    return Curves(training, validation, *result.errors[1:])
+    return Curves(training, validation, *errors[1:])
 
 
 def _lines(classes: Classes) -> list[str]:

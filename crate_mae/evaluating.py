@@ -1,4 +1,4 @@
-"""What models have learnt, measured by the classes that their features tell apart: for the command, written down and told."""
+"""Measures what models have learnt by how well their features tell classes apart; for ``crate-mae evaluate``."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from crate_mae.training.precision import autocast, choose_device
 from crate_mae.training.run_folder import EVALUATION, EVALUATION_PICTURE, has_state
 
 _SHOWN = 20
-"""Classes that the table shows all of; of more, the ten most often found and the ten least."""
+"""The table shows so many classes: all, or the half that is found most often and the half that is found least."""
 
 
 class How(NamedTuple):
     """How features are made.
 
     Attributes:
-        spec: which they are.
-        batch_size, num_workers: images that go through a model together, and processes that load them; they change memory and
-            time alone.
-        precision: "float32" or "bfloat16", as of training.
+        spec: which features.
+        batch_size, num_workers: images that go through a model together, and processes that load them; results do not depend on
+            either.
+        precision: "float32" or "bfloat16", as in training.
     """
 
     spec: FeatureSpec
@@ -61,17 +61,21 @@ def evaluate_features(
     say: Callable[[str], None] = print,
     name: str = "features",
 ) -> dict[str, Scores]:
-    """Scores of ``METHODS`` on the test images, by what the features of the images to learn from tell.
+    """Scores of the methods on the test images, with features of the training images to learn from.
 
-    The model sees whole images: the largest centred part of each, resized to its image size. What cannot be read is left out,
-    and told.
+    The model sees the largest centred part of each image, resized to its image size. Unreadable images are left out, and a line
+    says so.
 
     Args:
-        methods: among ``METHODS``.
-        cache: folder of features to keep, or to take; None makes them anew and keeps none.
-        seed: of the choice of those held out by the probe.
+        model: whose features are made.
+        parts: images to learn from, and to test on.
+        normalization: of the images.
+        methods: names among ``METHODS``.
+        how: features are made.
+        cache: folder in which features are kept, and looked up first; None for neither.
+        seed: of the random choice of images that the linear probe holds out.
         say: takes a line for the user.
-        name: of the model, in a word for the progress.
+        name: of the model, for the progress bar.
 
     Raises:
         OSError: the features cannot be written.
@@ -93,7 +97,7 @@ def evaluate_features(
 
 
 def _of_all_classes(scores: Scores, classes: int) -> Scores:
-    """With a row and a column for classes of the highest numbers, too, of which no image could be read."""
+    """The scores with rows and columns for the last classes, too, if no image of these could be read."""
     lacking = classes - len(scores.confusion)
     if not lacking:
         return scores
@@ -147,12 +151,16 @@ def _features(
 
 
 def evaluate_finetuned(config: FinetuneConfig, parts: LabelledParts, how: How, *, overwrite: bool = False) -> Scores:
-    """Scores on the test images of a classifier that is fine-tuned end to end, the last one: test images choose nothing.
+    """Scores of a classifier that is fine-tuned end to end, on the test images.
 
-    What a fine-tuning in ``config.out`` has done before is taken up, also where it was done.
+    The last model is scored, not the best one, so that test images choose nothing. A fine-tuning in ``config.out`` that was
+    interrupted goes on, and one that was finished is not done again.
 
     Args:
-        config: of which ``data`` is what ``parts.train`` is, and ``val`` what ``parts.test`` is.
+        config: the fine-tuning; its ``data`` and ``val`` name the images of ``parts.train`` and ``parts.test``.
+        parts: images to learn from, and to test on.
+        how: precision and batch size of the scoring.
+        overwrite: fine-tune anew.
 
     Raises:
         Exception: as of ``finetuning.finetune``.
@@ -172,20 +180,20 @@ def evaluate_finetuned(config: FinetuneConfig, parts: LabelledParts, how: How, *
     logits, indices = extract(
         forward, images, normalization, device, batch_size=how.batch_size, unreadable=lambda errors: None
     )
-    # The classes of training, of which there may be more, in their order, are those that the model numbers.
+    # The model may number the classes in another order, and may have more of them.
     columns = [done.classes.index(name) for name in parts.train.classes]
     labels = torch.from_numpy(parts.test.labels).long()[indices]
     return score(logits[:, columns], labels, chosen={"epochs": done.epochs})
 
 
 class Results(NamedTuple):
-    """What was found.
+    """The results of an evaluation.
 
     Attributes:
-        runs: scores of each method, by the name of the run.
+        runs: scores by the name of the run, then by method.
         untrained: likewise, of models with random weights, by "seed N".
-        classes: their names, in the order of their numbers.
-        about: what else is to be known, in plain values.
+        classes: the names of the classes, in the order of their numbers.
+        about: what else a reader should know, in plain values.
     """
 
     runs: Mapping[str, Mapping[str, Scores]]
@@ -202,7 +210,7 @@ def write_evaluation(folder: Path, results: Results, *, caption: str) -> tuple[P
     """Write ``evaluation.json`` and ``evaluation.png`` into a folder, which is made if it is not there; returns their paths.
 
     Raises:
-        OSError: they cannot be written; those that were there before are there still.
+        OSError: a file cannot be written; former files are still there.
     """
     content = {
         "versions": {"crate_mae": __version__, "torch": torch.__version__},
@@ -250,7 +258,7 @@ def evaluation_lines(results: Results) -> list[str]:
 
 
 def _class_lines(results: Results) -> list[str]:
-    """Of each class, how many of its images are found; of many classes, the extremes."""
+    """A table of the share of images of each class that is found; of many classes, the best and the worst."""
     shares = {
         method: [
             _mean([of[method].of_classes[number] for of in results.runs.values()])
@@ -258,8 +266,8 @@ def _class_lines(results: Results) -> list[str]:
         ]
         for method in results.methods
     }
-    first = shares[results.methods[0]]
-    order = sorted((number for number in range(len(first)) if first[number] is not None), key=lambda n: -first[n])
+    first = {number: share for number, share in enumerate(shares[results.methods[0]]) if share is not None}
+    order = sorted(first, key=first.__getitem__, reverse=True)
     lines = [f"  {'class':<22}" + "".join(f"{TITLES[method]:>24}" for method in results.methods)]
     shown: Sequence[int | None] = order
     if len(order) > _SHOWN:

@@ -6,24 +6,28 @@ from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
 
 
 def least_flops(config: ModelConfig | ClassifierConfig, batch: int, *, mask_ratio: float = 0.75) -> int:
-    """Of one training step, forward and backward: a multiplication and an addition of each product count as two.
+    """The operations of one training step, forward and backward; a multiplication and an addition count as two.
 
-    ISTA is one product, every layer's products count once forward and twice backward, attention's 2 and 5; what is computed
-    twice to save memory counts once. CRATE-alpha's sparse step is four products of four times the width. Of CRATE-MAE only the
-    patches that are kept are embedded. Norms, softmax and all else that is no product are left out.
+    Only matrix products count: norms, softmax and element-wise operations are left out, and so is what is computed a second time
+    to save memory. A product with weights is one in the forward and two in the backward, attention two and five, ISTA's sparse
+    step a single product, CRATE-alpha's four of four times the width. A CRATE-MAE embeds the patches that are kept alone.
 
     Args:
+        config: the model's sizes.
         batch: images of the step.
-        mask_ratio: fraction of the patches removed from an image, of CRATE-MAE alone.
+        mask_ratio: fraction of the patches that a CRATE-MAE removes from an image; without effect on classifiers.
     """
     rows, columns = grid_of(config.image_shape, config.patch_size)
     patches, width = rows * columns, config.embed_dim
     tokens, patch = patches + 1, config.patch_size**2 * config.in_chans
-    is_mae, is_alpha = isinstance(config, ModelConfig), getattr(config, "family", None) == "crate_alpha"
-    layers = config.depth + (config.decoder_depth if is_mae else 0)
+    if isinstance(config, ModelConfig):
+        layers, is_alpha = config.depth + config.decoder_depth, False
+        embedded, outputs = int(patches * (1 - mask_ratio)), tokens * patch
+    else:
+        layers, is_alpha = config.depth, config.family == "crate_alpha"
+        embedded, outputs = patches, config.num_classes
     layer = 3 * (2 + (4 * 4 if is_alpha else 1)) * 2 * tokens * width**2 + (2 + 5) * 2 * tokens**2 * width
     combinations = 0 if is_alpha else config.depth * 2 * 2 * width**3  # W^T W and its gradient, once a step
-    embedded = int(patches * (1 - mask_ratio)) if is_mae else patches
     embedding = 2 * 2 * embedded * width * patch  # no gradient of the images
-    prediction = 3 * 2 * width * (tokens * patch if is_mae else config.num_classes)
+    prediction = 3 * 2 * width * outputs
     return batch * (layers * layer + embedding + prediction) + combinations

@@ -1,4 +1,4 @@
-"""What a model sees in images, as pictures and a page in one folder: ``crate-mae visualize``, and the end of the demo."""
+"""Draws what a model sees in images, as pictures and a page in one folder; for ``crate-mae visualize`` and the demo."""
 
 from __future__ import annotations
 
@@ -48,21 +48,23 @@ def visualize(
     caption: str = "",
     done: Callable[[int], None] = lambda steps: None,
 ) -> list[Path]:
-    """Draw what the model makes of images into a folder, and the page.
+    """Draw pictures of what the model makes of images into a folder, and a page to look around in.
 
     Args:
-        images: uint8 [channels, height, width] each, which may differ in size.
+        model: to look into.
+        images: uint8 [channels, height, width] each; sizes may differ.
         names: of the images.
-        folder: is made; files in it of the names in ``SHOWS`` are replaced.
-        layer: whose attention is drawn: of the encoder from 1, or from its end from -1; "decoder:1" is the decoder's first. Of a
-            model without encoder layers, -1 is the decoder's last.
-        query: the patch whose attention it is, its row and column counted from 1; None is the class token.
-        mass: the share of a head's attention that makes a region, as of ``most_attended``.
+        normalization: of the images.
+        folder: made if it is not there; files in it with names in ``SHOWS`` are replaced.
+        layer: the layer whose attention is drawn: of the encoder, 1 is the first and -1 the last; "decoder:1" is the decoder's
+            first. In a model without encoder layers, -1 is the decoder's last.
+        query: the patch whose attention is drawn, (row, column) counted from 1; None for the class token.
+        mass: the share of a head's attention that makes a region, see ``most_attended``.
         mask_ratio: fraction of the patches removed for reconstruction. Which ones depends on the seed and the image's place.
         seed: 0 to 2**64 - 1.
         title: of the page.
-        caption: a line in each picture, that says whose they are.
-        done: told 1 after each of ``steps``, for a progress bar.
+        caption: a line in each picture, on the model.
+        done: called with 1 after each of ``steps``, for a progress bar.
 
     Returns:
         The files, in the order of ``SHOWS``.
@@ -77,7 +79,7 @@ def visualize(
     place = place_of_layer(config, layer)
     check_mass(mass)
     for name, pixels in zip(names, images, strict=True):
-        grid = grid_of(tuple(pixels.shape[-2:]), config.patch_size)
+        grid = grid_of(pixels.shape[-2:], config.patch_size)
         check_query(query, grid, name)
         check_mask_ratio(mask_ratio, grid, name)
 
@@ -89,7 +91,7 @@ def visualize(
         done(1)
 
     make_folder(folder)
-    for path in (folder / name for name in PATHS[len(images) :]):  # of more images than there are now
+    for path in (folder / name for name in PATHS[len(images) :]):  # of a former call with more images
         remove(path)
     token = Query(None if query is None else (query[0] - 1, query[1] - 1))
     for name, picture in _pictures(config, views, names, shown, place, token, mass, caption):
@@ -104,15 +106,16 @@ def visualize(
 
 
 def steps(images: int) -> int:
-    """How many steps ``visualize`` is done in: each image is looked at and reconstructed, and each file written."""
+    """The number of steps of ``visualize``: two for each image, which is analysed and reconstructed, and one for each file."""
     return 2 * images + len(SHOWS) - len(PATHS[images:])
 
 
 def place_of_layer(config: ModelConfig, layer: int | str, option: str = "layer") -> int:
-    """Where a layer is among the encoder's and, after them, the decoder's, from 0.
+    """The number of a layer, from 0, among the encoder's layers followed by the decoder's.
 
     Args:
-        layer: as of ``visualize``.
+        config: of the model.
+        layer: as for ``visualize``.
         option: what the message calls it.
 
     Raises:
@@ -140,7 +143,7 @@ def place_of_layer(config: ModelConfig, layer: int | str, option: str = "layer")
 
 
 def check_query(query: tuple[int, int] | None, grid: tuple[int, int], name: str, option: str = "query") -> None:
-    """Raise a ValueError for a patch, counted from 1, that an image of this grid, (rows, columns), has not."""
+    """Raise a ValueError if an image with this grid, (rows, columns), has no such patch, counted from 1."""
     if query is not None and not all(1 <= place <= count for place, count in zip(query, grid, strict=True)):
         raise ValueError(
             f"{option}: expected a row from 1 to {grid[0]} and a column from 1 to {grid[1]}, the patches of {name}, "
@@ -149,7 +152,7 @@ def check_query(query: tuple[int, int] | None, grid: tuple[int, int], name: str,
 
 
 def check_mask_ratio(mask_ratio: float, grid: tuple[int, int], name: str, option: str = "mask_ratio") -> None:
-    """Raise a ValueError for a ratio that leaves no patch of an image of this grid visible, or all."""
+    """Raise a ValueError if the ratio leaves no patch of an image with this grid visible, or all."""
     patches = math.prod(grid)
     if not (0 < mask_ratio < 1 and 0 < int(patches * (1 - mask_ratio)) < patches):
         raise ValueError(
@@ -158,7 +161,7 @@ def check_mask_ratio(mask_ratio: float, grid: tuple[int, int], name: str, option
 
 
 def check_mass(mass: float, option: str = "mass") -> None:
-    """Raise a ValueError for what is no share of the attention."""
+    """Raise a ValueError if `mass` is not above 0 and at most 1."""
     if not 0 < mass <= 1:
         raise ValueError(f"{option}: expected above 0 and at most 1, got {mass}")
 
@@ -173,9 +176,11 @@ def _pictures(
     mass: float,
     caption: str,
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Each when the one before is written, since they are large."""
-    given = {"norm_pix_loss": config.norm_pix_loss, "caption": caption}
-    yield "reconstructions.png", reconstructions_picture(shown, names, config.patch_size, **given)
+    """The pictures by file name; each is drawn when the one before has been written, since they are large."""
+    reconstructed = reconstructions_picture(
+        shown, names, config.patch_size, norm_pix_loss=config.norm_pix_loss, caption=caption
+    )
+    yield "reconstructions.png", reconstructed
     yield "attention.png", attention_picture(views, names, layer, query, caption)
     yield "attention_layers.png", layers_picture(views, names, query, caption)
     yield "segmentation.png", segmentation_picture(views, names, layer, query, mass, caption)

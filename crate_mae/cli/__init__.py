@@ -1,4 +1,4 @@
-"""The `crate-mae` command: what the commands share. Each has a module."""
+"""The `crate-mae` command: parses the arguments, runs one of its commands, each of which has a module, and reports errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
@@ -47,16 +48,16 @@ OTHERS = {
     "share": share,
     "export": export,
 }
-"""Commands with a module of their own."""
+"""The commands that do not train, by their modules."""
 
 TRAINING = {"pretrain": pretraining, "demo": pretraining, "finetune": finetuning}
-"""Commands with options that are read ahead of others."""
+"""The commands that train; some of their options decide the defaults of others, and are read first."""
 
 COMMANDS = (*TRAINING, *OTHERS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; an error is one line on stderr, and with --debug anywhere among the arguments its traceback, too.
+    """Run the command. An error is one line on stderr; with --debug anywhere among the arguments, the traceback comes before it.
 
     Returns:
         The exit status.
@@ -73,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in given if argument != DEBUG]
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     try:
         report = _run(arguments)
         if not is_silent():
-            with suppress(OSError):  # of a pipe that nobody reads: all is done
+            with suppress(OSError):  # nobody reads the pipe any more, and all is done
                 print(report, flush=True)
         if launched() and argv is None:
             leave(0)
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, status = outcome(error, *arguments[:1])
         if (
             status > 128 and argv is None
-        ):  # the process ends now, and what Slurm sends next must not change its exit status
+        ):  # the process ends now, and Slurm's next signal must not change its exit status
             for number in STOPPING:
                 signal.signal(number, signal.SIG_IGN)
         if isinstance(error, RunStopped):
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = f"crate-mae: {one_line(message)}"
         if launched() and argv is None:
             end_of_rank(line, error, status)
-        with suppress(OSError):  # of a terminal that is gone; the exit status tells
+        with suppress(OSError):  # the terminal is gone; the exit status tells
             print(line, file=sys.stderr, flush=True)
         return status
     return 0
@@ -127,10 +128,11 @@ def _run(arguments: list[str]) -> str:
         if argument.startswith("--"):
             option, _, argument = argument.partition("=")
         check_argument(option, argument)
-    defaults: dict[str, object] = {}
+    defaults: dict[str, Any] = {}
     options = ["--help", "--version", DEBUG]
     try:
-        if module := TRAINING.get(arguments[0]):
+        module = TRAINING.get(arguments[0])
+        if module:
             arguments, defaults = module.read_ahead(arguments)
         set_loader("yaml", load, (yaml.YAMLError, ValueError))
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -140,14 +142,16 @@ def _run(arguments: list[str]) -> str:
             epilog=DEBUG_HELP,
             version=__version__,
             exit_on_error=False,
-            allow_abbrev=False,  # what is read ahead has whole names only, and so both read the same
+            allow_abbrev=False,  # options that are read first need whole names, too
         )
         commands = parser.add_subcommands()
         parsers = {
-            **pretraining.add_commands(commands, {} if arguments[0] == "finetune" else defaults),
-            "finetune": finetuning.add_command(commands, defaults if arguments[0] == "finetune" else {}),
-            **{name: module.add_command(commands) for name, module in OTHERS.items()},
-        }
+            name: each.make_parser(name, defaults if each is module else {}) for name, each in TRAINING.items()
+        } | {name: each.make_parser() for name, each in OTHERS.items()}
+        helps = {name: each.HELP[name] for name, each in TRAINING.items()}
+        helps |= {name: each.HELP for name, each in OTHERS.items()}
+        for name, own in parsers.items():
+            commands.add_subcommand(name, own, help=helps[name])
         if arguments[0] in parsers:
             options = [*parsers[arguments[0]]._option_string_actions, DEBUG]
         chosen = parser.parse_args(arguments)

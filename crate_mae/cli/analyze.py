@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
@@ -15,11 +17,11 @@ from crate_mae.analyzing import (
     analysis_lines,
     analyze_models,
     description,
-    in_words,
+    model_in_words,
     random_model,
     write_analysis,
 )
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.parsers import add_device, command_parser
 from crate_mae.cli.pretraining import config_of
 from crate_mae.cli.runs import check_run, is_run, model_of, normalization_of
 from crate_mae.cli.settings import path_of
@@ -35,15 +37,14 @@ from crate_mae.training.precision import choose_device, cpu_threads
 from crate_mae.training.run_folder import IMAGES, STATES, refuse_unwritable
 from crate_mae.training.states import SavedState, load_state_weights, saved_states
 
+HELP = "Measure what each layer of a run's model does to tokens."
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `analyze` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Measures layer by layer how far tokens are compressed and made sparse, and what attention looks at; "
+
+def make_parser() -> ArgumentParser:
+    """The parser of `analyze`."""
+    parser = command_parser(
+        "Measures layer by layer how far tokens are compressed and made sparse, and what attention looks at; "
         "writes analysis.json and analysis.png.",
-        epilog=DEBUG_HELP,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "run", metavar="RUN", type=Path, help="Folder of a run, or of a model alone, which needs --data."
@@ -58,9 +59,8 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
     parser.add_argument("--untrained", type=bool, default=True, help="Show a model with random weights, too.")
     parser.add_argument("--states", action="store_true", help="Show the states that the run has kept, too.")
     parser.add_argument("--out", type=Path, help="Folder for the files; by default, RUN.")
-    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
+    add_device(parser)
     parser.add_argument("--batch_size", type=int, default=20, help="Images at once: fewer need less memory.")
-    commands.add_subcommand("analyze", parser, help="Measure what each layer of a run's model does to tokens.")
     return parser
 
 
@@ -89,16 +89,17 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     source, which, images, unreadable = _images(folder, model.config, config, asked.data, asked.images)
     states = list(reversed(saved_states(folder / STATES))) if asked.states else []
     analyses: dict[str, Analysis] = {}
-    # As many threads as the run had: models as small as the demo's are slower on two, where something else computes, too.
+    # As many threads as the run had: small models are slower on two if something else computes, too.
     threads = min(config.run.threads if config else 0, os.cpu_count() or 1)
     with cpu_threads(threads), Progress((1 + asked.untrained + len(states)) * len(images), "analyze", say) as progress:
 
-        def measure(name: str, of: CrateMAE) -> None:
-            analyses.update(
-                analyze_models({name: of}, images, normalization, batch_size=asked.batch_size, done=progress.update)
-            )
+        def batches() -> Iterator[Tensor]:
+            return (normalization(part.to(device)) for part in torch.stack(images).split(asked.batch_size))
 
-        # One at a time, so that no more than two models take memory.
+        def measure(name: str, of: CrateMAE) -> None:
+            analyses.update(analyze_models({name: of}, batches, done=progress.update))
+
+        # One after the other, so that no more than two models take memory.
         if asked.untrained:
             measure(UNTRAINED, random_model(model).to(device))
         for saved in states:
@@ -122,14 +123,21 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     return "\n".join(
         [
             *analysis_lines(analyses),
-            f"{folder}: {in_words(folder, model)}.",
+            f"{folder}: {model_in_words(folder, model)}.",
             f"Look at {picture}; all numbers are in {numbers}.",
         ]
     )
 
 
 class _Images(NamedTuple):
-    """Images that can be read, which they are in words, each as the model takes it, and how many beside them cannot."""
+    """The images to analyse.
+
+    Attributes:
+        source: the images that can be read.
+        which: what they are, in words.
+        pixels: of each, at the model's size.
+        unreadable: how many more cannot be read.
+    """
 
     source: Source
     which: str
@@ -138,7 +146,7 @@ class _Images(NamedTuple):
 
 
 def _images(folder: Path, model: ModelConfig, config: PretrainConfig | None, data: str | None, most: int) -> _Images:
-    """Up to so many of the images that an option names, or else of the run's, spread evenly; read once for all models."""
+    """At most `most` images, spread evenly over those of --data, or else of the run; read once for all models."""
     if data is not None:
         with of_option("--data"):
             source, which = open_source(data, part="val"), f"images of {data}"
@@ -165,8 +173,8 @@ def _images(folder: Path, model: ModelConfig, config: PretrainConfig | None, dat
 
 
 def _images_of(folder: Path, config: PretrainConfig) -> tuple[Source, str]:
-    """The images that the run in a folder, which may have been moved, validated on, or else trained on."""
-    # Not all decoded: few of them are looked at.
+    """The images on which the run in a folder validated, or else trained, and what they are in words."""
+    # No cache of all decoded images: few of them are needed.
     few = dataclasses.replace(config.images, cache_mb=0)
     try:
         sets = image_sets(dataclasses.replace(config, out=folder, init=None, images=few), folder / IMAGES)
@@ -180,7 +188,7 @@ def _images_of(folder: Path, config: PretrainConfig) -> tuple[Source, str]:
 
 
 def _of_state(saved: SavedState, trained: CrateMAE, config: PretrainConfig | None) -> tuple[str, CrateMAE]:
-    """A state's model, by "epoch N" or "step N".
+    """The name of a state, "epoch N" or "step N", and its model.
 
     Raises:
         ValueError: it cannot be shown.
@@ -192,6 +200,6 @@ def _of_state(saved: SavedState, trained: CrateMAE, config: PretrainConfig | Non
     weights = model.state_dict()
     if all(value.equal(weights[name]) for name, value in trained.state_dict().items()):
         raise ValueError("it is the trained model itself")
-    epoch, rest = divmod(saved.step, max(1, images // config.schedule.batch_size))
+    epoch, rest = divmod(saved.step, max(1, images // int(config.schedule.batch_size)))
     name = f"step {saved.step}" if rest else f"epoch {epoch}"
     return f"{name}, diverging" if saved.diverging else name, model

@@ -6,29 +6,27 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.pack import STOPPING, add_workers, workers_of
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.settings import path_of
 from crate_mae.data.checking import check
 from crate_mae.data.in_processes import Stopped
 from crate_mae.data.unreadable import TooManyUnreadable, by_cause, write_list
-from crate_mae.training import RunStopped
 from crate_mae.training.interrupts import stop_requests
 
+HELP = "Read all images, and list those that cannot be read."
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `check` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Reads and decodes every image of a source, and says which cannot be read, and why. Shards that have a "
+
+def make_parser() -> ArgumentParser:
+    """The parser of `check`."""
+    parser = command_parser(
+        "Reads and decodes every image of a source, and says which cannot be read, and why. Shards that have a "
         "checksums.sha256 beside them are compared with it.",
-        epilog=f"Exit status 0: all can be read; 1: one cannot, or a shard is not as its checksum says. {DEBUG_HELP}",
-        exit_on_error=False,
-        allow_abbrev=False,
+        "Exit status 0: all can be read; 1: one cannot, or a shard is not as its checksum says.",
     )
     parser.add_argument("source", metavar="SOURCE", type=str, help="Images, as --data of pretrain names them.")
     parser.add_argument("--out", type=Path, help="File for the whole list: cause, name and reason, with tabs between.")
     add_workers(parser)
-    commands.add_subcommand("check", parser, help="Read all images, and list those that cannot be read.")
     return parser
 
 
@@ -52,7 +50,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         try:
             report = check(source, workers=workers_of(asked.workers), should_stop=lambda: bool(stop))
         except Stopped as error:
-            raise RunStopped("stopped before all was read", stop.signal) from error
+            raise stop.stopped("stopped before all was read") from error
     if out:
         write_list(out, report.unreadable)
     lines = "\n".join(report.lines())

@@ -9,21 +9,20 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.settings import path_of
 from crate_mae.comparing import ComparedRun, Comparison, Reading, Start, compare
 from crate_mae.files import make_folder, replaced
 from crate_mae.pictures.comparison import COLOURS, comparison_picture
 
+HELP = "Draw and tabulate runs side by side."
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `compare` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Draws the losses and errors of runs over steps, images and hours, and prints how far each has come, what "
+
+def make_parser() -> ArgumentParser:
+    """The parser of `compare`."""
+    parser = command_parser(
+        "Draws the losses and errors of runs over steps, images and hours, and prints how far each has come, what "
         "came of it, and in which settings they differ. Runs may be going on.",
-        epilog=DEBUG_HELP,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs",
@@ -33,7 +32,6 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         help=f"Folders of runs, all of pretrain or all of finetune, {len(COLOURS)} at most.",
     )
     parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="File for the picture, a PNG.")
-    commands.add_subcommand("compare", parser, help="Draw and tabulate runs side by side.")
     return parser
 
 
@@ -57,7 +55,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
-    """What to print: a table of figures, how it stands with each run, the settings that differ, and those changed on the way."""
+    """What to print: a table of figures, the state of each run, the settings that differ, and those changed when resumed."""
     runs = comparison.runs
     lines = _table(["", *(run.name for run in runs)], [[name, *map(of, runs)] for name, of in _figures(comparison)])
     lines += ["", *_table(None, [[f"{run.name}:", run.state] for run in runs])]
@@ -77,7 +75,7 @@ def _changed(start: Start) -> str:
 
 
 def _figures(comparison: Comparison) -> Iterator[tuple[str, Callable[[ComparedRun], str]]]:
-    """Rows of the table: a name, and what it is of a run."""
+    """Rows of the table: a name, and the function that gives a run's figure."""
     yield "steps", lambda run: f"{run.step:,}"
     yield "epochs", lambda run: run.progress
     yield "images", lambda run: f"{run.images:,}"
@@ -106,12 +104,12 @@ def _clock(hours: float) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting as --config has it, without quotation marks."""
+    """A setting as in a --config, without quotation marks."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _table(headings: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns as wide as they need: under headings numbers, on the right; without, words, on the left."""
+    """Lines of columns, as wide as need be: aligned right below headings, which are for numbers, else left, for words."""
     align = str.rjust if headings else str.ljust
     lines = [headings, *rows] if headings else rows
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

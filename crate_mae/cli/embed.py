@@ -6,23 +6,22 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from crate_mae.cli.errors import DEBUG_HELP
-from crate_mae.cli.features import add_computing, add_features, num_workers_of, spec_of
+from crate_mae.cli.features import add_computing, add_features, number_or_auto, spec_of
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.runs import backbone_of, check_run, normalization_of
 from crate_mae.cli.settings import path_of
 from crate_mae.data.progress import say
 from crate_mae.embedding import check_out, embed_with, in_words
 from crate_mae.training.precision import cpu_threads
 
+HELP = "Write the features of all images of a source to a file."
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `embed` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Writes what a model's encoder makes of each image of a source, a vector an image, to a file. If it ends "
+
+def make_parser() -> ArgumentParser:
+    """The parser of `embed`."""
+    parser = command_parser(
+        "Writes what a model's encoder makes of each image of a source, a vector an image, to a file. If it ends "
         "before it is done, the same command goes on.",
-        epilog=DEBUG_HELP,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run or of a model.")
     parser.add_argument("--data", type=str, help="Images, as --data of pretrain names them; all that are in there.")
@@ -42,12 +41,11 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         help='Images at once; "auto": on CUDA the largest power of two, up to 1,024, that fits, on a CPU 32.',
     )
     add_computing(parser)
-    commands.add_subcommand("embed", parser, help="Write the features of all images of a source to a file.")
     return parser
 
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:
-    """Write the file; returns what to print. Errors as of `crate_mae.embedding.embed`, and of what is no run."""
+    """Write the file; returns what to print. Errors as of `check_run` and of `crate_mae.embedding.embed`."""
     asked = chosen.embed
     folder = path_of(str(asked.run))
     for name, what in (("data", "images, as --data of pretrain names them"), ("out", "a file, .npz or .parquet")):
@@ -55,8 +53,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             raise ValueError(f"--{name}: expected {what}")
     out = path_of(str(asked.out))
     check_out(out, asked.overwrite)
-    if asked.batch_size != "auto" and not (asked.batch_size.isascii() and asked.batch_size.isdigit()):
-        raise ValueError(f"--batch_size: expected a whole number, or auto, got {asked.batch_size!r}")
+    batch_size = number_or_auto(asked, "batch_size")
     check_run(folder)
     model = backbone_of(folder)
     with cpu_threads(asked.threads):
@@ -66,8 +63,8 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
             asked.data,
             out,
             spec=spec_of(asked, [len(model.encoder_layers)]),
-            batch_size="auto" if asked.batch_size == "auto" else int(asked.batch_size),
-            num_workers=num_workers_of(asked.num_workers),
+            batch_size=batch_size,
+            num_workers=number_or_auto(asked, "num_workers"),
             device=asked.device,
             precision=asked.precision,
             overwrite=asked.overwrite,

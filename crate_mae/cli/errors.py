@@ -1,4 +1,4 @@
-"""What the command says of an error, in one line, and the exit status it ends with."""
+"""The line that the command prints for an error, and its exit status."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _POSITIONAL = {
     "runs": "RUN, the folder of a run, or several",
     "images": "IMAGE, one or more images",
 }
-"""What the arguments of commands that have no option are called; others as their names, in capitals."""
+"""What messages call positional arguments; others are called by their names in capitals."""
 
 
 def _required(name: str) -> str:
-    """An argument that is lacking, of the parser's name for it, such as "share.run"."""
+    """What a message calls a missing argument, whose name for the parser is such as "share.run"."""
     command, _, argument = name.partition(".")
     return (
         f"--{argument}" if command in ("pretrain", "demo", "finetune") else _POSITIONAL.get(argument, argument.upper())
@@ -56,16 +56,18 @@ _WORDING: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(?<=required: ).*", lambda names: ", ".join(map(_required, names[0].split(", ")))),
     (r", got $", ", got nothing"),
 )
-"""What the parsers say, and how it reads in the words of all other messages."""
+"""Patterns of the parsers' messages, and the words in which our messages say the same."""
 
 
 def nearest(given: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """The end of a message, that asks whether the most similar name was meant; empty where none is similar.
+    """The end of a message, which asks whether the most similar name was meant; empty if none is similar.
 
-    An option without its section, such as --batch_size, stands for the one that ends so.
+    An option without its section, such as --batch_size, is most similar to the one that ends with it.
 
     Args:
-        prefix: of the name in the message.
+        given: the name that is not known.
+        known: the names that are.
+        prefix: put before the name in the message.
     """
     names = list(known)
     inner = [name for name in names if "." in name and name.endswith("." + given.lstrip("-"))]
@@ -74,9 +76,10 @@ def nearest(given: str, known: Iterable[str], *, prefix: str = "") -> str:
 
 
 def worded(error: ArgumentError, options: Iterable[str]) -> ValueError:
-    """A parser's error in our words, with the nearest of the names that could have been meant.
+    """A parser's error in the words of our messages, with the name that was probably meant.
 
     Args:
+        error: of the parser.
         options: of the command.
     """
     message = " ".join(str(error).split())
@@ -102,11 +105,11 @@ _LESS_MEMORY = {
     "visualize": "a lower --size needs less, and so do fewer images",
     "reconstruct": "fewer images need less",
 }
-"""What needs less memory than what was asked for, by command; of the others, training."""
+"""By command, how to use less memory; the other commands train."""
 
 
 def outcome(error: BaseException, command: str = "") -> tuple[str, int]:
-    """What to say of an error of a command, and the exit status."""
+    """The message for an error of a command, and the exit status."""
     if isinstance(error, RunStopped):
         return str(error), BY_SIGNAL + error.signal
     if isinstance(error, KeyboardInterrupt):
@@ -126,7 +129,7 @@ def outcome(error: BaseException, command: str = "") -> tuple[str, int]:
 
 
 def one_line(message: str) -> str:
-    """The message without line breaks and control characters; of a long one, beginning and end."""
+    """The message without line breaks and control characters; a long one is cut in its middle."""
     line = state_dicts.one_line(" ".join(message.split()))
     if len(line) <= _LONGEST:
         return line

@@ -14,8 +14,8 @@ from crate_mae.analyzing import random_model
 from crate_mae.backbone import Backbone
 from crate_mae.checkpoints import read_config
 from crate_mae.classifiers import classifier_config
-from crate_mae.cli.errors import DEBUG_HELP
-from crate_mae.cli.features import add_computing, add_features, num_workers_of, spec_of
+from crate_mae.cli.features import add_computing, add_features, number_or_auto, spec_of
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.pretraining import config_of
 from crate_mae.cli.runs import backbone_of, check_run, is_run, normalization_of
 from crate_mae.cli.settings import path_of
@@ -36,14 +36,14 @@ FINETUNE = "finetune"
 """The method that trains the encoder, too."""
 
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `evaluate` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Measures what a model has learnt by the classes that its features tell apart: by nearest neighbours, a "
+HELP = "Measure what a run has learnt by the classes that it tells apart."
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of `evaluate`."""
+    parser = command_parser(
+        "Measures what a model has learnt by the classes that its features tell apart: by nearest neighbours, a "
         "linear probe, or fine-tuning; writes evaluation.json and evaluation.png.",
-        epilog=DEBUG_HELP,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs",
@@ -86,9 +86,6 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
     parser.add_argument("--cache", type=bool, default=True, help="Keep features in RUN/features, for the next time.")
     parser.add_argument("--batch_size", type=int, default=50, help="Images at once: fewer need less memory.")
     add_computing(parser)
-    commands.add_subcommand(
-        "evaluate", parser, help="Measure what a run has learnt by the classes that it tells apart."
-    )
     return parser
 
 
@@ -122,7 +119,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         say(line)
     first = models[runs[0]].config
     batch_bytes = asked.batch_size * first.in_chans * first.image_shape[0] * first.image_shape[1]
-    workers = workers_for(num_workers_of(asked.num_workers), device, asked.threads, batch_bytes)
+    workers = workers_for(number_or_auto(asked, "num_workers"), device, asked.threads, batch_bytes)
     how = How(spec, asked.batch_size, workers, choose_precision(asked.precision, device))
     methods = list(dict.fromkeys(asked.method))
     say(
@@ -171,10 +168,10 @@ def _evaluate(
 def _finetuning(
     asked: Namespace, run: Path, init: Path | None, out: Path, parts: LabelledParts, name: str, *, seed: int = 0
 ) -> FinetuneConfig:
-    """From the weights in ``init``, or from random ones; the rest as ``run`` has it.
+    """The configuration of a fine-tuning from the weights in ``init``, or from random ones, of the model of ``run``.
 
-    Its folder is called by the weights it starts from, which ``name`` tells, and by its settings: what was begun otherwise is
-    another fine-tuning, and is not taken up.
+    The name of its folder tells the weights it starts from, by ``name``, and a hash of its settings. So a fine-tuning with other
+    weights or settings has another folder, and is not resumed by mistake.
     """
     normalization = normalization_of(run)
     train, test = map(absolute, parts.named)
@@ -187,7 +184,7 @@ def _finetuning(
         images=ImagesConfig(
             mean=tuple(normalization.mean.flatten().tolist()),
             std=tuple(normalization.std.flatten().tolist()),
-            num_workers=num_workers_of(asked.num_workers),
+            num_workers=number_or_auto(asked, "num_workers"),
         ),
         optimizer=FinetuneOptimizerConfig(base_lr=asked.base_lr),
         schedule=FinetuneScheduleConfig(

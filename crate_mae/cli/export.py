@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import read_config
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.runs import check_run, trained_ratio
 from crate_mae.cli.settings import path_of
 from crate_mae.config import ModelConfig, grid_of
@@ -15,15 +15,14 @@ from crate_mae.exporting.check import LEAST_SIDE, ROUNDINGS, TOLERANCE
 from crate_mae.exporting.writing import DEFAULT_OPSET, FORMATS, METADATA, OPSETS, OUTPUTS, Exported, export
 from crate_mae.visualizing import check_mask_ratio
 
+HELP = "Write a trained model for use without this package."
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `export` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Writes a trained model as one file, for any batch, height and width, which PyTorch or ONNX Runtime loads "
+
+def make_parser() -> ArgumentParser:
+    """The parser of `export`."""
+    parser = command_parser(
+        "Writes a trained model as one file, for any batch, height and width, which PyTorch or ONNX Runtime loads "
         "where crate_mae is not installed; before it takes its place, that is done, and compared with the model at three sizes.",
-        epilog=DEBUG_HELP,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run or model, such as runs/demo.")
     parser.add_argument(
@@ -46,7 +45,6 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
     )
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help=f"Of ONNX, {OPSETS[0]} to {OPSETS[-1]}.")
     parser.add_argument("--overwrite", action="store_true", help="In place of a file that is there.")
-    commands.add_subcommand("export", parser, help="Write a trained model for use without this package.")
     return parser
 
 

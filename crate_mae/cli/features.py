@@ -1,16 +1,18 @@
-"""Options of the commands that make features of images: which features, and how they are computed."""
+"""The options of commands that compute features of images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from crate_mae.cli.parsers import add_device
 from crate_mae.evaluation import FeatureSpec
 
 
 def add_features(parser: ArgumentParser) -> None:
-    """Add the options that say which features are made; `spec_of` reads them."""
+    """Add the options that say which features are computed; `spec_of` reads them."""
     parser.add_argument(
         "--pool", type=str, default="mean", choices=["mean", "cls", "both"], help="Patch tokens, class token, or both."
     )
@@ -25,8 +27,8 @@ def add_features(parser: ArgumentParser) -> None:
 
 
 def add_computing(parser: ArgumentParser) -> None:
-    """Add the options that say where and how they are computed, but for the batch."""
-    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
+    """Add the options that say where and how features are computed, except the batch size."""
+    add_device(parser)
     parser.add_argument(
         "--precision",
         type=str,
@@ -41,13 +43,14 @@ def add_computing(parser: ArgumentParser) -> None:
 
 
 def spec_of(asked: Namespace, depths: Sequence[int]) -> FeatureSpec:
-    """Which features are asked for. Options count layers from 1, as the pictures number them.
+    """The features that the options ask for. Options count layers from 1, as pictures do.
 
     Args:
-        depths: of the models' encoders, in layers.
+        asked: the options.
+        depths: how many layers the encoder of each model has.
 
     Raises:
-        ValueError: one has not got the layers.
+        ValueError: a model lacks the layers.
     """
     for depth in depths:
         if not (1 <= asked.layer <= depth or -depth <= asked.layer <= -1):
@@ -61,12 +64,15 @@ def spec_of(asked: Namespace, depths: Sequence[int]) -> FeatureSpec:
     return FeatureSpec(asked.pool, layer, asked.last, asked.norm)
 
 
-def num_workers_of(asked: str) -> int | str:
-    """The number that --num_workers says, or "auto".
+def number_or_auto(asked: Namespace, name: str) -> int | Literal["auto"]:
+    """The number that the option --`name` says, or "auto".
 
     Raises:
         ValueError: it is neither.
     """
-    if asked != "auto" and not (asked.isascii() and asked.isdigit()):
-        raise ValueError(f"--num_workers: expected a whole number, or auto, got {asked!r}")
-    return asked if asked == "auto" else int(asked)
+    value: str = asked[name]
+    if value == "auto":
+        return "auto"
+    if not (value.isascii() and value.isdigit()):
+        raise ValueError(f"--{name}: expected a whole number, or auto, got {value!r}")
+    return int(value)

@@ -12,7 +12,6 @@ from crate_mae.checkpoints import read_config
 from crate_mae.classifiers import classifier_config
 from crate_mae.cli.training import (
     add_architecture,
-    config_from,
     defaults_of,
     explicit_sizes,
     init_of,
@@ -20,19 +19,22 @@ from crate_mae.cli.training import (
     read_early,
     refuse_no_file,
     refuse_without_meaning,
+    settings_of,
     training_parser,
     with_configs,
 )
-from crate_mae.config import ClassifierConfig
+from crate_mae.config import ClassifierConfig, ModelConfig
 from crate_mae.finetuning import FinetuneConfig, FinetuneResult, Scores, finetune, plan
 from crate_mae.registry import CLASSIFIERS, MODELS
-from crate_mae.training.config import of_section
 
-ARCHITECTURES = {name: classifier_config(config) for name, config in {**CLASSIFIERS, **MODELS}.items()}
-"""The published sizes; of CRATE-MAE, its encoder with a head."""
+HELP = {"finetune": "Train a classifier end to end, from a run, from a checkpoint or from random weights."}
+
+_ALL: dict[str, ModelConfig | ClassifierConfig] = {**CLASSIFIERS, **MODELS}
+ARCHITECTURES = {name: classifier_config(config) for name, config in _ALL.items()}
+"""The published sizes; a CRATE-MAE stands for a classifier on its encoder."""
 
 PUBLISHED = ("family", "embed_dim", "depth", "num_heads")
-"""What sets them apart."""
+"""The settings in which the published sizes differ."""
 
 
 def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -52,7 +54,7 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     defaults: dict[str, Any] = {"model": dataclasses.asdict(published)} if published else {}
     if init is not None and init.is_dir():
         defaults |= defaults_of(init, _classifier_on, published, PUBLISHED)
-    elif init is not None and init.exists():  # the run refuses what there is not
+    elif init is not None and init.exists():  # if it does not exist, the run refuses it
         refuse_no_file(init)
         if not said:
             raise ValueError(
@@ -67,25 +69,19 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     return [command, *options], defaults
 
 
-def add_command(commands: ArgumentParser, defaults: dict[str, Any]) -> ArgumentParser:
-    """Add `finetune` to the commands; returns its parser."""
+def make_parser(command: str, defaults: dict[str, Any]) -> ArgumentParser:
+    """The parser of `finetune`."""
     parser = training_parser(FinetuneConfig, defaults)
     add_architecture(parser, ARCHITECTURES)
-    commands.add_subcommand(
-        "finetune", parser, help="Train a classifier end to end, from a run, from a checkpoint or from random weights."
-    )
     return parser
 
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:
     """Fine-tune; returns what to print. Errors as of `crate_mae.finetuning.finetune`."""
-    with of_section("model", img_size="images"):  # of the sections, the one whose own messages lack its name
-        ClassifierConfig(**chosen[chosen.subcommand].model.as_dict())
-    settings = parser.instantiate(chosen)[chosen.subcommand]
-    config = config_from(settings, FinetuneConfig)
-    if settings.dry_run:
-        return str(plan(config, resume=settings.resume, overwrite=settings.overwrite))
-    return report(finetune(config, resume=settings.resume, overwrite=settings.overwrite))
+    config, options = settings_of(parser, chosen, FinetuneConfig, ClassifierConfig)
+    if options.dry_run:
+        return str(plan(config, resume=options.resume, overwrite=options.overwrite))
+    return report(finetune(config, resume=options.resume, overwrite=options.overwrite))
 
 
 def report(result: FinetuneResult) -> str:
@@ -114,7 +110,7 @@ def _classifier_on(init: Path) -> ClassifierConfig:
 
 
 def _family(published: ClassifierConfig | None, configs: dict[str, dict[str, Any]], options: list[str]) -> str:
-    """Of the model that weights alone are said to be of."""
+    """The family that options or configs say the weights are of."""
     named = [option.partition("=")[2] for option in options if option.startswith("--model.family=")]
     named = [
         settings["model"]["family"] for settings in configs.values() if "family" in settings.get("model", {})

@@ -5,24 +5,22 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import WEIGHTS_FILE
-from crate_mae.classifiers import Classifier
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.settings import path_of
 from crate_mae.cli.share import refuse_folder
-from crate_mae.config import POOLS
+from crate_mae.config import POOLS, ClassifierConfig
 from crate_mae.registry import count_parameters
 from crate_mae.sharing.folder import save_pretrained
 from crate_mae.sharing.importing import import_checkpoint
 
+HELP = "Make a model's folder of an official checkpoint."
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `import` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Reads an official checkpoint of CRATE-MAE, CRATE or CRATE-alpha, of any size, and writes a folder with "
+
+def make_parser() -> ArgumentParser:
+    """The parser of `import`."""
+    parser = command_parser(
+        "Reads an official checkpoint of CRATE-MAE, CRATE or CRATE-alpha, of any size, and writes a folder with "
         "model.safetensors, config.json and a model card, as all commands and from_pretrained take it.",
-        epilog=DEBUG_HELP,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", type=str, help="Checkpoint: .pth, .pt or .safetensors.")
     parser.add_argument("out", metavar="OUT", type=str, help="Folder to write.")
@@ -54,7 +52,6 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
     parser.add_argument("--std", type=float, nargs="+", help="Likewise.")
     parser.add_argument("--license", type=str, default="", help="Of the weights, for the card: mit, cc-by-nc-4.0, ...")
     parser.add_argument("--overwrite", action="store_true", help="Replace a model in OUT.")
-    commands.add_subcommand("import", parser, help="Make a model's folder of an official checkpoint.")
     return parser
 
 
@@ -85,14 +82,12 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
         )
         remark = f"Made of the checkpoint `{file.name}` by `crate-mae import`."
         save_pretrained(model, out, mean=asked.mean, std=asked.std, license=asked.license, remark=remark)
-    except (RuntimeError, TypeError) as error:  # weights that are not the model's; settings that are none
+    except (RuntimeError, TypeError) as error:  # weights that do not fit, or settings of a wrong type
         raise ValueError(str(error)) from error
     config, (trained, _) = model.config, count_parameters(model)
-    what = (
-        f"classifier of {config.num_classes} classes, pool {config.pool}"
-        if isinstance(model, Classifier)
-        else "CRATE-MAE"
-    )
+    what = "CRATE-MAE"
+    if isinstance(config, ClassifierConfig):
+        what = f"classifier of {config.num_classes} classes, pool {config.pool}"
     assumed = "" if asked.num_heads else " (as published models of this width have)"
     lines = [
         f"{out / WEIGHTS_FILE}: {what}, width {config.embed_dim}, {config.depth} layers, {config.num_heads} heads{assumed}, "

@@ -1,4 +1,4 @@
-"""Options of several values, in the ways that people write them."""
+"""Options with several values, in the ways in which people write them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FORMS = {
     "tuple[str, ...]": (r"([a-z]+(,[a-z]+)*)?", "names"),
     "tuple[float, ...]": (rf"{_NUMBER}(,{_NUMBER})*", "a number for each channel of the images"),
 }
-"""By type, what values separated by commas look like, and how to call it."""
+"""By type, the pattern of values separated by commas, and what messages call it."""
 
 LISTS = {
     f"--{section}.{field.name}": _FORMS[field.type]
@@ -30,7 +30,7 @@ LISTS = {
 
 
 def with_lists_joined(arguments: list[str]) -> list[str]:
-    """Arguments in which the values of an option are the one list that the parser takes.
+    """The arguments, with the values of each such option joined into one list, as the parser takes it.
 
     Three values after --images.mean, with commas between them, without, or in brackets, become --images.mean=[0.5,0.5,0.5].
 
@@ -38,7 +38,7 @@ def with_lists_joined(arguments: list[str]) -> list[str]:
         ValueError: they are no numbers, or not so many as the option has.
     """
     joined: list[str] = []
-    open_option = None  # whose values follow
+    open_option = None  # the option whose values follow
     given: list[str] = []
     for argument in [*arguments, "--"]:
         if argument.startswith("--"):

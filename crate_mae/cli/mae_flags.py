@@ -16,7 +16,7 @@ from crate_mae.training import PretrainConfig
 from crate_mae.training.config import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Limit
 
 _ALONE_THERE = ("--blr", "--data_path", "--output_dir", "--accum_iter", "--log_dir", "--input_size", "--job_dir")
-"""By these a command is known as one of its: others, such as --epochs, may be meant for --schedule.epochs."""
+"""Flags that only mae has, by which its commands are known; others, such as --epochs, may be meant as ours."""
 
 _OURS = {
     "epochs": "schedule.epochs",
@@ -31,14 +31,16 @@ _OURS = {
     "seed": "run.seed",
     "num_workers": "images.num_workers",
 }
-"""Flags, and settings of the same meaning."""
+"""Flags, and our settings of the same meaning."""
 
 _DEFAULTS = {"epochs": 400, "blr": 1e-3, "batch_size": 64, "model": "mae_vit_large_patch16"}
-"""Those of its code that are not ours; it does not clip gradients, either."""
+"""The defaults of mae's code that differ from ours; it also does not clip gradients."""
 
 _LIMITS: dict[str, Limit] = {
     **{flag: PretrainConfig.limits[name] for flag, name in _OURS.items() if name in PretrainConfig.limits},
-    **dict.fromkeys(("batch_size", "accum_iter", "input_size"), AT_LEAST_ONE),  # none takes "auto", as our settings do
+    **dict.fromkeys(
+        ("batch_size", "accum_iter", "input_size"), AT_LEAST_ONE
+    ),  # unlike our settings, they do not take "auto"
     **dict.fromkeys(("lr", "blr"), POSITIVE),
     "num_workers": NOT_NEGATIVE,
     "data_path": (bool, "a folder of images, or what else --data takes"),
@@ -57,10 +59,10 @@ _TEXTS = ("model", "data_path", "output_dir", "job_dir", "log_dir", "device", "r
 
 
 def in_our_options(options: list[str]) -> tuple[list[str], list[str]]:
-    """The options of a command, those of facebookresearch/mae replaced by ours, and lines that say what became of them.
+    """The options of a command with facebookresearch/mae's flags replaced by ours, and lines that say what became of them.
 
-    A command is one of mae's if it has a flag that only mae has; another one is left as it is. It means here what it means there:
-    what it leaves out is as mae's code has it, unless a --recipe says it, the run that is resumed, or, of the model, --init.
+    A command that has a flag only mae has means here what it means there: options that it leaves out have the defaults of mae's
+    code, unless a --recipe, the run that is resumed, or (for the model) --init says them. Any other command is left as it is.
 
     ================================================== ==================================================================
     --batch_size B (of each process)                   --schedule.batch_size B * accum_iter * processes of torchrun
@@ -82,7 +84,7 @@ def in_our_options(options: list[str]) -> tuple[list[str], list[str]]:
     given, rest = _parsed(options)
     named = {option.partition("=")[0].removeprefix("--") for option in rest}
     defaults = _left_out(named | {name for name in ("resume",) if given.get(name)})
-    # What --lr is in our terms depends on the batch, of which a config may say something else than mae's default.
+    # What --lr is in our terms depends on the batch size, for which a config may have another number than mae's default.
     says_batch = named & {"config", "schedule", "schedule.batch_size"}
     explicit = _settings(given, given if says_batch else defaults | given)
     for name, (flag, _) in explicit.items():
@@ -108,11 +110,11 @@ def in_our_options(options: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _left_out(named: set[str]) -> dict[str, Any]:
-    """The flags that a command with these options does not need to have, by mae's defaults."""
+    """The flags that a command with the options `named` may leave out, with mae's defaults."""
     defaults: dict[str, Any] = {"output_dir": "./output_dir"}
     if "resume" in named:
         return defaults
-    defaults |= {"model": _DEFAULTS["model"]} if "recipe" in named else _DEFAULTS  # of its size, recipes say nothing
+    defaults |= {"model": _DEFAULTS["model"]} if "recipe" in named else _DEFAULTS  # recipes do not say the model's size
     return {flag: value for flag, value in defaults.items() if not (flag == "model" and "init" in named)}
 
 
@@ -121,7 +123,7 @@ def _names_model(options: list[str]) -> bool:
 
 
 def _values(options: list[str], name: str) -> Iterator[str]:
-    """Those given to an option, as --name VALUE or --name=VALUE."""
+    """The values of an option, given as --name VALUE or --name=VALUE."""
     for option, following in pairwise([*options, "--"]):
         if option == name:
             yield following
@@ -130,12 +132,12 @@ def _values(options: list[str], name: str) -> Iterator[str]:
 
 
 def _is_model(value: str) -> bool:
-    """Whether it names a model; else --model is a section of settings."""
+    """Whether the value of --model names a model; else it is a section of settings."""
     return re.fullmatch(r"(mae_vit|crate)_\w+", value) is not None
 
 
 def _parsed(options: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The flags of mae that are given, and all other options."""
+    """The flags of mae among the options, and all other options."""
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
     )
@@ -162,16 +164,17 @@ def _parsed(options: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _resumes_a_file(options: list[str]) -> bool:
-    """Whether --resume names a file or folder, or nothing, as mae has it; ours is followed by nothing, best or a number."""
+    """Whether --resume is mae's, which is followed by a file or folder; ours by nothing, "best" or a number."""
     values = _values(options, "--resume")
     return any(not value.startswith("--") and value != "best" and not value.isdigit() for value in values)
 
 
 def _settings(flags: dict[str, Any], all_flags: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """By our option, the flag that says it, and its value.
+    """Our options that the flags stand for, each with its flag and value.
 
     Args:
-        all_flags: with those that they depend on.
+        flags: to replace.
+        all_flags: these, and those on which their values depend.
     """
     ours = {_OURS[flag]: (flag, value) for flag, value in flags.items() if flag in _OURS}
     processes = int(os.environ.get("WORLD_SIZE", 1))

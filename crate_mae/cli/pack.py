@@ -1,4 +1,4 @@
-"""`crate-mae pack`: any images as tar shards of small ones."""
+"""`crate-mae pack`: stores images, made small, in tar shards."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.settings import path_of
 from crate_mae.data import parts_of
 from crate_mae.data.in_processes import Stopped, usable_cores
 from crate_mae.data.packing import UNREADABLE, PackSettings, pack
 from crate_mae.data.unreadable import by_cause
-from crate_mae.training import RunStopped
 from crate_mae.training.interrupts import stop_requests
 from crate_mae.training.ownership import owned
 
@@ -23,15 +22,16 @@ STOPPING = b"\nstopping; a second Ctrl-C, or signal, ends it at once\n"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `pack` to the commands; returns its parser."""
+HELP = "Store images, made small, in tar shards."
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of `pack`."""
     default = PackSettings()
-    parser = ArgumentParser(
-        description="Stores all images of a source, made small, in tar shards that training reads fastest: a folder for --data. "
+    parser = command_parser(
+        "Stores all images of a source, made small, in tar shards that training reads fastest: a folder for --data. "
         "If it ends before it is done, the same command goes on.",
-        epilog=f"Exit status 1: more images than --max_unreadable allows cannot be read, or the disk is full. {DEBUG_HELP}",
-        exit_on_error=False,
-        allow_abbrev=False,
+        "Exit status 1: more images than --max_unreadable allows cannot be read, or the disk is full.",
     )
     parser.add_argument("source", metavar="SOURCE", type=str, help="Images, as --data of pretrain names them.")
     parser.add_argument("out", metavar="OUT", type=Path, help="Folder for the shards, their index and checksums.")
@@ -60,7 +60,6 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
     )
     add_workers(parser)
     parser.add_argument("--overwrite", action="store_true", help="Delete the shards in OUT and start anew.")
-    commands.add_subcommand("pack", parser, help="Store images, made small, in tar shards.")
     return parser
 
 
@@ -93,7 +92,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
                 should_stop=lambda: bool(stop),
             )
         except Stopped as error:
-            raise RunStopped(f"stopped; finished shards are kept in {out}", stop.signal) from error
+            raise stop.stopped(f"stopped; finished shards are kept in {out}") from error
     pace = f"{packed.images_per_second:,.1f} images/s" if packed.images_per_second else "all there already"
     lines = [
         f"{packed.images:,} images in {len(packed.shards):,} shards of {packed.size / 1e6:,.1f} MB together "
@@ -115,10 +114,10 @@ def add_workers(parser: ArgumentParser) -> None:
 
 
 def workers_of(asked: int | None) -> int:
-    """How many processes to start.
+    """How many processes to start; by default one for each core.
 
     Raises:
-        ValueError: fewer than none.
+        ValueError: the number is negative.
     """
     if asked is not None and asked < 0:
         raise ValueError(f"--workers: expected 0 or more, got {asked}")
@@ -127,10 +126,10 @@ def workers_of(asked: int | None) -> int:
 
 
 def bytes_of(text: str) -> int:
-    """The bytes that a size such as 1GB, 64MiB or 1000000 means.
+    """The bytes of a size such as 1GB, 64MiB or 1000000.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
     if not found:

@@ -1,6 +1,6 @@
 """`crate-mae pretrain` and `crate-mae demo`.
 
-Some options decide what others start from: they are read ahead of all others.
+Some options decide the defaults of others, and are read first.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import CONFIG_FILE, read_mae_config
-from crate_mae.cli.errors import DEBUG_HELP, worded
+from crate_mae.cli.errors import worded
 from crate_mae.cli.mae_flags import in_our_options
-from crate_mae.cli.settings import check_json, read_settings
+from crate_mae.cli.settings import read_json, read_settings
 from crate_mae.cli.training import (
     add_architecture,
     config_from,
@@ -26,6 +26,7 @@ from crate_mae.cli.training import (
     read_early,
     refuse_no_file,
     refuse_without_meaning,
+    settings_of,
     training_parser,
     with_configs,
 )
@@ -35,15 +36,19 @@ from crate_mae.demo import summarise
 from crate_mae.pictures.inside import GIVEN_CONTRAST
 from crate_mae.registry import MODELS
 from crate_mae.training import PretrainConfig, PretrainResult, demo_config, plan, pretrain
-from crate_mae.training.config import of_section
 from crate_mae.training.ranks import is_silent
 from crate_mae.training.recipes import RECIPES
 from crate_mae.training.run_folder import has_state, stopped_early
 
 PUBLISHED = ("embed_dim", "depth", "num_heads", "decoder_depth", "decoder_num_heads")
-"""What sets the published sizes apart."""
+"""The settings in which the published sizes differ."""
 
 DEMO_FOLDER = Path("runs/demo")
+
+HELP = {
+    "pretrain": "Learn to reconstruct masked images from a folder of them.",
+    "demo": "Pre-train a small CRATE-MAE on the photographs shipped with the package; minutes on two CPU cores.",
+}
 
 
 def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -61,7 +66,7 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     is_demo = command == "demo"
     if is_demo and early.out is None:
         early.out = DEMO_FOLDER
-        options.append(f"--out={DEMO_FOLDER}")  # over what the config of a run there says, which may have been moved
+        options.append(f"--out={DEMO_FOLDER}")  # goes over the config of the run there, which may have been moved
     if is_demo and not (early.resume or early.overwrite or {"-h", "--help"} & set(options)):
         way = _way_to_go_on(early.out)
         early.resume = "--resume" in way
@@ -74,10 +79,10 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
         defaults["model"] = dataclasses.asdict(published)
     if init is not None and init.is_dir():
         defaults |= defaults_of(init, read_mae_config, published, PUBLISHED)
-    elif init is not None and init.exists():  # the run refuses what there is not
+    elif init is not None and init.exists():  # if it does not exist, the run refuses it
         refuse_no_file(init)
         refuse_without_meaning(init, configs, explicit)
-    if early.recipe in RECIPES and command == "pretrain":  # of others, the parser refuses the option
+    if early.recipe in RECIPES and command == "pretrain":  # the parser refuses it for the demo, and other names
         if early.resume:
             raise ValueError("--recipe: expected nothing with --resume: a run that is resumed has its settings")
         for section, settings in RECIPES[early.recipe].items():
@@ -89,39 +94,30 @@ def read_ahead(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     return [command, *options], defaults
 
 
-def add_commands(commands: ArgumentParser, defaults: dict[str, Any]) -> dict[str, ArgumentParser]:
-    """Add `pretrain` and `demo` to the commands; returns their parsers."""
-    pretrain_parser, demo_parser = training_parser(PretrainConfig, defaults), training_parser(PretrainConfig, defaults)
-    add_architecture(pretrain_parser, MODELS)
-    pretrain_parser.epilog = (
-        "The flags of facebookresearch/mae's main_pretrain.py (--blr, --data_path, --accum_iter...) are understood, too. "
-        + DEBUG_HELP
+def make_parser(command: str, defaults: dict[str, Any]) -> ArgumentParser:
+    """The parser of `pretrain` or `demo`."""
+    if command == "demo":
+        return training_parser(PretrainConfig, defaults)
+    parser = training_parser(
+        PretrainConfig,
+        defaults,
+        "The flags of facebookresearch/mae's main_pretrain.py (--blr, --data_path, --accum_iter...) are understood, too.",
     )
-    pretrain_parser.add_argument(
+    add_architecture(parser, MODELS)
+    parser.add_argument(
         "--recipe",
         choices=list(RECIPES),
         help="Published settings to start from, which options and configs go over: those of MAE, or of the CRATE-MAE paper.",
     )
-    commands.add_subcommand(
-        "pretrain", pretrain_parser, help="Learn to reconstruct masked images from a folder of them."
-    )
-    commands.add_subcommand(
-        "demo",
-        demo_parser,
-        help="Pre-train a small CRATE-MAE on the photographs shipped with the package; minutes on two CPU cores.",
-    )
-    return {"pretrain": pretrain_parser, "demo": demo_parser}
+    return parser
 
 
 def run(parser: ArgumentParser, chosen: Namespace) -> str:
     """Pre-train; returns what to print. Errors as of `crate_mae.training.pretrain`."""
-    with of_section("model", img_size="images"):  # of the sections, the one whose own messages lack its name
-        ModelConfig(**chosen[chosen.subcommand].model.as_dict())
-    settings = parser.instantiate(chosen)[chosen.subcommand]
-    config = config_from(settings, PretrainConfig)
-    if settings.dry_run:
-        return str(plan(config, resume=settings.resume, overwrite=settings.overwrite))
-    result = pretrain(config, resume=settings.resume, overwrite=settings.overwrite)
+    config, options = settings_of(parser, chosen, PretrainConfig, ModelConfig)
+    if options.dry_run:
+        return str(plan(config, resume=options.resume, overwrite=options.overwrite))
+    result = pretrain(config, resume=options.resume, overwrite=options.overwrite)
     more = summarise(result, config) if chosen.subcommand == "demo" else []
     given = [GIVEN_CONTRAST] if config.model.norm_pix_loss and result.errors else []
     return "\n".join([_report(result), *given, *more])
@@ -143,9 +139,9 @@ def config_of(run: Path) -> PretrainConfig:
 
 
 def _way_to_go_on(out: Path) -> list[str]:
-    """The option with which a demo run in `out` before goes on; none for what is no demo, which no demo shall touch."""
+    """The option with which a demo in `out` goes on; none if the run there is not a demo, which is then left alone."""
     try:
-        check_json(out / CONFIG_FILE)
+        read_json(out / CONFIG_FILE)
         if not (out / CONFIG_FILE).exists() or read_mae_config(out) != demo_config(out).model:
             return []
     except ValueError:
@@ -172,4 +168,4 @@ def _report(result: PretrainResult) -> str:
 
 
 def _compared(error: float, other: float) -> str:
-    return f"{error / other - 1:+.0%}" if other else "n/a"  # nothing is lost in images of one colour
+    return f"{error / other - 1:+.0%}" if other else "n/a"  # the errors of images of one colour are zero

@@ -8,7 +8,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.parsers import add_device, add_masks, command_parser
 from crate_mae.cli.runs import check_run, check_seed, model_of, normalization_of, trained_ratio
 from crate_mae.cli.settings import path_of
 from crate_mae.config import grid_of
@@ -22,17 +22,17 @@ from crate_mae.training.config import MAX_SEED
 from crate_mae.training.precision import choose_device
 from crate_mae.visualizing import check_mask_ratio
 
+HELP = "Show what a run's model makes of images of your own."
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `reconstruct` to the commands; returns its parser."""
-    parser = ArgumentParser(epilog=DEBUG_HELP, exit_on_error=False, allow_abbrev=False)
+
+def make_parser() -> ArgumentParser:
+    """The parser of `reconstruct`."""
+    parser = command_parser()
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run, such as runs/demo.")
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="Image files; their centre is taken.")
     parser.add_argument("--out", type=Path, default=Path("reconstructed.png"), help="File for the picture.")
-    parser.add_argument("--mask_ratio", type=float, help="Fraction of the patches removed; by default, the run's own.")
-    parser.add_argument("--seed", type=int, default=0, help="Fixes which patches are removed.")
-    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
-    commands.add_subcommand("reconstruct", parser, help="Show what a run's model makes of images of your own.")
+    add_masks(parser)
+    add_device(parser)
     return parser
 
 
@@ -56,7 +56,7 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     mask_ratio = trained_ratio(settings.run) if settings.mask_ratio is None else settings.mask_ratio
     check_mask_ratio(mask_ratio, (rows, columns), "an image", "--mask_ratio")
     pixels = [_centre(path, model.config.image_shape, model.config.in_chans) for path in settings.images]
-    # One measure an image, so that each has an error of its own, in the unit of pre-training's.
+    # A validation for each image, so that each has its own error, in the unit of pre-training.
     measures = [
         Validation(
             [image],

@@ -1,4 +1,4 @@
-"""What is in the folder of a run, for the commands that take one; errors name the file, and are a user's."""
+"""Reads the folder of a run, for the commands that take one. Errors name the file, and count as the user's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_model, read_mae_config, read_normalization
 from crate_mae.classifiers import Classifier
-from crate_mae.cli.settings import check_json
+from crate_mae.cli.settings import read_json
 from crate_mae.data.transforms import Normalization
 from crate_mae.model import CrateMAE
 from crate_mae.sharing.origin import RECIPE
@@ -15,18 +15,18 @@ from crate_mae.training.config import MAX_SEED
 
 
 def check_run(run: Path) -> None:
-    """Raise what is wrong with what should be the folder of a run, or of a model.
+    """Refuse what is not the folder of a run or of a model.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: it is not there, or no folder; or without weights yet.
-        ValueError: its config is no JSON.
+        FileNotFoundError, NotADirectoryError: it is not there, or not a folder, or has no weights yet.
+        ValueError: its config is not JSON.
     """
     if not run.is_dir():
         wrong = NotADirectoryError if run.exists() else FileNotFoundError
         raise wrong(
             f"RUN: expected the folder of a run, got {run}, {'a file' if run.exists() else 'which is not there'}"
         )
-    check_json(run / CONFIG_FILE)
+    read_json(run / CONFIG_FILE)
     if (run / CONFIG_FILE).exists() and not (run / WEIGHTS_FILE).exists():
         raise FileNotFoundError(
             f"RUN: {run} has no {WEIGHTS_FILE}: its run has not saved yet, or lost it; crate-mae pretrain --out {run} --resume "
@@ -35,39 +35,41 @@ def check_run(run: Path) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raise a ValueError for what no generator takes."""
+    """Raise a ValueError for a seed that no generator takes."""
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"--seed: expected 0 to 2**64 - 1, got {seed}")
 
 
 def normalization_of(run: Path) -> Normalization:
-    """How its images were standardised. Errors as of ``read_normalization``, and a ValueError where that says no numbers."""
+    """How the run's images were standardised. Errors as of ``read_normalization``; a ValueError if its values are not numbers."""
     try:
         return read_normalization(run)
-    except TypeError as error:  # what is there are no numbers
+    except TypeError as error:  # the values are not numbers
         raise ValueError(
             f"{run / CONFIG_FILE}: images: expected mean and std, a number for each channel: {error}"
         ) from None
 
 
 def model_of(run: Path) -> CrateMAE:
-    """Its CrateMAE. Errors as of ``backbone_of`` and ``read_mae_config``."""
+    """The run's model, which must be a CrateMAE. Errors as of ``backbone_of`` and ``read_mae_config``."""
     read_mae_config(run)
-    return backbone_of(run)
+    model = backbone_of(run)
+    assert isinstance(model, CrateMAE)
+    return model
 
 
 def backbone_of(run: Path) -> CrateMAE | Classifier:
-    """Its model. Errors as of ``load_model``; weights that do not fit their config are a ValueError, too."""
+    """The run's model. Errors as of ``load_model``, but a ValueError if weights do not fit the config."""
     try:
         return load_model(run)
-    except RuntimeError as error:  # weights that are not its config's
+    except RuntimeError as error:  # the weights do not fit the config
         raise ValueError(str(error)) from error
 
 
 def trained_ratio(run: Path) -> float:
-    """The share of patches removed in training; of a model alone, what is usual."""
+    """The fraction of patches removed in training; 0.75 if the folder holds a model alone."""
     content = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))
-    recipe = content.get(RECIPE)  # of a shared model
+    recipe = content.get(RECIPE)  # a shared model has the run's settings there
     schedule = (recipe if isinstance(recipe, dict) else content).get("schedule", {})
     ratio = schedule.get("mask_ratio", 0.75) if isinstance(schedule, dict) else schedule
     if not isinstance(ratio, int | float):
@@ -76,5 +78,5 @@ def trained_ratio(run: Path) -> float:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder with a config.json says how a model was trained; else it holds a model alone."""
+    """Whether a folder with a config.json is that of a run; else it holds a model alone."""
     return "schedule" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Settings as files and command lines hold them: YAML, of which JSON is a part, read without following it for ever."""
+"""Reads settings from files and command lines: YAML or JSON, within limits, so that no input takes for ever."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Names(NamedTuple):
     """The settings of a kind of run by their names.
 
     Attributes:
-        sections: of each, the types of its settings.
-        paths: those that are in no section, and are paths or the like.
-        lists: those that are in no section, and are lists of texts.
+        sections: by section, the types of its settings.
+        paths: settings outside sections that are paths or other texts.
+        lists: settings outside sections that are lists of texts.
     """
 
     sections: dict[str, dict[str, str]]
@@ -35,12 +35,12 @@ def names_of(kind: type[TrainingConfig]) -> Names:
     """The settings of a kind of run."""
     fields = dataclasses.fields(kind)
     sections = {
-        each.name: {inner.name: inner.type for inner in dataclasses.fields(each.default_factory)}
+        each.name: {inner.name: str(inner.type) for inner in dataclasses.fields(each.default_factory())}
         for each in fields
         if each.default_factory is not dataclasses.MISSING
     }
     others = [each for each in fields if each.name not in sections]
-    lists = [each.name for each in others if each.type.startswith("tuple")]
+    lists = [each.name for each in others if str(each.type).startswith("tuple")]
     return Names(sections, [each.name for each in others if each.name not in lists], lists)
 
 
@@ -49,37 +49,39 @@ _load_yaml = get_loader("yaml")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _LARGEST_FILE, _MOST_VALUES, _DEEPEST = 2**20, 10_000, 20
-"""Far beyond what settings need: bytes, values once all references are followed, and how deep they are nested."""
+"""Limits far beyond what settings need: bytes, values when all references are followed, and levels of nesting."""
 
 
 class EndlessSettings(ValueError):
-    """YAML that holds itself, or that is small and stands for very much."""
+    """YAML that contains itself, or expands to far too many values."""
 
 
 def check_argument(option: str, value: str) -> None:
-    """Refuse what the parser, which reads values as YAML, would spend for ever on, or fail on without naming the option.
+    """Refuse a value on which the parser, which reads it as YAML, would take for ever, or fail without naming the option.
 
     Raises:
-        ValueError: it is endless, or no text, or a number beyond all floats.
+        ValueError: it is endless, or not text, or a number too large for a float.
     """
     try:
         numbers = load(value)
-    except yaml.YAMLError:  # the parser says so where it must be YAML
+    except yaml.YAMLError:  # the parser says so if it must be YAML
         return
-    except Exception as error:  # endless, or a tag on what has no such form, or no text
+    except Exception as error:  # endless, or not text, or a value that does not fit its tag
         raise ValueError(f"{option or value}: cannot be read: {error}") from None
     _check_magnitude(option, numbers)
 
 
 def load(text: str) -> Any:
-    """What the text says, in JSON or YAML.
+    """The content of a text in JSON or YAML.
 
     Raises:
         EndlessSettings: a ValueError, as of `check_finite`.
-        yaml.YAMLError, ValueError: it is neither, or has a name twice in one place.
+        yaml.YAMLError, ValueError: it is neither, or has a name twice in one section.
     """
     check_finite(text)
-    if text.lstrip().startswith("{"):  # JSON writes what is beyond 16 bits, such as emojis in a path, as YAML does not
+    if text.lstrip().startswith(
+        "{"
+    ):  # YAML cannot read JSON's escapes of characters beyond 16 bits, such as emojis in a path
         with suppress(json.JSONDecodeError, RecursionError):
             return json.loads(text, object_pairs_hook=_without_repetition)
     _refuse_repeated(yaml.compose(text, Loader=_LOADER))
@@ -87,13 +89,15 @@ def load(text: str) -> Any:
 
 
 def check_finite(text: str) -> None:
-    """Refuse YAML on which its readers would spend for ever, or all of the stack; what is no YAML is left to them.
+    """Refuse YAML on which readers would take for ever, or overflow the stack; what is not YAML is left to them.
 
     Raises:
         EndlessSettings: it refers to itself, stands for too many values, or is nested too deep.
     """
-    sizes: dict[str, int] = {}  # of what each anchor names, in values
-    opened: list[tuple[str | None, int]] = []  # collections around the event: anchor, and the values before it
+    sizes: dict[str, int] = {}  # how many values each anchor stands for
+    opened: list[
+        tuple[str | None, int]
+    ] = []  # the collections around the event: anchor, and how many values came before
     values = 0
     try:
         for event in yaml.parse(text, Loader=_LOADER):
@@ -107,7 +111,7 @@ def check_finite(text: str) -> None:
                     opened.append((anchor, values))
                 elif isinstance(event, yaml.AliasEvent) and anchor in [name for name, _ in opened]:
                     raise EndlessSettings(f"*{anchor} refers to itself")
-                values += sizes.get(anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
+                values += sizes.get(str(anchor), 1) if isinstance(event, yaml.AliasEvent) else 1
             if len(opened) > _DEEPEST:
                 raise EndlessSettings(f"nested more than {_DEEPEST} deep")
             if values > _MOST_VALUES:
@@ -119,28 +123,31 @@ def check_finite(text: str) -> None:
 def read_settings(
     config: str, kind: type[TrainingConfig], section: str | None = None, *, option: str = "--config"
 ) -> dict[str, Any]:
-    """What an option such as --config names: a file, or settings written out in its place.
+    """Read the settings that an option such as --config gives: a file, or the settings themselves.
 
     Args:
-        kind: of the run whose settings these are.
-        section: whose settings alone these are.
-        option: which names it.
+        config: the value of the option.
+        kind: of run.
+        section: if the settings are those of one section.
+        option: its name.
 
     Raises:
-        ValueError: it cannot be read, or has something that is no setting: the parser would let other options hide a section
-            that is none, import what `class_path` names, or fail without a message.
+        ValueError: it cannot be read, or holds something that is not a setting. The parser would not refuse all of that, or
+            without a good message, and would import what a `class_path` names.
     """
     of_file = os.path.isfile(config)
     where = config if of_file else option
     text = _text_of(Path(config)) if of_file else config
     try:
         settings = load(text) if text.strip() else None
-    except Exception as error:  # constructors of tags such as !!timestamp raise whatever there is
+    except Exception as error:  # tags such as !!timestamp may raise anything
         raise ValueError(f"{where}: cannot be read as JSON or YAML: {error}") from None
     if not isinstance(settings, dict):
         named = config if of_file else f"{option}: {config!r}"
         raise ValueError(f"{named} is no file of settings, such as the config.json of a run")
-    for name in [name for name in settings if isinstance(name, str) and "." in name]:  # run.seed is seed in run, too
+    for name in [
+        name for name in settings if isinstance(name, str) and "." in name
+    ]:  # run.seed means seed in the section run
         outer, _, inner = name.partition(".")
         within = settings.setdefault(outer, {})
         if isinstance(within, dict):
@@ -149,29 +156,29 @@ def read_settings(
     return settings
 
 
-def check_json(file: Path) -> None:
-    """Refuse a file of a model's settings, if it is there, that is no JSON, or on which a reader would spend too much.
+def read_json(file: Path) -> Any:
+    """The content of a file of settings; None if it is not there.
 
     Raises:
-        ValueError: it is; the message names it.
+        ValueError: it is not JSON, or so large or nested that reading it would take too long; the message names it.
     """
     if not file.exists():
-        return
-    if not file.is_file():  # a pipe would be waited for
+        return None
+    if not file.is_file():  # reading a pipe would wait for ever
         raise ValueError(f"{file}: expected a file")
     try:
         text = _text_of(file)
         check_finite(text)
-        json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not whole JSON ({error})") from None
 
 
 def path_of(text: str) -> Path:
-    """A path as an option gives it.
+    """The path that an option gives.
 
     Raises:
-        ValueError: no file can be called that.
+        ValueError: no file can have that name.
     """
     if not _is_path(text):
         raise ValueError(f"expected the name of a file or folder, in UTF-8, got {text!r}")
@@ -190,7 +197,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_repeated(node: yaml.Node | None) -> None:
-    """Refuse names given twice in one place, of which readers take the last without a word."""
+    """Refuse names given twice in one section: readers would silently take the last."""
     if isinstance(node, yaml.MappingNode):
         _without_repetition([(name.value, None) for name, _ in node.value if isinstance(name, yaml.ScalarNode)])
     if isinstance(node, yaml.CollectionNode):
@@ -232,7 +239,7 @@ def _check_names(settings: dict[Any, Any], known: Names, where: str) -> None:
             if value is not None and not _is_path(value):
                 raise ValueError(f"{where}: {name}: expected the name of a file or folder, got {value!r}")
         elif name in ("resume", "overwrite", "dry_run", "recipe", "config"):
-            if value:  # --print_config writes them
+            if value:  # --print_config writes them, with empty values
                 raise ValueError(f"{where}: {name}: expected on the command line alone, as --{name.replace('_', '-')}")
         elif name != "architecture":
             hint = nearest(str(name), [*known.sections, *known.paths, *known.lists, "architecture"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.cli.parsers import command_parser
 from crate_mae.cli.runs import backbone_of, check_run
 from crate_mae.cli.settings import path_of
 from crate_mae.sharing.card import CARD, CURVES
@@ -15,15 +15,14 @@ from crate_mae.sharing.folder import check_repo_id, push_to_hub, save_pretrained
 from crate_mae.training.image_sets import of_option
 from crate_mae.training.run_folder import refuse_unwritable
 
+HELP = "Write a run's model for others, with a card, or put it on the hub."
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `share` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Writes the model of a run as a folder for others, or puts it on the Hugging Face Hub: weights, "
+
+def make_parser() -> ArgumentParser:
+    """The parser of `share`."""
+    parser = command_parser(
+        "Writes the model of a run as a folder for others, or puts it on the Hugging Face Hub: weights, "
         "configuration and a model card with data, recipe, curves and evaluation. Paths of this machine and images stay here.",
-        epilog=DEBUG_HELP,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "run",
@@ -36,7 +35,6 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
     parser.add_argument("--private", action="store_true", help="A repository that is made is for oneself alone.")
     parser.add_argument("--license", type=str, default="", help="Of the weights, for the card: mit, cc-by-nc-4.0, ...")
     parser.add_argument("--overwrite", action="store_true", help="Replace a model in --out.")
-    commands.add_subcommand("share", parser, help="Write a run's model for others, with a card, or put it on the hub.")
     return parser
 
 
@@ -71,10 +69,10 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
 
 
 def refuse_folder(out: Path, option: str, overwrite: bool) -> None:
-    """Raise what is wrong with a folder that a model shall be written to.
+    """Refuse a folder to which a model cannot be written.
 
     Raises:
-        OSError: it cannot be written, or holds a model, which stays unless ``overwrite`` is given.
+        OSError: it cannot be written to, or holds a model and ``overwrite`` is not given.
     """
     refuse_unwritable(out, option)
     held = [name for name in (CONFIG_FILE, WEIGHTS_FILE, CARD, CURVES) if (out / name).exists()]

@@ -1,10 +1,9 @@
-"""What the commands that train have in common: options that decide what others start from, and are read ahead of them."""
+"""What the commands that train have in common: options that decide the defaults of others, and are read first."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,26 +12,26 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 
 from crate_mae.checkpoints import CONFIG_FILE
-from crate_mae.cli.errors import DEBUG_HELP
 from crate_mae.cli.lists import with_lists_joined
-from crate_mae.cli.settings import Names, check_json, names_of, path_of, read_settings
+from crate_mae.cli.parsers import command_parser
+from crate_mae.cli.settings import Names, names_of, path_of, read_json, read_settings
 from crate_mae.config import ClassifierConfig, ModelConfig
-from crate_mae.training.config import TrainingConfig
+from crate_mae.training.config import TrainingConfig, of_section
 from crate_mae.training.run_folder import kind_of
 
 Config = TypeVar("Config", bound=TrainingConfig)
 Model = TypeVar("Model", ModelConfig, ClassifierConfig)
 Early = argparse.Namespace
-"""The options that are read ahead."""
+"""The options that are read first."""
 Configs = dict[str, dict[str, Any]]
-"""The settings of each --config."""
+"""The settings of each --config, by its value."""
 
 
 def read_early(arguments: list[str], kind: type[TrainingConfig]) -> tuple[str, list[str], Early]:
-    """The command, its options in full, and those that are read ahead.
+    """The command, its options with lists joined, and the options that are read first.
 
     Raises:
-        ValueError: a section is given whole, and has something that is no setting.
+        ValueError: an option gives a whole section, with something that is not a setting.
     """
     command, *options = with_lists_joined(arguments)
     names = names_of(kind)
@@ -44,13 +43,13 @@ def read_early(arguments: list[str], kind: type[TrainingConfig]) -> tuple[str, l
 
 
 def with_configs(options: list[str], early: Early, kind: type[TrainingConfig]) -> tuple[list[str], Configs]:
-    """The options, where a run is resumed with its own config ahead of them, and the settings of all configs.
+    """The options, and the settings of all configs. If a run is resumed, its own config comes first among both.
 
     Raises:
-        ValueError: one cannot be read, or the run is of another command.
+        ValueError: a config cannot be read, or the run is of another command.
     """
     if early.resume and early.out is not None and (early.out / CONFIG_FILE).exists():
-        # First among the options, so that everything else given goes over what the run was started with.
+        # First among the options, so that all other options go over the settings of the run.
         config = str(early.out / CONFIG_FILE)
         options = [f"--config={config}", *options]
         early.config = [config, *early.config]
@@ -63,12 +62,26 @@ def with_configs(options: list[str], early: Early, kind: type[TrainingConfig]) -
 
 
 def explicit_sizes(options: Iterable[str]) -> set[str]:
-    """The settings of the model that are given as options of their own."""
+    """The names of the --model.* options that are given."""
     return {option.split("=")[0].removeprefix("--model.") for option in options if option.startswith("--model.")}
 
 
+def settings_of(
+    parser: ArgumentParser, chosen: Namespace, kind: type[Config], model: type[Model]
+) -> tuple[Config, Namespace]:
+    """The settings of a run, and all options of its command, `resume` and `dry_run` among them.
+
+    Raises:
+        ValueError: a setting cannot be used.
+    """
+    with of_section("model", img_size="images"):  # its messages do not name the section
+        model(**chosen[chosen.subcommand].model.as_dict())
+    options = parser.instantiate(chosen)[chosen.subcommand]
+    return config_from(options, kind), options
+
+
 def config_from(settings: Namespace, kind: type[Config]) -> Config:
-    """The settings of a run out of all that its parser has read."""
+    """The settings of a run, among all that its parser has read."""
     return kind(**{field.name: settings[field.name] for field in dataclasses.fields(kind)})
 
 
@@ -83,9 +96,8 @@ def add_architecture(parser: ArgumentParser, models: Iterable[str]) -> None:
 
 def _refuse_other_kind(out: Path, kind: type[TrainingConfig]) -> None:
     try:
-        check_json(out / CONFIG_FILE)  # a pipe would be waited for
-        settings = json.loads((out / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):  # which its reader tells
+        settings = read_json(out / CONFIG_FILE)
+    except ValueError:  # whoever reads it next tells
         return
     if isinstance(settings, dict) and kind_of(settings) != kind.kind:
         raise ValueError(f"{out} holds a run of crate-mae {kind_of(settings)}, and that resumes it")
@@ -99,7 +111,7 @@ def _path(text: str) -> Path:
 
 
 class _ResumeFrom:
-    """True for the last saved state, "best", or the number of a step."""
+    """The type of --resume: True for the last saved state, "best", or the number of a step."""
 
     def __call__(self, text: str | bool | int) -> str | bool | int:
         if isinstance(text, bool | int) or text == "best":
@@ -109,14 +121,14 @@ class _ResumeFrom:
         return int(text)
 
     def __repr__(self) -> str:
-        return "best or a number"  # in the help
+        return "best or a number"  # shown in the help
 
 
 _RESUME: dict[str, Any] = dict(nargs="?", const=True, default=False, type=_ResumeFrom(), metavar="best|STEP")
 
 
 def _early_parser(names: Names) -> argparse.ArgumentParser:
-    """The options that decide the defaults of the others."""
+    """The parser of the options that decide the defaults of others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--architecture")
     parser.add_argument("--recipe")
@@ -131,7 +143,7 @@ def _early_parser(names: Names) -> argparse.ArgumentParser:
 
 
 def init_of(early: Early, configs: Configs) -> Path | None:
-    """What --init names, on the command line or else in a config; nothing of a run that is resumed."""
+    """The path of --init, on the command line or else in a config; None if a run is resumed."""
     if early.resume:
         return None
     named = [Path(settings["init"]) for settings in configs.values() if settings.get("init")]
@@ -141,17 +153,19 @@ def init_of(early: Early, configs: Configs) -> Path | None:
 def defaults_of(
     init: Path, read: Callable[[Path], Model], published: Model | None, sizes: Sequence[str]
 ) -> dict[str, Any]:
-    """What the model in a folder is, and how its images were standardised, if the folder says that.
+    """Defaults by the model in a folder: its configuration, and how its images were standardised if the folder tells.
 
     Args:
-        read: the configuration of the model that its weights are for, from the folder.
-        published, sizes: as of `published_model`.
+        init: the folder.
+        read: reads the model's configuration from it.
+        published: the published size that is named as well, if one is.
+        sizes: as of `published_model`.
 
     Raises:
-        ValueError: it cannot be read, or is of another size than the published one that is named as well.
+        ValueError: the folder cannot be read, or its model has another size than the published one.
     """
     try:
-        check_json(init / CONFIG_FILE)
+        saved = read_json(init / CONFIG_FILE)
         model = read(init)
     except (OSError, ValueError) as error:
         raise ValueError(f"--init: {error}") from error
@@ -161,7 +175,7 @@ def defaults_of(
             raise ValueError(
                 f"architecture: its {name} is {asked}, but the model in --init {init} has {has}; leave one of them out"
             )
-    images = json.loads((init / CONFIG_FILE).read_text(encoding="utf-8")).get("images", {})
+    images = saved.get("images", {})
     if not isinstance(images, dict):
         raise ValueError(f"--init: {init / CONFIG_FILE}: images: expected a section of settings, got {images!r}")
     for name in {"mean", "std"} & images.keys():
@@ -176,13 +190,13 @@ def defaults_of(
 
 
 def refuse_no_file(init: Path) -> None:
-    """Refuse what is neither a folder nor a file, such as a pipe, which would be waited for."""
+    """Refuse what is not a file, such as a pipe, which would be waited for."""
     if not init.is_file():
         raise ValueError(f"--init {init}: expected the folder of a run, or a file of weights")
 
 
 def refuse_without_meaning(weights: Path, configs: Configs, explicit: set[str]) -> None:
-    """Refuse weights of a CRATE-MAE alone where neither options nor configs say what they do not."""
+    """Refuse weights of a CRATE-MAE if neither options nor configs give the constants that weights do not hold."""
     said = explicit.union(*(settings.get("model", {}) for settings in configs.values()))
     if lacking := [f"--model.{name}" for name in ("lambd", "step_size") if name not in said]:
         raise ValueError(
@@ -198,12 +212,14 @@ def published_model(
     models: Mapping[str, Model],
     sizes: Sequence[str],
 ) -> Model | None:
-    """The published size named on the command line or else in a config; None where none is.
+    """The published size named on the command line, or else in a config; None if none is named.
 
     Args:
+        architecture: the name on the command line, if one is given.
+        configs: the settings of each --config.
         explicit: as of `explicit_sizes`.
-        models: those that are published, by name.
-        sizes: what sets them apart.
+        models: the published models, by name.
+        sizes: the settings in which these differ.
 
     Raises:
         ValueError: the size would have no effect, because a config beside it has another and no option overrides that.
@@ -213,11 +229,11 @@ def published_model(
     if architecture is None and named:
         source, architecture = list(named.items())[-1]
     if not isinstance(architecture, str) or architecture not in models:
-        return None  # and the parser refuses a name that there is not
+        return None  # the parser refuses an unknown name
     model = models[architecture]
     for config, settings in configs.items():
         for name, value in settings.get("model", {}).items():
-            # A config may change the size that it names itself, as options do.
+            # A config may change the size that it names itself, as options may.
             if config != source and name in sizes and name not in explicit and value != getattr(model, name):
                 raise ValueError(
                     f"architecture: {architecture} has model.{name} {getattr(model, name)}, but {config} has {value}, "
@@ -226,9 +242,15 @@ def published_model(
     return model
 
 
-def training_parser(kind: type[TrainingConfig], defaults: dict[str, object]) -> ArgumentParser:
-    """The parser of a command that trains."""
-    parser = ArgumentParser(epilog=DEBUG_HELP, exit_on_error=False, allow_abbrev=False)
+def training_parser(kind: type[TrainingConfig], defaults: dict[str, Any], epilog: str = "") -> ArgumentParser:
+    """The parser of a command that trains.
+
+    Args:
+        kind: the class whose settings are its options.
+        defaults: of options, in place of those of `kind`.
+        epilog: as of `command_parser`.
+    """
+    parser = command_parser(epilog=epilog)
     parser.add_argument("--config", action="config", help="File of settings, such as the config.json of another run.")
     parser.add_argument(
         "--resume",

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from crate_mae.analyzing import in_words
-from crate_mae.cli.errors import DEBUG_HELP
+from crate_mae.analyzing import model_in_words
+from crate_mae.cli.parsers import add_device, add_masks, command_parser
 from crate_mae.cli.runs import check_run, check_seed, model_of, normalization_of, trained_ratio
 from crate_mae.cli.settings import path_of
 from crate_mae.config import ModelConfig, grid_of
@@ -33,24 +33,25 @@ from crate_mae.visualizing import (
 )
 
 OF_A_FOLDER = 12
-"""Images that are taken of a folder."""
+"""The most images taken from a folder."""
 
 MOST_IMAGES = 48
 MOST_PATCHES = 4096
-"""Of one image: what is attended to grows with their square."""
+"""The most patches of an image; the size of attention grows with their square."""
 
 MOST_MEMORY = 8 * 2**30
-"""Bytes for what is kept of all images together."""
+"""The most bytes that may be kept of all images together."""
 
 
-def add_command(commands: ArgumentParser) -> ArgumentParser:
-    """Add `visualize` to the commands; returns its parser."""
-    parser = ArgumentParser(
-        description="Draws what goes on inside a model: reconstructions, attention, the regions that heads pick out, tokens in "
+HELP = "Show what goes on inside a run's model, on images of your own."
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of `visualize`."""
+    parser = command_parser(
+        "Draws what goes on inside a model: reconstructions, attention, the regions that heads pick out, tokens in "
         "colour, and an image's path through the layers; and a page to look around in.",
-        epilog=f"Layers, rows and columns are counted from 1, as the pictures number them. {DEBUG_HELP}",
-        exit_on_error=False,
-        allow_abbrev=False,
+        "Layers, rows and columns are counted from 1, as the pictures number them.",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of a run, such as runs/demo.")
     parser.add_argument(
@@ -79,10 +80,8 @@ def add_command(commands: ArgumentParser) -> ArgumentParser:
         help="The patch whose attention is drawn, instead of the class token.",
     )
     parser.add_argument("--mass", type=float, default=0.6, help="Share of a head's attention that makes a region.")
-    parser.add_argument("--mask_ratio", type=float, help="Fraction of the patches removed; by default, the run's own.")
-    parser.add_argument("--seed", type=int, default=0, help="Fixes which patches are removed.")
-    parser.add_argument("--device", default="auto", help='"auto" (CUDA where there is one), or a torch device.')
-    commands.add_subcommand("visualize", parser, help="Show what goes on inside a run's model, on images of your own.")
+    add_masks(parser)
+    add_device(parser)
     return parser
 
 
@@ -126,11 +125,11 @@ def run(parser: ArgumentParser, chosen: Namespace) -> str:
     _refuse_too_much(images, model.config)
     names = [printable(path.name.encode(errors="surrogateescape")) for path in paths]
     for name, pixels in zip(names, images, strict=True):
-        grid = grid_of(tuple(pixels.shape[-2:]), model.config.patch_size)
+        grid = grid_of(pixels.shape[-2:], model.config.patch_size)
         check_query(query, grid, name, "--patch")
         check_mask_ratio(mask_ratio, grid, name, "--mask_ratio")
 
-    config, named = model.config, in_words(asked.run, model)
+    config, named = model.config, model_in_words(asked.run, model)
     with Progress(steps(len(images)), "visualize", say, unit="step") as progress:
         files = visualize(
             model,
@@ -173,7 +172,7 @@ def _patch(text: str | None) -> tuple[int, int] | None:
 
 
 def _files(given: Sequence[Path]) -> tuple[list[tuple[Path, bool]], list[str]]:
-    """The images of files and folders, whether each is of a folder, and what to say of folders that are not all taken."""
+    """Images by path, each with whether it comes from a folder; and remarks on folders of which not all images are taken."""
     paths, remarks = [], []
     for path in given:
         if not path.is_dir():
@@ -192,7 +191,7 @@ def _files(given: Sequence[Path]) -> tuple[list[tuple[Path, bool]], list[str]]:
 
 
 def _short_side(size: int | None, config: ModelConfig) -> tuple[int, str]:
-    """In pixels, a multiple of the patch, and what to say where it is another than what was asked for."""
+    """The short side in pixels, a multiple of the patch; and a remark if it is not what was asked for."""
     patch = config.patch_size
     if size is None:
         return min(config.image_shape), ""
@@ -206,7 +205,7 @@ def _short_side(size: int | None, config: ModelConfig) -> tuple[int, str]:
 
 
 def _read(path: Path, short: int, config: ModelConfig) -> torch.Tensor:
-    """The upright image, uint8 [channels, height, width]: whole patches, its sides as they are to one another but for that."""
+    """The upright image, uint8 [channels, height, width], in its proportions up to whole patches."""
     try:
         image = open_file(path)
         shown = shown_size(image, str(path))
@@ -220,7 +219,7 @@ def _read(path: Path, short: int, config: ModelConfig) -> torch.Tensor:
 
 
 def _fitted(shown: tuple[int, int], short: int, patch: int) -> tuple[int, int]:
-    """(width, height) whose short side this is; of the long one, what is no whole patch is left out."""
+    """(width, height) with the given short side; the long side is rounded down to whole patches."""
     width, height = (side * short // min(shown) // patch * patch for side in shown)
     return width, height
 
@@ -242,7 +241,7 @@ def _refuse_too_many(path: Path, shown: tuple[int, int], size: tuple[int, int], 
 
 
 def _refuse_too_much(images: Sequence[torch.Tensor], config: ModelConfig) -> None:
-    """Of each layer, tokens and what attention is of are kept, in float32."""
+    """Refuse images for which too much would be kept: tokens and attention inputs of each layer, in float32."""
     tokens = sum(1 + pixels[0].numel() // config.patch_size**2 for pixels in images)
     needed = 2 * 4 * tokens * config.embed_dim * (config.depth + config.decoder_depth)
     if needed > MOST_MEMORY:

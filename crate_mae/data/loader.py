@@ -10,7 +10,7 @@ import pickle
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class ImageLoader:
         self.images, self.batches, self.say, self.unreadable = images, batches, say, unreadable
         self._settings = {"num_workers": num_workers, "pin_memory": pin_memory}
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any]:
         came = lost = 0
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Which classes there are, and which of them each image has: by their names, as sources number them each in its own way."""
+"""Which classes there are, and the class of each image; by their names, since each source numbers them in its own way."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _NAMED = 3
 
 
 def classes_of(train: Source, val: Source | None) -> tuple[str, ...]:
-    """The names of the training images' classes, in their order; those too that had images alone which are held out of them.
+    """The names of the training images' classes, in their order; including those all of whose images were held out.
 
     Raises:
-        ValueError: they have no classes, or one only, or there are images of none.
+        ValueError: images have no class, or all have the same.
     """
     held = {train.classes[number] for number in np.unique(train.labels)}
     if val is not None:
@@ -31,7 +31,7 @@ def classes_of(train: Source, val: Source | None) -> tuple[str, ...]:
 
 
 def labels_among(source: Source, classes: Sequence[str]) -> np.ndarray:
-    """int64 [len(source)]: of each image the place of its class among these.
+    """The class of each image, int64 [len(source)], as its place in `classes`.
 
     Raises:
         ValueError: an image is of another class.

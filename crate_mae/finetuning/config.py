@@ -1,4 +1,4 @@
-"""What a fine-tuning is made of. The field docstrings are the help texts of the command line."""
+"""The settings of a fine-tuning. Docstrings of fields are help texts of the command line."""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from crate_mae.checkpoints import CONFIG_FILE
 from crate_mae.classifiers import Classifier
 from crate_mae.data import LabelledCentreCropped
-from crate_mae.data.progress import say
 from crate_mae.finetuning.classes import classes_of, labels_among
 from crate_mae.finetuning.config import FinetuneConfig
 from crate_mae.finetuning.mixing import draw_mix, mixed, mixed_targets
@@ -33,12 +33,12 @@ class FinetuneResult(NamedTuple):
     """How a fine-tuning ended.
 
     Attributes:
-        out: its folder, with the last model, and the best in ``best/``.
+        out: its folder, with the last model, and the best one in ``best/``.
         steps, epochs: optimizer steps, and passes over the images.
         train_images, val_images: how many images were trained on, and validated on.
         classes: their names, in the order of the logits.
-        scores: of the last model; None where there were no images to validate on.
-        best, best_epoch: of the validation with the highest top-1 (of several, the least loss), and after which epoch it was.
+        scores: of the last model; None if there were no images to validate on.
+        best, best_epoch: scores and epoch of the validation with the highest top-1; among equals, with the least loss.
     """
 
     out: Path
@@ -57,30 +57,31 @@ def finetune(
 ) -> FinetuneResult:
     """Train a classifier end to end, from a trained encoder or from random weights; its files are left in `config.out`.
 
-    The recipe is that of MAE's fine-tuning (arXiv 2111.06377, appendix A.1, table 9; facebookresearch/mae, FINETUNE.md) with its
-    code's numbers for ViT-Base: AdamW with a layer-wise learning rate, warm-up and cosine, mixup and CutMix, label smoothing,
-    stochastic depth. Crops and flips are those of pre-training, and there is neither RandAugment nor random erasing. Images are
-    validated on whole, and the best model is that of the highest top-1.
+    The recipe is that of MAE's fine-tuning (arXiv 2111.06377, appendix A.1, table 9; facebookresearch/mae, FINETUNE.md), with the
+    numbers of its code for ViT-Base: AdamW with a layer-wise learning rate, warm-up and cosine, mixup and CutMix, label
+    smoothing, stochastic depth. Crops and flips are those of pre-training; there is no RandAugment and no random erasing.
+    Validation is on whole images, and the best model is the one with the highest top-1.
 
-    A run is a function of its configuration and its images, and goes on where it was interrupted, as `training.pretrain` says,
-    where the arguments are explained, too.
+    A run is a function of its configuration and its images, and can be interrupted and resumed, as for `training.pretrain`.
 
     Args:
-        config: its `model` has the family and sizes of the model in `config.init` (``classifier_config(read_config(init))``).
+        config: the settings; `model` has the family and sizes of the model in `init` (``classifier_config(read_config(init))``).
+        resume, overwrite, callbacks: as of `training.pretrain`.
 
     Raises:
-        ValueError: images have no classes, or some that are not trained on; or as of `training.pretrain`.
+        ValueError: images have no classes, or validation images have others; or as of `training.pretrain`.
         Exception: all others as of `training.pretrain`.
     """
     run = train(FinetuneRun, config, resume, overwrite, callbacks)
     per_epoch, watch = run.steps_per_epoch, run.record.watch
+    assert isinstance(watch, ScoreWatch)
     return FinetuneResult(
         out=config.out,
         steps=run.step,
         epochs=run.step / per_epoch,
         train_images=len(run.train_images),
         val_images=len(run.val_images or ()),
-        classes=run.config.classes,
+        classes=run.classes,
         scores=run.errors,
         best=watch.best,
         best_epoch=None if watch.best_step is None else watch.best_step / per_epoch,
@@ -88,15 +89,24 @@ def finetune(
 
 
 def plan(config: FinetuneConfig, *, resume: Resume = False, overwrite: bool = False) -> Plan:
-    """What `finetune` with the same arguments would be, as of `training.plan`."""
+    """What `finetune` with the same arguments would do; see `training.plan`."""
     return planned(FinetuneRun, config, resume, overwrite)
 
 
-class FinetuneRun(Run[FinetuneConfig, Scores]):
-    """Images are classified; what goes with the pixels is the class."""
+class FinetuneRun(Run[FinetuneConfig, Classifier, Scores]):
+    """Fine-tuning: images are classified. Beside the pixels, the loss takes the classes.
+
+    Attributes:
+        classes: the names of the classes, in the order of the logits.
+        labels, val_labels: the class of each image to train on and to validate on, by its place among these.
+    """
 
     beside = "label"
     watch = ScoreWatch
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    val_labels: np.ndarray | None
 
     def _settled(self, resumed: bool) -> FinetuneConfig:
         config, classes = self.config, self.config.classes
@@ -105,13 +115,13 @@ class FinetuneRun(Run[FinetuneConfig, Scores]):
             if config.classes not in (None, classes):
                 raise ValueError(f"classes: a resumed run keeps those it has, {', '.join(classes)}")
         with of_option("--data"):
-            classes = classes or classes_of(self.train_images, self.val_images)
-            self.labels = labels_among(self.train_images, classes)
+            self.classes = classes or classes_of(self.train_images, self.val_images)
+            self.labels = labels_among(self.train_images, self.classes)
         with of_option("--val" if config.val else "--data"):
-            self.val_labels = labels_among(self.val_images, classes) if self.val_images else None
+            self.val_labels = labels_among(self.val_images, self.classes) if self.val_images else None
         with of_section("model"):
-            model = dataclasses.replace(config.model, num_classes=len(classes))
-        return dataclasses.replace(config, classes=classes, model=model)
+            model = dataclasses.replace(config.model, num_classes=len(self.classes))
+        return dataclasses.replace(config, classes=self.classes, model=model)
 
     def _model(self, resumed: bool) -> Classifier:
         try:
@@ -128,18 +138,13 @@ class FinetuneRun(Run[FinetuneConfig, Scores]):
         return {"labels": self.labels}
 
     def _validation(self) -> Scoring | None:
-        if self.val_images is None:
+        if self.val_images is None or self.val_labels is None:
             return None
         model = self.config.model
         return Scoring(
             LabelledCentreCropped(self.val_images, self.val_labels, model.image_shape, model.in_chans),
             self.normalization,
-            batch_size=self.micro_batch * self.ranks.count,
-            precision=self.precision,
-            num_workers=self.num_workers,
-            say=say,
-            unreadable=self.unreadable,
-            ranks=self.ranks,
+            **self._measuring(),
         )
 
     def _loss(self, forward: Callable[..., Any], images: torch.Tensor, beside: torch.Tensor, step: int) -> torch.Tensor:
@@ -160,7 +165,7 @@ class FinetuneRun(Run[FinetuneConfig, Scores]):
 
 
 def _of_run(config: FinetuneConfig) -> tuple[str, ...]:
-    """The classes of the run in the folder, whose other settings have been read before."""
+    """The classes of the run in the folder, by its config.json."""
     file = config.out / CONFIG_FILE
     classes = json.loads(file.read_text(encoding="utf-8")).get("classes")
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: images of two classes in one, and targets that say how much of each."""
+"""Mixup and CutMix: an image is made of two, and its target has a share of the class of each."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from crate_mae.finetuning.config import AugmentConfig
 
 _KEY = (1,)
-"""Sets these draws apart from those of the orders of epochs, which are of (seed, epoch)."""
+"""Makes these random numbers independent of those for the order of images, which depend on (seed, epoch)."""
 
 
 class Mix(NamedTuple):
-    """How the images of a batch are mixed, each with the one as far from the batch's other end.
+    """How the images of a batch are mixed: the first with the last, the second with the last but one, and so on.
 
     Attributes:
-        share: of an image in what it becomes; 1 where nothing is mixed.
-        box: (top, left, bottom, right) of what is taken from the other, in pixels; None where the two are blended.
+        share: the share of an image itself in the mixed one; 1 if nothing is mixed.
+        box: (top, left, bottom, right) in pixels of the rectangle taken from the other image; None if the two are blended.
     """
 
     share: float
@@ -28,14 +28,16 @@ class Mix(NamedTuple):
 
 
 def draw_mix(config: AugmentConfig, seed: int, step: int, size: tuple[int, int]) -> Mix:
-    """What is done in a step: a function of the seed and the step alone.
+    """Draw how the batch of a step is mixed; a function of seed and step alone.
 
-    Which of the two is done, how much and where is drawn once a batch, as timm's ``Mixup`` does in its mode "batch": CutMix with
-    probability ``switch`` where both are on. Its rectangle has the image's shape and the area 1 - lambda around a uniform place;
-    what would lie outside is cut off, and the share is that of the pixels left.
+    One draw serves the whole batch, as in timm's ``Mixup`` in its mode "batch". If both mixup and CutMix are on, CutMix has
+    probability ``switch``. Its rectangle has the image's proportions and the area 1 - lambda, around a uniformly drawn centre;
+    what would lie outside the image is cut off, and the share is computed from the pixels that are left.
 
     Args:
-        size: (height, width) in pixels.
+        config: how often and how strongly images are mixed.
+        seed, step: of the run.
+        size: (height, width) of the images in pixels.
     """
     rng = np.random.default_rng(np.random.SeedSequence((seed, step), spawn_key=_KEY))
     is_cut = config.cutmix > 0 and (config.mixup == 0 or rng.random() < config.switch)
@@ -56,7 +58,7 @@ def _span(rng: np.random.Generator, side: int, part: float) -> tuple[int, int]:
 
 
 def mixed(images: Tensor, mix: Mix) -> Tensor:
-    """The images [batch, channels, height, width], mixed; the batch's last with its first, and so on."""
+    """The images [batch, channels, height, width], mixed with the batch in reverse order."""
     if mix.share == 1:
         return images
     if mix.box is None:
@@ -68,11 +70,16 @@ def mixed(images: Tensor, mix: Mix) -> Tensor:
 
 
 def mixed_targets(labels: Tensor, classes: int, mix: Mix, smoothing: float) -> Tensor:
-    """Targets float32 [batch, classes], which sum to 1: of each image its share of its class and the rest of the other's, and of
-    all of that ``smoothing`` spread over all classes.
+    """Targets of mixed images, float32 [batch, classes]; each sums to 1.
+
+    A target is the mix's share of the image's own class and the rest of the other image's; then a fraction ``smoothing`` of it is
+    spread over all classes.
 
     Args:
-        labels: int64 [batch].
+        labels: the classes, int64 [batch].
+        classes: how many there are.
+        mix: how the images are mixed.
+        smoothing: at least 0 and below 1.
     """
     own = torch.nn.functional.one_hot(labels, classes).float()
     return (mix.share * own + (1 - mix.share) * own.flip(0)) * (1 - smoothing) + smoothing / classes

@@ -15,8 +15,8 @@ _LAYER = re.compile(r"(blocks|transformer\.layers)\.([0-9]+)\.")
 
 
 def layer_of(name: str, depth: int) -> int:
-    """The layer that a classifier's parameter belongs to, by its name: 0 for what embeds patches, the class token and positions;
-    1 to depth for the layers; depth + 1 for the norm behind them and the head."""
+    """The number of the layer to which a parameter belongs, by its name: 0 for the patch embedding, the class token and the
+    positions; 1 to depth for the layers; depth + 1 for the last norm and the head."""
     if _EMBEDDING.match(name):
         return 0
     layer = _LAYER.match(name)
@@ -24,23 +24,20 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def lr_scale(name: str, depth: int, decay: float) -> float:
-    """decay ** (depth + 1 - layer): what the learning rate of a parameter is multiplied by, 1 for the head (BEiT, arXiv
-    2106.08254; MAE, arXiv 2111.06377, appendix A.1)."""
+    """The factor of a parameter's learning rate, decay ** (depth + 1 - layer), which is 1 for the head (BEiT, arXiv 2106.08254;
+    MAE, arXiv 2111.06377, appendix A.1)."""
     return decay ** (depth + 1 - layer_of(name, depth))
 
 
 def build_layerwise_optimizer(model: Classifier, config: FinetuneOptimizerConfig, batch_size: int) -> torch.optim.AdamW:
-    """AdamW at base_lr * batch_size / 256 times ``lr_scale``, which the groups keep, too; decay is on matrices alone."""
+    """AdamW at base_lr * batch_size / 256 * ``lr_scale``, which each group keeps; with weight decay on matrices only."""
     depth, peak = model.config.depth, config.base_lr * batch_size / 256
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer, decayed, scale = (
-            layer_of(name, depth),
-            is_decayed(name, parameter),
-            lr_scale(name, depth, config.layer_decay),
-        )
+        layer, decayed = layer_of(name, depth), is_decayed(name, parameter)
+        scale = lr_scale(name, depth, config.layer_decay)
         new = {"params": [], "weight_decay": config.weight_decay * decayed, "lr": peak * scale, "lr_scale": scale}
         groups.setdefault((layer, decayed), new)["params"].append(parameter)
     return torch.optim.AdamW([groups[key] for key in sorted(groups)], lr=peak, betas=config.betas, fused=True)

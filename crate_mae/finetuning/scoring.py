@@ -1,31 +1,30 @@
-"""How well a classifier knows the classes of images held out."""
+"""How well a classifier predicts the classes of images held out."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from crate_mae.classifiers import Classifier
-from crate_mae.data import ImageLoader, LabelledCentreCropped, Normalization, UnreadableImage, in_order, part_of
+from crate_mae.data import LabelledCentreCropped, Normalization
 from crate_mae.training.divergence import DivergenceWatch, Measured
+from crate_mae.training.held_out import HeldOut
 from crate_mae.training.precision import autocast
-from crate_mae.training.ranks import Ranks
 
 
 class Scores(NamedTuple):
-    """Of all images to validate on, each whole: its largest centred part.
+    """Scores over all images to validate on; of each image, its largest centred part is seen.
 
     Attributes:
-        val_loss: mean cross-entropy with their classes, in nats.
-        val_top1, val_top5: fractions whose class has the largest logit, or one of the five largest.
-        guess_loss: the cross-entropy of who names each class as often as these images have it, and looks at none.
+        val_loss: mean cross-entropy, in nats.
+        val_top1, val_top5: fractions of images whose class has the largest logit, or one of the five largest.
+        guess_loss: cross-entropy of predicting the frequencies of the classes for every image.
     """
 
     val_loss: float
@@ -35,49 +34,26 @@ class Scores(NamedTuple):
 
     @property
     def guess(self) -> tuple[str, float]:
-        """What a run is held against that diverges, and its error."""
+        """The name and the error of the guess with which `DivergenceWatch` compares."""
         return "guessing", self.guess_loss
 
 
-class Scoring:
+class Scoring(HeldOut[Classifier, Scores]):
     """Measures a classifier on the same images each time; in evaluation mode, without augmentation.
 
     Args:
-        images: with their classes.
-        unreadable: told of images that cannot be read, for each of which another stands in, with its own class.
-        ranks: which measure a part of each batch each, and all get the scores of all images.
+        images: with their classes; where an image cannot be read, another stands in, with its own class.
+        **measuring: as of `HeldOut`.
     """
 
-    def __init__(
-        self,
-        images: LabelledCentreCropped,
-        normalization: Normalization,
-        *,
-        batch_size: int,
-        precision: str = "float32",
-        num_workers: int = 0,
-        say: Callable[[str], None] = warnings.warn,
-        unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self.images, self.normalization, self.precision = images, normalization, precision
-        self.ranks = ranks or Ranks()
-        rank, count = self.ranks.rank, self.ranks.count
-        self._sizes = [len(batch) for batch in in_order(len(images), batch_size)]
-        batches = [part_of(batch, rank, count) for batch in in_order(len(images), batch_size)]
-        self._loader = ImageLoader(images, batches, num_workers=num_workers, say=say, unreadable=unreadable)
+    def __init__(self, images: LabelledCentreCropped, normalization: Normalization, **measuring: Any) -> None:
+        super().__init__(images, len(images), normalization, **measuring)
+        self.images = images
         shares = np.unique(images.labels, return_counts=True)[1] / len(images)
         self._guess_loss = float(-(shares * np.log(shares)).sum())
 
-    def __call__(self, model: Classifier) -> Scores:
-        """The scores of a model, which is in the mode it was in when this returns."""
-        scores = self.unless(model, lambda: False)
-        assert scores is not None
-        return scores
-
     @torch.no_grad()
     def unless(self, model: Classifier, stopped: Callable[[], object]) -> Scores | None:
-        """The scores, or None where `stopped` was so before the last batch."""
         device, was_training = next(model.parameters()).device, model.training
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -88,7 +64,7 @@ class Scoring:
                 labels = labels.to(device)
                 with autocast(self.precision, device):
                     logits = model(self.normalization(pixels.to(device)))
-                if self.ranks.rank < size:  # else it has none of this batch
+                if self.ranks.rank < size:  # else this rank has no image of this batch
                     sums += _sums(logits.float(), labels)
         finally:
             model.train(was_training)
@@ -98,7 +74,7 @@ class Scoring:
 
 
 def _sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Over a batch: cross-entropy, and how many classes are found first, and among the first five."""
+    """Sums over a batch: cross-entropy, and how many classes have the largest logit, or one of the five largest."""
     hit = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels.unsqueeze(-1)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return torch.stack([loss.double(), hit[:, 0].sum().double(), hit.sum().double()])
@@ -106,7 +82,7 @@ def _sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class ScoreWatch(DivergenceWatch):
-    """For which the best validation is that with the highest top-1, and of several that with the least loss.
+    """A watch for which the best validation is the one with the highest top-1; among equals, the one with the least loss.
 
     Attributes:
         best_top1, best_top5: of the best validation.
@@ -118,19 +94,23 @@ class ScoreWatch(DivergenceWatch):
     @property
     def best(self) -> Scores | None:
         """The scores of the best validation."""
-        if self.best_step is None:
+        loss, top1, top5, guess = self.best_val_loss, self.best_top1, self.best_top5, self.fill
+        if loss is None or top1 is None or top5 is None or guess is None:
             return None
-        return Scores(self.best_val_loss, self.best_top1, self.best_top5, self.fill)
+        return Scores(loss, top1, top5, guess)
 
     def validated(self, step: int, errors: Measured) -> bool:
         is_best = super().validated(step, errors)
         if is_best:
+            assert isinstance(errors, Scores)
             self.best_top1, self.best_top5 = errors.val_top1, errors.val_top5
         return is_best
 
     def is_better(self, errors: Measured) -> bool:
-        best = self.best
-        return best is None or (errors.val_top1, -errors.val_loss) > (best.val_top1, -best.val_loss)
+        assert isinstance(errors, Scores)
+        if self.best_val_loss is None or self.best_top1 is None:
+            return True
+        return (errors.val_top1, -errors.val_loss) > (self.best_top1, -self.best_val_loss)
 
     def forget_best(self) -> None:
         super().forget_best()

@@ -1,4 +1,4 @@
-"""The classifier that a fine-tuning starts from: on the encoder of a trained model, or on none."""
+"""The classifier from which a fine-tuning starts: with the encoder of a trained model, or with random weights."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from crate_mae.model import CrateMAE
 from crate_mae.state_dicts import fitting, plain_names, read_weights
 
 _OWN = ("num_classes", "pool", "img_size", "lambd", "step_size")
-"""What the classifier may have otherwise than the model it starts from."""
+"""Settings in which the classifier may differ from the model it starts from."""
 
 
 def starting_classifier(config: ClassifierConfig, init: Path | None) -> Classifier:
-    """The classifier of a configuration, with the encoder of `init` and a fresh head; of random weights without it.
+    """The classifier of a configuration, with the encoder of `init` and a fresh head; without `init`, with random weights.
 
     Args:
-        init: the folder of a CRATE-MAE run or of a classifier, or a file with the weights of either, whose family and sizes are
-            those of the configuration. Its head is left behind, also where it has as many classes.
+        config: of the classifier.
+        init: the folder of a CRATE-MAE run or of a classifier, or a file with the weights of either. Family and sizes must be
+            those of the configuration. Its head is not taken.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -46,9 +47,10 @@ def starting_classifier(config: ClassifierConfig, init: Path | None) -> Classifi
 
 
 def _of_file(config: ClassifierConfig, path: Path) -> CrateMAE | Classifier:
-    """The model in a file of weights, of which the configuration says what no weights do; errors as of ``fitting``."""
+    """The model in a file of weights; the configuration tells what weights do not. Errors as of ``fitting``."""
     weights = plain_names(read_weights(path), path)
     head = f"{model_of(dataclasses.replace(config, depth=0)).head_name}.weight"
+    model: CrateMAE | Classifier
     if config.family == "crate_mae" and head not in weights:
         model = CrateMAE(_mae_config(config, weights))
     else:
@@ -65,7 +67,7 @@ def _of_file(config: ClassifierConfig, path: Path) -> CrateMAE | Classifier:
 
 
 def _mae_config(config: ClassifierConfig, weights: Mapping[str, Tensor]) -> ModelConfig:
-    """Of the CRATE-MAE whose weights these are; its decoder, which is left behind, is as deep as they say."""
+    """The configuration of the CRATE-MAE with these weights, which tell the depth of its decoder."""
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     shared = {name: value for name, value in vars(config).items() if name in names}
     layers = {match[1] for name in weights if (match := re.match(r"decoder_blocks\.([0-9]+)\.", name))}
@@ -73,7 +75,7 @@ def _mae_config(config: ClassifierConfig, weights: Mapping[str, Tensor]) -> Mode
 
 
 def _trained_size(config: ClassifierConfig, weights: Mapping[str, Tensor]) -> int | tuple[int, int]:
-    """The image size of learned positions: the configured one, or else that of as many patches in a square."""
+    """The image size for which positions were learned: the configured one if it has as many patches, else a square."""
     positions = weights.get("pos_embedding")
     if positions is None or positions.ndim != 3:
         return config.img_size

@@ -1,4 +1,4 @@
-"""A moving average of the weights, which forgets where the last steps jumped to."""
+"""A moving average of the weights, which smooths the noise of the last steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from crate_mae.training.parallel import fill, local
 
 
 class Average:
-    """After step t: a <- d a + (1 - d) w, where d = min(decay, (1 + t) / (10 + t)), so that the random weights of the beginning
-    are soon forgotten. Of shards, each rank has the average of its own.
+    """The average a of the weights w: after step t, a <- d a + (1 - d) w with d = min(decay, (1 + t) / (10 + t)).
+
+    The decay d is small at first, so that the random weights of the beginning are soon forgotten. Where ranks have shards of the
+    weights, each averages its own shard.
 
     Args:
-        model: whose parameters w are averaged, in float32 as they are, from what they are now.
+        model: whose parameters are averaged, in float32; the average starts at their present values.
         decay: at least 0 and below 1.
     """
 
@@ -28,13 +30,13 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take the weights after step number `step` into account, the first of which is 1."""
+        """Include the weights after step number `step`, counted from 1."""
         update = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
         update([*map(local, self.tensors.values())], [*map(local, self.parameters.values())], step)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the average for its weights while the block lasts, and its own again, to the bit, after it."""
+        """While the block lasts the model's weights are the average; after it they are its own again, to the bit."""
         self._exchange()
         try:
             yield
@@ -53,5 +55,5 @@ class Average:
         return dict(self.tensors)
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up the averages of a state, whole ones by the names of the parameters."""
+        """Restore the averages of a saved state: whole tensors by the names of the parameters."""
         fill(self.tensors.values(), [state[name] for name in self.tensors])

@@ -1,8 +1,7 @@
-"""How many images a step has, and in how many parts each device computes its share."""
+"""The batch size of a step, and the number of micro-batches in which each device computes its share of it."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -25,53 +24,57 @@ def with_batch_chosen(
     device: torch.device,
     ranks: Ranks,
 ) -> tuple[Config, list[str]]:
-    """The settings with numbers for `schedule.batch_size` and `schedule.accumulate`, and why it is these, in words.
+    """Replace "auto" in `schedule.batch_size` and `schedule.accumulate` by numbers; also returns why these, in words.
 
     Args:
-        model: of this process alone, before it is shared.
-        loss_of: of a batch of so many images.
-        images: to train on.
+        config: the run's settings.
+        model: the model of this process, before it is replicated or sharded.
+        loss_of: the loss of a batch of the given number of images.
+        images: how many images there are to train on.
+        device: on which the batch must fit.
+        ranks: the processes of the run.
 
     Raises:
         ValueError: there are too few images, or too few in a step for so many processes and parts; or not even one fits.
     """
     schedule, count = config.schedule, ranks.count
-    size, parts = schedule.batch_size, schedule.accumulate
-    if size == "auto" and images < count:
+    asked, parts = schedule.batch_size, schedule.accumulate
+    if asked == "auto" and images < count:
         raise ValueError(f"schedule.batch_size: expected an image for each of {count} processes, there are {images}")
-    if size != "auto" and size > images:
+    if asked != "auto" and asked > images:
         raise ValueError(
-            f"schedule.batch_size: expected 1 to {images}, the number of training images, got {size}; "
+            f"schedule.batch_size: expected 1 to {images}, the number of training images, got {asked}; "
             "lower --schedule.batch_size"
         )
-    if size != "auto" and size < count:
-        raise ValueError(f"schedule.batch_size: expected {count} or more, an image for each process, got {size}")
+    if asked != "auto" and asked < count:
+        raise ValueError(f"schedule.batch_size: expected {count} or more, an image for each process, got {asked}")
     why = []
-    if "auto" in (size, parts):
-        share = (images if size == "auto" else -(-size // count * count)) // count
+    if asked == "auto" or parts == "auto":
+        share = (images if asked == "auto" else -(-asked // count * count)) // count
         trials = _Trials(loss_of, device)
         fitting = fit(trials, device, share, later=_allocated_later(config, model, count), processes=ranks.local_count)
         model.zero_grad(set_to_none=True)
-        fitting = min(ranks.gathered(fitting))  # of the device that takes the fewest
+        fitting = min(ranks.gathered(fitting))  # the device with the least room decides
         most = fitting.batch
-        if size == "auto":
+        if asked == "auto":
             parts = 1 if parts == "auto" else parts
             size = min(most * count * parts, images)
         else:
-            parts = -(-share // most)
+            size, parts = asked, -(-share // most)
         of_all = ", all there are," * (size == images)
         why.append(f"batch of {size} images{of_all} in {parts} part{'s' * (parts > 1)}: {fitting.in_words}")
+    else:
+        size = asked
     if parts > size // count:
         raise ValueError(
             f"schedule.accumulate: expected 1 to {size // count}, an image of the {size} of a step for each part of each of "
             f"{count} process{'es' * (count > 1)}, got {parts}"
         )
-    chosen = dataclasses.replace(schedule, batch_size=size, accumulate=parts)
-    return dataclasses.replace(config, schedule=chosen), why
+    return config.with_schedule(batch_size=size, accumulate=parts), why
 
 
 class _Trials:
-    """Forward and backward, as steps have them."""
+    """Does the forward and backward of a batch, without a trace in the random numbers."""
 
     def __init__(self, loss_of: Callable[[int], torch.Tensor], device: torch.device) -> None:
         self._loss_of = loss_of
@@ -83,8 +86,9 @@ class _Trials:
 
 
 def _allocated_later(config: TrainingConfig, model: nn.Module, count: int) -> int:
-    """Bytes that a run has beside those of a trial: AdamW's means, and an average; less the weights that are shared out then.
-    Gradients may be whole until the last part of a step."""
+    """Bytes that a run allocates beyond those of a trial: AdamW's means and the average of the weights.
+
+    With FSDP2 the weights are sharded then, which saves memory; gradients may stay whole until the last micro-batch of a step."""
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
     share = 1 / count if config.run.parallel == "fsdp2" else 1.0
     kept = 2 + bool(config.optimizer.average)

@@ -1,4 +1,4 @@
-"""Where a step went bad, found by taking it again."""
+"""Finds where a step first produced NaN or infinity, by taking it again."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def cause(
     images: Sequence[str],
     file: Path,
 ) -> str:
-    """What was not finite first, and in which images, in words that go on from the error's; all of it in a file, too.
+    """What was not finite first, and in which images: words to append to the error's message. The details go into a file.
 
     Args:
-        model, losses_of_step: as of `first_bad`.
-        images: names of those of the step.
-        file: to write, as JSON.
+        error: what ended the run.
+        model, losses_of_step: see `first_bad`.
+        images: the names of the step's images.
+        file: the JSON file to write.
     """
     if error.weights:
         return ""
@@ -35,7 +36,7 @@ def cause(
         first = first_bad(model, losses_of_step) or "nothing, when the step was taken again"
         numbers = {"step": error.step, "loss": str(error.loss), "grad_norm": str(error.grad_norm)}
         write_json(file, numbers | {"first": first, "images": list(images)})
-    except Exception as problem:  # the error itself must not be lost by it
+    except Exception as problem:  # must not hide the error itself
         first = f"not found out ({problem})"
     shown = ", ".join(images[:_SHOWN])
     more = f" and {len(images) - _SHOWN} more, all in {file.name}" if len(images) > _SHOWN else ""
@@ -47,7 +48,7 @@ def first_bad(model: nn.Module, losses_of_step: Callable[[], Iterable[torch.Tens
 
     Args:
         model: with the weights before the step.
-        losses_of_step: does the forward again, part by part, with the share of each in the loss.
+        losses_of_step: does the forward of the step again, micro-batch by micro-batch, and gives the share of each in the loss.
     """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -65,7 +66,7 @@ def first_bad(model: nn.Module, losses_of_step: Callable[[], Iterable[torch.Tens
     hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that layers with hooks are not fused
+            warnings.simplefilter("ignore")  # that layers with hooks run unfused
             model.zero_grad(set_to_none=True)
             for loss in losses_of_step():
                 if bad or not loss.isfinite():
@@ -74,7 +75,7 @@ def first_bad(model: nn.Module, losses_of_step: Callable[[], Iterable[torch.Tens
     finally:
         for handle in hooks:
             handle.remove()
-    for name, parameter in reversed(list(model.named_parameters())):  # as the backward comes to them
+    for name, parameter in reversed(list(model.named_parameters())):  # in the order of the backward
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             return f"gradient of {name}"
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -82,7 +83,7 @@ def first_bad(model: nn.Module, losses_of_step: Callable[[], Iterable[torch.Tens
 
 
 def _called(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The layers by their names: the model's own modules, and of those that nobody can call, such as lists, what they hold."""
+    """The layers by their names: the model's direct children, and the members of those that are lists."""
     for name, module in model.named_children():
         if type(module).forward is nn.Module.forward:
             yield from _called(module, f"{prefix}{name}.")

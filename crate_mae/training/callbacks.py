@@ -1,4 +1,4 @@
-"""What users do with a run as it goes."""
+"""Functions of the user that a run calls as it goes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 Callback = Callable[[int, dict[str, Any], nn.Module], object]
-"""Takes (step, metrics, model) after each row of metrics.jsonl: how many steps have been taken, the row, and the model with the
-weights that would be exported at this step. It may look at the model, and must not change it. What it returns has no meaning, but
-for True: then the run is saved, and ends."""
+"""Called with (step, metrics, model) after each row of metrics.jsonl: the number of steps taken, the row, and the model with the
+weights that would be exported at this step. It must not change the model. If it returns True, the run is saved and ends."""
 
 
 def call(callbacks: Iterable[Callback], row: dict[str, Any], model: nn.Module) -> bool:
-    """Call each with a copy of the row; returns whether one has returned True. The run goes on as if it had not: in the mode that
-    the model was in, and with the random numbers that it would have drawn."""
+    """Call each with a copy of the row; returns whether one has returned True.
+
+    The calls leave no trace in the run: the model's mode and the random numbers are what they were before."""
     device = next(model.parameters()).device
     was_training = model.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""What a run is made of, that of pre-training and what all share. The field docstrings are the help texts of the command line."""
+"""The settings of runs: those that all kinds share, and those of pre-training. Docstrings of fields are help texts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from crate_mae.config import ModelConfig, fits_float32, grid_of
+from crate_mae.config import ClassifierConfig, ModelConfig, fits_float32, grid_of
 from crate_mae.data import IMAGENET_MEAN, IMAGENET_STD, absolute
 from crate_mae.training.sinks import PLACES
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,10 @@ class RunConfig(CommonRun):
 
 
 MAX_SEED = 2**64 - 1
-"""The largest that torch's generators take."""
+"""The largest seed that torch's generators take."""
 
 Limit = tuple[Callable[[Any], bool], str]
-"""Whether a value is one that a setting may have, and what is expected of it, in words."""
+"""A test of a setting's value, and what it expects, in words."""
 
 POSITIVE: Limit = (lambda value: value > 0, "above 0")
 NOT_NEGATIVE: Limit = (lambda value: value >= 0, "0 or more")
@@ -187,19 +190,26 @@ _LIMITS: dict[str, Limit] = {
 }
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """What to learn from and where to keep the result: the settings that all kinds of runs have.
+class _Sections:
+    """The sections that every kind of run has. Each kind makes fields of them, with its own defaults and in its own order."""
 
-    A kind adds its sections, ``model``, ``images``, ``optimizer``, ``schedule`` and ``run`` among them.
-    """
+    model: ModelConfig | ClassifierConfig
+    images: ImagesConfig
+    optimizer: OptimizerConfig
+    schedule: CommonSchedule
+    run: CommonRun
+
+
+@dataclass(frozen=True)
+class TrainingConfig(_Sections):
+    """What to learn from and where to keep the result: the settings that all kinds of runs have."""
 
     kind: ClassVar[str]
     """The command whose settings these are."""
     limits: ClassVar[dict[str, Limit]] = _LIMITS
-    """Of the settings, by section.name; a kind adds those of its own."""
+    """Limits of settings, by section.name; a kind of run adds its own."""
     kept: ClassVar[tuple[str, ...]] = ("schedule.batch_size", "run.seed")
-    """Settings, or sections of them, that a resumed run keeps; beside them `init`."""
+    """Settings, or whole sections, that a resumed run must keep, beside `init`."""
 
     out: Path
     """Folder for metrics.jsonl, config.json, model.safetensors, states/ and best/."""
@@ -213,7 +223,7 @@ class TrainingConfig:
     """Folder of a run, or file of weights, to start from; without it, from random weights. A run also gives the model's sizes."""
 
     def __post_init__(self) -> None:
-        for name in ("out", "init"):  # from Python, texts will do
+        for name in ("out", "init"):  # from Python, strings will do
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(path))
         for name, value in _numbers(self):
@@ -241,7 +251,7 @@ class TrainingConfig:
                 f"schedule.warmup_epochs: expected fewer than the {epochs} of schedule.epochs, got {warmup:g}; "
                 "the peak learning rate would never be reached"
             )
-        if self.schedule.batch_size == "auto":  # which is a number before anything is trained, and seen here again
+        if self.schedule.batch_size == "auto":  # checked again when it has become a number, before training
             return
         peak = self.peak_lr
         if not fits_float32(peak, peak * self.optimizer.weight_decay):
@@ -255,6 +265,11 @@ class TrainingConfig:
                 f"(optimizer.base_lr * schedule.batch_size / 256), got {self.schedule.min_lr:g}"
             )
 
+    def with_schedule(self, **changes: Any) -> Self:
+        """These settings with others in their section `schedule`."""
+        sections: dict[str, Any] = {"schedule": dataclasses.replace(self.schedule, **changes)}
+        return dataclasses.replace(self, **sections)
+
     @property
     def peak_lr(self) -> float:
         """The learning rate at the end of the warm-up."""
@@ -262,11 +277,11 @@ class TrainingConfig:
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """What a model needs beside its weights to be used, as `save_model` takes it."""
+        """What is needed to use the model, beside its weights; arguments of `save_model`."""
         return {"mean": self.images.mean, "std": self.images.std}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for config.json, in the form that `--config` takes; paths absolute, to mean the same anywhere."""
+        """Plain values for config.json, which `--config` takes. Paths are absolute, so that they mean the same in any folder."""
         values = json.loads(json.dumps(dataclasses.asdict(self), default=os.path.abspath))
         return values | {name: absolute(values[name]) for name in ("data", "val") if values[name] is not None}
 
@@ -299,7 +314,7 @@ class PretrainConfig(TrainingConfig):
 
 
 def _numbers(config: TrainingConfig) -> Iterator[tuple[str, float]]:
-    """The numbers with fractions among the settings, by the names of the settings."""
+    """The floating-point numbers among the settings, by section.name."""
     for section, fields in dataclasses.asdict(config).items():
         for name, value in fields.items() if isinstance(fields, dict) else ():
             for number in value if isinstance(value, tuple) else (value,):
@@ -309,10 +324,11 @@ def _numbers(config: TrainingConfig) -> Iterator[tuple[str, float]]:
 
 @contextmanager
 def of_section(name: str, **named_otherwise: str) -> Iterator[None]:
-    """Put the section in front of the messages of what knows settings by their own names: "mean: ..." -> "images.mean: ...".
+    """Put a section in front of the setting at the head of a ValueError's message: "mean: ..." -> "images.mean: ...".
 
     Args:
-        named_otherwise: settings by the names that messages have for them.
+        name: of the section.
+        named_otherwise: setting=name, for settings that messages call by another name.
     """
     try:
         yield
@@ -325,7 +341,7 @@ def of_section(name: str, **named_otherwise: str) -> Iterator[None]:
 def demo_config(out: Path) -> PretrainConfig:
     """A CRATE-MAE small enough to learn the shipped photographs on two CPU cores within four minutes.
 
-    What else was tried, and what it came to, is in benchmarks/results/cpu/demo_trials.md.
+    Other settings that were tried, and their results, are in benchmarks/results/cpu/demo_trials.md.
     """
     return PretrainConfig(
         out=out,
@@ -339,13 +355,13 @@ def demo_config(out: Path) -> PretrainConfig:
             decoder_num_heads=4,
             lambd=0.1,
         ),
-        # In so few steps a model learns each photograph's larger part better than many small ones. A process of its own cuts
-        # them: it takes a tenth of the time off the one that computes.
+        # In so few steps a model learns large crops of each photograph better than many small ones. One loader process makes
+        # them, which saves the computing process a tenth of its time.
         images=ImagesConfig(crop_scale=(0.5, 1.0), crop_ratio=(1.0, 1.0), num_workers=1),
-        # Models this small profit from a far higher rate, and from many small steps, than the published recipes use.
+        # Models this small do best with a far higher learning rate and smaller batches than those of the published recipes.
         optimizer=OptimizerConfig(base_lr=0.024, weight_decay=0.2),
         schedule=ScheduleConfig(epochs=110, warmup_epochs=11, batch_size=16),
-        # On a CPU, casting costs narrow layers more than bfloat16 saves them, and a second thread gains them little; if
-        # something else wants its core, the two wait for each other and are many times slower than one.
+        # On a CPU, casting narrow layers costs more time than bfloat16 saves, and a second thread gains little; if something else
+        # needs its core, the two threads wait for each other and are many times slower than one.
         run=RunConfig(precision="bfloat16" if torch.cuda.is_available() else "float32", threads=1),
     )

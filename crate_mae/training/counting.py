@@ -14,7 +14,7 @@ class LiveBytes(TorchDispatchMode):
     """Follows the storages of all tensors that operations make inside the block.
 
     Attributes:
-        now, most: bytes that are alive, and that were at the most.
+        now, most: bytes that are alive now, and the largest number that was alive at once.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def note(self, *tensors: torch.Tensor) -> None:
-        """These are alive, too."""
+        """Count these storages as alive, too."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()

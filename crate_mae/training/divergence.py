@@ -9,20 +9,25 @@ from typing import Any, Protocol
 from crate_mae.training.metrics import StepAverages
 
 _LOSS, _GRAD_NORM = 10.0, 100.0
-"""How many times its running mean a value reaches in a run that diverges. Gradients jump without harm, as they are shortened."""
+"""A value so many times its running mean tells divergence. Gradient norms may jump further: clipping makes that harmless."""
 
 _BEST, _GUESS = 3.0, 2.0
-"""How many times the error of the best validation before, and of the guess, a validation has in such a run."""
+"""A validation error so many times that of the best validation, and of the guess, tells divergence."""
 
 _SAME = 1e-3
-"""Relative difference up to which the error of the guess, which no model changes, is of the same images and masks."""
+"""The relative difference of two guesses' errors up to which they are of the same images and masks."""
 
 _MEMORY = 0.98
-"""Of the running means, from one reading to the next."""
+"""The decay of the running means from one reading to the next."""
+
+
+def is_same_guess(error: float, other: float) -> bool:
+    """Whether two errors of guesses are of the same images and masks: no model changes them, and rounding hardly does."""
+    return math.isclose(error, other, rel_tol=_SAME)
 
 
 class Measured(Protocol):
-    """A validation: a named tuple, whose fields are what a row of metrics.jsonl holds of it."""
+    """The result of a validation: a named tuple, whose fields are written to its row of metrics.jsonl."""
 
     @property
     def val_loss(self) -> float:
@@ -30,21 +35,23 @@ class Measured(Protocol):
 
     @property
     def guess(self) -> tuple[str, float]:
-        """What needs no model, on the same images, in words, and its error: a function of the images alone."""
+        """A guess that needs no model, in words, and its error on the same images, which depends on the images alone."""
 
     def _asdict(self) -> dict[str, Any]: ...
 
 
 @dataclass
 class DivergenceWatch:
-    """Holds losses, gradient norms and validations against what they were before; values that are finite, but out of all bounds.
+    """Compares losses, gradient norms and validation errors with earlier ones, to find values that are finite but far too large.
 
     Attributes:
-        loss, grad_norm: running means of the values within their bounds.
-        of_steps, of_validation: why the last reading, the last validation, are those of a run that diverges; empty if not.
-        last_step: of the last validation.
-        best_step, best_val_loss: of the best validation of a run that did not.
-        fill: the guess's error of that validation (in pre-training, the mean fill's), by which another measure is known.
+        loss, grad_norm: running means, without the values that were too large.
+        of_steps: why the last reading of steps tells divergence; empty if it does not.
+        of_validation: likewise, of the last validation.
+        last_step: the step of the last validation.
+        best_step, best_val_loss: step and error of the best validation at which the run did not diverge.
+        fill: the error of the guess (in pre-training, the mean fill) at the last validation. If another validation has a
+            different one, the two are not on the same images and masks.
     """
 
     loss: float | None = None
@@ -58,11 +65,11 @@ class DivergenceWatch:
 
     @property
     def diverging(self) -> str:
-        """Why the run is held to diverge; empty if it is not."""
+        """Why the run is said to diverge; empty if it is not."""
         return self.of_steps or self.of_validation
 
     def read(self, averages: StepAverages) -> None:
-        """Take a reading of the steps."""
+        """Take the averages of some steps into account."""
         beyond = []
         for name, value, factor in (("loss", averages.loss, _LOSS), ("grad_norm", averages.grad_norm, _GRAD_NORM)):
             before = getattr(self, name)
@@ -76,9 +83,9 @@ class DivergenceWatch:
         self.of_steps = ", ".join(beyond)
 
     def measures_anew(self, errors: Measured) -> bool:
-        """Whether a validation is of other images, masks or scales than those before, so that the best starts over."""
+        """Whether a validation is on other images, masks or scales than the one before; then the best starts over."""
         _, guess = errors.guess
-        anew = self.fill is not None and not math.isclose(self.fill, guess, rel_tol=_SAME)
+        anew = self.fill is not None and not is_same_guess(self.fill, guess)
         if anew:
             self.loss = self.grad_norm = None
             self.forget_best()
@@ -87,9 +94,9 @@ class DivergenceWatch:
         return anew
 
     def validated(self, step: int, errors: Measured) -> bool:
-        """Take a validation; returns whether it is the best so far."""
+        """Take a validation into account; returns whether it is the best so far."""
         error, best, (name, guess) = errors.val_loss, self.best_val_loss, errors.guess
-        # Where the guess has no error, as in images of one colour, everything would be far above it.
+        # If the guess has no error, as in images of one colour, every error would be far above it.
         is_far = best is not None and guess > 0 and error > max(_BEST * best, _GUESS * guess)
         self.of_validation = f"validation error {error:.4g}, best {best:.4g}, {name} {guess:.4g}" if is_far else ""
         self.last_step = step
@@ -103,7 +110,7 @@ class DivergenceWatch:
         return self.best_val_loss is None or not errors.val_loss >= self.best_val_loss
 
     def forget_best(self) -> None:
-        """The next validation is the best again."""
+        """Start over: the next validation will be the best."""
         self.best_step = self.best_val_loss = None
 
     def state(self) -> dict[str, Any]:

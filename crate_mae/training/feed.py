@@ -1,4 +1,4 @@
-"""Batches on their way to the device, and how long was waited for them."""
+"""Moves batches to the device, and measures how long the host waits for them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from crate_mae.data.in_processes import usable_cores
 
 _MOST_WORKERS = 16
 _BATCHES_EACH = 3
-"""Batches that a worker has made and that are not used yet: two ahead, and the one it is at."""
+"""Batches that a worker holds at once: two that wait to be used, and the one it makes."""
 
 
 class Feed:
-    """Batches on the device, as (pixels, what goes with them): pixels uint8 [batch, channels, height, width] with flips and blurs
-    done; and noise [batch, patches], which fixes the masks, or another field of the samples.
+    """Iterates over batches on the device, as pairs (pixels, beside).
 
-    On CUDA they are copied on a stream of their own, under the step before, which the host has long queued.
+    Pixels are uint8 [batch, channels, height, width], flipped and blurred. `beside` is another field of the samples: the noise
+    [batch, patches] that fixes the masks, or the classes. On CUDA, batches are copied on a stream of their own while the step
+    before computes.
 
     Args:
-        beside: which field goes with the pixels.
+        batches: on the host.
+        device: where they go.
+        beside: the name of the other field.
 
     Attributes:
-        waited: seconds that the host has waited for batches in all; while it waits a GPU still works off what is queued.
+        waited: seconds that the host has waited for batches in all. A GPU may have been busy with queued work meanwhile.
     """
 
     def __init__(self, batches: Iterable[Sample], device: torch.device, beside: str = "noise") -> None:
@@ -53,20 +56,20 @@ class Feed:
         step = torch.cuda.current_stream(self._device)
         step.wait_stream(self._copying)
         for tensor in (pixels, beside):
-            tensor.record_stream(
-                step
-            )  # its memory is the other stream's, and must not be used again before the step is done
+            tensor.record_stream(step)  # else the copying stream could use the memory again before the step is done
         return pixels, beside
 
 
 def workers_for(asked: int | str, device: torch.device, threads: int, batch_bytes: int, processes: int = 1) -> int:
-    """How many processes load images, for each of those that train.
+    """How many loader processes each training process has.
 
     Args:
-        asked: a number, or "auto": one for each core that nothing else computes on, at most 16, and no more than shared memory
-            has room for. Beside a GPU, the host takes a core; on a CPU, training takes as many as it has threads.
-        batch_bytes: of a batch's pixels.
-        processes: that train on this machine, and share its cores and memory.
+        asked: a number, or "auto": one for each core that is not busy with training (one core beside a GPU, all threads on a
+            CPU), at most 16, and no more than fit shared memory.
+        device: where the run trains.
+        threads: CPU threads that compute; 0 for all cores.
+        batch_bytes: the size of a batch's pixels.
+        processes: training processes on this machine, which share its cores and memory.
     """
     if asked != "auto":
         return int(asked)
@@ -77,8 +80,8 @@ def workers_for(asked: int | str, device: torch.device, threads: int, batch_byte
 
 
 def _shared_memory() -> int:
-    """Bytes that are free for batches on their way between processes; containers often have 64 MiB."""
+    """Free bytes for batches on their way between processes; containers often have 64 MiB only."""
     try:
         return shutil.disk_usage("/dev/shm").free
-    except OSError:  # other systems have it elsewhere, without such a limit
+    except OSError:  # systems other than Linux have no such limit
         return 2**63

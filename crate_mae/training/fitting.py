@@ -1,4 +1,4 @@
-"""The largest batch that fits a device, found by trying."""
+"""Finds the largest batch that fits a device, by trials."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from typing import NamedTuple
 import torch
 
 _GROWTH = 2
-"""How many times the largest batch that is known to fit the next trial may have: memory grows with the batch as a line does, and
-two small trials tell less of it than large ones."""
+"""A trial is at most so many times the largest batch known to fit: the line through two small trials is not yet reliable."""
 
 
 class Fit(NamedTuple):
     """What fits a device.
 
     Attributes:
-        batch: the most images at once, of those that were asked for.
-        most: how many were asked for.
-        needs, room: bytes that a step of that batch needs, and that it may.
+        batch: the most images that fit at once.
+        most: how many were asked for; `batch` is no larger.
+        needs, room: bytes that a step of `batch` images needs, and bytes that it may take.
     """
 
     batch: int
@@ -48,16 +47,17 @@ def fit(
     processes: int = 1,
     margin: float = 0.1,
 ) -> Fit:
-    """The largest batch of which forward and backward fit the device; it is found in a few steps.
+    """The largest batch whose forward and backward fit the device; a few trials find it.
 
-    On CUDA, memory is what PyTorch's allocator takes at most; on a CPU, what the process has at most, which Linux tells.
+    Memory is measured as the peak of PyTorch's allocator on CUDA, and as the peak of the process on a CPU, by what Linux says.
 
     Args:
-        step: does them, with so many images, and leaves the gradients, as all parts of a step but the last one do.
-        most: images that are asked for.
-        later: bytes that will be allocated besides, once steps are taken.
-        processes: that share the host's memory, where that is the device's.
-        margin: fraction of the memory that is left free, for what changes from step to step.
+        step: does forward and backward of so many images, and keeps the gradients, as every micro-batch but the last does.
+        device: where the trials run.
+        most: the largest batch that is wanted.
+        later: bytes that a run will allocate besides.
+        processes: that share the host's memory, if the device is a CPU.
+        margin: fraction of the memory that is left free, since needs change from step to step.
 
     Raises:
         ValueError: one image does not fit; or memory cannot be measured here.
@@ -65,7 +65,7 @@ def fit(
     meter = _Cuda(device) if device.type == "cuda" else _Host(processes)
     meter.peak(
         lambda: step(min(2, most))
-    )  # what is allocated once, by libraries and compilers, is there before all others
+    )  # libraries and compilers allocate at the first step, which would count for the smallest batch
     room = meter.room() * (1 - margin) - later
     needed: dict[int, float] = {}
 
@@ -80,10 +80,12 @@ def fit(
 def largest(needs: Callable[[int], float], room: float, most: int) -> int:
     """The largest number from 1 to `most` whose needs fit the room.
 
-    No number is tried that a line through the last two that fit puts beyond it, nor one above twice the largest of these.
+    Each trial goes as far as the line through the last two numbers that fit allows, and at most to twice the larger of them.
 
     Args:
-        needs: grows with the number, about as a line; infinite where it cannot be.
+        needs: about linear in the number; infinite if it cannot be done.
+        room: what the needs may be.
+        most: the largest number.
 
     Raises:
         ValueError: not even 1 fits.
@@ -95,7 +97,7 @@ def largest(needs: Callable[[int], float], room: float, most: int) -> int:
         )
     fitting, beyond = [(1, first)], most + 1
     while (low := fitting[-1][0]) + 1 < beyond:
-        on_the_line = _on_the_line(fitting, room)
+        on_the_line = _on_the_line(fitting, room, most)
         if on_the_line <= low:
             break
         bound = beyond - 1 if beyond > most else (low + beyond) // 2
@@ -107,20 +109,21 @@ def largest(needs: Callable[[int], float], room: float, most: int) -> int:
     return fitting[-1][0]
 
 
-def _on_the_line(fitting: list[tuple[int, float]], room: float) -> float:
-    """The number at which the line through the last two that fit leaves the room; 2 behind a first one alone."""
+def _on_the_line(fitting: list[tuple[int, float]], room: float, most: int) -> int:
+    """The largest number, up to `most`, that a line through the last two that fit keeps in the room; 2 if one alone was tried."""
     if len(fitting) == 1:
         return 2
     (few, less), (many, more) = fitting[-2:]
     slope = (more - less) / (many - few)
-    return many + math.floor((room - more) / slope) if slope > 0 else math.inf
+    return many + math.floor(min((room - more) / slope, most)) if slope > 0 else most
 
 
 def room(device: torch.device, processes: int = 1) -> float:
-    """Bytes that this process may have of a device, with those that it has; infinitely many where nothing tells.
+    """Bytes that this process has on a device or can still get; infinity if that cannot be found out.
 
     Args:
-        processes: that share the host's memory, where that is the device's.
+        device: CUDA, or the CPU for the host's memory.
+        processes: that share the host's memory.
     """
     try:
         return (_Cuda(device) if device.type == "cuda" else _Host(processes)).room()
@@ -129,7 +132,7 @@ def room(device: torch.device, processes: int = 1) -> float:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes so far: of tensors on a CUDA device, or of this whole process on the host, where Linux tells."""
+    """The peak so far, in bytes: of tensors on a CUDA device; on a CPU of this whole process, or None if Linux does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError, StopIteration):
@@ -138,7 +141,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let `peak_memory` be of what comes from now on, with what there is; where Linux cannot forget, it stays."""
+    """Start the peak anew at what is allocated now; without effect on a CPU where Linux does not allow that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -151,13 +154,13 @@ class _Cuda:
         self._device = device
 
     def room(self) -> float:
-        """Bytes that are free, or this process' own."""
+        """Bytes that are free, and those that this process holds."""
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self._device)
         return free + torch.cuda.memory_reserved(self._device)
 
     def peak(self, trial: Callable[[], object]) -> float:
-        torch.cuda.empty_cache()  # so that what is reserved is what this trial asks for, with what it leaves between
+        torch.cuda.empty_cache()  # so that what is reserved is what this trial asks for, fragments included
         torch.cuda.reset_peak_memory_stats(self._device)
         try:
             trial()
@@ -170,7 +173,7 @@ class _Cuda:
 
 
 class _Host:
-    """The memory of this process, by what Linux says of it."""
+    """The memory of this process, as Linux tells it."""
 
     def __init__(self, processes: int) -> None:
         self._processes = processes
@@ -183,10 +186,10 @@ class _Host:
             ) from error
 
     def room(self) -> float:
-        """Bytes of this process, and its share of those that are free."""
+        """Bytes that this process holds, and its share of those that are free."""
         available = _kilobytes(Path("/proc/meminfo"), "MemAvailable")
         for limit, usage in _limits():
-            with suppress(OSError, ValueError):  # there is none, or it is "max"
+            with suppress(OSError, ValueError):  # no such limit, or "max"
                 available = min(available, int(limit.read_text()) - int(usage.read_text()))
         return _kilobytes(Path("/proc/self/status"), "VmRSS") + available / self._processes
 
@@ -197,11 +200,11 @@ class _Host:
 
     @staticmethod
     def forget_peak() -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the highest of this process starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of this process
 
 
 def _limits() -> Iterator[tuple[Path, Path]]:
-    """Files with what the control groups of this process, and those around them, may have of memory, and with what they have."""
+    """Pairs of files, (limit, usage) of memory, for each control group of this process and the groups around it."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -215,7 +218,7 @@ def _limits() -> Iterator[tuple[Path, Path]]:
 
 
 def _kilobytes(file: Path, name: str) -> float:
-    """A value of the kind "VmHWM:   1234 kB", in bytes."""
+    """The value in a line such as "VmHWM:   1234 kB", in bytes."""
     return 1024.0 * int(next(re.finditer(rf"^{name}:\s*([0-9]+) kB$", file.read_text(), re.MULTILINE))[1])
 
 

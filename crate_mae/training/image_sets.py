@@ -31,10 +31,10 @@ class ImageSets(NamedTuple):
     """The images of a run.
 
     Attributes:
-        train: to train on.
-        val: to validate on, if any are.
-        said: what a user should know of them, in words: what became of the parts of `data`, what was left out.
-        listed: what `data` names, where that is a folder, whose list a run keeps: of all images, before any were held out.
+        train: images to train on.
+        val: images to validate on, if there are any.
+        said: lines for the user, such as which parts of `data` serve for what.
+        listed: if `data` is a folder, all of its images, before some are held out; a run keeps their list.
     """
 
     train: Source
@@ -46,11 +46,13 @@ class ImageSets(NamedTuple):
 def image_sets(config: TrainingConfig, kept: Path | None = None) -> ImageSets:
     """The images of a run, from its `data` and `val`.
 
-    A folder with a data set in its usual parts, such as train/, val/ and test/, stands for the part that the option is for.
+    Of a folder that holds train/, val/ and the like, `data` means the part to train on and `val` the part to validate on.
 
     Args:
-        kept: the list that a run has kept of its images. It goes on with them whatever was added, and if some are gone: all
-            that it could not read, and of others no more than may be unreadable.
+        config: the run's settings.
+        kept: the file in which a resumed run has kept the list of its images, if it has. The run goes on with these images,
+            whatever was added to the folder since, as long as no more of them are gone than `images.max_unreadable` allows;
+            images that it could not read before do not count.
 
     Raises:
         OSError: what an option names is not there, or holds no image.
@@ -63,7 +65,7 @@ def image_sets(config: TrainingConfig, kept: Path | None = None) -> ImageSets:
     data = config.data if config.data is not None else str(FLOWERS)
     with of_option("--data"):
         parts = {member: parts_of(Path(member)) for member in members(data) if is_folder(member)}
-    val_what = config.val or parts.get(data, {}).get("val")  # which several sources have none of
+    val_what = config.val or parts.get(data, {}).get("val")  # several sources have no such parts
     said = []
     for folder, of_folder in parts.items():
         uses = {of_folder.get("train"): "to train on", val_what: "to validate on"}
@@ -71,7 +73,7 @@ def image_sets(config: TrainingConfig, kept: Path | None = None) -> ImageSets:
         said += [f"of {folder}, {words}"] if words and config.data else []
 
     with of_option("--data"):
-        # Absolute, as config.json has it: an image's name is the same before and after a resume.
+        # An absolute path, as in config.json: so an image has the same name after a resume.
         train = open_source(absolute(data), part="train")
     listed = train if isinstance(train, ImageFolder) else None
     if listed and kept and kept.exists():
@@ -96,7 +98,7 @@ def image_sets(config: TrainingConfig, kept: Path | None = None) -> ImageSets:
 
 @contextmanager
 def of_option(name: str) -> Iterator[None]:
-    """Put the option in front of the messages of what is opened for it."""
+    """Put the option in front of the messages of errors in the block."""
     try:
         yield
     except (OSError, ValueError, MissingLibrary) as error:
@@ -104,9 +106,9 @@ def of_option(name: str) -> Iterator[None]:
 
 
 def _as_it_began(now: ImageFolder, kept: Path, config: TrainingConfig, said: list[str]) -> ImageFolder:
-    """The folder with the images that a run has had from its beginning, if that is a matter of few; else as it is now.
+    """The folder with the images that the run began with, if few of these are gone; else the folder as it is now.
 
-    Those that it could not read may be gone, however many they are.
+    Images that the run could not read do not count as gone.
     """
     try:
         began = ImageFolder(now.root, kept=kept)

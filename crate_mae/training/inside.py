@@ -12,11 +12,11 @@ from crate_mae.data import CentreCropped, Normalization, readable_items, spread
 from crate_mae.model import CrateMAE
 
 IMAGES = 32
-"""Looked at, at most: enough that means of epochs can be compared, and few enough to take no time."""
+"""The most images: enough to compare epochs by their means, and few enough to take no time."""
 
 
 class LookInside:
-    """What each layer does to tokens of images held out, in float32, as `crate_mae.analysis.analyze` measures it."""
+    """Measures what each layer does to the tokens of images held out: `crate_mae.analysis.analyze`, in float32."""
 
     def __init__(
         self, images: CentreCropped, normalization: Normalization, batch_size: int, say: Callable[[str], None]
@@ -25,7 +25,7 @@ class LookInside:
         self._pixels: torch.Tensor | None = None
 
     def __call__(self, model: CrateMAE) -> Analysis | None:
-        """None where the model breaks down, which a line says and others find out.
+        """The measurements; None if the model's values are not finite, which a line says.
 
         Raises:
             UnreadableImage: no image can be read.
@@ -42,15 +42,15 @@ class LookInside:
 
 
 def values_of(analysis: Analysis) -> dict[str, Any]:
-    """Means over the images for a row of metrics.jsonl: a list by layer for each stack and measure, those by head left out."""
+    """Means over the images for a row of metrics.jsonl: by stack and measure a list over the layers, without measures by head."""
     return {
         stack: {name: measured.mean for name, measured in measures.items() if not name.endswith("_by_head")}
         for stack, measures in analysis.stacks.items()
     }
 
 
-def in_words(analysis: Analysis) -> str:
-    """The first and the last layer of each stack, in a line."""
+def layers_in_words(analysis: Analysis) -> str:
+    """A line on the first and the last layer of each stack."""
     parts = []
     for stack, measures in analysis.stacks.items():
         rates, zeros = measures["coding_rate_after"].mean, measures["zeros"].mean

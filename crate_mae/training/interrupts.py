@@ -16,23 +16,23 @@ SAID = (
 )
 
 ONE_REQUEST, ONE_REQUEST_OF_RANKS = 0.3, 10.0
-"""Seconds in which signals count as one: `timeout` and terminals that are closed send theirs twice, and torchrun passes on what
-its processes may have heard, too."""
+"""Signals within so many seconds count as one: `timeout` and closing terminals send theirs twice, and torchrun passes signals on
+to processes that may have received them already."""
 
 
 class RunStopped(Exception):
-    """The run was interrupted by the signal of that number, after its state had been saved."""
+    """The run was interrupted by signal number `signal`, and its state has been saved."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
 
-    def __reduce__(self) -> tuple[type[RunStopped], tuple[str, int]]:  # to the other ranks
+    def __reduce__(self) -> tuple[type[RunStopped], tuple[str, int]]:  # so that it can be sent to the other ranks
         return type(self), (str(self), self.signal)
 
 
 class EndedAtOnce(KeyboardInterrupt):
-    """The second signal, of that number."""
+    """A second signal came, number `signal`."""
 
     def __init__(self, signal: int) -> None:
         super().__init__()
@@ -40,7 +40,11 @@ class EndedAtOnce(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether the run was asked to end, and by which signal first."""
+    """Whether the run was asked to end.
+
+    Attributes:
+        signal: the number of the signal that asked first; None as long as none has.
+    """
 
     def __init__(self, said: bytes = SAID, one_request: float | None = None) -> None:
         self.signal: int | None = None
@@ -51,33 +55,38 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def stopped(self, message: str) -> RunStopped:
+        """What to raise when the run has ended because it was asked to."""
+        assert self.signal is not None
+        return RunStopped(message, self.signal)
+
     def take(self, number: int, frame: object = None) -> None:
-        """A signal handler. SIGUSR1 is a warning, as Slurm sends it ahead of SIGTERM: what follows counts as the first again.
+        """The signal handler. Slurm sends SIGUSR1 as a warning before SIGTERM: after it, the next signal counts as the first.
 
         Raises:
-            EndedAtOnce: it was asked before.
+            EndedAtOnce: it is the second signal.
         """
         now, is_warning = time.monotonic(), number == getattr(signal, "SIGUSR1", None)
-        first = self.signal is None
+        first = not self
         if not first and not self._warned and not is_warning and now - self._at > self._one_request:
             raise EndedAtOnce(number)
         if first or (self._warned and not is_warning):
             self.signal = self.signal or number
             self._at, self._warned = now, is_warning
         if first:
-            with suppress(OSError):  # SIGHUP comes of a terminal that is gone
-                os.write(2, self._said)  # not by print: the signal may have come in the middle of one
+            with suppress(OSError):  # after SIGHUP the terminal may be gone
+                os.write(2, self._said)  # print could be interrupted by this very signal
 
 
 @contextmanager
 def stop_requests(said: bytes = SAID, one_request: float | None = None) -> Iterator[StopRequest]:
-    """What SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 set instead of ending the process; a second one ends it at once.
+    """While the block lasts, SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 set a request to stop; a second one ends the process.
 
-    Those that are ignored stay so: nohup keeps SIGHUP from a run, and shells SIGINT from what they start in the background.
+    Signals that are ignored stay ignored, as SIGHUP under nohup and SIGINT in processes that shells start in the background.
 
     Args:
-        said: to stderr when the first one comes.
-        one_request: seconds in which signals count as one.
+        said: written to stderr when the first one comes.
+        one_request: signals within so many seconds count as one.
     """
     stop = StopRequest(said, one_request)
     if threading.current_thread() is not threading.main_thread():

@@ -17,7 +17,7 @@ from crate_mae.model import CrateMAE
 from crate_mae.registry import count_parameters
 from crate_mae.training.callbacks import Callback
 from crate_mae.training.config import PretrainConfig
-from crate_mae.training.inside import LookInside, in_words, values_of
+from crate_mae.training.inside import LookInside, layers_in_words, values_of
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.picture import Picture
 from crate_mae.training.planning import Plan, planned
@@ -28,7 +28,7 @@ from crate_mae.training.validation import Validation, ValidationErrors
 
 
 class PretrainResult(NamedTuple):
-    """How a run ended; `errors` is None where there were no images to validate on."""
+    """How a run ended; `errors` is None if there were no images to validate on."""
 
     out: Path
     steps: int
@@ -40,22 +40,20 @@ def pretrain(
 ) -> PretrainResult:
     """Pre-train a CRATE-MAE, and leave its files in `config.out`.
 
-    A run is a function of its configuration and its images: interrupted and resumed, it ends with the same weights, and
-    has logged the same.
-    An opening line on stdout says what it does; where stderr is no terminal, and so has no progress bar, lines follow.
+    A run is a function of its configuration and its images: interrupted and resumed, it ends with the same weights and the same
+    log. It prints an opening line, and progress lines if stderr is not a terminal, which would show a progress bar.
 
-    In processes that torchrun started all of them do one run, each a part of every step, and get its result; the first writes
-    and speaks. The process group is made here, and ends here.
+    Under torchrun, all processes do one run together, each a part of every step, and all return its result; the first writes and
+    speaks. The process group is made and destroyed here.
 
     Args:
-        resume: go on with the run in `config.out`, from its last state that can be read; its model, seed, batch size and
-            images must be the same, all other settings are as given now. "best": from the state with the best
-            validation; a number: from that of this step. What came after it is forgotten.
+        config: the settings.
+        resume: go on with the run in `config.out`. Its model, seed, batch size and images must be the same; other settings may
+            differ. True: from the last state that can be read; "best": from the state of the best validation; a number: from
+            the state of this step. What came after that state is deleted.
         overwrite: delete the run in `config.out` first.
-        callbacks: each is called with (step, metrics, model) after each row of metrics.jsonl, by the first process: how many
-            steps have been taken, the row as a dict, and the model with the weights that would be exported then. All processes
-            give as many, and there the weights are gathered for each call. The run goes on as if they had not been called; they
-            must leave the weights alone. If one returns True, the run is saved and ends; what one raises is raised when the run
+        callbacks: called by the first process with (step, metrics, model) after each row of metrics.jsonl; see `Callback`. Every
+            process must give as many. If one returns True, the run is saved and ends; an error in one is raised when the run
             has been saved.
 
     Raises:
@@ -78,15 +76,15 @@ def pretrain(
 
 
 def plan(config: PretrainConfig, *, resume: Resume = False, overwrite: bool = False) -> Plan:
-    """What `pretrain` with the same arguments would be: sizes, memory, time, and what it would write. Nothing is written.
+    """What `pretrain` with the same arguments would do: sizes, memory, time and files. Nothing is written.
 
-    Some of the first steps are taken, on the images and the device of the run, and forgotten. Errors as of `pretrain`.
+    Some of the first steps are taken and measured, and then forgotten. Errors as of `pretrain`.
     """
     return planned(PretrainRun, config, resume, overwrite)
 
 
-class PretrainRun(Run[PretrainConfig, ValidationErrors]):
-    """Removed patches are reconstructed; what goes with the pixels is the noise that fixes which are removed."""
+class PretrainRun(Run[PretrainConfig, CrateMAE, ValidationErrors]):
+    """Pre-training: removed patches are reconstructed. The loss also takes the noise that fixes which are removed."""
 
     beside = "noise"
     pictures = (PICTURE,)
@@ -123,18 +121,15 @@ class PretrainRun(Run[PretrainConfig, ValidationErrors]):
         shown = CentreCropped(self.val_images or self.train_images, model.image_shape, model.in_chans)
         self.look_inside = LookInside(shown, self.normalization, self.micro_batch, say)
         self.picture = Picture(shown, self.normalization, config, say)
-        return self.val_images and Validation(
+        if self.val_images is None:
+            return None
+        return Validation(
             shown,
             self.normalization,
             patches=self.patches,
             mask_ratio=schedule.mask_ratio,
-            batch_size=self.micro_batch * self.ranks.count,
             seed=config.run.seed,
-            precision=self.precision,
-            num_workers=self.num_workers,
-            say=say,
-            unreadable=self.unreadable,
-            ranks=self.ranks,
+            **self._measuring(),
         )
 
     def _loss(self, forward: Callable[..., Any], images: torch.Tensor, beside: torch.Tensor, step: int) -> torch.Tensor:
@@ -146,7 +141,7 @@ class PretrainRun(Run[PretrainConfig, ValidationErrors]):
     def _look(self, model: CrateMAE) -> dict[str, Any] | None:
         if (seen := self.look_inside(model)) is None:
             return None
-        say(f"{self.epochs_done}: {in_words(seen)}")
+        say(f"{self.epochs_done}: {layers_in_words(seen)}")
         return values_of(seen)
 
     def _flops(self) -> int:

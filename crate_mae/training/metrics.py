@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, appended as the run goes."""
+"""metrics.jsonl, with a JSON object in each line; and the averages and progress lines that are made of steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class MetricsLog:
     """Appends lines to metrics.jsonl. Every line has `step`, the number of optimiser steps taken by then.
 
     Args:
-        writes: whether this process does, of several with the same lines.
+        path: the file.
+        writes: whether this process writes it; of several ranks, all of which have the same lines, one does.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
@@ -33,19 +34,22 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Wait until all lines are on the disk: a state must not outlive lines of the steps before it."""
-        if self._writes and self.path.exists():  # before the first line
+        if self._writes and self.path.exists():  # not before the first line
             sync(self.path)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """All rows that there are; lines that are none are left out."""
+        """All rows so far, without broken lines."""
         with suppress(FileNotFoundError), self.path.open("rb") as lines:
             yield from filter(None, map(_values_of, lines))
 
     def keep(self, belongs: Callable[[dict[str, Any]], bool]) -> int:
-        """Forget the lines that a run going on from an earlier state logs again, and those that are none.
+        """Remove broken lines, and rows that do not belong: those that a run going on from an earlier state will log again.
+
+        Args:
+            belongs: whether a row stays.
 
         Returns:
-            How many lines were none: cut short, or without a step. The last of a run that was killed may be.
+            How many lines were broken: cut short, as the last one of a run that was killed may be, or without a step.
         """
         if not self.path.exists():
             return 0
@@ -53,16 +57,21 @@ class MetricsLog:
         lines = content.splitlines()
         values = [_values_of(line) for line in lines]
         kept = b"".join(line + b"\n" for line, value in zip(lines, values, strict=True) if value and belongs(value))
-        if kept != content:  # also where the last line has no end, which the next would become a part of
+        if kept != content:  # also if the last line lacks its line break: the next row would be appended to it
             with replaced(self.path) as file:
                 file.write(kept)
         return values.count(None)
 
 
 class StepAverages(NamedTuple):
-    """Means over the steps since the last reading; `waiting` is the fraction of that time in which images were waited for.
+    """Means over the steps since the last reading.
 
-    Of steps that were `skipped`, for a gradient too large for float16, there is no gradient norm, and 0 where none has one.
+    Attributes:
+        loss: mean loss.
+        grad_norm: mean norm of the gradient over the steps that were not skipped; 0 if all were.
+        images_per_second: how fast they went.
+        waiting: fraction of the time in which the host waited for images.
+        skipped: steps that were skipped, because the gradient was too large for float16.
     """
 
     loss: float
@@ -75,14 +84,15 @@ class StepAverages(NamedTuple):
 class StepMeter:
     """Gathers losses and gradient norms on the device, and reads them back only when asked.
 
-    Reading a number from a GPU waits for all work queued there, so it is done once every so many steps; a value that
-    is not finite is still traced to the step it came from.
+    Reading a number from a GPU waits for all work queued there, so it is done once in many steps; a value that is not finite is
+    still traced to its step.
 
     Args:
-        skips: whether a gradient that is not finite means no step, as of a scaled loss; the loss must be finite still.
+        skips: whether a step with a gradient that is not finite is skipped, as when the loss is scaled. The loss itself must be
+            finite anyway.
 
     Attributes:
-        waited: seconds for which images were waited for, in all; set by who waits.
+        waited: seconds in all in which the host waited for images; set from outside.
     """
 
     def __init__(self, *, skips: bool = False) -> None:
@@ -94,11 +104,11 @@ class StepMeter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """What took time until now was no step, and the rate is of the images from now on."""
+        """Measure the rate of images from now on: what took time until now was no step."""
         self._started, self._images_since, self._waited_before = time.perf_counter(), 0, self.waited
 
     def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, images: int) -> torch.Tensor:
-        """Returns whether loss or gradient norm were not finite, where they must be, as a float32 1 or 0 on the device."""
+        """Add a step; returns 1.0 on the device if its loss, or a gradient that must be finite, is not; else 0.0."""
         values = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         self._steps.append(step)
         self._values.append(values)
@@ -118,7 +128,7 @@ class StepMeter:
         return rows
 
     def read(self) -> StepAverages:
-        """The averages over the steps since the last reading, of which there must be one; errors as of `check`."""
+        """The averages over the steps since the last reading, of which there must be at least one; errors as of `check`."""
         rows = self.check()
         elapsed = time.perf_counter() - self._started
         losses = [loss for loss, _ in rows]
@@ -135,7 +145,7 @@ class StepMeter:
         return averages
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs for the averages of an uninterrupted one."""
+        """What a resumed run needs to log the same averages as an uninterrupted one."""
         return {"steps": list(self._steps), "values": [list(row) for row in self.check()]}
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
@@ -144,17 +154,17 @@ class StepMeter:
 
 
 class ProgressLines:
-    """Says in lines, at most one every so many seconds, what else a progress bar would show."""
+    """Lines in place of a progress bar, at most one every so many seconds."""
 
     def __init__(self, step: int, total_steps: int, pace: Pace, *, seconds: float = 30.0) -> None:
         self.step, self.total_steps, self.pace, self.seconds = step, total_steps, pace, seconds
         self._began, self._waited_before = time.perf_counter(), 0.0
 
     def after(self, step: int, loss: torch.Tensor, lr: float, batch: int, waited: float) -> str | None:
-        """The line due after `step`, if one is; only then is `loss`, that step's own, read from the device.
+        """The line due after `step`, if one is. The step's `loss` is only read from the device if one is due.
 
         Args:
-            waited: seconds for which images were waited for since the run began.
+            waited: seconds in which the host waited for images since the run began.
         """
         elapsed = time.perf_counter() - self._began
         if elapsed < self.seconds:
@@ -174,7 +184,7 @@ class NonFiniteLoss(RuntimeError):
     """Training broke down: the loss or the gradient of `step`, or the weights after it, are NaN or infinite.
 
     Args:
-        weights: the name of such a weight, where it is known that it was the first.
+        weights: the name of the first weight that is not finite, if that is what broke down.
     """
 
     def __init__(self, step: int, loss: float, grad_norm: float, weights: str = "") -> None:
@@ -184,7 +194,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 def _values_of(line: bytes) -> dict[str, Any] | None:
-    """The values in a line; None where a machine that went down left something else."""
+    """The values in a line; None if the line is broken, as after a crash of the machine."""
     try:
         values = json.loads(line)
         return values if isinstance(values["step"], int) else None

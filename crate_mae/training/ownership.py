@@ -1,4 +1,4 @@
-"""One run a folder."""
+"""A lock on the folder of a run, so that no two runs write to it."""
 
 from __future__ import annotations
 
@@ -23,28 +23,30 @@ LOCK = ".lock"
 
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # the file is written over, and where a link leads to may be anything
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # the file is overwritten, so no link is followed to another one
 
 _held: set[int] = set()
 
 
 @contextlib.contextmanager
 def owned(folder: Path, option: str = "--out") -> Iterator[None]:
-    """Be the only run that writes to a folder, which is made, and removed again if it is empty in the end.
+    """Lock a folder while the block lasts. It is made if need be, and removed afterwards if it is empty.
 
-    An advisory lock of the system (flock), which ends with the process however that ends, on a file that says who has it. On file
-    systems without such locks what the file says decides: of a process that is gone from this host it is stale.
+    The lock is an advisory one of the system (flock) on a file that names its owner; the system releases it when the process
+    ends, in whatever way. On file systems without such locks the file itself is the lock; it is stale if its owner was a process
+    of this host that is gone.
 
     Args:
-        option: which names the folder.
+        folder: to lock.
+        option: what messages call the folder.
 
     Raises:
-        BlockingIOError: another process, or another run of this one, has it; the message says which.
+        BlockingIOError: another process, or another run in this one, has the lock; the message says which.
         OSError: the folder cannot be made.
     """
     try:
         made = make_folder(folder)
-        if not made:  # by a run that may have been killed before its entry was on the disk
+        if not made:  # a run that was killed may have made it, without its entry reaching the disk
             with contextlib.suppress(PermissionError):
                 sync_folder(folder.parent)
     except OSError as error:
@@ -53,14 +55,14 @@ def owned(folder: Path, option: str = "--out") -> Iterator[None]:
     descriptor = _take(path, f"{option} {folder}")
     _held.add(descriptor)
     try:
-        with contextlib.suppress(OSError):  # on a full disk it is nameless, and holds
+        with contextlib.suppress(OSError):  # on a full disk the file names nobody, and the lock holds all the same
             os.ftruncate(descriptor, 0)
             since = datetime.now().astimezone().isoformat(timespec="seconds")
             os.pwrite(descriptor, json.dumps({"host": _host(), "pid": os.getpid(), "since": since}).encode(), 0)
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(path)  # while it is still held, so that it is our own
+            os.unlink(path)  # while we still hold the lock, so that the file is ours
         _held.discard(descriptor)
         os.close(descriptor)
         for empty in reversed(made):
@@ -75,7 +77,7 @@ def _take(path: Path, named: str) -> int:
             if remedy := _is_held(descriptor):
                 holder = _named(_holder(descriptor))
                 raise BlockingIOError(f"{named}: {holder} writes to it; {remedy}, or name another folder")
-            with contextlib.suppress(FileNotFoundError):  # its owner removed it after we had opened it
+            with contextlib.suppress(FileNotFoundError):  # its owner removed it between our open and lock
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor
         except BaseException:
@@ -85,7 +87,7 @@ def _take(path: Path, named: str) -> int:
 
 
 def _is_held(descriptor: int) -> str:
-    """What to do where another has the lock; nothing if this process has it now."""
+    """What to do about another owner of the lock, in words; empty if this process has it now."""
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,7 +104,7 @@ def _is_held(descriptor: int) -> str:
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
-    """What the file says of who has it; nothing if that was never written."""
+    """The owner that the file names; empty if it names none."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
     except (OSError, ValueError):
@@ -119,13 +121,13 @@ def _named(holder: dict[str, Any]) -> str:
 def _is_alive(pid: Any) -> bool:
     if not isinstance(pid, int) or pid <= 0:
         return False
-    if pid == os.getpid():  # in containers each run may have the number of the one before
+    if pid == os.getpid():  # in a container, this process may have the number of a former owner
         return bool(_held)
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, TypeError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # it is alive, and another user's
         return True
     return True
 
@@ -135,7 +137,7 @@ def _host() -> str:
 
 
 def _give_up_in_child() -> None:
-    # A forked process, such as one that loads images, would keep the lock of a run that was killed.
+    # A forked process, such as a loader, would otherwise keep the lock when the run is killed.
     for descriptor in _held:
         with contextlib.suppress(OSError):
             os.close(descriptor)

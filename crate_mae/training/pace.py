@@ -1,4 +1,4 @@
-"""How fast a run goes, held against what its device can do, and how much memory it takes."""
+"""How fast a run goes, compared with what its device can do, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ OF_THE_MACHINE = (
     "hours",
     "hours_left",
 )
-"""Values in rows of metrics.jsonl that tell of the machine, and are others each time the same steps are taken."""
+"""Values in rows of metrics.jsonl that describe the machine: they differ each time the same steps are taken."""
 
 _SIDE = {"cuda": 8192}
-"""Of the square matrices by whose product a device is measured, large enough that it reaches its rate; on a CPU 768."""
+"""Side of the square matrices with whose product a GPU is measured: large enough to reach its full rate. On a CPU it is 768."""
 _TURNS = 5
 
 
 def product_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s that a device reaches in one large product of matrices, in the best of a few turns; measured once a process.
+    """FLOP/s of a device in one large matrix product, the best of a few repetitions; measured once in a process.
 
-    On a CPU without 16-bit matrix instructions products are in float32, whatever the precision, as the operators take them.
+    On a CPU without 16-bit matrix instructions the operators multiply in float32 in any precision, and so does this.
 
     Args:
-        precision: that of the run.
+        device: to measure.
+        precision: of the run.
     """
     dtype = DTYPES[precision]
     if device.type == "cpu" and dtype not in CPU_PRODUCT_DTYPES:
@@ -44,9 +45,9 @@ def product_rate(device: torch.device, precision: str) -> float:
 
 @functools.cache
 def _measured_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """Args: threads: that compute, which the rate of a CPU depends on."""
+    """The measurement; `threads`, on which a CPU's rate depends, is there for the cache."""
     side = _SIDE.get(device.type, 768)
-    generator = torch.Generator(device).manual_seed(0)  # of its own: what a run draws must not depend on this
+    generator = torch.Generator(device).manual_seed(0)  # not the run's own generator
     left, right = torch.randn(2, side, side, device=device, generator=generator).to(dtype).unbind()
     seconds = []
     for _ in range(1 + _TURNS):
@@ -59,15 +60,15 @@ def _measured_rate(device: torch.device, dtype: torch.dtype, threads: int) -> fl
 
 
 class Pace:
-    """Makes of images a second what a run is watched by; its clock stands until `begin`.
+    """Turns images per second into the values by which a run is watched; its clock starts with `begin`.
 
     Args:
-        flops_an_image: of a step.
-        device: whose memory it is about.
+        flops_an_image: FLOPs of a step, divided by its images.
+        device: whose memory is measured.
         total_steps: of the run.
 
     Attributes:
-        product_rate: FLOP/s of all devices together in products.
+        product_rate: FLOP/s of all devices together in large matrix products.
     """
 
     def __init__(self, flops_an_image: float, device: torch.device, total_steps: int) -> None:
@@ -78,7 +79,7 @@ class Pace:
 
     @property
     def hours(self) -> float:
-        """That the run has taken in all processes it was in, with validations and saves."""
+        """Hours that the run has taken so far, earlier starts included, with validations and saves."""
         return self._hours_before + self._seconds / 3600
 
     @property
@@ -86,25 +87,25 @@ class Pace:
         return 0.0 if self._began is None else time.perf_counter() - self._began
 
     def go_on(self, hours: float) -> None:
-        """The run has taken so many hours before."""
+        """Go on from the hours that the run took in earlier starts."""
         self._hours_before = hours
 
     def begin(self, step: int, product_rate: float) -> None:
-        """The first step after so many others begins."""
-        forget_peak(self._device)  # of the product that was measured, and of the batches that were tried
+        """Start the clock at the first step of this start, after `step` others."""
+        forget_peak(self._device)  # without the measured product and the batches that were tried
         self._began, self._first_step, self.product_rate = time.perf_counter(), step, product_rate
 
     def in_words(self, images_per_second: float) -> str:
-        """The rate of products, and its share of what the devices can do."""
+        """FLOP/s of the steps, and their share of what the devices reach in large products, in words."""
         flops = images_per_second * self._flops_an_image
         return f"{flops / 1e12:.3g} TFLOP/s ({flops / self.product_rate:.0%} of large products)"
 
     def row(self, step: int, images_per_second: float) -> dict[str, Any]:
-        """What a row of metrics.jsonl has of it, once steps have been taken.
+        """The values for a row of metrics.jsonl.
 
-        ``product_share`` is that of the devices' product rate; ``memory_bytes`` the most since steps began, of CUDA's tensors on
-        the device of this process, or of all that this process has on a host (left out where that is not known); ``hours`` go on
-        from the last row that the run still has.
+        ``product_share`` is the share of the devices' product rate. ``memory_bytes`` is the peak since the first step: of tensors
+        on this process' CUDA device, or of the whole process on a CPU; it is left out if unknown. ``hours`` go on from the
+        last row that the run still has.
         """
         flops = images_per_second * self._flops_an_image
         memory = peak_memory(self._device)

@@ -1,4 +1,4 @@
-"""A model on several processes: replicated (DistributedDataParallel), or in shards (FSDP2), and whole again."""
+"""A model on several processes: replicated (DistributedDataParallel) or sharded (FSDP2), and gathered again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,57 +15,62 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from crate_mae.backbone import Backbone
+from crate_mae.classifiers import Classifier
+from crate_mae.model import CrateMAE
 from crate_mae.training.ranks import Ranks
 
+Model_co = TypeVar("Model_co", bound="CrateMAE | Classifier", covariant=True)
 
-class Alone:
-    """A model on one process, which is all there is.
+
+class Alone(Generic[Model_co]):
+    """A model on a single process.
 
     Attributes:
-        model: whose parameters the optimizer changes.
-        forward: the model as a step calls it.
+        model: the model, whose parameters the optimizer changes.
+        forward: what a step calls: the model, compiled or wrapped.
     """
 
-    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+    def __init__(self, model: Model_co, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
         self.model, self.ranks = model, ranks
-        # Of the steps alone: validation and pictures are few, and would be graphs of their own.
+        # Only steps are compiled: validations and pictures are few, and would need graphs of their own.
         self.forward: Callable[..., Any] = torch.compile(model, fullgraph=True) if compiled else model
 
-    def copy(self) -> Backbone:
-        """A model of the same sizes on the first rank, whose weights may be anything."""
+    def copy(self) -> Model_co:
+        """On the first rank, a whole model of the same sizes with arbitrary weights, to load others into."""
         return copy.deepcopy(self.model)
 
     def changed(self) -> None:
-        """The weights were changed otherwise than by the optimizer."""
+        """To be called when weights were changed by something else than the optimizer."""
 
     def synced(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """What a micro-batch is done in: gradients of the ranks are added up in the last of a step alone."""
+        """The context of a micro-batch: the gradients of the ranks are summed in the last one of a step only."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[Backbone | None]:
-        """The whole model on the first rank, and nothing on the others; all ranks come here."""
+    def whole(self) -> Iterator[Model_co | None]:
+        """The whole model on the first rank, None on the others; all ranks must call it."""
         yield self.model if self.ranks.is_first else None
 
 
-class _Several(Alone):
+class _Several(Alone[Model_co]):
     """A model on several processes.
 
     Attributes:
-        twin: on the first rank, a whole model in the host's memory, for what is looked at and written while steps go on.
+        twin: on the first rank, a whole model in the host's memory, for what is drawn and written while steps go on.
     """
 
-    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
-        self.twin = copy.deepcopy(model).cpu() if ranks.is_first else None
+    def __init__(self, model: Model_co, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+        self.twin = copy.deepcopy(model) if ranks.is_first else None
+        if self.twin is not None:
+            self.twin.cpu()
         super().__init__(model, ranks, compiled=compiled, accumulate=accumulate)
 
-    def copy(self) -> Backbone:
+    def copy(self) -> Model_co:
         assert self.twin is not None
         return self.twin
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[Backbone | None]:
+    def whole(self) -> Iterator[Model_co | None]:
         weights = whole_weights(self.model, self.ranks)
         if self.twin is None:
             yield None
@@ -73,21 +78,22 @@ class _Several(Alone):
         self.twin.load_state_dict(weights)
         device = next(self.model.parameters()).device
         try:
-            yield self.twin.to(device).train(self.model.training)
+            self.twin.to(device).train(self.model.training)
+            yield self.twin
         finally:
             self.twin.cpu()
 
 
-class Replicated(_Several):
-    """Each rank has the model, and all gradients."""
+class Replicated(_Several[Model_co]):
+    """Each rank has the whole model and its gradient."""
 
-    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+    def __init__(self, model: Model_co, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
         super().__init__(model, ranks, compiled=compiled, accumulate=accumulate)
         self._replica = DistributedDataParallel(
             self.forward,
             gradient_as_bucket_view=True,
-            static_graph=accumulate == 1,  # which steps of several micro-batches, synced in the last, are not
-            **{_BUFFERS: False},  # they are constants
+            static_graph=accumulate == 1,  # not so if only the last of several micro-batches is synced
+            **_CONSTANT_BUFFERS,
         )
         self.forward = self._replica
 
@@ -97,10 +103,10 @@ class Replicated(_Several):
             yield
 
 
-class Sharded(_Several):
-    """Each rank has a part of each parameter, of its gradient and of the optimizer's means of it."""
+class Sharded(_Several[Model_co]):
+    """Each rank has a shard of each parameter, of its gradient and of the optimizer's means."""
 
-    def __init__(self, model: Backbone, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
+    def __init__(self, model: Model_co, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
         if compiled:
             raise ValueError(
                 "run.compile: expected false with run.parallel fsdp2, whose layers are no one graph, got true"
@@ -110,7 +116,7 @@ class Sharded(_Several):
 
     def changed(self) -> None:
         assert isinstance(self.model, FSDPModule)
-        self.model.reshard()  # after a forward without a backward, it keeps whole weights for the next
+        self.model.reshard()  # after a forward without a backward, whole weights would be kept for the next forward
 
     @contextlib.contextmanager
     def synced(self, is_last: bool) -> Iterator[None]:
@@ -119,19 +125,21 @@ class Sharded(_Several):
         yield
 
 
-_BUFFERS = (
+_CONSTANT_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"  # as PyTorch up to 2.12 calls it
-)
+    else "broadcast_buffers": False  # the name in PyTorch up to 2.12
+}
+"""The argument that keeps buffers, which are constants here, from being sent among the ranks at every step."""
 
 MODES: dict[str, type[Alone]] = {"ddp": Replicated, "fsdp2": Sharded}
-"""How several processes share a model, by the setting's values."""
+"""How several processes share a model, by the values of `run.parallel`."""
 
 
-def shard(model: Backbone, mesh: dist.DeviceMesh) -> None:
-    """Divide a model's parameters among the processes of a mesh, in place: each layer is whole while it computes, and the rest
-    from its forward to the end of its backward. Parameters and operators are what they were while a layer computes."""
+def shard(model: CrateMAE | Classifier, mesh: dist.DeviceMesh) -> None:
+    """Shard a model's parameters among the processes of a mesh, in place.
+
+    A layer's parameters are gathered while it computes; those outside the layers from the forward to the end of the backward."""
     for stack in (model.encoder_layers, getattr(model, "decoder_blocks", ())):
         for block in stack:
             fully_shard(block, mesh=mesh)
@@ -139,17 +147,17 @@ def shard(model: Backbone, mesh: dist.DeviceMesh) -> None:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a tensor."""
+    """This rank's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, of which each rank may have a part; all ranks come here."""
+    """The whole of a tensor that may be sharded; all ranks must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_weights(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """A copy of the state dict in the host's memory of the first rank, and nothing on the others; all ranks come here."""
+    """A copy of the whole state dict in the host's memory of the first rank; empty on the others. All ranks must call it."""
     weights = {}
     for name, value in model.state_dict().items():
         value = whole(value.detach())
@@ -160,10 +168,10 @@ def whole_weights(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def fill(tensors: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
-    """Copy whole values into tensors, of which each rank may have a part."""
+    """Copy whole values into tensors that may be sharded."""
     for tensor, value in zip(tensors, values, strict=True):
         if isinstance(tensor, DTensor):
-            # Replicated: all have the same.
+            # All ranks have the same value, which is what "replicated" means.
             ours = DTensor.from_local(value.to(tensor.device), tensor.device_mesh, run_check=False)
             value = ours.redistribute(tensor.device_mesh, tensor.placements).to_local()
         local(tensor).copy_(value)

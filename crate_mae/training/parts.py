@@ -1,4 +1,4 @@
-"""What a run is made of, whatever it trains."""
+"""Builds the parts of a run: images, model, optimizer, validation and record."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from crate_kernels.tiles import check_same_on_all_ranks
 from crate_mae.data import BatchSampler, Normalization, PretrainImages, Sample
@@ -20,8 +19,9 @@ from crate_mae.training.average import Average
 from crate_mae.training.batch_size import with_batch_chosen
 from crate_mae.training.callbacks import Callback
 from crate_mae.training.config import TrainingConfig, of_section
-from crate_mae.training.divergence import DivergenceWatch, Measured
+from crate_mae.training.divergence import DivergenceWatch
 from crate_mae.training.feed import Feed, workers_for
+from crate_mae.training.held_out import Errors, HeldOut, Model
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.pace import Pace
 from crate_mae.training.parallel import MODES, Alone
@@ -35,39 +35,30 @@ from crate_mae.training.precision import (
 )
 from crate_mae.training.ranks import Ranks, TorchrunRanks
 from crate_mae.training.record import Record
-from crate_mae.training.run_folder import IMAGES, UNREADABLE, by_name, changed_settings, with_its_batch_size
+from crate_mae.training.run_folder import IMAGES, UNREADABLE, changed_settings, with_its_batch_size
+from crate_mae.training.sections import by_name
 from crate_mae.training.sinks import check_sinks
 from crate_mae.training.step import Batch, Step
 from crate_mae.training.unreadable import UnreadableImages
 
 Resume = bool | Literal["best"] | int
-"""Where a run goes on from: nowhere, its last state, that of its best validation, or that of a step."""
+"""The state from which a run goes on: False for none, True for the last, "best" for the best validation's, or a step."""
 
 _FEW = 8
-"""Images that a batch is made of which is only to see what a step needs."""
+"""A batch for trials repeats so many images: only its size matters."""
 
 Config = TypeVar("Config", bound=TrainingConfig)
-Errors = TypeVar("Errors", bound=Measured)
 
 
-class Validates(Protocol[Errors]):
-    """What measures a model on images held out."""
-
-    def __call__(self, model: Any) -> Errors: ...
-
-    def unless(self, model: Any, stopped: Callable[[], object]) -> Errors | None:
-        """The measurement, or None where `stopped` was so before the last batch."""
-
-
-class Parts(ABC, Generic[Config, Errors]):
-    """All that a run is made of. Its kind adds the model, the batches, the loss, the validation, and what is said and drawn.
+class Parts(ABC, Generic[Config, Model, Errors]):
+    """The parts of a run. Each kind of run adds its model, batches, loss and validation, and what it says and draws.
 
     Attributes:
-        beside: the field of the samples that a loss takes beside the pixels.
-        pictures: names of the files that it draws.
-        watch: which kind of watch knows the best validation.
-        errors: of the last validation.
-        callbacks: that are called with each row; the same number on all ranks.
+        beside: the field of the samples that the loss takes beside the pixels.
+        pictures: names of the files that the run draws.
+        watch: the class that finds divergence and the best validation.
+        errors: the result of the last validation.
+        callbacks: called with each row; as many on all ranks.
     """
 
     beside: ClassVar[str]
@@ -110,7 +101,8 @@ class Parts(ABC, Generic[Config, Errors]):
         )
 
         torch.manual_seed(config.run.seed)
-        model = self._model(resume is not False).to(self.device).train()
+        self.model: Model = self._model(resume is not False)
+        model = self.model.to(self.device).train()
         model.stream, model.recompute = config.run.stream, config.run.recompute
         self.config, self.why = config, _ = with_batch_chosen(
             config,
@@ -126,16 +118,15 @@ class Parts(ABC, Generic[Config, Errors]):
         self.total_steps = config.schedule.epochs * self.steps_per_epoch
         self.micro_batch = -(-batch_size // (ranks.count * self.accumulate))
 
-        # What all must have alike: on machines of their own, files may differ, and tuned tiles.
+        # The ranks may be on several machines, whose files and tuned tiles can differ.
         ranks.check_alike(by_name(config.to_dict()) | {"--data": self.train_images.fingerprint()})
         if ranks.count > 1 and device.type == "cuda":
             check_same_on_all_ranks(device)
         mode = MODES[config.run.parallel] if isinstance(ranks, TorchrunRanks) else Alone
-        parallel = mode(model, ranks, compiled=config.run.compile, accumulate=self.accumulate)
-        self.model, self.parallel = parallel.model, parallel
+        self.parallel: Alone[Model] = mode(self.model, ranks, compiled=config.run.compile, accumulate=self.accumulate)
         decay = config.optimizer.average
         self.stepping = Step(
-            parallel,
+            self.parallel,
             self._optimizer(),
             self._loss_of,
             batch_size=batch_size,
@@ -144,7 +135,7 @@ class Parts(ABC, Generic[Config, Errors]):
             average=Average(model, decay) if decay else None,
             scaled=self.precision == "float16",
         )
-        if not ranks.is_first:  # what steps draw, as layers do that drop paths, each draws for itself
+        if not ranks.is_first:  # each rank draws its own random numbers in steps, such as for stochastic depth
             of_rank = np.random.SeedSequence((config.run.seed, ranks.rank)).generate_state(1, np.uint64)
             torch.manual_seed(int(of_rank[0]))
         self.lr = config.peak_lr
@@ -177,57 +168,68 @@ class Parts(ABC, Generic[Config, Errors]):
         self.changed = ""
         if resume is not False:
             self.start, self.changed = self.record.go_on_from(resume), changed_settings(config)
-        if self.step > self.total_steps:
+        if self.record.step > self.total_steps:
             raise ValueError(
-                f"schedule.epochs: the run in {config.out} has done {self.step / self.steps_per_epoch:g}, "
+                f"schedule.epochs: the run in {config.out} has done {self.record.step / self.steps_per_epoch:g}, "
                 f"got {config.schedule.epochs}"
             )
         self.saves, self.saved_at = 0, time.monotonic()
 
     def _settled(self, resumed: bool) -> Config:
-        """The settings, with those that the images decide."""
+        """The settings, completed by those that depend on the images."""
         return self.config
 
     @abstractmethod
-    def _model(self, resumed: bool) -> nn.Module:
-        """The model, with the weights that the run starts from unless it is resumed; its images are known."""
+    def _model(self, resumed: bool) -> Model:
+        """The model; with the weights that the run starts from, unless it is resumed. Called when the images are known."""
 
     @abstractmethod
     def _optimizer(self) -> torch.optim.Optimizer:
-        """Of the model. Where a group has an `lr_scale`, its learning rate is so many times that of the schedule."""
+        """The optimizer of the model. A group's learning rate is the schedule's times its `lr_scale`, if it has one."""
 
     @abstractmethod
     def _of_samples(self) -> dict[str, Any]:
-        """What `PretrainImages` needs besides for the batches of this kind."""
+        """Further arguments of `PretrainImages`, for the batches of this kind."""
 
     @abstractmethod
-    def _validation(self) -> Validates[Errors] | None:
-        """The validation, if there are images for it; called when all else is there, but the state that is resumed."""
+    def _validation(self) -> HeldOut[Model, Errors] | None:
+        """The validation, if there are images for it; called last, before a state is restored."""
+
+    def _measuring(self) -> dict[str, Any]:
+        """The arguments of `HeldOut` that every kind of run gives."""
+        return {
+            "batch_size": self.micro_batch * self.ranks.count,
+            "precision": self.precision,
+            "num_workers": self.num_workers,
+            "say": say,
+            "unreadable": self.unreadable,
+            "ranks": self.ranks,
+        }
 
     @abstractmethod
     def _loss(self, forward: Callable[..., Any], images: torch.Tensor, beside: torch.Tensor, step: int) -> torch.Tensor:
-        """The loss of the step after so many others, on images as the model takes them; called under autocast."""
+        """The loss of step number `step`, from 0, on normalised images; called under autocast."""
 
     @abstractmethod
     def _opening_line(self) -> str: ...
 
     @abstractmethod
     def _said_of(self, errors: Errors) -> str:
-        """A validation, in words."""
+        """The result of a validation, in words."""
 
-    def _draw(self, model: nn.Module) -> None:
+    def _draw(self, model: Model) -> None:
         """Draw the picture of the run, if it has one."""
 
     def _look_is_due(self) -> bool:
-        """Whether this step has a row of its own beside those of losses and validations."""
+        """Whether a look inside the model is due at this step, which has a row of its own."""
         return False
 
-    def _look(self, model: nn.Module) -> dict[str, Any] | None:
-        """What that row says, if there is something to say."""
+    def _look(self, model: Model) -> dict[str, Any] | None:
+        """The values of that row; None for no row."""
         return None
 
     def _flops(self) -> int:
-        """Of a step."""
+        """The FLOPs of a step."""
         return least_flops(self.config.model, self.batch_size)
 
     def _batches(self, start_step: int, end_step: int) -> BatchSampler:
@@ -250,7 +252,7 @@ class Parts(ABC, Generic[Config, Errors]):
             return self._loss(forward, images, beside, step)
 
     def batch_of(self, images: int) -> Batch:
-        """A batch of so many images as steps have them, one after the other of the few that it is made of."""
+        """A batch of so many images as steps have them, for trials; a few images are repeated in it."""
         few = self.crops.batch([(0, index) for index in range(min(images, _FEW, len(self.crops)))], [])
         repeated = Sample(*(field[torch.arange(images) % len(field)] for field in few))
         [batch] = Feed([repeated], self.device, self.beside)

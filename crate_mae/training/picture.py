@@ -1,4 +1,4 @@
-"""reconstructions.png: what a model in training makes of the same images each time, with the same masks."""
+"""reconstructions.png: reconstructions of the same images with the same masks, at each save of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Picture:
     """The picture of a run.
 
     Args:
-        images: of which `run.pictures` are shown.
+        images: `run.pictures` of them are shown.
         say: takes a line for the user.
     """
 
@@ -29,7 +29,7 @@ class Picture:
         self.images, self.normalization, self.config, self.say = images, normalization, config, say
 
     def write(self, model: CrateMAE) -> None:
-        """Draw it anew; of predictions that are not finite, the last one stays, and a line says so.
+        """Draw the picture anew; if predictions are not finite, the last one stays, and a line says so.
 
         Raises:
             UnreadableImage: no image can be read.
@@ -41,7 +41,7 @@ class Picture:
         try:
             ratio = self.config.schedule.mask_ratio
             sheet = reconstruction_sheet(model, pixels, self.normalization, mask_ratio=ratio, noise=noise)
-        except ValueError as error:  # which the loss will tell
+        except ValueError as error:  # the loss will show it, too
             self.say(f"no new {PICTURE}: {error}")
             return
         with replaced(self.config.out / PICTURE) as file:

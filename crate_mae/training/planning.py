@@ -1,4 +1,4 @@
-"""What a run would be, before it is one: sizes, memory, time, and what it would write where. Nothing is written."""
+"""The plan of a run (--dry-run): its size, memory, time and files. Nothing is written."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ from crate_mae.training.run_folder import (
 from crate_mae.training.sinks import PLACES
 
 SECONDS = 10.0
-"""For which steps are measured, if so many are enough."""
+"""Steps are measured for so long, within the limits below."""
 
 _LEAST, _MOST = 3, 200
-"""Steps that are measured at least, and at most."""
+"""The least and the largest number of steps that are measured."""
 
 
 class Memory(NamedTuple):
     """Bytes on the device of one process.
 
     Attributes:
-        weights, means, average: of the model; AdamW's two means of the gradient; a running average of the weights, if there
-            is one.
-        kept: what a forward keeps for the backward, with the batch; counted.
-        made: gradients and whatever else there is beside these at the most, at one moment of a step; counted, without what
-            libraries take for themselves.
-        peak: the most, measured while steps were taken: of tensors on a CUDA device; on a CPU of the whole process, with
-            Python, the libraries and the images that it keeps. None where that cannot be measured.
+        weights: the model's weights.
+        means: AdamW's two running means of the gradient.
+        average: the moving average of the weights, if there is one.
+        kept: what a forward keeps for the backward, and the batch.
+        made: the peak, within a step, of gradients and all other tensors beside those above; without what libraries take.
+        peak: the measured peak of some steps: of tensors on a CUDA device; on a CPU of the whole process, with Python, the
+            libraries and the images that it keeps. None if it cannot be measured.
     """
 
     weights: int
@@ -75,7 +75,7 @@ class Memory(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Some steps: how many, seconds each took, and the fraction of that in which images were waited for."""
+    """Some measured steps: how many, seconds for each, and the fraction of the time in which the host waited for images."""
 
     steps: int
     seconds: float
@@ -86,15 +86,17 @@ class Plan(NamedTuple):
     """What a run would be.
 
     Attributes:
-        opening: model, parameters, images, device and steps, as the run would say it.
-        steps, steps_per_epoch, epochs: that are left to take; and of the whole run.
-        flops: of a step, of all devices together, `least_flops`.
-        product_rate: FLOP/s that these reach in large products.
+        opening: the opening line of the run: model, parameters, images, device and steps.
+        steps: that are left to take.
+        steps_per_epoch, epochs: of the whole run.
+        parameters: that are trained.
+        flops: of a step, on all devices together; see `least_flops`.
+        product_rate: FLOP/s that all devices together reach in large matrix products.
         memory: of the first process.
-        measured: some of its first steps, if there are any and what is counted has room.
+        measured: some of the first steps; none if the counted memory does not fit.
         room: bytes that the device has for this process.
-        files: what would be written: file or folder, what it holds, about how many bytes (0: few).
-        free: bytes free on the disk where that would be.
+        files: what would be written: path, content, and bytes (0 if few).
+        free: free bytes on the disk of these files.
     """
 
     opening: str
@@ -112,7 +114,7 @@ class Plan(NamedTuple):
 
     @property
     def seconds_an_epoch(self) -> float:
-        """Of its steps; validations and saves come on top."""
+        """Seconds that the steps of an epoch take, without validations and saves."""
         return self.measured.seconds * self.steps_per_epoch
 
     def __str__(self) -> str:
@@ -156,10 +158,12 @@ class Plan(NamedTuple):
         )
 
 
-def planned(kind: type[Run], config: TrainingConfig, resume: Resume = False, overwrite: bool = False) -> Plan:
-    """What a run of a kind would be, from a count and a few of its first steps, which are forgotten.
+def planned(
+    kind: type[Run[Any, Any, Any]], config: TrainingConfig, resume: Resume = False, overwrite: bool = False
+) -> Plan:
+    """The plan of a run: memory is counted, and some of its first steps are taken, measured and forgotten.
 
-    Errors as of `train`. In processes that torchrun started all come here, and each gets a plan.
+    Under torchrun, all processes must call it, and each gets a plan. Arguments and errors as of `train`.
     """
     check_start(resume, overwrite)
     device = choose_device(config.run.device, rank=local_rank())
@@ -199,14 +203,14 @@ def planned(kind: type[Run], config: TrainingConfig, resume: Resume = False, ove
     )
 
 
-def _counted(run: Run[Any, Any]) -> tuple[int, int]:
-    """Bytes kept by the forward of a micro-batch, and what is alive at the most beside that and the weights.
+def _counted(run: Run[Any, Any, Any]) -> tuple[int, int]:
+    """Bytes that the forward of a micro-batch keeps, and the peak of what is alive beside these and the weights.
 
-    Counted on fake tensors, by the operations that the device would do; of a compiled model, by those of one that is not.
+    They are counted on fake tensors, by the operations that the device would do; a compiled model counts as if it were not.
     """
     pixels, beside = run.batch_of(1)
     with torch.random.fork_rng([]):
-        model = run._model(resumed=True).train()  # which begins with no weights in particular
+        model = run._model(resumed=True).train()  # with any weights: they are only counted
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, torch.device(run.device):
         for module in model.modules():
             for name, weight in module._parameters.items():
@@ -219,20 +223,20 @@ def _counted(run: Run[Any, Any]) -> tuple[int, int]:
         model.stream, model.recompute = run.config.run.stream, run.config.run.recompute
         weights = live.now
         images = run.micro_batch
-        batch = [
+        pixels, beside = (
             torch.empty(images, *of_one.shape[1:], dtype=of_one.dtype, device=run.device) for of_one in (pixels, beside)
-        ]
+        )
         before = live.now
-        loss = run._loss_of(model, *batch, 0)
-        kept = live.now - before + sum(tensor.nbytes for tensor in batch)
+        loss = run._loss_of(model, pixels, beside, 0)
+        kept = live.now - before + pixels.nbytes + beside.nbytes
         loss.backward()
     return kept, live.most - weights - kept
 
 
-def _measured(run: Run[Any, Any]) -> Measured:
-    """Takes some of the first steps.
+def _measured(run: Run[Any, Any, Any]) -> Measured:
+    """Takes and measures some of the first steps.
 
-    Before them come steps in which libraries get ready, and what loaders have made ahead is used up.
+    Unmeasured steps come first, in which libraries get ready, and the batches that loaders made ahead are used up.
     """
     unreadable: set[str] = set()
     before = 2 + 3 * run.num_workers
@@ -253,7 +257,7 @@ def _measured(run: Run[Any, Any]) -> Measured:
         steps = iter(feed)
         for _ in range(before):
             run._take_step(steps)
-        run.record.meter.check()  # which waits for the device
+        run.record.meter.check()  # waits for the device
         began, waited, first = time.perf_counter(), feed.waited, run.step
         while run.step < end:
             run._take_step(steps)
@@ -261,7 +265,7 @@ def _measured(run: Run[Any, Any]) -> Measured:
             elapsed = time.perf_counter() - began
             progress.update(min(elapsed, SECONDS) - progress.n)
             enough = elapsed >= SECONDS and run.step - first >= _LEAST
-            if run.ranks.largest(enough):  # all at the same step
+            if run.ranks.largest(enough):  # all ranks must end at the same step
                 break
     if unreadable := set().union(*run.ranks.gathered(unreadable)):
         say(
@@ -271,8 +275,8 @@ def _measured(run: Run[Any, Any]) -> Measured:
     return Measured(taken, elapsed / taken, (feed.waited - waited) / elapsed)
 
 
-def _files(run: Run[Any, Any]) -> list[tuple[Path, str, int]]:
-    """What the run would write."""
+def _files(run: Run[Any, Any, Any]) -> list[tuple[Path, str, int]]:
+    """The files that the run would write: path, content, bytes."""
     config, out = run.config, run.config.out
     weights = sum(weight.nbytes for weight in run.model.state_dict().values())
     state = weights * (3 + bool(run.stepping.average))
@@ -299,7 +303,7 @@ def _bytes(size: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    """In words that are as exact as such a measurement is."""
+    """A duration in words, no more exact than the measurement."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     if seconds < 2 * 3600:

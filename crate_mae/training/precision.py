@@ -19,8 +19,9 @@ def choose_device(name: str, option: str = "--run.device", rank: int | None = No
     """The device called `name`; "auto" is CUDA where there is one, else the CPU.
 
     Args:
-        option: what messages call it.
-        rank: which of several processes on this machine this is; each has the CUDA device of that number.
+        name: "auto", or a name of torch's.
+        option: what messages call the setting.
+        rank: the number of this process among those of torchrun on this machine; it takes the CUDA device of that number.
 
     Raises:
         ValueError: a run cannot use the device, or this machine has none of that name, or too few.
@@ -42,10 +43,10 @@ def choose_device(name: str, option: str = "--run.device", rank: int | None = No
 
 
 def check_implementation(device: torch.device, precision: str) -> None:
-    """Refuse an implementation of the operators, forced on the whole run, that cannot run there.
+    """Refuse a $CRATE_KERNELS_IMPL that cannot run on the device in this precision.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it cannot run there.
     """
     try:
         choose("training", torch.empty(0, device=device), DTYPES[precision])
@@ -54,7 +55,7 @@ def check_implementation(device: torch.device, precision: str) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse to compile where torch.compile cannot.
+    """Refuse --run.compile where torch.compile does not work.
 
     Raises:
         ValueError: this machine lacks something it needs.
@@ -64,7 +65,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """ "auto" made definite: bfloat16 where the hardware multiplies it, else float32."""
+    """The precision called `name`; "auto" is bfloat16 if the hardware multiplies it, else float32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -75,7 +76,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def check_threads(count: int) -> None:
-    """Refuse more threads than CPUs: they only wait for each other, and the library under torch dies of many.
+    """Refuse more threads than CPUs: they would only wait for each other, and many make torch's thread library crash.
 
     Raises:
         ValueError: there are fewer CPUs than `count`, or it is below 0.
@@ -86,7 +87,7 @@ def check_threads(count: int) -> None:
 
 
 def check_workers(count: int | str) -> None:
-    """Refuse more loader processes than a machine could feed: each takes memory, and their start minutes.
+    """Refuse more loader processes than are of use: each takes memory, and starting them takes minutes.
 
     Raises:
         ValueError: there are more than 8 for each CPU.

@@ -12,7 +12,7 @@ from crate_mae.files import make_folder, replaced
 from crate_mae.training.run_folder import OPERATIONS, PROFILE, TRACE
 
 _BEFORE, _WARM = 2, 1
-"""Steps that are let pass, in which libraries and compilers get ready, and steps in which the profiler does."""
+"""Steps before the profile, in which libraries and compilers get ready, and steps in which the profiler warms up."""
 
 _ROWS = 40
 _BY = {
@@ -22,12 +22,13 @@ _BY = {
 
 
 class Profiler:
-    """Profiles some of the first steps that a process takes.
+    """Profiles some of the first steps of a process.
 
     Args:
         steps: how many; 0 for none.
-        left: steps that the run has left; of too few there is no profile, which a line says.
-        out: folder of the run, in which they are written.
+        left: steps that the run has left; if they are too few, there is no profile, and a line says so.
+        out: folder of the run; trace and table are written into its folder profile/.
+        device: where the run computes.
         say: takes a line for the user.
     """
 
@@ -48,14 +49,14 @@ class Profiler:
             self._profile.start()
 
     def stepped(self) -> bool:
-        """A step has been taken; returns whether the profile was written now, which took some time."""
+        """To be called after each step; returns whether it wrote the profile, which takes some time."""
         if self._profile is None:
             return False
         self._profile.step()
         return self._profile is None
 
     def close(self) -> None:
-        """No more steps are taken; of a run that ends before all have been there is no profile."""
+        """To be called after the last step; there is no profile if the run ends before all its steps were profiled."""
         if self._profile:
             self._profile.on_trace_ready = None
             self._profile.stop()

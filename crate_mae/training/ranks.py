@@ -1,4 +1,4 @@
-"""The processes of a run, one or as many as torchrun started, and what they agree on."""
+"""The processes of a run, called ranks: a single one, or those that torchrun started; and how they agree with each other."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ T = TypeVar("T")
 _OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _OTHER_LAUNCHERS = {
-    "SLURM_STEP_NUM_TASKS": "srun",  # unlike SLURM_NTASKS, which a script that sbatch runs once has, too
+    "SLURM_STEP_NUM_TASKS": "srun",  # not SLURM_NTASKS, which a script of sbatch has even if it runs once
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpiexec",
 }
-"""Environment variables in which launchers of several processes say how many there are, beside torchrun's."""
+"""Environment variables in which launchers other than torchrun say how many processes there are."""
 
 _PATIENCE = timedelta(minutes=30)
-"""For which ranks wait for each other: the first one draws, and looks inside, while the others wait."""
+"""How long ranks wait for each other: the others wait while the first one draws and looks inside the model."""
 
 _LONGEST_END = 25.0
-"""Seconds from a signal to the end of a rank: torchrun kills what is left after 30. One whose GPU waits for a rank that is gone
-never comes to its next step."""
+"""Seconds from a signal to the forced end of a rank; torchrun kills what is left after 30. A rank whose GPU waits for one that is
+gone would never end by itself."""
 
 _HARMLESS = (
-    "Grad strides do not match bucket view strides",  # of class and mask token, whose strides are of dimensions with one entry
-    r"FSDP2-wrapped module \(FSDP\w+\) returned a view",  # of the prediction, which nothing writes to
+    "Grad strides do not match bucket view strides",  # for class and mask token, which have dimensions of size one
+    r"FSDP2-wrapped module \(FSDP\w+\) returned a view",  # for the prediction, into which nothing writes
 )
-"""Beginnings of warnings that PyTorch gives."""
+"""Beginnings of PyTorch's warnings that are of no concern here."""
 
 _FIRST_TELLS = 2.0
-"""Seconds in which the first rank may tell of an error before another does."""
+"""Seconds for which the other ranks leave it to the first to report an error."""
 
 _ENDING = {*STOPPING} - {getattr(signal, "SIGUSR1", None)}
-"""Signals by which a process is to end: SIGUSR1 is a warning ahead of these."""
+"""The signals that end a process; SIGUSR1 is only a warning before these."""
 
 _GIVEN_UP = b"crate-mae: a process has not come to an end in time, and is ended; what was saved before is kept\n"
 
@@ -61,22 +61,22 @@ class LostRank(Exception):
 
     @classmethod
     def told_by(cls, error: Exception, kept: str = "") -> LostRank:
-        """What to say of a collective's error; ``kept``: what of the run is on the disk, in words."""
+        """The error to raise for a collective's `error`; `kept` says in words what of the run is on the disk."""
         return cls(f"another process of the run was lost{kept} ({' '.join(str(error).split())[:160]})")
 
 
 def launched() -> bool:
-    """Whether torchrun started this process, as one of several, or as the only one."""
+    """Whether torchrun started this process, alone or with others."""
     return all(name in os.environ for name in _OF_TORCHRUN)
 
 
 def local_rank() -> int | None:
-    """Which of the processes that torchrun started on this machine this is, if it is one."""
+    """The number of this process among those that torchrun started on this machine; None without torchrun."""
     return int(os.environ["LOCAL_RANK"]) if launched() else None
 
 
 def check_launcher() -> None:
-    """Refuse to be one of several processes that do not know each other: each would train for itself, into the same folder.
+    """Refuse several processes that do not know each other: each would train for itself, into the same folder.
 
     Raises:
         ValueError: a launcher other than torchrun says that there are several.
@@ -93,59 +93,62 @@ def check_launcher() -> None:
 
 
 class Ranks:
-    """One process, which agrees with itself.
+    """A run of one process; `TorchrunRanks` is a run of several. All ranks must make the same calls in the same order.
 
     Attributes:
-        rank, count: which of the run's processes this one is, of how many.
-        local, local_count: which of those on this machine, of how many.
+        rank, count: the number of this process, and how many the run has.
+        local, local_count: likewise, on this machine.
     """
 
     rank, count, local, local_count = 0, 1, 0, 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that speaks and writes."""
+        """Whether this is the first rank, which alone speaks and writes."""
         return self.rank == 0
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """What the first rank makes, on all; all others have come here before it does. What it raises all raise."""
+        """The first rank calls `make` when all have come here; all return its result, or raise its error."""
         return make()
 
     def each_after_first(self, make: Callable[[], T]) -> T:
-        """What each rank makes for itself, the first ahead of the others, which find what it left in caches and on disks. What it
-        raises all raise."""
+        """Each rank calls `make` for itself, the first one before the others, which find what it left in caches and on disks. If
+        the first raises an error, all do."""
         made: list[T] = []
         self.of_first(lambda: made.append(make()))
         return made[0] if made else make()
 
     def gathered(self, value: T) -> list[T]:
-        """What each rank gives, on all."""
+        """The values of all ranks, in their order; returned on all."""
         return [value]
 
     def largest(self, value: int) -> int:
-        """Of what the ranks give, on all."""
+        """The largest value of all ranks; returned on all."""
         return value
 
     def abandoned(self) -> int:
-        """The signal that stands for the end of torchrun, if it has ended without a word; else 0."""
+        """The signal to act on if torchrun has ended without sending one; else 0."""
         return 0
 
     def sum(self, tensor: torch.Tensor) -> Callable[[], object]:
-        """Add up over the ranks, in place; it is done, to whatever follows on the device, when the result has been called."""
+        """Start summing a tensor over the ranks, in place; call the result before the tensor is used."""
         return lambda: None
 
     def agreed(self, *values: int) -> tuple[int, ...]:
-        """The largest values of all ranks, the same on all, which is called equally often on all.
+        """The largest of each value over all ranks; all must call it equally often.
 
-        Of several ranks, those of the call before: no host waits for another by more than one step, and none for a device.
+        With several ranks these are the values of the call before, so that no host waits for another for longer than a step.
         """
         return values
 
     def check_alike(self, values: dict[str, object]) -> None:
-        """Refuse ranks that differ in what they must have alike, by name.
+        """Refuse ranks whose values differ.
+
+        Args:
+            values: by the names that messages have for them.
 
         Raises:
-            ValueError: they do; the message names it.
+            ValueError: a value differs; the message names it.
         """
         first, *others = self.gathered(values)
         for rank, other in enumerate(others, start=1):
@@ -157,13 +160,13 @@ class Ranks:
 
 
 class TorchrunRanks(Ranks):
-    """One of several processes that torchrun started; they have met when this is made.
+    """The ranks of a run under torchrun; the process group is made with it.
 
     Args:
-        device: that this one computes on.
+        device: of this process.
 
     Attributes:
-        of_states: the group of processes in which states are written in the background.
+        of_states: the process group in which states are written in the background.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -221,7 +224,7 @@ class TorchrunRanks(Ranks):
         return before
 
     def part(self) -> None:
-        """End the meeting, of all in the same way: of a rank that breaks off, the end of its process tells the others."""
+        """Leave the process group when all ranks end alike. If one breaks off, the others notice the end of its process."""
         if self._asking is not None:
             self._asking.wait()
         dist.destroy_process_group()
@@ -229,7 +232,7 @@ class TorchrunRanks(Ranks):
 
 @contextlib.contextmanager
 def met(device: torch.device) -> Iterator[Ranks]:
-    """The ranks of a run on this process' device, for as long as the block lasts. All but the first are silent in it."""
+    """The ranks of a run, with a process group as long as the block lasts; all but the first are silent in it."""
     if not launched():
         yield Ranks()
         return
@@ -246,9 +249,9 @@ def met(device: torch.device) -> Iterator[Ranks]:
         try:
             try:
                 yield ranks
-            except RunStopped:  # as all are, at the same step
+            except RunStopped:  # all ranks stop at the same step
                 _hear_no_signal()
-                ranks.gathered(None)  # else the end of one would be what torchrun ends the others for
+                ranks.gathered(None)  # else torchrun would end the others when the first has ended
                 ranks.part()
                 raise
         except RuntimeError as error:
@@ -259,14 +262,14 @@ def met(device: torch.device) -> Iterator[Ranks]:
 
 
 def _hear_no_signal() -> None:
-    """Of torchrun, which sends one to the ranks that are left when the first has stopped; for good, since this one ends now."""
+    """Ignore signals from now on: torchrun sends one to the ranks that are left when the first has ended."""
     if threading.current_thread() is threading.main_thread():
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_travels(error: Exception) -> Exception:
-    """An error as another process can have it: itself, or its words."""
+    """An error that can be sent to another process: itself if it can be pickled, else its words."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:
@@ -274,21 +277,21 @@ def _as_it_travels(error: Exception) -> Exception:
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Whether an error is one of a process whose peers are gone, as far as its words tell."""
+    """Whether an error comes of ranks that are gone, by its type and words."""
     words = str(error).lower()
     return isinstance(error, dist.DistError) or any(each in words for each in _OF_COLLECTIVES)
 
 
 def is_silent() -> bool:
-    """Whether this process is one of several, and not the first."""
+    """Whether this process is under torchrun and not the first, so that it says nothing."""
     return launched() and os.environ["RANK"] != "0"
 
 
 def end_of_rank(line: str, error: BaseException, status: int) -> NoReturn:
-    """End this process at once: the others are ended by torchrun, or by the connections that break.
+    """End this process at once after an error; torchrun, or broken connections, end the others.
 
-    Says why, unless another rank has failed before: what followed from that need not be told. Of a stop, which is that of all,
-    the first rank tells.
+    It prints the line, unless another rank failed before, whose error is the cause of this one. When all stop together, the first
+    rank prints it.
     """
     if not is_silent() if isinstance(error, RunStopped) else _is_first_to_fail():
         rank = os.environ["RANK"]
@@ -298,7 +301,7 @@ def end_of_rank(line: str, error: BaseException, status: int) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process without waiting for the threads of its collectives: they may wait for others, or abort it."""
+    """End this process without waiting for the threads of its collectives, which may wait for other ranks or abort it."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -306,10 +309,11 @@ def leave(status: int) -> NoReturn:
 
 
 def _is_first_to_fail() -> bool:
-    """Whether no other rank of this run failed before this one. torchrun's agent keeps which did; where it cannot be asked, each
-    is. What all have met the first rank tells: the others wait for it."""
+    """Whether no other rank of this run failed before this one, by the store of torchrun's agent; True if it cannot be asked.
+
+    The other ranks first wait a little, so that the first reports an error that all have met."""
     environment = os.environ
-    for number in _ENDING:  # by which torchrun ends those that are left, and which must not come before the line
+    for number in _ENDING:  # torchrun will send one to this rank, which must print its line before it ends
         signal.signal(number, signal.SIG_IGN)
     try:
         store = dist.TCPStore(
@@ -327,7 +331,7 @@ def _is_first_to_fail() -> bool:
 
 @contextlib.contextmanager
 def _ended_in_time() -> Iterator[None]:
-    """End this process some time after a signal if the block lasts until then, wherever its main thread waits."""
+    """After a signal, end this process in `_LONGEST_END` seconds if the block still lasts, whatever its main thread waits for."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

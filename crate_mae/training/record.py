@@ -1,4 +1,4 @@
-"""What a run writes down as it goes, and takes up again."""
+"""What a run writes to its folder as it goes, and restores when it is resumed: rows, states and weights."""
 
 from __future__ import annotations
 
@@ -34,31 +34,33 @@ from crate_mae.training.states import (
 from crate_mae.training.step import Step
 
 _LEAST_SCALE = 1.0
-"""Of a loss in float16: with less, gradients that are still too large do not come of the scale."""
+"""The least scale of a loss in float16: if gradients are still too large below it, the scale is not the reason."""
 
 
 class Record:
     """The rows, the states and the weights of a run, and whether it diverges.
 
-    A state holds all that the steps after it depend on, and what has been gathered for the rows to come, so that a run logs the
-    same however often it was interrupted. It is on the disk after the rows before it and before what else is made of it.
+    A state holds all that later steps and rows depend on, so that a run logs the same however often it was interrupted. It is
+    written after the rows before it, and before the weights and pictures that are made of it.
 
-    Of several ranks each has a record of its own, with the same values; what is written, beside the tensors of states, the first
-    one writes. They write states in the background: `save` begins one, and `settle` ends it.
+    Every rank has a record with the same values. The first one writes the files, but each writes its own shard of a state's
+    tensors. States of several ranks are written in the background: `save` begins one, and `settle` ends it.
 
     Args:
+        config: the run's settings.
         stepping: the model, its optimizer, and what else a step changes.
-        images, image_count: the fingerprint of the images to train on, and how many they are. Their order and crops are
-            functions of the seed and the step.
+        ranks: of the run.
+        images, image_count: the fingerprint of the images to train on, and how many they are.
+        steps_per_epoch: of the run.
         pace: how fast the run goes.
-        watch: which kind of watch knows the best validation.
+        watch: the class that finds divergence and the best validation.
         say: takes a line for the user.
 
     Attributes:
         step: optimiser steps taken.
-        watch: whether it diverges, and which validation is the best.
-        meter: what was gathered since the last row.
-        written: called with each row when it has been written, on all ranks.
+        watch: whether the run diverges, and which validation is the best.
+        meter: losses and gradient norms since the last row.
+        written: called on all ranks with each row that has been written.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Record:
         self._metrics = MetricsLog(config.out / METRICS, writes=ranks.is_first)
         self._saving: BackgroundSave | None = None
         self._weights: dict[str, torch.Tensor] = {}
-        self._best: int | None = None  # as the last state has it: of a later one there is no state yet
+        self._best: int | None = None  # the best of the last state: there is no state of a later one yet
 
     @property
     def epoch(self) -> float:
@@ -99,9 +101,9 @@ class Record:
         return self.watch.last_step == self.step
 
     def go_on_from(self, wanted: bool | str | int) -> str:
-        """Take up the state that a run calls so; returns what was restored, and what could not be, in words."""
+        """Restore the state that `Resume` calls `wanted`; returns in words what was restored, and what could not be."""
         folder = self.config.out / STATES
-        # The first rank decides which can be read, and the others read that, too.
+        # The first rank finds one that can be read, and the others read the same.
         found: list[Any] = []
 
         def choose() -> tuple[int, dict[Path, str]]:
@@ -135,22 +137,22 @@ class Record:
         type(self.watch)(**state["watch"])
 
     def tidy(self) -> None:
-        """Remove what belongs to none of the steps taken: unfinished files, and rows, states and a best model of later steps."""
+        """Remove unfinished files, and the rows, states and best model of steps after the present one."""
         if self.ranks.of_first(self._tidied):
             self.watch.forget_best()
 
     def _tidied(self) -> bool:
-        """Returns whether the best model is lost."""
+        """Do what `tidy` says; returns whether the best model is lost."""
         if leftovers := remove_leftovers(self.config.out):
             names = ", ".join(str(path.relative_to(self.config.out)) for path in leftovers)
             self.say(f"removed what was never finished: {names}")
         remove(self.config.out / BREAKDOWN)
-        if self._going_back and (forgotten := self._forget_states()):  # else they make way for the next state
+        if self._going_back and (forgotten := self._forget_states()):  # else the next state replaces them
             self.say(f"forgot {', '.join(path.name for path in forgotten)}")
         is_lost = self._write_best_again()
         if self.step >= self.config.run.log_every and not self._metrics.path.exists():
             self.say(f"there is no {METRICS}: the rows of the steps so far are lost")
-        # Of the state's own step, all but a validation that came after it.
+        # A validation of the state's own step is done again if the state was saved before it.
         broken = self._metrics.keep(
             lambda row: (
                 row["step"] < self.step or (row["step"] == self.step and (self.validated or "val_loss" not in row))
@@ -164,7 +166,7 @@ class Record:
         return is_lost
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Those written so far."""
+        """The rows written so far."""
         return self._metrics.rows()
 
     def log(self, lr: float) -> StepAverages:
@@ -209,7 +211,7 @@ class Record:
         self._write(epoch=int(self.epoch), inside=values)
 
     def log_grad_norms(self, norms: dict[str, float]) -> None:
-        """Write the row of the gradient's norm by part of the model; none of a step that was skipped for too large a gradient.
+        """Write the row of the gradient's norm by part of the model, unless the step was skipped for too large a gradient.
 
         Raises:
             NonFiniteLoss: as of `log`, where that would raise it.
@@ -227,11 +229,13 @@ class Record:
         """Write the state, then the weights.
 
         Raises:
-            NonFiniteLoss: as of `log`; what broke down takes the place of nothing.
-            OSError: it could not be written; it names the file, and older states are there still.
+            NonFiniteLoss: as of `log`; nothing is replaced then.
+            OSError: a file could not be written; the error names it, and older states are still there.
         """
         self.settle()
-        if self.ranks.is_first and not self.config.out.is_dir():  # nothing of it shall be made again without the rest
+        if (
+            self.ranks.is_first and not self.config.out.is_dir()
+        ):  # it must not be made again with only some of its files
             raise FileNotFoundError(f"cannot write {self.config.out}: the folder is gone")
         meter = self.meter.state()
         self._check_weights()
@@ -239,7 +243,9 @@ class Record:
         average = self.stepping.average
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],  # and no settings, which are the configuration's
+            "optimizer": self.optimizer.state_dict()[
+                "state"
+            ],  # without its settings, which are those of the configuration
             "step": self.step,
             "images": self.images,
             "image_count": self.image_count,
@@ -268,10 +274,10 @@ class Record:
             save_model(self.model, self.config.out)
 
     def settle(self, *, wait: bool = True) -> None:
-        """End the save that goes on in the background, if there is one: what is made of the state is written, too.
+        """End the save in the background, if there is one, and write the weights that belong to it.
 
         Args:
-            wait: else only if it is over, or has failed.
+            wait: if False, only do so if the save is over already.
 
         Raises:
             OSError: as of `save`.
@@ -283,14 +289,14 @@ class Record:
         saving.wait()
         if self.ranks.is_first:
             self._made_of(self._written)
-            twin = self.stepping.parallel.twin
-            twin.load_state_dict(self._weights)
-            save_model(twin, self.config.out)
+            whole = self.stepping.parallel.copy()
+            whole.load_state_dict(self._weights)
+            save_model(whole, self.config.out)
         self._weights = {}
 
     def _made_of(self, written: Path) -> None:
-        """Delete the states that the one just written makes superfluous."""
-        for path in self._unreadable - {written}:  # which must not count among the last ones
+        """Delete the states that are not needed any more after the one just written."""
+        for path in self._unreadable - {written}:  # they must not count among the last states that are kept
             remove(path)
         self._unreadable.clear()
         self._forget_states()
@@ -308,12 +314,12 @@ class Record:
         return f"the last state saved is {states[0].path}" if states else "no state had been saved yet"
 
     def is_kept(self, step: int) -> bool:
-        """Whether the state of a step is kept for good."""
+        """Whether `run.keep_every` keeps the state of a step."""
         every = self.config.run.keep_every * self.steps_per_epoch
         return every > 0 and step % every == 0
 
     def told_at_the_end(self) -> None:
-        """Say that the run has come to its end diverging, if it has."""
+        """Say so if the run diverges at its end."""
         if self.watch.diverging:
             self.say(f"the run ended diverging: {self.watch.diverging}{self._way_back()}")
 
@@ -325,7 +331,7 @@ class Record:
         save_model(model, self.config.out / BEST, **self.config.meaning)
 
     def _write_best_again(self) -> bool:
-        """The best model may be lost or damaged, or of a step that was forgotten. Returns whether it cannot be had any more."""
+        """Write the best model anew from its state: its files may be lost, or of a later step. Returns whether it is lost."""
         step, folder = self.watch.best_step, self.config.out / BEST
         is_lost = False
         if step is not None:

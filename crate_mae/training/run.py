@@ -1,4 +1,4 @@
-"""What every run does, whatever it trains: steps, rows, states, validations, stops."""
+"""The course of every kind of run: steps, rows, states, validations, and how it stops."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from crate_kernels import __version__
@@ -29,7 +27,7 @@ from crate_mae.training.interrupts import ONE_REQUEST_OF_RANKS, SAID, RunStopped
 from crate_mae.training.metrics import NonFiniteLoss, ProgressLines
 from crate_mae.training.ownership import owned
 from crate_mae.training.pace import product_rate
-from crate_mae.training.parts import Config, Errors, Parts, Resume
+from crate_mae.training.parts import Config, Errors, Model, Parts, Resume
 from crate_mae.training.precision import choose_device, cpu_threads
 from crate_mae.training.profiling import Profiler
 from crate_mae.training.ranks import LostRank, check_launcher, is_of_a_collective, local_rank, met
@@ -47,13 +45,15 @@ from crate_mae.training.step import Batch
 from crate_mae.training.unreadable import TooManyUnreadable
 
 T = TypeVar("T")
+AnyRun = TypeVar("AnyRun", bound="Run[Any, Any, Any]")
 
 
 def train(
-    kind: type[Run], config: TrainingConfig, resume: Resume, overwrite: bool, callbacks: Sequence[Callback] = ()
-) -> Run:
-    """Do a run of a kind in the folder of its configuration, with all processes that torchrun started; returns it when it has
-    ended. Errors as of `pretrain`."""
+    kind: type[AnyRun], config: TrainingConfig, resume: Resume, overwrite: bool, callbacks: Sequence[Callback] = ()
+) -> AnyRun:
+    """Do a run in the folder of its configuration, together with torchrun's other processes; returns it when it has ended.
+
+    Errors as of `pretrain`."""
     check_start(resume, overwrite)
     if not all(map(callable, callbacks)):
         raise TypeError(f"callbacks: expected functions of (step, metrics, model), got {callbacks!r}")
@@ -69,7 +69,7 @@ def train(
         run = kind(config, resume, device, ranks)
         run.callbacks = callbacks
         ranks.check_alike({"callbacks": len(callbacks)})
-        # Only now: settings or images that cannot be used must not cost the run that is there.
+        # Only now is the old run deleted: settings or images that cannot be used must not cost it.
         if overwrite:
             ranks.of_first(lambda: clear_run_folder(config.out))
         with cpu_threads(config.run.threads):
@@ -78,7 +78,7 @@ def train(
 
 
 def check_start(resume: Resume, overwrite: bool) -> None:
-    """Raise a ValueError if a run cannot begin so, or not as the process that this is."""
+    """Raise a ValueError if the arguments contradict each other, or this process is one of several without torchrun."""
     if not (resume == "best" or isinstance(resume, int)):
         raise ValueError(f'resume: expected True, False, "best" or the number of a step, got {resume!r}')
     if resume is not False and overwrite:
@@ -86,8 +86,8 @@ def check_start(resume: Resume, overwrite: bool) -> None:
     check_launcher()
 
 
-class Run(Parts[Config, Errors]):
-    """One run in progress. Of several ranks each has one, and they do all together but speaking and writing."""
+class Run(Parts[Config, Model, Errors]):
+    """A run in progress. Every rank has one, and they do all together; only the first speaks and writes."""
 
     _sinks: Sinks | None = None
     _is_enough = False
@@ -107,13 +107,15 @@ class Run(Parts[Config, Errors]):
         left = self.step < self.total_steps or self._pending()
         if left:
             self.ranks.of_first(self._write_down)
-        else:  # the settings of steps that were never taken must not pass for the run's
+        else:  # these settings are not written down: no step is taken with them
             print(
                 f"nothing left to do: all {self.config.schedule.epochs} epochs are done; a larger --schedule.epochs goes on, "
                 "--overwrite starts anew",
                 file=sys.stderr,
             )
-            self._save(draw=True)  # what a run killed between its last state and the files made of it did not write
+            self._save(
+                draw=True
+            )  # in case the run was killed after its last state, before it wrote the files made of it
         loader = ImageLoader(
             self.crops,
             self._batches(self.step, max(self.step, self.total_steps)),
@@ -133,7 +135,7 @@ class Run(Parts[Config, Errors]):
             self.record.written = self._tell
             if self._pending():
                 self._validate_and_save(stop)
-            # All at once, as they will compute.
+            # On all ranks at once, as they will compute.
             rates = self.ranks.gathered(product_rate(self.device, self.precision))
             self.record.pace.begin(self.step, sum(rates))
             to_profile = self.config.run.profile if self.ranks.is_first else 0
@@ -150,7 +152,7 @@ class Run(Parts[Config, Errors]):
             say(f"images that could not be read, others stood in: {counted}; they are listed in {self.unreadable.file}")
 
     def _write_down(self) -> None:
-        """What the run is of, ahead of its first state."""
+        """Write the settings, the list of images and a line on this start, before the first step."""
         if self.images.listed:
             self.images.listed.save_list(self.config.out / IMAGES)
         write_json(self.config.out / CONFIG_FILE, self.config.to_dict())
@@ -166,7 +168,7 @@ class Run(Parts[Config, Errors]):
         append(self.config.out / STARTS, json.dumps(start) + "\n")
 
     def _tell(self, row: dict[str, Any]) -> None:
-        """Tell of a row that has been written whoever wants to know."""
+        """Pass a row that has been written on to the sinks and the callbacks."""
         if self._sinks:
             self._sinks.row(row)
         if self.callbacks:
@@ -175,14 +177,16 @@ class Run(Parts[Config, Errors]):
             except Exception as error:
                 if is_of_a_collective(error):
                     raise
-                self._raised = error  # to be raised when the run has been saved
+                self._raised = error  # raised when the run has been saved
             self.record.meter.restart_clock()
 
     @contextlib.contextmanager
     def _sinks_open(self) -> Iterator[None]:
-        """Rows are sent to the run's sinks, by the first rank, while the block lasts."""
+        """While the block lasts, the first rank sends rows to the run's sinks."""
         ended = "finished"
-        self.ranks.of_first(self._open_sinks)  # also where there are none: those of before lack the rows to come
+        self.ranks.of_first(
+            self._open_sinks
+        )  # even for no sinks: former ones must be marked as lacking the rows to come
         try:
             yield
         except BaseException as error:
@@ -210,7 +214,7 @@ class Run(Parts[Config, Errors]):
             loss = self._take_step(batches)
             self.record.meter.waited = feed.waited
             progress.update()
-            # A save has its number: what ranks say of one comes to all a step later, when it may be done.
+            # Saves are numbered: what is agreed on comes a step late, and the save may have been done by then.
             ours = stop.signal or self.ranks.abandoned()
             asked, save_asked = self.ranks.agreed(ours, (self.saves + 1) * self._save_is_due())
             if lines and not asked and (line := lines.after(self.step, loss, self.lr, self.batch_size, feed.waited)):
@@ -229,10 +233,10 @@ class Run(Parts[Config, Errors]):
             if profiler.stepped():
                 self.record.meter.restart_clock()
             self.record.settle(wait=False)
-            if look_is_due:  # before the state of this step, which says that it is done
+            if look_is_due:  # before the state of this step, so that a resumed run does not look again
                 if (seen := self._shown(self._look)) is not None:
                     self.record.log_inside(seen)
-                self.record.meter.restart_clock()  # behind a row: none of its images are forgotten
+                self.record.meter.restart_clock()  # directly after a row, so that no images go uncounted
             if due:
                 self._validate_and_save(stop)
             elif asked or save_asked > self.saves or self._is_enough or self._raised:
@@ -247,14 +251,14 @@ class Run(Parts[Config, Errors]):
                 return
 
     def _validate_and_save(self, stop: StopRequest) -> None:
-        """What a stop keeps from being done is done when the run is resumed."""
+        """Validate and save. If a stop interrupts the validation, it is done when the run is resumed."""
         done = self._validate(stop)
         self._save(draw=done)
         if not done:
             self._stop(self.ranks.largest(stop.signal or 0))
 
     def _pending(self) -> bool:
-        """Whether the run goes on from a step whose validation is due, and was not done."""
+        """Whether the validation of the present step is due, but has not been done."""
         return self.step > 0 and self.validation is not None and self._validation_is_due() and not self.record.validated
 
     def _stop(self, signal: int) -> None:
@@ -284,7 +288,7 @@ class Run(Parts[Config, Errors]):
         return self._is_due(self.config.run.save_every) or self.record.is_kept(self.step)
 
     def _is_due(self, every: int) -> bool:
-        """Whether a multiple of so many epochs is done, or the run; of 0, never."""
+        """Whether a multiple of `every` epochs is done, or the whole run; never if `every` is 0."""
         epoch, into_epoch = divmod(self.step, self.steps_per_epoch)
         return every > 0 and into_epoch == 0 and (epoch % every == 0 or self.step == self.total_steps)
 
@@ -293,7 +297,7 @@ class Run(Parts[Config, Errors]):
         return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
 
     def _validate(self, stop: StopRequest) -> bool:
-        """Returns whether it was done before a stop was asked for."""
+        """Validate; returns False if a stop was asked for first."""
         if not self.validation:
             return True
         with self.stepping.shown():
@@ -310,24 +314,34 @@ class Run(Parts[Config, Errors]):
         self.record.save()
         if draw:
             self._shown(self._draw)
-            for name in self.pictures if self._sinks else ():
-                if (self.config.out / name).exists():
-                    self._sinks.picture(self.step, Path(name).stem, self.config.out / name)
+            for path in (self.config.out / name for name in self.pictures):
+                if self._sinks and path.exists():
+                    self._sinks.picture(self.step, path.stem, path)
         self.saves, self.saved_at = self.saves + 1, time.monotonic()
         self.record.meter.restart_clock()
 
-    def _shown(self, show: Callable[[nn.Module], T]) -> T:
-        """Show the whole model, with the weights that are exported, to what the first rank does with it, and return that."""
-        with self.stepping.shown(), self.parallel.whole() as model:
-            return self.ranks.of_first(lambda: show(model))
+    def _shown(self, show: Callable[[Model], T]) -> T:
+        """What the first rank makes of the whole model with the weights that are exported; returned on all ranks."""
+        with self.stepping.shown():
+            return self._of_whole(show)
+
+    def _of_whole(self, show: Callable[[Model], T]) -> T:
+        """What the first rank makes of the whole model as it stands; returned on all ranks."""
+        with self.parallel.whole() as model:
+
+            def on_first() -> T:
+                assert model is not None
+                return show(model)
+
+            return self.ranks.of_first(on_first)
 
     @contextlib.contextmanager
     def _saved_all_the_same(self) -> Iterator[None]:
-        """Save the state where images cannot be loaded, and say so."""
+        """If images cannot be loaded, save the state, and say so in the error."""
         try:
             yield
         except (TooManyUnreadable, UnreadableImage, LostWorkers) as error:
-            if self.ranks.count > 1 and not isinstance(error, TooManyUnreadable):  # which this rank alone has met
+            if self.ranks.count > 1 and not isinstance(error, TooManyUnreadable):  # the other ranks do not know of it
                 saved = f"{self.record.saved()}, and --resume goes on"
             else:
                 self._save(draw=False)
@@ -339,21 +353,19 @@ class Run(Parts[Config, Errors]):
 
     @contextlib.contextmanager
     def _breakdown_told(self) -> Iterator[None]:
-        """Say what is left of a run that cannot go on, and of one that is not finite, where it went bad."""
+        """Add to the errors that end a run which state was saved last, and to a loss that is not finite where it comes from."""
         try:
             yield
         except NonFiniteLoss as error:
-            with contextlib.suppress(OSError):  # a state on its way to the disk is of a step that was sound
+            with contextlib.suppress(OSError):  # a state on its way to the disk is of a sound step
                 self.record.settle()
-            rate, exact = (
-                self.config.optimizer.base_lr,
-                "" if self.precision == "float32" else ", or --run.precision float32",
-            )
+            rate = self.config.optimizer.base_lr
+            exact = "" if self.precision == "float32" else ", or --run.precision float32"
             remedy = f"--resume with an --optimizer.base_lr below {rate:g}, a longer --schedule.warmup_epochs{exact} may help"
             error.args = (f"{error}{self._cause(error)}; {remedy}; {self.record.saved()}",)
             raise
         except OSError as error:
-            if type(error).__module__ != "builtins":  # a library's, of a callback, that may be made of other arguments
+            if type(error).__module__ != "builtins":  # a library's own class, whose arguments may be others
                 raise
             told = type(error)(f"{error}; {self.record.saved()}")
             told.errno = error.errno
@@ -364,7 +376,7 @@ class Run(Parts[Config, Errors]):
             raise
 
     def _cause(self, error: NonFiniteLoss) -> str:
-        """Found by the first rank, which takes the step again, part by part."""
+        """Where the loss went bad, in words: the first rank takes the step again, micro-batch by micro-batch."""
         step = error.step - 1
         parts = self.ranks.count * self.accumulate
         batches = BatchSampler(
@@ -377,7 +389,7 @@ class Run(Parts[Config, Errors]):
         )
         names = [self.train_images.name(index) for keys in batches for _, index in keys]
 
-        def look(model: nn.Module) -> str:
+        def look(model: Model) -> str:
             def again() -> Iterator[torch.Tensor]:
                 loader = ImageLoader(self.crops, batches, unreadable=lambda errors: None)
                 for pixels, beside in Feed(loader, self.device, self.beside):
@@ -385,5 +397,4 @@ class Run(Parts[Config, Errors]):
 
             return cause(error, model, again, names, self.config.out / BREAKDOWN)
 
-        with self.parallel.whole() as model:
-            return self.ranks.of_first(lambda: look(model))
+        return self._of_whole(look)

@@ -1,8 +1,7 @@
-"""The folder a run writes to, and whether it may."""
+"""The folder of a run: its files, and the checks before a run writes to it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from contextlib import suppress
@@ -13,6 +12,7 @@ from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from crate_mae.files import remove, remove_unfinished
 from crate_mae.pictures.inside import SHOWS
 from crate_mae.training.config import TrainingConfig
+from crate_mae.training.sections import by_name
 from crate_mae.training.sinks import clear_sinks
 from crate_mae.training.states import remove_unused_tensors, saved_states
 
@@ -20,22 +20,22 @@ Config = TypeVar("Config", bound=TrainingConfig)
 
 METRICS, PICTURE, BREAKDOWN = "metrics.jsonl", "reconstructions.png", "breakdown.json"
 STARTS = "starts.jsonl"
-"""A line for each time the run was started: from which step, when, by what, and with which settings changed."""
+"""A line for each start of the run: its step, time, machine and versions, and the settings that were changed."""
 UNREADABLE, IMAGES = "unreadable.txt", "images.safetensors"
-"""The images that could not be read, and the names of all in the order of the run, where they are of a folder."""
+"""The list of unreadable images; and, if the images are in a folder, the names of all in the order of the run."""
 STATES, BEST = "states", "best"
 RUN_FILES = (METRICS, CONFIG_FILE, WEIGHTS_FILE, PICTURE, BREAKDOWN, UNREADABLE, IMAGES, STARTS)
 PROFILE, TRACE, OPERATIONS = "profile", "trace.json.gz", "operations.txt"
 SUMMARY = "summary.png"
-"""Written by the demo alone."""
+"""Written by the demo only."""
 ANALYSIS, ANALYSIS_PICTURE, INSIDE = "analysis.json", "analysis.png", "inside"
-"""Written by `crate-mae analyze` and, into the folder, `crate-mae visualize`, of the model that the run has."""
+"""Written by `crate-mae analyze`, and the folder by `crate-mae visualize`, of the run's model."""
 FEATURES, FINETUNED, EVALUATION, EVALUATION_PICTURE = "features", "finetuned", "evaluation.json", "evaluation.png"
-"""Written by `crate-mae evaluate`: the first a folder of .safetensors files, the second one of fine-tunings."""
+"""Written by `crate-mae evaluate`: a folder of .safetensors files, a folder of fine-tunings, and the results."""
 
 
 def check_run_folder(config: TrainingConfig, *, resume: bool, overwrite: bool) -> None:
-    """Raise what a run says of a folder that holds a run, and of one that does not."""
+    """Refuse to resume where there is no run or one of other settings, and to start where there is one already."""
     held, early = _held(config.out), stopped_early(config.out)
     stopped = f"the run in {config.out} stopped before its first save; --overwrite starts it anew"
     if resume and has_state(config.out):
@@ -65,12 +65,12 @@ def clear_run_folder(out: Path) -> None:
     for folder in (out / INSIDE, out / FEATURES):
         remove_unfinished(folder)
     for folder in (out / STATES, out / BEST, out / INSIDE, out / FEATURES, out / PROFILE):
-        with suppress(OSError):  # not there, or with something in it that is not the run's
+        with suppress(OSError):  # it is not there, or holds something else
             folder.rmdir()
 
 
 def remove_leftovers(out: Path) -> list[Path]:
-    """Delete what a run that was killed while it saved left unfinished; returns it."""
+    """Delete the unfinished files of a run that was killed while it saved; returns them."""
     unfinished = [path for folder in (out, out / STATES, out / BEST) for path in remove_unfinished(folder)]
     return unfinished + remove_unused_tensors(out / STATES)
 
@@ -81,7 +81,7 @@ def has_state(out: Path) -> bool:
 
 
 def progress(out: Path) -> str:
-    """How far the run in a folder has come with its last state, such as "110 of 110 epochs"; empty where it does not say."""
+    """How far the run has come by its last state, such as "110 of 110 epochs"; empty if the folder does not tell."""
     try:
         epochs = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))["schedule"]["epochs"]
         *_, last = (out / METRICS).read_bytes().splitlines()
@@ -93,12 +93,12 @@ def progress(out: Path) -> str:
 
 
 def kind_of(settings: dict[str, Any]) -> str:
-    """Of which command a run is, by its config.json."""
+    """The command of a run, by its config.json."""
     return "finetune" if "augment" in settings else "pretrain"
 
 
 def stopped_early(out: Path) -> bool:
-    """Whether there is of a run what is written before it first saves."""
+    """Whether the folder holds a run that ended before its first save."""
     held = _held(out)
     return CONFIG_FILE in held and WEIGHTS_FILE not in held and not has_state(out)
 
@@ -109,12 +109,12 @@ def _held(out: Path) -> list[str]:
 
 
 def existing(out: Path) -> Path:
-    """What there is of a path: itself, or the nearest above it."""
+    """The path itself, or the nearest folder above it that exists."""
     return next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
 
 
 def refuse_unwritable(out: Path, option: str = "--out") -> None:
-    """Raise what a run says of a folder that cannot be written."""
+    """Raise an OSError if the folder cannot be written to, or not be made."""
     there = existing(out)
     if not there.is_dir():
         raise NotADirectoryError(f"{option} {out}: {there} is a file, not a folder")
@@ -123,7 +123,7 @@ def refuse_unwritable(out: Path, option: str = "--out") -> None:
 
 
 def _refuse_other_run(config: TrainingConfig) -> None:
-    """Refuse what is no run of this kind, and changes that would make the steps taken so far mean something else."""
+    """Refuse a run of another kind, and changes of settings that a resumed run must keep."""
     file, asked = config.out / CONFIG_FILE, config.to_dict()
     kept = {
         name: value
@@ -141,7 +141,7 @@ def _refuse_other_run(config: TrainingConfig) -> None:
     if kind != config.kind:
         raise ValueError(f"{config.out} holds a run of crate-mae {kind}, and that resumes it; --overwrite deletes it")
     pairs["init"] = (saved.get("init"), asked["init"])
-    if config.schedule.batch_size == "auto":  # as the command was that started the run, which found a number
+    if config.schedule.batch_size == "auto":  # the number that was found when the run was started stays
         pairs.pop("schedule.batch_size", None)
     for name, (had, got) in pairs.items():
         if had != got:
@@ -151,22 +151,26 @@ def _refuse_other_run(config: TrainingConfig) -> None:
 
 
 def with_its_batch_size(config: Config) -> Config:
-    """The settings of a run that is resumed, with the batch size that it has where it is to be found."""
+    """The settings, with the batch size of the run that is resumed in place of "auto"."""
     if config.schedule.batch_size != "auto":
         return config
-    number = _settings_of_run(config)["schedule.batch_size"]
-    return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, batch_size=number))
+    return config.with_schedule(batch_size=_settings_of_run(config)["schedule.batch_size"])
 
 
 def changed_settings(config: TrainingConfig) -> str:
-    """The settings that the run in the folder had otherwise, in words."""
+    """The settings that differ from those of the run in the folder, in words."""
     had, has = _settings_of_run(config), by_name(config.to_dict())
     changes = [f"{name} {had[name]} -> {has[name]}" for name in has if name in had and had[name] != has[name]]
     return ", ".join(change for change in changes if not change.startswith("out "))
 
 
 def other_images(config: TrainingConfig, had: int, has: int) -> str:
-    """Why the images to train on, so many now, may be others than those of the run in the folder, in words."""
+    """Why the images to train on may differ from those of the run in the folder, in words.
+
+    Args:
+        config: the present settings.
+        had, has: how many images there were, and how many there are.
+    """
     before, now = _settings_of_run(config), by_name(config.to_dict())
     changed = [
         f"{name} was {before.get(name)}, got {now[name]}"
@@ -180,12 +184,3 @@ def other_images(config: TrainingConfig, had: int, has: int) -> str:
 
 def _settings_of_run(config: TrainingConfig) -> dict[str, Any]:
     return by_name(json.loads((config.out / CONFIG_FILE).read_text(encoding="utf-8")))
-
-
-def by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    named = {}
-    for name, value in settings.items():
-        named |= (
-            {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
-        )
-    return named

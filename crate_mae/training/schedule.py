@@ -6,7 +6,7 @@ import math
 
 
 def warmup_cosine(step: int, *, peak: float, final: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear from peak / warmup_steps up to `peak` at the end of the warm-up, then half a cosine down to `final`.
+    """Linear from peak / warmup_steps to `peak` at the end of the warm-up, then half a cosine down to `final`.
 
     The rate of the first step is above zero, and that of the last (total_steps - 1) is `final`.
     """

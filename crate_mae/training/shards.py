@@ -1,8 +1,8 @@
-"""The tensors of states that several ranks write together: a folder of `torch.distributed.checkpoint`, each rank a file.
+"""The tensors of states that several ranks write together, as a folder of `torch.distributed.checkpoint`.
 
-A state of several ranks is the file that one process would write, `states/step_<n>.pt`, with the name of such a folder and the
-checksums of what is in it in the place of its tensors. It is put in its place when all of the folder is on the disk: until
-then, and from the moment on that it is deleted, the folder is rubbish, which `remove_rubbish` clears away.
+A state of several ranks is the file `states/step_<n>.pt`, as one process would write it; but in place of tensors it holds the
+name of such a folder and the checksums of its files. The state is written when the whole folder is on the disk. A folder that no
+state names, because it is unfinished or its state was deleted, is rubbish, which `remove_rubbish` deletes.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from crate_mae.files import make_folder, sync_folder
 from crate_mae.training.ranks import TorchrunRanks
 
 TENSORS = ("model", "optimizer", "average")
-"""The parts of a state that are tensors by names."""
+"""The parts of a state that are dictionaries of tensors."""
 
 _FOLDER = re.compile(r"step_[0-9]+-[0-9a-f]{8}")
 _CHUNK = 2**24
 
 
 class BackgroundSave:
-    """Tensors of all ranks on their way to the disk, while the run goes on.
+    """Writes the tensors of all ranks in the background, while the run goes on.
 
     Args:
         folder: of the states.
+        state: of which `TENSORS` are written.
+        ranks: of the run.
         commit: called on the first rank, in the background, when all tensors are on the disk, with what `read_tensors` needs.
     """
 
@@ -56,10 +58,10 @@ class BackgroundSave:
         return self._saving.done()
 
     def wait(self) -> None:
-        """Returns when the state is on the disk.
+        """Return when the tensors are on the disk.
 
         Raises:
-            OSError: it could not be written; what was there before is there still.
+            OSError: they could not be written; older states are still there.
         """
         try:
             self._saving.result()
@@ -77,7 +79,7 @@ class BackgroundSave:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Writes and syncs the files of each rank; the first, when all are there, says what they are."""
+    """Writes and syncs the file of each rank; when all are there, the first rank calls `commit` with their checksums."""
 
     def __init__(self, folder: Path, commit: Callable[[dict[str, Any]], object]) -> None:
         super().__init__(folder)
@@ -99,7 +101,7 @@ def read_tensors(folder: Path, written: dict[str, Any]) -> dict[str, dict[Any, A
 
     Args:
         folder: of the states.
-        written: what was committed.
+        written: what `commit` was called with.
 
     Raises:
         ValueError: a file is gone, or is not what was written.
@@ -121,7 +123,9 @@ def read_tensors(folder: Path, written: dict[str, Any]) -> dict[str, dict[Any, A
         if isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant: each reads for itself
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled"
+        )  # as intended: each rank reads for itself
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     parts: dict[str, dict[Any, Any]] = {part: {} for part in TENSORS[:2]}
     for key, tensor in tensors.items():
@@ -144,7 +148,7 @@ def remove_rubbish(folder: Path, used: Iterable[str]) -> list[Path]:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads what is listed in a pickle, and runs nothing that may be in it."""
+    """Reads the metadata, a pickle, without running what may be in it."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -158,7 +162,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith(("torch", "pathlib", "collections")):
             found = super().find_class(module, name)
-            # Defined there, and not only known: a name may have dots in it, and "io.FileIO" of pathlib would empty a file.
+            # The class must be defined there: a name may have dots, and pathlib's "io.FileIO" would empty a file.
             of_metadata = isinstance(found, type) and found.__module__ in _OF_METADATA
             if of_metadata or isinstance(found, torch.dtype) or (module, name) in _ALSO:
                 return found

@@ -1,7 +1,7 @@
 """The resumable states of a run: `states/step_<n>.pt`, and `step_<n>_diverging.pt` of steps at which it diverged.
 
-One process writes all of a state into that file; several write its tensors beside it, as `shards` says. Whoever reads gets the
-same either way, whole, and so a run goes on with any number of processes.
+One process writes a whole state into that file; several write its tensors beside it, see `shards`. Reading gives the same whole
+tensors either way, so that a run can go on with any number of processes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PARTS = {
     "model": dict, "optimizer": dict, "step": int, "images": str, "image_count": int, "random": dict, "meter": dict,
     "watch": dict,
 }  # fmt: skip
-"""What a state holds, and of which type."""
+"""What a state holds, by type."""
 
 
 class SavedState(NamedTuple):
@@ -43,7 +43,7 @@ class SavedState(NamedTuple):
 
 
 def saved_states(folder: Path) -> list[SavedState]:
-    """The states in a folder, the newest first; of one step, the one that does not diverge."""
+    """The states in a folder, the newest first; of two of one step, first the one that does not diverge."""
     paths = folder.iterdir() if folder.is_dir() else ()
     found = [(match, path) for path in paths if (match := _NAME.fullmatch(path.name)) and path.is_file()]
     states = [SavedState(int(match[1]), match[2] is not None, path) for match, path in found]
@@ -51,10 +51,10 @@ def saved_states(folder: Path) -> list[SavedState]:
 
 
 def write_state(folder: Path, state: dict[str, Any], *, diverging: bool) -> Path:
-    """Write a state, on the disk when this returns; returns its file.
+    """Write a state, which is on the disk when this returns; returns its file.
 
     Raises:
-        OSError: it could not be written; what was there before is there still.
+        OSError: it could not be written; older states are still there.
     """
     make_folder(folder)
     names = [f"step_{state['step']}{mark}.pt" for mark in ("", "_diverging")]
@@ -68,11 +68,11 @@ def write_state(folder: Path, state: dict[str, Any], *, diverging: bool) -> Path
 def forget_states(
     folder: Path, *, step: int, keep: int, best: int | None, is_kept: Callable[[int], bool]
 ) -> list[Path]:
-    """Delete the states that are not to be kept at `step`; returns them.
+    """Delete the states that are no longer needed at `step`; returns them.
 
-    Those stay that do not diverge and are among the last `keep` of these, the best one, or `is_kept`; and, until a state that
-    does not diverge has followed, the last `keep` that do. Of steps after this one, nothing is left: a run that went back to an
-    earlier state takes them anew.
+    Of the states that do not diverge, these stay: the last `keep`, the one of the best validation, and those that `is_kept`. Of
+    the diverging ones the last `keep` stay until one that does not diverge follows. All states of later steps are deleted: a run
+    that went back to an earlier state takes these steps anew.
     """
     past = [state for state in saved_states(folder) if state.step <= step]
     sound = [state for state in past if not state.diverging]
@@ -87,9 +87,9 @@ def forget_states(
 
 
 def remove_unused_tensors(folder: Path) -> list[Path]:
-    """Delete the tensors that several ranks wrote and no state names, as of a save that was killed; returns their folders.
+    """Delete folders of tensors that no state names, such as those of a save that was killed; returns them.
 
-    Where a state cannot be read, those of its step stay, for as long as it does.
+    If a state cannot be read, the folders of its step stay as long as the state does.
     """
     used = set()
     for saved in saved_states(folder):
@@ -98,9 +98,9 @@ def remove_unused_tensors(folder: Path) -> list[Path]:
             continue
         try:
             state = torch.load(saved.path, map_location="cpu", weights_only=True, mmap=True)
-            if shards := state.get("shards"):  # else one process has written it anew
+            if shards := state.get("shards"):  # without, one process wrote it
                 used.add(shards["folder"])
-        except Exception:  # whatever it is
+        except Exception:  # whatever may be wrong with the file
             used.update(folders)
     return remove_rubbish(folder, used)
 
@@ -108,12 +108,13 @@ def remove_unused_tensors(folder: Path) -> list[Path]:
 def read_state(
     folder: Path, wanted: bool | str | int, fits: Callable[[dict[str, Any]], None], without: Container[Path] = ()
 ) -> tuple[Any, dict[Path, str]]:
-    """A state of the run, and what was wrong with newer ones that were passed over, a line for each file.
+    """Read a state of the run; also returns what was wrong with newer ones that were passed over, a line for each file.
 
     Args:
-        wanted: True for the newest that can be read, "best" for the one with the best validation, or a step.
-        fits: raises a ValueError for a state that is no state of this run.
-        without: states that others could not read.
+        folder: of the states.
+        wanted: True for the newest that can be read, "best" for that of the best validation, or a step.
+        fits: raises a ValueError for a state that is not of this run.
+        without: states to pass over, because another rank could not read them.
 
     Raises:
         FileNotFoundError: there is no state, or not the one that is wanted.
@@ -140,7 +141,7 @@ def read_state(
 
 
 def load_state_weights(saved: SavedState, model: nn.Module) -> int:
-    """Give a model the weights of a state; returns how many images the run trained on.
+    """Load the weights of a state into a model; returns how many images the run trained on.
 
     Raises:
         ValueError: the state cannot be read, is of another model, or its weights are not finite.
@@ -177,10 +178,10 @@ def _read(path: Path, fits: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         for name, kind in _PARTS.items():
             if not isinstance(state, dict) or not isinstance(state.get(name), kind):
                 raise ValueError(f"it holds no {name}, as the state of a run does")
-        if state["step"] != int(_NAME.fullmatch(path.name)[1]):
+        if not (named := _NAME.fullmatch(path.name)) or state["step"] != int(named[1]):
             raise ValueError(f"it is of step {state['step']}")
         fits(state)
-    except Exception as error:  # what is no state of ours may raise anything, with advice to trust it
+    except Exception as error:  # a foreign file may raise anything, with the advice to trust it
         told = isinstance(error, (ValueError, OSError, zipfile.BadZipFile))
         why = str(error) if told else type(error).__name__
         raise ValueError(f"cannot read {path}: {' '.join(why.split())[:300]}") from error
@@ -188,8 +189,10 @@ def _read(path: Path, fits: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
 
 
 def random_state(ranks: Ranks) -> dict[str, Any]:
-    """The states of this process' global generators of torch, NumPy and Python, as plain numbers and tensors."""
-    algorithm, keys, position, has_gauss, cached_gauss = np.random.get_state()
+    """The states of the global generators of torch, NumPy and Python in this process, as plain numbers and tensors."""
+    of_numpy = np.random.get_state()
+    assert isinstance(of_numpy, tuple)
+    algorithm, keys, position, has_gauss, cached_gauss = of_numpy
     return {
         "torch": torch.get_rng_state(),
         "cuda": _states_of_cuda(ranks),
@@ -199,11 +202,11 @@ def random_state(ranks: Ranks) -> dict[str, Any]:
 
 
 def check_fits(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a state that could not be restored, or not all of it.
+    """Refuse a state that cannot be restored in full.
 
     Raises:
-        Exception: a ValueError if its weights, or the optimizer's means of them, have other names, shapes or types than these; or
-            what the generators of random numbers say of states that are none of theirs.
+        ValueError: its weights, or the optimizer's means, have other names, shapes or types than the model's.
+        Exception: a state of a random generator is none; the generator's own error.
     """
     expected = model.state_dict()
     if problems := differences(state["model"], expected):
@@ -237,9 +240,9 @@ def restore(
     scaler: torch.amp.GradScaler | None = None,
     ranks: Ranks | None = None,
 ) -> list[str]:
-    """Give the model, the optimizer and the generators what a state that fits holds; returns what it could not, in words.
+    """Restore model, optimizer and random generators from a state that fits; returns in words what could not be restored.
 
-    The optimizer's settings stay: those of the run as it goes on, not as it was.
+    The optimizer keeps its settings, which are those of the resumed run.
     """
     ranks = ranks or Ranks()
     expected = model.state_dict()
@@ -276,12 +279,12 @@ def restore(
 
 
 def exported(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights of a state that are shown and exported: their average, where it has one."""
+    """The weights of a state that are drawn and exported: their average if it has one."""
     return state["model"] | state.get("average", {})
 
 
 def _shared_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A value as the ranks share the parameter, if it is one for each entry."""
+    """A value, sharded like the parameter if it has its shape."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     shared = torch.empty_like(parameter, requires_grad=False)
@@ -290,8 +293,8 @@ def _shared_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def _states_of_cuda(ranks: Ranks) -> list[torch.Tensor]:
-    """Of this process' device where there are several processes, which must not touch those of the others."""
-    if not torch.cuda.is_initialized():  # as of a run on a CPU, which shall not take memory of a GPU
+    """The generators' states of all CUDA devices; with several ranks that of this one's device alone."""
+    if not torch.cuda.is_initialized():  # a run on a CPU must not take memory of a GPU
         return []
     return torch.cuda.get_rng_state_all() if ranks.count == 1 else [torch.cuda.get_rng_state()]
 

@@ -1,4 +1,4 @@
-"""One step of an optimizer: micro-batches, ranks, scaling, clipping, and the guard against what is not finite."""
+"""One step of the optimizer: micro-batches, ranks, loss scaling, clipping, and a guard against values that are not finite."""
 
 from __future__ import annotations
 
@@ -9,42 +9,45 @@ from typing import Any
 import torch
 from torch import nn
 
+from crate_mae.classifiers import Classifier
 from crate_mae.layers import PreNorm
+from crate_mae.model import CrateMAE
 from crate_mae.training.average import Average
 from crate_mae.training.metrics import StepMeter
 from crate_mae.training.parallel import Alone, whole
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""Pixels, and what a loss takes beside them."""
+"""Pixels, and what the loss takes beside them."""
 
 LossOf = Callable[[Callable[..., Any], torch.Tensor, torch.Tensor, int], torch.Tensor]
 """The mean loss of (forward, pixels, beside, step)."""
 
 
 class Step:
-    """One step on a batch that may come in parts: the gradient is that of the mean over all images of all ranks.
+    """Takes steps on the gradient of the mean loss over all images of a batch, whose parts may be on several ranks.
 
-    Each micro-batch counts by its share of the images, so that parts of different sizes give the mean that the whole would. Ranks
-    add their gradients up in the last micro-batch of a step alone.
+    The loss of a micro-batch is weighted by its share of the images, so that parts of different sizes give the mean over all.
+    Ranks sum their gradients in the last micro-batch of a step only.
 
     Args:
         parallel: the model.
+        optimizer: of its parameters.
         loss_of: the mean loss of a micro-batch.
-        batch_size: images a step, of all ranks and micro-batches.
-        accumulate: micro-batches a step, on each rank.
-        clip_grad: the largest norm of the whole gradient; 0 for none.
-        scaled: whether the loss is scaled for a backward in float16 (arXiv 1710.03740). Then a gradient that is not finite
-            changes nothing but the scale.
+        batch_size: images in a step, of all ranks and micro-batches.
+        accumulate: micro-batches in a step, on each rank.
+        clip_grad: the largest norm of the whole gradient; 0 for no clipping.
+        average: a moving average of the weights, if one is kept.
+        scaled: whether the loss is scaled for a backward in float16 (arXiv 1710.03740). Then a step whose gradient is not finite
+            is skipped, and the scale lowered.
 
     Attributes:
-        average: of the weights, if one is kept.
         scaler: of the loss.
-        grad_norms: of the last step that was asked for them, by part of the model.
+        grad_norms: gradient norms by part of the model, of the last step for which they were asked.
     """
 
     def __init__(
         self,
-        parallel: Alone,
+        parallel: Alone[CrateMAE | Classifier],
         optimizer: torch.optim.Optimizer,
         loss_of: LossOf,
         *,
@@ -60,17 +63,21 @@ class Step:
         device = next(parallel.model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self._broken = torch.zeros((), device=device)
-        optimizer.found_inf = self._broken
+        optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # fused optimizers look for it, undeclared
         self.grad_norms: dict[str, float] = {}
         self._is_shown = False
 
     def __call__(
         self, batches: Iterator[Batch], lr: float, step: int, meter: StepMeter, *, by_part: bool = False
     ) -> torch.Tensor:
-        """Take the step after `step` others on the next micro-batches; returns its loss, the mean over all images.
+        """Take a step on the next micro-batches; returns its loss, the mean over all images.
 
         Args:
-            by_part: measure `grad_norms`, for which the device is waited for.
+            batches: micro-batches.
+            lr: the learning rate.
+            step: how many steps were taken before.
+            meter: takes the loss and the gradient's norm.
+            by_part: measure `grad_norms`, which waits for the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -79,8 +86,8 @@ class Step:
         if by_part:
             self.grad_norms = _norms_by_part(self.parallel.model)
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.parallel.model.parameters(), self._longest)).detach()
-        # From the first step on that is not finite, this number keeps the optimizer from changing anything, and nobody waits for
-        # it: when the loss is read, some steps later, the weights are still those that it went bad with.
+        # From the first step on that is not finite, this flag on the device keeps the optimizer from changing anything. The host
+        # does not wait for it: when it reads the loss, some steps later, the weights are still those before the bad step.
         not_finite = meter.add(step + 1, loss, grad_norm, self.batch_size)
         self._broken.copy_(torch.maximum(self._broken, not_finite))
         self.scaler.step(self.optimizer)
@@ -103,16 +110,18 @@ class Step:
                 total += loss.detach() * share
                 if is_last:
                     summed = ranks.sum(total)
-                if self.scaler.is_enabled():  # whose own steps would go on behind one with a loss that is not finite
-                    loss = loss * torch.where(self._broken > 0, torch.nan, 1.0)  # as a factor, of gradients, too
-                # Both modes divide by the number of ranks what they have added up.
+                if self.scaler.is_enabled():  # the scaler would take steps again after a loss that was not finite
+                    loss = loss * torch.where(
+                        self._broken > 0, torch.nan, 1.0
+                    )  # as a factor it makes gradients NaN, too
+                # DDP and FSDP2 divide the sum of gradients by the number of ranks.
                 self.scaler.scale(loss * (share * ranks.count)).backward()
         summed()
         return total
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """The model has the weights that are validated and exported while the block lasts: their average, if one is kept."""
+        """While the block lasts, the model has the weights that are validated and exported: the average, if one is kept."""
         if self.average is None or self._is_shown:
             yield
             return
@@ -127,8 +136,8 @@ class Step:
 
 
 def _norms_by_part(model: nn.Module) -> dict[str, float]:
-    """The norm of the gradient of each step of each layer (attention, sparse step, with their LayerNorms), and of each of the
-    modules and tokens beside them, by their names in the model."""
+    """Norms of the gradient by part of the model: each half of each layer (attention, or sparse step, with its LayerNorm), and
+    each module or token outside the layers, by its name."""
     steps = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PreNorm))
     parts: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():

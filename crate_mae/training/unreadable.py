@@ -1,4 +1,4 @@
-"""Images that a run meets and cannot read: counted, named once, and too many in the end."""
+"""Counts the images that a run cannot read, and stops it if they are too many."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from crate_mae.files import append
 from crate_mae.training.ranks import Ranks
 
 _SAID_SINGLY = 20
-"""Images that have a line of their own on the screen; the others are counted there."""
+"""So many images have a line of their own on the screen; the others are only counted there."""
 
 
 class UnreadableImages:
-    """The images that cannot be read, of those that this run has met since it was started or resumed.
+    """The unreadable images among those that this run has met since it was started or resumed.
 
     Args:
-        file: gets the line of each; those that it has already are not said again.
-        images: how many there are, to train and to validate on.
+        file: lists them, a line each; an image that it lists already is not said again.
+        images: how many images there are, to train and to validate on.
         most: the fraction of them that may be unreadable, rounded up to a whole image.
         say: takes a line for the user.
-        ranks: what several meet counts when they have told each other, in `share`, and the first writes it down.
+        ranks: with several, images count after `share`, and the first rank writes the file.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class UnreadableImages:
         self._listed: set[str] = set()
 
     def __call__(self, errors: Sequence[UnreadableImage]) -> None:
-        """Take note of images that were met. Those that were removed after an earlier start had listed them do not count.
+        """Note unreadable images. Those that are gone now do not count if an earlier start listed them.
 
         Raises:
             TooManyUnreadable: those met by now are more than are allowed.
@@ -46,7 +46,7 @@ class UnreadableImages:
             self.share()
 
     def share(self) -> None:
-        """Take note of what all ranks have met; all come here. Errors as above, on all."""
+        """Count the images of all ranks; all must call it. Errors as of `__call__`, on all ranks."""
         found = [image for of_rank in self.ranks.gathered(self._untold) for image in of_rank]
         self._untold = []
         if not found:
@@ -71,7 +71,7 @@ class UnreadableImages:
                 )
 
     def counted(self) -> str:
-        """How many there are by cause, in words; nothing where all could be read."""
+        """How many there are by cause, in words; empty if there are none."""
         return by_cause(self._met.values())
 
     def _told(self, image: Unreadable) -> None:
@@ -83,7 +83,7 @@ class UnreadableImages:
 
 
 def listed(file: Path) -> set[str]:
-    """The names of images in such a file; none where there is none."""
+    """The names of the images in the file of `UnreadableImages`; none if there is no file."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:

@@ -1,34 +1,33 @@
-"""The reconstruction error on images held out, and the errors of guesses that any model must beat."""
+"""The reconstruction error on images held out, and the errors of simple guesses that any model must beat."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import Dataset
 
-from crate_mae.data import ImageLoader, Normalization, UnreadableImage, in_order, part_of
+from crate_mae.data import CentreCropped, Normalization, part_of
 from crate_mae.evaluation import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
 from crate_mae.model import CrateMAE, MAEOutput
 from crate_mae.pictures import predicted_patches
+from crate_mae.training.held_out import HeldOut
 from crate_mae.training.precision import autocast
-from crate_mae.training.ranks import Ranks
 
 
 class ValidationErrors(NamedTuple):
     """Mean squared errors on removed patches, in normalised pixels; all on the same images and masks.
 
     Attributes:
-        val_loss: of the model. With `norm_pix_loss` its prediction is first brought back to pixels with the mean and
-            deviation of the true patch, so that the number can be held against the other errors.
-        mean_fill_loss: of filling the removed patches of an image with the mean of its visible ones; the better of the
-            mean patch (pixel by pixel) and the mean colour.
-        blur_loss: of the best Gaussian blur of the visible pixels, `evaluation.blurred_visible`.
-        blur_sigma: the standard deviation of that blur, in pixels: of those tried, the one with the least error.
+        val_loss: error of the model. With `norm_pix_loss` its prediction is first brought back to pixels with the mean and
+            deviation of the true patch, so that it can be compared with the other errors.
+        mean_fill_loss: error of filling removed patches with a mean of the image's visible ones: the mean patch (pixel by pixel)
+            or the mean colour, whichever is better.
+        blur_loss: error of the best Gaussian blur of the visible pixels, `evaluation.blurred_visible`.
+        blur_sigma: the standard deviation of that blur, in pixels.
     """
 
     val_loss: float
@@ -38,65 +37,52 @@ class ValidationErrors(NamedTuple):
 
     @property
     def guess(self) -> tuple[str, float]:
-        """What a run is held against that diverges, and its error."""
+        """The name and the error of the guess with which `DivergenceWatch` compares."""
         return "mean fill", self.mean_fill_loss
 
 
-class Validation:
+class Validation(HeldOut[CrateMAE, ValidationErrors]):
     """Measures a model on the same images with the same masks each time, so that epochs can be compared.
 
     Args:
-        ranks: which measure a part of each batch each, and all get the errors of all images.
+        images: uint8 [channels, height, width] each.
+        patches: of an image.
+        mask_ratio: fraction of them that is removed.
+        seed: fixes which.
+        **measuring: as of `HeldOut`.
     """
 
     def __init__(
         self,
-        images: Dataset[torch.Tensor],
+        images: CentreCropped | Sequence[torch.Tensor],
         normalization: Normalization,
         *,
         patches: int,
         mask_ratio: float,
-        batch_size: int,
         seed: int,
-        precision: str = "float32",
-        num_workers: int = 0,
-        say: Callable[[str], None] = warnings.warn,
-        unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
-        ranks: Ranks | None = None,
+        **measuring: Any,
     ) -> None:
-        self.images = images
-        self.normalization = normalization
-        self.mask_ratio = mask_ratio
-        self.precision = precision
-        self.patches, self.seed = patches, seed
-        self.ranks = ranks or Ranks()
-        rank, count = self.ranks.rank, self.ranks.count
-        self._sizes = [len(batch) for batch in in_order(len(images), batch_size)]
-        batches = [part_of(batch, rank, count) for batch in in_order(len(images), batch_size)]
-        self._loader = ImageLoader(images, batches, num_workers=num_workers, say=say, unreadable=unreadable)
-        self._fill_errors: Counter[str | float] = Counter()
+        dataset = cast("Dataset[torch.Tensor]", images)  # the loader takes items by their numbers, and nothing else
+        super().__init__(dataset, len(images), normalization, **measuring)
+        self.images, self.mask_ratio, self.patches, self.seed = images, mask_ratio, patches, seed
+        self._fill_errors: dict[str | float, float] = {}
 
     @property
     def noise(self) -> torch.Tensor:
-        """As of `mask_noise`, of all images."""
+        """The noise of all images, see `mask_noise`."""
         return mask_noise(len(self.images), self.patches, self.seed)
-
-    def __call__(self, model: CrateMAE) -> ValidationErrors:
-        """The errors of a model, which is in the mode it was in when this returns."""
-        errors = self.unless(model, lambda: False)
-        assert errors is not None
-        return errors
 
     @torch.no_grad()
     def unless(self, model: CrateMAE, stopped: Callable[[], object]) -> ValidationErrors | None:
-        """The errors, or None where `stopped` was so before the last batch."""
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        first = not self._fill_errors  # which no model changes: they are measured once
-        sums: Counter[str | float] = Counter()
+        first = not self._fill_errors  # no model changes them, so they are measured once
+        sums: defaultdict[str | float, float] = defaultdict(float)
         removed = 0.0
-        generator = torch.Generator().manual_seed(self.seed)  # batch by batch, since of millions of images it is large
+        generator = torch.Generator().manual_seed(
+            self.seed
+        )  # batch by batch: for millions of images the noise is large
         for pixels, size in zip(self._loader, self._sizes, strict=True):
             noise = part_of(torch.rand(size, self.patches, generator=generator), self.ranks.rank, self.ranks.count)
             if stopped():
@@ -105,10 +91,10 @@ class Validation:
             images = self.normalization(pixels.to(device))
             with autocast(self.precision, device):
                 output = model(images, mask_ratio=self.mask_ratio, noise=noise.to(device))
-            if self.ranks.rank >= size:  # it has none of this batch
+            if self.ranks.rank >= size:  # this rank has no image of this batch
                 continue
             target = model.patchify(images)
-            guesses = {"model": predicted_patches(model, images, output.pred)}
+            guesses: dict[str | float, torch.Tensor] = {"model": predicted_patches(model, images, output.pred)}
             if first:
                 guesses |= _fills(model, images, output)
             for name, guess in guesses.items():
@@ -126,12 +112,12 @@ class Validation:
 
 
 def mask_noise(images: int, patches: int, seed: int) -> torch.Tensor:
-    """[images, patches]: what fixes the masks of validation images, as in `model(images, mask_ratio, noise)`."""
+    """The noise [images, patches] that fixes the masks of validation images, for `model(images, mask_ratio, noise)`."""
     return torch.rand(images, patches, generator=torch.Generator().manual_seed(seed))
 
 
 def _fills(model: CrateMAE, images: torch.Tensor, output: MAEOutput) -> dict[str | float, torch.Tensor]:
-    """Guesses at all patches, [batch, patches or 1, patch values], by name, or of blurs by sigma in pixels."""
+    """Guesses at all patches, [batch, patches or 1, patch values], by name; blurs by their sigma in pixels."""
     target, side = model.patchify(images), model.config.patch_size
     grid = (images.shape[-2] // side, images.shape[-1] // side)
     visible = model.unpatchify((1 - output.mask).unsqueeze(-1).expand_as(target), grid=grid)

@@ -227,11 +227,11 @@ class TestScoring:
         assert found.guess_loss == pytest.approx(np.log(8))
 
     def test_the_best_has_the_highest_top1_and_then_the_least_loss(self):
-        watch = ScoreWatch()
+        watch = ScoreWatch(fill=2.3)
         told = [(2.0, 0.5), (1.0, 0.4), (1.9, 0.5), (1.9, 0.5), (3.0, 0.6), (20.0, 0.9)]
         best = [watch.validated(step, Scores(loss, top1, 1.0, 2.3)) for step, (loss, top1) in enumerate(told)]
         assert best == [True, False, True, False, True, False] and watch.diverging
-        assert watch.best == Scores(3.0, 0.6, 1.0, None) and ScoreWatch(**watch.state()) == watch
+        assert watch.best == Scores(3.0, 0.6, 1.0, 2.3) and ScoreWatch(**watch.state()) == watch
 
 
 class TestStart:

@@ -1,8 +1,8 @@
-"""Where the rows of metrics.jsonl go beside: CSV, TensorBoard, Weights & Biases, MLflow.
+"""Sinks: further places for the rows of metrics.jsonl. CSV, TensorBoard, Weights & Biases, MLflow.
 
-metrics.jsonl stays the truth, and is cut back where a run is resumed from an earlier state. What was sent cannot be, so that
-there is one rule for going on: a sink that was closed in order with just the rows that metrics.jsonl has now goes on; any other
-starts anew, and gets all of them. How they were closed is in sinks.json, which is there only between two runs.
+metrics.jsonl is cut back when a run is resumed from an earlier state, but what was sent to a sink cannot be taken back. Hence one
+rule: a sink goes on if it was closed in order, with exactly the rows that metrics.jsonl has now; any other starts anew and gets
+all rows. sinks.json, which is there only while no run is going on, tells how sinks were closed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ _KINDS: dict[str, type[Sink]] = {
     kind.name: kind for kind in (csv.CSVSink, tensorboard.TensorBoardSink, wandb.WandbSink, mlflow.MLflowSink)
 }
 PLACES = {kind.name: kind.place for kind in _KINDS.values()}
-"""Where each leaves what it does not send elsewhere: a file or a folder in that of the run."""
+"""The file or folder of each sink in the run's folder, for what it does not send elsewhere."""
 
 _CLOSED = "sinks.json"
 _OURS = ".sinks"
-"""Names of the sinks that were ever opened in a folder: what stands in the place of another is not the run's, and left alone."""
+"""The file that names the sinks ever opened in a folder. A file in the place of another sink is not the run's, and left alone."""
 
 
 class Sinks:
     """The sinks of a run.
 
-    A tracker that fails is said so once, and left alone from then on.
+    If a tracker fails, a line says so, and nothing more is sent to it.
 
     Args:
-        rows: how many there are already.
+        sinks: that are open.
+        out: the run's folder.
+        rows: how many rows there are already.
+        say: takes a line for the user.
     """
 
     def __init__(self, sinks: Sequence[Sink], out: Path, rows: int, say: Callable[[str], None]) -> None:
@@ -48,7 +51,7 @@ class Sinks:
         """Send a row, as it was written to metrics.jsonl.
 
         Raises:
-            OSError: a file could not be written; it names the path.
+            OSError: a file could not be written; the message names it.
         """
         self._rows += 1
         scalars = scalars_of(row)
@@ -63,10 +66,10 @@ class Sinks:
                 sink.picture(step, name, path)
 
     def close(self, ended: str) -> None:
-        """Wait until all is sent, and note which sinks can go on. What fails is said.
+        """Wait until all is sent, and note which sinks can go on; a line tells of each that fails.
 
         Args:
-            ended: how the run has: "finished", "stopped" or "failed".
+            ended: how the run ended: "finished", "stopped" or "failed".
         """
         closed = {}
         for sink in self._sinks:
@@ -108,13 +111,13 @@ def open_sinks(
     *,
     say: Callable[[str], None],
 ) -> Sinks:
-    """Open the sinks that a run logs to, and bring them to where metrics.jsonl is.
+    """Open the sinks of a run, and give them the rows of metrics.jsonl that they lack.
 
     Args:
-        names: of them, `run.log_to`; each one of `PLACES`.
+        names: of the sinks, `run.log_to`; each one of `PLACES`.
         out: the run's folder.
         config: the run's settings, as config.json has them.
-        rows: of metrics.jsonl, now.
+        rows: of metrics.jsonl, so far.
         say: takes a line for the user.
 
     Raises:
@@ -126,7 +129,7 @@ def open_sinks(
         if name not in _KINDS:
             raise ValueError(f"run.log_to: expected some of {', '.join(_KINDS)}, got {name!r}")
     check_sinks(names, out)
-    if {*names} - {*_ours(out)}:  # ahead of what they write: a run that is killed knows what is its own
+    if {*names} - {*_ours(out)}:  # before they write, so that a killed run's files are known as its own
         with replaced(out / _OURS) as file:
             file.write("\n".join(sorted({*_ours(out), *names})).encode())
     before, opened = _closed_before(out), []
@@ -137,7 +140,7 @@ def open_sinks(
             sink = _opened(name, out, config, identity, say)
             opened.append(sink)
             undoing.callback(_abandon, sink)
-        if (out / _CLOSED).exists():  # from here on they hold other rows
+        if (out / _CLOSED).exists():  # it is not true any more once rows are sent
             remove(out / _CLOSED)
             sync_folder(out)
         sinks = Sinks(opened, out, len(rows), say)
@@ -147,7 +150,7 @@ def open_sinks(
 
 
 def clear_sinks(out: Path) -> None:
-    """Delete what sinks wrote into the folder of a run, and nothing else."""
+    """Delete what sinks wrote into a run's folder, and nothing else."""
     remove(out / _CLOSED)
     for name in _ours(out):
         remove_tree(out / PLACES[name])
@@ -159,7 +162,7 @@ def check_sinks(names: Sequence[str], out: Path) -> None:
 
     Raises:
         MissingLibrary: an ImportError: a library is not installed.
-        ValueError: what is in the place of one is not of a run in this folder.
+        ValueError: there is something in the place of a sink that no run in this folder wrote.
     """
     for name in names:
         _KINDS[name].check()
@@ -189,13 +192,13 @@ def _opened(name: str, out: Path, config: dict[str, Any], identity: str | None, 
 
 
 def _abandon(sink: Sink) -> None:
-    """Close one of a run that did not come to begin."""
-    with suppress(Exception):  # there is an error already
+    """Close a sink of a run that could not begin."""
+    with suppress(Exception):  # another error is being raised already
         sink.close("failed")
 
 
 def _closed_before(out: Path) -> dict[str, dict[str, Any]]:
-    """By name, with what identity and how many rows each was closed; empty where that is not known."""
+    """The identity and the number of rows with which each sink was closed, by its name; empty if that is not known."""
     try:
         closed = json.loads((out / _CLOSED).read_text(encoding="utf-8"))
         return {name: {"identity": str(one["identity"]), "rows": int(one["rows"])} for name, one in closed.items()}

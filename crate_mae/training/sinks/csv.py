@@ -16,8 +16,9 @@ _LINES_AT_ONCE = 10_000
 
 
 class CSVSink(Sink):
-    """A line for each row and a column for each number that any row has, empty where others have none. Floats are written to the
-    digit. A number that is new gets a column at the end, for which the file is written again."""
+    """A line for each row, and a column for each number that any row has; a cell is empty if its row lacks the number.
+
+    Floats are written with all their digits. For a new number the file is rewritten, with a new column at the end."""
 
     name, place, in_files = "csv", "metrics.csv", True
 
@@ -65,7 +66,7 @@ class CSVSink(Sink):
             self._write([*cells, *more] for cells in islice(csv.reader(file), 1, None))
 
     def _write(self, lines: Iterator[Sequence[Any]]) -> None:
-        """Write the file anew, with the names of the columns above."""
+        """Write the file anew: a heading with the names of the columns, then the lines."""
         lines = chain([list(self._columns)], lines)
         with replaced(self.path) as file:
             while some := list(islice(lines, _LINES_AT_ONCE)):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from crate_mae.training.sections import by_name
 from crate_mae.training.sinks.sink import Sink
 
 if TYPE_CHECKING:
@@ -22,19 +23,19 @@ if TYPE_CHECKING:
 
 _SECONDS_TO_ANSWER = 10.0
 _SECONDS_TO_CLOSE = {"finished": 300.0, "stopped": 10.0, "failed": 10.0}
-"""For what is still on its way; torchrun does not leave a run that is told to stop much more."""
+"""Time for what is still to be sent; torchrun does not leave a run much more after telling it to stop."""
 _ROWS_ON_THEIR_WAY = 10_000
 _PARAMS_AT_ONCE, _METRICS_AT_ONCE = 100, 1000
-"""As many as MLflow takes."""
+"""The most that MLflow takes at once."""
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 class MLflowSink(Sink):
-    """A run of the experiment $MLFLOW_EXPERIMENT_NAME, or "crate-mae", on the server $MLFLOW_TRACKING_URI or else in files in the
-    run's folder; its tag "group" is that folder.
+    """A run of MLflow, in the experiment $MLFLOW_EXPERIMENT_NAME or "crate-mae"; its tag "group" is our run's folder.
 
-    A thread sends what there is, since a server may take its time. The settings are parameters. Those never change in MLflow:
-    where a run that goes on has others, they are tags of the same name.
+    It is on the server $MLFLOW_TRACKING_URI, or else in files in our run's folder. A thread of its own sends rows, since a server
+    may be slow. Settings are MLflow's parameters, which cannot be changed: if a resumed run has other settings, these are tags of
+    the same names.
     """
 
     name, place = "mlflow", "mlflow"
@@ -53,8 +54,8 @@ class MLflowSink(Sink):
             folder = (out / self.place).absolute()
             if identity is None or not _is_of(folder, identity):
                 identity = None
-                shutil.rmtree(folder, ignore_errors=True)  # of rows that are all sent again
-            # MLflow makes these itself, but not where this process had the folder open before.
+                shutil.rmtree(folder, ignore_errors=True)  # all rows are sent again
+            # MLflow makes this folder itself, but not if this process had opened the store before.
             (folder / ".trash").mkdir(parents=True, exist_ok=True)
             with _files_allowed():
                 client = MlflowClient(tracking_uri=folder.as_uri())
@@ -84,7 +85,7 @@ class MLflowSink(Sink):
         from mlflow.entities import Param, RunTag
         from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
-        settings = {name: str(value) for name, value in _by_name(config)}
+        settings = {name: str(value) for name, value in by_name(config).items()}
         for name, value in settings.items():
             if len(value) > MAX_PARAM_VAL_LENGTH:
                 settings[name] = value[:MAX_PARAM_VAL_LENGTH]
@@ -106,15 +107,15 @@ class _Artifact(NamedTuple):
 
 
 class _Status(NamedTuple):
-    """With which a run ends, and so does the thread."""
+    """The status with which a run ends; the last item that the thread sends."""
 
     status: str
 
 
 class _Sending(threading.Thread):
-    """Sends to a run in the background, in order; it ends with the first error, which is raised by whoever comes next.
+    """Sends items in the background, in order. It ends with the first error, which the next call raises.
 
-    Nothing waits for it where the process ends without `close`.
+    A process that ends without `close` does not wait for it.
     """
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
@@ -125,10 +126,10 @@ class _Sending(threading.Thread):
         self.start()
 
     def add(self, item: list[Metric] | _Artifact | _Status) -> None:
-        """Have it sent; this waits only where a great many are on their way.
+        """Send an item; this waits only if very many are still to be sent.
 
         Raises:
-            Exception: what was given before could not be sent.
+            Exception: an earlier item could not be sent.
         """
         while True:
             if self._error:
@@ -138,10 +139,10 @@ class _Sending(threading.Thread):
                 return
 
     def close(self, status: str, seconds: float) -> None:
-        """Wait until all is sent, so long at most.
+        """Wait until all is sent, for at most so many seconds.
 
         Raises:
-            Exception: it is not.
+            Exception: not all was sent.
         """
         self.add(_Status(status))
         self.join(seconds)
@@ -172,24 +173,24 @@ class _Sending(threading.Thread):
                     path.write_bytes(item.content)
                     self._client.log_artifact(self._run_id, str(path), item.folder)
             if isinstance(item, _Status):
-                with contextlib.redirect_stdout(io.StringIO()):  # it prints where the run is to be seen
+                with contextlib.redirect_stdout(io.StringIO()):  # it prints a link to the run
                     self._client.set_terminated(self._run_id, item.status)
                 return
 
 
 def _ask(uri: str) -> None:
-    """Raise at once what a server that cannot be reached makes MLflow raise after minutes of trying."""
+    """Raise an error at once if the server cannot be reached; MLflow would retry for minutes first."""
     if not uri.startswith(("http://", "https://")):
         return
     import requests  # which MLflow uses
 
-    with contextlib.suppress(requests.exceptions.SSLError):  # it is there; MLflow has settings for that
+    with contextlib.suppress(requests.exceptions.SSLError):  # the server is there; MLflow has settings for certificates
         requests.head(uri, timeout=_SECONDS_TO_ANSWER)
 
 
 @contextlib.contextmanager
 def _files_allowed() -> Iterator[None]:
-    """MLflow has files of runs still, but only for who asks for them so. Its databases need the whole of it, with SQLAlchemy."""
+    """Allow runs in files, which MLflow does only if asked; its databases would need the full mlflow package."""
     name = "MLFLOW_ALLOW_FILE_STORE"
     before = os.environ.get(name)
     os.environ[name] = "true"
@@ -203,7 +204,7 @@ def _files_allowed() -> Iterator[None]:
 
 
 def _is_of(folder: Path, run_id: str) -> bool:
-    """Whether a run's artifacts are in this folder: MLflow writes down where, and follows no folder that is moved."""
+    """Whether a run's artifacts are in this folder: MLflow stores their path, which is wrong once the folder is moved."""
     return any(folder.as_uri() in meta.read_text(encoding="utf-8") for meta in folder.glob(f"*/{run_id}/meta.yaml"))
 
 
@@ -214,7 +215,7 @@ def _experiment(client: MlflowClient) -> str:
 
 
 def _params_of(client: MlflowClient, run_id: str) -> dict[str, str] | None:
-    """The parameters of a run; None if it is not there any more."""
+    """The parameters of a run; None if the run was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -224,11 +225,3 @@ def _params_of(client: MlflowClient, run_id: str) -> dict[str, str] | None:
             return None
         raise
     return run.data.params if run.info.lifecycle_stage == "active" else None
-
-
-def _by_name(config: dict[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _by_name(value, f"{within}{name}.")
-        else:
-            yield within + name, value

@@ -1,4 +1,4 @@
-"""What all sinks of metrics are, and what they take of a row."""
+"""The base class of sinks, and the numbers that they take of a row."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from crate_mae.data import MissingLibrary
 
 
 class Sink(ABC):
-    """One more place for the rows of metrics.jsonl.
+    """A further place for the rows of metrics.jsonl.
 
-    What was sent to it cannot be taken back. So it goes on only where it was closed in order with just the rows that
+    What was sent to it cannot be taken back. So it goes on only if it was closed in order with exactly the rows that
     metrics.jsonl has now; otherwise it starts anew.
 
     Args:
@@ -24,16 +24,16 @@ class Sink(ABC):
         say: takes a line for the user.
 
     Attributes:
-        name: as `run.log_to` has it.
-        place: the file or folder in the run's folder where it leaves what it does not send elsewhere.
-        library, installed_by: the module that it needs, and what installs it.
-        in_files: it writes files of the run, whose errors end the run as those of metrics.jsonl do.
-        identity: what a tracker knows the run by; empty where there is none.
-        goes_on: whether it holds the rows before; otherwise it is empty.
+        name: its name in `run.log_to`.
+        place: the file or folder in the run's folder for what it does not send elsewhere.
+        library, installed_by: the module that it needs, and the command that installs it.
+        in_files: whether it writes files of the run; then its errors end the run, as those of metrics.jsonl do.
+        identity: the tracker's id of the run; empty if there is none.
+        goes_on: whether it holds the earlier rows; otherwise it is empty.
 
     Raises:
         MissingLibrary: an ImportError: its library is not installed.
-        Exception: its library's own, where it cannot be opened.
+        Exception: its library cannot open it; the library's own error.
     """
 
     name: ClassVar[str]
@@ -50,7 +50,7 @@ class Sink(ABC):
 
     @classmethod
     def check(cls) -> None:
-        """Raise a MissingLibrary if what it needs is not installed."""
+        """Raise a MissingLibrary if its library is not installed."""
         try:
             if cls.library:
                 importlib.import_module(cls.library)
@@ -59,7 +59,7 @@ class Sink(ABC):
 
     @abstractmethod
     def row(self, step: int, scalars: dict[str, float]) -> None:
-        """Take a row; it may be on its way still when this returns."""
+        """Take a row; it may still be on its way when this returns."""
 
     def fill(self, rows: Iterable[dict[str, Any]]) -> None:
         """Take all rows so far, as metrics.jsonl has them."""
@@ -74,16 +74,17 @@ class Sink(ABC):
         """Wait until it has all that it was given.
 
         Args:
-            ended: how the run has: "finished", "stopped" or "failed".
+            ended: how the run ended: "finished", "stopped" or "failed".
 
         Raises:
-            Exception: it may not have all.
+            Exception: it may lack rows.
         """
 
 
 def scalars_of(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row by name, beside its step: those in dictionaries and lists by path, such as "inside/encoder/zeros/1",
-    counted from 1 as layers are; true as 1 and false as 0. Texts are left out."""
+    """The numbers of a row by name, without its step and texts; true is 1, false 0.
+
+    Numbers in dictionaries and lists have a path for a name, such as "inside/encoder/zeros/1"; lists are counted from 1."""
     scalars: dict[str, float] = {}
     for name, value in row.items():
         if name != "step":

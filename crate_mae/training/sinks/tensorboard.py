@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
 
 class TensorBoardSink(Sink):
-    """A file of events, one for each row, with its numbers in float64; a run that goes on adds a file. The settings are a text,
-    the pictures images.
+    """A file of events, one for each row, with numbers in float64; a resumed run adds a file. Settings are shown as text.
 
-    Events are written by TensorBoard's own writer of records, at once and not in a thread of its own, whose errors would come
-    late and with a traceback.
+    Events are written at once, with TensorBoard's writer of records. Its usual writer has a thread, whose errors would come late
+    and with a traceback.
     """
 
     name, place, in_files = "tensorboard", "tensorboard", True
@@ -46,7 +45,7 @@ class TensorBoardSink(Sink):
         now = time.time()
         self.path = (
             folder / f"events.out.tfevents.{now:020.6f}.{socket.gethostname()}.{os.getpid()}"
-        )  # read in this order
+        )  # TensorBoard reads files in the order of their names
         self._file = open(self.path, "xb")  # noqa: SIM115
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
@@ -62,7 +61,7 @@ class TensorBoardSink(Sink):
             width, height = picture.size
         image = self._summary.Image(
             height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes()
-        )  # of colours: 3 is RGB
+        )  # 3 is RGB
         self._write(step=step, summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
 
     def close(self, ended: str) -> None:
@@ -71,7 +70,7 @@ class TensorBoardSink(Sink):
 
     def _scalar(self, name: str, value: float) -> Summary.Value:
         (scalar,) = self._make.scalar(name, value, new_style=True, double_precision=True).value
-        if name in self._described:  # once a file is enough, and the rest half as long
+        if name in self._described:  # one description a file is enough, and halves the others
             scalar.ClearField("metadata")
         self._described.add(name)
         return scalar

@@ -15,18 +15,18 @@ from typing import Any
 from crate_mae.training.sinks.sink import Sink
 
 _SECONDS_TO_CLOSE = 10.0
-"""For what is still on its way: less than what torchrun leaves a run that is told to stop."""
+"""Time for what is still to be sent; less than torchrun leaves a run after telling it to stop."""
 _LONGEST_GROUP = 128
 
 
 class WandbSink(Sink):
-    """A run of the project $WANDB_PROJECT, or "crate-mae", whose group is the run's folder.
+    """A run of W&B, in the project $WANDB_PROJECT or "crate-mae"; its group is our run's folder.
 
-    Each row is one of its history, so that rows of the same step stay apart; charts have the step on their axis. A process of
-    wandb's own sends them, and retries; it ends with this one.
+    Each row is a row of its history, so that two rows of one step stay apart; charts show the step on their axis. wandb's own
+    process sends rows and retries; it ends with ours.
 
-    Without a key it is offline, unless $WANDB_MODE says otherwise: then its files wait in the folder for `wandb sync`. A part of
-    a run cannot be added to another in that way, so that an offline run always starts anew, with all rows.
+    Without a key it is offline, unless $WANDB_MODE says otherwise: its files stay in the folder for `wandb sync`. These cannot
+    add to an earlier part of a run, so an offline run always starts anew, with all rows.
     """
 
     name, place = "wandb", "wandb"
@@ -42,7 +42,7 @@ class WandbSink(Sink):
             offline = mode in ("offline", "dryrun")
             if offline or not identity:
                 identity = None
-                shutil.rmtree(out / self.place, ignore_errors=True)  # of rows that are all sent again
+                shutil.rmtree(out / self.place, ignore_errors=True)  # all rows are sent again
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or "crate-mae",
                 dir=str(out),
@@ -51,9 +51,9 @@ class WandbSink(Sink):
                 id=identity,
                 resume="allow" if identity else None,
                 config=config,
-                mode=mode,
-                allow_val_change=True,  # settings may, where a run is resumed
-                reinit="create_new",  # and leave alone whatever else this process sends
+                mode=mode,  # type: ignore[arg-type]  # W&B itself refuses a $WANDB_MODE that there is not
+                allow_val_change=True,  # a resumed run may have other settings
+                reinit="create_new",  # leaves other runs of this process alone
                 settings=self._wandb.Settings(
                     console="off", silent=True, finish_timeout=_SECONDS_TO_CLOSE, finish_timeout_raises=True
                 ),
@@ -76,15 +76,15 @@ class WandbSink(Sink):
     def _log(self, row: dict[str, Any]) -> None:
         try:
             self._run.log(row)
-        except ConnectionError:  # to wandb's own process, which is gone
+        except ConnectionError:  # wandb's own process is gone
             with contextlib.suppress(ConnectionError):
-                self._wandb.teardown()  # else it is done when this process ends, with a traceback
+                self._wandb.teardown()  # else it would be done at exit, with a traceback
             raise
 
 
 def _has_key(wandb: ModuleType) -> bool:
-    """Whether there is a key, or other credentials, without asking for one."""
-    if wandb.run:  # of whoever else uses it in this process
+    """Whether there is a key, or other credentials; nobody is asked for one."""
+    if wandb.run:  # another user of wandb in this process
         return not wandb.run.offline
     with contextlib.redirect_stderr(io.StringIO()):
         return wandb.login(prompt=False, verify=False)
@@ -92,7 +92,7 @@ def _has_key(wandb: ModuleType) -> bool:
 
 @contextlib.contextmanager
 def _process_left_alone() -> Iterator[None]:
-    """Put back what wandb puts hooks in the place of."""
+    """Undo the hooks that wandb installs."""
     before = sys.exit, sys.excepthook
     try:
         yield
