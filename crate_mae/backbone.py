@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from crate_kernels.dispatch import choose
 from crate_kernels.fusing import attached
 from crate_kernels.precision import compute_dtype, is_autocast
 from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
-from crate_mae.layers import AlphaBlock, Block, EncoderBlock
+from crate_mae.layers import Block, DecoderBlock, EncoderBlock
+from crate_mae.patches import patch_grid
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 FINAL_NORM_EPS = 1e-6
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """Images to tokens: patches embedded behind a class token, positions, layers; ``CrateMAE`` and ``Classifier`` are two.
 
     Two attributes say how layers run; both may be changed at any time, and neither is part of a checkpoint:
@@ -48,14 +50,14 @@ class Backbone(nn.Module):
         return self.config.embed_dim
 
     @property
+    @abstractmethod
     def encoder_layers(self) -> nn.ModuleList:
         """The layers between ``embed`` and the head."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def last_norm(self) -> nn.Module:
-        """The LayerNorm behind the last layer, which may stand in the head."""
-        raise NotImplementedError
+        """The LayerNorm behind the last layer; in some models it is part of the head."""
 
     def embed(self, images: Tensor) -> Tensor:
         """What the first layer sees, [batch, 1 + patches, width]: the class token, then the patches, each with its position."""
@@ -64,15 +66,15 @@ class Backbone(nn.Module):
     def _placed(self, x: Tensor, images: Tensor) -> Tensor:
         """The class token before those of the patches, each with its position."""
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return x + self._positions(grid_of(tuple(images.shape[-2:]), self.config.patch_size))
+        return x + self._positions(patch_grid(images, self.config.patch_size))
 
+    @abstractmethod
     def _embedded_patches(self, images: Tensor) -> Tensor:
-        """[batch, patches, width], without positions."""
-        raise NotImplementedError
+        """Embedded patches [batch, patches, width], without positions."""
 
+    @abstractmethod
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """[1, 1 + patches, width] for any grid of patches."""
-        raise NotImplementedError
+        """Positions [1, 1 + patches, width] for any grid of patches."""
 
     def _normed(self, x: Tensor) -> Tensor:
         """What ``forward_features`` makes of the last layer's tokens: a norm of all of them, if it stands before the head."""
@@ -94,12 +96,12 @@ class Backbone(nn.Module):
     def _encode(self, x: Tensor) -> Tensor:
         return self._normed(self._through(self.encoder_layers, x, self.config.num_heads))
 
+    @abstractmethod
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """What the model says of the tokens of ``forward_features``.
+        """The head's output for the tokens that ``forward_features`` returns: a classifier's logits.
 
-        ``pre_logits``: features [batch, width], from which a classifier's last linear map makes logits, instead.
+        ``pre_logits``: return instead the features [batch, width] that a classifier's last linear map takes.
         """
-        raise NotImplementedError
 
     def forward_intermediates(
         self,
@@ -146,7 +148,7 @@ class Backbone(nn.Module):
         x = self._through(run, self.embed(images), self.config.num_heads, take)
         prefix, found = ([x[:, part] for x in taken] for part in (slice(0, 1), slice(1, None)))
         if output_fmt == "NCHW":
-            grid = grid_of(tuple(images.shape[-2:]), self.config.patch_size)
+            grid = patch_grid(images, self.config.patch_size)
             found = [patches.mT.unflatten(-1, grid).contiguous() for patches in found]
         intermediates = list(zip(found, prefix, strict=True)) if return_prefix_tokens else found
         return intermediates if intermediates_only else (self._normed(x), intermediates)
@@ -165,7 +167,7 @@ class Backbone(nn.Module):
         x = self.embed(images)
         for block in layers[: layer % depth]:
             x = block(x)
-        return layers[layer].attention(x)
+        return _blocks_in(layers[layer])[0].attention(x)
 
     def set_drop_path(self, rate: float) -> None:
         """Stochastic depth in training: ``drop_path`` of the layers, from 0 at the first linearly to ``rate`` at the last.
@@ -177,7 +179,7 @@ class Backbone(nn.Module):
             raise ValueError(f"drop_path: expected at least 0 and below 1, got {rate}")
         layers = self.encoder_layers
         for index, layer in enumerate(layers):
-            ours = [module for module in layer.modules() if isinstance(module, Block)]
+            ours = _blocks_in(layer)
             if not ours:
                 raise ValueError(f"drop_path: layer {index} is of class {type(layer).__name__}, which has none")
             for block in ours:
@@ -210,8 +212,15 @@ class Backbone(nn.Module):
         """
         from crate_mae.sharing.loading import from_pretrained
 
-        options = dict(revision=revision, token=token, cache_dir=cache_dir)
-        return from_pretrained(name, cls, force_download=force_download, local_files_only=local_files_only, **options)
+        return from_pretrained(
+            name,
+            cls,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
 
     def save_pretrained(
         self,
@@ -276,8 +285,7 @@ class Backbone(nn.Module):
         """
         from crate_mae.sharing.folder import push_to_hub
 
-        options = dict(private=private, token=token, branch=branch, create_pr=create_pr)
-        return push_to_hub(self, repo_id, **options, **saved)
+        return push_to_hub(self, repo_id, private=private, token=token, branch=branch, create_pr=create_pr, **saved)
 
     @property
     def _configured_grid(self) -> tuple[int, int]:
@@ -296,7 +304,7 @@ class Backbone(nn.Module):
             raise TypeError(
                 f"images: expected {parameters}, standardised as in training ((pixels / 255 - mean) / std), got {images.dtype}"
             )
-        rows, columns = grid_of(tuple(images.shape[-2:]), self.config.patch_size)
+        rows, columns = patch_grid(images, self.config.patch_size)
         return rows * columns
 
     def _through(
@@ -321,21 +329,29 @@ class Backbone(nn.Module):
         name = type(self).__name__
         if choose(name, x, compute_dtype(x)) != "triton" or any(attached("", block) for block in blocks):
             return {}
-        ours = [block for block in blocks if _is_ours(block) and not isinstance(block, AlphaBlock)]
-        fused = [block for block in ours if block.obstacle(x) is None]
-        options = {}
-        if fused and isinstance(fused[0], EncoderBlock):
-            # Steps that someone has made different, or learns, are not prepared together.
-            sizes = [block.step_size for block in fused]
+        fused = [block for block in blocks if _is_ours(block) and block.obstacle(x) is None]
+        encoders = [block for block in fused if isinstance(block, EncoderBlock)]
+        decoders = [block for block in fused if isinstance(block, DecoderBlock)]
+        prepared: Sequence[Block] = encoders or decoders
+        if encoders:
+            # Layers whose step sizes differ, or are learned, are not prepared together.
+            sizes = [block.step_size for block in encoders]
             if any(size is not sizes[0] and not (isinstance(size, float) and size == sizes[0]) for size in sizes):
                 return {}
-            options["step_size"] = sizes[0]
-        made = prepare_layers(x, [block.weights() for block in fused], num_heads=num_heads, **options)
-        return {block: ready for block, ready in zip(fused, made, strict=True) if ready is not None}
+            weights = [block.weights() for block in encoders]
+            made = prepare_layers(x, weights, num_heads=num_heads, step_size=sizes[0])
+        else:
+            made = prepare_layers(x, [block.weights() for block in decoders], num_heads=num_heads)
+        return {block: ready for block, ready in zip(prepared, made, strict=True) if ready is not None}
 
 
-def _is_ours(block: nn.Module) -> bool:
-    """Whether ``block`` is called with our arguments: FSDP's subclasses are, overridden and replaced forwards are not."""
+def _blocks_in(layer: nn.Module) -> list[Block]:
+    """Our layers in what stands in a layer's place: the layer itself, or the one inside a wrapper."""
+    return [module for module in layer.modules() if isinstance(module, Block)]
+
+
+def _is_ours(block: nn.Module) -> TypeGuard[Block]:
+    """Whether ``block`` takes our arguments. FSDP's subclasses do; a block with an overridden or replaced forward does not."""
     return isinstance(block, Block) and type(block).forward is Block.forward and "forward" not in vars(block)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from einops.layers.torch import Rearrange
@@ -38,9 +39,9 @@ class Classifier(Backbone):
         return self.config.num_classes
 
     @property
+    @abstractmethod
     def head_name(self) -> str:
-        """Of the linear map to logits, in the state dict."""
-        raise NotImplementedError
+        """The name of the linear map to logits in the state dict."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [batch, num_classes] of images [batch, channels, height, width]; features [batch, width] without a head.
@@ -61,11 +62,12 @@ class Classifier(Backbone):
         self._make_head(config)
         self.config = config
 
+    @abstractmethod
     def _make_head(self, config: ClassifierConfig) -> None:
-        raise NotImplementedError
+        """Put a fresh head of ``config``'s classes and pool in place."""
 
     def _head(self, num_classes: int) -> nn.Module:
-        """A fresh one, where the model is."""
+        """A fresh linear map to logits, or the identity for 0 classes, on the model's device and in its dtype."""
         head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         return head.to(self.cls_token.device, self.cls_token.dtype)
 
@@ -165,6 +167,8 @@ class CrateMAEClassifier(MAEEncoder, Classifier):
     """
 
     family = "crate_mae"
+    norm: nn.LayerNorm
+    fc_norm: nn.LayerNorm
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__(config)
@@ -196,7 +200,7 @@ class CrateMAEClassifier(MAEEncoder, Classifier):
             norm = nn.LayerNorm(self.num_features, eps=FINAL_NORM_EPS).to(token.device, token.dtype)
             setattr(self, present, norm)
         self.head = self._head(config.num_classes)
-        if config.num_classes:
+        if isinstance(self.head, Linear):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
             nn.init.zeros_(self.head.bias)
 
@@ -206,6 +210,10 @@ CLASSES: dict[str, Callable[[ClassifierConfig], Classifier]] = {
 }
 
 
+@overload
+def model_of(config: ModelConfig) -> CrateMAE: ...
+@overload
+def model_of(config: ClassifierConfig) -> Classifier: ...
 def model_of(config: ModelConfig | ClassifierConfig) -> CrateMAE | Classifier:
     """The freshly initialised model that a configuration describes."""
     return CrateMAE(config) if isinstance(config, ModelConfig) else CLASSES[config.family](config)

@@ -14,7 +14,8 @@ from crate_kernels.precision import compute_dtype
 from crate_mae.backbone import FINAL_NORM_EPS, Backbone
 from crate_mae.config import ModelConfig
 from crate_mae.layers import DecoderBlock, EncoderBlock, Linear, PatchEmbed, embedding_obstacle
-from crate_mae.patches import kept_patches, patchify, removed_patches, unpatchify
+from crate_mae.masks import kept_patches, removed_patches
+from crate_mae.patches import patchify, unpatchify
 from crate_mae.positions import sine_cosine
 
 # In official checkpoints, and never used by the official code.
@@ -34,7 +35,9 @@ _register_namedtuple(MAEOutput, serialized_type_name="crate_mae.model.MAEOutput"
 
 
 class MAEEncoder(Backbone):
-    """The encoder of CRATE-MAE by its official names, all but the norm behind it: of ``CrateMAE``, and of a classifier."""
+    """The encoder of CRATE-MAE under its official names, without the norm behind it; ``CrateMAE`` and a classifier have one."""
+
+    decoder_pos_embed: Tensor
 
     def _make_encoder(self) -> None:
         config, width = self.config, self.config.embed_dim
@@ -46,11 +49,9 @@ class MAEEncoder(Backbone):
     def _initialise(self) -> None:
         for token in self.parameters(recurse=False):
             nn.init.normal_(token, std=0.02)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -52,7 +52,7 @@ def create_model(name: str, **overrides: Any) -> CrateMAE | Classifier:
 
 def published(name: str, **overrides: Any) -> ModelConfig | ClassifierConfig:
     """The configuration of ``create_model(name, **overrides)``; errors as there."""
-    known = {**MODELS, **CLASSIFIERS}
+    known: dict[str, ModelConfig | ClassifierConfig] = {**MODELS, **CLASSIFIERS}
     if name not in known:
         raise ValueError(f"name: expected one of {', '.join(known)}, got {name!r}")
     config = known[name]

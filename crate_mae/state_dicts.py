@@ -114,7 +114,7 @@ def checksum(weights: Mapping[str, Tensor]) -> str:
     crc = 0
     for name, value in sorted(weights.items()):
         crc = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), crc)
-        crc = zlib.crc32(value.cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 

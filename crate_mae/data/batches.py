@@ -6,9 +6,10 @@ on the number of workers or ranks, nor on what ran before. A run resumed at any 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -95,7 +96,8 @@ class BatchSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         steps_per_epoch = len(self.source) // self.batch_size
-        visits, ordered_epoch, skip = None, None, self._skip
+        visits: Sequence[np.ndarray] = ()
+        ordered_epoch, skip = -1, self._skip
         for step in range(self.start_step, self.end_step):
             epoch, position = divmod(step, steps_per_epoch)
             if epoch != ordered_epoch:

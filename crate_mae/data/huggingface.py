@@ -212,5 +212,5 @@ def _digest(images: datasets.Dataset, column: str) -> str:
     if images._indices is not None:  # rows that were chosen or shuffled, and not written anew
         for chunk in images._indices.column(0).chunks:
             rows.update(chunk.to_numpy(zero_copy_only=False).tobytes())
-    parts = [str(len(images)), *(part.hexdigest() for part in (lengths, paths, rows))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    digests = [str(len(images)), *(part.hexdigest() for part in (lengths, paths, rows))]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -38,7 +38,7 @@ def each_image(
     first: int = 0,
     workers: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[_Result]:
+) -> Generator[_Result]:
     """The results of `work(source, index)` for each index from `first` on, in this order.
 
     Closing the iterator, or an error, ends the processes.

@@ -28,7 +28,8 @@ from crate_mae.data.index_files import cache_file, read_index, write_index
 from crate_mae.data.paths import PathList, joined, printable
 from crate_mae.data.reading import IMAGE_SUFFIXES
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _THREADS = 32  # a network's file system answers many questions at once as soon as one
 _SETTLED_NS = 2 * 10**9
@@ -134,7 +135,7 @@ class _Walk:
         while level:
             now = time.time_ns()
             level.sort()
-            taken = []
+            taken: list[tuple[bytes, tuple[int, int], tuple[int, int], int]] = []
             for path, state in zip(level, self.each(self.state, level), strict=True):
                 if state is None:
                     self.closed.append(path)
@@ -154,7 +155,8 @@ class _Walk:
             (path, name) for path, folder in zip(paths, listed, strict=True) if folder for name in _split(folder.links)
         ]
         kinds = iter(zip(links, self.each(lambda link: self.kind(joined(*link)), links), strict=True))
-        inside, linked = [], []
+        inside: list[bytes] = []
+        linked: list[bytes] = []
         for path, folder in zip(paths, listed, strict=True):
             if folder is None:
                 self.closed.append(path)
@@ -166,7 +168,7 @@ class _Walk:
                 self.others[suffix] += int(count)
             images, folders = folder.images, _split(folder.folders)
             inside += (joined(path, name) for name in folders)
-            linked_images = []
+            linked_images: list[bytes] = []
             for (_, name), kind in islice(kinds, folder.links.count(b"\0")):
                 if kind is None:
                     self.broken_links.append(joined(path, name))
@@ -240,7 +242,10 @@ def _listed(
     path: bytes, identity: tuple[int, int], times: tuple[int, int], now: int, count: Callable[[int], None]
 ) -> _Folder:
     images: list[bytes] = []
-    folders, links, special, others = [], [], [], Counter()
+    folders: list[bytes] = []
+    links: list[bytes] = []
+    special: list[bytes] = []
+    others: Counter[bytes] = Counter()
     with os.scandir(path) as entries:
         while some := list(islice(entries, 4096)):
             before = len(images)
@@ -277,7 +282,7 @@ def _runs(found: Iterable[tuple[bytes, bytes, list[bytes]]]) -> Iterator[tuple[b
     The folders in a folder lie among its images, each in the place of its name with a "/" after it. Between two of them no other
     folder's image comes, so that runs are in order when their first paths are.
     """
-    runs = []
+    runs: list[tuple[bytes, bytes, bytes]] = []
     for path, images, folders in found:
         pieces = [images]
         if folders:

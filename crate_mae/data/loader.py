@@ -10,7 +10,7 @@ import pickle
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class ImageLoader:
         unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
     ) -> None:
         self.images, self.batches, self.say, self.unreadable = images, batches, say, unreadable
-        self._settings = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self.num_workers, self.pin_memory = num_workers, pin_memory
 
     def __iter__(self) -> Iterator[Any]:
         came = lost = 0
@@ -87,27 +87,28 @@ class ImageLoader:
                     ) from None
                 self.say(f"a process that loads images was lost ({error}); started again")
 
-    def _load(self, first: int) -> Iterator[tuple[Any, list[UnreadableImage]]]:
+    def _load(self, first: int) -> Generator[tuple[Any, list[UnreadableImage]]]:
         """Batches from number `first` on, by workers that are gone when it ends."""
         loader = DataLoader(
             _Batches(self.images, replace=self.unreadable is not None),
-            batch_sampler=_From(self.batches, first),
+            batch_sampler=_From(self.batches, first),  # type: ignore[arg-type]  # the stub asks for lists; any sequence will do
             collate_fn=_as_it_is,
             worker_init_fn=_leave_signals_to_the_main_process,
             # The loader draws a seed for its workers. Drawn from the global generator, it would make the random state after a
             # resumed run differ from an uninterrupted one's.
             generator=torch.Generator(),
-            **self._settings,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
         )
-        if not self._settings["num_workers"]:
+        if not self.num_workers:
             yield from loader
             return
-        others, workers, batches, why = set(multiprocessing.active_children()), set(), None, ""
+        others, workers, batches, why = set(multiprocessing.active_children()), set[Any](), None, ""
         with contextlib.ExitStack() as until_the_end:
             try:
                 try:
                     batches = iter(loader)
-                    workers = set(batches._workers)
+                    workers = set(batches._workers)  # type: ignore[attr-defined]  # of the iterator over several processes
                 except (RuntimeError, OSError):
                     workers = set(multiprocessing.active_children()) - others
                     raise
@@ -162,9 +163,6 @@ class _Batches(Dataset[Any]):
 
     def __init__(self, images: Dataset[Any], *, replace: bool) -> None:
         self.images, self.replace = images, replace
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitems__(self, keys: Sequence[Any]) -> tuple[Any, list[UnreadableImage]]:
         met: list[UnreadableImage] = []

@@ -335,7 +335,7 @@ def _as_dict(shard: Shard) -> dict[str, Any]:
     return {each.name: getattr(shard, each.name) for each in fields(shard)}
 
 
-def _class_folders(classes: list[str]) -> list[str]:
+def _class_folders(classes: Sequence[str]) -> list[str]:
     """For each class the folder of its members, with a slash; none for the class "".
 
     Raises:

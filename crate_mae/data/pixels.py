@@ -94,19 +94,19 @@ def upright(pixels: Image.Image, orientation: int) -> Image.Image:
     return pixels
 
 
-def as_stored(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
+def as_stored(box: PlaceInPixels, size: tuple[int, int], orientation: int) -> PlaceInPixels:
     """Where a part of the upright image of this size (width, height) is stored."""
     left, top, right, bottom = _mirrored(box, size, orientation)
     return (left, top, right, bottom) if orientation < 5 else (top, left, bottom, right)
 
 
-def as_shown(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
+def as_shown(box: PlaceInPixels, size: tuple[int, int], orientation: int) -> PlaceInPixels:
     """Where a part of what is stored is in the upright image of this size (width, height)."""
     left, top, right, bottom = box
     return _mirrored(box if orientation < 5 else (top, left, bottom, right), size, orientation)
 
 
-def _mirrored(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
+def _mirrored(box: PlaceInPixels, size: tuple[int, int], orientation: int) -> PlaceInPixels:
     (left, top, right, bottom), (width, height) = box, size
     if "x" in _MIRRORED[orientation]:
         left, right = width - right, width - left

@@ -18,9 +18,9 @@ from typing import BinaryIO
 
 import PIL
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
-from crate_mae.data.pixels import COLOUR_MODES, as_shown, as_stored, in_eight_bits, in_mode, upright
+from crate_mae.data.pixels import COLOUR_MODES, PlaceInPixels, as_shown, as_stored, in_eight_bits, in_mode, upright
 from crate_mae.data.source import UnreadableImage
 from crate_mae.data.transforms import Box, Size
 
@@ -197,16 +197,16 @@ def part(
         scale, image = _at_reduced_scale(image, box, size)
         _decode(image)
         orientation = _orientation(image)
-        inner = [side / scale for side in as_stored(box, (width, height), orientation)]
-        outer = (*map(math.floor, inner[:2]), *map(math.ceil, inner[2:]))
-        pixels = upright(in_mode(in_eight_bits(image).crop(outer), mode), orientation)
+        left, top, right, bottom = (side / scale for side in as_stored(box, (width, height), orientation))
+        x, y = math.floor(left), math.floor(top)
+        pixels = in_eight_bits(image).crop((x, y, math.ceil(right), math.ceil(bottom)))
+        pixels = upright(in_mode(pixels, mode), orientation)
     if scale == 1:
         return _resized(pixels, size, out)
-    inner = (inner[0] - outer[0], inner[1] - outer[1], inner[2] - outer[0], inner[3] - outer[1])
-    return _resized(pixels, size, out, as_shown(inner, pixels.size, orientation))
+    return _resized(pixels, size, out, as_shown((left - x, top - y, right - x, bottom - y), pixels.size, orientation))
 
 
-def _resized(pixels: Image.Image, size: Size, out: torch.Tensor, box: tuple[float, ...] | None = None) -> torch.Tensor:
+def _resized(pixels: Image.Image, size: Size, out: torch.Tensor, box: PlaceInPixels | None = None) -> torch.Tensor:
     """PyTorch's filter is Pillow's, three times as fast; Pillow's alone knows opacity, and boxes that cut through pixels."""
     if pixels.mode == "RGBA" or box is not None:
         pixels = pixels.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
@@ -222,7 +222,7 @@ def _resized(pixels: Image.Image, size: Size, out: torch.Tensor, box: tuple[floa
 
 def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Image.Image]:
     """(s, an image of 1/s of the scale); `draft` changes what it is asked of, so that this is another one where s is above 1."""
-    if image.format not in _TOLD_BY_THEIR_HEADERS or not getattr(image, "tile", None):
+    if image.format not in _TOLD_BY_THEIR_HEADERS or not isinstance(image, ImageFile.ImageFile) or not image.tile:
         return 1, image
     (height, width), (left, top, right, bottom) = size, box
     fitting = min((right - left) // (2 * width), (bottom - top) // (2 * height))
@@ -252,8 +252,10 @@ def _orientation(image: Image.Image) -> int:
 def _decode(image: Image.Image) -> None:
     """Load its pixels; and bring the value that a PNG calls transparent to the depth that Pillow brings the pixels to."""
     clear, tile = image.info.get("transparency"), getattr(image, "tile", None)
-    stored_as = tile[0][3] if clear is not None and tile else ""
+    stored_as = tile[0][3] if tile else ""
     image.load()
+    if clear is None:
+        return
     if stored_as in ("L;2", "L;4"):
         image.info["transparency"] = clear * (85 if stored_as == "L;2" else 17)
     elif stored_as == "RGB;16B":
@@ -287,16 +289,17 @@ class errors_named:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        ours = isinstance(error, Exception) and not isinstance(error, UnreadableImage)
-        if ours and not _is_not_the_files_fault(error):
+        if not isinstance(error, Exception) or isinstance(error, UnreadableImage):
+            return
+        if not _is_not_the_files_fault(error):
             raise UnreadableImage(self._name, _cause(error), _spoken(error)) from error
 
 
 def _cause(error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return "too large"
-    if getattr(error, "errno", None) is not None:
-        return _CAUSES_OF_ERRORS.get(error.errno, "read error")
+    if (number := getattr(error, "errno", None)) is not None:
+        return _CAUSES_OF_ERRORS.get(number, "read error")
     ended = (EOFError, IndexError, struct.error)
     if isinstance(error, ended) or isinstance(error.__cause__, ended) or _CUT_SHORT.search(str(error)):
         return "truncated"

@@ -126,7 +126,7 @@ class _Scan:
         folders = [printable(parts[0]) if len(parts := _parts(name)) > 1 else None for name in self.names]
         numbered, number_names = _numbered(keys)
         sorted_into, folder_names = _numbered(folders)
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "offsets": np.array(self.offsets, dtype=np.int64),
             "sizes": np.array(self.sizes, dtype=np.uint32),
             "names": np.frombuffer(b"".join(self.names), dtype=np.uint8),
@@ -146,7 +146,8 @@ class _Scan:
                     raise tarfile.ReadError(f"a header that leads back, to byte {tar.offset}")
                 last = member.offset
                 self._take(member)
-                tar.members.clear()  # which it keeps, and which would take a kilobyte each
+                # TarFile keeps each member, a kilobyte of memory. The attribute is documented; typeshed does not have it.
+                tar.members.clear()  # type: ignore[attr-defined]
                 if tar.offset > self.size:  # by how much, a damaged header says
                     break
             after = os.pread(self.descriptor, _BLOCK, min(tar.offset, self.size))

@@ -271,7 +271,7 @@ def _batch_size(
 
 def _make(
     chunks: Chunks,
-    batches_of: Callable[..., Iterator[tuple[Tensor | None, Tensor]]],
+    batches_of: Callable[..., Generator[tuple[Tensor | None, Tensor]]],
     forward: _Forward,
     source: Source,
     width: int,

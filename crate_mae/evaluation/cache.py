@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
+from crate_mae.backbone import Backbone
 from crate_mae.data import CentreCropped, Normalization, Source
 from crate_mae.evaluation.features import FeatureSpec
 from crate_mae.files import make_folder, replaced
@@ -52,7 +53,7 @@ def cached(path: Path, fingerprint: str, make: Callable[[], Features]) -> tuple[
 
 
 def fingerprint_of(
-    model: nn.Module, images: CentreCropped, normalization: Normalization, spec: FeatureSpec, precision: str
+    model: Backbone, images: CentreCropped, normalization: Normalization, spec: FeatureSpec, precision: str
 ) -> str:
     """The SHA-256 of all that features depend on: weights, buffers and configuration, the images and how they are cut and
     standardised, which features, the precision.
@@ -62,7 +63,7 @@ def fingerprint_of(
     digest = hashlib.sha256()
     for name, value in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     settings = {
         "made_by": _MADE_BY,
         "model": [type(model).__name__, dataclasses.asdict(model.config)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,12 +81,12 @@ def features_of(model: Backbone, images: Tensor, spec: FeatureSpec = FeatureSpec
 
 
 def pooled_features(
-    model: Backbone, images: Dataset[Tensor], normalization: Normalization, *, batch_size: int = 50
+    model: Backbone, images: CentreCropped, normalization: Normalization, *, batch_size: int = 50
 ) -> Tensor:
     """The mean of an image's patch tokens after the encoder, no patch removed: float32 [images, width], on the CPU.
 
     Args:
-        images: items uint8 [channels, height, width], as ``CentreCropped`` has them.
+        images: of the size that the model shall see.
     """
     return torch.cat(
         [features_of(model, batch).cpu() for batch in standardised(model, images, normalization, batch_size)]
@@ -94,7 +94,7 @@ def pooled_features(
 
 
 def standardised(
-    model: nn.Module, images: Dataset[Tensor], normalization: Normalization, batch_size: int
+    model: nn.Module, images: CentreCropped, normalization: Normalization, batch_size: int
 ) -> Iterator[Tensor]:
     """Batches of the images as the model takes them, in their order, where the model is."""
     device = next(model.parameters()).device
@@ -133,7 +133,7 @@ def of_batches(
     *,
     num_workers: int = 0,
     unreadable: Callable[[Sequence[UnreadableImage]], None],
-) -> Iterator[tuple[Tensor | None, Tensor]]:
+) -> Generator[tuple[Tensor | None, Tensor]]:
     """Of each batch the features, float32 [readable, width], and which images these are, int64 [readable]; on the CPU. Of a batch
     that has no readable image, None and no number.
 

@@ -46,22 +46,21 @@ def nearest_neighbours(features: Tensor, labels: Tensor, test_features: Tensor, 
         top1 = hits(_votes(*nearest, labels, classes, count, temperature), test_labels, 1)
         tried.append({"neighbours": count, "temperature": temperature, "leave_one_out": left_out, "top1": top1})
     best = max(tried, key=lambda each: (each["leave_one_out"], each["neighbours"], each["temperature"]))
-    chosen = {name: best[name] for name in ("neighbours", "temperature")}
-    votes = _votes(*nearest, labels, classes, chosen["neighbours"], chosen["temperature"])
-    return score(votes, test_labels, chosen=chosen, tried=tried)
+    count, temperature = int(best["neighbours"]), best["temperature"]
+    votes = _votes(*nearest, labels, classes, count, temperature)
+    return score(votes, test_labels, chosen={"neighbours": count, "temperature": temperature}, tried=tried)
 
 
 def _nearest(queries: Tensor, features: Tensor, count: int, *, themselves: bool = False) -> tuple[Tensor, Tensor]:
     """Cosines and numbers [queries, count] of the nearest, the nearest first; of themselves, none is its own neighbour."""
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     rows = max(1, _AT_ONCE // len(features))
     for start in range(0, len(queries), rows):
         cosines = queries[start : start + rows] @ features.T
         if themselves:
             cosines.diagonal(start).fill_(-torch.inf)
         found.append(cosines.topk(count, dim=-1))
-    cosines, numbers = zip(*found, strict=True)
-    return torch.cat(cosines), torch.cat(numbers)
+    return torch.cat([cosines for cosines, _ in found]), torch.cat([numbers for _, numbers in found])
 
 
 def _votes(cosines: Tensor, numbers: Tensor, labels: Tensor, classes: int, count: int, temperature: float) -> Tensor:

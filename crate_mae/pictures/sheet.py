@@ -41,7 +41,7 @@ class Row(NamedTuple):
     scales: Sequence[tuple[str, str] | None] = ()
 
 
-def cell_size(shape: tuple[int, int], width: int = CELL, tallest: float = 1.5) -> tuple[int, int]:
+def cell_size(shape: Sequence[int], width: int = CELL, tallest: float = 1.5) -> tuple[int, int]:
     """(height, width) of the cell of an image of a shape (height, width), in pixels of twice the sheet's resolution.
 
     It is as wide as cells are, or as high as that times ``tallest`` and narrower; a strip is made broad enough to be seen.
@@ -103,7 +103,7 @@ def sheet(
     return canvas.finished()
 
 
-def _label(row: Row) -> list[tuple[str, float, str]]:
+def _label(row: Row) -> list[tuple[str, int, str]]:
     """What stands beside a row: lines, their size and colour."""
     names = [(line, 13, INK) for line in wrapped(row.name, 13, _NAMES - 12, most=3)]
     return names + [(line, 12, FAINT) for detail in row.details for line in wrapped(detail, 12, _NAMES - 12)]

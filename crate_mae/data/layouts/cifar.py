@@ -88,7 +88,7 @@ class CifarImages(Source):
         digest = hashlib.sha256()
         for pixels in self._pixels:
             for first in range(0, len(pixels), 1024):
-                digest.update(np.ascontiguousarray(pixels[first : first + 1024]))
+                digest.update(np.ascontiguousarray(pixels[first : first + 1024]).data)
         return digest.hexdigest()
 
     @property
