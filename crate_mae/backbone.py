@@ -135,6 +135,21 @@ class Backbone(nn.Module, ABC):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
+        x, taken = self._layer_outputs(images, indices, norm=norm, stop_early=stop_early)
+        prefix, found = ([x[:, part] for x in taken] for part in (slice(0, 1), slice(1, None)))
+        if output_fmt == "NCHW":
+            grid = patch_grid(images, self.config.patch_size)
+            found = [patches.mT.unflatten(-1, grid).contiguous() for patches in found]
+        intermediates = list(zip(found, prefix, strict=True)) if return_prefix_tokens else found
+        return intermediates if intermediates_only else (self._normed(x), intermediates)
+
+    def _layer_outputs(
+        self, images: Tensor, indices: int | Sequence[int] | None, *, norm: bool, stop_early: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The last tokens, before ``_normed``, and those behind each chosen layer, all [batch, 1 + patches, width].
+
+        Arguments and errors are those of ``forward_intermediates``.
+        """
         self.patch_count(images)
         layers = self.encoder_layers
         chosen = _chosen(indices, len(layers))
@@ -145,13 +160,7 @@ class Backbone(nn.Module, ABC):
                 taken.append(self.last_norm(x) if norm else x)
 
         run = list(layers)[: max(chosen, default=-1) + 1] if stop_early else layers
-        x = self._through(run, self.embed(images), self.config.num_heads, take)
-        prefix, found = ([x[:, part] for x in taken] for part in (slice(0, 1), slice(1, None)))
-        if output_fmt == "NCHW":
-            grid = patch_grid(images, self.config.patch_size)
-            found = [patches.mT.unflatten(-1, grid).contiguous() for patches in found]
-        intermediates = list(zip(found, prefix, strict=True)) if return_prefix_tokens else found
-        return intermediates if intermediates_only else (self._normed(x), intermediates)
+        return self._through(run, self.embed(images), self.config.num_heads, take), taken
 
     def attention_map(self, images: Tensor, layer: int = -1) -> Tensor:
         """Attention weights [batch, heads, tokens, tokens] of one encoder layer on whole images; negative layers count back.

@@ -185,7 +185,7 @@ def load_model(
         numbers = dict(lambd=lambd, step_size=step_size)
         needed = dict(name=name) if name in CLASSIFIERS else dict(name=name, **numbers)
         missing = [key for key, value in needed.items() if value is None]
-        if missing:
+        if name is None or missing:
             raise ValueError(
                 f"{path}: weights alone do not say {', '.join(missing)}; name them (official: step_size=0.1), "
                 f"or pass the directory of a run, whose {CONFIG_FILE} says them"
@@ -288,8 +288,9 @@ def weights_to_save(model: CrateMAE | Classifier) -> dict[str, Tensor]:
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     for name, other in loaded.named_modules():
         found = modules.get(name)
-        same = type(found).forward is type(other).forward or (type(found) is nn.Linear and isinstance(other, nn.Linear))
-        if found is None or not same:
+        if found is None or not (
+            type(found).forward is type(other).forward or (type(found) is nn.Linear and isinstance(other, nn.Linear))
+        ):
             raise ValueError(
                 f"model: {name} is {type(found).__name__}, and load_model makes it {type(other).__name__}; save its "
                 f"state_dict() yourself, and make the same change again after loading"

@@ -10,7 +10,7 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -46,14 +46,16 @@ _COMPUTED_WEIGHTS = {
     r"\.weight_[gv]$": "remove the weight norm first, torch.nn.utils.remove_weight_norm",
 }
 
+_numpy_scalar: Any = np.float64(0).__reduce__()[0]  # the function that makes one; NumPy's stub takes it for a text
+
 # What scripts save beside the weights as a rule: their arguments and numbers. Each is data alone, and calls nothing when it is
 # made. The names are those in the file, which other versions of Python and NumPy and other systems write differently.
-_HARMLESS = [
+_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (argparse.Namespace, "argparse.Namespace"),
     *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
     *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
     (np.dtype, "numpy.dtype"),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
 ]
 _reading = threading.Lock()  # PyTorch keeps one list for the process
@@ -70,7 +72,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             one of ``ENTRIES``.
     """
     check_file(path)
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    state: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     if _is_state_dict(state):
         return state
     found = [entry for entry in ENTRIES if isinstance(state, dict) and _is_state_dict(state.get(entry))]

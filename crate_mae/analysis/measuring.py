@@ -19,7 +19,7 @@ from crate_mae.analysis.rates import (
 )
 from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, in_evaluation, traced, unwrapped
 from crate_mae.backbone import Backbone
-from crate_mae.config import grid_of
+from crate_mae.patches import patch_grid
 
 MEASURES: dict[str, str] = {
     "coding_rate_before": "R^c(Z; U_[K]) of what MSSA acts on: the sum over heads of R(U_k^T LN Z). R(W) = 1/2 logdet(I + d / "
@@ -68,7 +68,7 @@ class Analysis(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        stacks = {
+        stacks: dict[str, Any] = {
             stack: {name: measured._asdict() for name, measured in measures.items()}
             for stack, measures in self.stacks.items()
         }
@@ -90,7 +90,7 @@ def measures_of(
         coherence: of the layer's subspaces, where it is known from another batch.
     """
     if coherence is None:
-        coherence = mean_coherence(layer.subspaces().detach(), layer.module.heads)
+        coherence = mean_coherence(layer.subspaces().detach(), layer.heads)
     before, after = coding_rate(layer.projected, eps=eps), coding_rate(layer.projected_after, eps=eps)
     attention = layer.attention
     entropy = attention_entropy(attention)
@@ -172,7 +172,7 @@ def analyze(
                 continue
             if isinstance(inner, Backbone):
                 size = inner.config.patch_size
-                of_batch = {"grid": grid_of(tuple(images.shape[-2:]), size), "patch_size": size}
+                of_batch = {"grid": patch_grid(images, size), "patch_size": size}
             call_on_whole(model, images)
             count, calls = count + len(images), calls + 1
             done(len(images))

@@ -10,7 +10,8 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from crate_mae.model import CrateMAE
 Stack = Literal["encoder", "decoder"]
 
 
-class LayerTrace(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class LayerTrace:
     """One layer's way with tokens [batch, n, d]; projections onto the subspaces of heads are [batch, heads, n, head_dim].
 
     An encoder layer is z = x + MSSA(LN x), y = ISTA(LN z); a decoder layer g = LN(x) W^T, y = g - MSSA(LN g).
@@ -61,13 +63,25 @@ class LayerTrace(NamedTuple):
     def projected_of(self, tokens: Tensor) -> Tensor:
         """U_k^T LN(tokens), through the norm before this layer's attention and onto its subspaces; no hook sees it."""
         weight = next(self.norm.parameters(), tokens)  # of another type than tokens where autocast made these
-        return _by_head(self.module.qkv.forward(self.norm.forward(tokens.to(weight.dtype))), self.module.heads)
+        projection = self.module.get_submodule("qkv")
+        return _by_head(projection.forward(self.norm.forward(tokens.to(weight.dtype))), self.heads)
 
     def subspaces(self) -> Tensor:
         """U_[K]^T, [heads * head_dim, d], the U_k^T one below the other: ``qkv.weight``, and whatever an adapter adds to it."""
         x = self.tokens
         basis = torch.eye(x.shape[-1], dtype=next(self.norm.parameters(), x).dtype, device=x.device)
-        return (self.module.qkv.forward(basis) - self.module.qkv.forward(torch.zeros_like(basis))).mT
+        projection = self.module.get_submodule("qkv")
+        return (projection.forward(basis) - projection.forward(torch.zeros_like(basis))).mT
+
+    @property
+    def heads(self) -> int:
+        """How many heads attention has."""
+        return _setting(self.module, "heads")
+
+    @property
+    def scale(self) -> float:
+        """What attention multiplies its scores with."""
+        return float(_setting(self.module, "scale"))
 
     @property
     def projected_after(self) -> Tensor:
@@ -77,7 +91,7 @@ class LayerTrace(NamedTuple):
     @property
     def attention(self) -> Tensor:
         """softmax(w w^T scale), [batch, heads, n, n]; of a module that attends otherwise, what that makes of the scores."""
-        scores = self.projected @ self.projected.mT * self.module.scale
+        scores = self.projected @ self.projected.mT * _setting(self.module, "scale")
         if getattr(self.module, "is_causal", False):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
@@ -85,7 +99,8 @@ class LayerTrace(NamedTuple):
         return scores.softmax(-1) if attend is None else attend.forward(scores)
 
 
-class _Steps(NamedTuple):
+@dataclass(frozen=True)
+class _Steps:
     """Two steps that are a layer, each with ``norm`` and ``fn``."""
 
     name: str
@@ -165,7 +180,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
             model = model.module
         elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]
+            model = model.get_submodule("_orig_mod")
         else:
             return model
 
@@ -189,7 +204,7 @@ def _layers_of(model: nn.Module) -> list[_Steps]:
         if isinstance(getattr(module, "norm", None), nn.Module) and isinstance(getattr(module, "fn", None), nn.Module):
             beside.setdefault(name.rpartition(".")[0], []).append(module)
     found: list[_Steps] = []
-    counts = {"encoder": 0, "decoder": 0}
+    counts: dict[Stack, int] = {"encoder": 0, "decoder": 0}
     for name, steps in beside.items():
         attends = [isinstance(getattr(step.fn, "qkv", None), nn.Module) for step in steps]
         if len(steps) != 2 or sum(attends) != 1:
@@ -223,18 +238,18 @@ def _watch(steps: _Steps, receive: Callable[[LayerTrace], None]) -> list[Any]:
 
     attention, sparsify = steps.attention, steps.sparsify
     hooks = [
-        (attention.norm, keep("normed", "attended")),
-        (attention.fn.qkv, keep("w")),
-        (attention.fn, keep("update")),
-        (sparsify.norm, keep("unsparsified", "given")),
-        (sparsify.fn, keep("sparsified")),
-        ((sparsify if steps.stack == "encoder" else attention).fn, done),
+        (attention, "norm", keep("normed", "attended")),
+        (attention, "fn.qkv", keep("w")),
+        (attention, "fn", keep("update")),
+        (sparsify, "norm", keep("unsparsified", "given")),
+        (sparsify, "fn", keep("sparsified")),
+        (sparsify if steps.stack == "encoder" else attention, "fn", done),
     ]
-    return [module.register_forward_hook(hook) for module, hook in hooks]
+    return [step.get_submodule(name).register_forward_hook(hook) for step, name, hook in hooks]
 
 
 def _trace_of(steps: _Steps, seen: dict[str, Tensor]) -> LayerTrace:
-    module, step = steps.attention.fn, steps.sparsify.fn
+    module, step = steps.attention.get_submodule("fn"), steps.sparsify.get_submodule("fn")
     is_encoder = steps.stack == "encoder"
     compressed = seen["given"] if is_encoder else seen["attended"] - seen["update"]
     # An overcomplete step, CRATE-alpha's, is added to what it is of.
@@ -246,17 +261,22 @@ def _trace_of(steps: _Steps, seen: dict[str, Tensor]) -> LayerTrace:
         name=steps.name,
         stack=steps.stack,
         index=steps.index,
-        norm=steps.attention.norm,
+        norm=steps.attention.get_submodule("norm"),
         module=module,
         lambd=None if lambd is None else float(lambd),
         tokens=seen["attended"] if is_encoder else seen["given"],
         attended=seen["attended"],
         compressed=compressed,
-        projected=_by_head(seen["w"], module.heads),
+        projected=_by_head(seen["w"], _setting(module, "heads")),
         unsparsified=seen["unsparsified"],
         sparsified=seen["sparsified"],
         output=output,
     )
+
+
+def _setting(module: nn.Module, name: str) -> Any:
+    """An attribute of a module that is a plain value, where ``nn.Module`` is annotated to have tensors and modules alone."""
+    return getattr(module, name)
 
 
 def _by_head(w: Tensor, heads: int) -> Tensor:

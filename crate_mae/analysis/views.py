@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,13 @@ from torch import Tensor
 from crate_mae.analysis.components import PrincipalComponents
 from crate_mae.analysis.rates import coding_rate
 from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, in_evaluation, traced
-from crate_mae.config import grid_of
 from crate_mae.data.transforms import Normalization
 from crate_mae.model import CrateMAE
+from crate_mae.patches import patch_grid
 
 
-class LayerView(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class LayerView:
     """One layer on one whole image. Maps are [rows, columns], of patches; all tensors are on the CPU.
 
     Attributes:
@@ -61,7 +63,7 @@ class ImageView(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
-        return grid_of(tuple(self.pixels.shape[-2:]), self.patch_size)
+        return patch_grid(self.pixels, self.patch_size)
 
 
 @torch.no_grad()
@@ -92,7 +94,7 @@ def view(
             got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
             raise TypeError(f"images: expected uint8 [channels, height, width], pixels as stored, got {got}")
     device, size = next(model.parameters()).device, model.config.patch_size
-    grids = [grid_of(tuple(pixels.shape[-2:]), size) for pixels in images]
+    grids = [patch_grid(pixels, size) for pixels in images]
     seen: list[list[tuple[Tensor, LayerView]]] = []
     for pixels, grid in zip(images, grids, strict=True):
         seen.append(_seen(model, normalization(pixels[None].to(device)), grid))
@@ -104,7 +106,7 @@ def view(
         colours = [PrincipalComponents.of(torch.cat(each)) for each in (tokens, keys)]
         for image, layer, *each in zip(views, layers, tokens, keys, strict=True):
             of_tokens, of_keys = map(_painted, colours, each, [image.grid] * 2)
-            image.layers.append(layer._replace(token_colours=of_tokens, key_colours=of_keys))
+            image.layers.append(replace(layer, token_colours=of_tokens, key_colours=of_keys))
     return views
 
 
@@ -130,8 +132,10 @@ def _seen(model: CrateMAE, image: Tensor, grid: tuple[int, int]) -> list[tuple[T
 
 
 def _kept(layer: LayerTrace) -> LayerTrace:
-    """On the CPU, in float32."""
-    return LayerTrace(*(value.float().cpu() if isinstance(value, Tensor) else value for value in layer))
+    """The layer with its tensors on the CPU, in float32."""
+    values = {field.name: getattr(layer, field.name) for field in fields(layer)}
+    moved: dict[str, Any] = {name: value.float().cpu() for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(layer, **moved)
 
 
 def _painted(components: PrincipalComponents, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -154,7 +158,7 @@ def _uncoloured(layer: LayerTrace, grid: tuple[int, int]) -> LayerView:
         stack=layer.stack,
         index=layer.index,
         projected=layer.projected[0],
-        scale=float(layer.module.scale),
+        scale=layer.scale,
         token_colours=torch.empty(0),
         key_colours=torch.empty(0),
         compression=change(layer.attended, layer.compressed),

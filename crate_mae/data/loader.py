@@ -54,7 +54,7 @@ class ImageLoader:
 
     def __init__(
         self,
-        images: Dataset[Any],
+        images: Dataset[Any] | Sequence[Any],
         batches: Iterable[Sequence[Any]],
         *,
         num_workers: int = 0,
@@ -161,7 +161,7 @@ class _Batches(Dataset[Any]):
     batch.
     """
 
-    def __init__(self, images: Dataset[Any], *, replace: bool) -> None:
+    def __init__(self, images: Dataset[Any] | Sequence[Any], *, replace: bool) -> None:
         self.images, self.replace = images, replace
 
     def __getitems__(self, keys: Sequence[Any]) -> tuple[Any, list[UnreadableImage]]:

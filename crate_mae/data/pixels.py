@@ -20,6 +20,9 @@ from PIL import Image
 
 COLOUR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
+PlaceInPixels = tuple[float, float, float, float]
+"""(left, top, right, bottom) in pixels, whose edges may lie within a pixel."""
+
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _LEAST, _MOST = 258, 262, 339, 340, 341  # tags of TIFF
 _MIRRORED = {1: "", 2: "x", 3: "xy", 4: "y", 5: "", 6: "x", 7: "xy", 8: "y"}
 """How EXIF orientations are undone: the two axes are swapped from 5 on, then these are mirrored."""

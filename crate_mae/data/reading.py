@@ -224,6 +224,8 @@ def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Im
     """(s, an image of 1/s of the scale); `draft` changes what it is asked of, so that this is another one where s is above 1."""
     if image.format not in _TOLD_BY_THEIR_HEADERS or not isinstance(image, ImageFile.ImageFile) or not image.tile:
         return 1, image
+    if image.fp is None:  # closed
+        return 1, image
     (height, width), (left, top, right, bottom) = size, box
     fitting = min((right - left) // (2 * width), (bottom - top) // (2 * height))
     if fitting < 2:

@@ -126,9 +126,15 @@ def _write_npz(file: BinaryIO, shape: Shape, chunks: Callable[[], Iterable[Rows]
         put("features", "<f4", (shape.images, shape.width), (rows.features for rows in chunks()))
         put("names", text, (shape.images,), (np.array(rows.names, text) for rows in chunks()))
         if shape.classes is not None:
-            put("labels", "<i8", (shape.images,), (rows.labels for rows in chunks() if rows.labels is not None))
+            put("labels", "<i8", (shape.images,), (_labels_of(rows) for rows in chunks()))
             put("classes", *_whole(np.array(shape.classes)))
         put("about", *_whole(np.array(json.dumps(shape.about, allow_nan=False))))
+
+
+def _labels_of(rows: Rows) -> np.ndarray:
+    if rows.labels is None:
+        raise ValueError("labels: expected one for each image, as the file has classes, got none")
+    return rows.labels
 
 
 def _whole(array: np.ndarray) -> tuple[str, tuple[int, ...], list[np.ndarray]]:
@@ -161,7 +167,8 @@ def _write_parquet(file: BinaryIO, shape: Shape, chunks: Callable[[], Iterable[R
                 "features": pa.FixedSizeListArray.from_arrays(rows.features.ravel(), shape.width),
             }
             if classes is not None:
-                columns |= {"label": rows.labels, "class": [classes[label] for label in rows.labels.tolist()]}
+                labels = _labels_of(rows)
+                columns |= {"label": labels, "class": [classes[label] for label in labels.tolist()]}
             writer.write_table(pa.table(columns, schema=schema))
 
 
@@ -189,9 +196,10 @@ def _check(found: Embeddings) -> None:
     features, names, labels, classes, _ = found
     if features.dtype != np.float32 or features.ndim != 2:
         raise ValueError(f"features: expected float32 [images, width], got {features.dtype} {list(features.shape)}")
-    for what, rows in (("names", names), *([] if labels is None else [("labels", labels)])):
-        if len(rows) != len(features):
-            raise ValueError(f"{what}: expected {len(features):,} of them, got {len(rows):,}")
+    lengths = {"names": len(names)} | ({} if labels is None else {"labels": len(labels)})
+    for what, length in lengths.items():
+        if length != len(features):
+            raise ValueError(f"{what}: expected {len(features):,} of them, got {length:,}")
     if labels is not None and classes is not None and not ((labels >= 0) & (labels < len(classes))).all():
         raise ValueError(f"labels: expected numbers of {len(classes):,} classes, got {labels.min()} to {labels.max()}")
 

@@ -65,28 +65,20 @@ def features_of(model: Backbone, images: Tensor, spec: FeatureSpec = FeatureSpec
     Raises:
         ValueError: the model has not got the layers.
     """
-    layers = model.forward_intermediates(
-        images,
-        indices=spec.layers(len(model.encoder_layers)),
-        return_prefix_tokens=True,
-        norm=spec.norm,
-        output_fmt="NLC",
-        intermediates_only=True,
-    )
     pooled = []
-    for patches, prefix in layers:
-        pooled += [prefix[:, 0]] if spec.pool != "mean" else []
-        pooled += [patches.mean(1)] if spec.pool != "cls" else []
+    for tokens in model._layer_outputs(images, spec.layers(len(model.encoder_layers)), norm=spec.norm)[1]:
+        pooled += [tokens[:, 0]] if spec.pool != "mean" else []
+        pooled += [tokens[:, 1:].mean(1)] if spec.pool != "cls" else []
     return torch.cat(pooled, -1).float()
 
 
 def pooled_features(
-    model: Backbone, images: CentreCropped, normalization: Normalization, *, batch_size: int = 50
+    model: Backbone, images: CentreCropped | Sequence[Tensor], normalization: Normalization, *, batch_size: int = 50
 ) -> Tensor:
     """The mean of an image's patch tokens after the encoder, no patch removed: float32 [images, width], on the CPU.
 
     Args:
-        images: of the size that the model shall see.
+        images: uint8 [channels, height, width] each.
     """
     return torch.cat(
         [features_of(model, batch).cpu() for batch in standardised(model, images, normalization, batch_size)]
@@ -94,7 +86,7 @@ def pooled_features(
 
 
 def standardised(
-    model: nn.Module, images: CentreCropped, normalization: Normalization, batch_size: int
+    model: nn.Module, images: CentreCropped | Sequence[Tensor], normalization: Normalization, batch_size: int
 ) -> Iterator[Tensor]:
     """Batches of the images as the model takes them, in their order, where the model is."""
     device = next(model.parameters()).device

@@ -98,8 +98,8 @@ def outputs_of_model(
             return [model(images)]
         if output == "tokens":
             return [model.forward_features(images)]
-        (patches,) = model.forward_intermediates(images, 1, norm=True, output_fmt="NLC", intermediates_only=True)
-        return [patches.mean(1)]
+        (tokens,) = model._layer_outputs(images, 1, norm=True)[1]
+        return [tokens[:, 1:].mean(1)]
 
 
 _CHILD = """
@@ -149,7 +149,8 @@ def outputs_of_file(file: Path, cases: Sequence[Mapping[str, Tensor]], outputs: 
     """
     given, into = file.with_name("inputs.npz"), file.with_name("outputs.npz")
     stored = {f"{index}.{name}": value for index, case in enumerate(cases) for name, value in case.items()}
-    np.savez(given, **{key: value.numpy() for key, value in stored.items()})
+    arrays = {key: value.numpy() for key, value in stored.items()}
+    np.savez(given, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes an array for its option allow_pickle
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", _CHILD, *map(str, (file, given, into))]
     ended = subprocess.run(
@@ -198,4 +199,5 @@ def compared(
                 f"up to {largest:.3g}, and itself up to {roundings[-1]:.2g} from float64; expected at most {TOLERANCE:g} * max(1"
                 f", {largest:.3g}) and {TOLERANCE:g} of the norm, or {ROUNDINGS} times that rounding"
             )
-    return Checked(batch, height, width, *map(max, zip(*numbers, strict=True)), max(roundings, default=None))
+    difference, relative, largest = (max(each) for each in zip(*numbers, strict=True))
+    return Checked(batch, height, width, difference, relative, largest, max(roundings, default=None))

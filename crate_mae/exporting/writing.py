@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
@@ -138,7 +139,11 @@ def export(
     cases = cases_of(model, output)
     wanted = [outputs_of_model(model, case, output, mask_ratio) for case in cases]
     own = copy.deepcopy(model)  # what the form did to weights that it shared would be done to what it is compared with
-    form = ReconstructionForm(own, mask_ratio) if output == "reconstruction" else ExportForm(own, output)
+    form = (
+        ReconstructionForm(own, mask_ratio)
+        if isinstance(own, CrateMAE) and output == "reconstruction"
+        else ExportForm(own, output)
+    )
     with _quiet():
         program = _program(form, model, about["inputs"])
         content = (_onnx_of(program, about, opset) if format == "onnx" else _pt2_of(program, about)).getbuffer()
@@ -236,7 +241,7 @@ def _metadata(
     }
 
 
-def _program(form: ExportForm, model: CrateMAE | Classifier, inputs: Sequence[str]) -> ExportedProgram:
+def _program(form: nn.Module, model: CrateMAE | Classifier, inputs: Sequence[str]) -> ExportedProgram:
     """The form's graph, for any batch, height and width.
 
     Raises:
@@ -286,6 +291,7 @@ def _pt2_of(program: ExportedProgram, about: Mapping[str, Any]) -> io.BytesIO:
 def _onnx_of(program: ExportedProgram, about: Mapping[str, Any], opset: int) -> io.BytesIO:
     names = dict(input_names=about["inputs"], output_names=about["outputs"])
     made = torch.onnx.export(program, (), dynamo=True, opset_version=opset, external_data=False, verbose=False, **names)
+    assert made is not None  # as dynamo=True has it
     model = made.model_proto
     if {(each.domain, each.version) for each in model.opset_import} != {("", opset)}:
         found = ", ".join(f"{each.domain or 'ONNX'} {each.version}" for each in model.opset_import)

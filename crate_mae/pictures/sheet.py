@@ -74,7 +74,7 @@ def sheet(
     labels = [_label(row) for row in rows]
     heights = [_height(row, label) for row, label in zip(rows, labels, strict=True)]
     head = 2 * _MARGIN + 28 * len(heading) + 19 * len(texts) + (26 if scale else 0)
-    top = head + _LINE * max(map(len, titles))
+    top: float = head + _LINE * max(map(len, titles))
     canvas = Canvas(total, round(top + sum(heights) + _MARGIN))
 
     for number, line in enumerate(heading):

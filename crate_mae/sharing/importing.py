@@ -19,8 +19,9 @@ from crate_mae.positions import sine_cosine
 from crate_mae.registry import CLASSIFIERS, MODELS
 from crate_mae.state_dicts import fitting, one_line, plain_names, read_weights
 
-_HEADS = {config.embed_dim: config.num_heads for config in (*MODELS.values(), *CLASSIFIERS.values())}
-"""Of the published models, by width; those of one width have as many."""
+_HEADS = {config.embed_dim: config.num_heads for config in MODELS.values()}
+_HEADS |= {config.embed_dim: config.num_heads for config in CLASSIFIERS.values()}
+"""Numbers of heads of the published models, by width: models of one width have the same number."""
 
 _KINDS = {"CRATE-MAE": "CRATE-MAE", "crate": "CRATE", "crate_alpha": "CRATE-alpha", "crate_mae": "CRATE-MAE's encoder"}
 
