@@ -6,19 +6,17 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from crate_mae.classifiers import Classifier, model_of
 from crate_mae.config import ClassifierConfig, ModelConfig
-from crate_mae.data.reading import COLOUR_MODES, part, shown_size
-from crate_mae.data.transforms import Normalization, centred_box
+from crate_mae.data.transforms import Normalization
 from crate_mae.files import make_folder, replaced
 from crate_mae.model import CrateMAE
 from crate_mae.registry import CLASSIFIERS, create_model
@@ -74,7 +72,7 @@ def save_model(
     """
     directory = Path(directory)
     config_file = directory / CONFIG_FILE
-    other = _read_json(config_file) if config_file.exists() else {}
+    other = read_json(config_file) if config_file.exists() else {}
     write_files(directory, packed(model, other, mean=mean, std=std, classes=classes))
 
 
@@ -222,48 +220,6 @@ def load_weights(model: CrateMAE, path: str | Path) -> None:
     model.load_state_dict(weights, strict=True)
 
 
-def load_transform(directory: str | Path) -> Callable[[Image.Image], Tensor]:
-    """What turns a photograph into a model's input, as validation does in the pre-training run that wrote ``directory``.
-
-    Returns:
-        A function of a Pillow image of any mode: upright, in the model's colours, its largest centred part resized to the model's
-        image size (``crate_mae.data.reading``), (pixels / 255 - mean) / std with the run's numbers; a float32 tensor [channels,
-        height, width]. It raises a TypeError for anything but a Pillow image, and an UnreadableImage, which is a ValueError, for
-        one whose file is broken.
-
-    Raises:
-        FileNotFoundError: there is no ``config.json``.
-        ValueError: it does not say how images were standardised; or the model's images are no photographs.
-    """
-    model, normalization = read_config(directory), read_normalization(directory)
-
-    def transform(image: Image.Image) -> Tensor:
-        if not isinstance(image, Image.Image):
-            raise TypeError(
-                f"image: expected a Pillow image, as PIL.Image.open gives of a file, got {type(image).__name__}"
-            )
-        height, width = model.image_shape
-        name = str(getattr(image, "filename", "") or "given")
-        box = centred_box(shown_size(image, name), width / height)
-        return normalization(part(image, box, model.image_shape, model.in_chans, name))
-
-    return transform
-
-
-def read_normalization(directory: str | Path) -> Normalization:
-    """How the images of the model in ``directory`` were standardised; errors as of ``load_transform``."""
-    file = Path(directory) / CONFIG_FILE
-    channels, images = read_config(directory).in_chans, _read_json(file).get("images")
-    if not isinstance(images, dict) or not {"mean", "std"} <= images.keys():
-        raise ValueError(
-            f"{file}: expected a section images with mean and std, as a pre-training run writes; it has none: "
-            f"save_model(model, directory, mean=..., std=...) writes it, too, and crate-mae import with --mean and --std"
-        )
-    if channels not in COLOUR_MODES:
-        raise ValueError(f"{file}: photographs have {', '.join(map(str, COLOUR_MODES))} channels, its model {channels}")
-    return Normalization(images["mean"], images["std"], channels)
-
-
 def unwrapped(model: nn.Module) -> CrateMAE | Classifier:
     """The model inside PyTorch's wrappers, which hold nothing to learn beside it."""
     inner: Any = model
@@ -333,7 +289,7 @@ def read_config(directory: str | Path) -> ModelConfig | ClassifierConfig:
         ValueError: it has no whole model section.
     """
     path = Path(directory) / CONFIG_FILE
-    fields = _read_json(path).get("model", {})
+    fields = read_json(path).get("model", {})
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: model: expected a section of settings, got {fields!r}")
     missing = {"lambd", "step_size"} - fields.keys()
@@ -360,15 +316,17 @@ def read_mae_config(directory: str | Path) -> ModelConfig:
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a ``config.json``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON object.
+    """
     check_file(path, f"no such file; a model directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         content = json.loads(path.read_bytes())
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as problem:  # of no UTF-8, of numbers of 5,000 digits, of 10,000 "["
+    except (OSError, ValueError, RecursionError) as problem:  # no UTF-8; numbers of 5,000 digits; 10,000 times "["
         raise ValueError(f"{path}: not whole JSON ({problem})") from problem
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object with a model section, got {type(content).__name__}")

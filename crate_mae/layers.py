@@ -233,7 +233,9 @@ class AlphaBlock(Block[MSSA, OvercompleteISTA]):
 
     @staticmethod
     def _obstacle_of(step: nn.Module) -> str | None:
-        return hooks_of_all_modules()  # nothing else: each step is called as a module, which looks for its own obstacles
+        return (
+            hooks_of_all_modules()
+        )  # nothing else: each step is called as a module, which looks for its own obstacles
 
     def _fused(self, x: Tensor, recompute: bool, prepared: PreparedLayer | None) -> Tensor:
         def run(x: Tensor) -> Tensor:

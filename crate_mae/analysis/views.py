@@ -78,7 +78,7 @@ def view(
 
     Args:
         images: uint8 [channels, height, width] each, as stored, height and width divisible by the patch; or a batch of them.
-        normalization: how the model's images were standardised, ``checkpoints.read_normalization(run)``.
+        normalization: how the model's images were standardised, ``preprocessing.read_normalization(run)``.
         done: told 1 after each image, for a progress bar.
 
     Raises:

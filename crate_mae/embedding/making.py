@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crate_mae import __version__
 from crate_mae.backbone import Backbone
-from crate_mae.checkpoints import load_model, read_normalization
+from crate_mae.checkpoints import load_model
 from crate_mae.data import CentreCropped, Normalization, Source, UnreadableImage, in_order, open_source
 from crate_mae.data.progress import Progress
 from crate_mae.data.unreadable import Unreadable, by_cause
@@ -26,6 +26,7 @@ from crate_mae.evaluation import FeatureSpec, features_of
 from crate_mae.evaluation.cache import fingerprint_of
 from crate_mae.evaluation.features import none_readable, of_batches, refuse_not_finite
 from crate_mae.files import replaced
+from crate_mae.preprocessing import read_normalization
 from crate_mae.state_dicts import checksum
 from crate_mae.training.feed import workers_for
 from crate_mae.training.fitting import fit

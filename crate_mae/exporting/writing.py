@@ -26,9 +26,9 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from crate_mae import __version__
-from crate_mae.checkpoints import CONFIG_FILE, load_model
+from crate_mae.checkpoints import CONFIG_FILE, load_model, read_json
 from crate_mae.classifiers import Classifier
-from crate_mae.data import MissingLibrary, Normalization
+from crate_mae.data import MissingLibrary
 from crate_mae.exporting.check import (
     LEAST_SIDE,
     Checked,
@@ -41,6 +41,7 @@ from crate_mae.exporting.check import (
 from crate_mae.exporting.form import ExportForm, ReconstructionForm
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
+from crate_mae.preprocessing import read_statistics
 
 Format = Literal["pt2", "onnx"]
 Output = Literal["tokens", "features", "logits", "reconstruction"]
@@ -213,15 +214,8 @@ def _check_libraries() -> None:
 def _metadata(
     run: Path, model: CrateMAE | Classifier, output: Output, format: Format, mask_ratio: float
 ) -> dict[str, Any]:
-    file = run / CONFIG_FILE
-    config = json.loads(file.read_bytes())
-    images = config.get("images")
-    said = images if isinstance(images, dict) and {"mean", "std"} <= images.keys() else dict(mean=None, std=None)
-    if said is images:
-        try:
-            Normalization(said["mean"], said["std"], model.config.in_chans)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: images: expected mean and std, a number for each channel: {error}") from None
+    config = read_json(run / CONFIG_FILE)
+    mean, std = read_statistics(run) or (None, None)
     reconstructs = output == "reconstruction"
     libraries = ("torch", *("onnx", "onnxscript") * (format == "onnx"))
     return {
@@ -229,8 +223,8 @@ def _metadata(
         "inputs": ["images", "noise"] if reconstructs else ["images"],
         "outputs": ["pred", "mask"] if reconstructs else [output],
         **({"mask_ratio": mask_ratio} if reconstructs else {}),
-        "mean": said["mean"],
-        "std": said["std"],
+        "mean": mean,
+        "std": std,
         "patch_size": model.config.patch_size,
         "model": dataclasses.asdict(model.config),
         **({"classes": config["classes"]} if "classes" in config and output == "logits" else {}),

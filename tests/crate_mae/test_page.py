@@ -101,8 +101,7 @@ def _decoded(text: str, dtype: str) -> np.ndarray:
 def test_what_the_page_holds(shown: Shown) -> None:
     first, *others = shown.views[0].layers
     silent = dataclasses.replace(
-        first,
-        projected=first.projected * torch.tensor([1.0, 0.0])[:, None, None]
+        first, projected=first.projected * torch.tensor([1.0, 0.0])[:, None, None]
     )  # a head without a step
     shown = shown._replace(views=[shown.views[0]._replace(layers=[silent, *others]), *shown.views[1:]])
     text = shown.html()
