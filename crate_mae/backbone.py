@@ -195,41 +195,24 @@ class Backbone(nn.Module, ABC):
                 block.drop_path = rate * index / max(1, len(layers) - 1)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-    ) -> Self:
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Self:
         """A model that ``save_pretrained``, ``save_model`` or a run wrote, on the CPU and in evaluation mode.
 
         Args:
             name: its folder, or the id of a repository on the Hugging Face Hub, "user/model", which huggingface_hub downloads
                 (``pip install 'crate-kernels[hub]'``).
-            revision: of the repository: branch, tag or commit.
-            token, cache_dir, force_download, local_files_only: as of ``huggingface_hub.snapshot_download``.
+            **options: of the download, as for ``crate_mae.download``: ``revision``, ``token``, ``cache_dir``,
+                ``force_download``, ``local_files_only``.
 
         Raises:
             FileNotFoundError: there is no such folder, and nothing by this name could be had from the hub; or no model in it.
             ValueError, RuntimeError: it is damaged, as of ``load_model``.
-            TypeError: it is a model of another kind.
+            TypeError: it is a model of another kind, or there is no such option.
             MissingLibrary: an ImportError: there is no such folder, and huggingface_hub is not installed.
         """
         from crate_mae.sharing.loading import from_pretrained
 
-        return from_pretrained(
-            name,
-            cls,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
+        return from_pretrained(name, cls, **options)
 
     def save_pretrained(
         self,

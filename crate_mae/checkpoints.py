@@ -70,14 +70,15 @@ def save_model(
             without values (on the meta device), with values that are not finite or of which this process has only a shard, or
             layers with other settings.
     """
-    directory = Path(directory)
+    directory, model = Path(directory), unwrapped(model)
     config_file = directory / CONFIG_FILE
     other = read_json(config_file) if config_file.exists() else {}
-    write_files(directory, packed(model, other, mean=mean, std=std, classes=classes))
+    write_files(directory, packed(model, weights_to_save(model), other, mean=mean, std=std, classes=classes))
 
 
 def packed(
-    model: nn.Module,
+    model: CrateMAE | Classifier,
+    weights: Mapping[str, Tensor],
     other: Mapping[str, Any],
     *,
     mean: Sequence[float] | None = None,
@@ -87,9 +88,9 @@ def packed(
     """The files of a model directory, by name, as ``save_model`` writes them; arguments and errors as there.
 
     Args:
-        other: what stands in ``config.json`` beside what the model and the arguments say.
+        weights: ``weights_to_save(model)``.
+        other: further entries of ``config.json``; those of the model and of the arguments take their place.
     """
-    model = unwrapped(model)
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std: expected both or neither, got {mean} and {std}")
     config = {**other, "model": dataclasses.asdict(model.config)}
@@ -99,9 +100,8 @@ def packed(
         config["images"] = {**config.get("images", {}), "mean": mean, "std": std}
     if classes is not None:
         config["classes"] = _names(classes, model)
-    weights = weights_to_save(model)
     # One entry alone: safetensors writes several in any order, and one model is one file, to the byte.
-    of_weights = save(weights, metadata={CHECKSUM: checksum(weights)})
+    of_weights = save(dict(weights), metadata={CHECKSUM: checksum(weights)})
     return {CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(), WEIGHTS_FILE: of_weights}
 
 

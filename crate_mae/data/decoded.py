@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from crate_mae.data.reading import whole
-from crate_mae.data.source import Source, UnreadableImage
+from crate_mae.data.source import Source, UnreadableImage, WrappedSource
 
 _MOST_IMAGES = 5_000
 """That a run decodes before it starts, which takes a second or two."""
@@ -20,40 +18,18 @@ _SAMPLED = 16
 """Headers by which it is judged whether a set could be small."""
 
 
-class DecodedImages(Source):
+class DecodedImages(WrappedSource):
     """Images of another source, kept decoded, upright and in their colour mode."""
 
     def __init__(self, source: Source, images: list[Image.Image | UnreadableImage]) -> None:
-        self.source, self.classes = source, source.classes
+        super().__init__(source)
         self._images = images
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def image(self, index: int) -> Image.Image:
         image = self._images[index]
         if isinstance(image, UnreadableImage):
             raise copy.copy(image)  # not the one that is kept, which would keep who has met it
         return image
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.source.labels
-
-    def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.source.epoch(seed, epoch)
-
-    def files(self) -> Iterable[Path]:
-        return self.source.files()
-
-    def remarks(self) -> list[str]:
-        return self.source.remarks()
 
 
 def decoded_if_small(source: Source, channels: int, most_bytes: int) -> Source:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from crate_mae.data.huggingface import HuggingFaceImages
 from crate_mae.data.layouts import layout_in
 from crate_mae.data.parts import parts_of
-from crate_mae.data.source import Source
+from crate_mae.data.source import Source, WrappedSource
 from crate_mae.data.specification import is_folder, members, open_source
 
 _SPLITS = ("test", "validation", "val", "valid", "dev")
@@ -35,7 +33,7 @@ class LabelledParts(NamedTuple):
     named: tuple[str, str]
 
 
-class Relabelled(Source):
+class Relabelled(WrappedSource):
     """The images of another source, with other numbers for their classes.
 
     Args:
@@ -45,29 +43,12 @@ class Relabelled(Source):
     """
 
     def __init__(self, source: Source, labels: np.ndarray, classes: list[str]) -> None:
-        self.source, self.classes, self._labels = source, classes, labels
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def image(self, index: int) -> Image.Image:
-        return self.source.image(index)
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
+        super().__init__(source)
+        self.classes, self._labels = classes, labels
 
     @property
     def labels(self) -> np.ndarray:
         return self._labels
-
-    def files(self) -> Iterable[Path]:
-        return self.source.files()
-
-    def remarks(self) -> list[str]:
-        return self.source.remarks()
 
 
 def labelled_parts(what: str | Path, *, test: str | Path | None = None) -> LabelledParts:

@@ -127,7 +127,39 @@ class Name:
         return self._source.name(self._index)
 
 
-class Subset(Source):
+class WrappedSource(Source):
+    """The images of another source; heirs say what differs."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.classes = source, source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, index: int) -> Image.Image:
+        return self.source.image(index)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.source.labels
+
+    def remarks(self) -> list[str]:
+        return self.source.remarks()
+
+    def files(self) -> Iterable[Path]:
+        return self.source.files()
+
+    def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.source.epoch(seed, epoch)
+
+
+class Subset(WrappedSource):
     """Some images of a source; an epoch visits each once, also where an epoch of the source itself would not.
 
     Args:
@@ -136,8 +168,8 @@ class Subset(Source):
     """
 
     def __init__(self, source: Source, indices: np.ndarray | Sequence[int]) -> None:
-        self.source, self.indices = source, np.asarray(indices, dtype=np.uint32)
-        self.classes = source.classes
+        super().__init__(source)
+        self.indices = np.asarray(indices, dtype=np.uint32)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -155,11 +187,8 @@ class Subset(Source):
     def labels(self) -> np.ndarray:
         return self.source.labels[self.indices]
 
-    def remarks(self) -> list[str]:
-        return self.source.remarks()
-
-    def files(self) -> Iterable[Path]:
-        return self.source.files()
+    def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return Source.epoch(self, seed, epoch)
 
 
 def shuffled(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from crate_mae.data.index_files import read_index, save_index
 from crate_mae.data.unreadable import Unreadable
-from crate_mae.files import remove, remove_unfinished, replaced
-from crate_mae.state_dicts import checksum
-
-_MADE_OF, _CHECKSUM = "made_of", "crc32"
-"""In the metadata of a file: what the features depend on, and the checksum of all that is in it."""
+from crate_mae.files import remove, remove_unfinished
 
 
 class Chunk(NamedTuple):
@@ -96,28 +91,20 @@ class Chunks:
         Raises:
             OSError: it cannot be written.
         """
+        arrays = {"features": chunk.features.numpy(), "indices": chunk.indices.numpy()}
         words = {"names": chunk.names, "unreadable": chunk.unreadable, "batch_size": chunk.batch_size}
-        encoded = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
-        tensors = {"features": chunk.features.contiguous(), "indices": chunk.indices, "words": encoded}
-        with replaced(self._path(number)) as file:
-            file.write(save(tensors, {_MADE_OF: self._made_of(number), _CHECKSUM: checksum(tensors)}))
+        save_index(self._path(number), arrays, {"made_of": self._made_of(number), "words": json.dumps(words)})
         self.held[number] = Summary.of(chunk)
 
     def read(self, number: int) -> Chunk | None:
         """None where it is not there, of something else, or damaged: it can be made again."""
-        try:
-            with safe_open(self._path(number), framework="pt") as file:
-                said = file.metadata() or {}
-                if said.get(_MADE_OF) != self._made_of(number):
-                    return None
-                tensors = {name: file.get_tensor(name) for name in ("features", "indices", "words")}
-        except (OSError, SafetensorError):
+        found = read_index(self._path(number))
+        if found is None or found[1].get("made_of") != self._made_of(number):
             return None
-        if said.get(_CHECKSUM) != checksum(tensors):
-            return None
-        words = json.loads(tensors["words"].numpy().tobytes())
+        features, indices = (torch.from_numpy(found[0][name]) for name in ("features", "indices"))
+        words = json.loads(found[1]["words"])
         unreadable = [Unreadable(*each) for each in words["unreadable"]]
-        return Chunk(tensors["features"], tensors["indices"], words["names"], unreadable, words["batch_size"])
+        return Chunk(features, indices, words["names"], unreadable, words["batch_size"])
 
     def remove(self) -> None:
         """Delete all."""

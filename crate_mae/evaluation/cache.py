@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from crate_mae.backbone import Backbone
 from crate_mae.data import CentreCropped, Normalization, Source
+from crate_mae.data.index_files import read_index, save_index
 from crate_mae.evaluation.features import FeatureSpec
-from crate_mae.files import make_folder, replaced
+from crate_mae.files import make_folder
 
 _MADE_BY = 1
 """Counted up when the same images and weights come to give other features."""
@@ -42,13 +41,13 @@ def cached(path: Path, fingerprint: str, make: Callable[[], Features]) -> tuple[
     Raises:
         OSError: they cannot be written.
     """
-    if (found := _read(path, fingerprint)) is not None:
-        return found, True
+    about = {_METADATA: fingerprint}
+    found = read_index(path)
+    if found is not None and found[1] == about:
+        return Features(*(torch.from_numpy(found[0][name]) for name in Features._fields)), True
     made = make()
-    content = save({name: value.contiguous() for name, value in made._asdict().items()}, {_METADATA: fingerprint})
     make_folder(path.parent)
-    with replaced(path, alone=False) as file:  # nothing keeps two from evaluating one run at once
-        file.write(content)
+    save_index(path, {name: value.numpy() for name, value in made._asdict().items()}, about)
     return made, False
 
 
@@ -89,17 +88,3 @@ def _add_images(digest: hashlib._Hash, source: Source) -> None:
             digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
         except OSError:  # it cannot be read, then, and is left out
             digest.update(b"none\n")
-
-
-def _read(path: Path, fingerprint: str) -> Features | None:
-    """None where they are not there, of something else, or damaged: they can be made again."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get(_METADATA) != fingerprint:
-                return None
-            found = Features(*(file.get_tensor(name) for name in Features._fields))
-    except (OSError, SafetensorError):
-        return None
-    values, indices = found
-    whole = values.ndim == 2 and values.dtype == torch.float32 and indices.shape == values.shape[:1]
-    return found if whole and values.isfinite().all() else None
