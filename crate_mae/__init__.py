@@ -51,7 +51,7 @@ _LATER = {
     "pretrain": "training",
     "read_embeddings": "embedding",
 }
-"""By modules that not everybody needs, and that take their time to import."""
+"""Names whose modules are imported at first use: not everybody needs them, and importing them takes time."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What all models of the CRATE family share: from images to the tokens of any of their layers, with timm's habits."""
+"""The base of all models of the CRATE family: from images to the tokens of any layer, with timm's interface."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ FINAL_NORM_EPS = 1e-6
 
 
 class Backbone(nn.Module, ABC):
-    """Images to tokens: patches embedded behind a class token, positions, layers; ``CrateMAE`` and ``Classifier`` are two.
+    """Images to tokens: a class token, embedded patches, positions, layers. ``CrateMAE`` and ``Classifier`` inherit from it.
 
-    Two attributes say how layers run; both may be changed at any time, and neither is part of a checkpoint:
+    Two attributes say how layers run. Both may be changed at any time, and neither is part of a checkpoint:
 
-    stream: "float32", or "16bit": tokens go from layer to layer in the autocast dtype (no effect where autocast is off),
+    stream: "float32" or "16bit". With "16bit" tokens go from layer to layer in the autocast dtype (no effect without autocast),
         which halves memory and traffic between the kernels.
-    recompute: layers do projection and attention again in the backward, and keep half as much for it.
+    recompute: layers compute projection and attention again in the backward, and keep half as much for it.
 
-    The methods and their arguments are those of timm's ``VisionTransformer`` (pytorch-image-models 1.0).
+    Methods and arguments are those of timm's ``VisionTransformer`` (pytorch-image-models 1.0).
     """
 
     stream: Literal["float32", "16bit"] = "float32"
@@ -46,7 +46,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def num_features(self) -> int:
-        """The width of the tokens, and of what ``forward_head(tokens, pre_logits=True)`` gives."""
+        """The width of the tokens, and of the features ``forward_head(tokens, pre_logits=True)``."""
         return self.config.embed_dim
 
     @property
@@ -60,11 +60,11 @@ class Backbone(nn.Module, ABC):
         """The LayerNorm behind the last layer; in some models it is part of the head."""
 
     def embed(self, images: Tensor) -> Tensor:
-        """What the first layer sees, [batch, 1 + patches, width]: the class token, then the patches, each with its position."""
+        """The first layer's input [batch, 1 + patches, width]: the class token, then the patches, each with its position."""
         return self._placed(self._embedded_patches(images), images)
 
     def _placed(self, x: Tensor, images: Tensor) -> Tensor:
-        """The class token before those of the patches, each with its position."""
+        """Embedded patches x behind the class token, each with its position."""
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return x + self._positions(patch_grid(images, self.config.patch_size))
 
@@ -77,11 +77,11 @@ class Backbone(nn.Module, ABC):
         """Positions [1, 1 + patches, width] for any grid of patches."""
 
     def _normed(self, x: Tensor) -> Tensor:
-        """What ``forward_features`` makes of the last layer's tokens: a norm of all of them, if it stands before the head."""
+        """The last layer's tokens x after the final norm, where it normalises all tokens before the head; else x."""
         return x
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens [batch, 1 + patches, width] as ``forward_head`` takes them, no patch removed; the class token is first.
+        """Tokens [batch, 1 + patches, width] of whole images, as ``forward_head`` takes them; the class token is first.
 
         Args:
             images: [batch, channels, height, width]; height and width divisible by the patch.
@@ -117,20 +117,20 @@ class Backbone(nn.Module, ABC):
 
         Args:
             images: as for ``forward_features``.
-            indices: which layers: the last so many, or a list of numbers, of which negative ones count back; all if None. The
-                order of a list does not count.
-            return_prefix_tokens: pairs, each layer's patches and its class token [batch, 1, width].
-            norm: through ``last_norm``, too.
-            stop_early: do not run the layers behind the last chosen one, from which the tokens are then.
+            indices: how many layers, counted back from the last, or a list of layer numbers, in any order, where negative ones
+                count back from the last; all layers if None.
+            return_prefix_tokens: for each layer a pair: its patches, and its class token [batch, 1, width].
+            norm: apply ``last_norm`` to each layer's output.
+            stop_early: do not run the layers behind the last chosen one; the returned tokens are then its output.
             output_fmt: patches as "NCHW", [batch, width, rows, columns], or as "NLC", [batch, patches, width].
-            intermediates_only: without the tokens.
+            intermediates_only: return the list alone, without the tokens.
 
         Returns:
             The tokens, as ``forward_features`` gives them, and a list with one entry for each chosen layer, first to last.
 
         Raises:
             IndexError: there is no such layer.
-            ValueError: ``indices`` chooses none or more than there are; or ``output_fmt`` is another; or as ``forward_features``.
+            ValueError: ``indices`` chooses no layer, or more than there are; ``output_fmt`` is unknown; or as ``forward_features``.
             TypeError: as ``forward_features``.
         """
         if output_fmt not in ("NCHW", "NLC"):
@@ -182,7 +182,7 @@ class Backbone(nn.Module, ABC):
         """Stochastic depth in training: ``drop_path`` of the layers, from 0 at the first linearly to ``rate`` at the last.
 
         Raises:
-            ValueError: rate is not at least 0 and below 1; or a layer is none of ours, nor holds one.
+            ValueError: rate is not at least 0 and below 1; or a layer is not of this package, nor a wrapper of one that is.
         """
         if not 0 <= rate < 1:
             raise ValueError(f"drop_path: expected at least 0 and below 1, got {rate}")
@@ -227,12 +227,12 @@ class Backbone(nn.Module, ABC):
     ) -> None:
         """Write ``model.safetensors``, ``config.json`` (lambda and step size included) and a model card, ``README.md``.
 
-        Of a model from a run the card has data, recipe, curves (``curves.png``) and what ``crate-mae evaluate`` measured of
-        these weights, and ``config.json`` has the recipe, too. None of them has paths of this machine, nor images.
+        For a model from a run the card also has data, recipe, curves (``curves.png``) and the scores that ``crate-mae evaluate``
+        measured of these weights, and ``config.json`` the recipe. No file has paths of this machine, or images.
 
         Args:
-            folder: made if it is not there; files of these names in it are replaced, together.
-            run: folder of the run, or of a model, that the weights are from. Its mean, std and classes count where none are
+            folder: created if it does not exist; files of these names in it are replaced, all together.
+            run: folder of the run, or of a model, that the weights are from. Its mean, std and classes are taken where none are
                 given.
             mean, std, classes: as for ``save_model``.
             license: an identifier of the Hugging Face Hub, such as "mit".
@@ -242,7 +242,7 @@ class Backbone(nn.Module, ABC):
             FileNotFoundError: there is no model in ``run``.
             FileExistsError: ``folder`` is that of a run.
             ValueError: the weights are not those of ``run``, a file there is damaged, or as of ``save_model``.
-            OSError: the files cannot be written; those that were there before are there still.
+            OSError: the files cannot be written; older ones are still there.
         """
         from crate_mae.sharing.folder import save_pretrained
 
@@ -258,9 +258,9 @@ class Backbone(nn.Module, ABC):
         create_pr: bool | None = None,
         **saved: Any,
     ) -> str:
-        """Put what ``save_pretrained`` writes into a repository on the Hugging Face Hub, which is made if it is not there.
+        """Upload what ``save_pretrained`` writes to a repository on the Hugging Face Hub, which is created if it does not exist.
 
-        Nothing is made or sent before the files are whole.
+        Nothing is created or sent before all files are written.
 
         Args:
             repo_id: "user/model".
@@ -272,7 +272,7 @@ class Backbone(nn.Module, ABC):
 
         Raises:
             MissingLibrary: an ImportError: huggingface_hub is not installed.
-            OSError: the hub would not have it, such as where nobody is logged in (``hf auth login``), or cannot be reached.
+            OSError: the hub cannot be reached, or refuses, such as where nobody is logged in (``hf auth login``).
             Exception: as of ``save_pretrained``.
         """
         from crate_mae.sharing.folder import push_to_hub
@@ -284,7 +284,7 @@ class Backbone(nn.Module, ABC):
         return grid_of(self.config.image_shape, self.config.patch_size)
 
     def patch_count(self, images: Tensor) -> int:
-        """How many patches each image has; raises what ``forward`` does of images that do not fit."""
+        """How many patches each image has; raises the errors of ``forward`` for images that do not fit."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images: expected a tensor [batch, channels, height, width], got {type(images).__name__}")
         if images.ndim != 4 or images.shape[1] != self.config.in_chans:
@@ -302,22 +302,22 @@ class Backbone(nn.Module, ABC):
     def _through(
         self, blocks: Iterable[nn.Module], x: Tensor, num_heads: int, take: Callable[[int, Tensor], None] | None = None
     ) -> Tensor:
-        """The tokens behind all blocks; ``take`` is shown those behind each, by its number."""
+        """The tokens behind all blocks; ``take`` is called with the number and the output of each block."""
         if self.stream == "16bit":
             x = x.to(compute_dtype(x))
         prepared = self._prepared(blocks, x, num_heads)
         for index, block in enumerate(blocks):
             if _is_ours(block):
                 x = block(x, recompute=self.recompute, prepared=prepared.get(block))
-            else:  # a wrapper, or what someone put in its place: it is called as the official model does
+            else:  # a wrapper or another module in a layer's place: called as in the official model
                 x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
             if take is not None:
                 take(index, x)
         return x
 
     def _prepared(self, blocks: Iterable[nn.Module], x: Tensor, num_heads: int) -> dict[nn.Module, PreparedLayer]:
-        """What is made of the weights of blocks together; the others prepare themselves, one by one."""
-        # What hooks on blocks do to blocks that come later must count: those prepare themselves, when they are called.
+        """The weights of all blocks that can be prepared together; the other blocks prepare themselves, one by one."""
+        # A hook on one block may change the weights of a later one, so that with hooks each block prepares itself when called.
         name = type(self).__name__
         if choose(name, x, compute_dtype(x)) != "triton" or any(attached("", block) for block in blocks):
             return {}

@@ -1,4 +1,4 @@
-"""Models on disk: ``model.safetensors`` beside ``config.json``, and official checkpoints."""
+"""Models on disk: ``model.safetensors`` with ``config.json``, and official checkpoints."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from crate_mae.state_dicts import (
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
-# What a layer computes with beside its weights, as attributes that a caller may change; the configuration has one value for all.
+# Settings of a layer that are no weights. A caller may change them on one layer; the configuration has one value for all layers.
 _SETTINGS = ("heads", "scale", "is_causal", "dim", "step_size", "lambd", "eta", "lmbda", "threshold", "eps")
 
 
@@ -50,25 +50,24 @@ def save_model(
 ) -> None:
     """Write the weights and the configuration, lambda and step size included; other keys of ``config.json`` stay.
 
-    Both files are there before either takes the place of an older one; an error leaves those as they were. What concerns training
-    alone (``stream``, ``recompute``, dropout, ``drop_path``) is not saved, nor are hooks and forwards that were replaced on a
-    module. The metadata of ``model.safetensors`` has a checksum of the weights, which ``load_model`` compares.
+    Both files are written before either replaces an older one; after an error the older files are unchanged. Settings of training
+    (``stream``, ``recompute``, dropout, ``drop_path``), hooks and replaced forwards are not saved. The metadata of
+    ``model.safetensors`` has a checksum of the weights, which ``load_model`` verifies.
 
     Args:
         model: a CrateMAE or Classifier, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel,
-            AveragedModel), of the whole or of a part: the names in the file are always those of the plain model. Weights keep
-            their dtype. Those that share memory are written once each: they are equal when they are loaded, and no longer tied.
-        mean, std: of each channel of pixels in [0, 1], by which the model's images were standardised,
-            (pixels / 255 - mean) / std. With them ``load_transform`` does the same.
-        classes: names, in the order of a classifier's logits; ``classes`` in ``config.json``.
+            AveragedModel) as a whole or in parts: the names in the file are always those of the plain model. Weights keep their
+            dtype. Weights that share memory are written separately: after loading they are equal, but no longer tied.
+        mean, std: for each channel, the mean and standard deviation of pixels in [0, 1] by which the model's images were
+            standardised, (pixels / 255 - mean) / std. ``load_transform`` needs them.
+        classes: names of the classes, in the order of a classifier's logits; ``classes`` in ``config.json``.
 
     Raises:
-        TypeError: model is neither.
+        TypeError: model is of another class.
         ValueError: only one of mean and std is given, or one of them does not have a finite number for each channel; or classes
-            are not a name for each logit; or the model is not what ``load_model`` makes of its ``config``: parameters with other
-            names or shapes (parametrizations, adapters),
-            without values (on the meta device), with values that are not finite or of which this process has only a shard, or
-            layers with other settings.
+            are not a name for each logit; or ``load_model`` could not make the model from its ``config``: parameters have other
+            names or shapes (parametrizations, adapters), no values (on the meta device), values that are not finite, or only a
+            shard in this process, or layers have other settings.
     """
     directory, model = Path(directory), unwrapped(model)
     config_file = directory / CONFIG_FILE
@@ -100,7 +99,7 @@ def packed(
         config["images"] = {**config.get("images", {}), "mean": mean, "std": std}
     if classes is not None:
         config["classes"] = _names(classes, model)
-    # One entry alone: safetensors writes several in any order, and one model is one file, to the byte.
+    # A single entry: safetensors writes several in an order that varies, and the same model shall be the same bytes.
     of_weights = save(dict(weights), metadata={CHECKSUM: checksum(weights)})
     return {CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(), WEIGHTS_FILE: of_weights}
 
@@ -124,7 +123,7 @@ def _names(classes: Sequence[str], model: CrateMAE | Classifier) -> list[str]:
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write several files, by name, into a directory, which is made if it is not there: all of them, or none.
+    """Write several files, by name, into a directory, which is created if need be: all of them, or none.
 
     Raises:
         OSError: one cannot be written.
@@ -145,23 +144,23 @@ def load_model(
 ) -> CrateMAE | Classifier:
     """A model from a directory that ``save_model`` or a pre-training run wrote, or from an official checkpoint file.
 
-    It stands on the CPU in training mode, as one just created; no layer behaves otherwise in evaluation. Its parameters are
-    float32: weights of 16 bits are widened, float64 is rounded, and a warning says so.
+    It is on the CPU and in training mode, like a new one; its layers compute the same in evaluation. Its parameters are float32:
+    16-bit weights are widened, float64 is rounded, and a warning says so.
 
-    A file of weights is a ``.safetensors`` file or what ``torch.save`` wrote: a state dict, or a training checkpoint with one
-    under ``model``, ``state_dict``, ``model_state_dict`` or ``module``. Nothing in it is run: beside tensors and plain values
-    it may hold an ``argparse.Namespace``, paths and NumPy's numbers, which scripts save as a rule.
+    A file of weights is a ``.safetensors`` file or a file of ``torch.save``: a state dict, or a training checkpoint with one
+    under ``model``, ``state_dict``, ``model_state_dict`` or ``module``. No code in it is run: beside tensors and plain values it
+    may hold what scripts usually save, an ``argparse.Namespace``, paths and NumPy's numbers.
 
-    What PyTorch's own wrappers put into the names is dropped: ``_orig_mod.``, ``_checkpoint_wrapped_module.`` and
-    ``_fsdp_wrapped_module.`` wherever they stand, ``module.`` at the front of every name, in any order and number. Any other
-    prefix, such as that of a model inside another, is an error that names it.
+    Parts of names that PyTorch's own wrappers add are dropped: ``_orig_mod.``, ``_checkpoint_wrapped_module.`` and
+    ``_fsdp_wrapped_module.`` anywhere, ``module.`` in front of every name, in any order and number. Any other prefix, such as
+    that of a model inside another, is an error that names it.
 
     Args:
         path: the directory, or a ``.pth``, ``.pt`` or ``.safetensors`` file with weights alone.
         name: the published size of weights alone, as for ``create_model``.
-        lambd, step_size: needed with weights alone of a CRATE-MAE, which do not hold them and are meaningless without. Official
-            releases were trained with lambd 5.0 and later 0.5, step size 0.1. Those of CRATE and CRATE-alpha all have 0.1 and
-            0.1, which are taken where nothing is said.
+        lambd, step_size: needed with weights alone of a CRATE-MAE, which do not hold them and mean nothing without them. Official
+            releases were trained with lambd 5.0, later 0.5, and step size 0.1. For CRATE and CRATE-alpha both are 0.1 by default,
+            as in all their releases.
         **overrides: further fields of ``ModelConfig`` or ``ClassifierConfig`` that differ from the published size.
 
     Raises:
@@ -195,10 +194,10 @@ def load_model(
 
 
 def load_weights(model: CrateMAE, path: str | Path) -> None:
-    """Give a model the weights of a directory or a file, as the start of a training of its own.
+    """Give a model the weights of a directory or a file, to start a new training from.
 
-    Its image size may be another, as the positions are no weights; so may lambda, the step size and the kind of target,
-    which a training may change.
+    The image size may differ, as the positions are no weights; lambda, step size and the kind of target may differ, too, as a
+    training may change them.
 
     Args:
         path: as for ``load_model``.
@@ -221,7 +220,7 @@ def load_weights(model: CrateMAE, path: str | Path) -> None:
 
 
 def unwrapped(model: nn.Module) -> CrateMAE | Classifier:
-    """The model inside PyTorch's wrappers, which hold nothing to learn beside it."""
+    """The model inside PyTorch's wrappers, which have no parameters of their own."""
     inner: Any = model
     while isinstance(inner, nn.Module) and not isinstance(inner, CrateMAE | Classifier):
         children, own = list(inner.named_children()), list(inner.parameters(recurse=False))
@@ -237,7 +236,7 @@ def unwrapped(model: nn.Module) -> CrateMAE | Classifier:
 def weights_to_save(model: CrateMAE | Classifier) -> dict[str, Tensor]:
     """The model's state dict, by plain names and each in memory of its own; errors as of ``save_model``."""
     with torch.device("meta"):
-        loaded = model_of(model.config)  # what ``load_model`` will make, without values
+        loaded = model_of(model.config)  # the model that ``load_model`` will make, without values
     state = plain_names(model.state_dict(), "model")
     if problems := differences(state, loaded.state_dict()):
         raise ValueError(f"model: not what load_model makes of its config: {'; '.join(problems)}")
@@ -309,7 +308,7 @@ def read_config(directory: str | Path) -> ModelConfig | ClassifierConfig:
 
 
 def read_mae_config(directory: str | Path) -> ModelConfig:
-    """As ``read_config``, where the model must be a CRATE-MAE, which alone reconstructs: a ValueError of a classifier."""
+    """As ``read_config``, with a ValueError where the model is not a CRATE-MAE, the only kind that reconstructs."""
     config = read_config(directory)
     if not isinstance(config, ModelConfig):
         raise ValueError(f"{directory}: expected a CRATE-MAE, found a classifier (family {config.family})")

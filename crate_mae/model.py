@@ -18,7 +18,7 @@ from crate_mae.masks import kept_patches, removed_patches
 from crate_mae.patches import patchify, unpatchify
 from crate_mae.positions import sine_cosine
 
-# In official checkpoints, and never used by the official code.
+# Entries of official checkpoints that the official code never uses.
 UNUSED_OFFICIAL_ENTRIES = ("pos_embed", "decoder_embed.weight", "decoder_embed.bias")
 
 
@@ -30,7 +30,7 @@ class MAEOutput(NamedTuple):
     mask: Tensor
 
 
-# So that an exported model, which returns one, can be saved; who loads it imports this.
+# An exported model returns an MAEOutput; torch.export saves it by this name, and whoever loads it imports this module.
 _register_namedtuple(MAEOutput, serialized_type_name="crate_mae.model.MAEOutput")
 
 
@@ -75,7 +75,7 @@ class CrateMAE(MAEEncoder):
     sine-cosine table ``decoder_pos_embed`` (its official name), added once, before the encoder. An official state dict
     loads with ``strict=True``: its entries that nothing uses are dropped by name.
 
-    How layers run (``stream``, ``recompute``), and what all models have: ``Backbone``.
+    ``Backbone`` has what all models share, and how layers run (``stream``, ``recompute``).
     """
 
     config: ModelConfig
@@ -140,7 +140,7 @@ class CrateMAE(MAEEncoder):
         return self.forward_features(images)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """The class token [batch, width] of the tokens of ``forward_features``; there is no head, and nothing behind it."""
+        """The class token [batch, width] of the tokens of ``forward_features``: a CRATE-MAE has no head."""
         return tokens[:, 0]
 
     @property
@@ -163,7 +163,7 @@ class CrateMAE(MAEEncoder):
         return unpatchify(patches, self.config.patch_size, self.config.in_chans, grid or self._configured_grid)
 
     def _embed_kept(self, pixels: Tensor, kept: Tensor) -> Tensor:
-        """Embed the kept patches alone, a quarter as a rule; mask tokens stand for the others, whose embedding none would see."""
+        """Embed only the kept patches, usually a quarter; the others are mask tokens."""
         of_kept, width = kept.unsqueeze(-1), self.config.embed_dim
         chosen = pixels.gather(1, of_kept.expand(-1, -1, pixels.shape[-1]))
         embedded = self.patch_embed.of_patches(chosen).to(self.mask_token.dtype)

@@ -1,7 +1,7 @@
-"""What goes through the layers of a model, seen by hooks: ours, the official CRATE and CRATE-MAE, and these accelerated.
+"""The tokens inside the layers of a model, recorded by hooks: our models, the official CRATE and CRATE-MAE, accelerated or not.
 
 A layer is found by its structure: two steps side by side, each a module ``fn`` behind a ``norm``, one of which projects with
-``qkv``. Hooks on these make accelerated modules call their children one by one, so that what is seen is what they compute.
+``qkv``. With hooks on them, accelerated modules call their children one by one, so that the hooks see what is computed.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ Stack = Literal["encoder", "decoder"]
 
 @dataclass(frozen=True, eq=False)
 class LayerTrace:
-    """One layer's way with tokens [batch, n, d]; projections onto the subspaces of heads are [batch, heads, n, head_dim].
+    """The tokens [batch, n, d] inside one layer, and their projections [batch, heads, n, head_dim] onto the heads' subspaces.
 
     An encoder layer is z = x + MSSA(LN x), y = ISTA(LN z); a decoder layer g = LN(x) W^T, y = g - MSSA(LN g).
 
     Attributes:
-        name: of what holds both steps, such as "blocks.0.layers.0".
-        stack: "encoder" where attention is the first step, "decoder" where the other is.
-        index: in its stack, from 0.
-        norm: before attention.
+        name: the name of the module that holds both steps, such as "blocks.0.layers.0".
+        stack: "encoder" where attention is the first step, "decoder" where it is the second.
+        index: the layer's number in its stack, from 0.
+        norm: the norm before attention.
         module: the attention module, with ``qkv``, ``heads`` and ``scale``.
-        lambd: the weight of sparsity of an encoder's step, None where it says none.
-        tokens: x, as they come.
-        attended: what MSSA adds to: x, or g.
-        compressed: what it makes of that: z, or y.
-        projected: U_k^T LN(attended), which attention is of; the official "key".
-        unsparsified: what the other step starts from: LN z, or LN x.
-        sparsified: what it makes of that: ISTA(LN z), or g.
-        output: y.
+        lambd: the sparsity weight of an encoder's sparse step, None where it has none.
+        tokens: the layer's input x.
+        attended: the input of the attention step: x, or g in a decoder.
+        compressed: its output: z, or y in a decoder.
+        projected: U_k^T LN(attended), the official "key", from which attention is computed.
+        unsparsified: the input of the other step behind its norm: LN z, or LN x in a decoder.
+        sparsified: its output: ISTA(LN z), or g in a decoder.
+        output: the layer's output y.
     """
 
     name: str
@@ -61,13 +61,13 @@ class LayerTrace:
     output: Tensor
 
     def projected_of(self, tokens: Tensor) -> Tensor:
-        """U_k^T LN(tokens), through the norm before this layer's attention and onto its subspaces; no hook sees it."""
-        weight = next(self.norm.parameters(), tokens)  # of another type than tokens where autocast made these
+        """U_k^T LN(tokens), with this layer's norm and projection; hooks do not see this computation."""
+        weight = next(self.norm.parameters(), tokens)  # under autocast the tokens may have another dtype
         projection = self.module.get_submodule("qkv")
         return _by_head(projection.forward(self.norm.forward(tokens.to(weight.dtype))), self.heads)
 
     def subspaces(self) -> Tensor:
-        """U_[K]^T, [heads * head_dim, d], the U_k^T one below the other: ``qkv.weight``, and whatever an adapter adds to it."""
+        """U_[K]^T [heads * head_dim, d], the U_k^T one below the other: ``qkv.weight`` with what an adapter may add to it."""
         x = self.tokens
         basis = torch.eye(x.shape[-1], dtype=next(self.norm.parameters(), x).dtype, device=x.device)
         projection = self.module.get_submodule("qkv")
@@ -85,12 +85,12 @@ class LayerTrace:
 
     @property
     def projected_after(self) -> Tensor:
-        """``projected_of`` what MSSA makes of its tokens."""
+        """``projected_of`` the output of the attention step."""
         return self.projected_of(self.compressed)
 
     @property
     def attention(self) -> Tensor:
-        """softmax(w w^T scale), [batch, heads, n, n]; of a module that attends otherwise, what that makes of the scores."""
+        """softmax(w w^T scale), [batch, heads, n, n]; where the module has another ``attend``, that function of the scores."""
         scores = self.projected @ self.projected.mT * _setting(self.module, "scale")
         if getattr(self.module, "is_causal", False):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -101,7 +101,7 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Two steps that are a layer, each with ``norm`` and ``fn``."""
+    """The two steps of a layer, each with ``norm`` and ``fn``."""
 
     name: str
     stack: Stack
@@ -112,9 +112,9 @@ class _Steps:
 
 @contextmanager
 def traced(model: nn.Module, receive: Callable[[LayerTrace], None]) -> Iterator[None]:
-    """A block in which each layer that a call of the model comes through is handed to ``receive``, as soon as it is done.
+    """A block in which calls of the model hand each layer to ``receive``, as soon as it is computed.
 
-    Only calls of this thread are seen.
+    Only calls from this thread count.
 
     Raises:
         ValueError: the model has no such layers.
@@ -129,7 +129,7 @@ def traced(model: nn.Module, receive: Callable[[LayerTrace], None]) -> Iterator[
     try:
         for steps in found:
             handles += _watch(steps, receive)
-        with unsaid():  # that hooks make modules be called one by one, which is why they are there
+        with unsaid():  # no warning that hooks make modules run one by one: here they are there for that
             yield
     finally:
         for handle in handles:
@@ -138,11 +138,11 @@ def traced(model: nn.Module, receive: Callable[[LayerTrace], None]) -> Iterator[
 
 @torch.no_grad()
 def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
-    """All layers of one call of the model, in evaluation, without gradients; afterwards the model is in the mode it was in.
+    """All layers of one call of the model, in evaluation mode and without gradients; the model's mode is restored.
 
     Args:
-        inputs, options: of the call. Without options, CRATE-MAE, ours or the official, sees whole images; with ``mask_ratio``,
-            a part.
+        inputs, options: of the call. Without options CRATE-MAE, ours or the official one, sees whole images; with
+            ``mask_ratio`` it sees a part.
 
     Raises:
         ValueError: the model has no such layers, or none was called, as after ``model.compile()``, which sees no hooks.
@@ -159,9 +159,9 @@ def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
 
 
 def call_on_whole(model: nn.Module, images: Tensor) -> None:
-    """Call a model, or what PyTorch wraps; of one that takes ``mask_ratio``, as CRATE-MAE does, no patch is removed.
+    """Call a model, or the one inside PyTorch's wrappers, without removing patches where it takes ``mask_ratio``, as CRATE-MAE does.
 
-    Of a ``CrateMAE`` no random number is drawn for it.
+    For a ``CrateMAE`` no random number is drawn.
     """
     model = unwrapped(model)
     if isinstance(model, CrateMAE):
@@ -175,7 +175,7 @@ def call_on_whole(model: nn.Module, images: Tensor) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, DataParallel, DistributedDataParallel or AveragedModel, which change nothing of it."""
+    """The model inside ``torch.compile``, DataParallel, DistributedDataParallel or AveragedModel."""
     while True:
         if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
             model = model.module
@@ -187,7 +187,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """A block in which the model is in evaluation; afterwards each of its modules is in the mode it was in."""
+    """A block in which the model is in evaluation mode; afterwards each of its modules has its mode back."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -198,7 +198,7 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _layers_of(model: nn.Module) -> list[_Steps]:
-    """In the order of their registration."""
+    """The layers of a model, in the order of their registration."""
     beside: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
         if isinstance(getattr(module, "norm", None), nn.Module) and isinstance(getattr(module, "fn", None), nn.Module):
@@ -252,7 +252,7 @@ def _trace_of(steps: _Steps, seen: dict[str, Tensor]) -> LayerTrace:
     module, step = steps.attention.get_submodule("fn"), steps.sparsify.get_submodule("fn")
     is_encoder = steps.stack == "encoder"
     compressed = seen["given"] if is_encoder else seen["attended"] - seen["update"]
-    # An overcomplete step, CRATE-alpha's, is added to what it is of.
+    # The output of CRATE-alpha's overcomplete step is added to its input.
     output = seen["sparsified"] if is_encoder else compressed
     if is_encoder and hasattr(step, "D"):
         output = seen["given"] + output

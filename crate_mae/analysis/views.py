@@ -1,4 +1,4 @@
-"""What there is to see of images inside a model: the layers' maps, patch by patch."""
+"""Maps of images inside a model: for each layer, one value or colour a patch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class LayerView:
 
     Attributes:
         stack, index: which layer; ``index`` counts from 0 in its stack.
-        projected: w, float32 [heads, 1 + patches, head_dim]: attention, and the official keys.
-        scale: of the scores.
+        projected: w, float32 [heads, 1 + patches, head_dim], the official keys, from which attention is computed.
+        scale: the factor of the attention scores.
         token_colours, key_colours: uint8 [rows, columns, 3]: principal components of the layer's output tokens, and of w of all
             heads, fitted across the images that were viewed together, the class token left out.
-        compression: float32, ||MSSA|| / ||token||: how much of a patch's token attention took off or added.
+        compression: float32, ||MSSA|| / ||token||: how much attention changed a patch's token.
         sparsification: float32, ||step(z) - z|| / ||z||: how much the sparse step (the decoder's linear step) changed it.
         zeros: float32, the fraction of the token's entries that the sparse step made zero.
-        norms: float32, of the output tokens.
-        coding_rates: R^c before and after MSSA, as of ``coding_rate``.
+        norms: float32, the norms of the output tokens.
+        coding_rates: R^c before and after MSSA, by ``coding_rate``.
     """
 
     stack: Stack
@@ -74,12 +74,12 @@ def view(
     *,
     done: Callable[[int], None] = lambda images: None,
 ) -> list[ImageView]:
-    """Look at whole images, which may differ in size; colours are comparable among all of them.
+    """The views of whole images, which may differ in size; colours mean the same in all of them.
 
     Args:
         images: uint8 [channels, height, width] each, as stored, height and width divisible by the patch; or a batch of them.
         normalization: how the model's images were standardised, ``preprocessing.read_normalization(run)``.
-        done: told 1 after each image, for a progress bar.
+        done: called with 1 after each image, for a progress bar.
 
     Raises:
         TypeError: the model is no ``CrateMAE``, or an image no tensor of bytes.
@@ -111,9 +111,9 @@ def view(
 
 
 def _seen(model: CrateMAE, image: Tensor, grid: tuple[int, int]) -> list[tuple[Tensor, LayerView]]:
-    """Each layer's output tokens of the patches, which colours are fitted to, and its view without them.
+    """For each layer the output tokens of the patches, to which colours are fitted, and its view without colours.
 
-    Of all else that goes through a layer nothing is kept.
+    Nothing else of a layer is kept in memory.
     """
     seen: list[tuple[Tensor, LayerView]] = []
 
@@ -143,7 +143,7 @@ def _painted(components: PrincipalComponents, tokens: Tensor, grid: tuple[int, i
 
 
 def _uncoloured(layer: LayerTrace, grid: tuple[int, int]) -> LayerView:
-    """All of a layer's view but its colours, which are of all images together."""
+    """A layer's view without its colours, which are fitted to all images together."""
 
     def of_patches(values: Tensor) -> Tensor:
         return values[0, -math.prod(grid) :].unflatten(0, grid)

@@ -1,4 +1,4 @@
-"""Features on disk: made once for a model and its images, and known again by all that they depend on."""
+"""Features on disk: computed once for a model and its images, and found again by a fingerprint of all they depend on."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from crate_mae.evaluation.features import FeatureSpec
 from crate_mae.files import make_folder
 
 _MADE_BY = 1
-"""Counted up when the same images and weights come to give other features."""
+"""To be counted up with each change of code by which the same images and weights give other features."""
 
 _METADATA = "made_of"
 
 
 class Features(NamedTuple):
-    """float32 [readable, width], and which of the images these are, int64 [readable]."""
+    """Features, float32 [readable, width], and the indices of their images, int64 [readable]."""
 
     values: Tensor
     indices: Tensor
 
 
 def cached(path: Path, fingerprint: str, make: Callable[[], Features]) -> tuple[Features, bool]:
-    """The features in a file, if they are those of the fingerprint; else they are made, and written there.
+    """The features in a file, where it has this fingerprint; else they are computed and written there.
 
     Returns:
         The features, and whether they were in the file.

@@ -1,7 +1,7 @@
-"""Models as they are exported: PyTorch's own operators alone, and every size that depends on the images computed in the graph.
+"""Models in the form in which they are exported: PyTorch's own operators only, for images of any size.
 
-The weights are the model's. What differs is the form: no operator of ours, nowhere a Python branch on a size, which an exporter
-would follow once and for all, and positions from sizes, for any grid of patches.
+The weights are the model's. The forms have no operator of ours and no Python branch on a size, as an exporter would keep only the
+branch that its example takes. Positions are computed in the graph, for any grid of patches.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Form(nn.Module):
         self.layers = nn.ModuleList(layer_of(block) for block in model.encoder_layers)
 
     def _encoded(self, x: Tensor, images: Tensor) -> Tensor:
-        """What the last encoder layer makes of embedded patches: [batch, 1 + patches, width]."""
+        """The last encoder layer's output [batch, 1 + patches, width] for embedded patches."""
         patch = self.model.config.patch_size
         x = torch.cat([self.model.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + self.positions(images.shape[2] // patch, images.shape[3] // patch)
@@ -108,7 +108,7 @@ def _crate(model: Backbone) -> Crate:
 
 
 class _Patches(nn.Module):
-    """A convolution that is one linear map a patch, as that: of images that are no whole patches it would drop the rest."""
+    """A convolution with one linear map a patch, as that map. The convolution would silently drop an incomplete patch."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -259,5 +259,5 @@ def _bicubic(old: int, new: int) -> Tensor:
 
 
 def _count(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """How many there are, as a tensor: sizes as Python numbers are not for all exporters."""
+    """The number of values as a tensor, as not every exporter can compute with sizes as Python numbers."""
     return torch.ones_like(values, dtype=dtype).sum()

@@ -15,20 +15,20 @@ from crate_mae.pictures.charts import FAINT, INK, Axis, Canvas, Line, Mark, Shap
 from crate_mae.pictures.sheet import wrapped
 
 COLOURS = ("#1766a6", "#d9730d", "#2a8c3c", "#8e44ad", "#17a2a8", "#c2378f", "#8a5a2b", "#5c6470")
-"""Of runs, in their order. Red is for what went wrong."""
+"""The colours of the runs, in their order. Red is kept for what went wrong."""
 
 _BAD = "#d01c1c"
 
 _WIDTH, _MARGIN, _AXIS, _GAP, _TITLES, _NUMBERS = 1760, 40, 58, 46, 56, 64
 
 _POINTS = 400
-"""A column has room for: of longer runs means are drawn, over so many rows that they are no more."""
+"""The most points of a curve. Longer runs are drawn as means over several rows."""
 
 _MARKERS = 40
-"""Of a run's validations: of more, some have none."""
+"""The most validations of a run that get a marker."""
 
 _DECADES, _PEAKS = 3, 5.0
-"""A logarithmic axis spans so many decades at most, and goes up to so many times the smallest peak of a run."""
+"""A logarithmic axis spans at most `_DECADES`, and goes up to `_PEAKS` times the lowest of the runs' maxima."""
 
 
 class _Panel(NamedTuple):
@@ -52,14 +52,14 @@ _TOP1 = _Panel("Validation top-1", "fraction of images whose class has the large
 _GRADIENTS = _Panel("Gradient norm", "before it is shortened; logarithmic", 150, "grad_norm", marked=False)
 
 _Across = Callable[[Reading], float]
-"""What a column is over."""
+"""The x value of a reading in one column of panels, such as its step."""
 
 _Points = list[tuple[Reading, float]]
 """Readings, and the value that a panel shows of each."""
 
 
 class _Curve(NamedTuple):
-    """What a panel shows of a run."""
+    """The curve of one run in a panel."""
 
     run: ComparedRun
     colour: str
@@ -181,7 +181,7 @@ def _y_axis(panel: _Panel, curves: Sequence[_Curve]) -> Axis:
 
 
 def _beyond(panel: _Panel, axis: Axis, curves: Sequence[_Curve]) -> Iterator[str]:
-    """What of a panel is not to be seen, in words."""
+    """Which runs a panel's axis cuts off, in words."""
     for word, edge, furthest, sign in (("above", axis.highest, max, 1), ("below", axis.lowest, min, -1)):
         reached = {curve.run.name: furthest((value for _, value in curve.points), default=edge) for curve in curves}
         if told := [f"{name}, which reaches {at:.3g}" for name, at in reached.items() if sign * at > sign * edge]:
@@ -234,7 +234,7 @@ def _some(points: _Points) -> _Points:
 
 
 def _signs(runs: Sequence[ComparedRun]) -> list[tuple[Shape, str, str]]:
-    """What the marks mean that there are."""
+    """Shape, colour and meaning of the marks that these runs have."""
     diverging = any(reading.diverging for run in runs for reading in (*run.steps, *run.validations))
     signs: list[tuple[Shape, str, str, bool]] = [
         ("round", INK, "validation", any(run.validations for run in runs)),

@@ -21,7 +21,7 @@ _LINE, _BAR, _SCALE_HEIGHT = 16, 10, 32
 
 
 class Column(NamedTuple):
-    """What stands over a column: a title, of several lines where it has line breaks."""
+    """The title over a column, of several lines where it has line breaks."""
 
     title: str
     colour: str = INK
@@ -104,7 +104,7 @@ def sheet(
 
 
 def _label(row: Row) -> list[tuple[str, int, str]]:
-    """What stands beside a row: lines, their size and colour."""
+    """The lines beside a row, with their size and colour."""
     names = [(line, 13, INK) for line in wrapped(row.name, 13, _NAMES - 12, most=3)]
     return names + [(line, 12, FAINT) for detail in row.details for line in wrapped(detail, 12, _NAMES - 12)]
 

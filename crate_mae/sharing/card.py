@@ -26,10 +26,10 @@ _GUESSES = {
     "pretrain": {"mean_fill_loss": "the mean of the visible pixels", "blur_loss": "the best blur of them"},
     "finetune": {"guess_loss": "guessing"},
 }
-"""By kind of run, errors that need no model, in rows of validations, and what they are of."""
+"""For each kind of run, the columns of its validations with the error of a guess without a model, and that guess in words."""
 
 _A_PATH = re.compile(r"[^\s,]*/[^,]*?(?= ->|,|$)")
-"""In settings that were changed, as a run tells them: "data /home/me/one -> /home/me/two, run.seed 0 -> 1"."""
+"""A path in a run's report of changed settings, such as "data /home/me/one -> /home/me/two, run.seed 0 -> 1"."""
 
 _PAPERS = {"crate": "2306.01129", "crate_alpha": "2405.20299", "crate_mae": "2404.02446"}
 _NAMES = {"crate": "A CRATE", "crate_alpha": "A CRATE-alpha", "crate_mae": "The encoder of a CRATE-MAE"}
