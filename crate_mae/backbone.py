@@ -130,7 +130,7 @@ class Backbone(nn.Module, ABC):
 
         Raises:
             IndexError: there is no such layer.
-            ValueError: ``indices`` chooses no layer, or more than there are; ``output_fmt`` is unknown; or as ``forward_features``.
+            ValueError: ``indices`` chooses no or too many layers; ``output_fmt`` is unknown; or as ``forward_features``.
             TypeError: as ``forward_features``.
         """
         if output_fmt not in ("NCHW", "NLC"):

@@ -159,7 +159,7 @@ def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
 
 
 def call_on_whole(model: nn.Module, images: Tensor) -> None:
-    """Call a model, or the one inside PyTorch's wrappers, without removing patches where it takes ``mask_ratio``, as CRATE-MAE does.
+    """Call a model, or the one inside PyTorch's wrappers, on whole images: with ``mask_ratio=0`` where it takes that.
 
     For a ``CrateMAE`` no random number is drawn.
     """

@@ -1,4 +1,4 @@
-"""What is stored of an image in a shard: its file as it is, or a smaller one."""
+"""The file that a shard stores for an image: the original, or a smaller one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SUFFIXES = {
     "TIFF": ".tif",
     "PPM": ".ppm",
 }
-"""By format, of images that may be kept as they are."""
+"""Suffixes of the formats whose files may be stored as they are."""
 
 _EIGHT_BITS = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
@@ -30,10 +30,10 @@ _WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 _ORIENTATION = 0x0112
 
 _LONGEST_JPEG = 65_500
-"""Pixels of a side, of what the format can hold."""
+"""The longest side of a JPEG in pixels."""
 
 _GAP = 2
-"""A JPEG is decoded at this many times the size wanted, or more, and resized from there, which cannot be told from the whole."""
+"""A JPEG is decoded at no less than this many times the wanted size, and resized from there, without a visible difference."""
 
 
 class PackedImage(NamedTuple):

@@ -1,4 +1,4 @@
-"""What images come from: the interface that all sources have, and parts of a source."""
+"""Sources of images: their common interface, and parts of a source."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Where the image is, for people: a path, a shard and what is in it."""
+        """Where the image is, for people: a path, or a shard and a name in it."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -87,7 +87,7 @@ class Source(ABC):
         return np.zeros(len(self), dtype=np.int32)
 
     def remarks(self) -> list[str]:
-        """What its user should know, in short phrases: what was left out, and why; the memory that its index takes."""
+        """Remarks for the user, in short phrases: what was left out, and why; the memory of its index."""
         return []
 
     def files(self) -> Iterable[Path]:
@@ -95,7 +95,7 @@ class Source(ABC):
         return ()
 
     def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """What an epoch of a run with this seed visits, in its order: a function of the two alone.
+        """The images that an epoch of a run with this seed visits, in order: a function of the two numbers alone.
 
         Returns:
             uint32 [len] and uint32 [len]: of each visit the pass over the images that it belongs to, which together with the
@@ -128,7 +128,7 @@ class Name:
 
 
 class WrappedSource(Source):
-    """The images of another source; heirs say what differs."""
+    """The images of another source; subclasses override what differs."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.classes = source, source.classes
