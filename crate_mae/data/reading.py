@@ -128,8 +128,8 @@ def open_image(file: BinaryIO | bytes, name: object) -> Image.Image:
 def shown_size(image: Image.Image, name: object) -> tuple[int, int]:
     """(width, height) of the image when it is upright.
 
-    For a JPEG the header is enough. Other formats are decoded first: a PNG may have its orientation after its pixels, a TIFF or an
-    icon another size than in its header. For the number of pixels alone, `image.size` is enough.
+    For a JPEG the header is enough. Other formats are decoded first: a PNG may have its orientation after its pixels, a TIFF or
+    an icon another size than in its header. For the number of pixels alone, `image.size` is enough.
 
     Raises:
         UnreadableImage: of this name; its pixels cannot be decoded.

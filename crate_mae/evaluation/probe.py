@@ -54,7 +54,7 @@ def linear_probe(
     classes = 1 + int(max(labels.max(), test_labels.max()))
     features, test_features = features.double(), test_features.double()
     mean, deviation = features.mean(0), features.std(0)
-    # Of a feature that is the same in all images nothing can be learnt; to divide by its rounding would make it count.
+    # A feature that is equal in all images teaches nothing; divided by its rounding error, it would count.
     deviation = torch.where(deviation > 1e-10 * mean.abs().clamp_min(1e-300), deviation, torch.inf)
     features, test_features = (features - mean) / deviation, (test_features - mean) / deviation
     held_out = one_of(HELD_OUT, labels, seed)

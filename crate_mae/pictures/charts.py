@@ -66,7 +66,7 @@ class Axis(NamedTuple):
     logarithmic: bool = False
 
     def share(self, value: float) -> float:
-        """How far on the way from the lowest to the highest a value is; beyond them, below 0 or above 1."""
+        """The position of a value between `lowest` (0) and `highest` (1); values beyond them are below 0 or above 1."""
         ends = value, self.lowest, self.highest
         at, start, end = map(math.log, ends) if self.logarithmic else ends
         return (at - start) / (end - start)
@@ -167,7 +167,7 @@ class Canvas:
             self.line([(x - cap, y), (x + cap, y)], colour, 1.5)
 
     def legend(self, at: tuple[float, float], entries: Sequence[tuple[str, str]], right: float) -> float:
-        """A swatch in the colour of each (name, colour), in lines from a point no further than `right`; returns the last's y."""
+        """Names behind swatches of their colours, in lines between a point and `right`; returns the y of the last line."""
         x, y = at
         for name, colour in entries:
             width = 40 + text_width(name, 15) + 24
@@ -384,7 +384,7 @@ def _parts(left: float, right: float, layers: Sequence[int], *, gap: float) -> I
 
 
 def _numbered(layers: int, room: float) -> list[int]:
-    """The layers whose numbers are written, counted from 1: so many as have room."""
+    """The numbers of layers that are written, counted from 1: as many as have room."""
     step = next(step for step in (1, 2, 3, 4, 6, 10, 12, 20, 50, 100, layers + 1) if step * room >= 20 or step > layers)
     numbers = list(range(step, layers + 1, step))
     return numbers if step == 1 else [1, *(number for number in numbers if (number - 1) * room >= 20)]

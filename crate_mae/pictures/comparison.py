@@ -117,7 +117,7 @@ def comparison_picture(comparison: Comparison) -> Image.Image:
             drawn = [line for curve in of_panel for line in _lines(curve, over)]
             told = column == 0 and panel is panels[0]
             marks = [mark for curve in of_panel for mark in _marks(curve, over, told=told, alone=not panel.marked)]
-            # Thin ones first, so that none lies over a thick one.
+            # Thin lines first, so that none covers a thick one.
             canvas.plot(box, sorted(drawn, key=lambda line: line.width), marks, x, y, numbered=column == 0)
         top += _TITLES + panel.height + _NUMBERS
     return canvas.finished()
@@ -157,19 +157,19 @@ def _curve(run: ComparedRun, colour: str, panel: _Panel) -> _Curve:
 
 
 def _placed(readings: Sequence[Reading], name: str, panel: _Panel) -> _Points:
-    """Those that have a place on the panel's axis."""
+    """The points that have a place on the panel's axis."""
     found = [(reading, reading.values.get(name, math.nan)) for reading in readings]
     return [each for each in found if math.isfinite(each[1]) and (each[1] > 0 or not panel.logarithmic)]
 
 
 def _mean(points: _Points) -> tuple[Reading, float]:
-    """The mean value, at the last of them; diverging where one of them is."""
+    """One point for several: their mean value at the place of the last; diverging where one of them is."""
     last, _ = points[-1]
     return last._replace(diverging=any(reading.diverging for reading, _ in points)), fmean(value for _, value in points)
 
 
 def _y_axis(panel: _Panel, curves: Sequence[_Curve]) -> Axis:
-    """Around the values of runs while they do not diverge; where they all do, around all."""
+    """The axis around all values of runs that do not diverge there; around all values where all diverge."""
     of_runs = [[value for reading, value in curve.points if not reading.diverging] for curve in curves]
     values = [each for each in of_runs if each] or [[value for curve in curves for _, value in curve.points] or [1.0]]
     lowest, highest = min(map(min, values)), max(map(max, values))
@@ -229,7 +229,7 @@ def _marks(curve: _Curve, over: _Across, *, told: bool, alone: bool) -> list[Mar
 
 
 def _some(points: _Points) -> _Points:
-    """So many of them as there is room for markers, the last among them."""
+    """At most `_MARKERS` of the points, evenly spaced, the last among them."""
     return points[:: -max(1, -(-len(points) // _MARKERS))]
 
 

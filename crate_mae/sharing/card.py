@@ -48,13 +48,13 @@ def card(
     """The text of a model card.
 
     Args:
-        model: a plain one.
-        name: under which others load it: of a repository on the hub, or of a folder.
-        origin: what is known of its training; None of a model alone.
-        has_transform: whether ``load_transform`` works of the folder.
-        classes: of a classifier, by name.
-        remark: a paragraph on where it comes from.
-        license: an identifier of the hub, such as "mit"; without one the card says none.
+        model: the model, without PyTorch's wrappers.
+        name: the name under which others load it: a repository on the hub, or a folder.
+        origin: what is known of its training; None for a model alone.
+        has_transform: whether ``load_transform`` works with the folder.
+        classes: the names of a classifier's classes.
+        remark: a paragraph on where the model comes from.
+        license: an identifier of the hub, such as "mit"; the card names no licence without it.
     """
     config = model.config
     parts = [
