@@ -115,7 +115,9 @@ class Block(nn.Module, ABC, Generic[First, Second]):
         for step, kind in zip(pairs[0], self._kinds, strict=True):
             if reason := obstacle("a step", step, PreNorm):
                 return reason
-            norm, fn = _child(step, "norm"), _child(step, "fn")
+            norm, fn = step._modules["norm"], step._modules["fn"]
+            if norm is None or fn is None:
+                return "a step has no norm or no fn"
             if reason := obstacle("fn", fn, kind) or norm_obstacle(norm, x) or self._obstacle_of(fn):
                 return reason
         return None
@@ -164,15 +166,8 @@ def _children(module: nn.Module) -> list[nn.Module]:
     return [child for child in module._modules.values() if child is not None]
 
 
-def _child(module: nn.Module, name: str) -> nn.Module:
-    """One of ``_children``, by its name."""
-    if (child := module._modules[name]) is None:
-        raise TypeError(f"{name}: expected a module, got None")
-    return child
-
-
 def _norm_and_step(module: nn.Module, kind: type[First]) -> tuple[nn.LayerNorm, First]:
-    norm, step = _child(module, "norm"), _child(module, "fn")
+    norm, step = module._modules["norm"], module._modules["fn"]
     if not isinstance(norm, nn.LayerNorm) or not isinstance(step, kind):
         expected, got = f"a LayerNorm and {kind.__name__}", f"{type(norm).__name__} and {type(step).__name__}"
         raise TypeError(f"step: expected {expected}, got {got}")
@@ -328,10 +323,10 @@ def embedding_obstacle(embed: nn.Module) -> str | None:
     """Why ``embed`` must be called as a module, in words; None where its ``of_patches`` computes the same."""
     if reason := hooks_of_all_modules() or obstacle("patch_embed", embed, PatchEmbed):
         return reason
-    proj = _child(embed, "proj")
+    assert isinstance(embed, PatchEmbed)  # else it is an obstacle
+    proj = embed.proj
     if reason := obstacle("patch_embed.proj", proj, nn.Conv2d):
         return reason
-    assert isinstance(proj, nn.Conv2d)  # as the line above has made sure
     is_one_map_a_patch = proj.stride == proj.kernel_size and proj.padding == (0, 0) and proj.dilation == (1, 1)
     if not is_one_map_a_patch or proj.groups != 1 or not is_plain(proj.weight):
         return "patch_embed.proj is more than one linear map a patch"

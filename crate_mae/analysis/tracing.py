@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,7 @@ from crate_mae.model import CrateMAE
 Stack = Literal["encoder", "decoder"]
 
 
-@dataclass(frozen=True, eq=False)
-class LayerTrace:
+class LayerTrace(NamedTuple):
     """The tokens [batch, n, d] inside one layer, and their projections [batch, heads, n, head_dim] onto the heads' subspaces.
 
     An encoder layer is z = x + MSSA(LN x), y = ISTA(LN z); a decoder layer g = LN(x) W^T, y = g - MSSA(LN g).
@@ -48,7 +47,7 @@ class LayerTrace:
 
     name: str
     stack: Stack
-    index: int
+    index: int  # type: ignore[assignment]  # in the place of tuple.index, which a layer has no use for
     norm: nn.Module
     module: nn.Module
     lambd: float | None

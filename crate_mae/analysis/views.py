@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from crate_mae.model import CrateMAE
 from crate_mae.patches import patch_grid
 
 
-@dataclass(frozen=True, eq=False)
-class LayerView:
+class LayerView(NamedTuple):
     """One layer on one whole image. Maps are [rows, columns], of patches; all tensors are on the CPU.
 
     Attributes:
@@ -36,7 +34,7 @@ class LayerView:
     """
 
     stack: Stack
-    index: int
+    index: int  # type: ignore[assignment]  # in the place of tuple.index, which a layer has no use for
     projected: Tensor
     scale: float
     token_colours: Tensor
@@ -106,7 +104,7 @@ def view(
         colours = [PrincipalComponents.of(torch.cat(each)) for each in (tokens, keys)]
         for image, layer, *each in zip(views, layers, tokens, keys, strict=True):
             of_tokens, of_keys = map(_painted, colours, each, [image.grid] * 2)
-            image.layers.append(replace(layer, token_colours=of_tokens, key_colours=of_keys))
+            image.layers.append(layer._replace(token_colours=of_tokens, key_colours=of_keys))
     return views
 
 
@@ -133,9 +131,9 @@ def _seen(model: CrateMAE, image: Tensor, grid: tuple[int, int]) -> list[tuple[T
 
 def _kept(layer: LayerTrace) -> LayerTrace:
     """The layer with its tensors on the CPU, in float32."""
-    values = {field.name: getattr(layer, field.name) for field in fields(layer)}
-    moved: dict[str, Any] = {name: value.float().cpu() for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(layer, **moved)
+    values = layer._asdict()
+    moved = {name: value.float().cpu() for name, value in values.items() if isinstance(value, Tensor)}
+    return LayerTrace(**(values | moved))
 
 
 def _painted(components: PrincipalComponents, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

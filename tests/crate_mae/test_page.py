@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import json
 import os
@@ -100,8 +99,8 @@ def _decoded(text: str, dtype: str) -> np.ndarray:
 
 def test_what_the_page_holds(shown: Shown) -> None:
     first, *others = shown.views[0].layers
-    silent = dataclasses.replace(
-        first, projected=first.projected * torch.tensor([1.0, 0.0])[:, None, None]
+    silent = first._replace(
+        projected=first.projected * torch.tensor([1.0, 0.0])[:, None, None]
     )  # a head without a step
     shown = shown._replace(views=[shown.views[0]._replace(layers=[silent, *others]), *shown.views[1:]])
     text = shown.html()

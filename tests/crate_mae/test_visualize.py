@@ -126,7 +126,7 @@ def test_rounding_is_not_drawn_as_differences(monkeypatch):
     monkeypatch.setattr(inside, "sheet", lambda title, lines, columns, rows, **options: drawn.extend(rows))
     image = seen(CrateMAE(MODEL))
     noise = torch.linspace(0, 1e-6, 24).view(4, 6)
-    layers = [dataclasses.replace(layer, norms=5 + noise, zeros=0.5 + 0.1 * noise * 1e6) for layer in image.layers]
+    layers = [layer._replace(norms=5 + noise, zeros=0.5 + 0.1 * noise * 1e6) for layer in image.layers]
     inside.path_picture(image._replace(layers=layers), "a", "")
     assert drawn[0].scales[4] == ("all 5", "") and drawn[0].scales[3] == ("0.5", "0.6")
     zeros, norms = (np.unique(np.asarray(drawn[0].cells[place]).reshape(-1, 3), axis=0) for place in (3, 4))
