@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import os
 import re
 import shutil
@@ -35,6 +34,7 @@ from benchmarks.command_line import make_folder
 from benchmarks.kernels.operators import OPERATORS
 from benchmarks.parts import RESULTS, Part, Runner
 from benchmarks.records import environment, slug, table, table_of, version
+from crate_kernels.files import write_json
 
 PYTEST = (sys.executable, "-m", "pytest", "-p", "benchmarks.pytest_outcomes", "--outcomes", RESULTS, "-m", "gpu", "-q")
 PASSING = ("passed", "unavailable")
@@ -168,9 +168,7 @@ class Report:
         return passed
 
     def write(self) -> None:
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_json(self.path, self.document)
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

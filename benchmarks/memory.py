@@ -30,7 +30,8 @@ from benchmarks.peers import STEPS, Absent, Step
 from benchmarks.records import Record, in_one_line
 from benchmarks.training_step import BASELINE, Batch, Stepper
 from crate_kernels import dispatch
-from crate_kernels.precision import is_autocast, layer_norm
+from crate_kernels.dtypes import is_autocast
+from crate_kernels.layer_norm import layer_norm
 from crate_mae.config import ModelConfig, grid_of
 
 # Whole layers, by their name in the rows, and where CrateMAE has them.

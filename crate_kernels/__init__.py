@@ -16,7 +16,7 @@ from crate_kernels.mssa.api import AttentionWeights, mssa
 from crate_kernels.nn import ISTA, MSSA, DecoderStep, OvercompleteISTA
 from crate_kernels.norm_linear.api import norm_linear
 from crate_kernels.overcomplete.api import overcomplete_ista
-from crate_kernels.products.operand import Norm
+from crate_kernels.products.norm_folding import Norm
 from crate_kernels.shared_attention.api import shared_qkv_attention
 
 __all__ = [

@@ -1,6 +1,7 @@
-"""``python -m crate_kernels``: what heads a bug report. Versions, devices, and what operators take on them, and why.
+"""``python -m crate_kernels`` prints what belongs at the top of a bug report: versions, devices, and which implementation of the
+operators runs on them, and why.
 
-Nothing that is missing or broken ends it: the line says what came in its place.
+Something missing or broken does not end it: its line then says what went wrong.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torch import Tensor
 
 from crate_kernels import tiles
 from crate_kernels._version import __version__
+from crate_kernels.cpu import CPU, arithmetic_dtype
 from crate_kernels.dispatch import choose, obstacle_to_kernels, use
-from crate_kernels.matmul import ONEDNN_IS_FASTER
-from crate_kernels.precision import CPU, arithmetic_dtype
+from crate_kernels.library_products import ONEDNN_IS_FASTER
 from crate_kernels.shared_attention.api import WIDEST_HEAD, obstacle_to_triton
 from crate_kernels.tiles import cache
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Those by which products differ, as Linux names them.
+# CPU instructions, by Linux's names, that decide how products are computed.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 ALWAYS_SAID = ("CRATE_KERNELS_IMPL", "TRITON_INTERPRET")
 SAID_WHERE_SET = (cache.VARIABLE, "ONEDNN_MAX_CPU_ISA", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -44,7 +45,7 @@ def version(name: str) -> Iterator[str]:
 
 
 def triton_line() -> Iterator[str]:
-    """By its import, as distributions of it have several names, and a broken one is what a report may be about."""
+    """Imports it: it is distributed under several names, and the bug may be that the import fails."""
     yield importlib.import_module("triton").__version__
 
 
@@ -92,11 +93,13 @@ def _gpu(index: int) -> str:
 
 
 def taken_on(device: str) -> Iterator[str]:
-    """What ``auto`` takes there and, where that is not triton, what keeps it from being so; in ``dispatch``'s own words."""
+    """For each dtype, the implementation that ``auto`` chooses there and, if it is not triton, why, in ``dispatch``'s words."""
     if device == "cuda" and not torch.cuda.is_available():
         yield "nothing, without such a device"
         return
-    cases = {_name(dtype): (torch.empty(0, dtype=dtype, device=device), None) for dtype in DTYPES}
+    cases: dict[str, tuple[Tensor, str | None]] = {
+        _name(dtype): (torch.empty(0, dtype=dtype, device=device), None) for dtype in DTYPES
+    }
     cases[f"heads wider than {WIDEST_HEAD}"] = cases["float32"][0], obstacle_to_triton(WIDEST_HEAD + 1)
     by_reason: dict[str, list[str]] = {}
     for name, (tensor, obstacle) in cases.items():
@@ -154,7 +157,7 @@ PARTS: dict[str, Callable[[], Iterator[str]]] = {
 
 
 def report() -> Iterator[str]:
-    """The lines that are printed."""
+    """Yields the lines to print."""
     yield f"{'crate_kernels':14} {__version__}"
     for name, tell in PARTS.items():
         heading = name
@@ -162,7 +165,7 @@ def report() -> Iterator[str]:
             for line in tell():
                 yield f"{heading:14} {line}"
                 heading = ""
-        except Exception as problem:  # a report is of what does not work
+        except Exception as problem:  # reports are written when something does not work
             yield f"{heading:14} not known: {type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
 
 

@@ -1,6 +1,6 @@
-"""``python -m crate_kernels.bench``: where the benchmarks are. They stay in the source repository, with their results.
+"""``python -m crate_kernels.bench`` tells where the benchmarks are: in the source repository, beside their results.
 
-In a checkout it lists them; from an installed package it says in a line how to run them there.
+In a checkout it lists their commands. The installed package does not contain them, and says so in one line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ELSEWHERE = (
 
 
 def programs(folder: Path) -> Iterator[tuple[str, str]]:
-    """The command of each program in a folder of modules and packages, and the first line of its docstring."""
+    """For each program in a package folder, the command that starts it and the first line of its docstring."""
     for file in sorted([*folder.glob("*.py"), *folder.glob("*/__main__.py")]):
         if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8"):
             module, told_by = (file.parent, file.with_name("__init__.py")) if file.stem == "__main__" else (file, file)
@@ -27,7 +27,7 @@ def programs(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    # Another project may have installed a package of this name beside ours.
+    # The folder may belong to another project, which has installed a package ``benchmarks``, too.
     if not (BESIDE / "training_step.py").is_file():
         print(ELSEWHERE, file=sys.stderr)
         sys.exit(2)

@@ -3,8 +3,8 @@
 Every operator has three. ``reference`` states the meaning in the official order of operations; ``composed`` is the faster
 algebra in standard PyTorch calls; ``triton`` is our kernels. Left alone, CUDA tensors take ``triton`` where its kernels can
 run (not float64, not heads wider than 128), and everything else takes ``composed``. ``use`` or the environment variable
-``CRATE_KERNELS_IMPL`` forces one for every operator. Which of PyTorch's libraries then multiplies for ``composed``, ``matmul``
-says.
+``CRATE_KERNELS_IMPL`` forces one for every operator. Which of PyTorch's libraries multiplies for ``composed`` is decided in
+``library_products``.
 
 Some of what runs around a call, or comes into it, knows PyTorch's own operators only: the transforms of ``torch.func``,
 forward-mode derivatives, ``torch.export``, and tensors of other classes, such as quantised or distributed ones. There the kernels
@@ -24,8 +24,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from crate_kernels.private_torch import carried_into_backward, is_transformed, set_carried
 
 IMPLEMENTATIONS = ("reference", "composed", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -62,14 +63,13 @@ _CARRIED = f"{__package__}.implementation"
 def _force(implementation: str | None) -> None:
     _forced.implementation = implementation
     if not torch.compiler.is_compiling():
-        torch._C._stash_obj_in_tls(_CARRIED, implementation)
+        set_carried(_CARRIED, implementation)
 
 
 def _forced_here() -> str | None:
-    in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-    if in_backward and torch._C._is_key_in_tls(_CARRIED):
-        return torch._C._get_obj_in_tls(_CARRIED)
-    return _forced.implementation
+    if torch.compiler.is_compiling():
+        return _forced.implementation
+    return carried_into_backward(_CARRIED, _forced.implementation)
 
 
 @contextmanager
@@ -98,11 +98,6 @@ def use(implementation: str) -> Iterator[None]:
         yield
     finally:
         _force(previous)
-
-
-def is_transformed() -> bool:
-    """A transform of ``torch.func`` is active (vmap, grad, jvp, ...), or a level of forward-mode differentiation is open."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def plain_calls_only() -> str | None:

@@ -19,8 +19,8 @@ from torch.nn.modules import module as _module
 from torch.utils.module_tracker import ModuleTracker
 
 from crate_kernels.dispatch import is_plain
-from crate_kernels.precision import is_autocast
-from crate_kernels.products.operand import norm_options
+from crate_kernels.dtypes import is_autocast
+from crate_kernels.products.norm_folding import norm_options
 
 # As they were when this was imported, or when the class was made known.
 _FORWARDS = {

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from crate_kernels.checks import describe
 from crate_kernels.fusing import attached, fold, hooks_of_all_modules, known, linear_obstacle, obstacle, say
 from crate_kernels.ista.api import combine, ista
 from crate_kernels.mssa.api import AttentionWeights, mssa
 from crate_kernels.norm_linear.api import norm_linear
 from crate_kernels.overcomplete.api import overcomplete_ista
 from crate_kernels.shared_attention.api import check_padding_and_dropout, shared_qkv_attention
+from crate_kernels.validation import describe
 
 
 @known

@@ -1,4 +1,5 @@
-"""Whether a module computes what one of ours would make of the same object: both are run, and outputs and gradients compared."""
+"""Whether one of our modules computes the same as a module that it is to replace: both run, and outputs and gradients are
+compared."""
 
 from __future__ import annotations
 
@@ -18,16 +19,23 @@ from crate_kernels.fusing import HOOKS, unsaid
 from crate_kernels.renamed import is_causal_mask
 
 MANY_TOKENS = 300
-# The numbers that a step or an attention has, and by how much one trial changes each.
+# Attributes of modules that are single numbers, and the factor by which one trial changes each.
 _NUMBERS = {"step_size": 0.7, "eta": 0.7, "lambd": 0.6, "lmbda": 0.6, "scale": 0.8}
 
 
 class Trial(NamedTuple):
-    """One run of a module and of what it would become.
+    """One run of both modules.
 
-    words: what is particular about it. x: its tokens. values: its parameters. numbers: factors on single numbers, by name.
-    dropping: the child whose dropout drops everything, where the others drop nothing. may_be_zero: whether nothing at all may
-    come out. beyond_mask: whether there are more tokens than its mask is for, so that it must fail.
+    Attributes:
+        words: how it differs from the other trials, as the end of a sentence.
+        x: the tokens.
+        values: the parameters, by name.
+        numbers: factors for single numbers, by name.
+        training: whether the modules are in training mode.
+        flags: further arguments of the forward.
+        dropping: the child whose dropout drops everything; the others drop nothing.
+        may_be_zero: whether the output may be all zeros.
+        beyond_mask: whether there are more tokens than the module's causal mask has, so that it must fail.
     """
 
     words: str
@@ -42,19 +50,21 @@ class Trial(NamedTuple):
 
 
 def arguments(kind: type[nn.Module]) -> list[str]:
-    """Of its forward, without the module and the tokens."""
+    """The names of its forward's arguments after the module and the tokens."""
     return list(inspect.signature(kind.forward).parameters)[2:]
 
 
 def difference(
     module: nn.Module, target: type[nn.Module], width: tuple[str, int], tokens: int, gain: float
 ) -> str | None:
-    """What ``target`` would do otherwise than ``module``, in words, if anything was found.
+    """In words, how the outputs or gradients of ``target`` differ from those of ``module``; None if no trial shows a difference.
 
     Args:
-        width: the parameter, and which of its sizes, that says how wide the tokens are.
-        tokens: how many, as a rule.
-        gain: norm of a row of the random parameters, as a rule.
+        module: the module that is to be replaced.
+        target: the type of ours that would take its parameters.
+        width: the name of a parameter and the index of its size that is the width of the tokens.
+        tokens: the number of tokens in most trials.
+        gain: the norm of a row of the random parameters in most trials.
     """
     try:
         weight = attrgetter(width[0])(module)
@@ -73,7 +83,7 @@ def difference(
 
 
 def _found(module: nn.Module, target: type[nn.Module], trial: Trial) -> str | None:
-    """What both do otherwise in one trial, in words that go on a sentence."""
+    """How both differ in one trial, as the end of a sentence."""
     if trial.beyond_mask:
         try:
             _run(module, type(module), trial)
@@ -89,7 +99,7 @@ def _found(module: nn.Module, target: type[nn.Module], trial: Trial) -> str | No
     if [one is None for one in expected] != [one is None for one in found]:
         return f"{trial.words}: other tensors get a gradient"
     for what, one, other in zip(("", *[", in its gradients"] * len(found)), expected, found, strict=False):
-        # Not <=, which all zeros would pass: behind a threshold above all tokens nothing can be told apart.
+        # With <= all zeros would pass. A threshold above all tokens makes them, whatever else the modules compute.
         close = one is None or (other - one).norm() < torch.finfo(one.dtype).eps ** 0.75 * one.norm()
         if not (close or ((trial.may_be_zero or what) and torch.equal(other, one))):
             return f"{trial.words}{what}"
@@ -98,15 +108,15 @@ def _found(module: nn.Module, target: type[nn.Module], trial: Trial) -> str | No
 
 def _trials(module: nn.Module, weight: Tensor, axis: int, tokens: int, gain: float) -> Iterator[Trial]:
     generator, width, device = torch.Generator().manual_seed(0), weight.shape[axis], weight.device
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # which has no float64
-    sizes = [buffer.shape[-1] for buffer in module._buffers.values() if is_causal_mask(buffer)]
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    sizes = [buffer.shape[-1] for buffer in module._buffers.values() if buffer is not None and is_causal_mask(buffer)]
     most, few = min([tokens, *sizes]), min([16, *sizes])
 
     def normal(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, generator=generator, device="cpu", dtype=dtype)).to(device)
 
     def parameters(gain: float) -> dict[str, Tensor]:
-        """Random ones; a single number, such as lambda, keeps its value."""
+        """Random parameters; a single number, such as lambda, keeps its value."""
         state = module.named_parameters(remove_duplicate=False)
         floats = {name: value.detach() for name, value in state if value.is_floating_point()}
         return {
@@ -136,7 +146,7 @@ def _trials(module: nn.Module, weight: Tensor, axis: int, tokens: int, gain: flo
 
 
 def _run(module: nn.Module, kind: type[nn.Module], trial: Trial) -> tuple[list[Any], list[str]]:
-    """What ``module`` as a ``kind`` gives, the gradients of tokens and parameters, and the attributes that it changes."""
+    """Runs ``module`` as a ``kind``. Returns [output, gradients of tokens and parameters], and the attributes that it changed."""
     twin = without_hooks(module, kind)
     for name, child in twin.named_modules():
         child.training = trial.training
@@ -144,7 +154,7 @@ def _run(module: nn.Module, kind: type[nn.Module], trial: Trial) -> tuple[list[A
             child.p = float(name == trial.dropping)
     values = {name: trial.numbers.get(name, 1.0) * value for name, value in trial.values.items()}
     for name in _NUMBERS:
-        # A property is one of ours, of the number below it that has another name.
+        # Properties are ours: another name for a number, which is changed under its own.
         if name in values or isinstance(getattr(kind, name, None), property):
             continue
         value = getattr(twin, name, None)
@@ -160,13 +170,13 @@ def _run(module: nn.Module, kind: type[nn.Module], trial: Trial) -> tuple[list[A
     changed = [name for name, value in _contents(twin).items() if before.get(name) != value]
     if not isinstance(out, Tensor) or not out.requires_grad:
         return [out, *[None] * len(leaves)], changed
-    # Of a sum whose weights differ from element to element: no gradient of a softmax is zero then.
+    # Weights that differ between elements: with equal ones, the gradient of a softmax would be zero.
     upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream, allow_unused=True)], changed
 
 
 def _contents(module: nn.Module) -> dict[str, object]:
-    """Attributes and buffers by identity, and what is in collections."""
+    """The identity of each attribute and buffer, and of what is in collections; so a change of any can be seen."""
 
     def of(value: object) -> object:
         if isinstance(value, dict):
@@ -178,11 +188,11 @@ def _contents(module: nn.Module) -> dict[str, object]:
 
 
 def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of a module and its children that shares their tensors, without hooks: what is done to it does not reach them."""
+    """A copy of a module and its children, without hooks. It shares their tensors, but setting its attributes leaves theirs."""
     if module not in made:
         made[module] = twin = object.__new__(type(module))
         vars(twin).update(vars(module))
-        # Buffers among them, which so may be set on the twin alone.
+        # Collections are copied, that of buffers too, so that they can be changed on the twin alone.
         vars(twin).update({k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set))})
         vars(twin).update({hooks: {} for hooks in HOOKS})
         children = module._modules.items()
@@ -191,14 +201,14 @@ def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 def without_hooks(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A twin of ``module`` as a ``kind``."""
+    """A copy of ``module`` (see ``_twin``) whose type is ``kind``."""
     twin = _twin(module, {})
     twin.__class__ = kind
     return twin
 
 
 def signature(module: nn.Module) -> object:
-    """Equal for modules that cannot differ in what they compute, but for their parameters; unique where that is not plain."""
+    """A value that is equal for modules that compute the same with equal parameters; unique where that is not certain."""
     own: list[object] = []
     for child in module.modules():
         for name, value in vars(child).items():

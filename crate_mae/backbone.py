@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import PreparedLayer, prepare_layers
 from crate_kernels.dispatch import choose
+from crate_kernels.dtypes import compute_dtype, is_autocast
 from crate_kernels.fusing import attached
-from crate_kernels.precision import compute_dtype, is_autocast
 from crate_mae.config import ClassifierConfig, ModelConfig, grid_of
 from crate_mae.layers import Block, DecoderBlock, EncoderBlock
 from crate_mae.patches import patch_grid

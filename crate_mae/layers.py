@@ -22,12 +22,12 @@ from crate_kernels import (
     PreparedLayer,
     decoder_layer,
     encoder_layer,
-    matmul,
+    library_products,
 )
 from crate_kernels.dispatch import choose, is_plain
+from crate_kernels.dtypes import compute_dtype, no_autocast
 from crate_kernels.fusing import hooks_of_all_modules, known, norm_obstacle, obstacle, say
 from crate_kernels.nn import takes_norm
-from crate_kernels.precision import compute_dtype, no_autocast
 from crate_mae.config import ClassifierConfig, ModelConfig
 
 DROPS_PATHS = "it drops paths"
@@ -287,7 +287,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if choose("linear", x, dtype) != "composed":
         return F.linear(x, weight, bias)
     with no_autocast(x):
-        return matmul.linear(x.to(dtype), weight, bias)
+        return library_products.linear(x.to(dtype), weight, bias)
 
 
 class Linear(nn.Linear):

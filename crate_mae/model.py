@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
 from crate_kernels.dispatch import choose
+from crate_kernels.dtypes import compute_dtype
 from crate_kernels.fusing import say
-from crate_kernels.precision import compute_dtype
 from crate_mae.backbone import FINAL_NORM_EPS, Backbone
 from crate_mae.config import ModelConfig
 from crate_mae.layers import DecoderBlock, EncoderBlock, Linear, PatchEmbed, embedding_obstacle

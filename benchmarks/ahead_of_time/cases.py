@@ -116,7 +116,7 @@ def preparation(dtype: str, is_encoder: bool = True, layers: int = 12, width: in
     """What the weights of many layers become before their products."""
 
     def call() -> None:
-        from crate_kernels.products.operand import Norm
+        from crate_kernels.products.norm_folding import Norm
 
         def norm() -> Norm:
             return Norm(empty("float32", width), empty("float32", width))

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crate_kernels import checks, dispatch
+from crate_kernels import dispatch, validation
 from crate_kernels._ops import ops
-from crate_kernels.boundary import Formula, asked, derivative, number_as_tensor, save, saved
+from crate_kernels.autograd import Formula, asked, derivative, save, saved
+from crate_kernels.definitions import number_as_tensor
+from crate_kernels.dtypes import compute_dtype, no_autocast
 from crate_kernels.ista import op, reference
 from crate_kernels.ista.form import combination, one_product
-from crate_kernels.precision import compute_dtype, layer_norm, layer_norm_dtype, no_autocast
+from crate_kernels.layer_norm import layer_norm, layer_norm_dtype
+from crate_kernels.products.norm_folding import Operand, as_norm
 from crate_kernels.products.op import combinations, operands
-from crate_kernels.products.operand import Operand, as_norm
 from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
 
 
@@ -71,15 +73,15 @@ def ista(
 
     Source: CRATE (arXiv 2306.01129), section 2.4; CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    checks.tensors(
+    validation.tensors(
         norm=(norm_weight, norm_bias, norm_eps),
         any_dtype="combined",
         x=(x, "... width"),
         dictionary=(dictionary, "width width"),
         combined=(combined, "width width"),
     )
-    checks.number_or_tensor("step_size", step_size, positive=True)
-    checks.number_or_tensor("lambd", lambd)
+    validation.number_or_tensor("step_size", step_size, positive=True)
+    validation.number_or_tensor("lambd", lambd)
     if threshold not in ("relu", "soft"):
         raise ValueError(f'threshold: expected "relu" or "soft", got {threshold!r}')
     dtype, soft = compute_dtype(x), threshold == "soft"
@@ -126,7 +128,7 @@ def combine(dictionary: Tensor) -> Tensor:
         TypeError: dictionary is not a floating-point tensor.
         ValueError: dictionary is not square.
     """
-    checks.tensor("dictionary", dictionary, "width width")
+    validation.tensor("dictionary", dictionary, "width width")
     with no_autocast(dictionary), torch.no_grad():
         return combination(dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)))
 

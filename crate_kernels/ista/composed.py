@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_kernels import matmul
+from crate_kernels import library_products
+from crate_kernels.cpu import arithmetic_dtype
 from crate_kernels.ista.form import combination, one_product, through_combination
-from crate_kernels.precision import arithmetic_dtype, norm_operands
-from crate_kernels.products.operand import Norm
+from crate_kernels.layer_norm import norm_operands
+from crate_kernels.products.norm_folding import Norm
 
 
 def forward(
@@ -113,14 +114,14 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b, in the arithmetic that is fastest, and in its dtype."""
     dtype = arithmetic_dtype(a)
-    return matmul.product(a.to(dtype), b.to(dtype))
+    return library_products.product(a.to(dtype), b.to(dtype))
 
 
 def _plus_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1) -> Tensor:
     """total + factor * a b in memory of its own: in the dtype of all three, rounded once, where products are fast in it;
     else in at least float32."""
     if total.dtype == arithmetic_dtype(a):
-        return matmul.plus_product(total, a.to(total.dtype), b.to(total.dtype), alpha=factor)
+        return library_products.plus_product(total, a.to(total.dtype), b.to(total.dtype), alpha=factor)
     # Cast first: a sum of mixed dtypes casts all the same, in memory of its own.
     total, update = _at_least_float32(total), _at_least_float32(_product(a, b))
     return torch.add(total, update, alpha=factor, out=update)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crate_kernels.matmul import plus_product
+from crate_kernels.library_products import plus_product
 
 
 def one_product(tokens: int, width: int) -> bool:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from crate_kernels import dispatch
-from crate_kernels.boundary import empty_gradients, or_empty, register
+from crate_kernels.definitions import empty_gradients, or_empty, register
 from crate_kernels.ista.form import one_product
-from crate_kernels.products.operand import Norm, Operand, as_norm
+from crate_kernels.private_torch import unsafe_view
+from crate_kernels.products.norm_folding import Norm, Operand, as_norm
 
 
 class ISTAArguments(NamedTuple):
@@ -68,7 +69,7 @@ def _forward(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tuple[T
     else:
         y = path.forward_two_products(x, given.dictionary, given.step(path), given.dtype, out_dtype)
     # Not a view, which autograd would not let a caller change in place.
-    return torch.ops.aten._unsafe_view(y, shape), kept
+    return unsafe_view(y, shape), kept
 
 
 def _backward(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from crate_kernels.ista.form import through_combination
-from crate_kernels.matmul import float32_product
-from crate_kernels.products.operand import Norm, Operand
+from crate_kernels.library_products import float32_product
+from crate_kernels.products.launchers import gradient_rows, gradients, project, weight_gradient
+from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.products.preparation import matrix_gradient
-from crate_kernels.products.triton import gradient_rows, gradients, project, weight_gradient
 
 
 class Step(NamedTuple):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from crate_kernels import checks, dispatch
+from crate_kernels import dispatch, validation
+from crate_kernels.dtypes import compute_dtype
 from crate_kernels.ista.api import ista, prepare_ista
 from crate_kernels.mssa.api import AttentionWeights, mssa, prepare_mssa
 from crate_kernels.norm_linear.api import norm_linear, prepare_norm_linear
-from crate_kernels.precision import compute_dtype
-from crate_kernels.products.operand import Norm, norm_options
+from crate_kernels.products.norm_folding import Norm, norm_options
 from crate_kernels.products.prepared import Prepared
 from crate_kernels.shared_attention.api import obstacle_to_triton
 
@@ -128,7 +128,7 @@ def decoder_layer(
     Source: CRATE-MAE (arXiv 2404.02446), section 3.
     """
     _check_kinds(step_norm=step_norm, attention_norm=attention_norm, attention=attention, prepared=prepared)
-    checks.tensors(x=(x, "batch tokens width"), weight=(weight, "width width"))
+    validation.tensors(x=(x, "batch tokens width"), weight=(weight, "width width"))
     prepared = prepared or PreparedLayer()
     g = norm_linear(x, weight, prepared=prepared.step, **norm_options(step_norm))
     return mssa(
@@ -164,16 +164,16 @@ def prepare_layers(
     kind, first, dtype = type(layers[0]), layers[0].attention, compute_dtype(x)
     if kind not in (EncoderWeights, DecoderWeights) or any(type(layer) is not kind for layer in layers):
         raise TypeError(
-            f"layers: expected EncoderWeights or DecoderWeights, and all alike, got {checks.describe(layers[-1])}"
+            f"layers: expected EncoderWeights or DecoderWeights, and all alike, got {validation.describe(layers[-1])}"
         )
     if not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads: expected an int of at least 1, got {num_heads}")
-    checks.number_or_tensor("step_size", step_size, positive=True)
+    validation.number_or_tensor("step_size", step_size, positive=True)
     sizes: dict[str, Any] = {}
-    checks.tensor("x", x, "batch tokens width", sizes)
+    validation.tensor("x", x, "batch tokens width", sizes)
     for name, value, dims in _named(layers[0]):  # the others are like it, or prepare themselves
         if value is not None:
-            checks.tensor(name, value, dims, sizes)
+            validation.tensor(name, value, dims, sizes)
     head_dim = first.qkv.shape[0] // num_heads
     implementation = dispatch.choose("prepare_layers", x, dtype, obstacle_to_triton(head_dim))
     attention = [(*layer.attention, *layer.attention_norm[:2]) for layer in layers]
@@ -210,6 +210,6 @@ def _check_kinds(prepared: PreparedLayer | None, **given: Norm | AttentionWeight
     for name, value in given.items():
         kind = AttentionWeights if name == "attention" else Norm
         if not isinstance(value, kind):
-            raise TypeError(f"{name}: expected crate_kernels.{kind.__name__}, got {checks.describe(value)}")
+            raise TypeError(f"{name}: expected crate_kernels.{kind.__name__}, got {validation.describe(value)}")
     if prepared is not None and not isinstance(prepared, PreparedLayer):
-        raise TypeError(f"prepared: expected what prepare_layers gives a layer, got {checks.describe(prepared)}")
+        raise TypeError(f"prepared: expected what prepare_layers gives a layer, got {validation.describe(prepared)}")

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from crate_kernels import checks, dispatch
+from crate_kernels import dispatch, validation
 from crate_kernels._ops import ops
-from crate_kernels.boundary import asked, derivative, save, saved
+from crate_kernels.autograd import asked, derivative, save, saved
+from crate_kernels.dtypes import compute_dtype, no_autocast
+from crate_kernels.layer_norm import layer_norm
 from crate_kernels.mssa import composed, op, reference
-from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
+from crate_kernels.products.norm_folding import as_norm
 from crate_kernels.products.op import operands
-from crate_kernels.products.operand import as_norm
 from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
 from crate_kernels.shared_attention.api import check_padding_and_dropout, obstacle_to_triton
 
@@ -90,7 +91,7 @@ def mssa(
     Source: CRATE (arXiv 2306.01129), section 2.3; CRATE-MAE (arXiv 2404.02446), section 3.
     """
     out_width = "inner_width" if out_weight is None else "out_width"
-    checks.tensors(
+    validation.tensors(
         norm=(norm_weight, norm_bias, norm_eps),
         any_dtype="skip",
         x=(x, "batch tokens width"),
@@ -100,13 +101,13 @@ def mssa(
         skip=(skip, f"batch tokens {out_width}"),
     )
     if x.shape[1] == 0:
-        raise ValueError(f"x: expected at least one token, got {checks.describe(x)}")
+        raise ValueError(f"x: expected at least one token, got {validation.describe(x)}")
     if not isinstance(num_heads, int):
-        raise TypeError(f"num_heads: expected an int, got {checks.describe(num_heads)}")
+        raise TypeError(f"num_heads: expected an int, got {validation.describe(num_heads)}")
     if num_heads < 1 or qkv_weight.shape[0] % num_heads:
         raise ValueError(
             f"num_heads: expected a divisor of the projected width {qkv_weight.shape[0]}, got {num_heads} "
-            f"(qkv_weight has {checks.describe(qkv_weight)})"
+            f"(qkv_weight has {validation.describe(qkv_weight)})"
         )
     if out_bias is not None and out_weight is None:
         raise ValueError("out_bias: given without out_weight")
@@ -115,7 +116,7 @@ def mssa(
     head_dim = qkv_weight.shape[0] // num_heads
     if scale is None:
         scale = head_dim**-0.5
-    checks.number("scale", scale, positive=True)
+    validation.number("scale", scale, positive=True)
     check_padding_and_dropout(x, 1, lengths, dropout, None)
 
     dtype = compute_dtype(x)

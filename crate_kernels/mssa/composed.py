@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_kernels.matmul import linear
+from crate_kernels.library_products import linear
 from crate_kernels.shared_attention.api import unchecked_attention
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from crate_kernels import dispatch
-from crate_kernels.boundary import empty_gradients, or_empty, register
-from crate_kernels.products.operand import Norm, Operand, as_norm
+from crate_kernels.definitions import empty_gradients, or_empty, register
+from crate_kernels.private_torch import unsafe_view
+from crate_kernels.products.norm_folding import Norm, Operand, as_norm
 
 
 class MSSAArguments(NamedTuple):
@@ -58,7 +59,7 @@ def _forward(
     skip = x if given.skip_is_x else skip
     z, kept = kernels.forward(x, *settings, None if skip is None else skip.flatten(0, 1), out_dtype)
     # Not a view, which autograd would not let a caller change in place.
-    z = torch.ops.aten._unsafe_view(z, [*x.shape[:-1], z.shape[1]])
+    z = unsafe_view(z, [*x.shape[:-1], z.shape[1]])
     return z, [] if given.recompute else [tensor for tensor in kept if tensor is not None]
 
 

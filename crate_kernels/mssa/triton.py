@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crate_kernels.products import triton as products
-from crate_kernels.products.operand import Norm, Operand
+from crate_kernels.products import launchers as products
+from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.products.preparation import matrix_gradient
 from crate_kernels.shared_attention import triton as attention
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crate_kernels import checks, dispatch
+from crate_kernels import dispatch, validation
 from crate_kernels._ops import ops
-from crate_kernels.boundary import asked, derivative, save, saved
+from crate_kernels.autograd import asked, derivative, save, saved
+from crate_kernels.dtypes import compute_dtype, no_autocast
+from crate_kernels.layer_norm import layer_norm
 from crate_kernels.norm_linear import composed, op, reference
-from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
+from crate_kernels.products.norm_folding import as_norm
 from crate_kernels.products.op import operands
-from crate_kernels.products.operand import as_norm
 from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
 
 
@@ -51,14 +52,14 @@ def norm_linear(
 
     Source: the decoder's step of CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    checks.tensors(
+    validation.tensors(
         norm=(norm_weight, norm_bias, norm_eps),
         x=(x, "... width"),
         weight=(weight, "out_width width"),
         bias=(bias, "out_width"),
     )
     if weight.shape[0] == 0:
-        raise ValueError(f"weight: expected at least one row, got {checks.describe(weight)}")
+        raise ValueError(f"weight: expected at least one row, got {validation.describe(weight)}")
     dtype = compute_dtype(x)
     implementation = dispatch.choose("norm_linear", x, dtype, None, (weight, norm_weight, norm_bias))
     if implementation == "triton":

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from crate_kernels import dispatch
-from crate_kernels.boundary import empty_gradients, or_empty, register
-from crate_kernels.products.operand import Norm, Operand, as_norm
+from crate_kernels.definitions import empty_gradients, or_empty, register
+from crate_kernels.products.norm_folding import Norm, Operand, as_norm
 
 
 class NormLinearArguments(NamedTuple):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from crate_kernels.products.operand import Norm, Operand
+from crate_kernels.products.launchers import gradients, project
+from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.products.preparation import matrix_gradient
-from crate_kernels.products.triton import gradients, project
 
 
 def forward(x: Tensor, operand: Operand, norm: Norm | None) -> tuple[Tensor, Tensor | None]:

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crate_kernels import checks, dispatch
+from crate_kernels import dispatch, validation
 from crate_kernels._ops import ops
-from crate_kernels.boundary import asked, derivative, number_as_tensor, save, saved
+from crate_kernels.autograd import asked, derivative, save, saved
+from crate_kernels.definitions import number_as_tensor
+from crate_kernels.dtypes import compute_dtype, no_autocast
+from crate_kernels.layer_norm import layer_norm
 from crate_kernels.overcomplete import composed, op, reference
-from crate_kernels.precision import compute_dtype, layer_norm, no_autocast
 
 
 def overcomplete_ista(
@@ -58,7 +60,7 @@ def overcomplete_ista(
 
     Source: CRATE-alpha (arXiv 2405.20299), section 3.
     """
-    checks.tensors(
+    validation.tensors(
         norm=(norm_weight, norm_bias, norm_eps),
         any_dtype="skip",
         x=(x, "... width"),
@@ -66,8 +68,8 @@ def overcomplete_ista(
         out_dictionary=(out_dictionary, "width codes"),
         skip=(skip, "... width"),
     )
-    checks.number_or_tensor("step_size", step_size, positive=True)
-    checks.number_or_tensor("lambd", lambd)
+    validation.number_or_tensor("step_size", step_size, positive=True)
+    validation.number_or_tensor("lambd", lambd)
     dtype = compute_dtype(x)
     implementation = dispatch.choose("overcomplete_ista", x, dtype, None, (dictionary, out_dictionary))
     x = layer_norm(x, norm_weight, norm_bias, norm_eps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crate_kernels.matmul import linear
+from crate_kernels.library_products import linear
 
 
 def overcomplete_ista(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crate_kernels import dispatch
-from crate_kernels.boundary import empty_gradients, or_empty, register
+from crate_kernels.definitions import empty_gradients, or_empty, register
 
 
 class OvercompleteArguments(NamedTuple):

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crate_kernels.products.operand import Operand
-from crate_kernels.products.triton import GradientRows, gradients, project, weight_gradient
+from crate_kernels.products.launchers import GradientRows, gradients, project, weight_gradient
+from crate_kernels.products.norm_folding import Operand
 
 
 class Step(NamedTuple):

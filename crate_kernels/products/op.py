@@ -17,8 +17,8 @@ from torch import Tensor
 
 from crate_kernels import dispatch
 from crate_kernels._ops import ops
-from crate_kernels.boundary import register
-from crate_kernels.products.operand import Norm, Operand, as_norm
+from crate_kernels.definitions import register
+from crate_kernels.products.norm_folding import Norm, Operand, as_norm
 
 
 @torch.no_grad()

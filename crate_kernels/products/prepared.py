@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from crate_kernels import checks
-from crate_kernels.products.operand import Operand
+from crate_kernels import validation
+from crate_kernels.products.norm_folding import Operand
 
 # Weights, and with ISTA the step size, in the order of the operator's arguments.
 Sources = tuple[Tensor | float | None, ...]
@@ -60,7 +60,7 @@ def checked_or_made(
     if given is None:
         return prepare([made_of], dtype)[0]
     if not isinstance(given, Prepared):
-        raise TypeError(f"prepared: expected what prepare_layers gives, got {checks.describe(given)}")
+        raise TypeError(f"prepared: expected what prepare_layers gives, got {validation.describe(given)}")
     if given.dtype != dtype:
         raise ValueError(f"prepared: made for products in {given.dtype}, and these are in {dtype}; prepare again")
     if len(given.made_of) != len(made_of):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crate_kernels import checks, dispatch
+from crate_kernels import dispatch, validation
 from crate_kernels._ops import ops
-from crate_kernels.boundary import Formula, derivative, save, saved
-from crate_kernels.precision import compute_dtype
+from crate_kernels.autograd import Formula, derivative, save, saved
+from crate_kernels.dtypes import compute_dtype
 from crate_kernels.shared_attention import op, reference
 
 WIDEST_HEAD = 128
@@ -64,12 +64,12 @@ def shared_qkv_attention(
 
     Source: CRATE (arXiv 2306.01129), section 2.3; CRATE-MAE (arXiv 2404.02446), section 3. Dropout as in the official modules.
     """
-    checks.tensor("w", w, "batch heads tokens head_dim")
+    validation.tensor("w", w, "batch heads tokens head_dim")
     if w.shape[2] == 0 or w.shape[3] == 0:
-        raise ValueError(f"w: expected at least one token and one feature a head, got {checks.describe(w)}")
+        raise ValueError(f"w: expected at least one token and one feature a head, got {validation.describe(w)}")
     if scale is None:
         scale = w.shape[-1] ** -0.5
-    checks.number("scale", scale, positive=True)
+    validation.number("scale", scale, positive=True)
     check_padding_and_dropout(w, 2, lengths, dropout, seed)
 
     dtype = compute_dtype(w)
@@ -87,20 +87,20 @@ def check_padding_and_dropout(
     """``lengths``, ``dropout`` and ``seed`` fit ``x``, whose tokens lie along ``tokens_dim``."""
     if lengths is not None:
         if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"lengths: expected an int32 or int64 tensor [batch], got {checks.describe(lengths)}")
+            raise TypeError(f"lengths: expected an int32 or int64 tensor [batch], got {validation.describe(lengths)}")
         if lengths.shape != x.shape[:1]:
-            raise ValueError(f"lengths: expected [batch] {tuple(x.shape[:1])}, got {checks.describe(lengths)}")
+            raise ValueError(f"lengths: expected [batch] {tuple(x.shape[:1])}, got {validation.describe(lengths)}")
         if lengths.device != x.device:
-            raise ValueError(f"lengths: expected it on {x.device} like its tokens, got {checks.describe(lengths)}")
-        if checks.shows_values(lengths):
+            raise ValueError(f"lengths: expected it on {x.device} like its tokens, got {validation.describe(lengths)}")
+        if validation.shows_values(lengths):
             outside = lengths[(lengths < 1) | (lengths > x.shape[tokens_dim])]
             if len(outside):
                 raise ValueError(f"lengths: expected 1 to {x.shape[tokens_dim]} tokens, got {outside[0].item()}")
-    checks.number("dropout", dropout)
+    validation.number("dropout", dropout)
     if dropout >= 1:
         raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
     if seed is not None and not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int, got {checks.describe(seed)}")
+        raise TypeError(f"seed: expected an int, got {validation.describe(seed)}")
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected at least 0 and less than 2**63, got {seed}")
 

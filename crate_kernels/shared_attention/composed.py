@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crate_kernels.precision import arithmetic_dtype
+from crate_kernels.cpu import arithmetic_dtype
+from crate_kernels.private_torch import cpu_flash_attention, cpu_flash_attention_backward, softmax_backward_
 from crate_kernels.shared_attention.op import composed_keeps, empty_token_major, takes_flash_attention
 
 # Bytes of the scores of one slice. On a CPU the slice stays in cache between the calls; elsewhere it only bounds memory.
@@ -40,9 +41,7 @@ def forward(
     padding = _padding(w, lengths)
     if takes_flash_attention(w, dropout):
         heads = _without(padding, _features_in_a_row(w))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            heads, heads, heads, is_causal=is_causal, attn_mask=_penalty(padding, heads), scale=scale
-        )
+        out, lse = cpu_flash_attention(heads, is_causal=is_causal, attn_mask=_penalty(padding, heads), scale=scale)
         lse = lse.contiguous() if padding is None else lse.masked_fill(padding, float("-inf")).contiguous()
         return _unflatten(_without(padding, out), w), lse
 
@@ -96,8 +95,8 @@ def backward(
         heads, grads, out = (_without(padding, _features_in_a_row(tensor)) for tensor in (w, grad_out, out))
         # Rows of padding have zero scores and a zero gradient; with a finite log-sum-exp they add zero.
         lse = kept if padding is None else kept.masked_fill(padding, 0.0)
-        as_query, as_key, as_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grads, heads, heads, heads, out, lse, 0.0, is_causal, attn_mask=_penalty(padding, heads), scale=scale
+        as_query, as_key, as_value = cpu_flash_attention_backward(
+            grads, heads, out, lse, is_causal=is_causal, attn_mask=_penalty(padding, heads), scale=scale
         )
         return _unflatten(as_query.add_(as_key).add_(as_value), w)
 
@@ -127,9 +126,7 @@ def backward(
                 factors = _factors(probabilities, dropout, generator)
                 grad_probabilities *= factors
                 dropped = factors.mul_(probabilities)
-            grad_scores = torch._softmax_backward_data(
-                grad_probabilities, probabilities, -1, probabilities.dtype, grad_input=grad_probabilities
-            )
+            grad_scores = softmax_backward_(grad_probabilities, probabilities)
             if part.rows == tokens:  # as query and as key in one product
                 torch.bmm(dropped.mT, grad_rows, out=grad_keys)
                 grad_scores = _corner(second_room, queries).copy_(grad_scores.mT).add_(grad_scores)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from crate_kernels import dispatch
-from crate_kernels.boundary import register
-from crate_kernels.precision import arithmetic_dtype
+from crate_kernels.cpu import arithmetic_dtype
+from crate_kernels.definitions import register
+from crate_kernels.private_torch import HAS_CPU_FLASH_ATTENTION
 
 
 class AttentionArguments(NamedTuple):
@@ -48,7 +49,7 @@ _LONG, _SHORT = 257, 512
 def takes_flash_attention(w: Tensor, dropout: float) -> bool:
     """Whether ``composed`` is PyTorch's CPU flash attention: long sequences in float32 or float64, without dropout."""
     wide = arithmetic_dtype(w) in (torch.float32, torch.float64)
-    return w.device.type == "cpu" and wide and dropout == 0 and w.shape[2] >= _LONG
+    return HAS_CPU_FLASH_ATTENTION and w.device.type == "cpu" and wide and dropout == 0 and w.shape[2] >= _LONG
 
 
 def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False) -> str:

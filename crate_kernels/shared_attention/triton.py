@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_kernels.precision import dot_precision
+from crate_kernels.dtypes import dot_precision
 from crate_kernels.shared_attention.op import empty_token_major
 from crate_kernels.tiles import cdiv, naming_the_cache, select
 from crate_kernels.tiles.shared_attention import TABLE

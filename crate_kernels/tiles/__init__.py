@@ -1,10 +1,11 @@
-"""Tile sizes: one table an operator ships with the package, keyed by device family; a machine may have its own.
+"""Tile sizes. The package ships tables of them, keyed by device family; a machine may have a cache of its own.
 
-A table is a plain dict ``{family: {(kernel, ...key): {constexpr: value, num_warps, num_stages}}}``. The family
-``"default"`` serves every device without a table of its own; the ahead-of-time gate proves each entry by compiling it.
-``python -m crate_kernels.tune`` measures on this machine and writes a cache (``cache.py``) that goes before the tables;
-operators that run never tune. Other tiles sum in another order: all machines of one job must have the same cache, or none,
-which ``check_same_on_all_ranks`` tells.
+A table is a plain dict ``{family: {(kernel, ...): {constexpr: value, num_warps, num_stages}}}``. The family ``"default"`` serves
+every device without an entry of its own; each entry of a table has been compiled ahead of time (``benchmarks.ahead_of_time``).
+
+``python -m crate_kernels.tune`` measures on this machine and writes the cache (``cache.py``), which goes before the tables.
+Nothing is ever tuned while a model runs. Other tiles add numbers in another order, so all machines of a distributed
+job must have the same cache, or none; ``check_same_on_all_ranks`` makes sure of that.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _trial: tuple[Mapping[tuple, Tile], dict[tuple, Tile]] | None = None
 
 @contextmanager
 def pretend(family: str) -> Iterator[None]:
-    """Choose tiles as if running on ``family`` ("sm_90"): how kernels are compiled ahead of time without a device."""
+    """Choose tiles as on ``family``, such as "sm_90". So kernels are compiled ahead of time, on a machine without the device."""
     global _pretended
     previous, _pretended = _pretended, family
     try:
@@ -39,7 +40,10 @@ def pretend(family: str) -> Iterator[None]:
 
 @contextmanager
 def trial(tiles: Mapping[tuple, Tile]) -> Iterator[dict[tuple, Tile]]:
-    """Launch with ``tiles``, by key, and else with the shipped ones, cache or no cache. Yields what was selected, by key."""
+    """Launch with these tiles, by key, and with the shipped ones for other keys; the cache is not used.
+
+    Yields the tiles that launches within the block select, by key.
+    """
     global _trial
     previous, _trial = _trial, (tiles, {})
     try:
@@ -49,7 +53,7 @@ def trial(tiles: Mapping[tuple, Tile]) -> Iterator[dict[tuple, Tile]]:
 
 
 def family(device: torch.device) -> str:
-    """The device family tiles are chosen for: "sm_90" on an H100 or H200, "default" where there is no CUDA device."""
+    """The device family that tiles are chosen for: "sm_90" on an H100 or H200, "default" where there is no CUDA device."""
     return _pretended or _family(device)
 
 
@@ -63,15 +67,15 @@ def _family(device: torch.device) -> str:
 
 
 def cdiv(a: int, b: int) -> int:
-    """How many of b cover a. Triton's own is made for kernels, and takes the host as long as a check of all arguments."""
+    """a / b, rounded up. ``triton.cdiv`` does the same, but takes the host as long as the checks of all arguments."""
     return -(-a // b)
 
 
 def select(table: Table, device: torch.device, *key: Any) -> dict[str, int]:
-    """The launch options for ``key`` on ``device``: the machine's cache, else its family's entry, else the default's.
+    """The tile for ``key`` on ``device``: from the machine's cache, else from its family's entries, else from the default's.
 
     Raises:
-        cache.CacheError: there is a cache, and it cannot be read.
+        cache.CacheError: there is a cache, and it is damaged.
     """
     tile = dict(_look_up(table, device, key)[1])
     if _trial is not None:
@@ -80,7 +84,7 @@ def select(table: Table, device: torch.device, *key: Any) -> dict[str, int]:
 
 
 def _look_up(table: Table, device: torch.device, key: tuple) -> tuple[str, Tile]:
-    """Where the tile for ``key`` comes from, and the tile."""
+    """The name of the place that the tile for ``key`` comes from, and the tile."""
     if _trial is not None and key in _trial[0]:
         return "trial", _trial[0][key]
     if not _trial and not _pretended and key in (tuned := cache.tuned(device)):
@@ -90,10 +94,12 @@ def _look_up(table: Table, device: torch.device, key: tuple) -> tuple[str, Tile]
 
 
 def naming_the_cache(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """A launcher that blames the machine's cache where a kernel needs more than the device has, and there is a cache.
+    """Decorates a launcher: if a kernel needs more than the device has, and there is a cache, the error names the cache.
+
+    ``cache.load`` cannot find such a tile, because only the compiler knows what a kernel needs.
 
     Raises:
-        cache.CacheError: so it is; what ``cache.load`` cannot tell without a compiler.
+        cache.CacheError: by the launcher, in place of Triton's ``OutOfResources``.
     """
 
     @functools.wraps(launcher)
@@ -113,7 +119,7 @@ def naming_the_cache(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_force(device: torch.device) -> dict[tuple, tuple[str, Tile]]:
-    """Of every key of every table: "cache", the family or "default", and the tile that launches take from there."""
+    """For every key of every table, where its tile comes from ("cache", the family or "default"), and the tile."""
     return {
         key: _look_up(table, device, key)
         for table in cache.TABLES
@@ -127,19 +133,19 @@ def this_device() -> torch.device:
 
 
 def fingerprint(device: torch.device | None = None) -> str:
-    """A hash of the tiles in force on ``device`` (``this_device`` if None): equal where all tiles are."""
+    """A hash of all tiles in force on ``device`` (``this_device`` if None)."""
     found = in_force(device or this_device())
     tiles = sorted(repr((key, sorted(tile.items()))) for key, (_, tile) in found.items())
     return hashlib.sha256("\n".join(tiles).encode()).hexdigest()[:16]
 
 
 def check_same_on_all_ranks(device: torch.device | None = None) -> str:
-    """The ``fingerprint`` of ``device``, compared with those of all ranks where there is a process group.
+    """The ``fingerprint`` of ``device``, compared with those of all ranks if there is a process group.
 
-    A collective: every rank calls it, after ``init_process_group`` and ``torch.cuda.set_device``, before the first step.
+    It is a collective: every rank calls it, after ``init_process_group`` and ``torch.cuda.set_device``, before the first step.
 
     Raises:
-        RuntimeError: on every rank, where ranks would launch different tiles and so compute different bits.
+        RuntimeError: on every rank, if ranks would launch different tiles, and so compute different bits.
     """
     own = fingerprint(device)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -1,14 +1,18 @@
 """Tiles of the large products, keyed (kernel, use, bytes an element of the operands, bytes an element of the stream).
 
-The stream is x, y and their gradients; under autocast it may stay float32 while the operands are 16-bit: loops read operands,
-epilogues the stream. The use says how much an epilogue holds in registers: "plain", a product and what is added to it; "norm",
-of ``project``, one of folded tokens, and of ``input_gradient``, one behind any LayerNorm; "masked", ISTA's, with threshold and
-skip. An epilogue takes a tile in PARTS of its columns, one after the other. The ``default`` entries fit the 99 KB a block may
-use on consumer devices.
+The stream is x, y and their gradients. Under autocast it may stay float32 while the operands of the products are 16-bit: the loop
+of a kernel reads operands, its epilogue (what follows the product) reads the stream.
 
-LIBRARY = 1 has PyTorch multiply, in float32 out, and the kernel do what follows, tile by tile. It never is: on an H100
-``torch.mm`` takes 82 us for 50,432 x 768 x 768 within a training step, and what follows has to read 155 MB more than if it had
-the product in registers. (Weight gradients, which nothing follows, are ``torch.mm`` on every device.)
+The use says how much an epilogue holds in registers:
+    "plain": a product and what is added to it.
+    "norm": of ``project``, a product of folded tokens; of ``input_gradient``, the gradient of any LayerNorm.
+    "masked": ISTA's, with threshold and skip.
+An epilogue works on its tile in PARTS, groups of columns one after the other. The ``default`` entries fit the 99 KB of shared
+memory that a block may use on consumer devices.
+
+With LIBRARY = 1 PyTorch multiplies, into a float32 matrix, and the kernel does only the epilogue. No shipped tile does: on an
+H100 ``torch.mm`` takes 82 us for 50,432 x 768 x 768 within a training step, and the epilogue then has to read 155 MB that it
+otherwise has in registers. (Weight gradients have no epilogue, and are ``torch.mm`` on every device.)
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: 
     return {**sizes, "num_warps": num_warps, "num_stages": num_stages, **more}
 
 
-# On sm_90 two blocks of 128 registers a thread fit a multiprocessor: one's epilogue runs under the other's loop.
+# On sm_90 two blocks of 128 registers a thread fit a multiprocessor: the epilogue of one runs while the other is in its loop.
 TABLE = {
     "sm_90": {
         ("project", "plain", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=2),

@@ -1,8 +1,8 @@
-"""Tiles of shared-QKV attention, keyed (kernel, bytes an element, features that the parts of a head hold).
+"""Tiles of shared-QKV attention, keyed (kernel, bytes an element, head width rounded up to what its tiles hold).
 
-A program owns BLOCK_ROWS rows and walks all tokens in tiles of BLOCK_COLUMNS. float32 tiles are small because exact products
-("ieee") keep whole rows of both operands in registers; TF32, which takes the same entries, would stand larger ones. What
-sm_90 does not list, it takes from the default.
+A program owns BLOCK_ROWS rows and goes over all tokens in tiles of BLOCK_COLUMNS. float32 tiles are small because exact products
+("ieee") keep whole rows of both operands in registers; TF32 takes the same entries, though larger ones would fit. Keys that
+sm_90 does not list are taken from the default.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _rows(rows: int) -> dict[str, int]:
 
 TABLE = {
     "sm_90": {
-        # 64 rows are the least that wgmma takes, and one warp group works them.
+        # wgmma takes at least 64 rows, and one warp group does them.
         **{("forward_kernel", 2, width): _tile(64, 64, 4, 3) for width in WIDTHS},
         **{("backward_kernel", 2, width): _tile(64, 64, 4, 2) for width in (16, 32, 48)},
         ("backward_kernel", 2, 64): _tile(64, 32, 4, 3),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from crate_kernels.precision import CPU_PRODUCT_DTYPES
+from crate_kernels.cpu import CPU_PRODUCT_DTYPES
 from crate_mae.training.fitting import forget_peak, peak_memory
 from crate_mae.training.precision import DTYPES
 

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from crate_kernels.cpu import CPU_PRODUCT_DTYPES
 from crate_kernels.dispatch import choose
-from crate_kernels.precision import CPU_PRODUCT_DTYPES
 from crate_mae.compilation import obstacle_to_compiling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,7 +1,8 @@
 """Other CPUs, as far as libraries go: each choice that looks at the CPU, in a process whose libraries use less of this one.
 
-``precision.CPU`` decides in which dtype products are computed, and with it what is kept for the backward, whether attention is
-PyTorch's own, and what ``--run.precision auto`` means; ``matmul.ONEDNN_IS_FASTER``, which no variable reaches, is set to both.
+``cpu.CPU`` decides in which dtype products are computed, and with it what is kept for the backward, whether attention is
+PyTorch's own, and what ``--run.precision auto`` means; ``library_products.ONEDNN_IS_FASTER``, which no variable reaches,
+is set to both.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ CODE = """
 import json, sys, torch
 from benchmarks import memory, training_step
 from benchmarks.peers import STEPS
-from crate_kernels import matmul, precision
+from crate_kernels import library_products, cpu
 from crate_mae import create_model
 from crate_mae.training.precision import choose_precision
 
 torch.set_num_threads(int(sys.argv[1]))
 cpu = torch.device("cpu")
-said = {"multiplies": [str(dtype) for dtype in precision.CPU_PRODUCT_DTYPES], "auto": choose_precision("auto", cpu)}
+said = {"multiplies": [str(dtype) for dtype in cpu.CPU_PRODUCT_DTYPES], "auto": choose_precision("auto", cpu)}
 sizes = dict(depth=2, decoder_depth=2, embed_dim=64, num_heads=4, decoder_num_heads=4, patch_size=8)
 for onednn in (False, True) if torch.backends.mkldnn.is_available() else (False,):
-    matmul.ONEDNN_IS_FASTER = onednn
+    library_products.ONEDNN_IS_FASTER = onednn
     kept = {n: memory.saved_for_backward(n, "crate_mae_base", {}, 256, torch.bfloat16) for n in ("reference", "composed")}
     said.setdefault("share", []).append(kept["composed"] / kept["reference"])
     for tokens in (65, 257):  # from 257 on attention is PyTorch's own where products are float32

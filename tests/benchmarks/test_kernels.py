@@ -14,7 +14,7 @@ from benchmarks.kernels import measuring
 from benchmarks.kernels.operators import OPERATORS, Shape
 from benchmarks.peers import Peer
 from crate_kernels import tiles
-from crate_kernels.products import triton as triton_products
+from crate_kernels.products import launchers as triton_products
 
 TINY = ["--device", "cpu", "--batch", "2", "--tokens", "9", "--width", "16", "--heads", "2", "--rounds", "2"]
 SHAPE = Shape(batch=2, tokens=9, width=16, heads=2)

@@ -10,7 +10,7 @@ from support import error, gradients
 from torch import Tensor
 
 import crate_kernels
-from crate_kernels import ista, precision, shared_qkv_attention
+from crate_kernels import cpu, ista, shared_qkv_attention
 
 CASES = [
     pytest.param("composed", torch.float16, id="composed-float16"),
@@ -39,7 +39,7 @@ def _compare(
 @pytest.fixture(params=[(), (torch.float16, torch.bfloat16)], ids=["products in float32", "in 16 bits"], autouse=True)
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Composed products in float32, and in the operands' own dtype as on CPUs with instructions for it."""
-    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", request.param)
+    monkeypatch.setattr(cpu, "CPU_PRODUCT_DTYPES", request.param)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0], ids=["weights as initialised", "weights twice as large"])

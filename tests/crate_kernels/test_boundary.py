@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import crate_kernels
-from crate_kernels import ISTA, MSSA, DecoderStep, Norm, OvercompleteISTA, ista, mssa, precision, shared_qkv_attention
+from crate_kernels import ISTA, MSSA, DecoderStep, Norm, OvercompleteISTA, cpu, ista, mssa, shared_qkv_attention
 from crate_kernels.products.op import combinations, operands
 
 OPS = torch.ops.crate_kernels
@@ -289,7 +289,7 @@ def test_exported_models_need_nothing_of_ours(tmp_path: Path) -> None:
 def test_backward_inside_autocast(
     call: Call, implementation: str, dtype: torch.dtype, multiplies: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", (torch.bfloat16, torch.float16) if multiplies else ())
+    monkeypatch.setattr(cpu, "CPU_PRODUCT_DTYPES", (torch.bfloat16, torch.float16) if multiplies else ())
     leaves = call.inputs(torch.float32)
     with crate_kernels.use(implementation):
         with torch.autocast("cpu", dtype):

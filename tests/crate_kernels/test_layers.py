@@ -18,8 +18,8 @@ from crate_kernels.layers.api import (
     prepare_layers,
 )
 from crate_kernels.mssa.api import AttentionWeights
-from crate_kernels.products import triton as products
-from crate_kernels.products.operand import Norm
+from crate_kernels.products import launchers as products
+from crate_kernels.products.norm_folding import Norm
 
 WIDTH, HEADS, HEAD_DIM = 40, 2, 24
 NAMES = ("x", "gamma1", "beta1", "qkv", "out", "bias", "gamma2", "beta2", "matrix")

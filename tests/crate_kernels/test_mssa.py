@@ -10,7 +10,7 @@ from torch import Tensor
 
 import crate_kernels
 from crate_kernels import MSSA, mssa
-from crate_kernels.precision import layer_norm
+from crate_kernels.layer_norm import layer_norm
 
 
 def parameters(width: int = 12, heads: int = 3, head_dim: int = 4, **options: object) -> dict[str, Tensor]:

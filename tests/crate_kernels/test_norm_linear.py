@@ -11,7 +11,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import crate_kernels
-from crate_kernels import Norm, matmul, norm_linear
+from crate_kernels import Norm, library_products, norm_linear
 from crate_kernels.products.op import operands
 
 OPS = torch.ops.crate_kernels
@@ -208,7 +208,7 @@ def test_forced_triton_refuses_float64() -> None:
 
 
 def test_composed_is_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "ONEDNN_IS_FASTER", False)
+    monkeypatch.setattr(library_products, "ONEDNN_IS_FASTER", False)
     x, (weight, bias, gamma, beta) = torch.randn(5, 12), parameters()
     assert torch.equal(
         operator(x, weight, bias, gamma, beta), F.linear(F.layer_norm(x, (12,), gamma, beta, 1e-3), weight, bias)

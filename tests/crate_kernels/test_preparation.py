@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import crate_kernels
 from crate_kernels.layers.api import prepare_layers
-from crate_kernels.products import preparation
+from crate_kernels.products import preparation, preparation_kernels
+from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.products.op import operands
-from crate_kernels.products.operand import Norm, Operand
 from crate_kernels.products.preparation import combine_all, prepare_all
 from crate_mae import create_model
 
@@ -152,8 +152,8 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
         for name in ("prepare_kernel", "combine_kernel"):
-            kernel = getattr(preparation, name)
-            monkeypatch.setattr(preparation, name, self._counting(name, kernel))
+            kernel = getattr(preparation_kernels, name)
+            monkeypatch.setattr(preparation_kernels, name, self._counting(name, kernel))
 
     def _counting(self, name: str, kernel: object) -> object:
         note = self.found.append

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from support import a_few_roundings, error
 from torch import Tensor
 
-from crate_kernels.products import triton as products
+from crate_kernels.products import launchers as products
+from crate_kernels.products.norm_folding import Norm
 from crate_kernels.products.op import operands
-from crate_kernels.products.operand import Norm
 from crate_kernels.products.preparation import matrix_gradient
 
 THRESHOLD = 0.05

@@ -10,7 +10,7 @@ from support import awkward_gradients, error, gradients
 from torch import Tensor
 
 import crate_kernels
-from crate_kernels import precision, shared_qkv_attention
+from crate_kernels import cpu, shared_qkv_attention
 from crate_kernels.shared_attention import composed, op
 
 SHAPES = [
@@ -216,12 +216,12 @@ def test_what_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(kept(w), (w @ w.mT * 0.5).logsumexp(-1)) < 1e-6
 
     for multiplies in ((torch.bfloat16,), ()):
-        monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", multiplies)
+        monkeypatch.setattr(cpu, "CPU_PRODUCT_DTYPES", multiplies)
         w = torch.randn(2, 3, 9, 16).bfloat16()
         assert kept(w).dtype == torch.bfloat16
         assert error(kept(w), (w.float() @ w.float().mT * 0.5).softmax(-1)) < (1e-2 if multiplies else 2e-3)
         assert kept(w, keep=False).numel() == 0
-    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(cpu, "CPU_PRODUCT_DTYPES", (torch.bfloat16,))
     assert kept(torch.randn(1, 1, 513, 4).bfloat16()).numel() == 0
 
 

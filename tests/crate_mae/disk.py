@@ -1,4 +1,4 @@
-"""A disk under `crate_mae.files` that fails when it is told to, and a model of it that knows what a power cut would take."""
+"""A disk under the `files` modules that fails when told to, and a model of it that knows what a power cut would take."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Fault:
 
 
 class NotingOs:
-    """Stands in for `os` in `crate_mae.files`: notes each call, then whether it was done, and brings about the fault.
+    """Stands in for `os` in the `files` modules: notes each call, then whether it was done, and brings about the fault.
 
     A note is the name of the call, its path, and its other arguments, where the number of an `open` stands for the descriptor.
 
@@ -208,7 +208,7 @@ class Disk:
         self.root, self.tree = root, _Folder()
 
     def replay(self, notes: Notes) -> list[Path]:
-        """Do what a process did; returns the files in which the real folder differs, not being written by `crate_mae.files`."""
+        """Do what a process did; returns the files in which the real folder differs, written past the `files` modules."""
         opened: dict[int, list[Any]] = {}
         for note, done in notes:
             if done:

@@ -32,6 +32,7 @@ import torch._dynamo  # noqa: F401  # which every first optimiser imports: here 
 from disk import Disk, Fault, Notes, NotingOs, kind_of, read_notes
 from tiny_runs import tiny_config, write_photographs
 
+from crate_kernels import files as replacing_files
 from crate_mae import files
 from crate_mae.training import PretrainConfig, pretrain
 from crate_mae.training.pace import OF_THE_MACHINE
@@ -135,7 +136,7 @@ class Attempts:
             printed = os.open(self._printed, os.O_WRONLY | os.O_CREAT)
             os.dup2(printed, 1)
             os.dup2(printed, 2)
-            files.os = NotingOs(self._notes, self.disk, fault, self.unsynced)
+            files.os = replacing_files.os = NotingOs(self._notes, self.disk, fault, self.unsynced)
             try:
                 _run(self.config, again)
                 ended = "finished", "", 0

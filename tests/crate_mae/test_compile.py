@@ -30,11 +30,10 @@ class Nothing:
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from crate_kernels.products import preparation
-    from crate_kernels.products import triton as products
+    from crate_kernels.products import kernels, preparation_kernels
     from crate_kernels.shared_attention import triton as attention
 
-    for module in (preparation, products, attention):
+    for module in (preparation_kernels, kernels, attention):
         for name in vars(module).copy():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Nothing(name))

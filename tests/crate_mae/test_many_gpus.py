@@ -1,4 +1,4 @@
-"""The commands of README's section on many GPUs, each as it stands there, at toy size and on the CPU."""
+"""The commands of docs/many-gpus.md, each as it stands there, at toy size and on the CPU."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tiny_runs import metric_lines, tiny_config, write_photographs
 
 from crate_mae.training import pretrain
 
-README = Path(__file__).resolve().parents[2] / "README.md"
-SECTION = README.read_text(encoding="utf-8").partition("### From one GPU to many")[2].partition("\n### ")[0]
-ONE, EIGHT, TWO_MACHINES, SLURM = re.findall(r"```(?:bash)?\n(.*?)```", SECTION, flags=re.DOTALL)
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "many-gpus.md").read_text(encoding="utf-8")
+ONE, EIGHT, TWO_MACHINES, SLURM = re.findall(r"```(?:bash)?\n(.*?)```", PAGE, flags=re.DOTALL)
 
 PROGRAMS = {
     "crate-mae": f'exec {sys.executable} -m crate_mae "$@"',
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (programs / name).write_text(f"#!/bin/bash\n{text}\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(README.parent))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "machines[1-2]")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")

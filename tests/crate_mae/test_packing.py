@@ -184,7 +184,9 @@ def test_killed_at_any_moment_and_started_again_it_gives_the_same_bytes(
             os.setsid()
             try:
                 if is_killed and not workers:
-                    monkeypatch.setattr("crate_mae.files.os", DyingOs(calls))
+                    dying = DyingOs(calls)
+                    for package in ("crate_mae", "crate_kernels"):
+                        monkeypatch.setattr(f"{package}.files.os", dying)
                 pack(ImageFolder(photographs), out, SMALL, workers=workers, max_unreadable=0.05)
                 status = 0
             finally:
@@ -211,7 +213,7 @@ def living_in(session: int) -> list[str]:
 
 
 class DyingOs:
-    """Stands in for `os` in `crate_mae.files`, and kills the process at the call of this number."""
+    """Stands in for `os` in the `files` modules, and kills the process at the call of this number."""
 
     def __init__(self, calls: int) -> None:
         self.calls = calls

@@ -185,7 +185,7 @@ def test_a_full_disk_ends_the_run_as_that_of_its_rows_does(name, tmp_path, monke
     sinks = opened(tmp_path, [name])
     send(sinks, ROWS[:1])
     if name == "csv":
-        monkeypatch.setattr("crate_mae.files._write_all", full)
+        monkeypatch.setattr("crate_mae.files.os.write", full)
     else:
         monkeypatch.setattr(sinks._sinks[0]._records, "write", full)
 
@@ -233,7 +233,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing_to_go_on_from(tmp_path,
     opened(tmp_path, ["tensorboard", "csv"]).close("stopped")
     closed = []
     monkeypatch.setattr(TensorBoardSink, "close", lambda sink, ended: closed.append(ended))
-    monkeypatch.setattr("crate_mae.files._write_all", full)
+    monkeypatch.setattr("crate_mae.files.os.write", full)
     with pytest.raises(OSError, match=r"^cannot write .*metrics.csv: No space left on device$"):
         opened(tmp_path, ["tensorboard", "csv"], ROWS)
     assert closed == ["failed"]

@@ -23,7 +23,7 @@ from crate_mae.data import ImageFolder, Mixture, SyntheticImages, TarShards, abs
 from crate_mae.data.specification import is_folder
 from crate_mae.training import PretrainConfig, pretrain
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
 
 @pytest.fixture
@@ -188,16 +188,15 @@ pretrain(config)
     return subprocess.run([sys.executable, "-c", text], input=pickle.dumps(config), capture_output=True, timeout=120)
 
 
-def _readme_commands() -> list[str]:
-    """The lines of the README's part on images that are commands."""
-    part = README.read_text(encoding="utf-8").split("### Images", 1)[1].split("\n### ", 1)[0]
-    blocks = re.findall(r"```\n(.*?)```", part, re.DOTALL)
+def _told_commands() -> list[str]:
+    """The lines of docs/data.md that are commands."""
+    blocks = re.findall(r"```\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     lines = [line.split("   #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith("crate-mae ")]
 
 
-@pytest.mark.parametrize("command", _readme_commands())
-def test_commands_of_the_readme(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", _told_commands())
+def test_commands_of_the_page(command, tmp_path, monkeypatch):
     """At toy size: the same words, and settings behind them that make the model small."""
     monkeypatch.chdir(tmp_path)
     if "hf:" in command:

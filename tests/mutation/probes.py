@@ -20,8 +20,8 @@ from mutation.memory import amid_nan, reachable
 from support import a_few_roundings, error
 from torch import Tensor
 
-from crate_kernels.products.operand import Norm, Operand
-from crate_kernels.products.triton import GradientRows, Gradients
+from crate_kernels.products.launchers import GradientRows, Gradients
+from crate_kernels.products.norm_folding import Norm, Operand
 
 EPS = torch.finfo(torch.float32).eps
 

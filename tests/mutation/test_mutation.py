@@ -22,8 +22,8 @@ from mutation import probes
 from mutation.memory import OutOfBounds, Watch
 from mutation.mutants import Mistake, Mutant, callers, copy_of, grafted, mutants
 
+from crate_kernels.products import launchers as products
 from crate_kernels.products import preparation
-from crate_kernels.products import triton as products
 from crate_kernels.shared_attention import triton as shared_attention
 
 pytestmark = [

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from crate_kernels import matmul, precision
-from crate_kernels.precision import _CPU
+from crate_kernels import cpu, library_products
+from crate_kernels.cpu import _CPU
 
 LINEAR = torch.ops.crate_kernels.linear
 
@@ -23,7 +23,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Each library in turn, whatever this machine would choose."""
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch was built without oneDNN")
-    monkeypatch.setattr(matmul, "ONEDNN_IS_FASTER", request.param)
+    monkeypatch.setattr(library_products, "ONEDNN_IS_FASTER", request.param)
     return request.param
 
 
@@ -39,7 +39,7 @@ def agree(found: list[Tensor], truth: list[Tensor], dtype: torch.dtype = torch.f
 
 def against_float64(x: Tensor, parameters: list[Tensor], upstream: Tensor) -> None:
     truth = gradients(F.linear, [value.double() for value in (x, *parameters)], upstream.double())
-    agree(gradients(matmul.linear, [x, *parameters], upstream), truth)
+    agree(gradients(library_products.linear, [x, *parameters], upstream), truth)
 
 
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (2, 5, 24), (2, 3, 5, 24)], ids=str)
@@ -56,8 +56,11 @@ def test_tokens_and_weights_of_any_strides() -> None:
     for name, x in awkward_gradients((9, 24), torch.float32, "cpu"):
         for other, weight in awkward_gradients((40, 24), torch.float32, "cpu"):
             exact = F.linear(x.double(), weight.double())
-            assert error(matmul.linear(x, weight), exact) <= a_few_roundings(torch.float32), (name, other)
-            assert error(matmul.product(x, weight.t()), exact) <= a_few_roundings(torch.float32), (name, other)
+            assert error(library_products.linear(x, weight), exact) <= a_few_roundings(torch.float32), (name, other)
+            assert error(library_products.product(x, weight.t()), exact) <= a_few_roundings(torch.float32), (
+                name,
+                other,
+            )
 
 
 @pytest.mark.parametrize("name", ["every second number", "one number for all", "a column"])
@@ -69,24 +72,26 @@ def test_bias_of_any_strides(name: str) -> None:
         "a column": torch.randn(40, 3)[:, 1],
     }
     exact = F.linear(x.double(), weight.double(), strided[name].double())
-    assert error(matmul.linear(x, weight, strided[name]), exact) <= a_few_roundings(torch.float32)
+    assert error(library_products.linear(x, weight, strided[name]), exact) <= a_few_roundings(torch.float32)
 
 
 def test_weights_that_overlap() -> None:
     x, weight = torch.randn(7, 24), torch.randn(63).unfold(0, 24, 1)
-    agree([matmul.linear(x, weight)], [F.linear(x.double(), weight.double())])
+    agree([library_products.linear(x, weight)], [F.linear(x.double(), weight.double())])
 
 
 def test_each_product_takes_the_chosen_library(chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, onednn = [], matmul._onednn
-    monkeypatch.setattr(matmul, "_onednn", lambda *given: calls.append(given) or onednn(*given))
+    calls, onednn = [], library_products._onednn
+    monkeypatch.setattr(library_products, "_onednn", lambda *given: calls.append(given) or onednn(*given))
     x, (weight, bias) = torch.randn(7, 24).requires_grad_(), parameters()
-    matmul.linear(x, weight, bias).sum().backward()  # the gradient that arrives is expanded: PyTorch's product
-    matmul.linear(x, weight, bias).backward(torch.randn(7, 40))
+    library_products.linear(
+        x, weight, bias
+    ).sum().backward()  # the gradient that arrives is expanded: PyTorch's product
+    library_products.linear(x, weight, bias).backward(torch.randn(7, 40))
     assert len(calls) == (3 if chosen else 0)
     x = x.detach()
-    matmul.product(x, weight.t())
-    matmul.plus_product(x, x, weight.t()[:, :24])
+    library_products.product(x, weight.t())
+    library_products.plus_product(x, x, weight.t()[:, :24])
     assert len(calls) == (5 if chosen else 0)
 
 
@@ -94,7 +99,7 @@ def test_each_product_takes_the_chosen_library(chosen: bool, monkeypatch: pytest
 def test_nothing_to_multiply(rows: int) -> None:
     weight, bias = parameters()
     x = torch.randn(rows, 24)[:, : 24 if rows == 0 else 0]
-    out = matmul.linear(x, weight[:, : x.shape[1]], bias)
+    out = library_products.linear(x, weight[:, : x.shape[1]], bias)
     assert torch.equal(out, bias.expand(rows, 40))
 
 
@@ -102,7 +107,7 @@ def test_nothing_to_multiply(rows: int) -> None:
 def test_only_gradients_asked_for(wanted: int) -> None:
     tensors = [torch.randn(7, 24), *parameters()]
     tensors[wanted].requires_grad_()
-    out = matmul.linear(*tensors)
+    out = library_products.linear(*tensors)
     with FlopCounterMode(display=False) as counter:
         out.backward(torch.randn(7, 40))
     assert [value.grad is not None for value in tensors] == [index == wanted for index in range(3)]
@@ -112,7 +117,7 @@ def test_only_gradients_asked_for(wanted: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
     x, (weight, bias) = torch.randn(7, 24, dtype=dtype), (value.to(dtype) for value in parameters())
-    out = matmul.linear(x, weight, bias)
+    out = library_products.linear(x, weight, bias)
     assert out.dtype == dtype
     assert error(out, F.linear(x.double(), weight.double(), bias.double())) <= a_few_roundings(dtype)
 
@@ -120,16 +125,16 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["of float32", "of bfloat16"])
 def test_tokens_of_16_bits_multiplied_in_float32(weights: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are kept as they came; results are rounded once, and gradients of float32 weights not at all."""
-    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", ())
+    monkeypatch.setattr(cpu, "CPU_PRODUCT_DTYPES", ())
     tensors = [torch.randn(2, 5, 24).bfloat16(), *(value.to(weights) for value in parameters())]
     upstream = torch.randn(2, 5, 40).bfloat16()
     truth = gradients(F.linear, [value.double() for value in tensors], upstream.double())
-    found = gradients(matmul.linear, tensors, upstream)
+    found = gradients(library_products.linear, tensors, upstream)
     for one, exact, dtype in zip(found, truth, (torch.bfloat16, *(t.dtype for t in tensors)), strict=True):
         agree([one], [exact], dtype)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
-        matmul.linear(*(value.requires_grad_() for value in tensors))
+        library_products.linear(*(value.requires_grad_() for value in tensors))
     assert kept == [torch.bfloat16, weights]
 
 
@@ -140,7 +145,7 @@ def test_gradient_of_the_gradient() -> None:
         return list(torch.autograd.grad(sum(one.square().sum() for one in first), leaves))
 
     tensors = [torch.randn(7, 24), *parameters()]
-    agree(twice(matmul.linear, tensors), twice(F.linear, [value.double() for value in tensors]))
+    agree(twice(library_products.linear, tensors), twice(F.linear, [value.double() for value in tensors]))
 
 
 @pytest.mark.parametrize(("beta", "alpha"), [(1, 1), (1, -1), (0.1, -0.1), (2.0, 0.5)])
@@ -149,7 +154,7 @@ def test_plus_product(beta: float, alpha: float, turned: bool) -> None:
     total, a, b = torch.randn(7, 40), torch.randn(7, 24), torch.randn(24, 40)
     a = a.t().contiguous().t() if turned else a
     before = total.clone()
-    found = matmul.plus_product(total, a, b, beta=beta, alpha=alpha)
+    found = library_products.plus_product(total, a, b, beta=beta, alpha=alpha)
     agree([found], [beta * total.double() + alpha * (a.double() @ b.double())])
     assert torch.equal(total, before)
 
@@ -166,10 +171,10 @@ def test_boundary(with_bias: bool) -> None:
 
 def test_compiles_whole() -> None:
     tensors = [torch.randn(2, 5, 24), *parameters()]
-    compiled = torch.compile(matmul.linear, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(library_products.linear, fullgraph=True, backend="aot_eager")
     upstream = torch.randn(2, 5, 40)
     for one, plain in zip(
-        gradients(compiled, tensors, upstream), gradients(matmul.linear, tensors, upstream), strict=True
+        gradients(compiled, tensors, upstream), gradients(library_products.linear, tensors, upstream), strict=True
     ):
         assert torch.equal(one, plain)
 
@@ -178,18 +183,18 @@ def test_compiles_for_a_number_of_rows_that_data_decide() -> None:
     x, (weight, bias) = torch.randn(7, 24), parameters()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(
-            lambda x, mask: matmul.linear(x[mask], weight, bias), fullgraph=True, backend="aot_eager"
+            lambda x, mask: library_products.linear(x[mask], weight, bias), fullgraph=True, backend="aot_eager"
         )
         for mask in (x[:, 0] > 0, x[:, 0] > 100):
-            assert torch.equal(compiled(x, mask), matmul.linear(x[mask], weight, bias))
+            assert torch.equal(compiled(x, mask), library_products.linear(x[mask], weight, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_that_come_as_transforms_have_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In batches, of either kind that PyTorch has, and with a tangent."""
-    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", ())
+    monkeypatch.setattr(cpu, "CPU_PRODUCT_DTYPES", ())
     leaves = [value.to(dtype).requires_grad_() for value in (torch.randn(3, 5, 24), *parameters())]
-    upstream, out = torch.randn(2, 3, 5, 40, dtype=dtype), matmul.linear(*leaves)
+    upstream, out = torch.randn(2, 3, 5, 40, dtype=dtype), library_products.linear(*leaves)
 
     def backward(grad: Tensor, **options: bool) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, leaves, grad, retain_graph=True, **options)
@@ -202,13 +207,13 @@ def test_gradients_that_come_as_transforms_have_them(dtype: torch.dtype, monkeyp
 
 
 def test_a_subclass_takes_pytorchs_product_in_its_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "CPU_PRODUCT_DTYPES", ())
+    monkeypatch.setattr(cpu, "CPU_PRODUCT_DTYPES", ())
     x, (weight, bias) = torch.randn(7, 24).bfloat16().as_subclass(torch.Tensor), parameters()
 
     class Named(Tensor):
         pass
 
-    found = matmul.linear(x.as_subclass(Named), weight, bias)
+    found = library_products.linear(x.as_subclass(Named), weight, bias)
     assert type(found) is Named
     assert torch.equal(found.as_subclass(Tensor), F.linear(x, weight.bfloat16(), bias.bfloat16()))
 
@@ -219,7 +224,7 @@ def test_only_what_gradients_need_is_kept(chosen: bool) -> None:
         tensors = torch.randn(7, 24, requires_grad=rows_need), weight.clone().requires_grad_(weight_needs)
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            matmul.linear(*tensors)
+            library_products.linear(*tensors)
         assert [tuple(t.shape) for t in kept if t.numel() == 7 * 24] == ([(7, 24)] if weight_needs else [])
 
 

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_kernels._ops import ops
-from crate_kernels.boundary import register
-from crate_kernels.dispatch import is_plain, is_transformed
-from crate_kernels.precision import CPU, arithmetic_dtype, no_autocast
+from crate_kernels.cpu import CPU, arithmetic_dtype
+from crate_kernels.definitions import register
+from crate_kernels.dispatch import is_plain
+from crate_kernels.dtypes import no_autocast
+from crate_kernels.private_torch import HAS_ONEDNN_LINEAR, is_transformed, onednn_linear
 
-ONEDNN_IS_FASTER = CPU.vendor == "AuthenticAMD" and "avx512f" in CPU.flags and torch.backends.mkldnn.is_available()
+ONEDNN_IS_FASTER = CPU.vendor == "AuthenticAMD" and "avx512f" in CPU.flags and HAS_ONEDNN_LINEAR
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,13 +65,13 @@ def _by_onednn(a: Tensor) -> bool:
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The linear layer that the inductor calls too. It takes a bias for packed, and a matrix for one of the two plain layouts."""
+    """oneDNN takes any bias for contiguous, and any matrix for one of the two plain layouts: they are made so first."""
     if rows.numel() == 0:
         return F.linear(rows, weight, bias)
     if not weight.t().is_contiguous():
         weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return onednn_linear(rows, weight, bias)
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from crate_kernels.dispatch import is_transformed
-from crate_kernels.precision import is_autocast
+from crate_kernels.dtypes import is_autocast
+from crate_kernels.private_torch import is_transformed
 
 
 def describe(value: object) -> str:

@@ -1,0 +1,334 @@
+"""Launchers of the kernels in ``kernels.py``: they choose tiles, allocate results and start the grid."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crate_kernels.dtypes import dot_precision
+from crate_kernels.library_products import float32_product
+from crate_kernels.products import kernels
+from crate_kernels.products.norm_folding import Norm, Operand
+from crate_kernels.tiles import cdiv, naming_the_cache, select
+from crate_kernels.tiles.products import TABLE
+
+# The pass over rows is bound by memory: tiles that load 16 bytes a thread, several at a time.
+_ROWS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+
+
+def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """Mean and ``(variance + eps)^-1/2`` of each token, [2, tokens] float32; and (x - mean) * rstd in ``xhat_dtype``, if any.
+
+    x is [tokens, width], of any floating dtype and strides. One pass, or two of which the second finds x in the cache.
+    """
+    tokens, width = x.shape
+    stats = x.new_empty((2, tokens), dtype=torch.float32)
+    xhat = None if xhat_dtype is None else torch.empty((tokens, width), dtype=xhat_dtype, device=x.device)
+    if x.numel():
+        kernels.moments_kernel[(cdiv(tokens, _ROWS["BLOCK_M"]),)](
+            x, stats, xhat, eps, tokens, width, *x.stride(),
+            WHOLE=width % _ROWS["BLOCK_N"] == 0, enable_fp_fusion=True, **_ROWS,
+        )  # fmt: skip
+    return stats, xhat
+
+
+def folds(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products in ``dtype`` take raw tokens, and the mean's share off what comes out: where both are bfloat16.
+
+    The product must not round tokens, or one far from zero would lose what its mean hides; float32 results, more exact than that
+    difference, come without it; and float16 has not the range for a gradient times rstd.
+    """
+    return x.dtype == dtype == torch.bfloat16
+
+
+def before_product(x: Tensor, operand: Operand, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+    """x [tokens, width] as products multiply it, and with a LayerNorm, mean and rstd of each token, [2, tokens] float32."""
+    dtype = operand.matrix.dtype
+    if norm is None:
+        return x.to(dtype), None
+    stats, xhat = moments(x, norm.eps, None if folds(x, dtype) else dtype)
+    return x if xhat is None else xhat, stats
+
+
+@naming_the_cache
+def project(
+    x: Tensor,
+    operand: Operand,
+    out_dtype: torch.dtype,
+    *,
+    norm: Norm | None = None,
+    skip: Tensor | None = None,
+    skip_norm: bool = False,
+    negate: bool = False,
+    threshold: Tensor | None = None,
+    soft: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``T(skip +- (LN(x) B + bias))`` and, with a LayerNorm, mean and rstd of each token.
+
+    Args:
+        x: [tokens, inner], any floating dtype and strides; rounded to the operand's dtype.
+        operand: of B [inner, width], by ``op.operands`` with the same norm.
+        out_dtype: of the result.
+        norm: the LayerNorm before the product.
+        skip: [tokens, width], any dtype and strides, added in float32; with ``skip_norm`` it is x, and LN(x) is added.
+        negate: subtract the product instead.
+        threshold: a number (0-dim tensor, on the CPU or beside x); no threshold if None.
+        soft: the signed threshold instead of the relu's.
+
+    Returns:
+        [tokens, width], contiguous, and [2, tokens] float32 or None.
+    """
+    (tokens, inner_width), width = x.shape, operand.matrix.shape[1]
+    fold = norm is not None and folds(x, operand.matrix.dtype)
+    multiplied, stats = before_product(x, operand, norm)
+    out = torch.empty((tokens, width), dtype=out_dtype, device=x.device)
+    if not out.numel():
+        return out, stats
+    use = "masked" if threshold is not None else "norm" if fold else "plain"
+    tiles = _tiles("project", use, operand.matrix, out if skip is None else skip, width)
+    threshold, in_memory = number(threshold)
+    left, matrix = _by(tiles, multiplied, operand.matrix)
+    kernels.project_kernel[_grid(tokens, width, tiles)](
+        left, matrix, out, stats if fold or skip_norm else None, operand.column_sum if fold else None,
+        operand.offset, skip, _vector(norm.weight) if skip_norm else None, _vector(norm.bias) if skip_norm else None,
+        threshold, tokens, inner_width, width, *left.stride(), *_strides(matrix), *_strides(skip),
+        FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
+        **_options(operand.matrix, inner_width, width, tiles),
+    )  # fmt: skip
+    return out, stats
+
+
+class GradientRows(NamedTuple):
+    """The gradient behind the threshold, as both products of the backward read it, and its sums; None where not asked for.
+
+    g: [tokens, width] in the dtype of the products; times rstd where the tokens were folded.
+    sums: [2, tokens] float32, c1 and c2, with a LayerNorm.
+    column_sums: [1 or 2, width] float32, over tokens of the gradient without rstd; folded, of mean * g, too; else, where x was
+        added to the product normalised, of g * xhat, none of them rounded.
+    """
+
+    g: Tensor
+    sums: Tensor | None = None
+    column_sums: Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """Of ``project``; None where not asked for.
+
+    x: [tokens, inner].
+    matrix: [inner, width] float32, any strides: xhat^T g, with xhat the tokens normalised, or as they are; folded, x^T g^, which
+        mean_column has yet to be taken off. With a LayerNorm ``preparation.matrix_gradient`` goes on from there.
+    column: [width] float32, sums over tokens of g: the gradient of the offset.
+    mean_column: [width] float32, sums over tokens of mean * g^; None where the tokens were not folded.
+    diagonal: [width] float32, the diagonal of xhat^T g of what was not rounded; None where they were folded, or not added.
+    delta: [samples, heads, tokens of a sample] float32, where ``heads`` were given and could be.
+    """
+
+    x: Tensor | None
+    matrix: Tensor | None
+    column: Tensor | None
+    mean_column: Tensor | None
+    diagonal: Tensor | None
+    delta: Tensor | None
+
+
+def gradient_sums(operand: Operand, norm: Norm, skip: bool = False, negate: bool = False) -> tuple[Tensor, Tensor]:
+    """u and offset [width] of c1 = sum g u and c2 = sum g (z - offset), z the product with all that was added to it."""
+    column_sum, offset = operand.column_sum, operand.offset
+    if negate:
+        column_sum, offset = -column_sum, -offset
+    if skip:
+        column_sum = column_sum + norm.weight
+        offset = offset if norm.bias is None else offset + norm.bias
+    return column_sum, offset
+
+
+def gradients(
+    grad: Tensor | None,
+    x: Tensor | None,
+    operand: Operand,
+    out_dtype: torch.dtype,
+    *,
+    y: Tensor | None = None,
+    threshold: Tensor | None = None,
+    soft: bool = False,
+    norm: Norm | None = None,
+    stats: Tensor | None = None,
+    skip: bool = False,
+    negate: bool = False,
+    extra: Tensor | None = None,
+    rows: GradientRows | None = None,
+    heads: tuple[int, int] | None = None,
+    need_x: bool = True,
+    need_matrix: bool = True,
+    need_column: bool = True,
+) -> Gradients:
+    """The gradients of ``project`` that are asked for: ``dx = extra + LN'(+-(g B^T) + g)``, g being grad where y is not zero.
+
+    Args:
+        grad: [tokens, width of the product], any dtype and strides; only read. None where there are ``rows``.
+        x: [tokens, inner], what ``project`` took; needed with a LayerNorm, for the matrix or for heads.
+        operand, threshold, soft, norm, negate: what ``project`` took.
+        out_dtype: of dx.
+        y: what ``project`` gave; needed with a threshold, and with a LayerNorm unless there are ``rows``.
+        stats: what ``project`` gave with a LayerNorm.
+        skip: x itself (normalised, with a LayerNorm) was added to the product.
+        extra: [tokens, inner], added to dx: the gradient that comes past the product.
+        rows: what ``gradient_rows`` would make of all this, made before by whoever wrote the gradient.
+        heads: x is what attention gave, [samples * tokens, heads * head_dim], of so many samples and heads: ask for delta, each
+            head's sums over features of dx * x, where its width divides a tile.
+        need_x, need_matrix, need_column: whose gradients are asked for: x's, the matrix's, the offset's.
+    """
+    fold = norm is not None and folds(x, operand.matrix.dtype)
+    if rows is None:
+        rows = gradient_rows(
+            grad, x, operand, y=y, threshold=threshold, soft=soft, norm=norm, stats=stats, skip=skip, negate=negate,
+            need_x=need_x, need_column=need_column or (need_matrix and fold),
+        )  # fmt: skip
+    dx = product = delta = None
+    if need_x:
+        masked = y if threshold is not None else None
+        dx, delta = _input_gradient(
+            rows, grad if skip else None, operand, out_dtype, masked, x, norm, stats, negate, extra, heads
+        )
+    if need_matrix:
+        product = weight_gradient(x, rows.g, operand.matrix, norm)
+        product = product.neg_() if negate else product
+    sums = -rows.column_sums if negate and rows.column_sums is not None else rows.column_sums
+    second = sums[1] if need_matrix and sums is not None and len(sums) > 1 else None
+    seconds = (second, None) if fold else (None, second)
+    return Gradients(dx, product, sums[0] if need_column else None, *seconds, delta)
+
+
+def gradient_rows(
+    grad: Tensor,
+    x: Tensor | None,
+    operand: Operand,
+    *,
+    y: Tensor | None = None,
+    threshold: Tensor | None = None,
+    soft: bool = False,
+    norm: Norm | None = None,
+    stats: Tensor | None = None,
+    skip: bool = False,
+    negate: bool = False,
+    need_x: bool = True,
+    need_column: bool = True,
+) -> GradientRows:
+    """One pass over grad and y; none where grad can be read as it is. Arguments as ``gradients`` has them."""
+    (tokens, width), dtype = grad.shape, operand.matrix.dtype
+    masked, scaled, make_sums = threshold is not None, norm is not None and folds(x, dtype), need_x and norm is not None
+    make_g = masked or scaled or grad.dtype != dtype
+    g = torch.empty((tokens, width), dtype=dtype, device=grad.device) if make_g else grad
+    sums = grad.new_empty((2, tokens), dtype=torch.float32) if make_sums else None
+    programs = cdiv(tokens, _ROWS["BLOCK_M"])
+    added = x if need_column and skip and norm is not None and not scaled else None
+    two = scaled or added is not None
+    columns = grad.new_empty((1 + two, programs, width), dtype=torch.float32) if need_column else None
+    if tokens and (make_g or make_sums or need_column):
+        of_sums = gradient_sums(operand, norm, skip, negate) if make_sums else (None, None)
+        threshold, in_memory = number(threshold)
+        read_y = y if masked or make_sums else None
+        kernels.gradient_rows_kernel[(programs,)](
+            grad, read_y, added, stats if two else None, *of_sums, g if make_g else None, sums, columns, threshold, tokens, width,
+            *grad.stride(), *_strides(read_y), *_strides(added),
+            SCALED=scaled, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
+            WHOLE=width % _ROWS["BLOCK_N"] == 0, enable_fp_fusion=True, **_ROWS,
+        )  # fmt: skip
+    return GradientRows(g, sums, None if columns is None else columns.sum(1))
+
+
+@naming_the_cache
+def _input_gradient(
+    rows: GradientRows,
+    grad: Tensor | None,
+    operand: Operand,
+    out_dtype: torch.dtype,
+    masked: Tensor | None,
+    x: Tensor | None,
+    norm: Norm | None,
+    stats: Tensor | None,
+    negate: bool,
+    extra: Tensor | None,
+    heads: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """dx [tokens, inner], contiguous, and delta. ``grad`` is there where it is added to the product, ``masked`` (y) its mask."""
+    (tokens, inner_width), (width, _), dtype = rows.g.shape, operand.matrix.shape, operand.matrix.dtype
+    out = torch.empty((tokens, width), dtype=out_dtype, device=rows.g.device)
+    use = "masked" if grad is not None else "plain" if norm is None else "norm"
+    tiles = _tiles("input_gradient", use, operand.matrix, out, width)
+    delta, head_dim, sample_tokens = None, 1, 1
+    if heads is not None and tiles["BLOCK_N"] // tiles["PARTS"] % (width // heads[1]) == 0:
+        head_dim, sample_tokens = width // heads[1], tokens // max(heads[0], 1)
+        delta = out.new_empty((*heads, sample_tokens), dtype=torch.float32)
+    if not out.numel():
+        return out, delta
+    scaled = norm is not None and folds(x, dtype)
+    # What is added past the product is not rounded to its dtype, unless g had to be; where g did not, it is masked already.
+    skipped = None if grad is None else rows.g if scaled or grad.dtype == dtype else grad
+    mask = masked if skipped is grad else None
+    left, matrix = _by(tiles, rows.g, operand.matrix.t())
+    kernels.input_gradient_kernel[_grid(tokens, width, tiles)](
+        left, skipped, mask, matrix, out, x if norm else None, stats, rows.sums,
+        _vector(norm.weight) if norm and grad is not None else None, extra, delta, None if delta is None else x.contiguous(),
+        tokens, inner_width, width, sample_tokens,
+        *left.stride(), *_strides(skipped), *_strides(mask), *_strides(matrix), *_strides(x if norm else None), *_strides(extra),
+        NORM=norm is not None, SCALED=scaled, SKIP=grad is not None, NEGATE=negate, HEAD_DIM=head_dim,
+        **_options(operand.matrix, inner_width, width, tiles),
+    )  # fmt: skip
+    return out, delta
+
+
+def weight_gradient(x: Tensor, g: Tensor, like: Tensor | None = None, norm: Norm | None = None) -> Tensor:
+    """x^T g [inner, width] float32, in the order of memory that ``like`` has; of x normalised, where it was not folded."""
+    if norm is not None and not folds(x, g.dtype):
+        x = moments(x, norm.eps, g.dtype)[1]
+    x = x.to(g.dtype)
+    if like is not None and like.stride(0) == 1:
+        return float32_product(g.t(), x).t()
+    return float32_product(x.t(), g)
+
+
+def _tiles(kernel: str, use: str, operand: Tensor, stream: Tensor, width: int) -> dict[str, int]:
+    tiles = select(TABLE, operand.device, kernel, use, operand.itemsize, max(operand.itemsize, stream.itemsize))
+    if tiles["BLOCK_N"] > 128 and width % tiles["BLOCK_N"]:
+        tiles["BLOCK_N"] //= 2  # wide tiles only where they divide the width: the last one would be half empty
+    return tiles
+
+
+def _by(tiles: dict[str, int], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the kernel takes for its two factors: themselves, or the library's product of them and nothing."""
+    return (float32_product(left, right), None) if tiles["LIBRARY"] else (left, right)
+
+
+def number(value: Tensor | None) -> tuple[Tensor | float | None, bool]:
+    """A number as the kernels take it: by value from the host, by address from the device, never waiting for it."""
+    if value is None:
+        return None, False
+    return (float(value), False) if value.device.type == "cpu" else (value, True)
+
+
+def _activation(threshold: Tensor | float | None, soft: bool) -> str:
+    return "none" if threshold is None else "soft" if soft else "relu"
+
+
+def _vector(values: Tensor | None) -> Tensor | None:
+    """As the kernels read it: one number after the other."""
+    return None if values is None else values.contiguous()
+
+
+def _strides(matrix: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if matrix is None else matrix.stride()
+
+
+def _grid(rows: int, columns: int, tiles: dict[str, int]) -> tuple[int]:
+    return (cdiv(rows, tiles["BLOCK_M"]) * cdiv(columns, tiles["BLOCK_N"]),)
+
+
+def _options(operand: Tensor, inner_width: int, width: int, tiles: dict[str, int]) -> dict[str, object]:
+    """The tiles, which axes they divide, and how products round: float32 operands as torch is told to; multiply-adds fused
+    whatever Triton's default."""
+    whole = dict(WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=inner_width % tiles["BLOCK_K"] == 0)
+    return {**whole, "PRECISION": dot_precision(operand), "enable_fp_fusion": True, **tiles}
