@@ -24,8 +24,8 @@ from crate_kernels.ista.form import one_product
 from crate_mae.classifiers import Classifier
 from crate_mae.compilation import obstacle_to_compiling
 from crate_mae.layers import DecoderBlock, EncoderBlock
+from crate_mae.masks import kept_patches, removed_patches
 from crate_mae.model import CrateMAE
-from crate_mae.patches import kept_patches, removed_patches
 
 Function = Callable[..., Tensor]
 Model = CrateMAE | Classifier

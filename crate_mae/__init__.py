@@ -6,10 +6,11 @@ from typing import Any
 from crate_kernels import __version__
 from crate_mae import analysis
 from crate_mae.backbone import Backbone
-from crate_mae.checkpoints import load_model, load_transform, save_model
+from crate_mae.checkpoints import load_model, save_model
 from crate_mae.classifiers import Classifier, classifier_of
 from crate_mae.config import ClassifierConfig, ModelConfig
 from crate_mae.model import CrateMAE, MAEOutput
+from crate_mae.preprocessing import load_transform
 from crate_mae.registry import CLASSIFIERS, MODELS, create_model
 
 __all__ = [
@@ -50,7 +51,7 @@ _LATER = {
     "pretrain": "training",
     "read_embeddings": "embedding",
 }
-"""Names imported on first use, by their modules, which not everybody needs and which take time to import."""
+"""Names whose modules are imported at first use: not everybody needs them, and importing them takes time."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Models on disk: ``model.safetensors`` beside ``config.json``, and official checkpoints."""
+"""Models on disk: ``model.safetensors`` with ``config.json``, and official checkpoints."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from crate_mae.classifiers import Classifier, model_of
 from crate_mae.config import ClassifierConfig, ModelConfig
-from crate_mae.data.reading import COLOUR_MODES, part, shown_size
-from crate_mae.data.transforms import Normalization, centred_box
+from crate_mae.data.transforms import Normalization
 from crate_mae.files import make_folder, replaced
 from crate_mae.model import CrateMAE
 from crate_mae.registry import CLASSIFIERS, create_model
@@ -38,7 +36,7 @@ from crate_mae.state_dicts import (
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
-# What a layer computes with beside its weights, as attributes that a caller may change; the configuration has one value for all.
+# Settings of a layer that are no weights. A caller may change them on one layer; the configuration has one value for all layers.
 _SETTINGS = ("heads", "scale", "is_causal", "dim", "step_size", "lambd", "eta", "lmbda", "threshold", "eps")
 
 
@@ -52,34 +50,34 @@ def save_model(
 ) -> None:
     """Write the weights and the configuration, lambda and step size included; other keys of ``config.json`` stay.
 
-    Both files are there before either takes the place of an older one; an error leaves those as they were. What concerns training
-    alone (``stream``, ``recompute``, dropout, ``drop_path``) is not saved, nor are hooks and forwards that were replaced on a
-    module. The metadata of ``model.safetensors`` has a checksum of the weights, which ``load_model`` compares.
+    Both files are written before either replaces an older one; after an error the older files are unchanged. Settings of training
+    (``stream``, ``recompute``, dropout, ``drop_path``), hooks and replaced forwards are not saved. The metadata of
+    ``model.safetensors`` has a checksum of the weights, which ``load_model`` verifies.
 
     Args:
         model: a CrateMAE or Classifier, or one inside PyTorch's own wrappers (torch.compile, DistributedDataParallel,
-            AveragedModel), of the whole or of a part: the names in the file are always those of the plain model. Weights keep
-            their dtype. Those that share memory are written once each: they are equal when they are loaded, and no longer tied.
-        mean, std: of each channel of pixels in [0, 1], by which the model's images were standardised,
-            (pixels / 255 - mean) / std. With them ``load_transform`` does the same.
-        classes: names, in the order of a classifier's logits; ``classes`` in ``config.json``.
+            AveragedModel) as a whole or in parts: the names in the file are always those of the plain model. Weights keep their
+            dtype. Weights that share memory are written separately: after loading they are equal, but no longer tied.
+        mean, std: for each channel, the mean and standard deviation of pixels in [0, 1] by which the model's images were
+            standardised, (pixels / 255 - mean) / std. ``load_transform`` needs them.
+        classes: names of the classes, in the order of a classifier's logits; ``classes`` in ``config.json``.
 
     Raises:
-        TypeError: model is neither.
+        TypeError: model is of another class.
         ValueError: only one of mean and std is given, or one of them does not have a finite number for each channel; or classes
-            are not a name for each logit; or the model is not what ``load_model`` makes of its ``config``: parameters with other
-            names or shapes (parametrizations, adapters),
-            without values (on the meta device), with values that are not finite or of which this process has only a shard, or
-            layers with other settings.
+            are not a name for each logit; or ``load_model`` could not make the model from its ``config``: parameters have other
+            names or shapes (parametrizations, adapters), no values (on the meta device), values that are not finite, or only a
+            shard in this process, or layers have other settings.
     """
-    directory = Path(directory)
+    directory, model = Path(directory), unwrapped(model)
     config_file = directory / CONFIG_FILE
-    other = _read_json(config_file) if config_file.exists() else {}
-    write_files(directory, packed(model, other, mean=mean, std=std, classes=classes))
+    other = read_json(config_file) if config_file.exists() else {}
+    write_files(directory, packed(model, weights_to_save(model), other, mean=mean, std=std, classes=classes))
 
 
 def packed(
-    model: nn.Module,
+    model: CrateMAE | Classifier,
+    weights: Mapping[str, Tensor],
     other: Mapping[str, Any],
     *,
     mean: Sequence[float] | None = None,
@@ -89,9 +87,9 @@ def packed(
     """The files of a model directory, by name, as ``save_model`` writes them; arguments and errors as there.
 
     Args:
-        other: what stands in ``config.json`` beside what the model and the arguments say.
+        weights: ``weights_to_save(model)``.
+        other: further entries of ``config.json``; those of the model and of the arguments take their place.
     """
-    model = unwrapped(model)
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std: expected both or neither, got {mean} and {std}")
     config = {**other, "model": dataclasses.asdict(model.config)}
@@ -101,9 +99,8 @@ def packed(
         config["images"] = {**config.get("images", {}), "mean": mean, "std": std}
     if classes is not None:
         config["classes"] = _names(classes, model)
-    weights = weights_to_save(model)
-    # One entry alone: safetensors writes several in any order, and one model is one file, to the byte.
-    of_weights = save(weights, metadata={CHECKSUM: checksum(weights)})
+    # A single entry: safetensors writes several in an order that varies, and the same model shall be the same bytes.
+    of_weights = save(dict(weights), metadata={CHECKSUM: checksum(weights)})
     return {CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(), WEIGHTS_FILE: of_weights}
 
 
@@ -126,7 +123,7 @@ def _names(classes: Sequence[str], model: CrateMAE | Classifier) -> list[str]:
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write several files, by name, into a directory, which is made if it is not there: all of them, or none.
+    """Write several files, by name, into a directory, which is created if need be: all of them, or none.
 
     Raises:
         OSError: one cannot be written.
@@ -147,23 +144,23 @@ def load_model(
 ) -> CrateMAE | Classifier:
     """A model from a directory that ``save_model`` or a pre-training run wrote, or from an official checkpoint file.
 
-    It stands on the CPU in training mode, as one just created; no layer behaves otherwise in evaluation. Its parameters are
-    float32: weights of 16 bits are widened, float64 is rounded, and a warning says so.
+    It is on the CPU and in training mode, like a new one; its layers compute the same in evaluation. Its parameters are float32:
+    16-bit weights are widened, float64 is rounded, and a warning says so.
 
-    A file of weights is a ``.safetensors`` file or what ``torch.save`` wrote: a state dict, or a training checkpoint with one
-    under ``model``, ``state_dict``, ``model_state_dict`` or ``module``. Nothing in it is run: beside tensors and plain values
-    it may hold an ``argparse.Namespace``, paths and NumPy's numbers, which scripts save as a rule.
+    A file of weights is a ``.safetensors`` file or a file of ``torch.save``: a state dict, or a training checkpoint with one
+    under ``model``, ``state_dict``, ``model_state_dict`` or ``module``. No code in it is run: beside tensors and plain values it
+    may hold what scripts usually save, an ``argparse.Namespace``, paths and NumPy's numbers.
 
-    What PyTorch's own wrappers put into the names is dropped: ``_orig_mod.``, ``_checkpoint_wrapped_module.`` and
-    ``_fsdp_wrapped_module.`` wherever they stand, ``module.`` at the front of every name, in any order and number. Any other
-    prefix, such as that of a model inside another, is an error that names it.
+    Parts of names that PyTorch's own wrappers add are dropped: ``_orig_mod.``, ``_checkpoint_wrapped_module.`` and
+    ``_fsdp_wrapped_module.`` anywhere, ``module.`` in front of every name, in any order and number. Any other prefix, such as
+    that of a model inside another, is an error that names it.
 
     Args:
         path: the directory, or a ``.pth``, ``.pt`` or ``.safetensors`` file with weights alone.
         name: the published size of weights alone, as for ``create_model``.
-        lambd, step_size: needed with weights alone of a CRATE-MAE, which do not hold them and are meaningless without. Official
-            releases were trained with lambd 5.0 and later 0.5, step size 0.1. Those of CRATE and CRATE-alpha all have 0.1 and
-            0.1, which are taken where nothing is said.
+        lambd, step_size: needed with weights alone of a CRATE-MAE, which do not hold them and mean nothing without them. Official
+            releases were trained with lambd 5.0, later 0.5, and step size 0.1. For CRATE and CRATE-alpha both are 0.1 by default,
+            as in all their releases.
         **overrides: further fields of ``ModelConfig`` or ``ClassifierConfig`` that differ from the published size.
 
     Raises:
@@ -185,7 +182,7 @@ def load_model(
         numbers = dict(lambd=lambd, step_size=step_size)
         needed = dict(name=name) if name in CLASSIFIERS else dict(name=name, **numbers)
         missing = [key for key, value in needed.items() if value is None]
-        if missing:
+        if name is None or missing:
             raise ValueError(
                 f"{path}: weights alone do not say {', '.join(missing)}; name them (official: step_size=0.1), "
                 f"or pass the directory of a run, whose {CONFIG_FILE} says them"
@@ -197,10 +194,10 @@ def load_model(
 
 
 def load_weights(model: CrateMAE, path: str | Path) -> None:
-    """Give a model the weights of a directory or a file, as the start of a training of its own.
+    """Give a model the weights of a directory or a file, to start a new training from.
 
-    Its image size may be another, as the positions are no weights; so may lambda, the step size and the kind of target,
-    which a training may change.
+    The image size may differ, as the positions are no weights; lambda, step size and the kind of target may differ, too, as a
+    training may change them.
 
     Args:
         path: as for ``load_model``.
@@ -222,50 +219,8 @@ def load_weights(model: CrateMAE, path: str | Path) -> None:
     model.load_state_dict(weights, strict=True)
 
 
-def load_transform(directory: str | Path) -> Callable[[Image.Image], Tensor]:
-    """What turns a photograph into a model's input, as validation does in the pre-training run that wrote ``directory``.
-
-    Returns:
-        A function of a Pillow image of any mode: upright, in the model's colours, its largest centred part resized to the model's
-        image size (``crate_mae.data.reading``), (pixels / 255 - mean) / std with the run's numbers; a float32 tensor [channels,
-        height, width]. It raises a TypeError for anything but a Pillow image, and an UnreadableImage, which is a ValueError, for
-        one whose file is broken.
-
-    Raises:
-        FileNotFoundError: there is no ``config.json``.
-        ValueError: it does not say how images were standardised; or the model's images are no photographs.
-    """
-    model, normalization = read_config(directory), read_normalization(directory)
-
-    def transform(image: Image.Image) -> Tensor:
-        if not isinstance(image, Image.Image):
-            raise TypeError(
-                f"image: expected a Pillow image, as PIL.Image.open gives of a file, got {type(image).__name__}"
-            )
-        height, width = model.image_shape
-        name = str(getattr(image, "filename", "") or "given")
-        box = centred_box(shown_size(image, name), width / height)
-        return normalization(part(image, box, model.image_shape, model.in_chans, name))
-
-    return transform
-
-
-def read_normalization(directory: str | Path) -> Normalization:
-    """How the images of the model in ``directory`` were standardised; errors as of ``load_transform``."""
-    file = Path(directory) / CONFIG_FILE
-    channels, images = read_config(directory).in_chans, _read_json(file).get("images")
-    if not isinstance(images, dict) or not {"mean", "std"} <= images.keys():
-        raise ValueError(
-            f"{file}: expected a section images with mean and std, as a pre-training run writes; it has none: "
-            f"save_model(model, directory, mean=..., std=...) writes it, too, and crate-mae import with --mean and --std"
-        )
-    if channels not in COLOUR_MODES:
-        raise ValueError(f"{file}: photographs have {', '.join(map(str, COLOUR_MODES))} channels, its model {channels}")
-    return Normalization(images["mean"], images["std"], channels)
-
-
 def unwrapped(model: nn.Module) -> CrateMAE | Classifier:
-    """The model inside PyTorch's wrappers, which hold nothing to learn beside it."""
+    """The model inside PyTorch's wrappers, which have no parameters of their own."""
     inner: Any = model
     while isinstance(inner, nn.Module) and not isinstance(inner, CrateMAE | Classifier):
         children, own = list(inner.named_children()), list(inner.parameters(recurse=False))
@@ -281,15 +236,16 @@ def unwrapped(model: nn.Module) -> CrateMAE | Classifier:
 def weights_to_save(model: CrateMAE | Classifier) -> dict[str, Tensor]:
     """The model's state dict, by plain names and each in memory of its own; errors as of ``save_model``."""
     with torch.device("meta"):
-        loaded = model_of(model.config)  # what ``load_model`` will make, without values
+        loaded = model_of(model.config)  # the model that ``load_model`` will make, without values
     state = plain_names(model.state_dict(), "model")
     if problems := differences(state, loaded.state_dict()):
         raise ValueError(f"model: not what load_model makes of its config: {'; '.join(problems)}")
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     for name, other in loaded.named_modules():
         found = modules.get(name)
-        same = type(found).forward is type(other).forward or (type(found) is nn.Linear and isinstance(other, nn.Linear))
-        if found is None or not same:
+        if found is None or not (
+            type(found).forward is type(other).forward or (type(found) is nn.Linear and isinstance(other, nn.Linear))
+        ):
             raise ValueError(
                 f"model: {name} is {type(found).__name__}, and load_model makes it {type(other).__name__}; save its "
                 f"state_dict() yourself, and make the same change again after loading"
@@ -332,7 +288,7 @@ def read_config(directory: str | Path) -> ModelConfig | ClassifierConfig:
         ValueError: it has no whole model section.
     """
     path = Path(directory) / CONFIG_FILE
-    fields = _read_json(path).get("model", {})
+    fields = read_json(path).get("model", {})
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: model: expected a section of settings, got {fields!r}")
     missing = {"lambd", "step_size"} - fields.keys()
@@ -352,22 +308,24 @@ def read_config(directory: str | Path) -> ModelConfig | ClassifierConfig:
 
 
 def read_mae_config(directory: str | Path) -> ModelConfig:
-    """As ``read_config``, where the model must be a CRATE-MAE, which alone reconstructs: a ValueError of a classifier."""
+    """As ``read_config``, with a ValueError where the model is not a CRATE-MAE, the only kind that reconstructs."""
     config = read_config(directory)
     if not isinstance(config, ModelConfig):
         raise ValueError(f"{directory}: expected a CRATE-MAE, found a classifier (family {config.family})")
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a ``config.json``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON object.
+    """
     check_file(path, f"no such file; a model directory holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         content = json.loads(path.read_bytes())
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as problem:  # of no UTF-8, of numbers of 5,000 digits, of 10,000 "["
+    except (OSError, ValueError, RecursionError) as problem:  # no UTF-8; numbers of 5,000 digits; 10,000 times "["
         raise ValueError(f"{path}: not whole JSON ({problem})") from problem
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object with a model section, got {type(content).__name__}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from einops.layers.torch import Rearrange
@@ -20,7 +21,7 @@ from crate_mae.positions import resampled
 class Classifier(Backbone):
     """Images to logits; build one with ``crate_mae.create_model`` or ``classifier_of``. ``config.family`` says which kind.
 
-    What all models have, tokens of any layer, stochastic depth and how layers run: ``Backbone``. Images may have any size
+    ``Backbone`` has what all models share: tokens of any layer, stochastic depth, how layers run. Images may have any size
     divisible by the patch.
     """
 
@@ -38,9 +39,9 @@ class Classifier(Backbone):
         return self.config.num_classes
 
     @property
+    @abstractmethod
     def head_name(self) -> str:
-        """Of the linear map to logits, in the state dict."""
-        raise NotImplementedError
+        """The name of the linear map to logits in the state dict."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [batch, num_classes] of images [batch, channels, height, width]; features [batch, width] without a head.
@@ -51,7 +52,7 @@ class Classifier(Backbone):
         return self.forward_head(self.forward_features(images))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for so many classes, none for 0, and another pool where one is given: "cls" or "mean".
+        """Put a fresh head for so many classes in place, none for 0, and change the pool where one is given: "cls" or "mean".
 
         Raises:
             TypeError, ValueError: of ``ClassifierConfig``.
@@ -61,11 +62,12 @@ class Classifier(Backbone):
         self._make_head(config)
         self.config = config
 
+    @abstractmethod
     def _make_head(self, config: ClassifierConfig) -> None:
-        raise NotImplementedError
+        """Put a fresh head of ``config``'s classes and pool in place."""
 
     def _head(self, num_classes: int) -> nn.Module:
-        """A fresh one, where the model is."""
+        """A fresh linear map to logits, or the identity for 0 classes, on the model's device and in its dtype."""
         head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         return head.to(self.cls_token.device, self.cls_token.dtype)
 
@@ -81,9 +83,9 @@ class _Layers(nn.Module):
 class Crate(Classifier):
     """CRATE with the official parameter names and initialisation (arXiv 2306.01129).
 
-    Positions are learned, for the configured size of images; for others they are resampled, where the official code cuts its
-    table off behind as many rows as there are tokens, of places that the patches are not at. The head, ``mlp_head``, is a
-    LayerNorm and a linear map behind the pool; the official "mean" is over all tokens, the class token's included.
+    Positions are learned for the configured size of images, and resampled for other sizes. (The official code takes the first
+    rows of its table instead, which belong to other places.) The head, ``mlp_head``, is a LayerNorm and a linear map behind the
+    pool; the official "mean" is over all tokens, the class token included.
     """
 
     family = "crate"
@@ -140,7 +142,7 @@ class Crate(Classifier):
 
 
 class CrateAlpha(Crate):
-    """CRATE-alpha with the official parameter names and initialisation (arXiv 2405.20299): ``Crate`` of other layers.
+    """CRATE-alpha with the official parameter names and initialisation (arXiv 2405.20299): ``Crate`` with other layers.
 
     Patches are embedded by one linear map, ``conv1``. The official pool is "cls".
     """
@@ -158,13 +160,16 @@ class CrateAlpha(Crate):
 
 
 class CrateMAEClassifier(MAEEncoder, Classifier):
-    """The encoder of a CRATE-MAE, under its names and as it is initialised, with a head as facebookresearch/mae fine-tunes it.
+    """The encoder of a CRATE-MAE, with its names and initialisation, and the head with which facebookresearch/mae fine-tunes.
 
-    With the pool "mean" the patches' tokens are averaged, then ``fc_norm``, then ``head``, and there is no ``norm``; with "cls"
-    ``norm`` is of all tokens, and ``head`` of the class token's. A fresh head is all but zero: normal, with deviation 2e-5.
+    With the pool "mean" the patches' tokens are averaged and go through ``fc_norm`` and ``head``; there is no ``norm``. With
+    "cls" all tokens go through ``norm``, and the class token through ``head``. A fresh head is nearly zero: normal with standard
+    deviation 2e-5.
     """
 
     family = "crate_mae"
+    norm: nn.LayerNorm
+    fc_norm: nn.LayerNorm
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__(config)
@@ -196,7 +201,7 @@ class CrateMAEClassifier(MAEEncoder, Classifier):
             norm = nn.LayerNorm(self.num_features, eps=FINAL_NORM_EPS).to(token.device, token.dtype)
             setattr(self, present, norm)
         self.head = self._head(config.num_classes)
-        if config.num_classes:
+        if isinstance(self.head, Linear):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
             nn.init.zeros_(self.head.bias)
 
@@ -206,16 +211,20 @@ CLASSES: dict[str, Callable[[ClassifierConfig], Classifier]] = {
 }
 
 
+@overload
+def model_of(config: ModelConfig) -> CrateMAE: ...
+@overload
+def model_of(config: ClassifierConfig) -> Classifier: ...
 def model_of(config: ModelConfig | ClassifierConfig) -> CrateMAE | Classifier:
     """The freshly initialised model that a configuration describes."""
     return CrateMAE(config) if isinstance(config, ModelConfig) else CLASSES[config.family](config)
 
 
 def classifier_config(config: ModelConfig | ClassifierConfig, **changes: Any) -> ClassifierConfig:
-    """Of a classifier on the encoder of a configured model; of a CRATE-MAE's, with the pool "mean".
+    """The configuration of a classifier with the encoder of a configured model; with the pool "mean" if that is a CRATE-MAE.
 
     Args:
-        **changes: fields that shall differ.
+        **changes: fields with other values.
 
     Raises:
         TypeError, ValueError: as of ``ClassifierConfig``.
@@ -237,12 +246,12 @@ def classifier_of(
     """A classifier with a fresh head on a copy of a trained encoder, on the model's device and in its dtype and mode.
 
     Args:
-        model: a CrateMAE, of which the encoder is taken, or a classifier.
-        num_classes: of the new head; 0 for none.
-        pool: "cls" or "mean"; if None a classifier's own, and "mean" of a CrateMAE.
-        img_size: of the new model's images, if it is another; learned positions are resampled.
+        model: a CrateMAE, whose encoder is taken, or a classifier.
+        num_classes: classes of the new head; 0 for no head.
+        pool: "cls" or "mean"; if None, the classifier's own, or "mean" for a CrateMAE.
+        img_size: the new model's image size, if it differs; learned positions are resampled.
 
-    Norms that stand where the trained model has them are copied, too: all but the ``fc_norm`` of "mean" on a CrateMAE.
+    Norms that both models have are copied, too; a CrateMAE has no ``fc_norm``, which the pool "mean" needs: it is fresh.
 
     Raises:
         TypeError: model is neither, or as of ``ClassifierConfig``.

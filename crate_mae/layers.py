@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,18 @@ from crate_kernels.nn import takes_norm
 from crate_mae.config import ClassifierConfig, ModelConfig
 
 DROPS_PATHS = "it drops paths"
-"""The obstacle that nobody need be told of: stochastic depth was asked for, and its branch is still one fused call."""
+"""The one obstacle without a warning: stochastic depth was asked for, and its branch is still one fused call."""
+
+First = TypeVar("First", bound=nn.Module)
+Second = TypeVar("Second", bound=nn.Module)
 
 
 @known
 class PreNorm(nn.Module):
-    """A LayerNorm and the step it precedes, under their official names; a step of ours does both at once."""
+    """A LayerNorm and the step behind it, under their official names. Our own steps compute the norm, too, in one call."""
+
+    norm: nn.LayerNorm
+    fn: nn.Module
 
     def __init__(self, dim: int, fn: nn.Module, eps: float = 1e-5) -> None:
         super().__init__()
@@ -49,19 +55,20 @@ class PreNorm(nn.Module):
         return self.fn(self.norm(x), **kwargs)
 
 
-class Block(nn.Module):
-    """What all kinds of layers share: one fused call where their modules are what they were made as, else the modules.
+class Block(nn.Module, ABC, Generic[First, Second]):
+    """A layer of two steps: one fused call while its modules are as they were made, else one call a module.
 
-    See ``crate_kernels.fusing`` for the rule. ``recompute`` holds in either case.
+    ``crate_kernels.fusing`` has the rule. ``recompute`` works in both cases.
 
-    The two steps have the names that they have in the official CRATE-MAE, ``layers.0.0`` and ``layers.0.1``, or with
-    ``nested=False`` those of the official CRATE and CRATE-alpha, ``0`` and ``1``.
+    The two steps are named as in the official CRATE-MAE, ``layers.0.0`` and ``layers.0.1``, or with ``nested=False`` as in the
+    official CRATE and CRATE-alpha, ``0`` and ``1``.
 
-    drop_path: probability of stochastic depth (arXiv 1603.09382), in training only: of each sample by itself a residual branch
-        is left out, and where it stays it counts 1 / (1 - drop_path). 0, as it is at first, draws nothing.
+    drop_path: probability of stochastic depth (arXiv 1603.09382), in training only: each sample loses each residual branch with
+        this probability, and the branches that stay are divided by 1 - drop_path. At 0, the default, no random number is drawn.
     """
 
     drop_path: float = 0.0
+    _kinds: tuple[type[First], type[Second]]
 
     def __init__(self, *steps: PreNorm, nested: bool = True) -> None:
         super().__init__()
@@ -71,8 +78,22 @@ class Block(nn.Module):
         for index, step in enumerate(steps):
             self.add_module(str(index), step)
 
+    @abstractmethod
+    def _fused(self, x: Tensor, recompute: bool, prepared: PreparedLayer | None) -> Tensor:
+        """The layer in one call."""
+
+    @abstractmethod
+    def _official(self, x: Tensor) -> Tensor:
+        """The layer by its modules, one after the other, as the official code has it."""
+
     def forward(self, x: Tensor, *, recompute: bool = False, prepared: PreparedLayer | None = None) -> Tensor:
-        """``prepared``: of ``self.weights()``, by someone who has seen that there is no ``obstacle`` for these tokens."""
+        """The layer's output on tokens x [batch, tokens, width].
+
+        Args:
+            recompute: keep less for the backward, which computes projection and attention again.
+            prepared: what ``prepare_layers`` made of ``self.weights()``; only for x without an ``obstacle``, which is not
+                looked for again.
+        """
         reason = None if prepared is not None else self.obstacle(x)
         if reason is None:
             return self._fused(x, recompute, prepared)
@@ -81,42 +102,47 @@ class Block(nn.Module):
         return checkpoint(self._official, x, use_reentrant=False) if recompute else self._official(x)
 
     def obstacle(self, x: Tensor) -> str | None:
-        """Why the modules must be called one by one on x, in words; None where one fused call stands for all of them."""
+        """Why the modules must be called one by one on x, in words; None where one fused call computes the same."""
         if self.training and self.drop_path:
             return DROPS_PATHS
-        layers, steps = self._modules.get("layers"), list(self._modules.values())
-        if layers is not None:
-            if reason := obstacle("layers", layers, nn.ModuleList):
-                return reason
-            pairs = list(layers._modules.values())
-            steps = list(pairs[0]._modules.values()) if len(pairs) == 1 else []
-        if len(steps) != 2:
+        if (layers := self._modules.get("layers")) is not None and (
+            reason := obstacle("layers", layers, nn.ModuleList)
+        ):
+            return reason
+        pairs = self._pairs()
+        if len(pairs) != 1 or len(pairs[0]) != 2:
             return "it has other steps than it was made with"
-        for step, kind in zip(steps, self._kinds, strict=True):
+        for step, kind in zip(pairs[0], self._kinds, strict=True):
             if reason := obstacle("a step", step, PreNorm):
                 return reason
             norm, fn = step._modules["norm"], step._modules["fn"]
+            if norm is None or fn is None:
+                return "a step has no norm or no fn"
             if reason := obstacle("fn", fn, kind) or norm_obstacle(norm, x) or self._obstacle_of(fn):
                 return reason
         return None
 
-    def _steps(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The norm and the step of each PreNorm. Out of the dictionaries: attributes of modules cost a microsecond each."""
-        layers = self._modules.get("layers")
-        steps = (self if layers is None else layers._modules["0"])._modules.values()
-        return [(step._modules["norm"], step._modules["fn"]) for step in steps]
+    def _steps(self) -> tuple[tuple[nn.LayerNorm, First], tuple[nn.LayerNorm, Second]]:
+        """The norm and the step of each PreNorm.
 
-    def _pairs(self) -> Iterable[Iterable[nn.Module]]:
-        """The steps that stand here now, two by two; one pair, unless someone added others."""
-        return self.layers if "layers" in self._modules else [self._modules.values()]
+        Raises:
+            TypeError: one is of another class.
+        """
+        (first, second), (first_kind, second_kind) = self._pairs()[0], self._kinds
+        return _norm_and_step(first, first_kind), _norm_and_step(second, second_kind)
+
+    def _pairs(self) -> list[list[nn.Module]]:
+        """The layer's steps, two by two; one pair, unless someone added others."""
+        layers = self._modules.get("layers")
+        return [_children(self)] if layers is None else [_children(pair) for pair in _children(layers)]
 
     def attention(self, x: Tensor) -> Tensor:
-        """Attention weights [batch, heads, tokens, tokens] of an encoder's layer on its input x."""
-        attention, _ = next(iter(self._pairs()))
+        """Attention weights [batch, heads, tokens, tokens] of an encoder layer on its input x."""
+        attention, _ = self._pairs()[0]
         return attention(x, return_attention=True)
 
     def _kept(self, branch: Tensor) -> Tensor:
-        """A residual branch [batch, tokens, width] after stochastic depth."""
+        """A residual branch [batch, tokens, width] with stochastic depth applied."""
         if not (self.training and self.drop_path):
             return branch
         kept, dtype = 1 - self.drop_path, torch.promote_types(branch.dtype, torch.float32)
@@ -124,16 +150,31 @@ class Block(nn.Module):
 
     @staticmethod
     def _obstacle_of(step: nn.Module) -> str | None:
-        """What about a step of the right kind a fused layer does not do."""
+        """Why a fused layer cannot compute this step, which is of the right class; None where it can."""
         if isinstance(step, MSSA):
             reason = step.obstacle() or ("its attention is causal" if step.is_causal else None)
             return reason or ("its attention has dropout" if step.dropout_rate else None)
         if "combined" in step._buffers:
             return "it is frozen"
-        return None if is_plain(step.weight) else f"it has a weight of class {type(step.weight).__name__}"
+        if isinstance(step, (ISTA, DecoderStep)) and not is_plain(step.weight):
+            return f"it has a weight of class {type(step.weight).__name__}"
+        return None
 
 
-class EncoderBlock(Block):
+def _children(module: nn.Module) -> list[nn.Module]:
+    """The children, from the module's dictionary: to get one as an attribute takes a microsecond."""
+    return [child for child in module._modules.values() if child is not None]
+
+
+def _norm_and_step(module: nn.Module, kind: type[First]) -> tuple[nn.LayerNorm, First]:
+    norm, step = module._modules["norm"], module._modules["fn"]
+    if not isinstance(norm, nn.LayerNorm) or not isinstance(step, kind):
+        expected, got = f"a LayerNorm and {kind.__name__}", f"{type(norm).__name__} and {type(step).__name__}"
+        raise TypeError(f"step: expected {expected}, got {got}")
+    return norm, step
+
+
+class EncoderBlock(Block[MSSA, ISTA]):
     """z = x + MSSA(LN x); out = ISTA(LN z)."""
 
     _kinds = MSSA, ISTA
@@ -145,18 +186,27 @@ class EncoderBlock(Block):
 
     @property
     def step_size(self) -> float | Tensor:
-        """Of the sparse step, as it stands there now."""
+        """The step size that the sparse step has now."""
         return self._steps()[1][1].step_size
 
     def weights(self) -> EncoderWeights:
+        """The weights as ``encoder_layer`` takes them."""
         (attention_norm, attention), (sparse_norm, sparsify) = self._steps()
         return EncoderWeights(_norm(attention_norm), attention.weights(), _norm(sparse_norm), sparsify.weight)
 
     def _fused(self, x: Tensor, recompute: bool, prepared: PreparedLayer | None) -> Tensor:
         (_, attention), (_, sparsify) = self._steps()
-        heads = dict(num_heads=attention.heads, scale=attention.scale)
-        numbers = dict(step_size=sparsify.step_size, lambd=sparsify.lambd, threshold=sparsify.threshold)
-        return encoder_layer(x, *self.weights(), **heads, **numbers, recompute=recompute, prepared=prepared)
+        return encoder_layer(
+            x,
+            *self.weights(),
+            num_heads=attention.heads,
+            scale=attention.scale,
+            step_size=sparsify.step_size,
+            lambd=sparsify.lambd,
+            threshold=sparsify.threshold,
+            recompute=recompute,
+            prepared=prepared,
+        )
 
     def _official(self, x: Tensor) -> Tensor:
         dtype = x.dtype
@@ -165,7 +215,7 @@ class EncoderBlock(Block):
         return x
 
 
-class AlphaBlock(Block):
+class AlphaBlock(Block[MSSA, OvercompleteISTA]):
     """CRATE-alpha's layer: z = x + MSSA(LN x); out = z + ODL(LN z), with W_out without bias (arXiv 2405.20299, section 3)."""
 
     _kinds = MSSA, OvercompleteISTA
@@ -178,9 +228,11 @@ class AlphaBlock(Block):
 
     @staticmethod
     def _obstacle_of(step: nn.Module) -> str | None:
-        return hooks_of_all_modules()  # beside these, each step is called as a module, which has its own rule
+        return (
+            hooks_of_all_modules()
+        )  # nothing else: each step is called as a module, which looks for its own obstacles
 
-    def _fused(self, x: Tensor, recompute: bool, prepared: None) -> Tensor:
+    def _fused(self, x: Tensor, recompute: bool, prepared: PreparedLayer | None) -> Tensor:
         def run(x: Tensor) -> Tensor:
             dtype = x.dtype
             for norm, step in self._steps():
@@ -197,7 +249,7 @@ class AlphaBlock(Block):
         return x
 
 
-class DecoderBlock(Block):
+class DecoderBlock(Block[DecoderStep, MSSA]):
     """g = LN(x) W^T; out = g - MSSA(LN g)."""
 
     _kinds = DecoderStep, MSSA
@@ -207,13 +259,20 @@ class DecoderBlock(Block):
         super().__init__(PreNorm(width, DecoderStep(width)), PreNorm(width, MSSA(width, heads, width // heads)))
 
     def weights(self) -> DecoderWeights:
+        """The weights as ``decoder_layer`` takes them."""
         (step_norm, densify), (attention_norm, attention) = self._steps()
         return DecoderWeights(_norm(step_norm), densify.weight, _norm(attention_norm), attention.weights())
 
     def _fused(self, x: Tensor, recompute: bool, prepared: PreparedLayer | None) -> Tensor:
         _, (_, attention) = self._steps()
-        heads = dict(num_heads=attention.heads, scale=attention.scale)
-        return decoder_layer(x, *self.weights(), **heads, recompute=recompute, prepared=prepared)
+        return decoder_layer(
+            x,
+            *self.weights(),
+            num_heads=attention.heads,
+            scale=attention.scale,
+            recompute=recompute,
+            prepared=prepared,
+        )
 
     def _official(self, x: Tensor) -> Tensor:
         for densify, attention in self._pairs():
@@ -222,8 +281,8 @@ class DecoderBlock(Block):
         return x
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``F.linear``; on the composed path by its own products, which no CPU has to emulate."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``; on the composed path by its products, whose dtype every CPU computes in natively."""
     dtype = compute_dtype(x)
     if choose("linear", x, dtype) != "composed":
         return F.linear(x, weight, bias)
@@ -232,7 +291,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, by the products of ``linear``."""
+    """``nn.Linear``, computed by ``linear``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -254,16 +313,17 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
     def of_patches(self, patches: Tensor) -> Tensor:
-        """Tokens of patches [batch, any number, patch_size**2 * channels] as ``patchify`` has them."""
+        """Tokens of patches [batch, any number, patch_size**2 * channels] as ``patchify`` gives them."""
         channels, size = self.proj.in_channels, self.proj.kernel_size[0]
         as_weights = rearrange(patches, "b n (p q c) -> b n (c p q)", c=channels, p=size)
         return linear(as_weights, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def embedding_obstacle(embed: nn.Module) -> str | None:
-    """Why ``embed`` must be called as a module, in words; None where its ``of_patches`` stands for it."""
+    """Why ``embed`` must be called as a module, in words; None where its ``of_patches`` computes the same."""
     if reason := hooks_of_all_modules() or obstacle("patch_embed", embed, PatchEmbed):
         return reason
+    assert isinstance(embed, PatchEmbed)  # else it is an obstacle
     proj = embed.proj
     if reason := obstacle("patch_embed.proj", proj, nn.Conv2d):
         return reason

@@ -14,10 +14,11 @@ from crate_kernels.fusing import say
 from crate_mae.backbone import FINAL_NORM_EPS, Backbone
 from crate_mae.config import ModelConfig
 from crate_mae.layers import DecoderBlock, EncoderBlock, Linear, PatchEmbed, embedding_obstacle
-from crate_mae.patches import kept_patches, patchify, removed_patches, unpatchify
+from crate_mae.masks import kept_patches, removed_patches
+from crate_mae.patches import patchify, unpatchify
 from crate_mae.positions import sine_cosine
 
-# In official checkpoints, and never used by the official code.
+# Entries of official checkpoints that the official code never uses.
 UNUSED_OFFICIAL_ENTRIES = ("pos_embed", "decoder_embed.weight", "decoder_embed.bias")
 
 
@@ -29,12 +30,14 @@ class MAEOutput(NamedTuple):
     mask: Tensor
 
 
-# So that an exported model, which returns one, can be saved; who loads it imports this.
+# An exported model returns an MAEOutput; torch.export saves it by this name, and whoever loads it imports this module.
 _register_namedtuple(MAEOutput, serialized_type_name="crate_mae.model.MAEOutput")
 
 
 class MAEEncoder(Backbone):
-    """The encoder of CRATE-MAE by its official names, all but the norm behind it: of ``CrateMAE``, and of a classifier."""
+    """The encoder of CRATE-MAE under its official names, without the norm behind it; ``CrateMAE`` and a classifier have one."""
+
+    decoder_pos_embed: Tensor
 
     def _make_encoder(self) -> None:
         config, width = self.config, self.config.embed_dim
@@ -46,11 +49,9 @@ class MAEEncoder(Backbone):
     def _initialise(self) -> None:
         for token in self.parameters(recurse=False):
             nn.init.normal_(token, std=0.02)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -74,7 +75,7 @@ class CrateMAE(MAEEncoder):
     sine-cosine table ``decoder_pos_embed`` (its official name), added once, before the encoder. An official state dict
     loads with ``strict=True``: its entries that nothing uses are dropped by name.
 
-    How layers run (``stream``, ``recompute``), and what all models have: ``Backbone``.
+    ``Backbone`` has what all models share, and how layers run (``stream``, ``recompute``).
     """
 
     config: ModelConfig
@@ -139,7 +140,7 @@ class CrateMAE(MAEEncoder):
         return self.forward_features(images)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """The class token [batch, width] of the tokens of ``forward_features``; there is no head, and nothing behind it."""
+        """The class token [batch, width] of the tokens of ``forward_features``: a CRATE-MAE has no head."""
         return tokens[:, 0]
 
     @property
@@ -162,7 +163,7 @@ class CrateMAE(MAEEncoder):
         return unpatchify(patches, self.config.patch_size, self.config.in_chans, grid or self._configured_grid)
 
     def _embed_kept(self, pixels: Tensor, kept: Tensor) -> Tensor:
-        """Embed the kept patches alone, a quarter as a rule; mask tokens stand for the others, whose embedding none would see."""
+        """Embed only the kept patches, usually a quarter; the others are mask tokens."""
         of_kept, width = kept.unsqueeze(-1), self.config.embed_dim
         chosen = pixels.gather(1, of_kept.expand(-1, -1, pixels.shape[-1]))
         embedded = self.patch_embed.of_patches(chosen).to(self.mask_token.dtype)

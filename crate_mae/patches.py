@@ -1,17 +1,26 @@
-"""Images to patches and back, and which patches are removed."""
+"""Images to patches and back."""
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
 from crate_mae.config import grid_of
 
 
+def patch_grid(images: Tensor, patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches in images [..., height, width].
+
+    Raises:
+        ValueError: height or width is not a positive multiple of the patch.
+    """
+    height, width = images.shape[-2:]
+    return grid_of((height, width), patch_size)
+
+
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """[batch, channels, height, width] -> [batch, patches, patch_size**2 * channels], row by row, channels fastest."""
-    rows, columns = grid_of(tuple(images.shape[-2:]), patch_size)
+    rows, columns = patch_grid(images, patch_size)
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", h=rows, w=columns)
 
 
@@ -34,16 +43,3 @@ def unpatchify(patches: Tensor, patch_size: int, channels: int, grid: tuple[int,
             f"for images of another size, give grid=(rows, columns)"
         )
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size)
-
-
-def kept_patches(noise: Tensor, mask_ratio: float) -> Tensor:
-    """Numbers [batch, kept] of the patches that are not removed: those with the least noise [batch, patches] in each sample.
-
-    int(patches * (1 - mask_ratio)) of them, as in MAE.
-    """
-    return noise.argsort(dim=1)[:, : int(noise.shape[1] * (1 - mask_ratio))]
-
-
-def removed_patches(kept: Tensor, patches: int) -> Tensor:
-    """Mask [batch, patches], float32, 1 where a patch is removed."""
-    return torch.ones(kept.shape[0], patches, device=kept.device).scatter(1, kept, 0.0)

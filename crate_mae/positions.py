@@ -24,14 +24,14 @@ def sine_cosine(grid: tuple[int, int], width: int) -> Tensor:
 
 
 def resampled(positions: Tensor, old_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Learned positions [1, 1 + rows * columns, width] of one grid of patches for another, bicubic; the class token's stays.
+    """Learned positions [1, 1 + rows * columns, width], resampled from ``old_grid`` to ``grid``; the class token's is kept.
 
-    As timm's ``resample_abs_pos_embed`` has it: antialiased, computed in float32 or wider, in the dtype of ``positions``.
+    As in timm's ``resample_abs_pos_embed``: bicubic, antialiased, computed in float32 or wider, returned in the given dtype.
     """
     of_class, of_patches = positions[:, :1], positions[:, 1:]
     wide = of_patches.to(torch.promote_types(positions.dtype, torch.float32))
     places = wide.mT.unflatten(-1, old_grid)
-    if grid[1] == 1:  # of one column PyTorch (2.13) makes something else, of one row it does not
+    if grid[1] == 1:  # PyTorch 2.13 resamples one column wrongly, and one row rightly: transpose
         places = F.interpolate(places.mT, size=(1, grid[0]), mode="bicubic", antialias=True).mT
     else:
         places = F.interpolate(places, size=grid, mode="bicubic", antialias=True)

@@ -22,7 +22,7 @@ MODELS: dict[str, ModelConfig] = {
     "crate_mae_base": _published(768, 12, 12),
     "crate_mae_large": _published(1024, 16, 24),
 }
-"""Of CRATE-MAE, which are pre-trained."""
+"""Sizes of CRATE-MAE, for pre-training."""
 
 CLASSIFIERS: dict[str, ClassifierConfig] = {
     "crate_tiny": ClassifierConfig(embed_dim=384, num_heads=6),
@@ -32,7 +32,7 @@ CLASSIFIERS: dict[str, ClassifierConfig] = {
     "crate_alpha_base": ClassifierConfig("crate_alpha"),
     "crate_alpha_large": ClassifierConfig("crate_alpha", patch_size=14, embed_dim=1024, num_heads=16, depth=24),
 }
-"""Of the supervised models."""
+"""Sizes of the supervised models, CRATE and CRATE-alpha."""
 
 
 def create_model(name: str, **overrides: Any) -> CrateMAE | Classifier:
@@ -40,7 +40,7 @@ def create_model(name: str, **overrides: Any) -> CrateMAE | Classifier:
 
     Args:
         name: one of ``MODELS``, for a CrateMAE, or of ``CLASSIFIERS``, for a Classifier.
-        **overrides: fields of ``ModelConfig`` or ``ClassifierConfig`` that shall differ, such as ``img_size``, ``patch_size``,
+        **overrides: fields of ``ModelConfig`` or ``ClassifierConfig`` with other values, such as ``img_size``, ``patch_size``,
             ``lambd`` or ``num_classes``.
 
     Raises:
@@ -52,7 +52,7 @@ def create_model(name: str, **overrides: Any) -> CrateMAE | Classifier:
 
 def published(name: str, **overrides: Any) -> ModelConfig | ClassifierConfig:
     """The configuration of ``create_model(name, **overrides)``; errors as there."""
-    known = {**MODELS, **CLASSIFIERS}
+    known: dict[str, ModelConfig | ClassifierConfig] = {**MODELS, **CLASSIFIERS}
     if name not in known:
         raise ValueError(f"name: expected one of {', '.join(known)}, got {name!r}")
     config = known[name]
@@ -63,7 +63,7 @@ def published(name: str, **overrides: Any) -> ModelConfig | ClassifierConfig:
 
 
 def count_parameters(model: CrateMAE | Classifier) -> tuple[int, int]:
-    """(trained, official): what receives a gradient, and what the official code and the papers count.
+    """(trained, official): parameters that receive a gradient, and those that the official code and the papers count.
 
     The official count of CRATE-MAE adds two frozen position tables and a ``decoder_embed`` projection that nothing uses.
     """

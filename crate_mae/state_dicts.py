@@ -1,4 +1,4 @@
-"""State dicts that others wrote: read from their files without running anything, and brought to the names of a model."""
+"""State dicts in files of any origin: read without running code, and renamed to the names of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -23,22 +23,22 @@ from crate_mae.classifiers import Classifier
 from crate_mae.model import UNUSED_OFFICIAL_ENTRIES, CrateMAE
 from crate_mae.registry import CLASSIFIERS, MODELS
 
-# Where a training checkpoint has its weights: facebookresearch/mae's, the official CRATE's, of PyTorch's tutorial, DeepSpeed's.
+# Entries of training checkpoints that hold the weights: facebookresearch/mae, official CRATE, PyTorch's tutorial, DeepSpeed.
 ENTRIES = ("model", "state_dict", "model_state_dict", "module")
 
-# The names under which PyTorch's wrappers hold what they wrap. Those of torch.compile, of activation checkpointing and of
-# FullyShardedDataParallel mean nothing else wherever they stand; "module" is of DistributedDataParallel, DataParallel and
-# AveragedModel, which wrap whole models.
+# Attributes in which PyTorch's wrappers hold the wrapped module. Those of torch.compile, activation checkpointing and
+# FullyShardedDataParallel may stand anywhere in a name. "module" is that of DistributedDataParallel, DataParallel and
+# AveragedModel, which wrap whole models, so that it only stands in front.
 _WRAPPED_ANYWHERE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 WRAPPED_AS = (*_WRAPPED_ANYWHERE, "module")
 
-# What weights are kept as; the loaded model's are float32.
+# Dtypes that weights may have in a file; a loaded model is float32.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# The entry of a safetensors file's metadata in which ``save_model`` writes the ``checksum`` of its weights.
+# The entry in a safetensors file's metadata for the ``checksum`` of its weights, written by ``save_model``.
 CHECKSUM = "crc32"
 
-# What a module has in place of a weight that something else computes, and how to be rid of it.
+# Names of parameters that a weight is computed from, and how to turn them into that weight.
 _COMPUTED_WEIGHTS = {
     r"\.parametrizations\.": "remove the parametrization first, torch.nn.utils.parametrize.remove_parametrizations",
     r"\.(lora_\w+|base_layer)\.": "merge the adapter first, merge_and_unload() of peft",
@@ -46,23 +46,25 @@ _COMPUTED_WEIGHTS = {
     r"\.weight_[gv]$": "remove the weight norm first, torch.nn.utils.remove_weight_norm",
 }
 
-# What scripts save beside the weights as a rule: their arguments and numbers. Each is data alone, and calls nothing when it is
-# made. The names are those in the file, which other versions of Python and NumPy and other systems write differently.
-_HARMLESS = [
+_numpy_scalar: Any = np.float64(0).__reduce__()[0]  # the function that makes one; NumPy's stub takes it for a text
+
+# What scripts usually save beside the weights: their arguments and numbers. These classes are plain data, and run no code when
+# they are loaded. The names are those in the files, which versions of Python and NumPy and systems write differently.
+_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (argparse.Namespace, "argparse.Namespace"),
     *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
     *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
     (np.dtype, "numpy.dtype"),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
 ]
-_reading = threading.Lock()  # PyTorch keeps one list for the process
+_reading = threading.Lock()  # PyTorch has one list of safe classes for the whole process
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a weights file, under the names that it has there; of a training checkpoint, its weights.
+    """The state dict in a weights file or a training checkpoint, with the names in the file.
 
-    Where the file has checksums, they are compared: that of ``save_model``, and those of ``torch.save``'s archives.
+    Checksums in the file are verified: that of ``save_model``, and those in archives of ``torch.save``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -70,7 +72,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             one of ``ENTRIES``.
     """
     check_file(path)
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    state: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     if _is_state_dict(state):
         return state
     found = [entry for entry in ENTRIES if isinstance(state, dict) and _is_state_dict(state.get(entry))]
@@ -87,11 +89,11 @@ def _is_state_dict(state: Any) -> bool:
 
 
 def check_file(path: Path, missing: str = "no such file") -> None:
-    """That there is a file to read: to open a pipe would wait for ever, and some devices never end.
+    """Check that a path is a regular file: opening a pipe would wait for ever, and some devices never end.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is something else, or out of reach.
+        ValueError: it is something else, or may not be looked at.
     """
     try:
         mode = os.stat(path).st_mode
@@ -105,16 +107,16 @@ def check_file(path: Path, missing: str = "no such file") -> None:
 
 
 def one_line(text: str) -> str:
-    """A message with what a file says in it, such as names of entries, as one line that a terminal can show."""
+    """A message that quotes a file, such as names of entries, as one line that a terminal can show."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def checksum(weights: Mapping[str, Tensor]) -> str:
-    """The CRC-32 of all names, dtypes, shapes and values, by the order of names; eight hexadecimal digits."""
+    """The CRC-32 of all names, dtypes, shapes and values, in the order of the names; eight hexadecimal digits."""
     crc = 0
     for name, value in sorted(weights.items()):
         crc = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), crc)
-        crc = zlib.crc32(value.cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 
@@ -125,7 +127,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             written = (file.metadata() or {}).get(CHECKSUM)
     except OSError as problem:
         raise ValueError(f"{path}: cannot be read ({_reason(problem)})") from problem
-    except Exception as problem:  # beside SafetensorError, what PyTorch makes of a dtype that it has not got
+    except Exception as problem:  # SafetensorError, or PyTorch's errors for a dtype that it does not have
         raise ValueError(one_line(f"{path}: not a whole safetensors file ({_reason(problem)})")) from problem
     if written is not None and (found := checksum(state)) != written:
         raise ValueError(
@@ -139,7 +141,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_checkpoint(path: Path) -> Any:
     with _reading:
-        # Not those that the caller allows as well: leaving the block would take them back.
+        # Without those that the caller has allowed already: leaving the block would forbid them again.
         harmless = [known for known in _HARMLESS if known not in torch.serialization.get_safe_globals()]
         try:
             check_archive(path)
@@ -147,7 +149,7 @@ def _read_checkpoint(path: Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
         except OSError as problem:
             raise ValueError(f"{path}: cannot be read ({_reason(problem)})") from problem
-        except Exception as problem:  # what is no pickle of torch's raises anything, a KeyError for one
+        except Exception as problem:  # a file that torch.save did not write may raise anything, such as a KeyError
             met = re.search(r"GLOBAL (\S+)", str(problem))
             if met is None:
                 message = f"expected a file that torch.save wrote, whole ({type(problem).__name__}: {_reason(problem)})"
@@ -161,13 +163,13 @@ def _read_checkpoint(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> bool:
-    """What PyTorch leaves out when it reads an archive: whether its entries are what was written.
+    """Verify the checksums of an archive's entries, which PyTorch itself does not.
 
     Returns:
-        Whether it is one; before 1.6 PyTorch wrote bare pickles, without checksums.
+        Whether the file is an archive; before 1.6 PyTorch wrote bare pickles, without checksums.
 
     Raises:
-        Exception: it is not whole; a zipfile.BadZipFile or ValueError as a rule.
+        Exception: it is not whole; usually a zipfile.BadZipFile or ValueError.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # as torch.load tells
@@ -185,22 +187,22 @@ def check_archive(path: Path) -> bool:
 
 
 def _reason(problem: Exception) -> str:
-    """The first sentence of an error, or of the one inside torch.load's, which goes on to advise what may run code."""
+    """The first sentence of an error. For torch.load's it is that of the error inside, without the advice to run code."""
     text = (problem.strerror if isinstance(problem, OSError) else None) or str(problem)
     inner = re.search(r"WeightsUnpickler error: (.*)", text)
     return re.split(r"\.?\s*\n|\.\s", inner[1] if inner else text.strip())[0].rstrip(".")[:150]
 
 
 def plain_name(name: str) -> str:
-    """The name of a module or tensor without those of wrappers that may stand anywhere in it."""
+    """The name of a module or tensor without the parts that wrappers add anywhere in it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED_ANYWHERE)
 
 
 def plain_names(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The state dict without what PyTorch's wrappers put into its names, as ``load_model`` says.
+    """The state dict with names as they are without PyTorch's wrappers; ``load_model`` lists them.
 
     Raises:
-        RuntimeError: two entries have one name then.
+        RuntimeError: two entries get the same name.
     """
     names = {name: plain_name(name) for name in state}
     while names and all(plain.startswith("module.") for plain in names.values()):
@@ -216,11 +218,11 @@ def plain_names(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Te
 def fitting(
     weights: Mapping[str, Tensor], model: CrateMAE | Classifier, path: Path, *, own: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """The weights by the model's names, where those in ``own`` keep the model's values. Warns of dtypes that are not the model's.
+    """The weights by the model's names; entries in ``own`` keep the model's values. Warns where dtypes differ from the model's.
 
     Raises:
-        RuntimeError: they do not fit; in a line, where torch has one for every entry.
-        ValueError: one has other than finite floating-point values, or none.
+        RuntimeError: they do not fit the model; the message is one line, where PyTorch's has one for every entry.
+        ValueError: a value is not finite, or not floating-point.
     """
     expected = model.state_dict()
     found = plain_names(weights, path)
@@ -264,10 +266,10 @@ def fitting(
 
 
 def _check_classes(found: Mapping[str, Tensor], model: Classifier, path: Path) -> None:
-    """That a head in the file is for the model's classes.
+    """Check that a head in the file has as many classes as the model.
 
     Raises:
-        RuntimeError: it is not.
+        RuntimeError: it has not.
     """
     head = found.get(f"{model.head_name}.weight")
     if head is not None and not head.is_nested and head.ndim == 2 and len(head) != model.num_classes:
@@ -278,7 +280,7 @@ def _check_classes(found: Mapping[str, Tensor], model: Classifier, path: Path) -
 
 
 def objection_to(value: Tensor, dtype: torch.dtype) -> str | None:
-    """Why a tensor cannot be a weight that is ``dtype`` in the model, if it cannot."""
+    """Why a tensor cannot be a weight that is ``dtype`` in the model, in words; None where it can."""
     dense = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_nested
     if not dense or value.is_meta or value.dtype not in _DTYPES:
         kind = "nested tensor" if value.is_nested else type(value).__name__
@@ -292,7 +294,7 @@ def objection_to(value: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def _prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """Behind what ``weights`` has all expected entries, if there is such a prefix: the shortest."""
+    """The shortest prefix with which ``weights`` has all expected entries; None where there is none."""
     prefixes = sorted({name.removesuffix("cls_token") for name in weights if name.endswith(".cls_token")}, key=len)
     for prefix in prefixes:
         behind = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -302,7 +304,7 @@ def _prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> st
 
 
 def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """Between the names and shapes of two state dicts, in words: one of each kind, and how many more there are."""
+    """Differences in names and shapes between two state dicts, in words: one of each kind, and how many more there are."""
     problems = []
     for what, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
         if names:

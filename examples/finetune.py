@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 import crate_mae
-from crate_mae.checkpoints import read_config, read_normalization
+from crate_mae.checkpoints import read_config
 from crate_mae.classifiers import classifier_config
 from crate_mae.data import FLOWERS
 from crate_mae.finetuning import AugmentConfig, FinetuneOptimizerConfig, FinetuneRunConfig, FinetuneScheduleConfig
+from crate_mae.preprocessing import read_normalization
 from crate_mae.training import ImagesConfig, demo_config
 
 

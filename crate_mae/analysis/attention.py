@@ -1,4 +1,4 @@
-"""What attention maps say: how concentrated they are, how far they reach, and which patches they pick out."""
+"""Measures of attention maps: how concentrated they are, how far they reach, and which patches they pick out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from crate_mae.analysis.rates import _exact
 
 
 def attention_entropy(attention: Tensor) -> Tensor:
-    """The mean over queries of -sum_j A_ij log A_ij, in nats: float64, of attention [..., n, n] the leading dimensions.
+    """The mean over queries i of -sum_j A_ij log A_ij, in nats: float64 [...] for attention A [..., n, n].
 
-    0 where every token attends to one, log n where to all alike.
+    0 where each token attends to one token, log n where it attends to all equally.
 
     Raises:
         ValueError: attention is negative somewhere, as of a module without softmax.
@@ -20,10 +20,10 @@ def attention_entropy(attention: Tensor) -> Tensor:
 
 
 def attention_distance(attention: Tensor, grid: tuple[int, int], patch_size: int = 1) -> Tensor:
-    """The mean distance in pixels from patches to what they attend to: float64, the leading dimensions of attention.
+    """The mean distance in pixels from patches to the patches they attend to: float64 [...] for attention [..., n, n].
 
-    sum_j A_ij |position_i - position_j| between centres of patches, averaged over the patches i, where A is that of
-    patches alone, each row divided by its sum (Dosovitskiy et al., arXiv 2010.11929, figure 7).
+    It is sum_j A_ij |position_i - position_j| between centres of patches, averaged over the patches i. A is the attention
+    between patches, each row divided by its sum (Dosovitskiy et al., arXiv 2010.11929, figure 7).
 
     Args:
         attention: [..., n, n], the last rows * columns tokens those of the patches, row by row.

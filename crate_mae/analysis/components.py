@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _TAILS = (0.01, 0.99)
-"""Quantiles between which a component spans its colour channel, so that single tokens do not bleach all others."""
+"""The quantiles of a component that become the ends of its colour channel, so that single tokens do not bleach the others."""
 
 
 class PrincipalComponents(NamedTuple):

@@ -19,7 +19,7 @@ from crate_mae.analysis.rates import (
 )
 from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, in_evaluation, traced, unwrapped
 from crate_mae.backbone import Backbone
-from crate_mae.config import grid_of
+from crate_mae.patches import patch_grid
 
 MEASURES: dict[str, str] = {
     "coding_rate_before": "R^c(Z; U_[K]) of what MSSA acts on: the sum over heads of R(U_k^T LN Z). R(W) = 1/2 logdet(I + d / "
@@ -44,13 +44,13 @@ MEASURES: dict[str, str] = {
     "attention_entropy_by_head": "attention_entropy of each head.",
     "attention_distance_by_head": "attention_distance of each head.",
 }
-"""What is measured, by name, in words."""
+"""The meaning of each measure, by its name."""
 
 
 class Measured(NamedTuple):
-    """Of each layer of a stack, or of each head of each layer, the mean over images and their standard deviation.
+    """Mean and standard deviation over images, for each layer of a stack, or for each head of each layer.
 
-    The deviation is the unbiased one; 0 of a single image.
+    The deviation is the unbiased one; for a single image it is 0.
     """
 
     mean: list[Any]
@@ -58,9 +58,10 @@ class Measured(NamedTuple):
 
 
 class Analysis(NamedTuple):
-    """What layers do: ``stacks["encoder"]["coding_rate_after"].mean[3]`` is of the fourth encoder layer, over ``images`` images.
+    """The measures of all layers over ``images`` images, named as in ``MEASURES``.
 
-    The names are those of ``MEASURES``; what a layer has no value for (a patch grid that is not known, a lambda) is not there.
+    ``stacks["encoder"]["coding_rate_after"].mean[3]`` is that of the fourth encoder layer. Measures that need an unknown value
+    (the grid of patches, lambda) are left out.
     """
 
     images: int
@@ -68,7 +69,7 @@ class Analysis(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        stacks = {
+        stacks: dict[str, Any] = {
             stack: {name: measured._asdict() for name, measured in measures.items()}
             for stack, measures in self.stacks.items()
         }
@@ -83,19 +84,19 @@ def measures_of(
     eps: float = OFFICIAL_EPS,
     coherence: float | None = None,
 ) -> dict[str, Tensor]:
-    """Every measure of one layer by its name in ``MEASURES``: float64 [batch], or [batch, heads] of those by head.
+    """Every measure of one layer by its name in ``MEASURES``: float64 [batch], or [batch, heads] for those by head.
 
     Args:
-        grid, patch_size: as of ``attention_distance``; without a grid, that is left out.
-        coherence: of the layer's subspaces, where it is known from another batch.
+        grid, patch_size: as for ``attention_distance``, which is left out without a grid.
+        coherence: the coherence of the layer's subspaces, if another batch has given it.
     """
     if coherence is None:
-        coherence = mean_coherence(layer.subspaces().detach(), layer.module.heads)
+        coherence = mean_coherence(layer.subspaces().detach(), layer.heads)
     before, after = coding_rate(layer.projected, eps=eps), coding_rate(layer.projected_after, eps=eps)
     attention = layer.attention
     entropy = attention_entropy(attention)
     rate = coding_rate(layer.output, eps=eps)
-    # A decoder's output is what MSSA made, which has been projected already.
+    # A decoder layer's output is that of MSSA, whose projection is known already.
     is_projected = layer.output is layer.compressed
     of_output = after if is_projected else coding_rate(layer.projected_of(layer.output), eps=eps)
     reduction = rate - of_output.sum(-1)
@@ -138,15 +139,15 @@ def analyze(
     """Measure every layer on images, in evaluation; the model is in the mode it was in when this returns.
 
     Args:
-        model: CRATE-MAE, ours or the official, which sees whole images; or another of CRATE's family, as ``trace`` finds layers
-            in it.
-        batches: what the model is called with: [batch, channels, height, width], standardised.
-        grid, patch_size: of the patches in an image, for ``attention_distance``; a model of ours knows its own.
-        done: told how many images each batch had, for a progress bar.
+        model: CRATE-MAE, ours or the official one, which sees whole images; or another model of the CRATE family in which
+            ``trace`` finds layers.
+        batches: the model's inputs [batch, channels, height, width], standardised.
+        grid, patch_size: of the patches in an image, for ``attention_distance``; our own models know theirs.
+        done: called with the number of images of each batch, for a progress bar.
 
     Raises:
-        ValueError: the model has no layers, or calls one more than once, or there are no images; or values are not finite, as of
-            a model that broke down.
+        ValueError: the model has no layers, or calls one more than once; there are no images; or values are not finite, as
+            after a training that broke down.
     """
     gathered: dict[tuple[Stack, int], list[dict[str, Tensor]]] = {}
     of_batch: dict[str, Any] = {"grid": grid, "patch_size": patch_size}
@@ -172,7 +173,7 @@ def analyze(
                 continue
             if isinstance(inner, Backbone):
                 size = inner.config.patch_size
-                of_batch = {"grid": grid_of(tuple(images.shape[-2:]), size), "patch_size": size}
+                of_batch = {"grid": patch_grid(images, size), "patch_size": size}
             call_on_whole(model, images)
             count, calls = count + len(images), calls + 1
             done(len(images))

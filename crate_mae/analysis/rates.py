@@ -2,9 +2,9 @@
 
 Definitions and constants are those of the official CRATE code (``vis_utils``) and papers: White-Box Transformers via Sparse Rate
 Reduction (arXiv 2306.01129), section 2, and Masked Completion via Structured Diffusion with White-Box Transformers (arXiv
-2404.02446). All is computed in float64, whatever comes in, since the log-determinant of half-precision products is a known way
-to NaN, and in the smaller of the two Gram matrices, which have the same determinant. Tokens that are all alike, all zero, or one,
-have a value, too.
+2404.02446). All is computed in float64, whatever comes in, as the log-determinant of half-precision products easily becomes NaN,
+and with the smaller of the two Gram matrices, which have the same determinant. Tokens that are all equal or all zero, and a
+single token, have a value, too.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OFFICIAL_EPS = 0.01
-"""The official code's quantisation error; it stands where the papers write epsilon squared."""
+"""The official code's quantisation error, which the papers write as epsilon squared."""
 
 _LARGE = 1e8
-"""A trace of d / (n eps) Z Z^T above which 1 is lost, or nearly, beside the rounding of its entries; of tokens of unit norm it is
-d / eps."""
+"""Above this trace of d / (n eps) Z Z^T, the identity that is added to it is lost in rounding. For tokens of unit norm the trace
+is d / eps."""
 
 
 def coding_rate(tokens: Tensor, *, eps: float = OFFICIAL_EPS, normalize: bool = True) -> Tensor:
     """R(Z) = 1/2 logdet(I + d / (n eps) Z Z^T): nats that tokens need at a precision, as if they were Gaussian.
 
-    Of the projections w onto the subspaces of K heads, [batch, K, n, d / K], the sum over the heads is the papers'
-    R^c(Z; U_[K]), ``coding_rate(w).sum(-1)``.
+    The papers' R^c(Z; U_[K]) is ``coding_rate(w).sum(-1)``, where w [batch, K, n, d / K] are the projections of the tokens onto
+    the subspaces of K heads.
 
     Args:
         tokens: Z, [..., n, d], floating point of any precision.
@@ -52,7 +52,9 @@ def coding_rate(tokens: Tensor, *, eps: float = OFFICIAL_EPS, normalize: bool = 
         z = z / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(1.0)  # 1 or more, or the token is zero
     scale = width / (count * eps)
     gram = _smaller_gram(z) * scale
-    if (gram.diagonal(dim1=-2, dim2=-1).sum(-1) > _LARGE).any():  # only of unnormalised tokens, or of a tiny eps
+    if (
+        gram.diagonal(dim1=-2, dim2=-1).sum(-1) > _LARGE
+    ).any():  # only for tokens that are not normalised, or a tiny eps
         singular = torch.linalg.svdvals(z)
         floor = singular.amax(-1, keepdim=True) * (max(count, width) * torch.finfo(z.dtype).eps)
         singular = torch.where(singular > floor, singular, 0.0) * math.sqrt(scale)
@@ -93,7 +95,7 @@ def projections(tokens: Tensor, weight: Tensor, heads: int) -> Tensor:
 def zero_fraction(tokens: Tensor) -> Tensor:
     """The fraction of entries of tokens [..., n, d] that are exactly zero: float64 [...], the official code's sparsity.
 
-    The papers plot the fraction that is not, ||Z||_0 / (d n). 0 of no tokens. Errors as of ``coding_rate``.
+    The papers plot the fraction of the others, ||Z||_0 / (d n). Without tokens it is 0. Errors as of ``coding_rate``.
     """
     zeros = (_exact("tokens", tokens) == 0).double()
     return zeros.sum((-2, -1)) / max(1, math.prod(zeros.shape[-2:]))
@@ -102,7 +104,8 @@ def zero_fraction(tokens: Tensor) -> Tensor:
 def effective_rank(tokens: Tensor) -> Tensor:
     """exp(H(p)) with p the singular values of tokens [..., n, d] over their sum: float64 [...] (Roy & Vetterli, 2007).
 
-    1 to min(n, d): so many dimensions, if all were used equally. 0 of tokens that are all zero. Errors as of ``coding_rate``.
+    From 1 to min(n, d), the number of dimensions if all are used equally; 0 for tokens that are all zero. Errors as of
+    ``coding_rate``.
     """
     z = _exact("tokens", tokens)
     if 0 in z.shape[-2:]:
@@ -119,9 +122,9 @@ def effective_rank(tokens: Tensor) -> Tensor:
 def subspace_coherence(weight: Tensor, heads: int) -> Tensor:
     """How far the subspaces of heads overlap: float64 [heads, heads], the mean squared cosine of their principal angles.
 
-    With Q_k an orthonormal basis of the span of U_k, ||Q_k^T Q_l||_F^2 / min(dim k, dim l): 0 of orthogonal subspaces,
-    which the papers assume, 1 of one that holds the other, and about head_dim / d of random ones. A subspace of dimension 0
-    has coherence 0 with all, itself included.
+    It is ||Q_k^T Q_l||_F^2 / min(dim k, dim l), with Q_k an orthonormal basis of the span of U_k: 0 for orthogonal subspaces,
+    which the papers assume, 1 where one contains the other, and about head_dim / d for random ones. A subspace of dimension 0
+    has coherence 0 with all subspaces, itself included.
 
     Args:
         weight: of the projection, [heads * head_dim, d]: the U_k^T one below the other, ``qkv.weight``.
@@ -151,9 +154,9 @@ def mean_coherence(weight: Tensor, heads: int) -> float:
 
 
 def relative_update(before: Tensor, after: Tensor) -> Tensor:
-    """||after - before||_F / ||before||_F of tokens [..., n, d]: float64 [...]. 0 where nothing changed, whatever it was.
+    """||after - before||_F / ||before||_F of tokens [..., n, d]: float64 [...].
 
-    1 where zeros became something: all that is there is the change.
+    0 where nothing changed, also where all tokens are zero; 1 where only ``before`` is all zero.
 
     Raises:
         TypeError, ValueError: as of ``coding_rate``; or the two have other shapes.
@@ -177,7 +180,7 @@ def _orthonormal_rows(subspace: Tensor) -> Tensor:
 
 
 def _in_proportion(z: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """z, scaled so that the largest entry along ``dim`` is 1: squares of huge and of tiny ones stay within range."""
+    """z, scaled so that the largest entry along ``dim`` is 1: squares of huge and of tiny entries stay within range."""
     largest = z.abs().amax(dim, keepdim=True)
     return z / torch.where(largest > 0, largest, 1.0)
 
@@ -198,7 +201,7 @@ def _exact(name: str, tensor: Tensor) -> Tensor:
     if tensor.ndim < 2:
         raise ValueError(f"{name}: expected [..., n, d], got shape {tuple(tensor.shape)}")
     exact = tensor.to(_float64_device(tensor), torch.float64)
-    # A finite sum has finite terms, and costs a tenth of a look at each of them.
+    # A finite sum has finite terms, and is ten times faster than isfinite on each of them.
     if not exact.sum().isfinite() and not exact.isfinite().all():
         raise ValueError(f"{name}: expected finite values, got NaN or infinite ones")
     return exact

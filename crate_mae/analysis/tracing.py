@@ -1,7 +1,7 @@
-"""What goes through the layers of a model, seen by hooks: ours, the official CRATE and CRATE-MAE, and these accelerated.
+"""The tokens inside the layers of a model, recorded by hooks: our models, the official CRATE and CRATE-MAE, accelerated or not.
 
 A layer is found by its structure: two steps side by side, each a module ``fn`` behind a ``norm``, one of which projects with
-``qkv``. Hooks on these make accelerated modules call their children one by one, so that what is seen is what they compute.
+``qkv``. With hooks on them, accelerated modules call their children one by one, so that the hooks see what is computed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,29 +25,29 @@ Stack = Literal["encoder", "decoder"]
 
 
 class LayerTrace(NamedTuple):
-    """One layer's way with tokens [batch, n, d]; projections onto the subspaces of heads are [batch, heads, n, head_dim].
+    """The tokens [batch, n, d] inside one layer, and their projections [batch, heads, n, head_dim] onto the heads' subspaces.
 
     An encoder layer is z = x + MSSA(LN x), y = ISTA(LN z); a decoder layer g = LN(x) W^T, y = g - MSSA(LN g).
 
     Attributes:
-        name: of what holds both steps, such as "blocks.0.layers.0".
-        stack: "encoder" where attention is the first step, "decoder" where the other is.
-        index: in its stack, from 0.
-        norm: before attention.
+        name: the name of the module that holds both steps, such as "blocks.0.layers.0".
+        stack: "encoder" where attention is the first step, "decoder" where it is the second.
+        index: the layer's number in its stack, from 0.
+        norm: the norm before attention.
         module: the attention module, with ``qkv``, ``heads`` and ``scale``.
-        lambd: the weight of sparsity of an encoder's step, None where it says none.
-        tokens: x, as they come.
-        attended: what MSSA adds to: x, or g.
-        compressed: what it makes of that: z, or y.
-        projected: U_k^T LN(attended), which attention is of; the official "key".
-        unsparsified: what the other step starts from: LN z, or LN x.
-        sparsified: what it makes of that: ISTA(LN z), or g.
-        output: y.
+        lambd: the sparsity weight of an encoder's sparse step, None where it has none.
+        tokens: the layer's input x.
+        attended: the input of the attention step: x, or g in a decoder.
+        compressed: its output: z, or y in a decoder.
+        projected: U_k^T LN(attended), the official "key", from which attention is computed.
+        unsparsified: the input of the other step behind its norm: LN z, or LN x in a decoder.
+        sparsified: its output: ISTA(LN z), or g in a decoder.
+        output: the layer's output y.
     """
 
     name: str
     stack: Stack
-    index: int
+    index: int  # type: ignore[assignment]  # in the place of tuple.index, which a layer has no use for
     norm: nn.Module
     module: nn.Module
     lambd: float | None
@@ -59,25 +60,37 @@ class LayerTrace(NamedTuple):
     output: Tensor
 
     def projected_of(self, tokens: Tensor) -> Tensor:
-        """U_k^T LN(tokens), through the norm before this layer's attention and onto its subspaces; no hook sees it."""
-        weight = next(self.norm.parameters(), tokens)  # of another type than tokens where autocast made these
-        return _by_head(self.module.qkv.forward(self.norm.forward(tokens.to(weight.dtype))), self.module.heads)
+        """U_k^T LN(tokens), with this layer's norm and projection; hooks do not see this computation."""
+        weight = next(self.norm.parameters(), tokens)  # under autocast the tokens may have another dtype
+        projection = self.module.get_submodule("qkv")
+        return _by_head(projection.forward(self.norm.forward(tokens.to(weight.dtype))), self.heads)
 
     def subspaces(self) -> Tensor:
-        """U_[K]^T, [heads * head_dim, d], the U_k^T one below the other: ``qkv.weight``, and whatever an adapter adds to it."""
+        """U_[K]^T [heads * head_dim, d], the U_k^T one below the other: ``qkv.weight`` with what an adapter may add to it."""
         x = self.tokens
         basis = torch.eye(x.shape[-1], dtype=next(self.norm.parameters(), x).dtype, device=x.device)
-        return (self.module.qkv.forward(basis) - self.module.qkv.forward(torch.zeros_like(basis))).mT
+        projection = self.module.get_submodule("qkv")
+        return (projection.forward(basis) - projection.forward(torch.zeros_like(basis))).mT
+
+    @property
+    def heads(self) -> int:
+        """How many heads attention has."""
+        return _setting(self.module, "heads")
+
+    @property
+    def scale(self) -> float:
+        """What attention multiplies its scores with."""
+        return float(_setting(self.module, "scale"))
 
     @property
     def projected_after(self) -> Tensor:
-        """``projected_of`` what MSSA makes of its tokens."""
+        """``projected_of`` the output of the attention step."""
         return self.projected_of(self.compressed)
 
     @property
     def attention(self) -> Tensor:
-        """softmax(w w^T scale), [batch, heads, n, n]; of a module that attends otherwise, what that makes of the scores."""
-        scores = self.projected @ self.projected.mT * self.module.scale
+        """softmax(w w^T scale), [batch, heads, n, n]; where the module has another ``attend``, that function of the scores."""
+        scores = self.projected @ self.projected.mT * _setting(self.module, "scale")
         if getattr(self.module, "is_causal", False):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
@@ -85,8 +98,9 @@ class LayerTrace(NamedTuple):
         return scores.softmax(-1) if attend is None else attend.forward(scores)
 
 
-class _Steps(NamedTuple):
-    """Two steps that are a layer, each with ``norm`` and ``fn``."""
+@dataclass(frozen=True)
+class _Steps:
+    """The two steps of a layer, each with ``norm`` and ``fn``."""
 
     name: str
     stack: Stack
@@ -97,9 +111,9 @@ class _Steps(NamedTuple):
 
 @contextmanager
 def traced(model: nn.Module, receive: Callable[[LayerTrace], None]) -> Iterator[None]:
-    """A block in which each layer that a call of the model comes through is handed to ``receive``, as soon as it is done.
+    """A block in which calls of the model hand each layer to ``receive``, as soon as it is computed.
 
-    Only calls of this thread are seen.
+    Only calls from this thread count.
 
     Raises:
         ValueError: the model has no such layers.
@@ -114,7 +128,7 @@ def traced(model: nn.Module, receive: Callable[[LayerTrace], None]) -> Iterator[
     try:
         for steps in found:
             handles += _watch(steps, receive)
-        with unsaid():  # that hooks make modules be called one by one, which is why they are there
+        with unsaid():  # no warning that hooks make modules run one by one: here they are there for that
             yield
     finally:
         for handle in handles:
@@ -123,11 +137,11 @@ def traced(model: nn.Module, receive: Callable[[LayerTrace], None]) -> Iterator[
 
 @torch.no_grad()
 def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
-    """All layers of one call of the model, in evaluation, without gradients; afterwards the model is in the mode it was in.
+    """All layers of one call of the model, in evaluation mode and without gradients; the model's mode is restored.
 
     Args:
-        inputs, options: of the call. Without options, CRATE-MAE, ours or the official, sees whole images; with ``mask_ratio``,
-            a part.
+        inputs, options: of the call. Without options CRATE-MAE, ours or the official one, sees whole images; with
+            ``mask_ratio`` it sees a part.
 
     Raises:
         ValueError: the model has no such layers, or none was called, as after ``model.compile()``, which sees no hooks.
@@ -144,9 +158,9 @@ def trace(model: nn.Module, *inputs: Any, **options: Any) -> list[LayerTrace]:
 
 
 def call_on_whole(model: nn.Module, images: Tensor) -> None:
-    """Call a model, or what PyTorch wraps; of one that takes ``mask_ratio``, as CRATE-MAE does, no patch is removed.
+    """Call a model, or the one inside PyTorch's wrappers, on whole images: with ``mask_ratio=0`` where it takes that.
 
-    Of a ``CrateMAE`` no random number is drawn for it.
+    For a ``CrateMAE`` no random number is drawn.
     """
     model = unwrapped(model)
     if isinstance(model, CrateMAE):
@@ -160,19 +174,19 @@ def call_on_whole(model: nn.Module, images: Tensor) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, DataParallel, DistributedDataParallel or AveragedModel, which change nothing of it."""
+    """The model inside ``torch.compile``, DataParallel, DistributedDataParallel or AveragedModel."""
     while True:
         if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
             model = model.module
         elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]
+            model = model.get_submodule("_orig_mod")
         else:
             return model
 
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """A block in which the model is in evaluation; afterwards each of its modules is in the mode it was in."""
+    """A block in which the model is in evaluation mode; afterwards each of its modules has its mode back."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -183,13 +197,13 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _layers_of(model: nn.Module) -> list[_Steps]:
-    """In the order of their registration."""
+    """The layers of a model, in the order of their registration."""
     beside: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
         if isinstance(getattr(module, "norm", None), nn.Module) and isinstance(getattr(module, "fn", None), nn.Module):
             beside.setdefault(name.rpartition(".")[0], []).append(module)
     found: list[_Steps] = []
-    counts = {"encoder": 0, "decoder": 0}
+    counts: dict[Stack, int] = {"encoder": 0, "decoder": 0}
     for name, steps in beside.items():
         attends = [isinstance(getattr(step.fn, "qkv", None), nn.Module) for step in steps]
         if len(steps) != 2 or sum(attends) != 1:
@@ -223,21 +237,21 @@ def _watch(steps: _Steps, receive: Callable[[LayerTrace], None]) -> list[Any]:
 
     attention, sparsify = steps.attention, steps.sparsify
     hooks = [
-        (attention.norm, keep("normed", "attended")),
-        (attention.fn.qkv, keep("w")),
-        (attention.fn, keep("update")),
-        (sparsify.norm, keep("unsparsified", "given")),
-        (sparsify.fn, keep("sparsified")),
-        ((sparsify if steps.stack == "encoder" else attention).fn, done),
+        (attention, "norm", keep("normed", "attended")),
+        (attention, "fn.qkv", keep("w")),
+        (attention, "fn", keep("update")),
+        (sparsify, "norm", keep("unsparsified", "given")),
+        (sparsify, "fn", keep("sparsified")),
+        (sparsify if steps.stack == "encoder" else attention, "fn", done),
     ]
-    return [module.register_forward_hook(hook) for module, hook in hooks]
+    return [step.get_submodule(name).register_forward_hook(hook) for step, name, hook in hooks]
 
 
 def _trace_of(steps: _Steps, seen: dict[str, Tensor]) -> LayerTrace:
-    module, step = steps.attention.fn, steps.sparsify.fn
+    module, step = steps.attention.get_submodule("fn"), steps.sparsify.get_submodule("fn")
     is_encoder = steps.stack == "encoder"
     compressed = seen["given"] if is_encoder else seen["attended"] - seen["update"]
-    # An overcomplete step, CRATE-alpha's, is added to what it is of.
+    # The output of CRATE-alpha's overcomplete step is added to its input.
     output = seen["sparsified"] if is_encoder else compressed
     if is_encoder and hasattr(step, "D"):
         output = seen["given"] + output
@@ -246,17 +260,22 @@ def _trace_of(steps: _Steps, seen: dict[str, Tensor]) -> LayerTrace:
         name=steps.name,
         stack=steps.stack,
         index=steps.index,
-        norm=steps.attention.norm,
+        norm=steps.attention.get_submodule("norm"),
         module=module,
         lambd=None if lambd is None else float(lambd),
         tokens=seen["attended"] if is_encoder else seen["given"],
         attended=seen["attended"],
         compressed=compressed,
-        projected=_by_head(seen["w"], module.heads),
+        projected=_by_head(seen["w"], _setting(module, "heads")),
         unsparsified=seen["unsparsified"],
         sparsified=seen["sparsified"],
         output=output,
     )
+
+
+def _setting(module: nn.Module, name: str) -> Any:
+    """An attribute of a module that is a plain value, where ``nn.Module`` is annotated to have tensors and modules alone."""
+    return getattr(module, name)
 
 
 def _by_head(w: Tensor, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What there is to see of images inside a model: the layers' maps, patch by patch."""
+"""Maps of images inside a model: for each layer, one value or colour a patch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from crate_mae.analysis.components import PrincipalComponents
 from crate_mae.analysis.rates import coding_rate
 from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, in_evaluation, traced
-from crate_mae.config import grid_of
 from crate_mae.data.transforms import Normalization
 from crate_mae.model import CrateMAE
+from crate_mae.patches import patch_grid
 
 
 class LayerView(NamedTuple):
@@ -22,19 +22,19 @@ class LayerView(NamedTuple):
 
     Attributes:
         stack, index: which layer; ``index`` counts from 0 in its stack.
-        projected: w, float32 [heads, 1 + patches, head_dim]: attention, and the official keys.
-        scale: of the scores.
+        projected: w, float32 [heads, 1 + patches, head_dim], the official keys, from which attention is computed.
+        scale: the factor of the attention scores.
         token_colours, key_colours: uint8 [rows, columns, 3]: principal components of the layer's output tokens, and of w of all
             heads, fitted across the images that were viewed together, the class token left out.
-        compression: float32, ||MSSA|| / ||token||: how much of a patch's token attention took off or added.
+        compression: float32, ||MSSA|| / ||token||: how much attention changed a patch's token.
         sparsification: float32, ||step(z) - z|| / ||z||: how much the sparse step (the decoder's linear step) changed it.
         zeros: float32, the fraction of the token's entries that the sparse step made zero.
-        norms: float32, of the output tokens.
-        coding_rates: R^c before and after MSSA, as of ``coding_rate``.
+        norms: float32, the norms of the output tokens.
+        coding_rates: R^c before and after MSSA, by ``coding_rate``.
     """
 
     stack: Stack
-    index: int
+    index: int  # type: ignore[assignment]  # in the place of tuple.index, which a layer has no use for
     projected: Tensor
     scale: float
     token_colours: Tensor
@@ -61,7 +61,7 @@ class ImageView(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
-        return grid_of(tuple(self.pixels.shape[-2:]), self.patch_size)
+        return patch_grid(self.pixels, self.patch_size)
 
 
 @torch.no_grad()
@@ -72,12 +72,12 @@ def view(
     *,
     done: Callable[[int], None] = lambda images: None,
 ) -> list[ImageView]:
-    """Look at whole images, which may differ in size; colours are comparable among all of them.
+    """The views of whole images, which may differ in size; colours mean the same in all of them.
 
     Args:
         images: uint8 [channels, height, width] each, as stored, height and width divisible by the patch; or a batch of them.
-        normalization: how the model's images were standardised, ``checkpoints.read_normalization(run)``.
-        done: told 1 after each image, for a progress bar.
+        normalization: how the model's images were standardised, ``preprocessing.read_normalization(run)``.
+        done: called with 1 after each image, for a progress bar.
 
     Raises:
         TypeError: the model is no ``CrateMAE``, or an image no tensor of bytes.
@@ -92,7 +92,7 @@ def view(
             got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
             raise TypeError(f"images: expected uint8 [channels, height, width], pixels as stored, got {got}")
     device, size = next(model.parameters()).device, model.config.patch_size
-    grids = [grid_of(tuple(pixels.shape[-2:]), size) for pixels in images]
+    grids = [patch_grid(pixels, size) for pixels in images]
     seen: list[list[tuple[Tensor, LayerView]]] = []
     for pixels, grid in zip(images, grids, strict=True):
         seen.append(_seen(model, normalization(pixels[None].to(device)), grid))
@@ -109,9 +109,9 @@ def view(
 
 
 def _seen(model: CrateMAE, image: Tensor, grid: tuple[int, int]) -> list[tuple[Tensor, LayerView]]:
-    """Each layer's output tokens of the patches, which colours are fitted to, and its view without them.
+    """For each layer the output tokens of the patches, to which colours are fitted, and its view without colours.
 
-    Of all else that goes through a layer nothing is kept.
+    Nothing else of a layer is kept in memory.
     """
     seen: list[tuple[Tensor, LayerView]] = []
 
@@ -130,8 +130,10 @@ def _seen(model: CrateMAE, image: Tensor, grid: tuple[int, int]) -> list[tuple[T
 
 
 def _kept(layer: LayerTrace) -> LayerTrace:
-    """On the CPU, in float32."""
-    return LayerTrace(*(value.float().cpu() if isinstance(value, Tensor) else value for value in layer))
+    """The layer with its tensors on the CPU, in float32."""
+    values = layer._asdict()
+    moved = {name: value.float().cpu() for name, value in values.items() if isinstance(value, Tensor)}
+    return LayerTrace(**(values | moved))
 
 
 def _painted(components: PrincipalComponents, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -139,7 +141,7 @@ def _painted(components: PrincipalComponents, tokens: Tensor, grid: tuple[int, i
 
 
 def _uncoloured(layer: LayerTrace, grid: tuple[int, int]) -> LayerView:
-    """All of a layer's view but its colours, which are of all images together."""
+    """A layer's view without its colours, which are fitted to all images together."""
 
     def of_patches(values: Tensor) -> Tensor:
         return values[0, -math.prod(grid) :].unflatten(0, grid)
@@ -154,7 +156,7 @@ def _uncoloured(layer: LayerTrace, grid: tuple[int, int]) -> LayerView:
         stack=layer.stack,
         index=layer.index,
         projected=layer.projected[0],
-        scale=float(layer.module.scale),
+        scale=layer.scale,
         token_colours=torch.empty(0),
         key_colours=torch.empty(0),
         compression=change(layer.attended, layer.compressed),

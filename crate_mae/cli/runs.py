@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_model, read_mae_config, read_normalization
+from crate_mae.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_model, read_mae_config
 from crate_mae.classifiers import Classifier
 from crate_mae.cli.settings import read_json
 from crate_mae.data.transforms import Normalization
 from crate_mae.model import CrateMAE
+from crate_mae.preprocessing import read_normalization
 from crate_mae.sharing.origin import RECIPE
 from crate_mae.training.config import MAX_SEED
 

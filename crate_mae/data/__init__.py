@@ -1,4 +1,4 @@
-"""Images to train on: their sources, how they are read and cut, batches, and the photographs shipped along."""
+"""Images to train on: their sources, reading and cropping, batches, and the photographs that the package ships."""
 
 from __future__ import annotations
 

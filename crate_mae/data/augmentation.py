@@ -1,4 +1,4 @@
-"""What is done to a batch on the device that trains: flips, blur, solarisation."""
+"""Augmentation of whole batches on the training device: flips, blur, solarisation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from crate_mae.data.samples import Sample
 
 
 def augmented(batch: Sample, device: torch.device) -> Tensor:
-    """The pixels of a batch with all that was drawn for them, uint8 [batch, channels, height, width], on the device.
+    """The augmented pixels of a batch, uint8 [batch, channels, height, width], on the device.
 
-    In this order, as DINO and DeiT III have it: mirrored, blurred, solarised, which inverts values of 128 and more.
+    In this order, as in DINO and DeiT III: mirrored, blurred, solarised (values of 128 and more are inverted).
 
     Args:
-        batch: on the CPU; copied without waiting where its memory is pinned.
+        batch: on the CPU; pinned memory is copied asynchronously.
     """
     pixels, flip = (each.to(device, non_blocking=True) for each in (batch.pixels, batch.flip))
     pixels = pixels.permute(0, 3, 1, 2)
@@ -30,7 +30,7 @@ def augmented(batch: Sample, device: torch.device) -> Tensor:
 
 
 def blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blurs, each of a width of its own; at the edges, of what lies inside.
+    """Gaussian blurs, each image with its own width; at the edges only pixels inside the image count.
 
     Args:
         pixels: uint8 [batch, channels, height, width].
@@ -43,7 +43,7 @@ def blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
 
 
 def gaussian(side: int, sigma: Tensor | float, like: Tensor) -> Tensor:
-    """[..., side, side]: exp(-distance^2 / (2 sigma^2)) of every two places on a line of pixels.
+    """[..., side, side]: exp(-distance^2 / (2 sigma^2)) for every pair of pixels on a line.
 
     Args:
         sigma: in pixels; a number, or a tensor [..., 1, 1].

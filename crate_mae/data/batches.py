@@ -1,21 +1,22 @@
 """Batches that are a pure function of (seed, step).
 
-Which images a batch holds, and how each is cropped, flipped and masked, depends on the seed, the epoch and the image alone: not
-on the number of workers or ranks, nor on what ran before. A run resumed at any step sees what it would have seen uninterrupted.
+Which images a batch holds, and how each is cropped, flipped and masked, depends only on the seed, the epoch and the image, not on
+the number of workers or ranks, nor on earlier steps. A run resumed at any step sees what it would have seen uninterrupted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 from crate_mae.data.source import Source
 
 Key = tuple[int, int]
-"""(pass, image): which image, and the how manieth time it is visited, which is the epoch unless sources have weights."""
+"""(pass, image): the image, and how often it was visited before: the epoch, unless sources have weights."""
 
 Batch = TypeVar("Batch", range, torch.Tensor)
 
@@ -26,7 +27,7 @@ def in_order(count: int, batch_size: int) -> list[range]:
 
 
 def part_of(batch: Batch, rank: int, ranks: int) -> Batch:
-    """The part of a batch that a rank measures; the first image for one that has none, since all must compute together."""
+    """The part of a batch that a rank validates; a rank without images gets the first, as all ranks must compute together."""
     part = batch[rank::ranks]
     return part if len(part) else batch[:1]
 
@@ -38,11 +39,11 @@ class BatchSampler(Sampler[list[Key]]):
     than one an epoch, keeps worker processes busy over the seam.
 
     Args:
-        source: of the images; its `epoch` says which are visited, and in which order.
+        source: the images; its `epoch` says which are visited, and in which order.
         batch_size: images a step, over all ranks.
-        rank, ranks: which part of each batch, of how many; together the parts are the batch that one rank would have. Where it
-            does not divide, the first ranks have one image more.
-        accumulate: in how many batches, one after the other, the part of a rank comes; all of all ranks are the parts then.
+        rank, ranks: which of how many parts of each batch; together the parts are the batch of a single rank. Where it does not
+            divide evenly, the first ranks have one image more.
+        accumulate: into how many successive batches a rank's part is split.
 
     Raises:
         ValueError: there are fewer images than a batch, or fewer images in one than ranks.
@@ -79,7 +80,7 @@ class BatchSampler(Sampler[list[Key]]):
         return (self.end_step - self.start_step) * self.accumulate - self._skip
 
     def after(self, batches: int) -> BatchSampler:
-        """What follows the first so many batches."""
+        """The sampler without its first so many batches."""
         steps, skip = divmod(self._skip + batches, self.accumulate)
         return BatchSampler(
             self.source,
@@ -95,7 +96,8 @@ class BatchSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         steps_per_epoch = len(self.source) // self.batch_size
-        visits, ordered_epoch, skip = None, None, self._skip
+        visits: Sequence[np.ndarray] = ()
+        ordered_epoch, skip = -1, self._skip
         for step in range(self.start_step, self.end_step):
             epoch, position = divmod(step, steps_per_epoch)
             if epoch != ordered_epoch:

@@ -1,4 +1,4 @@
-"""A source read from end to end: what of it cannot be read, and what it consists of."""
+"""A source read from end to end: which images cannot be read, and what kinds there are."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from crate_mae.data.unreadable import Unreadable, most_unreadable
 from crate_mae.state_dicts import one_line
 
 SMALL = 224
-"""Pixels of a short side, below which crops of the usual size are made larger than the image is."""
+"""Images with a shorter side than this, in pixels, are enlarged for crops of the usual size."""
 
 USUAL_LIMIT = 0.01
-"""Of a run: the fraction of the images that it goes on without."""
+"""The fraction of unreadable images that a run tolerates by default."""
 
 _SHOWN = 20
-"""Names in the report, of all causes together."""
+"""The most names in the report, over all causes."""
 
 
 class Looked(NamedTuple):
-    """What is kept of an image that can be read: its size in pixels, upright; its format and mode in Pillow's words."""
+    """A readable image: its size in pixels when it is upright, and its format and mode in Pillow's words."""
 
     width: int
     height: int
@@ -40,17 +40,17 @@ class Looked(NamedTuple):
 
 @dataclass
 class Report:
-    """What there is in a source.
+    """The images of a source.
 
     Attributes:
         images: how many there are.
-        unreadable: those that cannot be read, in their order.
+        unreadable: the images that cannot be read, in their order.
         smallest, largest: (width, height), upright, of those with the fewest and the most pixels; None where none can be read.
         small: images with a short side below 224 pixels.
-        kinds: how many by (format, mode).
-        remarks: of the source.
-        damaged_shards: with what is wrong with each, by the checksums beside it.
-        verified_shards: how many have such a checksum.
+        kinds: numbers of images by (format, mode).
+        remarks: the source's remarks.
+        damaged_shards: shards that differ from the checksums beside them, with what is wrong with each.
+        verified_shards: how many shards have such a checksum.
     """
 
     images: int
@@ -142,7 +142,7 @@ def check(
 
 
 def looked_at(source: Source, index: int) -> Looked | Unreadable:
-    """What an image is, once all of it has been decoded."""
+    """Decode an image completely, and say what it is."""
     name = source.name(index)
     try:
         with source.image(index) as image:

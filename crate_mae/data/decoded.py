@@ -4,63 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from crate_mae.data.reading import whole
-from crate_mae.data.source import Source, UnreadableImage
+from crate_mae.data.source import Source, UnreadableImage, WrappedSource
 
 _MOST_IMAGES = 5_000
-"""That a run decodes before it starts, which takes a second or two."""
+"""The most images that a run decodes before it starts, which takes a second or two."""
 
 _SAMPLED = 16
-"""Headers by which it is judged whether a set could be small."""
+"""How many headers are read to judge whether a set is small."""
 
 
-class DecodedImages(Source):
+class DecodedImages(WrappedSource):
     """Images of another source, kept decoded, upright and in their colour mode."""
 
     def __init__(self, source: Source, images: list[Image.Image | UnreadableImage]) -> None:
-        self.source, self.classes = source, source.classes
+        super().__init__(source)
         self._images = images
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def image(self, index: int) -> Image.Image:
         image = self._images[index]
         if isinstance(image, UnreadableImage):
-            raise copy.copy(image)  # not the one that is kept, which would keep who has met it
+            raise copy.copy(image)  # a copy: the kept one would hold the frames of everyone who met it
         return image
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.source.labels
-
-    def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.source.epoch(seed, epoch)
-
-    def files(self) -> Iterable[Path]:
-        return self.source.files()
-
-    def remarks(self) -> list[str]:
-        return self.source.remarks()
 
 
 def decoded_if_small(source: Source, channels: int, most_bytes: int) -> Source:
-    """The images decoded, where they are no more than some thousands and take at most so much memory together; else the source.
+    """The images decoded, if they are at most some thousands and need at most so much memory together; else the source.
 
-    Decoding a small set afresh each epoch costs more than training on it. A large one is told by the headers of a few images; one
-    that looked small and is not, when the next image would be too much.
+    To decode a small set again each epoch costs more than to train on it. The headers of a few images tell a large set at once.
+    If a set only looked small, decoding stops at the first image that needs more memory than allowed.
     """
     if len(source) > _MOST_IMAGES:
         return source
@@ -84,5 +60,5 @@ def decoded_if_small(source: Source, channels: int, most_bytes: int) -> Source:
 
 
 def _bytes(image: Image.Image, channels: int) -> int:
-    """What the image takes decoded: as Pillow keeps it, 1 byte a pixel or 4."""
+    """The memory of the decoded image: Pillow needs 1 or 4 bytes a pixel."""
     return image.width * image.height * (1 if channels == 1 else 4)

@@ -1,8 +1,8 @@
-"""What chance decides about images, drawn for a whole batch at once.
+"""The random numbers of images, drawn for a whole batch at once.
 
-A generator for each image would cost a tenth of what its decoding does. These numbers are SplitMix64's (Steele, Lea, Flood: "Fast
-splittable pseudorandom number generators", OOPSLA 2014), of which any number of any sequence can be had by itself: a sequence
-begins where a hash of (seed, pass, image) says.
+A NumPy generator for each image would take a tenth of the time of decoding it. These are the numbers of SplitMix64 (Steele, Lea,
+Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), which computes any number of a sequence by itself. The
+sequence of an image begins at a hash of (seed, pass, image).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def uniform(seed: int, keys: Sequence[tuple[int, int]], count: int) -> np.ndarra
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function: one to one, and each bit depends on all."""
+    """SplitMix64's output function: one to one, and each bit depends on all bits."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))

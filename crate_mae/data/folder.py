@@ -21,13 +21,13 @@ FLOWERS = Path(__file__).parent / "flowers"
 class ImageFolder(Source):
     """The images under a folder, at any depth, in the order of their relative paths.
 
-    That is the order of the paths' bytes, with "/" between their parts: of UTF-8 names that of their characters. The first folder
-    below `root` is an image's class; images that lie in `root` itself have the class "". Hidden files and folders are passed
-    over. Links are followed, to each folder once (`listing` says by which way).
+    They are sorted by the bytes of their paths, with "/" between the parts; for UTF-8 names that is the order of the characters.
+    The first folder below `root` is an image's class; images directly in `root` have the class "". Hidden files and folders are
+    skipped. Links are followed, to each folder once (`listing` says by which way).
 
     Args:
         root: the folder.
-        kept: a list that `save_list` wrote, to be taken for what the folder holds instead of looking.
+        kept: a list of the folder's images, written by `save_list`; the folder is then not listed.
 
     Attributes:
         root: the folder.
@@ -58,7 +58,7 @@ class ImageFolder(Source):
         return open_file(os.fsdecode(path), printable(path))
 
     def name(self, index: int) -> str:
-        """The image's path as text that can be printed: what is no UTF-8, or no character to print, as backslash escapes."""
+        """The image's path as printable text: bytes that are not UTF-8 and unprintable characters become backslash escapes."""
         return printable(self._path(index))
 
     def path(self, index: int) -> Path:
@@ -79,7 +79,7 @@ class ImageFolder(Source):
         return (self.path(index) for index in range(len(self)))
 
     def save_list(self, path: Path) -> None:
-        """Write which images these are to a file, for `kept`: their relative paths, and nothing of what is in them.
+        """Write the images' relative paths to a file, for `kept`.
 
         Raises:
             OSError: it cannot be written.
@@ -91,5 +91,5 @@ class ImageFolder(Source):
 
 
 def compare(kept: ImageFolder, now: ImageFolder) -> tuple[int, int]:
-    """How many images of a list that was kept are gone, and how many are new, by their relative paths."""
+    """How many images of a kept list are gone, and how many are new, by their relative paths."""
     return differing(kept._images, now._images)

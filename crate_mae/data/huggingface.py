@@ -23,18 +23,18 @@ _MARKS = ("dataset_dict.json", "state.json")  # in a folder that save_to_disk wr
 class HuggingFaceImages(Source):
     """One column of one split of a dataset, its images as they are stored.
 
-    The library maps Arrow files into memory, so that a dataset takes little of it, however large. Of Parquet files it makes Arrow
-    files once, in its cache ($HF_HOME), which take as much disk again.
+    The library maps Arrow files into memory, so that even a large dataset needs little. It converts Parquet files to Arrow files
+    once, in its cache ($HF_HOME), which needs as much disk again.
 
     Args:
         what: a dataset's name on the hub, a folder written by `save_to_disk`, a folder of .parquet or .arrow files, or one such
             file. A name on the hub is downloaded, unless it was before.
-        split: which part.
-        name: which configuration, where there are several.
-        column: of images; by default the only one, or else the one named "image" or "img".
+        split: the part.
+        name: the configuration, where there are several.
+        column: the column of images; by default the only one, or else the one named "image" or "img".
 
     Attributes:
-        other_splits: the names of those that there are beside this one.
+        other_splits: the names of the other splits.
 
     Raises:
         MissingLibrary: an ImportError: the `datasets` library is not installed.
@@ -74,8 +74,8 @@ class HuggingFaceImages(Source):
             return error.name
 
     def fingerprint(self) -> str:
-        """Of the length of each image's bytes and the last part of its path, in their order. The library's own would change with
-        the place of its cache, and with the times of local files."""
+        """A digest of the length of each image's bytes and the last part of its path, in their order. The library's own
+        fingerprint depends on where its cache is, and on the times of local files."""
         if not self._fingerprint:
             self._fingerprint = _digest(self._images, self.column)
         return self._fingerprint
@@ -145,7 +145,7 @@ def _opened(what: str, split: str, name: str | None) -> tuple[datasets.Dataset, 
 
 
 def _saved(saved: Any, split: str) -> tuple[datasets.Dataset, list[str]]:
-    """As of `_opened`, of what `load_from_disk` gave, which may be one split or several."""
+    """As `_opened`, for the result of `load_from_disk`, which is one split or several."""
     if isinstance(saved, dict):
         if split not in saved:
             raise ValueError(f"split: expected one of {', '.join(saved)}, got {split!r}")
@@ -212,5 +212,5 @@ def _digest(images: datasets.Dataset, column: str) -> str:
     if images._indices is not None:  # rows that were chosen or shuffled, and not written anew
         for chunk in images._indices.column(0).chunks:
             rows.update(chunk.to_numpy(zero_copy_only=False).tobytes())
-    parts = [str(len(images)), *(part.hexdigest() for part in (lengths, paths, rows))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    digests = [str(len(images)), *(part.hexdigest() for part in (lengths, paths, rows))]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""One function of each image of a source, worked out by several processes, with the results in the order of the images."""
+"""One function of each image of a source, computed by several processes, with the results in the order of the images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -20,10 +20,10 @@ from crate_mae.data.source import Source
 _Result = TypeVar("_Result")
 
 _AT_ONCE = 8
-"""Images that a process gets together."""
+"""Images that a process gets at once."""
 
 _AHEAD = 3
-"""Times that many, by process, whose results may wait for their turn: what bounds the memory."""
+"""How many times `_AT_ONCE` results of each process may wait for their turn, which bounds the memory."""
 
 
 def usable_cores() -> int:
@@ -38,7 +38,7 @@ def each_image(
     first: int = 0,
     workers: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[_Result]:
+) -> Generator[_Result]:
     """The results of `work(source, index)` for each index from `first` on, in this order.
 
     Closing the iterator, or an error, ends the processes.
@@ -58,7 +58,7 @@ def each_image(
             yield work(source, index)
         return
     others = set(multiprocessing.active_children())
-    # A fork shares the source's index; where there is none, each process gets its copy.
+    # Forked processes share the source's index; without fork each process gets a copy.
     how = "fork" if sys.platform == "linux" else None
     pool = ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context(how), initializer=_begin, initargs=(work, source)
@@ -89,7 +89,7 @@ def each_image(
 
 
 class Stopped(Exception):
-    """It was asked to end in the middle."""
+    """Work ended before its end, as it was asked to."""
 
 
 _own: tuple[Callable[[Source, int], Any], Source]
@@ -109,7 +109,7 @@ def _begin(work: Callable[[Source, int], Any], source: Source) -> None:
 
 
 def _end_with_parent() -> None:
-    """A main process that is killed cannot end the others, and a fork keeps open the pipe that they would see closed."""
+    """End this process when the main process is killed: a fork keeps open the pipe that would otherwise tell."""
     if parent := multiprocessing.parent_process():
         wait([parent.sentinel])
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Index files: arrays that took long to gather, kept for the next time, and whether they are whole."""
+"""Index files: arrays that took long to gather, kept for the next time, with a checksum."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def cache_file(kind: str, of: str) -> Path:
 
     Args:
         kind: such as "folder".
-        of: what it is of, such as an absolute path.
+        of: what is indexed, such as an absolute path.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "crate_mae")
     return root / f"{kind}_{hashlib.sha256(os.fsencode(of)).hexdigest()[:32]}.safetensors"
 
 
 def write_index(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> bool:
-    """Keep arrays as `save_index` does. False where they cannot be kept.
+    """`save_index`, which returns False where the file cannot be written.
 
-    A full or read-only disk is no reason to end: an index is gathered anew where there is none.
+    A full or read-only disk is no reason to stop: without an index, the arrays are gathered again.
     """
     with contextlib.suppress(OSError):
         make_folder(path.parent)
@@ -43,15 +43,15 @@ def write_index(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str
 
 
 def save_index(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-    """Write arrays to a file, with a checksum; what was there before is there until they are.
+    """Write arrays to a file, with a checksum; an older file stays until the new one is complete.
 
-    Several processes may do so at once: each file is whole, and the last one stays.
+    Several processes may write at once: each file is complete, and the last one stays.
 
     Raises:
         OSError: it cannot be written.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    # In one text, since safetensors puts several in an order that changes: the same index is the same bytes.
+    # One entry, as safetensors writes several in an order that varies: the same index shall be the same bytes.
     text = json.dumps({**about, _CHECKSUM: str(_checksum(arrays, about))}, sort_keys=True)
     content = save(arrays, {_ABOUT: text})
     with replaced(path, alone=False) as file:
@@ -59,7 +59,7 @@ def save_index(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str,
 
 
 def read_index(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
-    """The arrays and what was said about them; None where there is no such file, or it is not whole."""
+    """The arrays and ``about``, as `save_index` was given them; None where there is no such file, or it is damaged."""
     try:
         with safe_open(path, framework="np") as file:
             about = json.loads((file.metadata() or {})[_ABOUT])
@@ -74,5 +74,5 @@ def _checksum(arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> int
     for name in sorted(arrays):
         array = arrays[name]
         crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
-        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, crc)
     return crc

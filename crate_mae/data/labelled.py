@@ -1,22 +1,20 @@
-"""A labelled data set in two parts: to learn its classes on, and to test on what was learnt."""
+"""A labelled data set in two parts: one to train a classifier on, and one to test it on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from crate_mae.data.huggingface import HuggingFaceImages
 from crate_mae.data.layouts import layout_in
 from crate_mae.data.parts import parts_of
-from crate_mae.data.source import Source
+from crate_mae.data.source import Source, WrappedSource
 from crate_mae.data.specification import is_folder, members, open_source
 
 _SPLITS = ("test", "validation", "val", "valid", "dev")
-"""Of a Hugging Face dataset, to test on: the first of them that there is."""
+"""Splits of a Hugging Face dataset to test on; the first that exists is taken."""
 
 
 class LabelledParts(NamedTuple):
@@ -25,8 +23,8 @@ class LabelledParts(NamedTuple):
     Attributes:
         train: to train on.
         test: to test on.
-        said: what a user should know of them, in words: what became of the parts of the data set, what was left out.
-        named: the two, in the words of `open_source`.
+        said: remarks for the user: which parts of the data set are used for what, and what was left out.
+        named: names of the two parts for `open_source`.
     """
 
     train: Source
@@ -35,7 +33,7 @@ class LabelledParts(NamedTuple):
     named: tuple[str, str]
 
 
-class Relabelled(Source):
+class Relabelled(WrappedSource):
     """The images of another source, with other numbers for their classes.
 
     Args:
@@ -45,49 +43,32 @@ class Relabelled(Source):
     """
 
     def __init__(self, source: Source, labels: np.ndarray, classes: list[str]) -> None:
-        self.source, self.classes, self._labels = source, classes, labels
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def image(self, index: int) -> Image.Image:
-        return self.source.image(index)
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
+        super().__init__(source)
+        self.classes, self._labels = classes, labels
 
     @property
     def labels(self) -> np.ndarray:
         return self._labels
 
-    def files(self) -> Iterable[Path]:
-        return self.source.files()
-
-    def remarks(self) -> list[str]:
-        return self.source.remarks()
-
 
 def labelled_parts(what: str | Path, *, test: str | Path | None = None) -> LabelledParts:
     """The labelled images that `--data` names, to train a classifier on and to test it on.
 
-    Of a data set with several parts, "train" is trained on and "test" tested on, or where there is none, "val". Of a published
-    set in one of the layouts that are known, all that is not tested on is trained on: of Flowers-102 the 2,040 images of "train"
-    and "val", as the literature's transfer protocol has it. Classes are matched by their names; those that no image is trained
-    on are left out.
+    In a data set with several parts the classifier is trained on "train" and tested on "test", or on "val" where there is no
+    "test". A published data set in a known layout is trained on all parts that it is not tested on: Flowers-102 on the 2,040
+    images of "train" and "val", as in the literature's transfer protocol. Classes are matched by their names; classes without a
+    training image are left out.
 
     Args:
-        what: as of `open_source`; one data set, and not several with weights. Of hf:NAME the split "test" is tested on, or one
+        what: as for `open_source`, but one data set, not several with weights. hf:NAME is tested on its split "test", or on one
             for validation, unless a split is named.
-        test: what to test on, in the same words; a folder in parts stands for its "test", or "val". Then of `what` the part
-            "train" alone is trained on, or all where it has no parts.
+        test: the data set to test on, named likewise; a folder with parts stands for its "test", or "val". Then `what` is trained
+            on its part "train", or on all of it where it has no parts.
 
     Raises:
         OSError: it is not there, or holds no image.
-        ValueError: it has no part to test on, or no classes, or one only, or there are images of no class, or of one that is not
-            trained on; or the parts are the same images.
+        ValueError: there is no part to test on; there are fewer than two classes, images without a class, or images to test on
+            of a class without training images; or both parts are the same images.
         MissingLibrary: an ImportError: one that it needs is not installed.
     """
     what, test = str(what), None if test is None else str(test)
@@ -131,7 +112,7 @@ def labelled_parts(what: str | Path, *, test: str | Path | None = None) -> Label
 
 
 def _named(what: str, wanted: list[str], use: str, said: list[str]) -> str:
-    """The first of the parts wanted that it has; all of it, where it has no parts."""
+    """The name of the first wanted part that a data set has, or its own name where it has no parts."""
     parts = parts_of(Path(what)) if is_folder(what) else {}
     part = next((part for part in wanted if part in parts), None)
     if parts and part is None:
@@ -144,7 +125,7 @@ def _named(what: str, wanted: list[str], use: str, said: list[str]) -> str:
 
 
 def _with_test_split(what: str, said: list[str]) -> tuple[Source, str]:
-    """Of a Hugging Face dataset: what is trained on, and the split to test on."""
+    """A Hugging Face dataset to train on, and the name of its split to test on."""
     train = open_source(what)
     assert isinstance(train, HuggingFaceImages)
     split = next((each for each in _SPLITS if each in train.other_splits), None)
@@ -156,7 +137,7 @@ def _with_test_split(what: str, said: list[str]) -> tuple[Source, str]:
 
 
 def _numbered_alike(train: Source, test: Source, train_what: str, test_what: str) -> tuple[Source, Source]:
-    """Both with the classes that are trained on, by their names."""
+    """Both sources, with the classes of the training images, numbered alike."""
     for source, what in ((train, train_what), (test, test_what)):
         held = _held(source)
         if held == [""]:
@@ -177,7 +158,7 @@ def _numbered_alike(train: Source, test: Source, train_what: str, test_what: str
 
 
 def _held(source: Source) -> list[str]:
-    """Names of the classes that there is an image of."""
+    """Names of the classes that have an image."""
     return [source.classes[number] for number in np.unique(source.labels)]
 
 

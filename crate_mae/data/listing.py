@@ -1,10 +1,10 @@
-"""Which images lie under a folder: found by many threads at once, and kept, so that the next time only changes are looked for.
+"""The images under a folder, found by many threads at once. The listing is kept, so that the next one only looks for changes.
 
-What a folder holds is kept with its device, inode and times. The next time the same walk is made, and it takes what was kept of
-each folder that has not changed since, instead of listing it: the outcome is that of a fresh listing.
+The content of each folder is kept with its device, inode and times. The next walk goes to the same folders, but does not list one
+that has not changed since: the result is that of a fresh listing.
 
-A folder that can be reached in several ways, by links, is taken once: by the way with the fewest links on it, of those by the one
-with the fewest folders after the last link, of those by the first in the order of their paths.
+A folder that can be reached in several ways, by links, is taken once: by the way with the fewest links; of these by the one with
+the fewest folders after the last link; of these by the first in the order of their paths.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from crate_mae.data.index_files import cache_file, read_index, write_index
 from crate_mae.data.paths import PathList, joined, printable
 from crate_mae.data.reading import IMAGE_SUFFIXES
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-_THREADS = 32  # a network's file system answers many questions at once as soon as one
+_THREADS = 32  # a network file system answers many requests at once as fast as one
 _SETTLED_NS = 2 * 10**9
-"""A folder changed so shortly before it was listed could change again under the same time: file systems tell it in steps."""
+"""A folder that changed less than this before it was listed may change again with the same time, as file systems round times."""
 _WORTH_KEEPING = 1000
-"""Images and folders; fewer are listed about as soon as a file about them is read."""
+"""Images and folders from which a listing is kept; fewer are listed as fast as the file is read."""
 _LARGE = 100_000
-"""Images, past which the memory of their index is told."""
+"""Above this number of images a remark tells the memory of their index."""
 _SUFFIXES = frozenset(suffix[1:].encode() for suffix in IMAGE_SUFFIXES)
 
 
 class _Folder(NamedTuple):
-    """What a folder holds. Texts are sorted, and each is ended by a NUL byte; hidden names are left out."""
+    """The content of a folder, without hidden names. Names are sorted, and a NUL byte ends each of them."""
 
     identity: tuple[int, int]  # device and inode
     times: tuple[int, int]  # of its last change, and of the last change of its permissions or the like, in ns
@@ -62,7 +63,7 @@ class Listing(NamedTuple):
 
 
 def list_images(root: Path) -> Listing:
-    """The images under a folder at any depth, hidden ones left out, and what its user should know of them."""
+    """The images under a folder at any depth, without hidden ones, and remarks for the user."""
     place = cache_file("folder", os.path.realpath(root))
     with (
         tqdm(desc=f"listing {root}", unit=" images", delay=2, disable=None, leave=False) as bar,
@@ -83,7 +84,7 @@ def memory_remarks(images: PathList) -> list[str]:
 
 
 def holds_images(path: Path) -> bool:
-    """Whether something is an image by its name, or a folder that has one at any depth; looks no further than the first."""
+    """Whether a path is an image by its name, or a folder with an image at any depth; stops at the first image."""
     if not path.is_dir():
         return _is_image(os.fsencode(path.name)) and path.is_file()
     seen, left = set(), [os.fsencode(path)]
@@ -108,12 +109,12 @@ def holds_images(path: Path) -> bool:
 
 
 class _Walk:
-    """Every folder under a root, each level of them at once.
+    """A walk through all folders under a root, level by level.
 
     Attributes:
-        found: of each folder its path, its images and the names of the folders in it.
-        folders: what each holds.
-        anew: some of them were listed, and not taken from what was kept.
+        found: for each folder its path, its images and the names of the folders in it.
+        folders: the content of each folder.
+        anew: whether any folder was listed, and not taken from the kept listing.
     """
 
     def __init__(self, root: bytes, kept: _Kept, pool: ThreadPoolExecutor, bar: tqdm[Any]) -> None:
@@ -134,7 +135,7 @@ class _Walk:
         while level:
             now = time.time_ns()
             level.sort()
-            taken = []
+            taken: list[tuple[bytes, tuple[int, int], tuple[int, int], int]] = []
             for path, state in zip(level, self.each(self.state, level), strict=True):
                 if state is None:
                     self.closed.append(path)
@@ -149,12 +150,13 @@ class _Walk:
             level, linked = (inside, linked) if inside else (linked, [])
 
     def take(self, paths: Sequence[bytes], listed: Sequence[_Folder | None]) -> tuple[list[bytes], list[bytes]]:
-        """Note what folders hold; returns the paths of the folders in them, and of the links to folders."""
+        """Record the content of folders; returns the paths of the folders in them, and of the links to folders."""
         links = [
             (path, name) for path, folder in zip(paths, listed, strict=True) if folder for name in _split(folder.links)
         ]
         kinds = iter(zip(links, self.each(lambda link: self.kind(joined(*link)), links), strict=True))
-        inside, linked = [], []
+        inside: list[bytes] = []
+        linked: list[bytes] = []
         for path, folder in zip(paths, listed, strict=True):
             if folder is None:
                 self.closed.append(path)
@@ -166,7 +168,7 @@ class _Walk:
                 self.others[suffix] += int(count)
             images, folders = folder.images, _split(folder.folders)
             inside += (joined(path, name) for name in folders)
-            linked_images = []
+            linked_images: list[bytes] = []
             for (_, name), kind in islice(kinds, folder.links.count(b"\0")):
                 if kind is None:
                     self.broken_links.append(joined(path, name))
@@ -187,7 +189,7 @@ class _Walk:
         return inside, linked
 
     def look(self, path: bytes, identity: tuple[int, int], times: tuple[int, int], now: int) -> _Folder | None:
-        """What a folder holds; None where it cannot be listed."""
+        """The content of a folder; None where it cannot be listed."""
         folder = self.kept.get(identity, times)
         if folder is not None:
             self.count(folder.images.count(b"\0"))
@@ -206,7 +208,7 @@ class _Walk:
             return None
 
     def kind(self, path: bytes) -> int | None:
-        """What a link leads to, as the mode of that; None where it cannot be followed."""
+        """The mode of a link's target; None where the link cannot be followed."""
         try:
             return os.stat(self.under_root(path)).st_mode
         except OSError:
@@ -216,7 +218,7 @@ class _Walk:
         return os.path.join(self.root, path) if path else self.root
 
     def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """The outcomes, in their order, of work on many things at once."""
+        """The results of work on each item, in their order, by many threads."""
         size = max(1, min(256, len(items) // (4 * _THREADS)))
         batches = (items[first : first + size] for first in range(0, len(items), size))
         return list(chain.from_iterable(self.pool.map(lambda batch: [work(item) for item in batch], batches)))
@@ -240,7 +242,10 @@ def _listed(
     path: bytes, identity: tuple[int, int], times: tuple[int, int], now: int, count: Callable[[int], None]
 ) -> _Folder:
     images: list[bytes] = []
-    folders, links, special, others = [], [], [], Counter()
+    folders: list[bytes] = []
+    links: list[bytes] = []
+    special: list[bytes] = []
+    others: Counter[bytes] = Counter()
     with os.scandir(path) as entries:
         while some := list(islice(entries, 4096)):
             before = len(images)
@@ -274,10 +279,10 @@ def _state(path: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
 def _runs(found: Iterable[tuple[bytes, bytes, list[bytes]]]) -> Iterator[tuple[bytes, bytes]]:
     """The images in the order of their paths, as runs of names in one folder.
 
-    The folders in a folder lie among its images, each in the place of its name with a "/" after it. Between two of them no other
-    folder's image comes, so that runs are in order when their first paths are.
+    In this order the folders in a folder lie among its images, each at its name with a "/" after it. The images of a folder are
+    therefore cut into runs at its subfolders. Sorted by their first paths, these runs are in the order of all paths.
     """
-    runs = []
+    runs: list[tuple[bytes, bytes, bytes]] = []
     for path, images, folders in found:
         pieces = [images]
         if folders:
@@ -289,7 +294,7 @@ def _runs(found: Iterable[tuple[bytes, bytes, list[bytes]]]) -> Iterator[tuple[b
 
 
 class _Kept:
-    """What was kept of folders, found by their identity."""
+    """The kept content of folders, by their identity."""
 
     def __init__(self, place: Path) -> None:
         self.arrays: dict[str, np.ndarray] = {}
@@ -301,7 +306,7 @@ class _Kept:
             self.bounds = {name: np.concatenate([[0], np.cumsum(self.arrays[f"{name}_size"])]) for name in _TEXTS}
 
     def get(self, identity: tuple[int, int], times: tuple[int, int]) -> _Folder | None:
-        """What a folder holds, if it was kept, and cannot have changed since."""
+        """The kept content of a folder; None where there is none, or where it may have changed since."""
         number = self.numbers.get(identity)
         if number is None:
             return None
@@ -335,13 +340,13 @@ def _is_image(name: bytes) -> bool:
 
 
 def _suffix(name: bytes) -> bytes:
-    """What follows the last dot, in lower case; b"" where that is no word."""
+    """The suffix after the last dot, in lower case; b"" where it is no short word."""
     suffix = name.rpartition(b".")[2].lower() if b"." in name else b""
     return suffix if len(suffix) <= 10 and suffix.isalnum() else b""
 
 
 def _by_suffix(others: Counter[bytes]) -> str:
-    """Such as "3 .txt, 1 .xcf files"; at most three suffixes are named."""
+    """Counts by suffix, such as "3 .txt, 1 .xcf files"; at most three suffixes are named."""
     ranked = sorted(others.items(), key=lambda item: (-item[1], item[0]))
     said = ", ".join(
         f"{count:,} .{suffix.decode()}" if suffix else f"{count:,} suffixless" for suffix, count in ranked[:3]

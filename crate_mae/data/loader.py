@@ -21,10 +21,10 @@ from crate_mae.data.samples import batch_of
 from crate_mae.data.source import UnreadableImage
 
 _PATIENCE = 3
-"""Times in a row, without a batch between them, that workers are lost before a loader gives up."""
+"""How often in a row, without a batch in between, workers may be lost before a loader gives up."""
 
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-"""Signals that ask for an end. Terminals, batch systems and service managers send them to worker processes, too."""
+"""Signals that ask a process to end. Terminals, batch systems and service managers send them to worker processes, too."""
 
 
 class LostWorkers(RuntimeError):
@@ -32,20 +32,19 @@ class LostWorkers(RuntimeError):
 
 
 class ImageLoader:
-    """Batches of images in their order, whatever becomes of the processes that load them.
+    """Batches of images in their order, even when processes that load them die.
 
-    A worker that is lost (killed, or out of shared memory) costs time alone: the batches that had not come yet are loaded again
-    by new workers, and `say` is told. What an image raises is raised as it is, also where a worker meets it, but one that cannot
-    be read may be left to `unreadable`.
+    A lost worker (killed, or out of shared memory) only costs time: new workers load the batches that had not arrived, and `say`
+    is told. Errors of images are raised as they are, also from a worker; unreadable images may be left to `unreadable`.
 
     Args:
-        images: by key, as of `samples.batch_of`.
-        batches: the keys of each batch; iterated over again where workers are started again, with the same result.
-        num_workers: processes that load; with 0 this one does.
-        pin_memory: into memory that a GPU reads by itself.
+        images: by key, as for `samples.batch_of`.
+        batches: the keys of each batch; iterated over again after a loss of workers, and must then be the same.
+        num_workers: processes that load; with 0 this process loads.
+        pin_memory: whether batches are in pinned memory.
         say: takes a line for the user.
-        unreadable: told of images that cannot be read, before the batch that has others in their place, or before the error
-            of a batch where all others cannot be read, either; it may raise.
+        unreadable: called with the images that cannot be read, before the batch that has others in their place, or before the
+            error where no other can be read, either; it may raise.
 
     Raises, when iterated over:
         Exception: an image's, an UnreadableImage as a rule.
@@ -54,7 +53,7 @@ class ImageLoader:
 
     def __init__(
         self,
-        images: Dataset[Any],
+        images: Dataset[Any] | Sequence[Any],
         batches: Iterable[Sequence[Any]],
         *,
         num_workers: int = 0,
@@ -63,7 +62,7 @@ class ImageLoader:
         unreadable: Callable[[Sequence[UnreadableImage]], None] | None = None,
     ) -> None:
         self.images, self.batches, self.say, self.unreadable = images, batches, say, unreadable
-        self._settings = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self.num_workers, self.pin_memory = num_workers, pin_memory
 
     def __iter__(self) -> Generator[Any]:
         came = lost = 0
@@ -87,27 +86,28 @@ class ImageLoader:
                     ) from None
                 self.say(f"a process that loads images was lost ({error}); started again")
 
-    def _load(self, first: int) -> Iterator[tuple[Any, list[UnreadableImage]]]:
-        """Batches from number `first` on, by workers that are gone when it ends."""
+    def _load(self, first: int) -> Generator[tuple[Any, list[UnreadableImage]]]:
+        """Batches from number `first` on; their workers are gone when the generator ends."""
         loader = DataLoader(
             _Batches(self.images, replace=self.unreadable is not None),
-            batch_sampler=_From(self.batches, first),
+            batch_sampler=_From(self.batches, first),  # type: ignore[arg-type]  # the stub asks for lists; any sequence will do
             collate_fn=_as_it_is,
             worker_init_fn=_leave_signals_to_the_main_process,
-            # The loader draws a seed for its workers. Drawn from the global generator, it would make the random state after a
-            # resumed run differ from an uninterrupted one's.
+            # The loader draws a seed for its workers. From the global generator, that would change the random state, which
+            # must be the same in a resumed run and in an uninterrupted one.
             generator=torch.Generator(),
-            **self._settings,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
         )
-        if not self._settings["num_workers"]:
+        if not self.num_workers:
             yield from loader
             return
-        others, workers, batches, why = set(multiprocessing.active_children()), set(), None, ""
+        others, workers, batches, why = set(multiprocessing.active_children()), set[Any](), None, ""
         with contextlib.ExitStack() as until_the_end:
             try:
                 try:
                     batches = iter(loader)
-                    workers = set(batches._workers)
+                    workers = set(batches._workers)  # type: ignore[attr-defined]  # of the iterator over several processes
                 except (RuntimeError, OSError):
                     workers = set(multiprocessing.active_children()) - others
                     raise
@@ -117,9 +117,9 @@ class ImageLoader:
             except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells that a worker was lost, or failed
                 why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             finally:
-                del batches  # which asks the workers to end, and waits a while
+                del batches  # asks the workers to end, and waits a while
                 if why:
-                    gc.collect()  # for an error that a worker sent holds itself, and the batches
+                    gc.collect()  # an error from a worker refers to itself and to the batches
                 for worker in workers:
                     worker.kill()
                     worker.join()
@@ -129,8 +129,8 @@ class ImageLoader:
 
 @contextlib.contextmanager
 def _losses_met_at_the_next_batch() -> Iterator[None]:
-    """DataLoader's handler raises as soon as a worker dies, in the middle of whatever the main thread does, such as a step.
-    While it waits for a batch it looks for dead workers, too, which is soon enough."""
+    """A block without DataLoader's signal handler, which raises as soon as a worker dies, in the middle of a training step.
+    DataLoader also looks for dead workers while it waits for a batch, which is soon enough."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -154,17 +154,13 @@ class _From(Sampler[Sequence[Any]]):
 
 
 class _Batches(Dataset[Any]):
-    """Batches, as (batch, images that could not be read), by the keys of each.
+    """Pairs (batch, images that could not be read), by the keys of a batch.
 
-    What images raise would come from a worker as a text with its traceback, like the loss of one: it travels in the place of the
-    batch.
+    An error of an image takes the place of the batch: raised in a worker, it would arrive as a text, like the loss of a worker.
     """
 
-    def __init__(self, images: Dataset[Any], *, replace: bool) -> None:
+    def __init__(self, images: Dataset[Any] | Sequence[Any], *, replace: bool) -> None:
         self.images, self.replace = images, replace
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitems__(self, keys: Sequence[Any]) -> tuple[Any, list[UnreadableImage]]:
         met: list[UnreadableImage] = []
@@ -184,6 +180,6 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    # They must outlive what asks the run to end, for it to end on a whole step; the main process ends them, or its own end.
+    # Workers must survive these signals, so that the run can end after a whole step; the main process ends its workers.
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

@@ -15,14 +15,14 @@ from crate_mae.data.source import Source, shuffled
 
 
 class Mixture(Source):
-    """The images of several sources, one source after the other; an epoch takes from each as its weight says.
+    """The images of several sources, one source after the other; an epoch samples them in proportion to their weights.
 
-    A weight is a share of the samples, not of the images: with weights 2 and 1 two samples of three are of the first source,
-    however many images either has. An epoch has as many visits as there are images in all. A source goes on through its own
-    passes from epoch to epoch, so that its images are visited equally often, whatever its weight.
+    A weight is a share of the samples, not of the images: with weights 2 and 1, two samples of three come from the first source,
+    however many images it has. An epoch has as many samples as all sources have images. Each source goes on with its own passes
+    in the next epoch, so that its images are visited equally often, whatever its weight.
 
     Args:
-        sources: of any kind, mixtures too. Classes of one name are one class.
+        sources: of any kind, also mixtures. Classes with the same name are the same class.
         weights: positive, in any unit.
 
     Raises:
@@ -75,8 +75,8 @@ class Mixture(Source):
         return [remark for source in self.sources for remark in source.remarks()]
 
     def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Source.epoch`. The visits of all epochs to a source, put in a row, are its own epochs: visit v is visit
-        v % len(source) of epoch v // len(source). The visits of an epoch to all sources are shuffled.
+        """As `Source.epoch`. Visit v to a source, counted over all epochs, is visit v % len(source) of the source's own epoch
+        v // len(source). The visits of an epoch to all sources are shuffled.
         """
         passes, indices = np.empty(len(self), np.uint32), np.empty(len(self), np.uint32)
         filled = 0
@@ -89,14 +89,14 @@ class Mixture(Source):
                 passes[filled : filled + count] = own_passes[first : first + count]
                 indices[filled : filled + count] = own_indices[first : first + count] + np.uint32(end - len(source))
                 visit, filled = visit + count, filled + count
-        # Not by the numbers that draw a source's own order: one permutation applied twice is no fair shuffle.
+        # Other random numbers than those of a source's own order: the same permutation twice would not shuffle fairly.
         order = shuffled(len(self), np.random.default_rng(np.random.SeedSequence((seed, epoch), spawn_key=(0,))))
         return passes[order], indices[order]
 
     def split(self, fraction: float, seed: int) -> tuple[Source, Source]:
-        """As `Source.split`, of each source by itself: the first part has these weights, the second each image once.
+        """As `Source.split`, for each source separately: the first part has these weights, the second has each image once.
 
-        Drawn with the same seed, the same images are held out of two sources that have the same.
+        With the same seed, the same images are held out of two equal sources.
         """
         kept, held_out = zip(*(source.split(fraction, seed) for source in self.sources), strict=True)
         return Mixture(kept, self.weights), Mixture(held_out, [len(source) for source in held_out])
@@ -110,7 +110,7 @@ class Mixture(Source):
 
 
 def shares(count: int, weights: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to the weights whose sum is `count`: rounded down, and one more for the largest remainders."""
+    """Whole numbers with the sum `count`, in proportion to the weights: rounded down, and one more for the largest remainders."""
     total = sum(map(Fraction, weights))
     exact = [count * Fraction(weight) / total for weight in weights]
     found = [math.floor(share) for share in exact]

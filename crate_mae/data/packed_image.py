@@ -1,4 +1,4 @@
-"""What is stored of an image in a shard: its file as it is, or a smaller one."""
+"""The file that a shard stores for an image: the original, or a smaller one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SUFFIXES = {
     "TIFF": ".tif",
     "PPM": ".ppm",
 }
-"""By format, of images that may be kept as they are."""
+"""Suffixes of the formats whose files may be stored as they are."""
 
 _EIGHT_BITS = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
@@ -30,10 +30,10 @@ _WITH_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 _ORIENTATION = 0x0112
 
 _LONGEST_JPEG = 65_500
-"""Pixels of a side, of what the format can hold."""
+"""The longest side of a JPEG in pixels."""
 
 _GAP = 2
-"""A JPEG is decoded at this many times the size wanted, or more, and resized from there, which cannot be told from the whole."""
+"""A JPEG is decoded at no less than this many times the wanted size, and resized from there, without a visible difference."""
 
 
 class PackedImage(NamedTuple):
@@ -52,10 +52,11 @@ def packed_image(source: Source, index: int, *, short_side: int, quality: int) -
     try:
         with source.image(index) as image:
             is_small = min(image.size) <= short_side
-            data = _file_of(image) if is_small and image.format in _SUFFIXES and image.mode in _EIGHT_BITS else None
+            suffix = _SUFFIXES.get(image.format or "")
+            data = _file_of(image) if is_small and suffix and image.mode in _EIGHT_BITS else None
             pixels = _decoded(image, short_side, name)
-            if data and _is_upright_and_still(image):
-                return PackedImage(_SUFFIXES[image.format], data)
+            if suffix and data and _is_upright_and_still(image):
+                return PackedImage(suffix, data)
             if is_small and image.format is None:  # pixels that no encoder has changed yet, as of CIFAR
                 return _as_png(pixels)
             return _encoded(pixels, quality, "4:4:4" if is_small else "4:2:0")
@@ -82,10 +83,11 @@ def _decoded(image: Image.Image, short_side: int, name: str) -> Image.Image:
     else:
         channels = 1 if image.mode in ("1", "L", "F") or image.mode.startswith("I") else 3
     if scale < 1:
-        image.draft(None, tuple(max(1, math.ceil(_GAP * scale * side)) for side in image.size))
+        width, height = (max(1, math.ceil(_GAP * scale * side)) for side in image.size)
+        image.draft(None, (width, height))
     pixels = whole(image, channels, name)
     if scale < 1:
-        size = tuple(max(1, round(scale * side)) for side in shown)
+        size = [max(1, round(scale * side)) for side in shown]
         pixels = pixels.resize(size, Image.Resampling.LANCZOS, reducing_gap=_GAP)
     opaque = channels == 4 and pixels.getchannel("A").getextrema()[0] == 255
     return pixels.convert("RGB") if opaque else pixels

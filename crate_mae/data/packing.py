@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -39,16 +39,16 @@ _PIECE = 2**20
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What the bytes of the shards depend on, beside the images.
+    """The settings on which the bytes of the shards depend.
 
     Attributes:
-        short_side: pixels; an image with a longer one is made smaller.
-        shard_size: bytes that a shard has at most, where it holds more than one image.
+        short_side: the longest short side in pixels; images with a longer one are resized.
+        shard_size: the most bytes of a shard with more than one image.
         quality: of JPEG, 1 to 100.
-        name: of the shards, before their numbers.
+        name: the shards' name, before their numbers.
 
     Raises:
-        ValueError: one of them has no such meaning.
+        ValueError: one of them is out of range.
     """
 
     short_side: int = 256
@@ -82,12 +82,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Packed:
-    """What there is of a source now."""
+    """The finished shards of a source."""
 
     shards: list[Shard]
     unreadable: list[Unreadable]
     images_per_second: float
-    """Of this call alone."""
+    """The speed of this call."""
 
     @property
     def images(self) -> int:
@@ -110,7 +110,7 @@ def pack(
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = print,
 ) -> Packed:
-    """Write the images of a source to shards in a folder. A call that was cut off is gone on with by the same call.
+    """Write the images of a source to shards in a folder. The same call continues one that was interrupted.
 
     An image becomes a member `class/000000012_name.jpg`, by its number in the source. Its file is stored as it is where it is
     small, upright, of 8 bits and of one frame; else a JPEG with a short side of at most `short_side`, upright, or a PNG where
@@ -192,7 +192,7 @@ class _Packing:
         return Packed(self.shards, self.unreadable, progress.images_per_second)
 
     def _write(self, stream: _Stream, progress: Progress) -> Shard:
-        """The next shard, from where the stream is."""
+        """Write the next shard, from the stream's position on."""
         path = self.out / f"{self.settings.name}-{len(self.shards):06}.tar"
         first, images, size, digest = stream.next, 0, 0, hashlib.sha256()
         before = len(self.unreadable)
@@ -219,7 +219,7 @@ class _Packing:
         folder = self.folders[self.labels[index]]
         stem = _stem(self.source.name(index))
         header = tarfile.TarInfo(f"{folder}{index:09}_{stem}{image.suffix}")
-        header.size = len(image.data)  # and all else the same wherever and whenever that is
+        header.size = len(image.data)  # no other field depends on the image, the time or the machine
         padding = bytes(-len(image.data) % tarfile.BLOCKSIZE)
         return header.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape") + image.data + padding
 
@@ -286,7 +286,7 @@ class _Packing:
                 remove(path)
 
     def _write_journal(self, recorded: list[Shard]) -> None:
-        """What is finished, and what a call before this one finished and this one did not come to yet."""
+        """Record the finished shards: those of this call, then those of an earlier call that this one has not reached."""
         shards = [*self.shards, *recorded[len(self.shards) :]]
         write_json(self.out / JOURNAL, {**self.about, "shards": [_as_dict(shard) for shard in shards]})
 
@@ -298,7 +298,7 @@ class _Packing:
 
 
 class _Stream:
-    """What becomes of the images from one on, in their order; nothing is started before the first is asked for."""
+    """The packed images from one on, in their order; nothing starts before the first is asked for."""
 
     def __init__(self, packing: _Packing, first: int) -> None:
         self.next = first
@@ -310,7 +310,7 @@ class _Stream:
         self._result: PackedImage | Unreadable | None = None
 
     def peek(self) -> PackedImage | Unreadable | None:
-        """That of number `next`; None at the end."""
+        """The result for image number `next`; None at the end."""
         if self._result is None:
             self._result = next(self._results, None)
         return self._result
@@ -335,7 +335,7 @@ def _as_dict(shard: Shard) -> dict[str, Any]:
     return {each.name: getattr(shard, each.name) for each in fields(shard)}
 
 
-def _class_folders(classes: list[str]) -> list[str]:
+def _class_folders(classes: Sequence[str]) -> list[str]:
     """For each class the folder of its members, with a slash; none for the class "".
 
     Raises:
@@ -348,8 +348,8 @@ def _class_folders(classes: list[str]) -> list[str]:
 
 
 def _stem(name: str) -> str:
-    """Of an image's name letters and digits alone, without folders and suffix: it is a file's name anywhere, and WebDataset parts
-    names at their first dot."""
+    """The letters and digits of an image's name, without folders and suffix: valid as a file name on every system, and without
+    a dot, at which WebDataset cuts names."""
     stem, suffix = os.path.splitext(name.rpartition("/")[2])
     stem = re.sub(r"[^\w-]+", "_", stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix)
     return stem.strip("_").encode()[:_LONGEST_STEM].decode("utf-8", "ignore")

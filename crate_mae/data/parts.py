@@ -24,15 +24,15 @@ def parts_of(root: Path) -> dict[str, Path]:
     """
     if not root.is_dir():
         return {}
-    if found := layout_in(root):
-        return {part: root / part for part in found.layout.parts}
+    if known_layout := layout_in(root):
+        return {part: root / part for part in known_layout.layout.parts}
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries)
-    found = {
+    named = {
         part: [root / name for name in names if name.lower() in known and (root / name).is_dir()]
         for part, known in _PARTS.items()
     }
-    found = {part: paths for part, paths in found.items() if paths}
+    found = {part: paths for part, paths in named.items() if paths}
     if "train" not in found:  # before a look into what may be a million others
         return {}
     parts = {path.name for paths in found.values() for path in paths}

@@ -64,14 +64,14 @@ class PathList:
 
     @classmethod
     def of_runs(cls, runs: Iterable[tuple[bytes, bytes]]) -> PathList:
-        """From the folder of each run, and the names in it, each ended by a NUL byte."""
+        """The list of runs of names in one folder: pairs of the folder and its names, each ended by a NUL byte."""
         folders, names = tuple(zip(*runs, strict=True)) or ((), ())
         counts = np.array([text.count(b"\0") for text in names], dtype=np.int64)
         return cls(_texts(b"".join(names)), _texts(b"".join(folder + b"\0" for folder in folders)), counts)
 
     @classmethod
     def load(cls, path: Path) -> PathList:
-        """What `save` wrote.
+        """The list in a file that `save` wrote.
 
         Raises:
             OSError: the file cannot be read.

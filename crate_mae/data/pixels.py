@@ -2,12 +2,11 @@
 
 Deeper pixels are scaled by their range rather than clipped to 255, as Pillow's `convert` does:
 
-- 16 bits without a sign, and the 12 bits of some TIFFs: their upper 8, as Pillow itself takes them of deep colour images.
-- Floats, integers with a sign and those of 32 bits: black is the least and white the most, as the file's SMinSampleValue and
-  SMaxSampleValue tell it (TIFF); else 0 and 1 for floats that all lie between; else the least and the most of the image's own
-  finite pixels. Where there is no number (NaN) it is black.
+- 16 unsigned bits, and the 12 bits of some TIFFs: their upper 8 bits, as Pillow itself does with deep colour images.
+- Floats, signed integers and integers of 32 bits: linear from black to white. The ends are the file's SMinSampleValue and
+  SMaxSampleValue (TIFF); else 0 and 1 for floats that all lie between; else the least and the largest finite pixel. NaN is black.
 
-Transparent pixels are seen over white, as in a browser, unless four channels are asked for.
+Transparent pixels are put on white, as in a browser, unless four channels are asked for.
 """
 
 from __future__ import annotations
@@ -20,13 +19,16 @@ from PIL import Image
 
 COLOUR_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
+PlaceInPixels = tuple[float, float, float, float]
+"""(left, top, right, bottom) in pixels, whose edges may lie within a pixel."""
+
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _LEAST, _MOST = 258, 262, 339, 340, 341  # tags of TIFF
 _MIRRORED = {1: "", 2: "x", 3: "xy", 4: "y", 5: "", 6: "x", 7: "xy", 8: "y"}
 """How EXIF orientations are undone: the two axes are swapped from 5 on, then these are mirrored."""
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:
-    """The image, or L or LA of one whose pixels are deeper; by the range of all of it, which its parts share."""
+    """The image, in mode L or LA if its pixels are deeper than 8 bits. Call it on whole images, whose range all parts share."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     tags: Any = getattr(image, "tag_v2", {})
@@ -67,7 +69,7 @@ def in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _measured(values: np.ndarray, least: float | None, most: float | None) -> np.ndarray:
-    """Values of any range in 0 to 255."""
+    """Values of any range, scaled to 0 to 255."""
     finite = values[np.isfinite(values)]
     if least is None or most is None or not -math.inf < least < most < math.inf:
         least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
@@ -79,12 +81,12 @@ def _measured(values: np.ndarray, least: float | None, most: float | None) -> np
 
 
 def _first(value: Any) -> Any:
-    """Of a tag that has one value, or one for each channel."""
+    """The first value of a tag, which has one value, or one for each channel."""
     return value[0] if isinstance(value, tuple) and value else value
 
 
 def upright(pixels: Image.Image, orientation: int) -> Image.Image:
-    """What is stored with this EXIF orientation, as it is to be seen."""
+    """The upright image of stored pixels with this EXIF orientation."""
     if orientation >= 5:
         pixels = pixels.transpose(Image.Transpose.TRANSPOSE)
     if "x" in _MIRRORED[orientation]:
@@ -94,19 +96,19 @@ def upright(pixels: Image.Image, orientation: int) -> Image.Image:
     return pixels
 
 
-def as_stored(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
-    """Where a part of the upright image of this size (width, height) is stored."""
+def as_stored(box: PlaceInPixels, size: tuple[int, int], orientation: int) -> PlaceInPixels:
+    """The box in the stored pixels of a box in the upright image, whose size is (width, height)."""
     left, top, right, bottom = _mirrored(box, size, orientation)
     return (left, top, right, bottom) if orientation < 5 else (top, left, bottom, right)
 
 
-def as_shown(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
-    """Where a part of what is stored is in the upright image of this size (width, height)."""
+def as_shown(box: PlaceInPixels, size: tuple[int, int], orientation: int) -> PlaceInPixels:
+    """The box in the upright image, of this size (width, height), of a box in the stored pixels."""
     left, top, right, bottom = box
     return _mirrored(box if orientation < 5 else (top, left, bottom, right), size, orientation)
 
 
-def _mirrored(box: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
+def _mirrored(box: PlaceInPixels, size: tuple[int, int], orientation: int) -> PlaceInPixels:
     (left, top, right, bottom), (width, height) = box, size
     if "x" in _MIRRORED[orientation]:
         left, right = width - right, width - left

@@ -12,7 +12,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 _SECONDS = 30.0
-"""Between two lines."""
+"""Seconds between two lines."""
 
 
 def say(line: str) -> None:

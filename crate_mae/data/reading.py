@@ -1,6 +1,6 @@
-"""Image files to pixels: any mode and depth that Pillow opens, upright, and decoded no further than a crop needs.
+"""Image files to pixels: any mode and depth that Pillow opens, upright, decoded at no larger scale than a crop needs.
 
-What comes out has 8 bits a channel; `pixels` says how deeper ones, and transparent ones, are brought to it.
+Results have 8 bits a channel; `pixels` says how deeper and transparent pixels are converted.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import BinaryIO
 
 import PIL
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
-from crate_mae.data.pixels import COLOUR_MODES, as_shown, as_stored, in_eight_bits, in_mode, upright
+from crate_mae.data.pixels import COLOUR_MODES, PlaceInPixels, as_shown, as_stored, in_eight_bits, in_mode, upright
 from crate_mae.data.source import UnreadableImage
 from crate_mae.data.transforms import Box, Size
 
-# Left out, though Pillow knows them: what it hands to another program (.eps, .ps, .wmf, .emf) or to a library that is not there
-# (.bufr, .grib, .hdf, .h5, .mpg), .pdf, which it only writes, films (.fli, .flc), cursors and systems' icons (.cur, .icns),
-# textures of games (.dds, .blp, .ftc, .gbr), measurements (.fits, .im), and names that as often mean raw pixels (.rgb, .bw).
+# Pillow knows more formats, which are left out: those that it gives to another program (.eps, .ps, .wmf, .emf) or to a missing
+# library (.bufr, .grib, .hdf, .h5, .mpg), .pdf, which it only writes, films (.fli, .flc), cursors and icons (.cur, .icns), game
+# textures (.dds, .blp, .ftc, .gbr), measurements (.fits, .im), and suffixes that often mean raw pixels (.rgb, .bw).
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg",
@@ -39,10 +39,10 @@ IMAGE_SUFFIXES = frozenset({
 _BY_OTHER_PROGRAMS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 _IN_MEMORY = 64 * 2**20
-"""Bytes up to which a file is read at once: it is faster, and no descriptor stays open with the image."""
+"""Files of at most so many bytes are read at once: that is faster, and no descriptor stays open with the image."""
 
 _TOLD_BY_THEIR_HEADERS = ("JPEG", "MPO")
-"""Formats that are decoded when a part is asked for, at the scale that it needs."""
+"""Formats whose header has the size and orientation; they are decoded later, at the scale that a part needs."""
 
 _NOT_THE_FILES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _CAUSES_OF_ERRORS = {
@@ -60,18 +60,18 @@ _CUT_SHORT = re.compile(
 
 _ORIENTATION = 0x0112  # a tag of EXIF
 
-# Of files that are read all the same: Pillow raises an error by itself where one claims more than twice as many pixels.
+# These files are read all the same; from twice as many pixels on, Pillow raises an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings(
     "ignore", "(Possibly c|C)orrupt EXIF|Truncated File Read|Tag data larger|Metadata Warning", UserWarning
 )
-with warnings.catch_warnings():  # PyTorch warns once a process that bytes cannot be written to, which nobody does here
+with warnings.catch_warnings():  # PyTorch warns once a process that bytes are read-only; nothing here writes to them
     warnings.simplefilter("ignore")
     torch.frombuffer(b"0", dtype=torch.uint8)
 
 
 def open_file(path: str | bytes | os.PathLike[str], name: object = "") -> Image.Image:
-    """The image in a regular file; a pipe, a device or a folder of that name is not waited for.
+    """The image in a regular file; a pipe, a device or a folder is an error at once.
 
     Args:
         path: of the file.
@@ -104,10 +104,10 @@ def open_file(path: str | bytes | os.PathLike[str], name: object = "") -> Image.
 
 
 def open_image(file: BinaryIO | bytes, name: object) -> Image.Image:
-    """The image in a file or its bytes: its header is read, and its pixels are when they are asked for.
+    """The image in a file or its bytes: only its header is read, its pixels when they are needed.
 
     Args:
-        file: a file that can be sought in; it must stay open as long as the image, and does if only the image holds it.
+        file: a seekable file, which must stay open as long as the image.
         name: what messages call it.
 
     Raises:
@@ -128,8 +128,8 @@ def open_image(file: BinaryIO | bytes, name: object) -> Image.Image:
 def shown_size(image: Image.Image, name: object) -> tuple[int, int]:
     """(width, height) of the image when it is upright.
 
-    The header of a JPEG tells it; others are decoded for it, as a PNG may tell its orientation after its pixels, and a TIFF or an
-    icon have another size than its header says. Who needs no more than the number of pixels has it of `image.size`.
+    For a JPEG the header is enough. Other formats are decoded first: a PNG may have its orientation after its pixels, a TIFF or
+    an icon another size than in its header. For the number of pixels alone, `image.size` is enough.
 
     Raises:
         UnreadableImage: of this name; its pixels cannot be decoded.
@@ -168,9 +168,9 @@ def part(
 ) -> torch.Tensor:
     """A part of the upright image, resized with bicubic interpolation as if it were an image of its own.
 
-    A JPEG that was not decoded yet is decoded at 1/2, 1/4 or 1/8 of its scale where the part then still has twice as many pixels
-    as are wanted on both sides; with fewer the result would differ visibly from that of the full scale. With 4 channels colours
-    are weighted by their opacity: those of transparent pixels do not bleed.
+    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its scale, as long as the part keeps at least twice the wanted
+    pixels on both sides; with fewer the result would visibly differ. With 4 channels colours are weighted by their opacity, so
+    that colours of transparent pixels do not bleed.
 
     Args:
         image: of any mode; it may be asked for further parts.
@@ -178,7 +178,7 @@ def part(
         size: (height, width) of the result.
         channels: 1, 3 or 4.
         name: what messages call it.
-        out: where to put it, faster if the channels of a pixel lie side by side there (channels last).
+        out: a tensor for the result; channels last is faster.
 
     Returns:
         uint8 [channels, height, width]; without `out` channels last in memory.
@@ -197,17 +197,17 @@ def part(
         scale, image = _at_reduced_scale(image, box, size)
         _decode(image)
         orientation = _orientation(image)
-        inner = [side / scale for side in as_stored(box, (width, height), orientation)]
-        outer = (*map(math.floor, inner[:2]), *map(math.ceil, inner[2:]))
-        pixels = upright(in_mode(in_eight_bits(image).crop(outer), mode), orientation)
+        left, top, right, bottom = (side / scale for side in as_stored(box, (width, height), orientation))
+        x, y = math.floor(left), math.floor(top)
+        pixels = in_eight_bits(image).crop((x, y, math.ceil(right), math.ceil(bottom)))
+        pixels = upright(in_mode(pixels, mode), orientation)
     if scale == 1:
         return _resized(pixels, size, out)
-    inner = (inner[0] - outer[0], inner[1] - outer[1], inner[2] - outer[0], inner[3] - outer[1])
-    return _resized(pixels, size, out, as_shown(inner, pixels.size, orientation))
+    return _resized(pixels, size, out, as_shown((left - x, top - y, right - x, bottom - y), pixels.size, orientation))
 
 
-def _resized(pixels: Image.Image, size: Size, out: torch.Tensor, box: tuple[float, ...] | None = None) -> torch.Tensor:
-    """PyTorch's filter is Pillow's, three times as fast; Pillow's alone knows opacity, and boxes that cut through pixels."""
+def _resized(pixels: Image.Image, size: Size, out: torch.Tensor, box: PlaceInPixels | None = None) -> torch.Tensor:
+    """Resize by PyTorch, three times as fast as Pillow with the same filter; only Pillow handles opacity and fractional boxes."""
     if pixels.mode == "RGBA" or box is not None:
         pixels = pixels.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
     (width, height), channels = pixels.size, len(out)
@@ -215,14 +215,16 @@ def _resized(pixels: Image.Image, size: Size, out: torch.Tensor, box: tuple[floa
     values = values.as_strided((1, channels, height, width), (0, 1, width * channels, channels))
     if (height, width) == size:
         out.copy_(values[0])
-    else:  # what `interpolate` calls, into memory that is there
+    else:  # what `interpolate` calls, with the result in given memory
         torch.ops.aten._upsample_bicubic2d_aa.out(values, list(size), False, None, None, out=out[None])
     return out
 
 
 def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Image.Image]:
-    """(s, an image of 1/s of the scale); `draft` changes what it is asked of, so that this is another one where s is above 1."""
-    if image.format not in _TOLD_BY_THEIR_HEADERS or not getattr(image, "tile", None):
+    """(s, an image of 1/s of the scale). Where s > 1 it is a new image, as `draft` changes the one that it is called on."""
+    if image.format not in _TOLD_BY_THEIR_HEADERS or not isinstance(image, ImageFile.ImageFile) or not image.tile:
+        return 1, image
+    if image.fp is None:  # closed
         return 1, image
     (height, width), (left, top, right, bottom) = size, box
     fitting = min((right - left) // (2 * width), (bottom - top) // (2 * height))
@@ -235,7 +237,7 @@ def _at_reduced_scale(image: Image.Image, box: Box, size: Size) -> tuple[int, Im
 
 
 def _orientation(image: Image.Image) -> int:
-    """Its EXIF orientation, 1 to 8; 1 where it tells none, or none that there is. No other tag matters."""
+    """The image's EXIF orientation, 1 to 8; 1 where it has none, or no valid one."""
     if image.format == "TIFF":  # which Pillow has turned as it decoded it
         return 1
     if image.format in _TOLD_BY_THEIR_HEADERS and not {"exif", "xmp"} & image.info.keys():
@@ -250,10 +252,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _decode(image: Image.Image) -> None:
-    """Load its pixels; and bring the value that a PNG calls transparent to the depth that Pillow brings the pixels to."""
+    """Load the pixels, and scale a PNG's transparent value to the depth to which Pillow scales the pixels."""
     clear, tile = image.info.get("transparency"), getattr(image, "tile", None)
-    stored_as = tile[0][3] if clear is not None and tile else ""
+    stored_as = tile[0][3] if tile else ""
     image.load()
+    if clear is None:
+        return
     if stored_as in ("L;2", "L;4"):
         image.info["transparency"] = clear * (85 if stored_as == "L;2" else 17)
     elif stored_as == "RGB;16B":
@@ -268,7 +272,7 @@ def _mode_of(channels: int) -> str:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """What Pillow decodes by itself, the most usual first."""
+    """The formats that Pillow decodes without other programs, JPEG first."""
     Image.init()
     return tuple(sorted(set(Image.ID) - _BY_OTHER_PROGRAMS, key=lambda name: (name != "JPEG", Image.ID.index(name))))
 
@@ -278,7 +282,7 @@ def _is_not_the_files_fault(error: Exception) -> bool:
 
 
 class errors_named:
-    """Pillow's decoders raise whatever a broken file leads them to: all of it becomes an UnreadableImage of this name."""
+    """A block in which any error of Pillow's decoders for a broken file becomes an UnreadableImage of this name."""
 
     def __init__(self, name: object) -> None:
         self._name = name
@@ -287,16 +291,17 @@ class errors_named:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        ours = isinstance(error, Exception) and not isinstance(error, UnreadableImage)
-        if ours and not _is_not_the_files_fault(error):
+        if not isinstance(error, Exception) or isinstance(error, UnreadableImage):
+            return
+        if not _is_not_the_files_fault(error):
             raise UnreadableImage(self._name, _cause(error), _spoken(error)) from error
 
 
 def _cause(error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return "too large"
-    if getattr(error, "errno", None) is not None:
-        return _CAUSES_OF_ERRORS.get(error.errno, "read error")
+    if (number := getattr(error, "errno", None)) is not None:
+        return _CAUSES_OF_ERRORS.get(number, "read error")
     ended = (EOFError, IndexError, struct.error)
     if isinstance(error, ended) or isinstance(error.__cause__, ended) or _CUT_SHORT.search(str(error)):
         return "truncated"
@@ -308,7 +313,7 @@ def _spoken(error: BaseException) -> str:
 
 
 def _objection(file: BinaryIO, name: object, error: Exception) -> UnreadableImage:
-    """Why Pillow does not open this file, which it does not tell itself where the header is to blame."""
+    """Why Pillow does not open this file; Pillow itself does not say that of a broken header."""
     size = file.seek(0, io.SEEK_END)
     if not size:
         cause, reason = "empty", "of 0 bytes"
@@ -320,7 +325,7 @@ def _objection(file: BinaryIO, name: object, error: Exception) -> UnreadableImag
             factory, accept = Image.OPEN[format]
             file.seek(0)
             answer = accept and accept(file.read(16))
-            if isinstance(answer, str):  # known, and not built into this Pillow
+            if isinstance(answer, str):  # a format that this build of Pillow lacks
                 reason = answer
             elif answer:
                 try:
@@ -332,5 +337,5 @@ def _objection(file: BinaryIO, name: object, error: Exception) -> UnreadableImag
     file.seek(0)
     start = file.read(8)
     if cause == "damaged" and start[:4] == b"RIFF" and int.from_bytes(start[4:], "little") + 8 > size:
-        cause = "truncated"  # WebP, whose decoder says no more than that it fails
+        cause = "truncated"  # WebP: its decoder does not tell a reason
     return UnreadableImage(name, cause, reason)

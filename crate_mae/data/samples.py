@@ -1,4 +1,4 @@
-"""Images as the items of data sets: cut to one size, with all that chance decides about them."""
+"""Images as items of data sets: cut to one size, with the random numbers of their augmentation."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from crate_mae.data.source import Name, Source, UnreadableImage
 from crate_mae.data.transforms import NUMBERS_OF_A_BOX, Size, centred_box, draw_box
 
 BLUR_SIGMAS = (0.1, 2.0)
-"""Pixels, between which the width of a Gaussian blur is drawn: as in BYOL, DINO and DeiT III."""
+"""The range of the standard deviation of a Gaussian blur, in pixels, as in BYOL, DINO and DeiT III."""
 
 _ATTEMPTS = 100
-"""Images that are tried in the place of one that cannot be read."""
+"""How many images are tried in the place of one that cannot be read."""
 
 
 class Sample(NamedTuple):
-    """An image, and what chance decides about it. A batch is tensors with a dimension more, in front.
+    """An image and the random numbers of its augmentation. In a batch every tensor has one more dimension, in front.
 
     Attributes:
-        pixels: uint8 [height, width, channels], as decoders give them, cropped; the rest is left to the device (`augmentation`).
-        noise: float32 [patches], uniform from 0 to 1: the patches with the most are masked.
+        pixels: uint8 [height, width, channels], cropped; the training device does the rest (`augmentation`).
+        noise: float32 [patches], uniform from 0 to 1: the patches with the most noise are masked.
         flip: bool, whether it is mirrored.
         blur: float64, the standard deviation of a Gaussian blur in pixels; 0 for none.
         solarize: bool, whether its brighter half is inverted.
-        label: int64, the class of the image that the pixels are of, which may stand in for another; 0 where none are known.
+        label: int64, the class of the image in `pixels`, which may be a substitute; 0 without classes.
     """
 
     pixels: torch.Tensor
@@ -44,16 +44,16 @@ class Sample(NamedTuple):
 
 
 class PretrainImages(Dataset[Sample]):
-    """Images to train on, by (pass, image): a random resized crop, its mask, and whether it is flipped, blurred, solarised.
+    """Images to train on, by (pass, image): a random resized crop, its mask, and whether it is flipped, blurred and solarised.
 
     Args:
         size: of the crops, in pixels.
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
-        patches: of an image.
+        patches: of a crop.
         labels: [len(source)], the class of each image, where they are wanted.
         scale, ratio: as of `transforms.draw_box`.
-        flip: whether half of them are mirrored.
-        blur, solarize: the fraction of them that is.
+        flip: whether half of the crops are mirrored.
+        blur, solarize: the fraction of crops that are blurred, and solarised.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class PretrainImages(Dataset[Sample]):
         return Sample(*(field[0] for field in self.batch([key])))
 
     def batch(self, keys: Sequence[Key], met: list[UnreadableImage] | None = None) -> Sample:
-        """The samples of several keys, of which all that chance decides is drawn together, and which share their memory.
+        """The samples of several keys, in one piece of memory; their random numbers are drawn together.
 
         Args:
-            met: gets those that cannot be read, and in their place are others, with the same masks and flips.
+            met: takes the images that cannot be read; others are in their place, with the same masks and flips.
 
         Raises:
             UnreadableImage: an image cannot be read, and `met` is not given; or a hundred in its place cannot, either.
@@ -112,7 +112,7 @@ class PretrainImages(Dataset[Sample]):
         )
 
     def _cut_into(self, place: torch.Tensor, key: Key, of_a_box: list[float], met: list[UnreadableImage] | None) -> int:
-        """Returns the number of the image that was cut: the key's, or that of one in its place."""
+        """Cut an image into memory; returns its number: the key's, or that of its substitute."""
         index = key[1]
         for attempt in itertools.count():
             try:
@@ -131,8 +131,8 @@ class PretrainImages(Dataset[Sample]):
 
 
 class CentreCropped(Dataset[torch.Tensor]):
-    """Images uncut by chance: uint8 [channels, height, width]. In the place of one that cannot be read stands another, always
-    the same."""
+    """The largest centred part of each image, uint8 [channels, height, width]. An unreadable image always has the same
+    substitute."""
 
     def __init__(self, source: Source, size: Size, channels: int = 3) -> None:
         self.source, self.size, self.channels = source, size, channels
@@ -150,7 +150,7 @@ class CentreCropped(Dataset[torch.Tensor]):
 
 
 class LabelledCentreCropped(CentreCropped):
-    """Images uncut by chance, each with its class, which is that of the image that stands in for one that cannot be read.
+    """The largest centred part of each image, with its class; a substitute has its own class.
 
     Args:
         labels: [len(source)].

@@ -1,4 +1,4 @@
-"""Where each image of a tar shard lies, by the headers of its members; kept in an index file for the next time."""
+"""The places of the images in a tar shard, from the headers of its members; kept in an index file for the next time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from crate_mae.data.paths import printable
 from crate_mae.data.reading import IMAGE_SUFFIXES
 
 INDEX_SUFFIX = ".index"
-"""Of the index beside a shard: images-000000.tar.index."""
+"""The suffix of the index beside a shard: images-000000.tar.index."""
 
 _LAYOUT = "1"
-"""Of an index; one of another layout is made anew."""
+"""The version of an index; indices of other versions are made again."""
 
 _LARGEST = 2**32 - 1
-"""Bytes of a member that is taken for an image."""
+"""The most bytes of a member that is taken for an image."""
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -34,7 +34,7 @@ _BLOCK = 512
 
 @dataclass
 class ShardIndex:
-    """Where the images of one shard lie.
+    """The places of the images in one shard.
 
     Attributes:
         arrays: `offsets` int64 and `sizes` uint32 of their data, in bytes; `names`, uint8, one after the other, and int64 `ends`
@@ -106,7 +106,7 @@ def scanned(path: Path) -> ShardIndex:
 
 
 class _Scan:
-    """What is gathered of one shard."""
+    """The scan of one shard, and what it has gathered."""
 
     def __init__(self, path: Path, descriptor: int, size: int) -> None:
         self.path, self.descriptor, self.size = path, descriptor, size
@@ -126,7 +126,7 @@ class _Scan:
         folders = [printable(parts[0]) if len(parts := _parts(name)) > 1 else None for name in self.names]
         numbered, number_names = _numbered(keys)
         sorted_into, folder_names = _numbered(folders)
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "offsets": np.array(self.offsets, dtype=np.int64),
             "sizes": np.array(self.sizes, dtype=np.uint32),
             "names": np.frombuffer(b"".join(self.names), dtype=np.uint8),
@@ -146,7 +146,8 @@ class _Scan:
                     raise tarfile.ReadError(f"a header that leads back, to byte {tar.offset}")
                 last = member.offset
                 self._take(member)
-                tar.members.clear()  # which it keeps, and which would take a kilobyte each
+                # TarFile keeps each member, a kilobyte of memory. The attribute is documented; typeshed does not have it.
+                tar.members.clear()  # type: ignore[attr-defined]
                 if tar.offset > self.size:  # by how much, a damaged header says
                     break
             after = os.pread(self.descriptor, _BLOCK, min(tar.offset, self.size))
@@ -213,7 +214,7 @@ def _parts(name: bytes) -> list[bytes]:
 
 
 def _key(name: bytes) -> bytes:
-    """What the members of one WebDataset sample have in common: the name up to the first dot after its folders."""
+    """The key that the members of a WebDataset sample share: the name up to the first dot after its folders."""
     folder, slash, base = name.rpartition(b"/")
     return folder + slash + base.partition(b".")[0]
 

@@ -137,7 +137,7 @@ class TarShards(Source):
             for path, first in zip(self.paths, self._firsts, strict=False):
                 digest.update(b"%s\0%d\0" % (os.fsencode(path.name), first))
             for array in (self._names, self._ends, self._sizes):
-                digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).view(np.uint8))
+                digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).view(np.uint8).data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 

@@ -1,4 +1,4 @@
-"""What images come from: the interface that all sources have, and parts of a source."""
+"""Sources of images: their common interface, and parts of a source."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Where the image is, for people: a path, a shard and what is in it."""
+        """Where the image is, for people: a path, or a shard and a name in it."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -87,7 +87,7 @@ class Source(ABC):
         return np.zeros(len(self), dtype=np.int32)
 
     def remarks(self) -> list[str]:
-        """What its user should know, in short phrases: what was left out, and why; the memory that its index takes."""
+        """Remarks for the user, in short phrases: what was left out, and why; the memory of its index."""
         return []
 
     def files(self) -> Iterable[Path]:
@@ -95,7 +95,7 @@ class Source(ABC):
         return ()
 
     def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """What an epoch of a run with this seed visits, in its order: a function of the two alone.
+        """The images that an epoch of a run with this seed visits, in order: a function of the two numbers alone.
 
         Returns:
             uint32 [len] and uint32 [len]: of each visit the pass over the images that it belongs to, which together with the
@@ -127,7 +127,39 @@ class Name:
         return self._source.name(self._index)
 
 
-class Subset(Source):
+class WrappedSource(Source):
+    """The images of another source; subclasses override what differs."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.classes = source, source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, index: int) -> Image.Image:
+        return self.source.image(index)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.source.labels
+
+    def remarks(self) -> list[str]:
+        return self.source.remarks()
+
+    def files(self) -> Iterable[Path]:
+        return self.source.files()
+
+    def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.source.epoch(seed, epoch)
+
+
+class Subset(WrappedSource):
     """Some images of a source; an epoch visits each once, also where an epoch of the source itself would not.
 
     Args:
@@ -136,8 +168,8 @@ class Subset(Source):
     """
 
     def __init__(self, source: Source, indices: np.ndarray | Sequence[int]) -> None:
-        self.source, self.indices = source, np.asarray(indices, dtype=np.uint32)
-        self.classes = source.classes
+        super().__init__(source)
+        self.indices = np.asarray(indices, dtype=np.uint32)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -155,11 +187,8 @@ class Subset(Source):
     def labels(self) -> np.ndarray:
         return self.source.labels[self.indices]
 
-    def remarks(self) -> list[str]:
-        return self.source.remarks()
-
-    def files(self) -> Iterable[Path]:
-        return self.source.files()
+    def epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return Source.epoch(self, seed, epoch)
 
 
 def shuffled(count: int, rng: np.random.Generator) -> np.ndarray:

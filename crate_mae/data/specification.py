@@ -1,4 +1,4 @@
-"""What `--data` and `--val` name."""
+"""The sources of images that `--data` and `--val` name."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def open_source(what: str | Path, *, part: str | None = None) -> Source:
 
 
 def members(what: str | Path) -> list[str]:
-    """The sources that it names: several where they have weights, else itself."""
+    """The sources that ``what`` names: several where they have weights, else ``what`` itself."""
     return [each for _, each in _weighted(str(what))] or [str(what)]
 
 
 def _refuse_unfinished(folder: Path) -> None:
-    """Shards that `pack` has not finished would pass for all of the images."""
+    """Refuse shards that `pack` has not finished, which would be taken for all images."""
     try:
         journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
         done, images = journal["shards"][-1]["last"] + 1 if journal["shards"] else 0, journal["source"]["images"]
@@ -115,7 +115,7 @@ def _not_there(path: Path) -> str:
 
 
 def absolute(what: str | Path) -> str:
-    """The same in a form that means the same wherever it is read: paths absolute."""
+    """``what`` with absolute paths, so that it means the same in any working directory."""
     what = str(what)
     if not what.strip():
         return what
@@ -131,7 +131,7 @@ def absolute(what: str | Path) -> str:
 
 
 def without_folders(what: str | Path | None) -> str:
-    """What it names, without the folders of the machine that it lies in; None stands for the photographs of the package."""
+    """The name of a source, without folders of this machine; None means the photographs of the package."""
     if what is None or str(what) == str(FLOWERS):
         return "the flower photographs of crate_mae"
     what = str(what)
@@ -165,13 +165,13 @@ def _last(path: str) -> str:
 
 
 def is_folder(what: str | Path) -> bool:
-    """Whether it names a folder of images, or what could only be one."""
+    """Whether ``what`` names a folder of images, or could name nothing else."""
     what = str(what)
     return not (_weighted(what) or re.match("(hf|synthetic):", what) or _is_shards(what))
 
 
 def _is_shards(what: str) -> bool:
-    """Whether it names tar shards; a folder does that holds some, and beside them neither an image nor a folder."""
+    """Whether ``what`` names tar shards, or a folder that holds shards, and neither images nor folders."""
     if os.path.isdir(what):
         found = False
         with os.scandir(what) as entries:
@@ -203,7 +203,7 @@ def _weighted(what: str) -> list[tuple[str, str]]:
 
 
 def _settings(what: str, rest: str, known: dict[str, Callable[[str], object]]) -> tuple[str, dict]:
-    """What stands before the first comma, and the settings after it."""
+    """The name before the first comma, and the settings after it."""
     first, *given = rest.split(",")
     settings = {}
     for each in given:

@@ -1,4 +1,4 @@
-"""Which part of an image a crop is, and the change from stored pixels to what the model sees."""
+"""The boxes of crops, and the standardisation from stored pixels to the model's input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Size = tuple[int, int]
 
 
 Box = tuple[int, int, int, int]
-"""(left, top, right, bottom) in pixels, the last two beyond the part, as Pillow has them."""
+"""(left, top, right, bottom) in pixels, the last two exclusive, as in Pillow."""
 
 
 NUMBERS_OF_A_BOX = 22

@@ -15,7 +15,7 @@ from crate_mae.state_dicts import one_line
 
 
 class Unreadable(NamedTuple):
-    """What is kept of an `UnreadableImage`."""
+    """An `UnreadableImage` as it is recorded."""
 
     cause: str
     name: str

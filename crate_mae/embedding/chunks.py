@@ -1,4 +1,4 @@
-"""Features of some successive images each, on the disk until all are there."""
+"""Chunks of features on disk, each of successive images, until all of them are there."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from crate_mae.data.index_files import read_index, save_index
 from crate_mae.data.unreadable import Unreadable
-from crate_mae.files import remove, remove_unfinished, replaced
-from crate_mae.state_dicts import checksum
-
-_MADE_OF, _CHECKSUM = "made_of", "crc32"
-"""In the metadata of a file: what the features depend on, and the checksum of all that is in it."""
+from crate_mae.files import remove, remove_unfinished
 
 
 class Chunk(NamedTuple):
@@ -26,9 +21,9 @@ class Chunk(NamedTuple):
     Attributes:
         features: float32 [readable, width].
         indices: int64 [readable], the images' numbers.
-        names: theirs.
-        unreadable: the others.
-        batch_size: with which the chunk ended.
+        names: the images' names.
+        unreadable: the images that cannot be read.
+        batch_size: the batch size at the end of the chunk.
     """
 
     features: Tensor
@@ -39,16 +34,16 @@ class Chunk(NamedTuple):
 
 
 _PASSING = ("vanished", "no permission", "read error")
-"""Causes why an image could not be read that another day may not have, without a sign of that on the file."""
+"""Causes for an unreadable image that may be gone another day without any change of its file."""
 
 
 def _may_mend(chunk: Chunk) -> bool:
-    """Whether an image that is left out of it may be readable by now."""
+    """Whether an image that the chunk leaves out may be readable by now."""
     return any(image.cause in _PASSING for image in chunk.unreadable)
 
 
 class Summary(NamedTuple):
-    """What is remembered of a chunk that is on the disk: characters of its longest name, and the rest as of ``Chunk``."""
+    """What is kept in memory of a chunk on disk: the length of its longest name, and the rest as in ``Chunk``."""
 
     longest_name: int
     unreadable: list[Unreadable]
@@ -60,15 +55,15 @@ class Summary(NamedTuple):
 
 
 class Chunks:
-    """The chunks of a source in a folder, a file each. What is there of other features, or damaged, is deleted, and so is one
-    that lacks an image which may be readable by now.
+    """The chunks of a source, one file each in a folder. Chunks of other features, damaged ones, and those that lack an image
+    which may be readable by now are deleted.
 
     Args:
         fingerprint: of all that the features depend on.
-        images: which each chunk has.
+        images: the images of each chunk.
 
     Attributes:
-        held: those that are there and whole, by number.
+        held: the whole chunks on disk, by number.
         discarded: whether there were any that had to be deleted.
     """
 
@@ -87,7 +82,7 @@ class Chunks:
 
     @property
     def unreadable(self) -> list[Unreadable]:
-        """Images that cannot be read, of all that are there."""
+        """The unreadable images of all chunks on disk."""
         return [image for _, chunk in sorted(self.held.items()) for image in chunk.unreadable]
 
     def write(self, number: int, chunk: Chunk) -> None:
@@ -96,31 +91,23 @@ class Chunks:
         Raises:
             OSError: it cannot be written.
         """
+        arrays = {"features": chunk.features.numpy(), "indices": chunk.indices.numpy()}
         words = {"names": chunk.names, "unreadable": chunk.unreadable, "batch_size": chunk.batch_size}
-        encoded = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
-        tensors = {"features": chunk.features.contiguous(), "indices": chunk.indices, "words": encoded}
-        with replaced(self._path(number)) as file:
-            file.write(save(tensors, {_MADE_OF: self._made_of(number), _CHECKSUM: checksum(tensors)}))
+        save_index(self._path(number), arrays, {"made_of": self._made_of(number), "words": json.dumps(words)})
         self.held[number] = Summary.of(chunk)
 
     def read(self, number: int) -> Chunk | None:
-        """None where it is not there, of something else, or damaged: it can be made again."""
-        try:
-            with safe_open(self._path(number), framework="pt") as file:
-                said = file.metadata() or {}
-                if said.get(_MADE_OF) != self._made_of(number):
-                    return None
-                tensors = {name: file.get_tensor(name) for name in ("features", "indices", "words")}
-        except (OSError, SafetensorError):
+        """The chunk; None where it is missing, damaged or of other features, and must be computed again."""
+        found = read_index(self._path(number))
+        if found is None or found[1].get("made_of") != self._made_of(number):
             return None
-        if said.get(_CHECKSUM) != checksum(tensors):
-            return None
-        words = json.loads(tensors["words"].numpy().tobytes())
+        features, indices = (torch.from_numpy(found[0][name]) for name in ("features", "indices"))
+        words = json.loads(found[1]["words"])
         unreadable = [Unreadable(*each) for each in words["unreadable"]]
-        return Chunk(tensors["features"], tensors["indices"], words["names"], unreadable, words["batch_size"])
+        return Chunk(features, indices, words["names"], unreadable, words["batch_size"])
 
     def remove(self) -> None:
-        """Delete all."""
+        """Delete all chunks."""
         for path in self._files():
             remove(path)
 

@@ -1,4 +1,4 @@
-"""Files of features: .npz for NumPy, .parquet for tables. Both are written chunk by chunk, and read without running anything."""
+"""Files of features: .npz for NumPy, .parquet for tables. Both are written chunk by chunk, and read without running code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from crate_mae.data import MissingLibrary
 SUFFIXES = (".npz", ".parquet")
 
 _ABOUT, _CLASSES = b"crate_mae", b"classes"
-"""Keys of the metadata of a Parquet file's schema; what they name is JSON."""
+"""Keys in the metadata of a Parquet file's schema; the values are JSON."""
 
 _BEGAN = (1980, 1, 1, 0, 0, 0)
-"""The time of change of all that is in a .npz, the first that there is, so that the same features make the same file."""
+"""The date of every member of a .npz, so that the same features make the same file."""
 
 
 class Embeddings(NamedTuple):
@@ -40,7 +40,7 @@ class Embeddings(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Some images of a file that is written, in their order.
+    """Successive images of a file that is being written.
 
     Attributes:
         features: float32 [images, width].
@@ -53,11 +53,11 @@ class Rows(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What is known of a file before it is written.
+    """The sizes and descriptions that a file's header needs before its rows are written.
 
     Attributes:
         images, width: of the features.
-        longest: characters of the longest name.
+        longest: length of the longest name in characters.
         classes, about: as of ``Embeddings``.
     """
 
@@ -69,10 +69,10 @@ class Shape(NamedTuple):
 
 
 def check_format(path: Path) -> None:
-    """Raise what is wrong with the name of a file to write.
+    """Check the name of a file to write.
 
     Raises:
-        ValueError: it ends otherwise than ``SUFFIXES``.
+        ValueError: it does not end in one of ``SUFFIXES``.
         MissingLibrary: an ImportError: PyArrow is not installed.
     """
     if path.suffix not in SUFFIXES:
@@ -82,10 +82,10 @@ def check_format(path: Path) -> None:
 
 
 def write(file: BinaryIO, path: Path, shape: Shape, chunks: Callable[[], Iterable[Rows]]) -> None:
-    """Write an open file in the format that the name of its path says; of the chunks one at a time is in memory.
+    """Write an open file in the format that its path's suffix names, with one chunk at a time in memory.
 
     Args:
-        chunks: gives all images in their order, each time it is called.
+        chunks: returns all images in their order at each call.
     """
     {".npz": _write_npz, ".parquet": _write_parquet}[path.suffix](file, shape, chunks)
 
@@ -112,7 +112,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
 
 
 def _write_npz(file: BinaryIO, shape: Shape, chunks: Callable[[], Iterable[Rows]]) -> None:
-    """As ``np.savez`` writes it, which would want all in memory."""
+    """Write what ``np.savez`` would write; that function needs everything in memory."""
     text = f"<U{max(1, shape.longest)}"
     with zipfile.ZipFile(file, "w") as archive:
 
@@ -126,9 +126,15 @@ def _write_npz(file: BinaryIO, shape: Shape, chunks: Callable[[], Iterable[Rows]
         put("features", "<f4", (shape.images, shape.width), (rows.features for rows in chunks()))
         put("names", text, (shape.images,), (np.array(rows.names, text) for rows in chunks()))
         if shape.classes is not None:
-            put("labels", "<i8", (shape.images,), (rows.labels for rows in chunks() if rows.labels is not None))
+            put("labels", "<i8", (shape.images,), (_labels_of(rows) for rows in chunks()))
             put("classes", *_whole(np.array(shape.classes)))
         put("about", *_whole(np.array(json.dumps(shape.about, allow_nan=False))))
+
+
+def _labels_of(rows: Rows) -> np.ndarray:
+    if rows.labels is None:
+        raise ValueError("labels: expected one for each image, as the file has classes, got none")
+    return rows.labels
 
 
 def _whole(array: np.ndarray) -> tuple[str, tuple[int, ...], list[np.ndarray]]:
@@ -143,7 +149,7 @@ def _read_npz(file: BinaryIO) -> Embeddings:
 
 
 def _write_parquet(file: BinaryIO, shape: Shape, chunks: Callable[[], Iterable[Rows]]) -> None:
-    """A chunk is a row group."""
+    """Write a row group for each chunk."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -161,7 +167,8 @@ def _write_parquet(file: BinaryIO, shape: Shape, chunks: Callable[[], Iterable[R
                 "features": pa.FixedSizeListArray.from_arrays(rows.features.ravel(), shape.width),
             }
             if classes is not None:
-                columns |= {"label": rows.labels, "class": [classes[label] for label in rows.labels.tolist()]}
+                labels = _labels_of(rows)
+                columns |= {"label": labels, "class": [classes[label] for label in labels.tolist()]}
             writer.write_table(pa.table(columns, schema=schema))
 
 
@@ -185,13 +192,14 @@ def _read_parquet(file: BinaryIO) -> Embeddings:
 
 
 def _check(found: Embeddings) -> None:
-    """Raise a ValueError where its parts do not belong together."""
+    """Raise a ValueError where the parts do not fit each other."""
     features, names, labels, classes, _ = found
     if features.dtype != np.float32 or features.ndim != 2:
         raise ValueError(f"features: expected float32 [images, width], got {features.dtype} {list(features.shape)}")
-    for what, rows in (("names", names), *([] if labels is None else [("labels", labels)])):
-        if len(rows) != len(features):
-            raise ValueError(f"{what}: expected {len(features):,} of them, got {len(rows):,}")
+    lengths = {"names": len(names)} | ({} if labels is None else {"labels": len(labels)})
+    for what, length in lengths.items():
+        if length != len(features):
+            raise ValueError(f"{what}: expected {len(features):,} of them, got {length:,}")
     if labels is not None and classes is not None and not ((labels >= 0) & (labels < len(classes))).all():
         raise ValueError(f"labels: expected numbers of {len(classes):,} classes, got {labels.min()} to {labels.max()}")
 

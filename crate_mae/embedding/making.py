@@ -1,10 +1,10 @@
-"""How the features of all images of a source are made and written, in chunks that outlive an interruption."""
+"""Features of all images of a source, computed and written in chunks that survive an interruption."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crate_mae import __version__
 from crate_mae.backbone import Backbone
-from crate_mae.checkpoints import load_model, read_normalization
+from crate_mae.checkpoints import load_model
 from crate_mae.data import CentreCropped, Normalization, Source, UnreadableImage, in_order, open_source
 from crate_mae.data.progress import Progress
 from crate_mae.data.unreadable import Unreadable, by_cause
@@ -26,6 +26,7 @@ from crate_mae.evaluation import FeatureSpec, features_of
 from crate_mae.evaluation.cache import fingerprint_of
 from crate_mae.evaluation.features import none_readable, of_batches, refuse_not_finite
 from crate_mae.files import replaced
+from crate_mae.preprocessing import read_normalization
 from crate_mae.state_dicts import checksum
 from crate_mae.training.feed import workers_for
 from crate_mae.training.fitting import fit
@@ -35,10 +36,10 @@ from crate_mae.training.ownership import owned
 from crate_mae.training.precision import autocast, choose_device, choose_precision
 
 _CHUNK = 1024
-"""Images whose features are kept together: the most that an interruption costs. A batch has no more."""
+"""Images of a chunk, and the largest batch: an interruption costs at most one chunk."""
 
 _ON_A_CPU = 32
-"""Images at once on a CPU, which is as fast with few as with many; memory grows with the batch."""
+"""The batch size on a CPU, where larger batches are no faster and need more memory."""
 
 _SPEC = FeatureSpec()
 
@@ -46,13 +47,13 @@ _STOPPING = b"\nstopping after this batch; a second Ctrl-C, or signal, ends it a
 
 
 class Embedded(NamedTuple):
-    """What was written.
+    """The file that was written.
 
     Attributes:
-        path: of the file.
-        images: whose features are in it.
-        unreadable: images that cannot be read, and are left out.
-        width: numbers that an image has.
+        path: the file.
+        images: how many images it has.
+        unreadable: how many images were left out, as they cannot be read.
+        width: the width of an image's features.
     """
 
     path: Path
@@ -119,11 +120,11 @@ def embed(
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raise what is wrong with the file to write, before anything is computed.
+    """Check the file to write, before anything is computed.
 
     Raises:
-        OSError: it is there and may not be replaced, or a folder, or there is none to write it to.
-        ValueError: it ends otherwise than .npz or .parquet.
+        OSError: it exists and may not be replaced, or it is a folder, or its folder does not exist.
+        ValueError: its name does not end in .npz or .parquet.
         MissingLibrary: an ImportError: PyArrow, which .parquet needs, is not installed.
     """
     if out.is_dir():
@@ -150,7 +151,7 @@ def embed_with(
     overwrite: bool,
     say: Callable[[str], None],
 ) -> tuple[Embedded, list[Unreadable]]:
-    """As ``embed``, with a model that is in memory, and is moved to the device.
+    """As ``embed``, with a model in memory, which is moved to the device.
 
     Returns:
         What was written, and the images that are left out of it.
@@ -179,7 +180,7 @@ def embed_with(
     try:
         with owned(folder, "--out"), stop_requests(_STOPPING) as stop:
             check_out(out, overwrite)  # again, now that no other process can write it
-            # Of one kind of device, since each rounds in its own way.
+            # With the kind of device, as each rounds in its own way.
             fingerprint = f"{fingerprint_of(model, images, normalization, spec, chosen)} {place.type}"
             chunks = Chunks(folder, fingerprint, in_order(len(images), _CHUNK))
             size = _batch_size(chunks, compute, images, normalization, place) if batch_size == "auto" else batch_size
@@ -210,7 +211,7 @@ def embed_with(
 
 
 def in_words(made: Embedded, left_out: list[Unreadable]) -> str:
-    """A line on what was written."""
+    """One line about the written file."""
     line = f"{made.images:,} images, {made.width:,} numbers each, in {made.path} ({made.path.stat().st_size / 1e6:,.1f} MB)"
     if left_out:
         line += f"; {len(left_out):,} cannot be read and are left out ({by_cause(left_out)})"
@@ -218,7 +219,7 @@ def in_words(made: Embedded, left_out: list[Unreadable]) -> str:
 
 
 class _Forward:
-    """Features of batches; where memory runs out, of their halves, if that is allowed."""
+    """Computes features of batches; where memory runs out, it halves the batch size, if that is allowed."""
 
     def __init__(
         self, compute: Callable[[Tensor], Tensor], batch_size: int, may_halve: bool, say: Callable[[str], None]
@@ -245,8 +246,8 @@ def _batch_size(
     normalization: Normalization,
     device: torch.device,
 ) -> int:
-    """That of chunks that are there, for the same roundings. Else a power of two that the images fill: the largest that fits a
-    CUDA device, by trying; on a CPU what is known to do.
+    """The batch size of the chunks on disk, for the same rounding. Without chunks a power of two, at most as large as the images
+    need: on a CUDA device the largest that fits, found by trials, on a CPU ``_ON_A_CPU``.
 
     Raises:
         ValueError: not even one image fits.
@@ -271,14 +272,14 @@ def _batch_size(
 
 def _make(
     chunks: Chunks,
-    batches_of: Callable[..., Iterator[tuple[Tensor | None, Tensor]]],
+    batches_of: Callable[..., Generator[tuple[Tensor | None, Tensor]]],
     forward: _Forward,
     source: Source,
     width: int,
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> None:
-    """Make the chunks that are lacking.
+    """Compute the chunks that are missing.
 
     Args:
         batches_of: ``of_batches`` of the source's images, by ``forward``.
@@ -315,7 +316,7 @@ def _make(
 
 
 def _write(made: Embedded, chunks: Chunks, source: Source, about: dict[str, Any], stop: StopRequest) -> None:
-    """Write the file, of which one chunk at a time is in memory.
+    """Write the file, with one chunk at a time in memory.
 
     Raises:
         RunStopped: it was asked for.

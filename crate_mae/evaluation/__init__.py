@@ -1,4 +1,4 @@
-"""What a model has learnt, beside what needs no learning: fills of removed patches, and classes of photographs."""
+"""What a model has learnt, compared with what needs no learning: fills of removed patches, and classes of photographs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features on disk: made once for a model and its images, and known again by all that they depend on."""
+"""Features on disk: computed once for a model and its images, and found again by a fingerprint of all they depend on."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
+from crate_mae.backbone import Backbone
 from crate_mae.data import CentreCropped, Normalization, Source
+from crate_mae.data.index_files import read_index, save_index
 from crate_mae.evaluation.features import FeatureSpec
-from crate_mae.files import make_folder, replaced
+from crate_mae.files import make_folder
 
 _MADE_BY = 1
-"""Counted up when the same images and weights come to give other features."""
+"""To be counted up with each change of code by which the same images and weights give other features."""
 
 _METADATA = "made_of"
 
 
 class Features(NamedTuple):
-    """float32 [readable, width], and which of the images these are, int64 [readable]."""
+    """Features, float32 [readable, width], and the indices of their images, int64 [readable]."""
 
     values: Tensor
     indices: Tensor
 
 
 def cached(path: Path, fingerprint: str, make: Callable[[], Features]) -> tuple[Features, bool]:
-    """The features in a file, if they are those of the fingerprint; else they are made, and written there.
+    """The features in a file, where it has this fingerprint; else they are computed and written there.
 
     Returns:
         The features, and whether they were in the file.
@@ -41,18 +41,18 @@ def cached(path: Path, fingerprint: str, make: Callable[[], Features]) -> tuple[
     Raises:
         OSError: they cannot be written.
     """
-    if (found := _read(path, fingerprint)) is not None:
-        return found, True
+    about = {_METADATA: fingerprint}
+    found = read_index(path)
+    if found is not None and found[1] == about:
+        return Features(*(torch.from_numpy(found[0][name]) for name in Features._fields)), True
     made = make()
-    content = save({name: value.contiguous() for name, value in made._asdict().items()}, {_METADATA: fingerprint})
     make_folder(path.parent)
-    with replaced(path, alone=False) as file:  # nothing keeps two from evaluating one run at once
-        file.write(content)
+    save_index(path, {name: value.numpy() for name, value in made._asdict().items()}, about)
     return made, False
 
 
 def fingerprint_of(
-    model: nn.Module, images: CentreCropped, normalization: Normalization, spec: FeatureSpec, precision: str
+    model: Backbone, images: CentreCropped, normalization: Normalization, spec: FeatureSpec, precision: str
 ) -> str:
     """The SHA-256 of all that features depend on: weights, buffers and configuration, the images and how they are cut and
     standardised, which features, the precision.
@@ -62,7 +62,7 @@ def fingerprint_of(
     digest = hashlib.sha256()
     for name, value in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     settings = {
         "made_by": _MADE_BY,
         "model": [type(model).__name__, dataclasses.asdict(model.config)],
@@ -88,17 +88,3 @@ def _add_images(digest: hashlib._Hash, source: Source) -> None:
             digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
         except OSError:  # it cannot be read, then, and is left out
             digest.update(b"none\n")
-
-
-def _read(path: Path, fingerprint: str) -> Features | None:
-    """None where they are not there, of something else, or damaged: they can be made again."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get(_METADATA) != fingerprint:
-                return None
-            found = Features(*(file.get_tensor(name) for name in Features._fields))
-    except (OSError, SafetensorError):
-        return None
-    values, indices = found
-    whole = values.ndim == 2 and values.dtype == torch.float32 and indices.shape == values.shape[:1]
-    return found if whole and values.isfinite().all() else None

@@ -16,7 +16,7 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Scores]] = {
     "knn": nearest_neighbours,
     "linear": linear_probe,
 }
-"""Of frozen features: from those to learn from and their labels, and those to test on and theirs, to scores."""
+"""Ways to classify frozen features: functions of (features, labels, test_features, test_labels)."""
 
 TITLES = {"knn": "k nearest neighbours", "linear": "linear probe", "finetune": "fine-tuned"}
 

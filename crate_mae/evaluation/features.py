@@ -1,8 +1,8 @@
-"""What the encoder makes of whole images: one vector an image."""
+"""Features of whole images: one vector an image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,13 +16,13 @@ from crate_mae.data import CentreCropped, ImageLoader, Normalization, Source, Un
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Which features of an image a method is given.
+    """Which features of an image are taken.
 
     Attributes:
-        pool: the mean of the patch tokens, the class token, or both, one after the other.
-        layer: of the encoder, counted from 0; negative ones count back from the last.
-        last: so many layers up to that one, one after the other, the first first.
-        norm: after the model's final norm; else as the layers leave the tokens.
+        pool: the mean of the patch tokens, the class token, or both, concatenated.
+        layer: the encoder layer, counted from 0; negative numbers count back from the last.
+        last: how many layers, ending with ``layer``; their features are concatenated, first to last.
+        norm: whether tokens go through the model's final norm.
     """
 
     pool: Literal["mean", "cls", "both"] = "mean"
@@ -44,7 +44,7 @@ class FeatureSpec:
         return list(range(end - self.last, end))
 
     def width(self, tokens: int) -> int:
-        """How many numbers an image has, where its tokens have so many."""
+        """The width of an image's features, for tokens of this width."""
         return tokens * self.last * (2 if self.pool == "both" else 1)
 
     def in_words(self) -> str:
@@ -57,7 +57,7 @@ class FeatureSpec:
 
 @torch.no_grad()
 def features_of(model: Backbone, images: Tensor, spec: FeatureSpec = FeatureSpec()) -> Tensor:
-    """Features of whole images, float32 [batch, width]: width is the tokens', times the layers, twice that for "both".
+    """Features of whole images, float32 [batch, ``spec.width`` of the tokens' width].
 
     Args:
         images: [batch, channels, height, width], standardised, where the model is.
@@ -65,28 +65,20 @@ def features_of(model: Backbone, images: Tensor, spec: FeatureSpec = FeatureSpec
     Raises:
         ValueError: the model has not got the layers.
     """
-    layers = model.forward_intermediates(
-        images,
-        indices=spec.layers(len(model.encoder_layers)),
-        return_prefix_tokens=True,
-        norm=spec.norm,
-        output_fmt="NLC",
-        intermediates_only=True,
-    )
     pooled = []
-    for patches, prefix in layers:
-        pooled += [prefix[:, 0]] if spec.pool != "mean" else []
-        pooled += [patches.mean(1)] if spec.pool != "cls" else []
+    for tokens in model._layer_outputs(images, spec.layers(len(model.encoder_layers)), norm=spec.norm)[1]:
+        pooled += [tokens[:, 0]] if spec.pool != "mean" else []
+        pooled += [tokens[:, 1:].mean(1)] if spec.pool != "cls" else []
     return torch.cat(pooled, -1).float()
 
 
 def pooled_features(
-    model: Backbone, images: Dataset[Tensor], normalization: Normalization, *, batch_size: int = 50
+    model: Backbone, images: CentreCropped | Sequence[Tensor], normalization: Normalization, *, batch_size: int = 50
 ) -> Tensor:
     """The mean of an image's patch tokens after the encoder, no patch removed: float32 [images, width], on the CPU.
 
     Args:
-        images: items uint8 [channels, height, width], as ``CentreCropped`` has them.
+        images: uint8 [channels, height, width] each.
     """
     return torch.cat(
         [features_of(model, batch).cpu() for batch in standardised(model, images, normalization, batch_size)]
@@ -94,16 +86,16 @@ def pooled_features(
 
 
 def standardised(
-    model: nn.Module, images: Dataset[Tensor], normalization: Normalization, batch_size: int
+    model: nn.Module, images: CentreCropped | Sequence[Tensor], normalization: Normalization, batch_size: int
 ) -> Iterator[Tensor]:
-    """Batches of the images as the model takes them, in their order, where the model is."""
+    """Standardised batches of the images, in their order, on the model's device."""
     device = next(model.parameters()).device
     for pixels in ImageLoader(images, in_order(len(images), batch_size)):
         yield normalization(pixels.to(device))
 
 
 class Readable(Dataset[tuple[Tensor, Tensor]]):
-    """Batches of ``(pixels, indices)`` of the images that can be read: none stands in for another, whose class is another."""
+    """Batches of ``(pixels, indices)`` without unreadable images: a substitute could be of another class."""
 
     def __init__(self, images: CentreCropped) -> None:
         self.images = images
@@ -133,9 +125,9 @@ def of_batches(
     *,
     num_workers: int = 0,
     unreadable: Callable[[Sequence[UnreadableImage]], None],
-) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Of each batch the features, float32 [readable, width], and which images these are, int64 [readable]; on the CPU. Of a batch
-    that has no readable image, None and no number.
+) -> Generator[tuple[Tensor | None, Tensor]]:
+    """For each batch its features, float32 [readable, width], and the images' indices, int64 [readable], on the CPU. The features
+    are None where no image of the batch can be read.
 
     Args:
         forward, unreadable: as of ``extract``; ``unreadable`` is called before the batch comes.
@@ -160,7 +152,7 @@ def extract(
     unreadable: Callable[[Sequence[UnreadableImage]], None],
     done: Callable[[int], None] = lambda images: None,
 ) -> tuple[Tensor, Tensor]:
-    """Features of a whole source, float32 [readable, width], and which images these are, int64 [readable]; on the CPU.
+    """Features of a whole source, float32 [readable, width], and the images' indices, int64 [readable], on the CPU.
 
     Args:
         forward: from standardised images to their features, such as ``features_of`` of a model.
@@ -186,12 +178,12 @@ def extract(
 
 
 def none_readable(images: int) -> ValueError:
-    """What to raise where no image of so many can be read."""
+    """The error for a source of so many images, none of which can be read."""
     return ValueError(f"none of the {images:,} images can be read; crate-mae check says why")
 
 
 def refuse_not_finite(features: Tensor, indices: Tensor, source: Source) -> None:
-    """Raise a ValueError for features that are not finite, which names an image that they are of."""
+    """Raise a ValueError that names an image where its features are not finite."""
     if not (finite := features.isfinite().all(1)).all():
         first = source.name(int(indices[~finite][0]))
         raise ValueError(f"features of {int((~finite).sum()):,} images are not finite, those of {first} for one")

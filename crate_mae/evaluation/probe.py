@@ -12,13 +12,13 @@ from torch import Tensor
 from crate_mae.evaluation.scores import Scores, hits, score
 
 PENALTIES = tuple(10.0**exponent for exponent in range(1, -6, -1))
-"""Tried by the probe, the strongest first: the solution for one is where the search for the next begins."""
+"""The penalties that the probe tries, strongest first: the search for each starts at the solution of the one before."""
 
 HELD_OUT = 5
-"""One of so many training images of each class is held out to choose the penalty."""
+"""One training image in `HELD_OUT` of each class is held out to choose the penalty."""
 
 _GRADIENT, _MOST_STEPS = 1e-6, 1000
-"""The largest entry of the gradient at which a solution is one, and how many steps are taken for it at most."""
+"""A solution is found when no entry of the gradient is larger than this, or after this many steps."""
 
 _ROWS_AT_ONCE = 2**16
 
@@ -54,7 +54,7 @@ def linear_probe(
     classes = 1 + int(max(labels.max(), test_labels.max()))
     features, test_features = features.double(), test_features.double()
     mean, deviation = features.mean(0), features.std(0)
-    # Of a feature that is the same in all images nothing can be learnt; to divide by its rounding would make it count.
+    # A feature that is equal in all images teaches nothing; divided by its rounding error, it would count.
     deviation = torch.where(deviation > 1e-10 * mean.abs().clamp_min(1e-300), deviation, torch.inf)
     features, test_features = (features - mean) / deviation, (test_features - mean) / deviation
     held_out = one_of(HELD_OUT, labels, seed)

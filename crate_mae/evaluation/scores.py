@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """What a method makes of the test images.
+    """The accuracy of a method on the test images.
 
     Attributes:
         top1: the fraction of images whose class has the highest score.
@@ -29,7 +29,7 @@ class Scores:
 
     @property
     def of_classes(self) -> list[float | None]:
-        """Of each class the fraction of its images that is found; None of a class without test images."""
+        """The accuracy in each class; None for a class without test images."""
         return [found / count if count else None for found, count in self._found_and_counts()]
 
     @property

@@ -1,4 +1,4 @@
-"""Whether an exported file gives what the model gives, in a process that has neither `crate_mae` nor `crate_kernels`."""
+"""Compares an exported file with its model, in a process that can import neither `crate_mae` nor `crate_kernels`."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from crate_mae.classifiers import Classifier
 from crate_mae.model import CrateMAE
 
 TOLERANCE = 1e-5
-"""Of the largest value, or of 1, if that is more; and of the norm, by which small outputs are judged, too."""
+"""Differences may be this share of the largest value (or of 1, if that is larger), and their norm this share of the norm, which
+judges small outputs, too."""
 
 ROUNDINGS = 3
-"""Where float32 itself is less exact: so many times as far as the model is from itself in float64. Model and file round
-differently, so twice is to be expected; the rest is for chance."""
+"""Where float32 is less exact than ``TOLERANCE``, the file may be this many times as far from the model as the model is from
+itself in float64. Both round, each in its own way, so that twice as far is to be expected; the rest is a margin."""
 
 _LEAST_EXACT = 1e-3
-"""Of the largest value: a model that is further than this from itself in float64 cannot be compared."""
+"""A model whose float32 output is further than this share of its largest value from float64 cannot be compared."""
 
 LEAST_SIDE = 2
 """Patches a side. One is a case of its own to torch.export, whose guards would refuse it."""
 
 
 class WrongExport(RuntimeError):
-    """What was written cannot be loaded without `crate_mae`, or does not compute what the model does."""
+    """The file cannot be loaded without `crate_mae`, or does not compute what the model computes."""
 
 
 class Checked(NamedTuple):
@@ -87,7 +88,7 @@ def outputs_of_model(
     mask_ratio: float,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """What the model gives for a case, in evaluation; in float64 a copy of it does."""
+    """The model's outputs for a case, in evaluation mode; float64 is computed by a copy."""
     images = case["images"].to(dtype)
     model = (model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)).eval()
     with use("composed"):
@@ -98,8 +99,8 @@ def outputs_of_model(
             return [model(images)]
         if output == "tokens":
             return [model.forward_features(images)]
-        (patches,) = model.forward_intermediates(images, 1, norm=True, output_fmt="NLC", intermediates_only=True)
-        return [patches.mean(1)]
+        (tokens,) = model._layer_outputs(images, 1, norm=True)[1]
+        return [tokens[:, 1:].mean(1)]
 
 
 _CHILD = """
@@ -142,14 +143,15 @@ np.savez(into, **{f"{case}.{index}": value for case, values in found.items() for
 
 
 def outputs_of_file(file: Path, cases: Sequence[Mapping[str, Tensor]], outputs: int) -> list[list[Tensor]]:
-    """What the file gives for each case, in a process that has neither of our packages.
+    """The file's outputs for each case, computed in a process that can import neither of our packages.
 
     Raises:
         WrongExport: it cannot be loaded there, or not be run; the message ends as that process did.
     """
     given, into = file.with_name("inputs.npz"), file.with_name("outputs.npz")
     stored = {f"{index}.{name}": value for index, case in enumerate(cases) for name, value in case.items()}
-    np.savez(given, **{key: value.numpy() for key, value in stored.items()})
+    arrays = {key: value.numpy() for key, value in stored.items()}
+    np.savez(given, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes an array for its option allow_pickle
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", _CHILD, *map(str, (file, given, into))]
     ended = subprocess.run(
@@ -171,9 +173,9 @@ def compared(
 
     Args:
         case: inputs by name.
-        wanted: what the model gives.
-        found: what the file gives.
-        exact: gives what the model gives in float64; it is called where the file is further away than ``TOLERANCE`` says.
+        wanted: the model's outputs.
+        found: the file's outputs.
+        exact: computes the model's outputs in float64; only called where ``TOLERANCE`` does not hold.
 
     Raises:
         WrongExport: too far, or of other shapes.
@@ -198,4 +200,5 @@ def compared(
                 f"up to {largest:.3g}, and itself up to {roundings[-1]:.2g} from float64; expected at most {TOLERANCE:g} * max(1"
                 f", {largest:.3g}) and {TOLERANCE:g} of the norm, or {ROUNDINGS} times that rounding"
             )
-    return Checked(batch, height, width, *map(max, zip(*numbers, strict=True)), max(roundings, default=None))
+    difference, relative, largest = (max(each) for each in zip(*numbers, strict=True))
+    return Checked(batch, height, width, difference, relative, largest, max(roundings, default=None))

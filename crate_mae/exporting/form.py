@@ -1,7 +1,7 @@
-"""Models as they are exported: PyTorch's own operators alone, and every size that depends on the images computed in the graph.
+"""Models in the form in which they are exported: PyTorch's own operators only, for images of any size.
 
-The weights are the model's. What differs is the form: no operator of ours, nowhere a Python branch on a size, which an exporter
-would follow once and for all, and positions from sizes, for any grid of patches.
+The weights are the model's. The forms have no operator of ours and no Python branch on a size, as an exporter would keep only the
+branch that its example takes. Positions are computed in the graph, for any grid of patches.
 """
 
 from __future__ import annotations
@@ -14,36 +14,27 @@ from torch import Tensor, nn
 from crate_kernels import MSSA, combine
 from crate_kernels.overcomplete.reference import overcomplete_ista
 from crate_mae.backbone import Backbone
-from crate_mae.classifiers import Classifier, CrateAlpha
-from crate_mae.layers import AlphaBlock, Block, DecoderBlock, EncoderBlock
+from crate_mae.classifiers import Classifier, Crate, CrateAlpha
+from crate_mae.layers import AlphaBlock, DecoderBlock, EncoderBlock
 from crate_mae.model import CrateMAE, MAEEncoder
 
 
-class ExportForm(nn.Module):
-    """A model's tokens, features or logits of images; the model's layers become part of it.
+class _Form(nn.Module):
+    """What all exported models share: the encoder.
 
     Args:
-        model: on the CPU, in float32, as ``load_model`` gives it; it is used up.
-        output: "tokens" as of ``forward_features``; "features", the mean patch token behind the final norm; or "logits".
+        model: on the CPU, in float32, as ``load_model`` returns it. Its layers become part of the form: do not use it afterwards.
     """
 
-    def __init__(self, model: CrateMAE | Classifier, output: str) -> None:
+    def __init__(self, model: CrateMAE | Classifier) -> None:
         super().__init__()
-        self.output = output
         self.model = model.eval().requires_grad_(False)
         self.embed = embedding_of(model)
         self.positions = positions_of(model)
         self.layers = nn.ModuleList(layer_of(block) for block in model.encoder_layers)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self._encoded(self.embed(images), images)
-        if self.output == "features":
-            return self.model.last_norm(x)[:, 1:].mean(dim=1)
-        tokens = self.model._normed(x)
-        return tokens if self.output == "tokens" else self.model.forward_head(tokens)
-
     def _encoded(self, x: Tensor, images: Tensor) -> Tensor:
-        """What the last encoder layer makes of embedded patches: [batch, 1 + patches, width]."""
+        """The last encoder layer's output [batch, 1 + patches, width] for embedded patches."""
         patch = self.model.config.patch_size
         x = torch.cat([self.model.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + self.positions(images.shape[2] // patch, images.shape[3] // patch)
@@ -52,16 +43,38 @@ class ExportForm(nn.Module):
         return x
 
 
-class ReconstructionForm(ExportForm):
-    """What a CRATE-MAE makes of images with removed patches: ``pred`` and ``mask`` of ``MAEOutput``.
+class ExportForm(_Form):
+    """A model's tokens, features or logits of images.
 
     Args:
-        model: as for ``ExportForm``.
+        model: as for ``_Form``.
+        output: "tokens" as of ``forward_features``; "features", the mean patch token behind the final norm; or "logits".
+    """
+
+    def __init__(self, model: CrateMAE | Classifier, output: str) -> None:
+        super().__init__(model)
+        self.output = output
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self._encoded(self.embed(images), images)
+        if self.output == "features":
+            return self.model.last_norm(x)[:, 1:].mean(dim=1)
+        tokens = self.model._normed(x)
+        return tokens if self.output == "tokens" else self.model.forward_head(tokens)
+
+
+class ReconstructionForm(_Form):
+    """A CRATE-MAE's reconstruction of images with removed patches: ``pred`` and ``mask`` of ``MAEOutput``.
+
+    Args:
+        model: as for ``_Form``.
         mask_ratio: as for ``CrateMAE.forward``.
     """
 
+    model: CrateMAE
+
     def __init__(self, model: CrateMAE, mask_ratio: float) -> None:
-        super().__init__(model, "reconstruction")
+        super().__init__(model)
         self.mask_ratio = mask_ratio
         self.decoder_layers = nn.ModuleList(layer_of(block) for block in model.decoder_blocks)
 
@@ -82,14 +95,20 @@ class ReconstructionForm(ExportForm):
 
 
 def embedding_of(model: Backbone) -> nn.Module:
-    """A module of images that gives embedded patches [batch, patches, width], without positions."""
+    """A module from images to their embedded patches [batch, patches, width], without positions."""
     if isinstance(model, MAEEncoder):
         return _Patches(model.patch_embed.proj)
-    return _Patches(model.conv1) if isinstance(model, CrateAlpha) else model.to_patch_embedding
+    return _Patches(model.conv1) if isinstance(model, CrateAlpha) else _crate(model).to_patch_embedding
+
+
+def _crate(model: Backbone) -> Crate:
+    if not isinstance(model, Crate):
+        raise TypeError(f"model: expected a CRATE, CRATE-alpha or CRATE-MAE, got {type(model).__name__}")
+    return model
 
 
 class _Patches(nn.Module):
-    """A convolution that is one linear map a patch, as that: of images that are no whole patches it would drop the rest."""
+    """A convolution with one linear map a patch, as that map. The convolution would silently drop an incomplete patch."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -107,9 +126,12 @@ def layer_of(block: nn.Module) -> nn.Module:
     Raises:
         TypeError: it is of another class.
     """
-    for kind, form in ((EncoderBlock, _Encoder), (AlphaBlock, _Alpha), (DecoderBlock, _Decoder)):
-        if type(block) is kind:
-            return form(block)
+    if type(block) is EncoderBlock:
+        return _Encoder(block)
+    if type(block) is AlphaBlock:
+        return _Alpha(block)
+    if type(block) is DecoderBlock:
+        return _Decoder(block)
     raise TypeError(f"model: expected layers of CRATE, CRATE-alpha or CRATE-MAE, got {type(block).__name__}")
 
 
@@ -127,22 +149,14 @@ class _Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
-class _Layer(nn.Module):
-    """The two steps of a block, each with its norm; the attention in its export form."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        (self.first_norm, first), (self.second_norm, second) = block._steps()
-        self.first, self.second = (_Attention(step) if type(step) is MSSA else step for step in (first, second))
-
-
-class _Encoder(_Layer):
-    """z = x + MSSA(LN x), then ISTA: relu(n + eta n (W - W^T W) - eta lambda) of n = LN z, one product in place of three."""
+class _Encoder(nn.Module):
+    """z = x + MSSA(LN x), then ISTA of n = LN z as one product: relu(n + eta n (W - W^T W) - eta lambda)."""
 
     def __init__(self, block: EncoderBlock) -> None:
-        super().__init__(block)
-        ista = self.second
-        self.second = nn.Linear(*ista.weight.shape)
+        super().__init__()
+        (self.first_norm, mssa), (self.second_norm, ista) = block._steps()
+        self.first = _Attention(mssa)
+        self.second = nn.Linear(len(ista.weight), len(ista.weight))
         with torch.no_grad():
             self.second.weight.copy_(ista.step_size * combine(ista.weight).t())
             self.second.bias.fill_(-ista.step_size * ista.lambd)
@@ -153,8 +167,13 @@ class _Encoder(_Layer):
         return F.relu(normed + self.second(normed))
 
 
-class _Alpha(_Layer):
+class _Alpha(nn.Module):
     """z = x + MSSA(LN x); z + ODL(LN z)."""
+
+    def __init__(self, block: AlphaBlock) -> None:
+        super().__init__()
+        (self.first_norm, mssa), (self.second_norm, self.second) = block._steps()
+        self.first = _Attention(mssa)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.first(self.first_norm(x))
@@ -162,8 +181,13 @@ class _Alpha(_Layer):
         return x + overcomplete_ista(self.second_norm(x), step.D, step.D1, step.eta, step.lmbda)
 
 
-class _Decoder(_Layer):
+class _Decoder(nn.Module):
     """g = LN(x) W^T; g - MSSA(LN g)."""
+
+    def __init__(self, block: DecoderBlock) -> None:
+        super().__init__()
+        (self.first_norm, self.first), (self.second_norm, mssa) = block._steps()
+        self.second = _Attention(mssa)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(self.first_norm(x), self.first.weight)
@@ -171,14 +195,17 @@ class _Decoder(_Layer):
 
 
 def positions_of(model: Backbone) -> nn.Module:
-    """A module of (rows, columns) that gives a model's positions [1, 1 + rows * columns, width] for any grid of patches."""
+    """A module from (rows, columns) to a model's positions [1, 1 + rows * columns, width], for any grid of patches."""
     if model.config.has_fixed_positions:
         return _SineCosine(model.config.embed_dim)
+    model = _crate(model)
     return _Resampled(model.pos_embedding.detach(), model._configured_grid)
 
 
 class _SineCosine(nn.Module):
     """``crate_mae.positions.sine_cosine``."""
+
+    frequencies: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -199,6 +226,9 @@ class _SineCosine(nn.Module):
 
 class _Resampled(nn.Module):
     """``crate_mae.positions.resampled``: bicubic, antialiased, as two matrices, one for the rows and one for the columns."""
+
+    of_class: Tensor
+    of_patches: Tensor
 
     def __init__(self, positions: Tensor, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -229,5 +259,5 @@ def _bicubic(old: int, new: int) -> Tensor:
 
 
 def _count(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """How many there are, as a tensor: sizes as Python numbers are not for all exporters."""
+    """The number of values as a tensor, as not every exporter can compute with sizes as Python numbers."""
     return torch.ones_like(values, dtype=dtype).sum()

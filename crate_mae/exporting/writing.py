@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from crate_mae import __version__
-from crate_mae.checkpoints import CONFIG_FILE, load_model
+from crate_mae.checkpoints import CONFIG_FILE, load_model, read_json
 from crate_mae.classifiers import Classifier
-from crate_mae.data import MissingLibrary, Normalization
+from crate_mae.data import MissingLibrary
 from crate_mae.exporting.check import (
     LEAST_SIDE,
     Checked,
@@ -40,6 +41,7 @@ from crate_mae.exporting.check import (
 from crate_mae.exporting.form import ExportForm, ReconstructionForm
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
+from crate_mae.preprocessing import read_statistics
 
 Format = Literal["pt2", "onnx"]
 Output = Literal["tokens", "features", "logits", "reconstruction"]
@@ -47,25 +49,25 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 METADATA = "crate_mae.json"
-"""In the file: of .pt2 one of its extra files, in ONNX an entry of the model's metadata."""
+"""The name of the metadata in the file: an extra file in a .pt2, an entry of the model's metadata in ONNX."""
 
 DEFAULT_OPSET, OPSETS = 18, range(18, 24)
 
 _LARGEST_ONNX = 2**31 - 2**20
-"""Bytes of weights: the most that a file of Protocol Buffers holds, less what the graph takes."""
+"""The most bytes of weights: a Protocol Buffers file holds 2 GiB, and the graph needs some of them."""
 
 
 class Exported(NamedTuple):
-    """What was written.
+    """The file that was written.
 
     Attributes:
-        path: of the file.
-        format: which of ``FORMATS``.
-        output: which of ``OUTPUTS``.
+        path: the file.
+        format: one of ``FORMATS``.
+        output: one of ``OUTPUTS``.
         inputs, outputs: their names, in the file's order.
-        size: of the file, in bytes.
-        patch_size: height and width of images are multiples of it, twice that or more.
-        checked: what was found of each size.
+        size: the file's size in bytes.
+        patch_size: height and width of images are multiples of it, at least twice as large.
+        checked: the comparison with the model, for each size of images.
     """
 
     path: Path
@@ -137,8 +139,12 @@ def export(
     about = _metadata(run, model, output, format, mask_ratio)
     cases = cases_of(model, output)
     wanted = [outputs_of_model(model, case, output, mask_ratio) for case in cases]
-    own = copy.deepcopy(model)  # what the form did to weights that it shared would be done to what it is compared with
-    form = ReconstructionForm(own, mask_ratio) if output == "reconstruction" else ExportForm(own, output)
+    own = copy.deepcopy(model)  # the form may change its weights, and the model is compared with it
+    form = (
+        ReconstructionForm(own, mask_ratio)
+        if isinstance(own, CrateMAE) and output == "reconstruction"
+        else ExportForm(own, output)
+    )
     with _quiet():
         program = _program(form, model, about["inputs"])
         content = (_onnx_of(program, about, opset) if format == "onnx" else _pt2_of(program, about)).getbuffer()
@@ -172,7 +178,7 @@ def _path_of(run: Path, out: str | Path | None, format: Format, overwrite: bool)
 
 
 def _output_of(model: CrateMAE | Classifier, output: Output | None) -> Output:
-    """The output that was asked for, or else what is usual of the model."""
+    """The output that was asked for, or the model's default."""
     has_head = isinstance(model, Classifier) and model.num_classes > 0
     if output is None:
         return "logits" if has_head else "tokens"
@@ -208,15 +214,8 @@ def _check_libraries() -> None:
 def _metadata(
     run: Path, model: CrateMAE | Classifier, output: Output, format: Format, mask_ratio: float
 ) -> dict[str, Any]:
-    file = run / CONFIG_FILE
-    config = json.loads(file.read_bytes())
-    images = config.get("images")
-    said = images if isinstance(images, dict) and {"mean", "std"} <= images.keys() else dict(mean=None, std=None)
-    if said is images:
-        try:
-            Normalization(said["mean"], said["std"], model.config.in_chans)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: images: expected mean and std, a number for each channel: {error}") from None
+    config = read_json(run / CONFIG_FILE)
+    mean, std = read_statistics(run) or (None, None)
     reconstructs = output == "reconstruction"
     libraries = ("torch", *("onnx", "onnxscript") * (format == "onnx"))
     return {
@@ -224,8 +223,8 @@ def _metadata(
         "inputs": ["images", "noise"] if reconstructs else ["images"],
         "outputs": ["pred", "mask"] if reconstructs else [output],
         **({"mask_ratio": mask_ratio} if reconstructs else {}),
-        "mean": said["mean"],
-        "std": said["std"],
+        "mean": mean,
+        "std": std,
         "patch_size": model.config.patch_size,
         "model": dataclasses.asdict(model.config),
         **({"classes": config["classes"]} if "classes" in config and output == "logits" else {}),
@@ -236,7 +235,7 @@ def _metadata(
     }
 
 
-def _program(form: ExportForm, model: CrateMAE | Classifier, inputs: Sequence[str]) -> ExportedProgram:
+def _program(form: nn.Module, model: CrateMAE | Classifier, inputs: Sequence[str]) -> ExportedProgram:
     """The form's graph, for any batch, height and width.
 
     Raises:
@@ -261,7 +260,7 @@ def _program(form: ExportForm, model: CrateMAE | Classifier, inputs: Sequence[st
 
 
 def _drop_unused_weights(program: ExportedProgram) -> None:
-    """Such as those of the decoder, of tokens: torch.export keeps all that a module has."""
+    """Drop weights that no output needs, such as the decoder's for tokens; torch.export keeps all weights of a module."""
     inputs = program.graph_signature.input_specs
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     for spec in [spec for spec in inputs if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)]:
@@ -273,7 +272,7 @@ def _drop_unused_weights(program: ExportedProgram) -> None:
 
 
 def _namespace(target: Any) -> str:
-    """Of an operator; of Python's own functions, which compute sizes, and of names of inputs, none."""
+    """The namespace of an operator; "" for Python's own functions, which compute sizes, and for names of inputs."""
     return getattr(target, "namespace", "")
 
 
@@ -286,13 +285,14 @@ def _pt2_of(program: ExportedProgram, about: Mapping[str, Any]) -> io.BytesIO:
 def _onnx_of(program: ExportedProgram, about: Mapping[str, Any], opset: int) -> io.BytesIO:
     names = dict(input_names=about["inputs"], output_names=about["outputs"])
     made = torch.onnx.export(program, (), dynamo=True, opset_version=opset, external_data=False, verbose=False, **names)
+    assert made is not None  # as dynamo=True has it
     model = made.model_proto
     if {(each.domain, each.version) for each in model.opset_import} != {("", opset)}:
         found = ", ".join(f"{each.domain or 'ONNX'} {each.version}" for each in model.opset_import)
         raise WrongExport(f"expected operators of ONNX {opset} alone, got {found}")
     _name_sizes(model.graph)
     for node in model.graph.node:
-        del node.metadata_props[:]  # where PyTorch had it from
+        del node.metadata_props[:]  # where in the source code the node comes from
     model.metadata_props.add(key=METADATA, value=json.dumps(about))
     return io.BytesIO(model.SerializeToString())
 
@@ -306,11 +306,11 @@ _SIZES = {
     "pred": ("batch", "patches", None),
     "mask": ("batch", "patches"),
 }
-"""What the sizes of inputs and outputs are called in ONNX, where they are not fixed."""
+"""Names in ONNX of the sizes of inputs and outputs that are not fixed."""
 
 
 def _name_sizes(graph: Any) -> None:
-    del graph.value_info[:]  # what is inside, in symbols that nothing defines then
+    del graph.value_info[:]  # shapes inside the graph, in symbols that would no longer be defined
     for value in (*graph.input, *graph.output):
         for size, name in zip(value.type.tensor_type.shape.dim, _SIZES[value.name], strict=True):
             if name is not None:
@@ -319,7 +319,7 @@ def _name_sizes(graph: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What exporters print, warn of and log is of their own workings."""
+    """A block in which the exporters' own prints, warnings and logs are not shown."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

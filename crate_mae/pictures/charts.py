@@ -43,7 +43,7 @@ class Bar(NamedTuple):
 
 
 Shape = Literal["round", "square", "ring", "triangle", "cross"]
-"""Of a marker; a ring is a round one that is empty."""
+"""The shape of a marker; a ring is an empty circle."""
 
 
 class Mark(NamedTuple):
@@ -58,7 +58,7 @@ class Mark(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """What a plot shows along x or y: from `lowest` to `highest`, which is above that; a logarithmic one above 0."""
+    """The range of a plot along x or y, `lowest` < `highest`; both above 0 where it is logarithmic."""
 
     lowest: float
     highest: float
@@ -66,7 +66,7 @@ class Axis(NamedTuple):
     logarithmic: bool = False
 
     def share(self, value: float) -> float:
-        """How far on the way from the lowest to the highest a value is; beyond them, below 0 or above 1."""
+        """The position of a value between `lowest` (0) and `highest` (1); values beyond them are below 0 or above 1."""
         ends = value, self.lowest, self.highest
         at, start, end = map(math.log, ends) if self.logarithmic else ends
         return (at - start) / (end - start)
@@ -167,7 +167,7 @@ class Canvas:
             self.line([(x - cap, y), (x + cap, y)], colour, 1.5)
 
     def legend(self, at: tuple[float, float], entries: Sequence[tuple[str, str]], right: float) -> float:
-        """A swatch in the colour of each (name, colour), in lines from a point no further than `right`; returns the last's y."""
+        """Names behind swatches of their colours, in lines between a point and `right`; returns the y of the last line."""
         x, y = at
         for name, colour in entries:
             width = 40 + text_width(name, 15) + 24
@@ -298,7 +298,7 @@ class Canvas:
 
     @contextmanager
     def _within(self, box: Box) -> Iterator[None]:
-        """What is drawn meanwhile shows in the box alone."""
+        """A block in which drawing is cut off at the edges of the box."""
         left, top, right, bottom = (round(2 * edge) for edge in box)
         whole, inside = self._image, (left, top, right + 1, bottom + 1)
         self._image = whole.copy()
@@ -335,7 +335,7 @@ class Canvas:
 
 
 def text_width(words: str, size: float) -> float:
-    """Of words as `Canvas.text` writes them."""
+    """The width in pixels of words that `Canvas.text` writes."""
     return ImageFont.load_default(2 * size).getlength(words) / 2
 
 
@@ -354,7 +354,7 @@ def blend(one: str, other: str, share: float) -> str:
 
 
 def _limits(series: Iterable[Series]) -> tuple[float, float]:
-    """What all is within, with some room; around values that are all the same, too."""
+    """The least and the largest value of all series, with some room around them, also where all values are equal."""
     ends: list[float] = []
     for each in series:
         spreads = each.spreads or [0.0] * len(each.values)
@@ -369,12 +369,12 @@ def _limits(series: Iterable[Series]) -> tuple[float, float]:
 
 
 def _level(value: float, *, lowest: float, highest: float, top: float, bottom: float) -> float:
-    """Where on the y axis a value is."""
+    """The y coordinate of a value."""
     return bottom - (value - lowest) / (highest - lowest) * (bottom - top)
 
 
 def _parts(left: float, right: float, layers: Sequence[int], *, gap: float) -> Iterator[tuple[float, float]]:
-    """Where on the x axis each stack is: a share of it by its layers, and room for its name at least."""
+    """The left and right end of each stack on the x axis: in proportion to its layers, and at least as wide as its name."""
     whole = right - left - gap * (len(layers) - 1)
     least = 0.3 * whole if len(layers) > 1 else 0.0
     for count in layers:
@@ -384,7 +384,7 @@ def _parts(left: float, right: float, layers: Sequence[int], *, gap: float) -> I
 
 
 def _numbered(layers: int, room: float) -> list[int]:
-    """The layers whose numbers are written, counted from 1: so many as have room."""
+    """The numbers of layers that are written, counted from 1: as many as have room."""
     step = next(step for step in (1, 2, 3, 4, 6, 10, 12, 20, 50, 100, layers + 1) if step * room >= 20 or step > layers)
     numbers = list(range(step, layers + 1, step))
     return numbers if step == 1 else [1, *(number for number in numbers if (number - 1) * room >= 20)]

@@ -1,4 +1,4 @@
-"""Which classes a model's features tell apart: what each method finds, and what it takes for what."""
+"""Which classes a model's features tell apart: the accuracy of each method, and its confusion matrix."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _RUN, _UNTRAINED = "#1766a6", "#b9b9b9"
 
 _WIDTH, _MARGIN, _HEAD, _BARS, _SQUARE, _GAP = 1600, 40, 110, 320, 700, 60
 _NAMES = 110
-"""Pixels beside and under a square for the names of classes."""
+"""Pixels left of and below a confusion matrix for the names of its classes."""
 
 _MOST_NAMED = 40
-"""Classes whose names have room beside a square; of more, only numbers have."""
+"""The most classes whose names have room beside a matrix; more classes are shown by number."""
 
 
 def classes_picture(

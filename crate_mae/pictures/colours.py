@@ -61,5 +61,5 @@ def distinct(count: int) -> np.ndarray:
 
 
 def hexadecimal(colour: np.ndarray) -> str:
-    """As Pillow takes it."""
+    """The colour as Pillow takes it, such as "#1766a6"."""
     return "#{:02x}{:02x}{:02x}".format(*colour)

@@ -15,20 +15,20 @@ from crate_mae.pictures.charts import FAINT, INK, Axis, Canvas, Line, Mark, Shap
 from crate_mae.pictures.sheet import wrapped
 
 COLOURS = ("#1766a6", "#d9730d", "#2a8c3c", "#8e44ad", "#17a2a8", "#c2378f", "#8a5a2b", "#5c6470")
-"""Of runs, in their order. Red is for what went wrong."""
+"""The colours of the runs, in their order. Red is kept for what went wrong."""
 
 _BAD = "#d01c1c"
 
 _WIDTH, _MARGIN, _AXIS, _GAP, _TITLES, _NUMBERS = 1760, 40, 58, 46, 56, 64
 
 _POINTS = 400
-"""A column has room for: of longer runs means are drawn, over so many rows that they are no more."""
+"""The most points of a curve. Longer runs are drawn as means over several rows."""
 
 _MARKERS = 40
-"""Of a run's validations: of more, some have none."""
+"""The most validations of a run that get a marker."""
 
 _DECADES, _PEAKS = 3, 5.0
-"""A logarithmic axis spans so many decades at most, and goes up to so many times the smallest peak of a run."""
+"""A logarithmic axis spans at most `_DECADES`, and goes up to `_PEAKS` times the lowest of the runs' maxima."""
 
 
 class _Panel(NamedTuple):
@@ -52,14 +52,14 @@ _TOP1 = _Panel("Validation top-1", "fraction of images whose class has the large
 _GRADIENTS = _Panel("Gradient norm", "before it is shortened; logarithmic", 150, "grad_norm", marked=False)
 
 _Across = Callable[[Reading], float]
-"""What a column is over."""
+"""The x value of a reading in one column of panels, such as its step."""
 
 _Points = list[tuple[Reading, float]]
 """Readings, and the value that a panel shows of each."""
 
 
 class _Curve(NamedTuple):
-    """What a panel shows of a run."""
+    """The curve of one run in a panel."""
 
     run: ComparedRun
     colour: str
@@ -117,7 +117,7 @@ def comparison_picture(comparison: Comparison) -> Image.Image:
             drawn = [line for curve in of_panel for line in _lines(curve, over)]
             told = column == 0 and panel is panels[0]
             marks = [mark for curve in of_panel for mark in _marks(curve, over, told=told, alone=not panel.marked)]
-            # Thin ones first, so that none lies over a thick one.
+            # Thin lines first, so that none covers a thick one.
             canvas.plot(box, sorted(drawn, key=lambda line: line.width), marks, x, y, numbered=column == 0)
         top += _TITLES + panel.height + _NUMBERS
     return canvas.finished()
@@ -157,19 +157,19 @@ def _curve(run: ComparedRun, colour: str, panel: _Panel) -> _Curve:
 
 
 def _placed(readings: Sequence[Reading], name: str, panel: _Panel) -> _Points:
-    """Those that have a place on the panel's axis."""
+    """The points that have a place on the panel's axis."""
     found = [(reading, reading.values.get(name, math.nan)) for reading in readings]
     return [each for each in found if math.isfinite(each[1]) and (each[1] > 0 or not panel.logarithmic)]
 
 
 def _mean(points: _Points) -> tuple[Reading, float]:
-    """The mean value, at the last of them; diverging where one of them is."""
+    """One point for several: their mean value at the place of the last; diverging where one of them is."""
     last, _ = points[-1]
     return last._replace(diverging=any(reading.diverging for reading, _ in points)), fmean(value for _, value in points)
 
 
 def _y_axis(panel: _Panel, curves: Sequence[_Curve]) -> Axis:
-    """Around the values of runs while they do not diverge; where they all do, around all."""
+    """The axis around all values of runs that do not diverge there; around all values where all diverge."""
     of_runs = [[value for reading, value in curve.points if not reading.diverging] for curve in curves]
     values = [each for each in of_runs if each] or [[value for curve in curves for _, value in curve.points] or [1.0]]
     lowest, highest = min(map(min, values)), max(map(max, values))
@@ -181,7 +181,7 @@ def _y_axis(panel: _Panel, curves: Sequence[_Curve]) -> Axis:
 
 
 def _beyond(panel: _Panel, axis: Axis, curves: Sequence[_Curve]) -> Iterator[str]:
-    """What of a panel is not to be seen, in words."""
+    """Which runs a panel's axis cuts off, in words."""
     for word, edge, furthest, sign in (("above", axis.highest, max, 1), ("below", axis.lowest, min, -1)):
         reached = {curve.run.name: furthest((value for _, value in curve.points), default=edge) for curve in curves}
         if told := [f"{name}, which reaches {at:.3g}" for name, at in reached.items() if sign * at > sign * edge]:
@@ -229,12 +229,12 @@ def _marks(curve: _Curve, over: _Across, *, told: bool, alone: bool) -> list[Mar
 
 
 def _some(points: _Points) -> _Points:
-    """So many of them as there is room for markers, the last among them."""
+    """At most `_MARKERS` of the points, evenly spaced, the last among them."""
     return points[:: -max(1, -(-len(points) // _MARKERS))]
 
 
 def _signs(runs: Sequence[ComparedRun]) -> list[tuple[Shape, str, str]]:
-    """What the marks mean that there are."""
+    """Shape, colour and meaning of the marks that these runs have."""
     diverging = any(reading.diverging for run in runs for reading in (*run.steps, *run.validations))
     signs: list[tuple[Shape, str, str, bool]] = [
         ("round", INK, "validation", any(run.validations for run in runs)),

@@ -1,4 +1,4 @@
-"""What goes on inside a model, drawn: attention, the regions it picks out, tokens in colour, an image's path through layers."""
+"""Pictures of a model's inside: attention, the regions it picks out, tokens in colour, an image's path through layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from crate_mae.pictures.sheet import Column, Row, cell_size, sheet
 
 PAGE = "index.html"
 PATHS = ("path.png", "path_2.png", "path_3.png", "path_4.png")
-"""Of the first images, one each."""
+"""One picture for each of the first images."""
 
 SHOWS = {
     PAGE: "the page: image, layer, head and patch are picked by clicking",
@@ -33,17 +33,17 @@ SHOWS = {
 """Every file that ``crate_mae.visualizing.visualize`` may write, in words; the one to open first is the first."""
 
 GIVEN_CONTRAST = "norm_pix_loss: brightness and contrast of every predicted patch are the true ones."
-"""What must be said beside predictions of a model that learnt standardised patches."""
+"""The remark beside predictions of a model that was trained on standardised patches."""
 
 _PATH_CELL = 120
 _OPACITY = 0.85
 _OUTLINE = 5
 _FRAME = 12
-"""Pixels of a panel that a frame takes at least, so that some of the patch is seen in it."""
+"""The least side of a frame in pixels, so that some of the patch is seen inside it."""
 
 
 class Query(NamedTuple):
-    """Whose attention is drawn: that of a patch, its row and column counted from 0, or of the class token where it is None."""
+    """The token whose attention is drawn: the patch at (row, column), counted from 0, or the class token if None."""
 
     patch: tuple[int, int] | None = None
 
@@ -56,7 +56,7 @@ class Query(NamedTuple):
         )
 
     def attention(self, layer: LayerView) -> Tensor:
-        """What each head attends to in the patches, float32 [heads, rows, columns]; the class token has the rest."""
+        """The attention of each head to the patches, float32 [heads, rows, columns]. The class token gets the rest."""
         grid = tuple(layer.norms.shape)
         token = 0 if self.patch is None else 1 + self.patch[0] * grid[1] + self.patch[1]
         scores = (layer.projected[:, token : token + 1] @ layer.projected.mT)[:, 0] * layer.scale
@@ -75,7 +75,7 @@ class Query(NamedTuple):
 
 
 def _framed(place: int, side: int, count: int) -> tuple[int, int]:
-    """From and to which of a panel's pixels a frame goes."""
+    """The first and the last pixel of a frame along one side of a panel."""
     length = max(side / count, _FRAME)
     first = min(max((place + 0.5) * side / count - length / 2, 0), side - length)
     return round(first), round(first + length)
@@ -128,7 +128,7 @@ def attention_picture(
 
 
 def layers_picture(views: Sequence[ImageView], names: Sequence[str], query: Query, caption: str) -> Image.Image:
-    """What the query attends to, the mean over heads, through all layers of the encoder; of a model without, its decoder."""
+    """The query's attention, mean over heads, in each layer of the encoder; of the decoder where there is no encoder."""
     stack = views[0].layers[0].stack
 
     def row(name: str, view: ImageView) -> Row:
@@ -277,7 +277,7 @@ def reconstructions_picture(
 
 
 def name_of(layer: LayerView) -> str:
-    """As pictures and the command number layers: from 1, in each stack."""
+    """The name of a layer, such as "encoder 1": layers of a stack are counted from 1."""
     return f"{layer.stack} {layer.index + 1}"
 
 
@@ -287,7 +287,7 @@ def _ends(span: tuple[float, float]) -> tuple[str, str]:
 
 
 def _span(least: float, most: float) -> float:
-    """What colours range over: all, where the ends read alike, so that rounding is not drawn as differences."""
+    """The range of the colours; infinite where both ends print alike, so that rounding is not drawn as differences."""
     return most - least if _ends((least, most))[1] else math.inf
 
 

@@ -1,4 +1,4 @@
-"""What each layer of a model does to tokens, on one page: first in the papers' form, then whatever else has a measure."""
+"""All measures of a model's layers on one page: first those that the papers plot, then the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WIDTH, _MARGIN, _AXIS, _TITLES, _NAMES = 1760, 40, 62, 66, 62
 
 
 class _Panel(NamedTuple):
-    """Of a page: what is over the layers of each stack."""
+    """One plot of the page: a measure over the layers of each stack."""
 
     title: str
     detail: str

@@ -123,10 +123,10 @@ def _script(name: str, value: Any) -> str:
 
 
 def _escaped(text: str) -> str:
-    """As HTML, in ASCII."""
+    """The text escaped for HTML, in ASCII."""
     return html.escape(_readable(text)).encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
 def _readable(text: str) -> str:
-    """With the replacement character for surrogates, which stand for bytes of a file's name that are no UTF-8."""
+    """The text with U+FFFD in the place of surrogates, by which Python writes bytes of a file name that are not UTF-8."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)

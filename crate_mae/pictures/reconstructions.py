@@ -1,4 +1,4 @@
-"""What a masked auto-encoder makes of images: original, masked, prediction, prediction around the visible patches."""
+"""A masked autoencoder's reconstructions: original, masked, prediction, prediction around the visible patches."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def reconstruct(
     mask_ratio: float = 0.75,
     noise: torch.Tensor | None = None,
 ) -> Reconstructions:
-    """What the model makes of images.
+    """The model's reconstructions of images.
 
     Args:
         pixels: uint8 [batch, channels, height, width], on any device.
@@ -118,7 +118,7 @@ def _sheet(columns: Sequence[torch.Tensor], titles: Sequence[str]) -> Image.Imag
         left = _GAP + column * (cell_width + _GAP)
         draw.text((left + cell_width / 2, _TITLE_HEIGHT / 2), title, fill="black", font=font, anchor="mm")
         for row, image in enumerate(images):
-            # Nearest: a patch edge or a grey patch shall look as sharp as it is.
+            # Nearest neighbour keeps the edges of patches sharp.
             cell = to_image(image).resize((cell_width, cell_height), Image.Resampling.NEAREST)
             sheet.paste(cell, (left, _TITLE_HEIGHT + row * (cell_height + _GAP)))
     return sheet

@@ -21,7 +21,7 @@ _LINE, _BAR, _SCALE_HEIGHT = 16, 10, 32
 
 
 class Column(NamedTuple):
-    """What stands over a column: a title, of several lines where it has line breaks."""
+    """The title over a column, of several lines where it has line breaks."""
 
     title: str
     colour: str = INK
@@ -41,7 +41,7 @@ class Row(NamedTuple):
     scales: Sequence[tuple[str, str] | None] = ()
 
 
-def cell_size(shape: tuple[int, int], width: int = CELL, tallest: float = 1.5) -> tuple[int, int]:
+def cell_size(shape: Sequence[int], width: int = CELL, tallest: float = 1.5) -> tuple[int, int]:
     """(height, width) of the cell of an image of a shape (height, width), in pixels of twice the sheet's resolution.
 
     It is as wide as cells are, or as high as that times ``tallest`` and narrower; a strip is made broad enough to be seen.
@@ -74,7 +74,7 @@ def sheet(
     labels = [_label(row) for row in rows]
     heights = [_height(row, label) for row, label in zip(rows, labels, strict=True)]
     head = 2 * _MARGIN + 28 * len(heading) + 19 * len(texts) + (26 if scale else 0)
-    top = head + _LINE * max(map(len, titles))
+    top: float = head + _LINE * max(map(len, titles))
     canvas = Canvas(total, round(top + sum(heights) + _MARGIN))
 
     for number, line in enumerate(heading):
@@ -103,8 +103,8 @@ def sheet(
     return canvas.finished()
 
 
-def _label(row: Row) -> list[tuple[str, float, str]]:
-    """What stands beside a row: lines, their size and colour."""
+def _label(row: Row) -> list[tuple[str, int, str]]:
+    """The lines beside a row, with their size and colour."""
     names = [(line, 13, INK) for line in wrapped(row.name, 13, _NAMES - 12, most=3)]
     return names + [(line, 12, FAINT) for detail in row.details for line in wrapped(detail, 12, _NAMES - 12)]
 

@@ -104,7 +104,7 @@ def summary_picture(
 def _draw_curves(canvas: Canvas, box: Box, curves: Curves) -> None:
     _draw_title(canvas, box, "Error on removed patches", "mean squared, in normalised pixels; validation photographs")
     errors = [error for _, error in curves.validation]
-    # Of images of one colour, nothing is lost by the others.
+    # Where each image has one colour, the mean and the blur make no error.
     highest = 1.1 * (max(curves.mean_fill, curves.blur) or max(errors) or 1.0)
     lowest = 0.9 * min(*errors, curves.blur)
     canvas.curves(

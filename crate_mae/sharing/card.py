@@ -26,10 +26,10 @@ _GUESSES = {
     "pretrain": {"mean_fill_loss": "the mean of the visible pixels", "blur_loss": "the best blur of them"},
     "finetune": {"guess_loss": "guessing"},
 }
-"""By kind of run, errors that need no model, in rows of validations, and what they are of."""
+"""For each kind of run, the columns of its validations with the error of a guess without a model, and that guess in words."""
 
 _A_PATH = re.compile(r"[^\s,]*/[^,]*?(?= ->|,|$)")
-"""In settings that were changed, as a run tells them: "data /home/me/one -> /home/me/two, run.seed 0 -> 1"."""
+"""A path in a run's report of changed settings, such as "data /home/me/one -> /home/me/two, run.seed 0 -> 1"."""
 
 _PAPERS = {"crate": "2306.01129", "crate_alpha": "2405.20299", "crate_mae": "2404.02446"}
 _NAMES = {"crate": "A CRATE", "crate_alpha": "A CRATE-alpha", "crate_mae": "The encoder of a CRATE-MAE"}
@@ -48,13 +48,13 @@ def card(
     """The text of a model card.
 
     Args:
-        model: a plain one.
-        name: under which others load it: of a repository on the hub, or of a folder.
-        origin: what is known of its training; None of a model alone.
-        has_transform: whether ``load_transform`` works of the folder.
-        classes: of a classifier, by name.
-        remark: a paragraph on where it comes from.
-        license: an identifier of the hub, such as "mit"; without one the card says none.
+        model: the model, without PyTorch's wrappers.
+        name: the name under which others load it: a repository on the hub, or a folder.
+        origin: what is known of its training; None for a model alone.
+        has_transform: whether ``load_transform`` works with the folder.
+        classes: the names of a classifier's classes.
+        remark: a paragraph on where the model comes from.
+        license: an identifier of the hub, such as "mit"; the card names no licence without it.
     """
     config = model.config
     parts = [

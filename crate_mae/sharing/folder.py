@@ -44,14 +44,15 @@ def save_pretrained(
     folder, plain = Path(os.path.abspath(folder)), unwrapped(model)
     if (folder.name in (BEST, STATES) and is_run_folder(folder.parent)) or is_run_folder(folder):
         raise FileExistsError(f"{folder} is the folder of a run, which its own model belongs to; name another")
-    origin = None if run is None else origin_of(Path(run), weights_to_save(plain))
+    weights = weights_to_save(plain)
+    origin = None if run is None else origin_of(Path(run), weights)
     other: dict[str, Any] = {}
     if origin is not None:
         other = {RECIPE: origin.recipe} if origin.recipe else {}
         classes = origin.classes if classes is None else classes
         if mean is None and std is None:
             mean, std = origin.mean, origin.std
-    files = packed(plain, other, mean=mean, std=std, classes=classes)
+    files = packed(plain, weights, other, mean=mean, std=std, classes=classes)
     name = name or folder.name
     has_transform = mean is not None and plain.config.in_chans in COLOUR_MODES
     text = card(plain, name, origin, has_transform=has_transform, classes=classes, remark=remark, license=license)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, by huggingface_hub's model mixin: uploads and downloads are its own."""
+"""The Hugging Face Hub: uploads and downloads by huggingface_hub's model mixin."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD, CURVES)
 
 
 class HubFolder(ModelHubMixin):
-    """The folder of a model as the mixin takes it: what goes up is what lies in it, and what comes down is one.
+    """The folder of a model, which the mixin uploads and downloads.
 
-    So the models stay plain modules, the same whether huggingface_hub is installed or not, and nothing goes up that was not
-    whole before.
+    The models themselves do not inherit from the mixin: they are the same whether huggingface_hub is installed or not. The
+    folder is complete before its upload begins.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,5 +32,5 @@ class HubFolder(ModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> HubFolder:
         known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        chosen = {name: options[name] for name in known}  # beside these the mixin hands over what config.json says
+        chosen = {name: options[name] for name in known}  # the mixin adds the entries of config.json
         return cls(Path(snapshot_download(model_id, allow_patterns=list(FILES), **chosen)))

@@ -1,4 +1,4 @@
-"""Checkpoints that came from elsewhere: what model their weights are of, told by names and shapes."""
+"""Checkpoints from elsewhere: the model that they belong to is told by the names and shapes of their weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from crate_mae.positions import sine_cosine
 from crate_mae.registry import CLASSIFIERS, MODELS
 from crate_mae.state_dicts import fitting, one_line, plain_names, read_weights
 
-_HEADS = {config.embed_dim: config.num_heads for config in (*MODELS.values(), *CLASSIFIERS.values())}
-"""Of the published models, by width; those of one width have as many."""
+_HEADS = {config.embed_dim: config.num_heads for config in MODELS.values()}
+_HEADS |= {config.embed_dim: config.num_heads for config in CLASSIFIERS.values()}
+"""Numbers of heads of the published models, by width: models of one width have the same number."""
 
 _KINDS = {"CRATE-MAE": "CRATE-MAE", "crate": "CRATE", "crate_alpha": "CRATE-alpha", "crate_mae": "CRATE-MAE's encoder"}
 
 _HEAD = re.compile(r"(\w+\.)*(\w*head\w*|fc|fc_norm|classifier|linear)(\.\d+)*\.(weight|bias)")
-"""Names of what classifies, in the codes that fine-tune or probe such models."""
+"""Names that heads have in code that fine-tunes or probes such models."""
 
 
 def import_checkpoint(
@@ -126,7 +127,7 @@ def _refuse_idle(family: str, path: Path, **given: Any) -> None:
 
 
 def _check_positions(positions: Tensor, config: ModelConfig | ClassifierConfig, path: Path) -> None:
-    """That fixed positions are those of the images, which a number of patches alone does not tell: 8 x 2 are 4 x 4.
+    """Check that fixed positions are those of the configured images: 8 x 2 patches are as many as 4 x 4.
 
     Raises:
         ValueError: they are not.
@@ -158,12 +159,12 @@ def _family(found: Mapping[str, Tensor], path: Path) -> str:
 
 
 def _depth(found: Mapping[str, Tensor], layers: str) -> int:
-    """How many layers there are of a name, which is all that counts: that none is left out is seen when they are loaded."""
+    """How many layers have a name; whether one in between is missing is seen when the weights are loaded."""
     return len({match[1] for name in found if (match := re.match(rf"{layers}\.(\d+)\.", name))})
 
 
 def _sizes(found: Mapping[str, Tensor], family: str, path: Path, in_chans: int | None) -> dict[str, Any]:
-    """What shapes tell of the fields of a configuration."""
+    """The fields of a configuration that the shapes of the weights tell."""
     of_mae = family in ("CRATE-MAE", "crate_mae")
     layers = "blocks" if of_mae else r"transformer\.layers"
     token = _shape(found, "cls_token", 3, path)

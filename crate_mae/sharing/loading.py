@@ -18,7 +18,7 @@ def from_pretrained(name: str | Path, kind: type[Model], **options: Any) -> Mode
     """The model in a folder or a repository, on the CPU and in evaluation mode; see ``Backbone.from_pretrained``.
 
     Args:
-        kind: which is expected.
+        kind: the class that the model must have.
         **options: as for ``download``.
     """
     folder = download(name, **options)

@@ -1,4 +1,4 @@
-"""What the folder of a run tells of the model that it made, for those who are given the model without the folder."""
+"""Where a model comes from, as the folder of its run tells, for those who get the model without that folder."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ _SECTIONS = {
     "optimizer": (),
     "schedule": (),
 }
-"""Of a run's settings those that say what is learnt, and which of each are left out: said elsewhere, or of the machine."""
+"""The sections of a run's settings that say what is learnt, each with the settings that a card leaves out: those that are told
+elsewhere, or belong to the machine."""
 
 _OF_RUN = ("precision", "seed")
-"""Likewise, of the section run."""
+"""The settings of the section run that a card has."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Origin:
 
 
 def origin_of(run: Path, weights: Mapping[str, Tensor]) -> Origin:
-    """What the folder of a run, or of a model, tells of a model with these weights.
+    """The origin of a model with these weights, by the folder of a run or of a model.
 
     Args:
         run: the folder; of a run's ``best``, that of the run is looked at.
@@ -122,14 +123,14 @@ def origin_of(run: Path, weights: Mapping[str, Tensor]) -> Origin:
 
 
 def _checksum(folder: Path) -> str | None:
-    """Of the weights there; None where there are none."""
+    """The checksum of the weights in a folder; None where it has no weights."""
     file = folder / WEIGHTS_FILE
     return checksum(read_weights(file)) if folder.name != BEST or file.exists() else None
 
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """What is wrong with what a file says is said of the file."""
+    """A block in which errors are raised again as a ValueError that names the file."""
     try:
         yield
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
@@ -137,7 +138,7 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def _recipe(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run that say what is learnt; of no run, nothing."""
+    """The settings of a run that say what is learnt; empty where the content is not that of a run."""
     if "schedule" not in content:
         return {}
     recipe: dict[str, Any] = {"data": without_folders(content.get("data"))}
@@ -154,7 +155,7 @@ def _recipe(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scores(file: Path, weights: str) -> tuple[Score, ...]:
-    """Of evaluation.json, what was measured of the weights with this checksum."""
+    """The scores in an evaluation.json that were measured of the weights with this checksum."""
     if not file.exists():
         return ()
     with _naming(file):

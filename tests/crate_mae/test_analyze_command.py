@@ -20,12 +20,12 @@ from tiny_runs import TINY, tiny_config, write_photographs
 import crate_mae
 from crate_mae.analysis import MEASURES, Analysis, Measured, analyze
 from crate_mae.analyzing import analysis_lines, random_model, write_analysis
-from crate_mae.checkpoints import read_normalization
 from crate_mae.cli import main
 from crate_mae.data import CentreCropped, ImageFolder
 from crate_mae.model import CrateMAE
 from crate_mae.pictures.charts import Canvas, Series
 from crate_mae.pictures.layers import layers_picture
+from crate_mae.preprocessing import read_normalization
 from crate_mae.training import pretrain
 
 

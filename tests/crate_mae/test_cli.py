@@ -26,13 +26,13 @@ pytest.importorskip("jsonargparse")  # lacking where nothing can be installed, a
 
 import crate_mae
 import crate_mae.__main__
-from crate_mae.checkpoints import read_normalization
 from crate_mae.cli import main
 from crate_mae.cli.errors import outcome
 from crate_mae.config import ModelConfig
 from crate_mae.data import ImageFolder, LostWorkers
 from crate_mae.data.reading import open_file, part
 from crate_mae.model import CrateMAE
+from crate_mae.preprocessing import read_normalization
 from crate_mae.training import (
     PretrainConfig,
     RunConfig,

@@ -264,8 +264,11 @@ def test_what_is_damaged_is_named(name, file, damage, says, tmp_path):
 
 def test_an_image_that_is_missing_is_unreadable(tmp_path):
     make_pets(tmp_path / "pets")
-    (tmp_path / "pets/images/american_bulldog_3.jpg").unlink()
+    missing = tmp_path / "pets/images/american_bulldog_3.jpg"
+    missing.unlink()
     source = open_source(tmp_path / "pets/test")
+    files = list(source.files())
+    assert len(files) == len(source) and [path for path in files if not path.exists()] == [missing]
     with pytest.raises(UnreadableImage) as raised:
         source.image(0)
     assert (raised.value.cause, raised.value.name) == ("vanished", source.name(0))

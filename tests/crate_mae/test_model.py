@@ -11,7 +11,7 @@ from torch import Tensor
 
 import crate_kernels
 from crate_mae import MODELS, create_model
-from crate_mae.patches import kept_patches, removed_patches
+from crate_mae.masks import kept_patches, removed_patches
 from crate_mae.registry import count_parameters
 
 

@@ -10,8 +10,8 @@ import torch
 
 from crate_mae.config import ModelConfig
 from crate_mae.data import IMAGENET_MEAN, IMAGENET_STD, Normalization
+from crate_mae.masks import kept_patches, removed_patches
 from crate_mae.model import CrateMAE
-from crate_mae.patches import kept_patches, removed_patches
 from crate_mae.pictures import predicted_patches, reconstruction_sheet
 
 GAP, TITLE = 4, 18

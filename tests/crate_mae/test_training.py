@@ -28,7 +28,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import crate_mae
 from crate_kernels import use
 from crate_mae.analysis import analyze
-from crate_mae.checkpoints import load_model, read_normalization
+from crate_mae.checkpoints import load_model
 from crate_mae.data import (
     FLOWERS,
     IMAGENET_MEAN,
@@ -40,6 +40,7 @@ from crate_mae.data import (
 from crate_mae.evaluation import BLUR_SIGMAS, blurred_visible, mean_visible_colour, mean_visible_patch
 from crate_mae.files import replaced
 from crate_mae.model import CrateMAE
+from crate_mae.preprocessing import read_normalization
 from crate_mae.training import (
     ImagesConfig,
     NonFiniteLoss,

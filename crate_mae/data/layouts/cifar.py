@@ -21,7 +21,7 @@ from crate_mae.data.source import Source
 
 _SIDE = 32
 _BYTES = 3 * _SIDE * _SIDE
-"""Of an image: its red, its green and its blue, each row after row."""
+"""Bytes of an image: its red, green and blue planes, each row after row."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class CifarImages(Source):
         digest = hashlib.sha256()
         for pixels in self._pixels:
             for first in range(0, len(pixels), 1024):
-                digest.update(np.ascontiguousarray(pixels[first : first + 1024]))
+                digest.update(np.ascontiguousarray(pixels[first : first + 1024]).data)
         return digest.hexdigest()
 
     @property

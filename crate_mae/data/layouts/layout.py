@@ -1,4 +1,4 @@
-"""What a layout is: how one published data set lies on a disk."""
+"""Layouts: which files a published data set has on a disk, and how they are read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Layout:
         return all((folder / mark).is_file() for mark in self.marks)
 
     def about(self, parts: Sequence[str], images: int) -> str:
-        """What a user should know of the images that were read: of what they are, and how many of it."""
+        """A remark for the user: the data set and parts of the images, and how many of the published images there are."""
         published = sum(self.parts[part] for part in parts)
         held = (
             f"all {images:,} images"

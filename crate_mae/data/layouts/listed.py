@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +34,11 @@ class ListedImages(Source):
     ) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"no such folder of images: {folder}")
-        self.folder, self.files, self.classes = folder, list(files), list(classes)
+        self.folder, self.classes, self._names = folder, list(classes), list(files)
         self._labels, self._about = np.asarray(labels, dtype=np.int32), about
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self._names)
 
     def image(self, index: int) -> Image.Image:
         return open_file(self._path(index), self.name(index))
@@ -48,7 +48,7 @@ class ListedImages(Source):
 
     def fingerprint(self) -> str:
         """The SHA-256 of the files' names in their order, each ended by a NUL byte."""
-        return hashlib.sha256(b"".join(os.fsencode(name) + b"\0" for name in self.files)).hexdigest()
+        return hashlib.sha256(b"".join(os.fsencode(name) + b"\0" for name in self._names)).hexdigest()
 
     @property
     def labels(self) -> np.ndarray:
@@ -57,7 +57,10 @@ class ListedImages(Source):
     def remarks(self) -> list[str]:
         return [self._about]
 
+    def files(self) -> Iterable[Path]:
+        return (self.folder / name for name in self._names)
+
     def _path(self, index: int) -> Path:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        return self.folder / self.files[index]
+        return self.folder / self._names[index]

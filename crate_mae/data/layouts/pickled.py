@@ -43,7 +43,7 @@ class _Refused(ValueError):
 
 
 class _Array:
-    """What stands for an array until its content is told."""
+    """Stands in for an array while a pickle is read."""
 
     values: np.ndarray | None = None
 
@@ -53,7 +53,7 @@ class _Array:
 
 
 class _DType:
-    """What stands for a dtype; its state tells the order of bytes."""
+    """Stands in for a dtype while a pickle is read; its state has the byte order."""
 
     def __init__(self, name: str, *_: object) -> None:
         name = _text(name).lstrip("<|")
@@ -76,8 +76,8 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _stand_ins() -> dict[tuple[str, str], object]:
-    """By module and name, for all that a pickled array names. They are made anew each time, as a pickle may set attributes on
-    what it names."""
+    """Stand-ins for all that a pickled array names, by module and name. They are new classes at each call, as a pickle may set
+    attributes on them."""
 
     class Array(_Array):
         pass
