@@ -56,11 +56,11 @@ class Watch:
         for name, mask_at in (("create_masked_load", 1), ("create_masked_store", 2)):
             monkeypatch.setattr(interpreter_builder, name, self._checked(getattr(interpreter_builder, name), mask_at))
 
-    def over(self, *kernels: Any) -> None:
+    def over(self, monkeypatch: pytest.MonkeyPatch, *kernels: Any) -> None:
         """Watch all launches of them; what is no kernel is passed over."""
         for kernel in kernels:
-            if hasattr(kernel, "add_pre_run_hook"):
-                kernel.add_pre_run_hook(self._launched)
+            if hasattr(kernel, "pre_run_hooks"):
+                monkeypatch.setattr(kernel, "pre_run_hooks", [self._launched])
 
     def _launched(self, *args: Any, **kwargs: Any) -> None:
         self._prepared.clear()
@@ -69,8 +69,10 @@ class Watch:
 
     def _checked(self, access: Any, mask_at: int) -> Any:
         def checked(pointers: Any, *rest: Any) -> Any:
-            mask = rest[mask_at - 1].data
-            addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+            given = [operand.data for operand in rest[:mask_at] if operand is not None]
+            if any(np.shape(one) != pointers.data.shape for one in given):  # the interpreter would read past its end
+                raise OutOfBounds
+            addresses = pointers.data[given[-1].astype(bool)]
             place = np.searchsorted(self._bounds[:, 0], addresses, side="right") - 1
             if (place < 0).any() or (addresses >= self._bounds[place, 1]).any():
                 raise OutOfBounds

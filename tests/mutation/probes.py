@@ -1,29 +1,15 @@
-"""Small runs of every kernel against its formula in float64: what a mutant has to survive, and must not.
-
-Tiles are so small that few tokens already make several of them, with a tail each way. Inputs lie amid NaN, every access is
-watched, and each kernel takes exact inputs, so that one mistake shows in one place.
-"""
+"""What a mutant has to survive, and must not: small runs against a formula in float64."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
-from unittest.mock import patch
+from types import FunctionType
+from typing import Any
 
-import numpy as np
-import torch
-from mutation.memory import amid_nan, reachable
-from support import a_few_roundings, error
-from torch import Tensor
-
-from crate_kernels.products.launchers import GradientRows, Gradients
-from crate_kernels.products.norm_folding import Norm, Operand
-
-EPS = torch.finfo(torch.float32).eps
+from support import error
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -31,13 +17,12 @@ class Probe:
     """``run`` gives what ``expected`` holds, by name; each error, relative in norm, is at most what ``allowed`` says."""
 
     name: str
-    kernel: str
-    run: Callable[[ModuleType], dict[str, Tensor]]
+    run: Callable[[], dict[str, Tensor]]
     expected: dict[str, Tensor]
     allowed: dict[str, float]
 
-    def check(self, module: ModuleType) -> None:
-        found = self.run(module)
+    def check(self) -> None:
+        found = self.run()
         for name, truth in self.expected.items():
             value = found[name].double()
             ordinary = truth.isfinite()
@@ -48,536 +33,36 @@ class Probe:
                 assert wrong <= self.allowed[name], f"{name}: {wrong:.1e}"
 
 
-@contextmanager
-def float32_products(precision: str):
-    """PyTorch's switch: "highest" for exact products, "high" for TF32, which the interpreter computes exactly as well."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+class Memory:
+    """What all tensors of some probes hold: a mutant may write where it should read, and would spoil the next one's numbers."""
+
+    def __init__(self, probes: Iterable[Probe]) -> None:
+        seen: set[int] = set()
+        storages = [tensor.untyped_storage() for probe in probes for tensor in _tensors_of(probe, seen)]
+        self._kept = [(storage, storage.clone()) for storage in {s.data_ptr(): s for s in storages}.values()]
+
+    def restore(self) -> None:
+        for storage, kept in self._kept:
+            storage.copy_(kept)
 
 
-# --- Products ---------------------------------------------------------------------------------------------------------
-
-_TILE = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, LIBRARY=0, num_warps=4, num_stages=1)
-PRODUCT_TILES = {
-    "default": {
-        (kernel, use, operand, stream): {**_TILE, **own}
-        for kernel in ("project", "input_gradient")
-        for use, own in {"plain": dict(PARTS=2), "norm": dict(PARTS=4, BLOCK_M=32), "masked": dict(PARTS=1)}.items()
-        for operand, stream in ((2, 2), (2, 4), (4, 4))
-    }
-}
-_LIBRARY_TILES = {"default": {key: {**tile, "LIBRARY": 1} for key, tile in PRODUCT_TILES["default"].items()}}
-ROWS = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
-THRESHOLD = 0.25
-LAYER_NORM_EPS = 0.125  # large enough to count in float32
-PRODUCT_MARGIN = 1e-5  # as in test_products.py
-
-
-def _activation(u: Tensor, kind: str) -> Tensor:
-    if kind == "none":
-        return u
-    u = u if kind == "soft" else u.clamp_min(0)
-    return torch.where(u.abs() <= THRESHOLD, 0.0, u - u.sign() * THRESHOLD)
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.mean(-1), (x.var(-1, unbiased=False) + LAYER_NORM_EPS).rsqrt()
-
-
-def _operand(b: Tensor, bias: Tensor | None, norm: Norm | None) -> Operand:
-    """The operand of LN(x) B + bias, its matrix amid NaN."""
-    if norm is None:
-        return Operand(amid_nan(b), None, bias)
-    matrix = norm.weight[:, None] * b
-    offset = sum(
-        (t for t in (bias, None if norm.bias is None else norm.bias @ b.float()) if t is not None),
-        torch.zeros(b.shape[1]),
-    )
-    return Operand(amid_nan(matrix.to(b.dtype)), matrix.sum(0), offset)
-
-
-class _Product:
-    """Inputs of one case of T(skip +- (LN(x) B + bias)), float32 amid NaN, and its formula in float64."""
-
-    def __init__(
-        self, tokens: int, inner: int, width: int, *, norm: bool = True, norm_bias: bool = True, bias: bool = True,
-        skip: str = "none", negate: bool = False, kind: str = "none", mean: float = 0.5, nan: bool = False,
-        dtype: torch.dtype = torch.float32, fold: bool = False, library: bool = False, in_memory: bool = False,
-    ) -> None:  # fmt: skip
-        """``dtype`` is the operand's; ``fold`` has raw tokens multiplied, ``library`` PyTorch multiply; the threshold may lie
-        ``in_memory``."""
-        torch.manual_seed(tokens * inner + width)
-        self.skip, self.negate, self.kind = skip, negate, kind
-        self.fold, self.library, self.in_memory = fold, library, in_memory
-        x = torch.randn(tokens, inner) * (1 + torch.rand(tokens, 1)) + mean * torch.randn(tokens, 1)
-        if nan:
-            x[tokens // 2, 3] = math.nan
-        b = (torch.randn(inner, width) * inner**-0.5).to(dtype)
-        self.x, self.b = amid_nan(x), b.double()
-        gamma, beta = 1 + 0.3 * torch.randn(inner), 0.3 * torch.randn(inner) if norm_bias else None
-        self.norm = Norm(gamma, beta, LAYER_NORM_EPS) if norm else None
-        self.bias = torch.randn(width) if bias else None
-        self.residual = amid_nan(torch.randn(tokens, width))
-        self.operand = _operand(b, self.bias, self.norm)
-        self.threshold = None if kind == "none" else torch.tensor(THRESHOLD)
-        self.exact = self.x.double().requires_grad_()
-        self.stats, self.xhat, normalised, weight = None, self.x.double(), self.exact, 1
-        if norm:
-            center, rstd = _moments(self.exact)
-            xhat = (self.exact - center[:, None]) * rstd[:, None]
-            normalised, weight = xhat * gamma.double() + (0 if beta is None else beta.double()), gamma.double()
-            self.stats, self.xhat = torch.stack((center, rstd)).detach(), xhat.detach()
-        product = normalised @ self.b + (0 if self.bias is None else self.bias.double())
-        added = {"none": 0, "self": normalised, "residual": self.residual.double()}[skip]
-        self.truth = _activation(added - product if negate else added + product, kind)
-        # What xhat is multiplied with in all: the product's matrix and what is added to it.
-        self.matrix = (weight * (-self.b if negate else self.b).mT).mT
-        if skip == "self":
-            self.matrix = self.matrix + torch.eye(inner) * weight
-
-    def gradient(self) -> None:
-        """A gradient of the result; behind the threshold, as it is and as products read it, with its sums; and that of x."""
-        self.upstream = amid_nan(torch.randn(self.truth.shape))
-        self.truth.backward(self.upstream.double())
-        self.y = amid_nan(self.truth.detach().float())
-        self.g = self.upstream.double() * ((self.truth.detach() != 0) if self.kind != "none" else 1)
-        mean, rstd = self.float32_stats()[..., None] if self.fold else (1, 1)
-        self.read = (self.g.float() * rstd).to(self.operand.matrix.dtype).double()  # sums are of what products read
-        seconds = [mean * self.read] if self.fold else [self.g * self.xhat] if self.norm and self.skip == "self" else []
-        self.columns = torch.stack([self.g, *seconds]).sum(1)
-        self.sums = torch.stack((self.read @ self.matrix.sum(0), (self.read * (self.xhat @ self.matrix)).sum(1)))
-
-    def options(self) -> dict[str, object]:
-        """What the launchers of the product and of its gradients take alike."""
-        return dict(norm=self.norm, negate=self.negate, threshold=self.threshold, soft=self.kind == "soft")
-
-    def gradient_options(self) -> dict[str, object]:
-        return dict(**self.options(), y=self.y, stats=self.float32_stats(), skip=self.skip == "self")
-
-    def float32_stats(self) -> Tensor | None:
-        return None if self.stats is None else self.stats.float()
-
-    @contextmanager
-    def patched(self, module: ModuleType):
-        """The module with the choices of this case; what comes before its product is exact, and amid NaN."""
-        before = self.x if self.fold else amid_nan(self.xhat.float()), self.float32_stats()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(patch.object(module, "folds", lambda *_: self.fold))
-            stack.enter_context(patch.object(module, "before_product", lambda *_: before))
-            if self.library:
-                stack.enter_context(patch.object(module, "TABLE", _LIBRARY_TILES))
-                stack.enter_context(patch.object(module, "float32_product", lambda a, b: amid_nan((a @ b).float())))
-            stack.enter_context(_numbers_in_memory(module, self.in_memory))
-            yield
-
-
-@contextmanager
-def _numbers_in_memory(module: ModuleType, in_memory: bool):
-    """The threshold by address, as from a device."""
-    if not in_memory:
-        yield
+def _tensors_of(thing: Any, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors that a function, a container or an object of ours can reach."""
+    if id(thing) in seen:
         return
-    with patch.object(module, "number", lambda value: (value, value is not None)):
-        yield
-
-
-def _probe(
-    name: str,
-    kernel: str,
-    run: Callable[[ModuleType], dict[str, Tensor]],
-    expected: dict[str, Tensor],
-    margin: float = PRODUCT_MARGIN,
-) -> Probe:
-    return Probe(name, kernel, run, expected, dict.fromkeys(expected, margin))
-
-
-def _moments_of(name: str, *shape: int, normalise: bool, mean: float = 0.5) -> Probe:
-    product = _Product(*shape, mean=mean)
-
-    def run(module: ModuleType) -> dict[str, Tensor]:
-        stats, xhat = module.moments(product.x, LAYER_NORM_EPS, torch.float32 if normalise else None)
-        return {"mean": stats[0], "rstd": stats[1], "xhat": xhat}
-
-    expected = {"mean": product.stats[0], "rstd": product.stats[1]}
-    return _probe(name, "moments_kernel", run, expected | ({"xhat": product.xhat} if normalise else {}))
-
-
-def _project(name: str, *shape: int, **case) -> Probe:
-    product = _Product(*shape, **case)
-    skip = {"none": None, "self": product.x, "residual": product.residual}[product.skip]
-
-    def run(module: ModuleType) -> dict[str, Tensor]:
-        with product.patched(module):
-            y, _ = module.project(
-                product.x, product.operand, torch.float32, skip=skip,
-                skip_norm=product.skip == "self" and product.norm is not None, **product.options(),
-            )  # fmt: skip
-        return {"y": y}
-
-    return _probe(name, "project_kernel", run, {"y": product.truth.detach()})
-
-
-def _gradient_rows(name: str, *shape: int, **case) -> Probe:
-    product = _Product(*shape, **case)
-    product.gradient()
-
-    def run(module: ModuleType) -> dict[str, Tensor]:
-        with product.patched(module):
-            rows = module.gradient_rows(product.upstream, product.x, product.operand, **product.gradient_options())
-        return {"g": rows.g, "c1": rows.sums[0], "c2": rows.sums[1], "column sums": rows.column_sums}
-
-    expected = {"g": product.read, "c1": product.sums[0], "c2": product.sums[1], "column sums": product.columns}
-    return _probe(name, "gradient_rows_kernel", run, expected)
-
-
-def _weight_gradient(name: str, *shape: int, **case) -> Probe:
-    """H and the offset's gradient, which need no sums over features."""
-    product = _Product(*shape, **case)
-    product.gradient()
-
-    def run(module: ModuleType) -> dict[str, Tensor]:
-        with product.patched(module):
-            found = module.gradients(
-                product.upstream, product.x, product.operand, torch.float32, **product.gradient_options(), need_x=False
-            )
-        mean_column = found.mean_column if product.fold else 0
-        return {"xhat^T g": found.matrix - mean_column, "sums of g": found.column}
-
-    sign = -1 if product.negate else 1
-    expected = {"xhat^T g": sign * product.xhat.mT @ product.g, "sums of g": sign * product.g.sum(0)}
-    return _probe(name, "gradient_rows_kernel", run, expected)
-
-
-def _input_gradient(name: str, *shape: int, extra: bool = True, heads: tuple[int, int] | None = None, **case) -> Probe:
-    """With an operand in float16 the gradient is rounded for the product, what passes it is not, and dx only where attention's
-    heads read it."""
-    product = _Product(*shape, **case)
-    product.gradient()
-    tokens, inner, _ = shape
-    passed = amid_nan(torch.randn(tokens, inner)) if extra else None
-    dtype = product.operand.matrix.dtype
-    g, out_dtype = amid_nan(product.read.to(dtype)), dtype if heads else torch.float32
-    rows = GradientRows(g, product.sums.float() if product.norm else None)
-    dx = product.exact.grad + (passed.double() if extra else 0)
-    if dtype != torch.float32:
-        dx = dx + (product.read - product.g) @ product.b.mT * (-1 if product.negate else 1)
-    expected = {"dx": dx.to(out_dtype).double()}
-    if heads:
-        expected["delta"] = (
-            (expected["dx"] * product.x).view(heads[0], -1, heads[1], inner // heads[1]).sum(-1).transpose(1, 2)
-        )
-
-    def run(module: ModuleType) -> dict[str, Tensor]:
-        with product.patched(module):
-            found = module.gradients(
-                product.upstream, product.x, product.operand, out_dtype, **product.gradient_options(), extra=passed,
-                rows=rows, heads=heads, need_matrix=False, need_column=False,
-            )  # fmt: skip
-        return {"dx": found.x, "delta": found.delta}
-
-    # In 16 bits a number here and there may be rounded the other way; all of them unrounded are 2e-4.
-    return _probe(name, "input_gradient_kernel", run, expected, PRODUCT_MARGIN if out_dtype == torch.float32 else 1e-4)
-
-
-def product_probes() -> list[Probe]:
-    """The first of each kernel is small and meets most mistakes."""
-    odd, square = (37, 24, 20), (20, 20, 20)
-    return [
-        _moments_of("with the tokens normalised", 20, 24, 1, normalise=True),
-        _moments_of("far from zero", 37, 24, 1, normalise=False, mean=30.0),
-        _project("fold, skip itself, relu", 5, 20, 20, skip="self", kind="relu", fold=True),
-        _project("skip itself, soft, negated", *square, skip="self", kind="soft", negate=True),
-        _project("fold, no bias", *odd, bias=False, fold=True),
-        _project("no norm, residual, soft", *odd, norm=False, skip="residual", kind="soft", in_memory=True),
-        _project(
-            "a library's, fold, norm without bias", *odd[:2], 24, norm_bias=False, skip="self", fold=True, library=True
-        ),
-        _project("NaN, relu", 5, 10, 12, kind="relu", nan=True),
-        _project("NaN, soft", 5, 10, 12, kind="soft", nan=True),
-        _gradient_rows("fold, skip, relu", 20, 24, 24, skip="self", kind="relu", fold=True, dtype=torch.float16),
-        _gradient_rows("soft, negated", *odd, kind="soft", negate=True, in_memory=True),
-        _gradient_rows("no threshold", 20, 24, 20),
-        _gradient_rows("skip, normalised first", 37, 20, 20, skip="self", kind="relu"),
-        _weight_gradient("fold, relu, negated", 37, 20, 24, kind="relu", fold=True, negate=True),
-        _weight_gradient("no norm, no threshold", 37, 24, 20, norm=False),
-        _input_gradient("fold, skip, relu", 20, 20, 20, skip="self", kind="relu", fold=True),
-        _input_gradient("negated", *odd, negate=True),
-        _input_gradient("no norm, delta", 21, 20, 24, norm=False, extra=False, heads=(3, 5), dtype=torch.float16),
-        _input_gradient(
-            "a rounded product, skip, relu", *square, norm=False, skip="self", kind="relu", dtype=torch.float16
-        ),
-        _input_gradient("a library's", *odd, library=True),
-    ]
-
-
-# --- Shared-QKV attention ---------------------------------------------------------------------------------------------
-
-_WALK = dict(BLOCK_ROWS=32, BLOCK_COLUMNS=32, num_warps=4, num_stages=1)
-ATTENTION_TILES = {
-    "default": {
-        (kernel, 4, width): dict(_WALK) if kernel != "delta_kernel" else dict(BLOCK_ROWS=32, num_warps=4, num_stages=1)
-        for kernel in ("forward_kernel", "delta_kernel", "backward_kernel")
-        for width in (16, 32, 48, 64, 80, 96, 128)
-    }
-}
-SEED = 0x0123456789ABCDEF >> 1
-
-
-def _philox(seed: int, counters: tuple[np.ndarray, ...]) -> list[np.ndarray]:
-    """Philox 4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3; 2011), in 64-bit words."""
-    low = np.uint64(0xFFFFFFFF)
-    c = [np.asarray(counter, np.uint64) for counter in counters]
-    key = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        half = np.uint64(32)
-        c = [(b >> half) ^ c[1] ^ np.uint64(key[0]), b & low, (a >> half) ^ c[3] ^ np.uint64(key[1]), a & low]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c
-
-
-def _uniform(heads: int, tokens: int) -> Tensor:
-    """What dropout compares with its probability, [heads, query, key]; as ``dropout_factors`` documents."""
-    head, query, key = np.meshgrid(np.arange(heads), np.arange(tokens), np.arange(tokens), indexing="ij")
-    words = _philox(SEED, (np.minimum(query, key), np.maximum(query, key), head, np.zeros_like(head)))
-    word = np.where(query <= key, words[0], words[1])
-    return torch.from_numpy((word >> np.uint64(8)).astype(np.float64) * 2.0**-24)
-
-
-class _Attention:
-    """Inputs of one case of softmax(scale * w w^T) w, float32 amid NaN, with all results in float64 and their margins."""
-
-    def __init__(
-        self,
-        *shape: int,
-        scale: float = 0.3,
-        is_causal: bool = False,
-        lengths: tuple[int, ...] | None = None,
-        dropout: bool = False,
-        precision: str = "high",
-    ) -> None:
-        torch.manual_seed(sum(shape))
-        batch, heads, tokens, _ = shape
-        self.scale, self.is_causal, self.precision = scale, is_causal, precision
-        self.lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-        ends = torch.full((batch,), tokens) if lengths is None else self.lengths.clamp(0, tokens)
-        self._padding = (torch.arange(tokens) >= ends[:, None])[:, None, :, None].expand(shape)
-        self._blocked = self._padding[..., 0][..., None, :].expand(batch, heads, tokens, tokens).clone()
-        if is_causal:
-            self._blocked |= torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-        self._factors, self.dropout, self.seed = torch.ones(()), 0.0, None
-        if dropout:
-            uniform = _uniform(batch * heads, tokens).view(batch, heads, tokens, tokens)
-            # One of the numbers that are compared with it: what is not below it stays.
-            self.dropout = uniform[uniform < 0.3].max().item()
-            self._factors = (uniform >= self.dropout) / (1 - self.dropout)
-            self.seed = torch.tensor(SEED)
-        w, grad_out = torch.randn(shape), torch.randn(shape)
-        exact, eager = self._formula(w.double(), grad_out.double()), self._formula(w, grad_out)
-        self.exact = exact
-        lse = exact["lse"][exact["lse"].isfinite()]
-        self.allowed = {
-            name: 1.5 * error(eager[name].nan_to_num(neginf=0), exact[name].nan_to_num(neginf=0)) + margin
-            for name, margin in {
-                "out": a_few_roundings(torch.float32),
-                "lse": 2 * EPS,
-                "delta": a_few_roundings(torch.float32),
-                "dw": a_few_roundings(torch.float32) + 2 * EPS * lse.abs().max().item(),
-            }.items()
-        }
-        # What is stored in padding counts for nothing.
-        self.w, self.grad_out = (amid_nan(t.masked_fill(self._padding, math.nan)) for t in (w, grad_out))
-        self.out, self.lse = amid_nan(exact["out"].float()), exact["lse"].float()
-        self.delta = exact["delta"].float().masked_fill(self._padding[..., 0], math.nan)
-
-    def _formula(self, w: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
-        w, grad_out = w.masked_fill(self._padding, 0).requires_grad_(), grad_out.masked_fill(self._padding, 0)
-        scores = (w @ w.mT * self.scale).masked_fill(self._blocked, -math.inf)
-        probabilities = scores.softmax(-1).masked_fill(self._blocked, 0)  # a sample may be all padding
-        out = ((probabilities * self._factors.to(w)) @ w).masked_fill(self._padding, 0)
-        (dw,) = torch.autograd.grad(out, w, grad_out)
-        lse = scores.logsumexp(-1).masked_fill(self._padding[..., 0], -math.inf)
-        out = out.detach()
-        return {"out": out, "lse": lse.detach(), "delta": (out * grad_out).sum(-1), "dw": dw.nan_to_num()}
-
-    def probe(self, name: str, kernel: str, results: tuple[str, ...], run: Callable[[ModuleType], tuple]) -> Probe:
-        def named(module: ModuleType) -> dict[str, Tensor]:
-            with float32_products(self.precision):
-                return dict(zip(results, run(module), strict=True))
-
-        expected = {result: self.exact[result] for result in results}
-        return Probe(name, kernel, named, expected, self.allowed)
-
-    def forward(self, name: str) -> Probe:
-        def run(module: ModuleType) -> tuple:
-            return module.forward(
-                self.w, self.scale, self.is_causal, lengths=self.lengths, dropout=self.dropout, seed=self.seed
-            )
-
-        return self.probe(name, "forward_kernel", ("out", "lse"), run)
-
-    def backward(self, name: str) -> Probe:
-        def run(module: ModuleType) -> tuple:
-            return (
-                module.backward_from_delta(
-                    self.grad_out, self.w, self.lse, self.delta, self.scale, self.is_causal, self.lengths,
-                    self.dropout, self.seed,
-                ),
-            )  # fmt: skip
-
-        return self.probe(name, "backward_kernel", ("dw",), run)
-
-    def row_sums(self, name: str) -> Probe:
-        def run(module: ModuleType) -> tuple:
-            with patch.object(module, "backward_from_delta", lambda grad_out, w, lse, delta, *rest: delta):
-                return (module.backward(self.grad_out, self.w, self.out, self.lse, self.scale, self.is_causal),)
-
-        return self.probe(name, "delta_kernel", ("delta",), run)
-
-
-def attention_probes() -> list[Probe]:
-    """The first of each kernel are small and meet most mistakes."""
-    small = _Attention(2, 2, 5, 8)
-    parts = _Attention(1, 1, 43, 40)
-    exact = _Attention(1, 1, 37, 8, precision="highest")
-    causal = _Attention(1, 1, 70, 8, is_causal=True)
-    padded = _Attention(4, 1, 43, 40, lengths=(99, 20, 32, -3))
-    dropped = _Attention(1, 2, 20, 8, dropout=True)
-    steep = _Attention(1, 1, 37, 8, scale=30.0)
-    sums = _Attention(2, 2, 37, 40)
-    return [
-        parts.forward("two parts, a tail tile"),
-        small.forward("four heads"),
-        causal.forward("causal"),
-        steep.forward("steep scores"),
-        dropped.forward("dropout"),
-        padded.forward("lengths"),
-        small.row_sums("four heads"),
-        sums.row_sums("two parts"),
-        small.backward("four heads"),
-        parts.backward("two parts, a tail tile"),
-        exact.backward("exact products"),
-        causal.backward("causal"),
-        dropped.backward("dropout"),
-        padded.backward("lengths"),
-    ]
-
-
-# --- Preparation of weights --------------------------------------------------------------------------------------------
-
-_SMALL_TILES = {
-    "_PREPARE": dict(BLOCK_N=16, BLOCK_K=16),
-    "_COMBINE": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16),
-    "_GRADIENT": dict(BLOCK_N=16, BLOCK_K=16),
-}
-_SCALE = torch.tensor(0.3)
-
-
-def _vector(size: int) -> Tensor:
-    """Numbers one after the other, with NaN before and after them."""
-    return torch.cat([torch.full((1,), math.nan), torch.randn(size), torch.full((1,), math.nan)])[1:-1]
-
-
-@contextmanager
-def _preparing(module: ModuleType, in_memory: bool, *tensors: Tensor | None):
-    """Small tiles, no table from before, the scale by value or by address, and weights in reach of the kernels."""
-    with contextlib.ExitStack() as stack:
-        for name, tile in _SMALL_TILES.items():
-            stack.enter_context(patch.object(module, name, tile))
-        stack.enter_context(_numbers_in_memory(module, in_memory))
-        stack.enter_context(reachable(*(tensor for tensor in tensors if tensor is not None)))
-        module._tables.clear()
-        yield
-
-
-def _operands(scaled: list[Tensor], norms: list[Norm | None], biases: list[Tensor | None]) -> dict[str, Tensor]:
-    """matrix, column_sum and offset by formula, of B in float64."""
-    found = {"matrix": [], "column_sum": [], "offset": []}
-    for b, norm, bias in zip(scaled, norms, biases, strict=True):
-        weight, beta = (norm.weight, norm.bias) if norm else (None, None)
-        matrix = b if weight is None else weight.double()[:, None] * b
-        offset = torch.zeros(b.shape[1], dtype=torch.float64) if beta is None else beta.double() @ b
-        found["matrix"].append(matrix)
-        found["column_sum"].append(matrix.sum(0))
-        found["offset"].append(offset if bias is None else offset + bias.double())
-    return {name: torch.stack(values) for name, values in found.items()}
-
-
-def _prepare(
-    name: str, inner: int, width: int, *, flipped: bool = False, scaled: bool = False, in_memory: bool = False
-) -> Probe:
-    torch.manual_seed(inner * width)
-    matrices = [torch.randn(width, inner).mT if flipped else amid_nan(torch.randn(inner, width)) for _ in range(3)]
-    norms = [Norm(_vector(inner), _vector(inner)), Norm(_vector(inner)), None]
-    biases = [_vector(width), None, _vector(width)]
-    expected = _operands([m.double() * (_SCALE.double() if scaled else 1) for m in matrices], norms, biases)
-    vectors = [vector for norm in norms[:2] for vector in norm[:2]]
-
-    def run(module: ModuleType) -> dict[str, Tensor]:
-        with _preparing(module, in_memory, *matrices, *vectors, *biases):
-            scale = _SCALE if scaled else None
-            return module.prepare_all(matrices, biases, norms, torch.float32, scale)._asdict()
-
-    return Probe(name, "prepare_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
-
-
-def _combine(name: str, width: int, *, in_memory: bool = False) -> Probe:
-    torch.manual_seed(width)
-    weights = [amid_nan(torch.randn(width, width) * width**-0.5) for _ in range(3)]
-    norms = [Norm(_vector(width), _vector(width)), Norm(_vector(width)), None]
-    combined = torch.stack([w.double() - w.double().mT @ w.double() for w in weights])
-    expected = _operands(list(combined * _SCALE.double()), norms, [None] * 3) | {"combined": combined}
-    vectors = [vector for norm in norms[:2] for vector in norm[:2]]
-
-    def run(module: ModuleType) -> dict[str, Tensor]:
-        with _preparing(module, in_memory, *weights, *vectors):
-            combined, operand = module.combine_all(weights, norms, _SCALE, torch.float32)
-        return {"combined": combined, **operand._asdict()}
-
-    return Probe(name, "combine_kernel", run, expected, dict.fromkeys(expected, PRODUCT_MARGIN))
-
-
-def _matrix_gradient(
-    name: str, inner: int, width: int, *, beta: bool = True, fold: bool = True, skip: bool = False,
-    scaled: bool = True, in_memory: bool = False,
-) -> Probe:  # fmt: skip
-    torch.manual_seed(inner * width)
-    product, matrix = (amid_nan(torch.randn(inner, width)) for _ in range(2))
-    like = torch.empty(width, inner).mT if skip else torch.empty(inner, width)
-    column, mean_column = _vector(width), _vector(width) if fold else None
-    norm = Norm(_vector(inner), _vector(inner) if beta else None)
-    scale = _SCALE.double() if scaled else 1
-    diagonal = _vector(inner) if skip and not fold else None
-    h = product.double() - (mean_column.double() if fold else 0)
-    grad_matrix, expected = norm.weight.double()[:, None] * h, {}
-    if beta:
-        grad_matrix = grad_matrix + norm.bias.double()[:, None] * column
-        expected["beta"] = scale * matrix.double() @ column.double() + (column if skip else 0)
-    on_diagonal = 0 if not skip else h.diagonal() if diagonal is None else diagonal.double()
-    expected |= {"matrix": scale * grad_matrix, "gamma": scale * (matrix * h).sum(1) + on_diagonal}
-
-    def run(module: ModuleType) -> dict[str, Tensor]:
-        with _preparing(module, in_memory):
-            found = Gradients(None, product, column, mean_column, diagonal, None)
-            grads = module.matrix_gradient(found, matrix, norm, like, _SCALE if scaled else None, skip)
-        return dict(zip(("matrix", "gamma", "beta"), grads, strict=True))
-
-    return _probe(name, "gradient_kernel", run, expected)
-
-
-def preparation_probes() -> list[Probe]:
-    return [
-        _prepare("tails", 21, 35, scaled=True),
-        _prepare("whole tiles, columns in a row", 32, 16, flipped=True),
-        _prepare("scale in memory", 16, 5, scaled=True, in_memory=True),
-        _combine("tails", 21),
-        _combine("whole tiles, scale in memory", 32, in_memory=True),
-        _matrix_gradient("tails, skip", 21, 21, skip=True),
-        _matrix_gradient("scale in memory", 5, 35, in_memory=True, fold=False),
-        _matrix_gradient("skip, its diagonal given", 21, 21, skip=True, fold=False),
-        _matrix_gradient("whole tiles, no beta, no scale", 32, 16, beta=False, scaled=False),
-    ]
+    seen.add(id(thing))
+    inner: Iterable[Any] = ()
+    if isinstance(thing, Tensor):
+        yield thing.detach()
+    elif isinstance(thing, dict):
+        inner = thing.values()
+    elif isinstance(thing, list | tuple | set):
+        inner = thing
+    elif isinstance(thing, functools.partial):
+        inner = thing.func, thing.args, thing.keywords
+    elif isinstance(thing, FunctionType):
+        inner = [*(cell.cell_contents for cell in thing.__closure__ or ()), thing.__kwdefaults__, thing.__defaults__]
+    elif isinstance(thing, nn.Module) or (type(thing).__module__.startswith("mutation.")):
+        inner = vars(thing).values()
+    for one in inner:
+        yield from _tensors_of(one, seen)

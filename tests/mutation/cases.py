@@ -1,0 +1,135 @@
+"""The modules that are mutated, their probes, and which mutants of theirs compute the same."""
+
+from __future__ import annotations
+
+import pytest
+from mutation import attention_probes, composed_probes, module_probes, product_probes
+from mutation.hunting import Case
+from mutation.memory import Watch
+from mutation.modules import (
+    attention,
+    attention_kernels,
+    composed_attention,
+    composed_ista,
+    composed_mssa,
+    composed_norm_linear,
+    composed_overcomplete,
+    form,
+    kernel_modules,
+    layers,
+    library_products,
+    masks,
+    patches,
+    positions,
+    preparation_kernels,
+    product_kernels,
+    products,
+)
+from mutation.mutants import Source
+
+PRODUCT_SOURCE = Source(product_kernels)
+
+ATTENTION = {
+    "a second part without features, where Triton makes one, is read by nobody": ("zero_parts: DIM_B == 0 -> False",),
+    "a negative length ends every walk and mask where zero does": (
+        "count_tokens: tl.maximum(tl.load(lengths_ptr + head // heads), 0) -> tl.load(lengths_ptr + head // heads)",
+    ),
+    "a whole tile's mask is true everywhere, and tiles of TAIL, masked, cover what whole tiles do: only work is saved": (
+        "load_numbers: MASK_ROWS -> True",
+        "attend_to_tokens: TAIL < BLOCK -> False",
+        "...: MASKED=False -> MASKED=True",
+        "backward_kernel: TAIL < BLOCK_COLUMNS -> False",
+        "attend_to_tokens: attend_to_tile(...MASKED=False, ...) -> ...IS_CAUSAL=not IS_CAUSAL...",
+        "attend_to_tokens: attend_to_tile(...MASKED=False, ...) -> ..., start_j, row_sum, ...",
+    ),
+    "past the end w_i and dO_i are zero, and so is all that they add: a number there need only be finite": (
+        "load_numbers: tl.load(..., other=0.0) -> tl.load(..., other=1.0)",
+    ),
+    "keys past the end come after every row that is stored, and the causal mask stops them already": (
+        "attend_to_tile: is_key & (rows_j[None, :] <= rows_i[:, None]) -> rows_j[None, :] <= rows_i[:, None]",
+    ),
+    "a row's score with itself is not negative, so its maximum may start at zero": (
+        "attend_to_tokens: float('-inf') -> 0.0",
+    ),
+    "the first term is added to zero": (
+        "add_tile_gradient: grad_scores += p_ij * (grad_p_ij - delta_i[None, :])"
+        " -> grad_scores = p_ij * (grad_p_ij - delta_i[None, :])",
+    ),
+}
+
+PRODUCTS = {
+    "WHOLE only saves a mask that is true everywhere": (
+        "load_tile: (rows < row_count) | WHOLE_ROWS -> rows < row_count",
+        "load_tile: (columns < column_count) | WHOLE_COLUMNS -> columns < column_count",
+    ),
+    "rows are clamped, so a mask along them is true everywhere": (
+        "...clamped_rows, ..., True, WHOLE_... -> ...clamped_rows, ..., False, WHOLE_...",
+        "...clamped_rows, ... -> ..., width, width, True, WHOLE_N)",
+        "...clamped_rows, ... -> ..., inner_width, ..., True, WHOLE_...)",
+    ),
+    "rows past the last are copies of the last: to write them there once more changes nothing": (
+        "multiply: rows -> clamped_rows",
+        "... -> ...clamped_rows, columns, tokens, width)",
+        "... -> ...clamped_rows, clamped_rows, ...",
+        "behind_input_gradient: rows -> clamped_rows",
+        "behind_input_gradient: rows -> clamped_rows (place 2)",
+        "behind_input_gradient: rows -> clamped_rows (place 4)",
+    ),
+    "numbers beyond the end meet a gradient of zero, or a column that is not stored; they need only be finite": (
+        "load_row: tl.load(..., other=0.0) -> tl.load(..., other=1.0)",
+    ),
+    "tiles past the last are masked": (
+        "moments_kernel: range(0, width, BLOCK_N) -> range(0, x_row_stride, BLOCK_N) (place 2)",
+    ),
+    "at the threshold itself both branches give zero": (
+        "rectify: u <= threshold -> u < threshold",
+        "soft_threshold: tl.abs(u) <= threshold -> tl.abs(u) < threshold",
+    ),
+    "zero is inside the threshold, and a gradient is zero there": (
+        "soft_threshold: u < 0.0 -> u <= 0.0",
+        "before_threshold: y < 0.0 -> y <= 0.0",
+    ),
+    "a relu's output is never negative, so the signed form says the same": (
+        "before_threshold: ACTIVATION == 'relu' -> False",
+    ),
+}
+PREPARATION = {
+    "an operand is contiguous: its rows are as far apart as they are wide": (
+        "prepare_kernel: load_tile(...) -> load_tile(..., inner_width, operand_row_stride, WHOLE_K, WHOLE_N)",
+    ),
+    "no address is negative": ("load_optional: address != 0 -> address > 0",),
+    "beyond the end gamma and beta meet rows of zeros, and a bias columns that are not stored": (
+        "load_optional: tl.load(..., other=0.0) -> tl.load(..., other=1.0)",
+    ),
+    "beyond the end there are rows that are not stored: what they are multiplied with need only be finite": (
+        "gradient_kernel: tl.load(..., other=0.0) -> tl.load(..., other=1.0)",
+    ),
+}
+CASES = {
+    "products": Case(PRODUCT_SOURCE, product_probes.product_probes, PRODUCTS),
+    "attention": Case(Source(attention_kernels), attention_probes.attention_probes, ATTENTION),
+    "preparation": Case(Source(preparation_kernels, PRODUCT_SOURCE), product_probes.preparation_probes, PREPARATION),
+    "composed ista": Case(Source(composed_ista), composed_probes.ista_probes, {}),
+    "form": Case(Source(form), composed_probes.ista_probes, {}),
+    "composed mssa": Case(Source(composed_mssa), composed_probes.mssa_probes, {}),
+    "composed norm_linear": Case(Source(composed_norm_linear), composed_probes.norm_linear_probes, {}),
+    "composed overcomplete": Case(Source(composed_overcomplete), composed_probes.overcomplete_probes, {}),
+    "composed attention": Case(Source(composed_attention), composed_probes.attention_probes, {}),
+    "library products": Case(Source(library_products), composed_probes.product_probes, {}),
+    "modules": Case(Source(kernel_modules), module_probes.kernel_module_probes, {}),
+    "layers": Case(Source(layers), module_probes.layer_probes, {}),
+    "patches": Case(Source(patches), module_probes.patch_probes, {}),
+    "masks": Case(Source(masks), module_probes.patch_probes, {}),
+    "positions": Case(Source(positions), module_probes.position_probes, {}),
+}
+
+
+def ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tiles, and a watch over the memory that kernels touch."""
+    watch = Watch()
+    watch.install(monkeypatch)
+    for module in (product_kernels, preparation_kernels, attention_kernels):
+        watch.over(monkeypatch, *vars(module).values())
+    monkeypatch.setattr(products, "TABLE", product_probes.PRODUCT_TILES)
+    monkeypatch.setattr(products, "_ROWS", product_probes.ROWS)
+    monkeypatch.setattr(attention, "TABLE", attention_probes.ATTENTION_TILES)

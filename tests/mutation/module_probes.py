@@ -1,0 +1,435 @@
+"""The modules, and what stands around them in a model, against the official steps in float64; their choices, in words."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mutation.composed_probes import EXACT, agreement, random, truth
+from mutation.modules import kernel_modules, layers, masks, patches, positions
+from mutation.probes import Probe
+from official import officially
+from torch import Tensor, nn
+
+from crate_kernels import ISTA, MSSA, DecoderStep, OvercompleteISTA, mssa, use
+from crate_mae.config import ClassifierConfig, ModelConfig
+
+Build = Callable[[], nn.Module]
+Call = Callable[[nn.Module, Tensor], Tensor]
+X, SKIP = random((3, 5, 8), (3, 5, 8))
+LENGTHS = torch.tensor([5, 2, 4])
+
+
+def found_of(build: Build, call: Call, official: bool, x: Tensor) -> dict[str, Tensor]:
+    """Output and all gradients of a module that is made anew, always with the same numbers."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        module = build().double()
+        module = officially(module) if official else module
+        leaf = x.detach().clone().requires_grad_(x.is_floating_point())
+        torch.manual_seed(1)
+        out = call(module, leaf)
+        out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape).sin())
+        grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        return {"output": out.detach(), "input": leaf.grad, **grads}
+
+
+def module_probe(
+    name: str,
+    build: Build,
+    call: Call = lambda module, x: module(x),
+    formula: Call | None = None,
+    by: str = "reference",
+    x: Tensor = X,
+) -> Probe:
+    """The module as it runs, and the formula of the official one."""
+    with use(by):
+        expected = found_of(build, formula or call, by == "reference", x)
+
+    def run() -> dict[str, Tensor]:
+        with use("composed"):
+            found = found_of(build, call, False, x)
+        assert found.keys() >= expected.keys(), "a gradient is not there"
+        return found
+
+    return Probe(name, run, expected, dict.fromkeys(expected, EXACT))
+
+
+def refusals(name: str, **calls: tuple[Callable[[], object], str]) -> Probe:
+    """Each call raises an error that says so."""
+
+    def run() -> dict[str, object]:
+        said = {}
+        for what, (call, words) in calls.items():
+            try:
+                call()
+            except (ValueError, RuntimeError) as problem:
+                said[what] = words in str(problem)
+        return said
+
+    return truth(name, run, **dict.fromkeys(calls, True))
+
+
+def edited(build: Build, edit: Callable[[Any], object]) -> Build:
+    def built() -> nn.Module:
+        module = build()
+        edit(module)
+        return module
+
+    return built
+
+
+def hooked(name: str) -> Callable[[nn.Module], object]:
+    return lambda module: module.get_submodule(name).register_forward_hook(lambda *_: None)
+
+
+# --- crate_kernels.nn -------------------------------------------------------------------------------------------------
+
+
+def kernel_module_probes() -> list[Probe]:
+    norm = nn.LayerNorm(8, eps=0.1).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    plain: Build = lambda: MSSA(8, 2, 3)  # noqa: E731
+    builds: dict[str, Build] = {
+        "fused": plain,
+        "children": edited(plain, hooked("to_out.0")),
+        "official steps": edited(plain, hooked("attend")),
+        "one head": lambda: MSSA(8, 1, 8),
+        "no bias": lambda: MSSA(8, 2, 3, out_bias=False),
+        "no attend": edited(plain, lambda module: module._modules.pop("attend")),
+    }
+
+    def around(sign: float) -> tuple[Call, Call]:
+        return (
+            lambda module, x: module(x, norm=norm, skip=SKIP, subtract=sign < 0),
+            lambda module, x: SKIP + sign * module(norm(x)),
+        )
+
+    def formula(x: Tensor, module: nn.Module, **options: Any) -> Tensor:
+        out = getattr(module.to_out, "0", None) if isinstance(module.to_out, nn.Sequential) else None
+        projection = (None, None) if out is None else (out.weight, out.bias)
+        return mssa(x, module.qkv.weight, *projection, num_heads=module.heads, scale=module.scale, **options)
+
+    def causal(module: nn.Module, x: Tensor) -> Tensor:
+        module.is_causal = True
+        return module(x)
+
+    probes = []
+    for name, build in builds.items():
+        if name != "no attend":
+            probes.append(module_probe(f"MSSA, {name}", build))
+            probes += [module_probe(f"MSSA, {name}, {sign}", build, *around(sign)) for sign in (1, -1)]
+            weights: Call = lambda module, x: module(x, return_attention=True)  # noqa: E731
+            keys: Call = lambda module, x: module(x, return_key=True)  # noqa: E731
+            probes += [module_probe(f"MSSA, {name}, {i}", build, call) for i, call in enumerate((weights, keys))]
+        probes += [
+            module_probe(f"MSSA, {name}, causal", build, causal, lambda m, x: formula(x, m, is_causal=True)),
+            module_probe(
+                f"MSSA, {name}, padded", build, lambda m, x: m(x, lengths=LENGTHS),
+                lambda m, x: formula(x, m, lengths=LENGTHS),
+            ),
+        ]  # fmt: skip
+    dropped: Build = lambda: MSSA(8, 2, 3, dropout=0.5)  # noqa: E731
+    in_one: Call = lambda m, x: formula(x, m, dropout=0.5)  # noqa: E731
+    evaluated: Build = lambda: dropped().eval()  # noqa: E731
+    numbers = dict(step_size=0.3, lambd=0.2)
+    steps: dict[str, Build] = {
+        "ISTA": lambda: ISTA(8, **numbers),
+        "ISTA, soft": lambda: ISTA(8, **numbers, threshold="soft"),
+        "DecoderStep": lambda: DecoderStep(8),
+        "decoupled": lambda: OvercompleteISTA(8, 2),
+        "coupled": lambda: OvercompleteISTA(8, decouple=False),
+    }
+    for name, build in steps.items():
+        probes.append(module_probe(name, build))
+        probes.append(module_probe(f"{name}, norm", build, lambda m, x: m(x, norm=norm), lambda m, x: m(norm(x))))
+    add: Call = lambda m, x: m(x, norm=norm, skip=SKIP)  # noqa: E731
+    probes.append(module_probe("overcomplete, skip", steps["decoupled"], add, lambda m, x: SKIP + m(norm(x))))
+
+    def words() -> dict[str, object]:
+        edits: dict[str, Callable[[Any], object]] = {
+            "plain": lambda m: None,
+            "bias": lambda m: setattr(m, "qkv", nn.Linear(8, 6)),
+            "projection": lambda m: m.to_out.__setitem__(0, nn.Identity()),
+            "dropout behind": lambda m: m.to_out.__setitem__(1, nn.Identity()),
+            "rates": lambda m: setattr(m.to_out[1], "p", 0.5),
+            "steps": lambda m: m.to_out.append(nn.Identity()),
+            "other": lambda m: setattr(m, "to_out", nn.Linear(6, 8)),
+            "hook": lambda m: m.to_out.register_forward_hook(lambda *_: None),
+            "dimension": lambda m: setattr(m.attend, "dim", 1),
+            "last dimension": lambda m: setattr(m.attend, "dim", 3),
+            "softmax": lambda m: setattr(m, "attend", nn.Identity()),
+            "attention's dropout": lambda m: setattr(m, "dropout", nn.Identity()),
+            "all dropped": lambda m: setattr(m.dropout, "p", 1.0),
+            "scale": lambda m: setattr(m, "scale", torch.tensor(1.0)),
+            "one step": lambda m: m.to_out.__delitem__(1),
+        }
+        found: dict[str, object] = {}
+        for name, edit in edits.items():
+            module = plain()
+            edit(module)
+            found[name] = module.obstacle(), module.attention_obstacle()
+        return found
+
+    expected = words()  # of the modules as they are: read once, below, by whoever changes the words
+    rates = lambda: dict(training=dropped().dropout_rate, evaluation=evaluated().dropout_rate)  # noqa: E731
+    takes = {
+        "MSSA": (plain, True), "ISTA": (steps["ISTA"], True), "DecoderStep": (steps["DecoderStep"], True),
+        "Overcomplete": (steps["coupled"], True), "Linear": (lambda: nn.Linear(8, 8), False),
+        "hooked": (edited(plain, hooked("")), False),
+    }  # fmt: skip
+    wrong = torch.zeros(3, 5, 7, dtype=torch.float64)
+    children = lambda: builds["children"]().double()  # noqa: E731
+    return [
+        *probes,
+        *_frozen_probes(numbers),
+        module_probe("MSSA, dropout", dropped, lambda m, x: m(x), in_one, by="composed"),
+        module_probe("MSSA, dropout, evaluation", evaluated, lambda m, x: m(x), lambda m, x: m(x)),
+        truth("MSSA, obstacles", words, **expected),
+        truth("MSSA, rates", rates, training=0.5, evaluation=0.0),
+        truth(
+            "who takes a norm", lambda: {name: kernel_modules.takes_norm(build()) for name, (build, _) in takes.items()},
+            **{name: expected for name, (_, expected) in takes.items()},
+        ),
+        refusals(
+            "MSSA",
+            negative=(lambda: MSSA(8, dropout=-0.1), "dropout"),
+            one=(lambda: MSSA(8, dropout=1.0), "dropout"),
+            no_skip=(lambda: children()(X, subtract=True), "without a skip"),
+            skip=(lambda: children()(X, skip=wrong), "skip: expected"),
+            lengths=(lambda: children()(X, lengths=LENGTHS + 9), "lengths"),
+        ),
+    ]  # fmt: skip
+
+
+def _frozen_probes(numbers: dict[str, float]) -> list[Probe]:
+    def frozen(m: nn.Module, x: Tensor) -> Tensor:
+        m.weight.requires_grad_(False)
+        m.freeze()
+        return m(x)
+
+    def loaded(m: nn.Module, x: Tensor) -> Tensor:
+        m.weight.requires_grad_(False)
+        m.freeze()
+        m.load_state_dict({"weight": 0.5 * m.weight})
+        return m(x)
+
+    def constant(factor: float) -> Call:
+        def call(m: nn.Module, x: Tensor) -> Tensor:
+            m.weight.requires_grad_(False).mul_(factor)
+            return m(x)
+
+        return call
+
+    def states() -> dict[str, object]:
+        module = ISTA(8)
+        found = {"new": "combined" in module._buffers}
+        module.freeze()
+        found["frozen"], found["state"] = "combined" in module._buffers, sorted(module.state_dict())
+        module.unfreeze()
+        module.unfreeze()
+        found["unfrozen"] = "combined" in module._buffers
+        return found
+
+    def frozen_with_gradient() -> None:
+        module = ISTA(8).double()
+        module.freeze()
+        module(X)
+
+    build: Build = lambda: ISTA(8, **numbers)  # noqa: E731
+    return [
+        module_probe("ISTA, frozen", build, frozen, constant(1.0)),
+        module_probe("ISTA, frozen and loaded", build, loaded, constant(0.5)),
+        truth("ISTA, states", states, new=False, frozen=True, unfrozen=False, state=["weight"]),
+        refusals("ISTA", frozen=(frozen_with_gradient, "unfreeze")),
+    ]
+
+
+# --- crate_mae --------------------------------------------------------------------------------------------------------
+
+
+def layer_probes() -> list[Probe]:
+    model = ModelConfig(embed_dim=8, num_heads=2, decoder_num_heads=4, patch_size=2, img_size=4)
+    classifier = ClassifierConfig(embed_dim=8, num_heads=2, patch_size=2, img_size=4)
+    blocks: dict[str, Build] = {
+        "encoder": lambda: layers.EncoderBlock(model),
+        "encoder, not nested": lambda: layers.EncoderBlock(classifier, nested=False),
+        "decoder": lambda: layers.DecoderBlock(model),
+        "alpha": lambda: layers.AlphaBlock(classifier),
+    }
+    recomputed: Call = lambda m, x: m(x, recompute=True)  # noqa: E731
+    plainly: Call = lambda m, x: m(x)  # noqa: E731
+    probes = []
+    for name, build in blocks.items():
+        step = "layers.0.1.fn" if name in ("encoder", "decoder") else "1.fn"
+        for path, made in {"fused": build, "in steps": edited(build, hooked(step))}.items():
+            probes.append(module_probe(f"{name}, {path}", made, plainly))
+            probes.append(module_probe(f"{name}, {path}, recomputed", made, recomputed, plainly))
+        if name != "decoder":
+            drops = edited(build, lambda module: setattr(module, "drop_path", 0.5))
+            probes.append(module_probe(f"{name}, drops paths", drops, plainly, _dropping_by_hand))
+            probes.append(module_probe(f"{name}, drops no more", edited(drops, nn.Module.eval), plainly))
+    encoder, patched = blocks["encoder"], lambda: layers.PatchEmbed(model)
+    weights: Call = lambda m, x: m.attention(x)  # noqa: E731
+    official_weights: Call = lambda m, x: m.layers[0][0](x, return_attention=True)  # noqa: E731
+    (images,) = random((2, 3, 4, 6))
+    of_patches: Call = lambda m, x: m.of_patches(patches.patchify(x, 2))  # noqa: E731
+    return [
+        *probes,
+        module_probe("attention weights", encoder, weights, official_weights),
+        module_probe("patches, as a module", patched, plainly, x=images),
+        module_probe("patches, one linear map", patched, of_patches, plainly, x=images),
+        module_probe("a linear layer", lambda: layers.Linear(8, 5), plainly),
+        truth("step size", lambda: dict(step_size=layers.EncoderBlock(model).step_size), step_size=model.step_size),
+        _words_of_layers(blocks, patched),
+    ]
+
+
+def _dropping_by_hand(block: nn.Module, x: Tensor) -> Tensor:
+    """Each branch of a sample is left out, or counts twice: in the order in which the block draws."""
+    attention, sparsify = block.layers[0] if hasattr(block, "layers") else block.children()
+    adds = hasattr(sparsify.fn, "D")
+    for step in (attention, sparsify) if adds else (attention,):
+        x = x + step(x) * torch.empty(len(x), 1, 1, dtype=x.dtype).bernoulli_(0.5).div_(0.5)
+    return x if adds else sparsify(x)
+
+
+def _words_of_layers(blocks: dict[str, Build], embeds: Build) -> Probe:
+    """Why a layer is not fused, or its patches not embedded by one product: of layers that were changed in all these ways."""
+    edits: dict[str, Callable[[Any], object]] = {
+        "plain": lambda m: None,
+        "drops": lambda m: setattr(m, "drop_path", 0.5),
+        "drops, evaluation": lambda m: setattr(m.eval(), "drop_path", 0.5),
+        "list hooked": lambda m: m.layers.register_forward_hook(lambda *_: None),
+        "two pairs": lambda m: m.layers.append(m.layers[0]),
+        "three steps": lambda m: m.layers[0].append(nn.Identity()),
+        "step": lambda m: m.layers[0].__setitem__(0, nn.Identity()),
+        "step inside": lambda m: setattr(m.layers[0][1], "fn", nn.Identity()),
+        "norm": lambda m: setattr(m.layers[0][1], "norm", nn.LayerNorm(8, elementwise_affine=False)),
+        "hook": lambda m: m.layers[0][0].fn.register_forward_hook(lambda *_: None),
+        "attention's bias": lambda m: setattr(_attention(m), "qkv", nn.Linear(8, 8)),
+        "causal": lambda m: setattr(_attention(m), "is_causal", True),
+        "dropout": lambda m: [setattr(d, "p", 0.5) for d in m.modules() if isinstance(d, nn.Dropout)],
+        "frozen": lambda m: [s.freeze() for s in m.modules() if isinstance(s, ISTA)],
+    }
+    of_embeds: dict[str, Callable[[Any], object]] = {
+        "plain": lambda m: None,
+        "hook": lambda m: m.register_forward_hook(lambda *_: None),
+        "hook inside": lambda m: m.proj.register_forward_hook(lambda *_: None),
+        **{
+            f"{name} {value}": lambda m, name=name, value=value: setattr(m.proj, name, value)
+            for name, value in (
+                ("stride", (1, 2)),
+                ("padding", (1, 0)),
+                ("dilation", (1, 2)),
+                ("groups", 3),
+                ("groups", 0),
+            )
+        },
+    }
+
+    def words() -> dict[str, object]:
+        found: dict[str, object] = {}
+        for kind in ("encoder", "decoder"):
+            for name, edit in edits.items():
+                block = blocks[kind]()
+                edit(block)
+                found[f"{kind}, {name}"] = block.obstacle(X.float())
+        for name, edit in of_embeds.items():
+            embed = embeds()
+            edit(embed)
+            found[f"patches, {name}"] = layers.embedding_obstacle(embed)
+        return found
+
+    return truth("obstacles", words, **words())
+
+
+def _attention(block: nn.Module) -> MSSA:
+    return next(module for module in block.modules() if isinstance(module, MSSA))
+
+
+def patch_probes() -> list[Probe]:
+    (images,) = random((2, 3, 4, 6))
+    (noise,) = random((2, 7))
+
+    def by_hand(images: Tensor) -> Tensor:
+        rows = [
+            images[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].permute(0, 2, 3, 1).flatten(1)
+            for i in range(2)
+            for j in range(3)
+        ]
+        return torch.stack(rows, 1)
+
+    def numbers() -> dict[str, object]:
+        kept = masks.kept_patches(noise, 0.5)
+        mask = masks.removed_patches(kept, 7)
+        return {
+            "kept": kept.tolist(),
+            "mask": [[float(j not in row) for j in range(7)] for row in kept.tolist()] == mask.tolist(),
+            "dtype": mask.dtype,
+        }
+
+    wide = torch.zeros(2, 6, 13)
+    return [
+        agreement("patchify", lambda images: patches.patchify(images, 2), [images], by_hand),
+        agreement(
+            "unpatchify", lambda images: patches.unpatchify(by_hand(images), 2, 3, (2, 3)), [images], lambda images: 1 * images
+        ),
+        truth(
+            "which are removed", numbers, mask=True, dtype=torch.float32,
+            kept=[sorted(range(7), key=lambda j, row=row: row[j])[:3] for row in noise.tolist()],
+        ),
+        refusals(
+            "unpatchify",
+            width=(lambda: patches.unpatchify(wide, 2, 3, (2, 3)), "channels = 12"),
+            dimensions=(lambda: patches.unpatchify(wide[0, :, :12], 2, 3, (2, 3)), "channels = 12"),
+            number=(lambda: patches.unpatchify(wide[:, :5, :12], 2, 3, (2, 3)), "2 x 3 = 6"),
+        ),
+    ]  # fmt: skip
+
+
+def position_probes() -> list[Probe]:
+    (learned,) = random((1, 7, 4))
+
+    def waves() -> dict[str, Tensor]:
+        return {"positions": positions.sine_cosine((2, 3), 8)}
+
+    rows = [[0.0] * 8]
+    for row in range(2):
+        for column in range(3):
+            frequencies = [1.0, 10000.0**-0.5]
+            rows.append(
+                [wave(place * f) for place in (column, row) for wave in (math.sin, math.cos) for f in frequencies]
+            )
+
+    def resampled(old: tuple[int, int], new: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        return lambda learned: positions.resampled(learned, old, new)
+
+    def formula(old: tuple[int, int], new: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        def function(learned: Tensor) -> Tensor:
+            grid = learned[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid.double(), size=new, mode="bicubic", antialias=True).to(learned.dtype)
+            return torch.cat([learned[:, :1], grid.flatten(2).permute(0, 2, 1)], 1)
+
+        return function
+
+    def one_column(learned: Tensor) -> Tensor:
+        """Of a grid on its side."""
+        turned = torch.cat([learned[:, :1], learned[:, 1:].unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2)], 1)
+        return formula((3, 2), (1, 4))(turned)
+
+    return [
+        Probe("sines and cosines", waves, {"positions": torch.tensor([rows]).double()}, {"positions": 1e-6}),
+        agreement("more", resampled((2, 3), (4, 5)), [learned], formula((2, 3), (4, 5))),
+        agreement("fewer", resampled((3, 2), (2, 2)), [learned], formula((3, 2), (2, 2))),
+        agreement("one column", resampled((2, 3), (4, 1)), [learned], one_column),
+        agreement(
+            "bfloat16", resampled((2, 3), (4, 5)), [learned.bfloat16()], formula((2, 3), (4, 5)), allowed=2**-6
+        ),
+    ]  # fmt: skip
