@@ -31,16 +31,17 @@ class Kind(NamedTuple):
     gain: float = 1.0
 
 
-# Enough tokens to notice a window of 64 on either side, and scores so small that every token counts, not mostly the token itself.
-_OF_ATTENTION = dict(tokens=130, gain=0.25)
 _OFFICIAL = Kind(
-    ("heads", "scale", "qkv", "to_out"), ("qkv.weight", 1), ("attend", "dropout", "dim_head"), **_OF_ATTENTION
+    ("heads", "scale", "qkv", "to_out"),
+    ("qkv.weight", 1),
+    ("attend", "dropout", "dim_head"),
+    tokens=130,  # enough to notice a window of 64 on either side
+    gain=0.25,  # so small that the softmax is spread over all tokens, instead of on the token itself
 )
-_OF_GPT = Kind(
-    ("n_head", "n_embd", "c_attn", "c_proj"),
-    ("c_attn.weight", 1),
-    ("attn_dropout", "resid_dropout", "flash"),
-    **_OF_ATTENTION,
+_OF_GPT = _OFFICIAL._replace(
+    attributes=("n_head", "n_embd", "c_attn", "c_proj"),
+    width=("c_attn.weight", 1),
+    optional=("attn_dropout", "resid_dropout", "flash"),
 )
 
 # In this order: the first that computes the same is taken.
@@ -196,7 +197,8 @@ def _has(module: nn.Module, name: str) -> bool:
 
 def _likeness(module: nn.Module) -> str | None:
     """Why ``module``, which has the structure of none of ours, is none, if it looks like one."""
-    name, kinds = type(module).__name__, []
+    name = type(module).__name__
+    kinds: list[type[nn.Module]] = []
     softmax = any(isinstance(child, (nn.Softmax, nn.MultiheadAttention)) for child in module.children())
     if _ATTENTION.search(name) or softmax or any(_PROJECTIONS.search(child) for child, _ in module.named_children()):
         kinds = [MSSA, CausalMSSAOfGPT]
@@ -239,7 +241,8 @@ def _change(module: nn.Module, target: type[nn.Module]) -> str | None:
         return f"it has {', '.join(unknown)}, which {target.__name__} does not use"
     if replaced := [name for name in vars(module) if callable(getattr(target, name, None))]:
         return f"its {replaced[0]} was replaced on the instance"
-    if issubclass(target, MSSA) and (reason := trials.without_hooks(module, target).attention_obstacle()):
+    as_ours = trials.without_hooks(module, target) if issubclass(target, MSSA) else None
+    if isinstance(as_ours, MSSA) and (reason := as_ours.attention_obstacle()):
         return reason
     if read := sorted(_settings_read(module) - known):
         return f"its forward reads {', '.join(read)}, which {target.__name__} does not"

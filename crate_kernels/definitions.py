@@ -44,7 +44,8 @@ def register(
         with no_autocast(first), torch.cuda.device_of(first):
             return function(*arguments)
 
-    run.__signature__ = inspect.Signature(parameters, return_annotation=kinds["return"])
+    # Python lets a function say its signature; the type of functions does not know.
+    run.__signature__ = inspect.Signature(parameters, return_annotation=kinds["return"])  # type: ignore[attr-defined]
     full_name = add_op_namespace_prefix(name)
     torch.library.define(full_name, torch.library.infer_schema(run, mutates_args=()))
     torch.library.impl(full_name, "CompositeExplicitAutograd", run)

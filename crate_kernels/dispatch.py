@@ -109,8 +109,8 @@ def plain_calls_only() -> str | None:
     return None
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """No subclass, which would know of PyTorch's own operators only; fake tensors do as those do that they stand for."""
+def is_plain(tensor: object) -> bool:
+    """A tensor of no subclass. Subclasses know only PyTorch's own operators; a fake tensor behaves as the one it stands for."""
     return type(tensor) in _PLAIN
 
 

@@ -9,7 +9,7 @@ costs a few dictionary look-ups a child. As everywhere in PyTorch, ``torch.compi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch.utils.module_tracker import ModuleTracker
 
 from crate_kernels.dispatch import is_plain
 from crate_kernels.dtypes import is_autocast
-from crate_kernels.products.norm_folding import norm_options
+from crate_kernels.products.norm_folding import NormOptions, norm_options
 
 # As they were when this was imported, or when the class was made known.
-_FORWARDS = {
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
     for kind in (nn.Conv2d, nn.Dropout, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Sequential, nn.Softmax)
 }
@@ -31,7 +31,7 @@ HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pr
 _OF_ALL = [getattr(_module, f"_global{hooks}") for hooks in HOOKS]
 
 
-def obstacle(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
+def obstacle(name: str, module: nn.Module | None, kind: type[nn.Module]) -> str | None:
     """Why ``module`` must be called as it is, in words; None where it is a plain ``kind`` with nothing attached."""
     if type(module) is not kind:
         return f"{name} is of class {type(module).__name__}, not a plain {kind.__name__}"
@@ -55,9 +55,10 @@ def attached(name: str, module: nn.Module) -> str | None:
     return f"{name} has a replaced forward" if "forward" in own else None
 
 
-def linear_obstacle(name: str, module: nn.Module) -> str | None:
+def linear_obstacle(name: str, module: nn.Module | None) -> str | None:
     """As ``obstacle``, for a Linear whose weight goes into a kernel: no tensor of another kind, such as a quantised one."""
-    if reason := obstacle(name, module, nn.Linear):
+    reason = obstacle(name, module, nn.Linear)
+    if reason or not isinstance(module, nn.Linear):
         return reason
     weight = module.weight
     return None if is_plain(weight) else f"{name} has a weight of class {type(weight).__name__}"
@@ -79,7 +80,8 @@ def hooks_of_all_modules() -> str | None:
 
 def norm_obstacle(norm: nn.Module, x: Tensor) -> str | None:
     """Why ``norm`` must be called before a product of x [..., width] rather than folded into it, in words; None if it may be."""
-    if reason := obstacle("norm", norm, nn.LayerNorm):
+    reason = obstacle("norm", norm, nn.LayerNorm)
+    if reason or not isinstance(norm, nn.LayerNorm):
         return reason
     weight = norm.weight
     if weight is None:
@@ -93,15 +95,15 @@ def norm_obstacle(norm: nn.Module, x: Tensor) -> str | None:
     return None
 
 
-def fold(owner: str, norm: nn.Module | None, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """x, and ``norm`` as operators take it; where it cannot be folded into a product, x as ``norm`` leaves it, and nothing."""
+def fold(owner: str, norm: nn.Module | None, x: Tensor) -> tuple[Tensor, NormOptions]:
+    """x, and ``norm`` as operators take it. A norm that cannot be folded into a product is called: then norm(x), and nothing."""
     if norm is None:
         return x, {}
-    reason = norm_obstacle(norm, x) or hooks_of_all_modules()
-    if reason is None:
-        return x, norm_options(norm)
-    say(owner, reason)
-    return norm(x), {}
+    if reason := norm_obstacle(norm, x) or hooks_of_all_modules():
+        say(owner, reason)
+        return norm(x), {}
+    assert isinstance(norm, nn.LayerNorm)  # norm_obstacle has seen that
+    return x, norm_options(norm)
 
 
 _said: set[str] = set()

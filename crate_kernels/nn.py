@@ -80,14 +80,20 @@ class MSSA(nn.Module):
             say("MSSA", reason)
             return self._by_children(x if norm is None else norm(x), skip, subtract, lengths)
         x, norm_of_x = fold("MSSA", norm, x)
-        options = dict(skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rate, **norm_of_x)
-        settings = dict(num_heads=self.heads, scale=self.scale, is_causal=self.is_causal)
-        return mssa(x, *self.weights(), **settings, **options)
+        (heads, scale), (qkv, out, out_bias) = self._heads_and_scale(), self.weights()
+        return mssa(
+            x, qkv, out, out_bias, num_heads=heads, scale=scale, is_causal=self.is_causal,
+            skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rate, **norm_of_x,
+        )  # fmt: skip
 
     def weights(self) -> AttentionWeights:
-        """As ``mssa`` and the layers take them; true of the module where it has no ``obstacle``."""
+        """The weights as ``mssa`` and the layers take them. To be called where there is no ``obstacle``: both are Linear then."""
         (qkv, _, _), (out, _, _) = self._parts(), self._projection()
-        return AttentionWeights(qkv.weight, *((None, None) if out is None else (out.weight, out.bias)))
+        assert isinstance(qkv, nn.Linear)
+        if out is None:
+            return AttentionWeights(qkv.weight, None, None)
+        assert isinstance(out, nn.Linear)
+        return AttentionWeights(qkv.weight, out.weight, out.bias)
 
     @property
     def dropout_rate(self) -> float:
@@ -98,7 +104,7 @@ class MSSA(nn.Module):
         """Why the children must be called one by one, in words; None where one fused call stands for all of them."""
         (qkv, _, dropout), (out, out_dropout, reason) = self._parts(), self._projection()
         reason = hooks_of_all_modules() or reason or self.attention_obstacle() or linear_obstacle(self._names[0], qkv)
-        if reason is None and qkv.bias is not None:
+        if reason is None and isinstance(qkv, nn.Linear) and qkv.bias is not None:
             reason = f"{self._names[0]} has a bias"
         if reason is not None or out is None:
             return reason
@@ -109,8 +115,11 @@ class MSSA(nn.Module):
             reason = f"dropout is {rate} on the attention weights and {behind} behind the output projection"
         return reason
 
-    # Who calls its children by other names says so in these three.
+    # A class for modules that have other names (``crate_kernels.renamed``) overrides these four.
     _names: ClassVar = ("qkv", "attend", "dropout")
+
+    def _heads_and_scale(self) -> tuple[int, float]:
+        return self.heads, self.scale
 
     def _projection(self) -> tuple[nn.Module | None, nn.Module | None, str | None]:
         """The output projection and the dropout behind it, None where there is none; and what is unusual about them."""
@@ -145,7 +154,7 @@ class MSSA(nn.Module):
         return skip - out if subtract else skip + out
 
     def _qkv(self, x: Tensor) -> Tensor:
-        return self._parts()[0](x)
+        return getattr(self, self._names[0])(x)
 
     def attention_obstacle(self) -> str | None:
         """Why attention must be done in the official steps, in words; None where the operator does it."""
@@ -153,21 +162,27 @@ class MSSA(nn.Module):
         if attend is not None:
             if reason := obstacle("attend", attend, nn.Softmax):
                 return reason
-            if attend.dim not in (-1, 3):
+            if isinstance(attend, nn.Softmax) and attend.dim not in (-1, 3):
                 return f"attend is a softmax over dimension {attend.dim}"
         if dropout is not None:
             if reason := obstacle("dropout", dropout, nn.Dropout):
                 return reason
             if _rate(dropout) >= 1:
                 return f"dropout is {dropout.p}"
-        return None if isinstance(self.scale, (int, float)) else "scale is no number"
+        return None if isinstance(self._heads_and_scale()[1], (int, float)) else "scale is no number"
 
     def _attended(self, w: Tensor, lengths: Tensor | None) -> Tensor:
         """Attention of the projection w [batch, tokens, heads * dim_head], in its shape."""
         if (hooks_of_all_modules() or self.attention_obstacle()) is None:
             w, _ = self._heads_of(w, None)
-            options = dict(is_causal=self.is_causal, lengths=lengths, dropout=self.dropout_rate)
-            return shared_qkv_attention(w, scale=self.scale, **options).transpose(1, 2).flatten(2)
+            out = shared_qkv_attention(
+                w,
+                scale=self._heads_and_scale()[1],
+                is_causal=self.is_causal,
+                lengths=lengths,
+                dropout=self.dropout_rate,
+            )
+            return out.transpose(1, 2).flatten(2)
         w, padding = self._heads_of(w, lengths)
         attention, dropout = self._softmax(self._scores(w, padding)), self._parts()[2]
         out = torch.matmul(attention if dropout is None else dropout(attention), w)
@@ -177,14 +192,14 @@ class MSSA(nn.Module):
 
     def _heads_of(self, w: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """w as [batch, heads, tokens, dim_head], zero where it is padding, and where that is: [batch, 1, tokens] or None."""
-        w = w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        w = w.unflatten(-1, (self._heads_and_scale()[0], -1)).transpose(1, 2)
         if lengths is None:
             return w, None
         padding = (torch.arange(w.shape[2], device=w.device) >= lengths[:, None])[:, None]
         return w.masked_fill(padding[..., None], 0.0), padding
 
     def _scores(self, w: Tensor, padding: Tensor | None) -> Tensor:
-        scores = torch.matmul(w, w.transpose(-1, -2)) * self.scale
+        scores = torch.matmul(w, w.transpose(-1, -2)) * self._heads_and_scale()[1]
         if self.is_causal:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=w.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
@@ -195,7 +210,8 @@ class MSSA(nn.Module):
         return scores.softmax(dim=-1) if attend is None else attend(scores)
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, scale={self.scale:.4g}"
+        heads, scale = self._heads_and_scale()
+        return f"heads={heads}, scale={scale:.4g}"
 
 
 def _rate(dropout: nn.Module | None) -> float:
@@ -233,14 +249,19 @@ class ISTA(nn.Module):
         Raises:
             RuntimeError: the module is frozen, and the weight would get no gradient though it asks for one.
         """
-        combined = getattr(self, "combined", None)
-        if combined is not None and torch.is_grad_enabled() and self.weight.requires_grad:
+        combined, (weight, step_size, lambd) = getattr(self, "combined", None), self._step()
+        if combined is not None and torch.is_grad_enabled() and weight.requires_grad:
             raise RuntimeError(
                 "weight: it asks for a gradient, which a frozen ISTA cannot give; call unfreeze(), or run under torch.no_grad()"
             )
         x, norm_of_x = fold("ISTA", norm, x)
-        numbers = dict(step_size=self.step_size, lambd=self.lambd, threshold=self.threshold)
-        return ista(x, self.weight, combined=combined, **numbers, **norm_of_x)
+        return ista(
+            x, weight, step_size=step_size, lambd=lambd, threshold=self.threshold, combined=combined, **norm_of_x
+        )
+
+    def _step(self) -> tuple[nn.Parameter, float | Tensor, float | Tensor]:
+        """Dictionary, step size and lambda. A class for modules that have other names overrides this."""
+        return self.weight, self.step_size, self.lambd
 
     def freeze(self) -> None:
         """Take the weight for a constant: keep ``combine(weight)`` and multiply with that from now on.
@@ -250,7 +271,7 @@ class ISTA(nn.Module):
         after it would round the buffer, too.
         """
         self.unfreeze()
-        self.register_buffer("combined", combine(self.weight), persistent=False)
+        self.register_buffer("combined", combine(self._step()[0]), persistent=False)
 
     def unfreeze(self) -> None:
         """Forget what ``freeze`` made. Without effect on a module that is not frozen."""
@@ -264,8 +285,8 @@ class ISTA(nn.Module):
 
     def extra_repr(self) -> str:
         frozen = ", frozen" if "combined" in self._buffers else ""
-        width = self.weight.shape[0]
-        return f"dim={width}, step_size={self.step_size}, lambd={self.lambd}, threshold={self.threshold}{frozen}"
+        weight, step_size, lambd = self._step()
+        return f"dim={weight.shape[0]}, step_size={step_size}, lambd={lambd}, threshold={self.threshold}{frozen}"
 
 
 @known
@@ -306,6 +327,9 @@ class OvercompleteISTA(nn.Module):
     Formula, shapes and errors: ``crate_kernels.overcomplete_ista``.
     """
 
+    D: nn.Parameter
+    D1: nn.Parameter
+
     def __init__(
         self, dim: int, overcomplete_ratio: int = 4, eta: float = 0.1, lmbda: float = 0.1, decouple: bool = True
     ) -> None:
@@ -321,14 +345,20 @@ class OvercompleteISTA(nn.Module):
     def forward(self, x: Tensor, *, norm: nn.Module | None = None, skip: Tensor | None = None) -> Tensor:
         """The step of x [..., dim], after ``norm`` and added to ``skip`` where these are given."""
         x, norm_of_x = fold("OvercompleteISTA", norm, x)
-        numbers = dict(step_size=self.eta, lambd=self.lmbda)
+        dictionary, out_dictionary = self._dictionaries()
+        return overcomplete_ista(
+            x, dictionary, out_dictionary, step_size=self.eta, lambd=self.lmbda, skip=skip, **norm_of_x
+        )
+
+    def _dictionaries(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """D, and D1 if it is used. A class for modules that have other names overrides this."""
         # Not every module that ``accelerate`` turned into this class says whether it is decoupled.
-        out_dictionary = self.D1 if getattr(self, "decouple", hasattr(self, "D1")) else None
-        return overcomplete_ista(x, self.D, out_dictionary, skip=skip, **numbers, **norm_of_x)
+        return self.D, self.D1 if getattr(self, "decouple", hasattr(self, "D1")) else None
 
     def extra_repr(self) -> str:
-        dim, codes = self.D.shape
-        return f"dim={dim}, codes={codes}, eta={self.eta}, lmbda={self.lmbda}, decouple={hasattr(self, 'D1')}"
+        dictionary, out_dictionary = self._dictionaries()
+        dim, codes = dictionary.shape
+        return f"dim={dim}, codes={codes}, eta={self.eta}, lmbda={self.lmbda}, decouple={out_dictionary is not None}"
 
 
 # Modules of ours that take the norm before them as an argument, when they are called.

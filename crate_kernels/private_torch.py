@@ -6,6 +6,7 @@ themselves. Imports torch only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def softmax_backward_(grad: Tensor, probabilities: Tensor) -> Tensor:
     return grad.sub_((grad * probabilities).sum(-1, keepdim=True)).mul_(probabilities)
 
 
-def unsafe_view(result: Tensor, shape: list[int]) -> Tensor:
+def unsafe_view(result: Tensor, shape: Sequence[int]) -> Tensor:
     """``result`` in another shape, for an operator to return: autograd takes it for no view. Instead: a copy."""
     return torch.ops.aten._unsafe_view(result, shape) if _HAS_UNSAFE_VIEW else result.reshape(shape).clone()
 

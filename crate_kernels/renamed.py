@@ -28,7 +28,9 @@ class CausalMSSA(MSSA):
 
     def obstacle(self) -> str | None:
         for name, buffer in self._buffers.items():
-            if not torch.compiler.is_compiling() and _CAUSAL.get(buffer) != (buffer.data_ptr(), buffer._version):
+            if buffer is None or torch.compiler.is_compiling():
+                continue
+            if _CAUSAL.get(buffer) != (buffer.data_ptr(), buffer._version):
                 if not is_causal_mask(buffer):
                     raise RuntimeError(
                         f"{name}: expected a causal mask, as it was when accelerate saw it; undo() for another"
@@ -56,15 +58,13 @@ def is_causal_mask(buffer: Tensor | None) -> bool:
 class CausalMSSAOfGPT(CausalMSSA):
     """Causal MSSA under GPT's names: ``c_attn``, ``c_proj``, ``attn_dropout``, ``resid_dropout``, ``n_head``, ``n_embd``."""
 
+    n_head: int
+    n_embd: int
+    c_proj: nn.Module
     _names: ClassVar = ("c_attn", "attend", "attn_dropout")
 
-    @property
-    def heads(self) -> int:
-        return self.n_head
-
-    @property
-    def scale(self) -> float:
-        return (self.n_embd // self.n_head) ** -0.5
+    def _heads_and_scale(self) -> tuple[int, float]:
+        return self.n_head, (self.n_embd // self.n_head) ** -0.5
 
     def _projection(self) -> tuple[nn.Module | None, nn.Module | None, str | None]:
         return self._modules["c_proj"], self._modules.get("resid_dropout"), None
@@ -77,26 +77,19 @@ class CausalMSSAOfGPT(CausalMSSA):
 class ISTAOfD(ISTA):
     """ISTA whose dictionary is ``D``, its numbers ``eta`` and ``lmbda``, as CRATE-alpha names them."""
 
-    @property
-    def weight(self) -> Tensor:
-        return self.D
+    D: nn.Parameter
+    eta: float | Tensor
+    lmbda: float | Tensor
 
-    @property
-    def step_size(self) -> float | Tensor:
-        return self.eta
-
-    @property
-    def lambd(self) -> float | Tensor:
-        return self.lmbda
+    def _step(self) -> tuple[nn.Parameter, float | Tensor, float | Tensor]:
+        return self.D, self.eta, self.lmbda
 
 
 class OvercompleteISTAOfCLIPA(OvercompleteISTA):
     """The overcomplete step whose dictionaries are ``c_fc`` and ``c_proj``, as CLIPA's variant of CRATE-alpha names them."""
 
-    @property
-    def D(self) -> Tensor:
-        return self.c_fc
+    c_fc: nn.Parameter
+    c_proj: nn.Parameter
 
-    @property
-    def D1(self) -> Tensor:
-        return self.c_proj
+    def _dictionaries(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        return self.c_fc, self.c_proj if getattr(self, "decouple", True) else None

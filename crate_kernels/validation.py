@@ -26,9 +26,10 @@ def tensors(
     any_dtype: str = "",
     **given: tuple[Tensor | None, str],
 ) -> None:
-    """Tensors, or None, that fit together: each with the names of its dimensions, where one name is one size in all of them.
+    """Checks that tensors fit together: each comes with the names of its dimensions, and one name is one size in all of them.
 
-    All live on the first one's device and bear its dtype, unless autocast will cast them; that named ``any_dtype`` bears any.
+    All must be on the device of the first and have its dtype, unless autocast is on and will cast them; the tensor called
+    ``any_dtype`` may have any. None stands for an optional tensor that is not there, but not in the first place.
     ``norm``: weight and bias [width] of an optional LayerNorm, and its epsilon.
     """
     weight, bias, eps = norm
@@ -38,8 +39,8 @@ def tensors(
         raise ValueError("norm_bias: given without norm_weight; pass both, or neither for no LayerNorm")
     given.update(norm_weight=(weight, "width"), norm_bias=(bias, "width"))
     sizes: dict[str, Any] = {}
-    (first_name, (first, dims)), *others = list(given.items())
-    tensor(first_name, first, dims, sizes)
+    (first_name, (value, dims)), *others = given.items()
+    first = tensor(first_name, value, dims, sizes)
     dtype, device, mixed = first.dtype, first.device, is_autocast(first)
     for name, (value, dims) in others:
         if value is None:
@@ -53,11 +54,11 @@ def tensors(
             )
 
 
-def tensor(name: str, value: object, dims: str, sizes: dict[str, Any] | None = None) -> None:
-    """``value`` is a floating-point tensor with one dimension for each name in ``dims`` ("batch tokens width").
+def tensor(name: str, value: object, dims: str, sizes: dict[str, Any] | None = None) -> Tensor:
+    """Returns ``value`` if it is a floating-point tensor with one dimension for each name in ``dims`` ("batch tokens width").
 
-    A leading "..." stands for any number of dimensions, none included. ``sizes`` are what is known of sizes by name: it agrees
-    with them, and the others come from it.
+    A leading "..." stands for any number of dimensions, none included. ``sizes`` holds the sizes that are known, by name:
+    ``value`` must have them, and sizes that it is the first to show are added.
     """
     names = dims.split()
     if not isinstance(value, Tensor):
@@ -78,10 +79,11 @@ def tensor(name: str, value: object, dims: str, sizes: dict[str, Any] | None = N
             known = [sizes.get(*pair) for pair in zip(names, found, strict=True)]
             expected = (*known[0], *known[1:]) if names[0] == "..." else tuple(known)
             raise ValueError(f"{name}: expected [{', '.join(names)}] {expected}, got {describe(value)}")
+    return value
 
 
 def number(name: str, value: float, *, positive: bool = False) -> None:
-    """``value`` is a finite number, not negative (or, if asked for, above zero)."""
+    """Checks that ``value`` is a finite number of at least zero, or above zero if it must be ``positive``."""
     if isinstance(value, Tensor) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not 0 <= value < math.inf or (positive and value == 0):
@@ -89,7 +91,7 @@ def number(name: str, value: float, *, positive: bool = False) -> None:
 
 
 def number_or_tensor(name: str, value: float | Tensor, *, positive: bool = False) -> None:
-    """``value`` is such a number, or a floating-point tensor of one element, whose value is looked at on the CPU only."""
+    """As ``number``, but ``value`` may be a floating-point tensor of one element; its value is checked on the CPU only."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
@@ -102,5 +104,5 @@ def number_or_tensor(name: str, value: float | Tensor, *, positive: bool = False
 
 
 def shows_values(value: Tensor) -> bool:
-    """Whether its values may be looked at: on a GPU that would wait for it, and where a graph is traced there are none."""
+    """Whether the values of a tensor may be read: on a GPU that would wait for the device, and a traced tensor has none."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from crate_kernels.ista.form import combination, one_product
 from crate_kernels.layer_norm import layer_norm, layer_norm_dtype
 from crate_kernels.products.norm_folding import Operand, as_norm
 from crate_kernels.products.op import combinations, operands
-from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
+from crate_kernels.products.prepared import Prepared, as_prepared, checked_or_made
 
 
 def ista(
@@ -108,16 +108,27 @@ def ista(
         norm = as_norm(norm_weight, norm_bias)
         (operand,) = operands([combined], [None], [norm], dtype, numbers[0])
     elif implementation == "triton" and one:
-        prepared = checked_or_made(prepared, (dictionary, norm_weight, norm_bias, step_size), dtype, prepare_ista)
+        made_of = ISTASources(dictionary, norm_weight, norm_bias, step_size)
+        prepared = checked_or_made(prepared, made_of, dtype, prepare_ista)
         (operand,), combined = prepared.operands, prepared.combined
     settings = float(norm_eps), *numbers, soft, dtype, implementation
     return _ISTA.apply(x, out_dtype, dictionary, combined, norm_weight, norm_bias, *operand, *settings)
 
 
-def prepare_ista(layers: Sequence[Sources], dtype: torch.dtype) -> list[Prepared]:
-    """What products in ``dtype`` take of (dictionary, norm_weight, norm_bias, step_size) of steps of one shape and step size."""
-    dictionaries, norms, step_sizes = zip(*[(w, as_norm(*norm), eta) for w, *norm, eta in layers], strict=True)
-    made = combinations(dictionaries, norms, number_as_tensor(step_sizes[0]), dtype)
+class ISTASources(NamedTuple):
+    """What ``prepare_ista`` takes of one step."""
+
+    dictionary: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    step_size: float | Tensor
+
+
+def prepare_ista(layers: Sequence[ISTASources], dtype: torch.dtype) -> list[Prepared]:
+    """G and the matrix that each step multiplies with in ``dtype``; all steps have one shape and one step size."""
+    norms = [as_norm(layer.norm_weight, layer.norm_bias) for layer in layers]
+    step_size = number_as_tensor(layers[0].step_size)
+    made = combinations([layer.dictionary for layer in layers], norms, step_size, dtype)
     return [as_prepared((one,), layer, combined) for (combined, one), layer in zip(made, layers, strict=True)]
 
 
@@ -147,9 +158,14 @@ def _formula_of(ctx: Any) -> Formula | None:
 def _formula(x: Tensor, given: op.ISTAArguments) -> Tensor:
     tensors = x, given.dictionary, given.norm_weight, given.norm_bias
     dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors if t is not None], torch.float32)
-    x, dictionary, *norm = (None if t is None else t.to(dtype) for t in tensors)
-    x = layer_norm(x, *norm, given.norm_eps)
-    return reference.ista(x, dictionary, given.step_size, given.lambd, given.soft)
+    normalised = _normalised(x, given, dtype)
+    return reference.ista(normalised, given.dictionary.to(dtype), given.step_size, given.lambd, given.soft)
+
+
+def _normalised(x: Tensor, given: op.ISTAArguments, dtype: torch.dtype) -> Tensor:
+    """LN(x), or x where there is no LayerNorm, in ``dtype`` and in PyTorch's own calls."""
+    weight, bias = (None if one is None else one.to(dtype) for one in (given.norm_weight, given.norm_bias))
+    return layer_norm(x.to(dtype), weight, bias, given.norm_eps)
 
 
 class _ISTA(torch.autograd.Function):
@@ -172,7 +188,8 @@ class _ISTA(torch.autograd.Function):
         need_x, _, *want_fields = ctx.needs_input_grad
         want = op.ISTAArguments(*want_fields)
         needs = need_x, want.dictionary or want.norm_weight or want.norm_bias
-        found, numbers = [None] * 4, ()
+        found: list[Tensor | None] = [None] * 4
+        numbers: tuple[Tensor, ...] = ()
         if any(needs):
             found = ops.ista_backward(grad_y, x, y, kept, *needs, *given)
         if want.step_size or want.lambd:
@@ -183,15 +200,14 @@ class _ISTA(torch.autograd.Function):
 
 
 def _gradients_of_numbers(grad_y: Tensor, x: Tensor, y: Tensor, given: op.ISTAArguments) -> tuple[Tensor, Tensor]:
-    """Of eta and lambda. With s = sign(y), which is zero where the threshold let nothing pass,
+    """deta and dlambda. With s = sign(y), which is zero where the threshold let nothing pass,
 
     deta = sum (g s^2) * (x W - x W^T W) - lambda * sum g s      dlambda = -eta * sum g s
     """
     dtype = torch.promote_types(y.dtype, torch.float32)
-    tensors = x, y, grad_y, given.dictionary, given.norm_weight, given.norm_bias
-    x, y, grad, dictionary, *norm = (None if t is None else t.to(dtype) for t in tensors)
+    y, grad, dictionary = (tensor.to(dtype) for tensor in (y, grad_y, given.dictionary))
     with no_autocast(x):
-        x = layer_norm(x, *norm, given.norm_eps)
+        x = _normalised(x, given, dtype)
         product = (x - x @ dictionary.t()) @ dictionary
     through_threshold = -(grad * y.sign()).sum()
     grad_step_size = (grad * y.sign().abs() * product).sum() + through_threshold * given.lambd

@@ -35,8 +35,8 @@ def forward(
     factor = operand if one else _residual(operand, weight)
     if one and combined is None:
         matrix = combination(weight.to(arithmetic_dtype(operand))).to(dtype)
-    else:  # a copy: what an operator returns is none of its arguments
-        matrix = (combined if one else weight).to(dtype, copy=True).contiguous()
+    else:  # a copy: an operator must not return one of its arguments
+        matrix = (weight if combined is None else combined).to(dtype, copy=True).contiguous()
     update = _product(factor, matrix)
     update = update.to(torch.promote_types(x.dtype, update.dtype))
     if soft:

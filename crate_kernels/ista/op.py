@@ -45,8 +45,8 @@ class ISTAArguments(NamedTuple):
         return as_norm(self.norm_weight, self.norm_bias, self.norm_eps)
 
     @property
-    def operand(self) -> Operand:
-        return Operand(self.matrix, self.column_sum, self.offset)
+    def operand(self) -> Operand | None:
+        return None if self.matrix is None else Operand(self.matrix, self.column_sum, self.offset)
 
     def one_product(self, tokens: int) -> bool:
         return self.combined is not None or one_product(tokens, self.dictionary.shape[0])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crate_kernels.ista.form import through_combination
 from crate_kernels.library_products import float32_product
-from crate_kernels.products.launchers import gradient_rows, gradients, project, weight_gradient
+from crate_kernels.products.launchers import gradient_rows, gradients, input_gradient, project, weight_gradient
 from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.products.preparation import matrix_gradient
 
@@ -65,13 +65,13 @@ def backward(
         grad_y, x, operand, x.dtype, y=y, threshold=step.threshold, soft=step.soft, norm=norm, stats=stats, skip=True,
         need_x=need_x, need_matrix=need_weights, need_column=need_weights and norm is not None,
     )  # fmt: skip
-    if not need_weights:
+    if found.matrix is None:
         return found.x, None, None, None
     weight = dictionary.float()
     if norm is None:
         return found.x, through_combination(found.matrix * step.step_size, weight), None, None
-    grad_combined, *of_norm = matrix_gradient(found, combined, norm, combined, step.step_size, skip=True)
-    return found.x, through_combination(grad_combined, weight), *of_norm
+    grad_combined, grad_gamma, grad_beta = matrix_gradient(found, combined, norm, combined, step.step_size, skip=True)
+    return found.x, through_combination(grad_combined, weight), grad_gamma, grad_beta
 
 
 def forward_two_products(
@@ -99,14 +99,12 @@ def backward_two_products(
     dr = g (eta W)^T      dx = g + dr - dr W      dW = eta * r^T g - dr^T x, r computed again
     """
     scaled = _operand(dictionary.float() * step.step_size, dtype)
-    masked = dict(y=y, threshold=step.threshold, soft=step.soft)
-    rows = gradient_rows(grad_y, None, scaled, **masked, need_column=False)
-    of_scaled = dict(**masked, rows=rows, need_matrix=False, need_column=False)
+    rows = gradient_rows(grad_y, None, scaled, y=y, threshold=step.threshold, soft=step.soft, need_column=False)
     grad_x = grad_weight = None
-    grad_residual = gradients(grad_y, None, scaled, dtype, **of_scaled).x
+    grad_residual, _ = input_gradient(rows, scaled, dtype)
     if need_x:
         # Kept in float32 up to the last product: there are few tokens here, and one rounding less.
-        total = gradients(grad_y, None, scaled, torch.float32, **of_scaled, skip=True).x
+        total, _ = input_gradient(rows, scaled, torch.float32, skip=grad_y, mask=y)
         grad_x, _ = project(grad_residual, _operand(dictionary, dtype), x.dtype, skip=total, negate=True)
     if need_weight:
         grad_weight = float32_product(_residual(x, dictionary, dtype).t(), rows.g) * step.step_size

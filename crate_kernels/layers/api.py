@@ -11,9 +11,9 @@ from torch.nn import Parameter
 
 from crate_kernels import dispatch, validation
 from crate_kernels.dtypes import compute_dtype
-from crate_kernels.ista.api import ista, prepare_ista
-from crate_kernels.mssa.api import AttentionWeights, mssa, prepare_mssa
-from crate_kernels.norm_linear.api import norm_linear, prepare_norm_linear
+from crate_kernels.ista.api import ISTASources, ista, prepare_ista
+from crate_kernels.mssa.api import AttentionWeights, MSSASources, mssa, prepare_mssa
+from crate_kernels.norm_linear.api import NormLinearSources, norm_linear, prepare_norm_linear
 from crate_kernels.products.norm_folding import Norm, norm_options
 from crate_kernels.products.prepared import Prepared
 from crate_kernels.shared_attention.api import obstacle_to_triton
@@ -176,29 +176,40 @@ def prepare_layers(
             validation.tensor(name, value, dims, sizes)
     head_dim = first.qkv.shape[0] // num_heads
     implementation = dispatch.choose("prepare_layers", x, dtype, obstacle_to_triton(head_dim))
-    attention = [(*layer.attention, *layer.attention_norm[:2]) for layer in layers]
-    if isinstance(layers[0], EncoderWeights):
-        prepare_step = prepare_ista
-        steps = [(layer.dictionary, *layer.sparse_norm[:2], step_size) for layer in layers]
-    else:
-        prepare_step = prepare_norm_linear
-        steps = [(layer.weight, None, *layer.step_norm[:2]) for layer in layers]
-    # Parameters that are sharded, say, are made whole a layer at a time only; and one launch takes layers of one make only.
+    attention, sparse_steps, linear_steps = [], [], []
+    for layer in layers:
+        qkv, out, out_bias = layer.attention
+        if implementation != "triton" or out is None:
+            return [None] * len(layers)
+        attention.append(MSSASources(qkv, out, out_bias, *layer.attention_norm[:2]))
+        if isinstance(layer, EncoderWeights):
+            sparse_steps.append(ISTASources(layer.dictionary, *layer.sparse_norm[:2], step_size))
+        else:
+            linear_steps.append(NormLinearSources(layer.weight, None, *layer.step_norm[:2]))
+    # One launch takes layers that are alike in shapes and device. Subclasses of Tensor are left out: sharded parameters, for
+    # one, are to be gathered one layer at a time.
     plain = type(first.qkv) in (Tensor, Parameter)
-    sources = ((*ours, *others) for ours, others in zip(attention, steps, strict=True))
-    makes = [[(t.shape, t.device) if isinstance(t, Tensor) else None for t in of_layer] for of_layer in sources]
-    if implementation != "triton" or first.out is None or not plain or any(make != makes[0] for make in makes):
+    sources = zip(attention, sparse_steps or linear_steps, strict=True)
+    makes = [[_make(source) for source in (*ours, *others)] for ours, others in sources]
+    if not plain or any(make != makes[0] for make in makes):
         return [None] * len(layers)
     # Only here: an exported graph would keep the empty block, and then could not be loaded.
     with torch.no_grad():
-        return list(map(PreparedLayer, prepare_mssa(attention, dtype), prepare_step(steps, dtype)))
+        steps = prepare_ista(sparse_steps, dtype) if sparse_steps else prepare_norm_linear(linear_steps, dtype)
+        return list(map(PreparedLayer, prepare_mssa(attention, dtype), steps))
+
+
+def _make(source: Tensor | float | None) -> tuple[torch.Size, torch.device] | None:
+    """What must be alike in layers that one launch prepares."""
+    return (source.shape, source.device) if isinstance(source, Tensor) else None
 
 
 def _named(layer: EncoderWeights | DecoderWeights) -> list[tuple[str, Tensor | None, str]]:
     """A layer's tensors by the names that errors give them, with their dimensions."""
-    is_encoder = isinstance(layer, EncoderWeights)
-    norm, name = (layer.sparse_norm, "sparse_norm") if is_encoder else (layer.step_norm, "step_norm")
-    square = ("dictionary", layer.dictionary) if is_encoder else ("weight", layer.weight)
+    if isinstance(layer, EncoderWeights):
+        norm, name, square = layer.sparse_norm, "sparse_norm", ("dictionary", layer.dictionary)
+    else:
+        norm, name, square = layer.step_norm, "step_norm", ("weight", layer.weight)
     out_dims = (("qkv", "inner width"), ("out", "width inner"), ("out_bias", "width"))
     named = [(f"attention.{field}", getattr(layer.attention, field), dims) for field, dims in out_dims]
     for norm_name, one in (("attention_norm", layer.attention_norm), (name, norm)):

@@ -17,7 +17,7 @@ from crate_kernels.layer_norm import layer_norm
 from crate_kernels.mssa import composed, op, reference
 from crate_kernels.products.norm_folding import as_norm
 from crate_kernels.products.op import operands
-from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
+from crate_kernels.products.prepared import Prepared, as_prepared, checked_or_made
 from crate_kernels.shared_attention.api import check_padding_and_dropout, obstacle_to_triton
 
 
@@ -126,10 +126,12 @@ def mssa(
         out_dtype = dtype if skip is None else torch.promote_types(dtype, skip.dtype)
     fits = skip is None or skip.dtype in dispatch.TRITON_DTYPES
     if implementation == "triton" and out_weight is not None and lengths is None and dropout == 0 and fits:
-        made_of = qkv_weight, out_weight, out_bias, norm_weight, norm_bias
+        made_of = MSSASources(qkv_weight, out_weight, out_bias, norm_weight, norm_bias)
         qkv, out = checked_or_made(prepared, made_of, dtype, prepare_mssa).operands
-        settings = float(norm_eps), skip is x, subtract, num_heads, float(scale), is_causal, recompute
-        given = op.MSSAArguments(*made_of, *qkv, out.matrix, out.offset, *settings)
+        given = op.MSSAArguments(
+            *made_of, *qkv, out.matrix, out.offset, float(norm_eps), skip is x, subtract, num_heads, float(scale), is_causal,
+            recompute,
+        )  # fmt: skip
         return _MSSA.apply(x, None if skip is x else skip, out_dtype, *given)
 
     def composition(x: Tensor, skip: Tensor | None) -> Tensor:
@@ -149,16 +151,27 @@ def mssa(
     return composition(x, skip)
 
 
-def prepare_mssa(layers: Sequence[Sources], dtype: torch.dtype) -> list[Prepared]:
-    """What products in ``dtype`` take of (qkv_weight, out_weight, out_bias, norm_weight, norm_bias) of operators of one shape."""
-    first = [(qkv.mT, None, as_norm(*norm)) for qkv, _, _, *norm in layers]
-    last = [(out.mT, out_bias, None) for _, out, out_bias, *_ in layers]
-    if first[0][0].shape == last[0][0].shape:
-        made = operands(*zip(*first, *last, strict=True), dtype)
+class MSSASources(NamedTuple):
+    """What ``prepare_mssa`` takes of one operator."""
+
+    qkv_weight: Tensor
+    out_weight: Tensor
+    out_bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+
+
+def prepare_mssa(layers: Sequence[MSSASources], dtype: torch.dtype) -> list[Prepared]:
+    """The two matrices that each operator multiplies with in ``dtype``; all operators have one shape."""
+    first, last = [layer.qkv_weight.mT for layer in layers], [layer.out_weight.mT for layer in layers]
+    norms = [as_norm(layer.norm_weight, layer.norm_bias) for layer in layers]
+    biases, none = [layer.out_bias for layer in layers], [None] * len(layers)
+    if first[0].shape == last[0].shape:  # then one launch makes both
+        made = operands([*first, *last], [*none, *biases], [*norms, *none], dtype)
         qkv, out = made[: len(layers)], made[len(layers) :]
     else:
-        qkv, out = (operands(*zip(*side, strict=True), dtype) for side in (first, last))
-    return [as_prepared(pair, layer) for *pair, layer in zip(qkv, out, layers, strict=True)]
+        qkv, out = operands(first, none, norms, dtype), operands(last, biases, none, dtype)
+    return [as_prepared(pair, layer) for pair, layer in zip(zip(qkv, out, strict=True), layers, strict=True)]
 
 
 class _MSSA(torch.autograd.Function):

@@ -8,7 +8,7 @@ The composed path has no operator of its own: its projections are the library's,
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -89,22 +89,28 @@ def _backward_fake(grad: Tensor, x: Tensor, kept: Any, needs: list[bool], given:
     return empty_gradients((x, *given[:5]), (need_x, need_qkv, need_out, need_out, need_qkv, need_qkv))
 
 
-def _products(x_shape: tuple[int, ...], given: MSSAArguments) -> tuple[int, int, int]:
-    """FLOPs of the first projection, of one tokens x tokens product of attention, and of the second projection.
+class _Shapes(Protocol):
+    """What FLOP formulas read of ``MSSAArguments``, whose tensors come to them as shapes."""
 
-    Tensors among the arguments are given by their shapes.
-    """
+    qkv_weight: tuple[int, int]
+    out_weight: tuple[int, int]
+    is_causal: bool
+    recompute: bool
+
+
+def _products(x_shape: tuple[int, ...], given: _Shapes) -> tuple[int, int, int]:
+    """FLOPs of the first projection, of one tokens x tokens product of attention, and of the second projection."""
     (batch, tokens, width), inner, out_width = x_shape, given.qkv_weight[0], given.out_weight[0]
     scores = 2 * batch * tokens * tokens * inner // (2 if given.is_causal else 1)
     return 2 * batch * tokens * width * inner, scores, 2 * batch * tokens * inner * out_width
 
 
-def _forward_flops(x_shape: tuple[int, ...], skip: Any, out_dtype: Any, given: MSSAArguments) -> int:
+def _forward_flops(x_shape: tuple[int, ...], skip: Any, out_dtype: Any, given: _Shapes) -> int:
     qkv, scores, out = _products(x_shape, given)
     return qkv + 2 * scores + out
 
 
-def _backward_flops(grad: Any, x_shape: tuple[int, ...], kept: Any, needs: list[bool], given: MSSAArguments) -> int:
+def _backward_flops(grad: Any, x_shape: tuple[int, ...], kept: Any, needs: list[bool], given: _Shapes) -> int:
     qkv, scores, out = _products(x_shape, given)
     need_x, need_qkv, need_out = needs
     again = (qkv + 2 * scores) * given.recompute

@@ -76,9 +76,9 @@ def backward(
         grad, kept.out, out, dtype, negate=form.subtract, heads=(batch, form.num_heads),
         need_x=need_x or need_qkv, need_matrix=need_out, need_column=need_out and out.offset is not None,
     )  # fmt: skip
-    of_projection = [None if of_out.matrix is None else of_out.matrix.t(), of_out.column]
-    if not (need_x or need_qkv):
-        return None, None, *of_projection, None, None
+    grad_out_weight = None if of_out.matrix is None else of_out.matrix.t()
+    if of_out.x is None:
+        return None, None, grad_out_weight, of_out.column, None, None
     grad_attended, w, attended = (_heads(t, x, form) for t in (of_out.x, kept.w, kept.out))
     delta = attention.rows_of_delta(grad_attended, attended) if of_out.delta is None else of_out.delta
     grad_w = attention.backward_from_delta(grad_attended, w, kept.lse, delta, form.scale, form.is_causal)
@@ -86,10 +86,11 @@ def backward(
         _tokens(grad_w), x.flatten(0, 1), qkv, x.dtype, y=kept.w, norm=norm, stats=kept.stats, extra=past,
         need_x=need_x, need_matrix=need_qkv, need_column=need_qkv and norm is not None,
     )  # fmt: skip
-    grad_qkv, of_norm = of_qkv.matrix, (None, None)
+    grad_qkv, grad_gamma, grad_beta = of_qkv.matrix, None, None
     if need_qkv and norm is not None:
-        grad_qkv, *of_norm = matrix_gradient(of_qkv, qkv_weight.t(), norm, qkv_weight.t())
-    return of_qkv.x, None if grad_qkv is None else grad_qkv.t(), *of_projection, *of_norm
+        grad_qkv, grad_gamma, grad_beta = matrix_gradient(of_qkv, qkv_weight.t(), norm, qkv_weight.t())
+    grad_qkv_weight = None if grad_qkv is None else grad_qkv.t()
+    return of_qkv.x, grad_qkv_weight, grad_out_weight, of_out.column, grad_gamma, grad_beta
 
 
 def _heads(tokens: Tensor, x: Tensor, form: Form) -> Tensor:

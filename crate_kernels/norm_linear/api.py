@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from crate_kernels.layer_norm import layer_norm
 from crate_kernels.norm_linear import composed, op, reference
 from crate_kernels.products.norm_folding import as_norm
 from crate_kernels.products.op import operands
-from crate_kernels.products.prepared import Prepared, Sources, as_prepared, checked_or_made
+from crate_kernels.products.prepared import Prepared, as_prepared, checked_or_made
 
 
 def norm_linear(
@@ -63,7 +63,7 @@ def norm_linear(
     dtype = compute_dtype(x)
     implementation = dispatch.choose("norm_linear", x, dtype, None, (weight, norm_weight, norm_bias))
     if implementation == "triton":
-        made_of = weight, bias, norm_weight, norm_bias
+        made_of = NormLinearSources(weight, bias, norm_weight, norm_bias)
         (operand,) = checked_or_made(prepared, made_of, dtype, prepare_norm_linear).operands
         y = _NormLinear.apply(x.reshape(-1, x.shape[-1]), *made_of, *operand, float(norm_eps))
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -74,10 +74,19 @@ def norm_linear(
         return composed.norm_linear(x, weight, bias, dtype)
 
 
-def prepare_norm_linear(layers: Sequence[Sources], dtype: torch.dtype) -> list[Prepared]:
-    """What products in ``dtype`` take of weight, bias, norm_weight and norm_bias of operators of one shape, in one launch."""
-    matrices = [(weight.mT, bias, as_norm(*norm)) for weight, bias, *norm in layers]
-    made = operands(*zip(*matrices, strict=True), dtype)
+class NormLinearSources(NamedTuple):
+    """What ``prepare_norm_linear`` takes of one operator."""
+
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+
+
+def prepare_norm_linear(layers: Sequence[NormLinearSources], dtype: torch.dtype) -> list[Prepared]:
+    """The matrices that operators of one shape multiply with in ``dtype``, all made in one launch."""
+    norms = [as_norm(layer.norm_weight, layer.norm_bias) for layer in layers]
+    made = operands([layer.weight.mT for layer in layers], [layer.bias for layer in layers], norms, dtype)
     return [as_prepared((one,), layer) for one, layer in zip(made, layers, strict=True)]
 
 

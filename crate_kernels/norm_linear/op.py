@@ -7,7 +7,7 @@ them, for the backward, y. Without one it is empty. The composed path has no ope
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,8 +58,14 @@ def _forward_fake(x: Tensor, given: NormLinearArguments) -> tuple[Tensor, list[T
     return y, [] if given.norm_weight is None else [x.new_empty(2, x.shape[0], dtype=torch.float32)]
 
 
-def _product(x_shape: tuple[int, ...], given: NormLinearArguments) -> int:
-    """FLOPs of one product; tensors among the arguments are given by their shapes."""
+class _Shapes(Protocol):
+    """What FLOP formulas read of ``NormLinearArguments``, whose tensors come to them as shapes."""
+
+    weight: tuple[int, int]
+
+
+def _product(x_shape: tuple[int, ...], given: _Shapes) -> int:
+    """FLOPs of one product."""
     return 2 * x_shape[0] * given.weight[0] * given.weight[1]
 
 

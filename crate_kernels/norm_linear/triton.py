@@ -36,9 +36,9 @@ def backward(
         grad, x, operand, x.dtype, y=y, norm=norm, stats=stats,
         need_x=need_x, need_matrix=need_weights, need_column=need_weights and operand.offset is not None,
     )  # fmt: skip
-    if not need_weights:
+    if found.matrix is None:
         return found.x, None, None, None, None
     if norm is None:
         return found.x, found.matrix.t(), found.column, None, None
-    matrix, *of_norm = matrix_gradient(found, weight.t(), norm, weight.t())
-    return found.x, matrix.t(), found.column, *of_norm
+    matrix, gamma, beta = matrix_gradient(found, weight.t(), norm, weight.t())
+    return found.x, matrix.t(), found.column, gamma, beta

@@ -7,7 +7,7 @@ is the library's products under autograd.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -53,15 +53,20 @@ def _forward_fake(
     return x.new_empty(x.shape, dtype=out_dtype), z1, z2
 
 
-def _product(x_shape: tuple[int, ...], given: OvercompleteArguments) -> int:
-    """FLOPs of a product of tokens, width and codes, as all are here."""
+class _Shapes(Protocol):
+    """What FLOP formulas read of ``OvercompleteArguments``, whose tensors come to them as shapes."""
+
+    dictionary: tuple[int, int]
+    out_dictionary: tuple[int, int] | None
+
+
+def _product(x_shape: tuple[int, ...], given: _Shapes) -> int:
+    """FLOPs of one product; all of them are of tokens, width and codes."""
     width, codes = given.dictionary
     return 2 * x_shape[0] * width * codes
 
 
-def _backward_flops(
-    grad: Any, x_shape: tuple[int, ...], z1: Any, z2: Any, needs: list[bool], given: OvercompleteArguments
-) -> int:
+def _backward_flops(grad: Any, x_shape: tuple[int, ...], z1: Any, z2: Any, needs: list[bool], given: _Shapes) -> int:
     need_x, need_dictionary, need_out_dictionary, need_numbers = needs
     down_to_codes = 3 * (need_x or need_dictionary or need_numbers)
     # The residual again, and three products; that of D1 comes with them where it is D.

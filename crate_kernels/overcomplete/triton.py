@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crate_kernels.products.launchers import GradientRows, gradients, project, weight_gradient
+from crate_kernels.products.launchers import GradientRows, gradient_rows, input_gradient, project, weight_gradient
 from crate_kernels.products.norm_folding import Operand
 
 
@@ -77,15 +77,15 @@ def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Step, nee
     if needs.out_dictionary or (coupled and needs.dictionary):
         grad_out = weight_gradient(grad, z2)
     if needs.x or needs.dictionary or needs.numbers:
-        descent, alone = weights.descent(dtype), dict(need_matrix=False, need_column=False)
+        descent = weights.descent(dtype)
         # hardshrink's backward keeps the gradient where its input is not zero: the mask, in one pass.
-        g2 = gradients(grad, None, weights.output(dtype), dtype, **alone).x
-        g2 = torch.ops.aten.hardshrink_backward(g2, z2, 0.0)
-        grad_r = gradients(g2, None, descent, dtype, **alone).x
+        grad_z2 = _through(grad, weights.output(dtype), dtype)
+        g2 = torch.ops.aten.hardshrink_backward(grad_z2, z2, 0.0)
+        grad_r = _through(g2, descent, dtype)
         grad_z1, _ = project(grad_r, _operand(weights.dictionary, dtype), dtype, skip=g2, negate=True)
         g1 = GradientRows(torch.ops.aten.hardshrink_backward(grad_z1, z1, 0.0))
         if needs.x:
-            grad_x = gradients(None, None, descent, x.dtype, extra=grad_r, rows=g1, **alone).x
+            grad_x, _ = input_gradient(g1, descent, x.dtype, extra=grad_r)
         if needs.dictionary:
             through_second = weight_gradient(_unexplained(x, z1, weights), g2)
             grad_dictionary = (weight_gradient(x, g1.g) + through_second) * eta
@@ -94,9 +94,14 @@ def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Step, nee
             gained = z2.float() - z1
             grad_step_size = ((g1.g.float() * z1).sum() + (g2 * gained).sum()) / eta
             grad_lambd = -eta * (g1.g.float().sum() + g2.float().sum())
-    if coupled and needs.dictionary:
+    if coupled and grad_dictionary is not None and grad_out is not None:
         grad_dictionary, grad_out = grad_dictionary + grad_out, None
     return grad_x, grad_dictionary, grad_out, grad_step_size, grad_lambd
+
+
+def _through(grad: Tensor, operand: Operand, dtype: torch.dtype) -> Tensor:
+    """grad B^T in ``dtype``: the gradient of what was multiplied by B."""
+    return input_gradient(gradient_rows(grad, None, operand, need_column=False), operand, dtype)[0]
 
 
 def _operand(matrix: Tensor, dtype: torch.dtype) -> Operand:

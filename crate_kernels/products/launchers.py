@@ -88,12 +88,15 @@ def project(
         return out, stats
     use = "masked" if threshold is not None else "norm" if fold else "plain"
     tiles = _tiles("project", use, operand.matrix, out if skip is None else skip, width)
-    threshold, in_memory = number(threshold)
+    threshold_value, in_memory = number(threshold)
+    gamma = beta = None
+    if norm is not None and skip_norm:
+        gamma, beta = norm.weight.contiguous(), None if norm.bias is None else norm.bias.contiguous()
     left, matrix = _by(tiles, multiplied, operand.matrix)
     kernels.project_kernel[_grid(tokens, width, tiles)](
         left, matrix, out, stats if fold or skip_norm else None, operand.column_sum if fold else None,
-        operand.offset, skip, _vector(norm.weight) if skip_norm else None, _vector(norm.bias) if skip_norm else None,
-        threshold, tokens, inner_width, width, *left.stride(), *_strides(matrix), *_strides(skip),
+        operand.offset, skip, gamma, beta, threshold_value, tokens, inner_width, width,
+        *left.stride(), *_strides(matrix), *_strides(skip),
         FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
         **_options(operand.matrix, inner_width, width, tiles),
     )  # fmt: skip
@@ -137,6 +140,7 @@ class Gradients(NamedTuple):
 def gradient_sums(operand: Operand, norm: Norm, skip: bool = False, negate: bool = False) -> tuple[Tensor, Tensor]:
     """u and offset [width] of c1 = sum g u and c2 = sum g (z - offset), z the product with all that was added to it."""
     column_sum, offset = operand.column_sum, operand.offset
+    assert column_sum is not None and offset is not None  # an operand behind a LayerNorm has both
     if negate:
         column_sum, offset = -column_sum, -offset
     if skip:
@@ -181,8 +185,9 @@ def gradients(
             head's sums over features of dx * x, where its width divides a tile.
         need_x, need_matrix, need_column: whose gradients are asked for: x's, the matrix's, the offset's.
     """
-    fold = norm is not None and folds(x, operand.matrix.dtype)
+    fold = norm is not None and x is not None and folds(x, operand.matrix.dtype)
     if rows is None:
+        assert grad is not None
         rows = gradient_rows(
             grad, x, operand, y=y, threshold=threshold, soft=soft, norm=norm, stats=stats, skip=skip, negate=negate,
             need_x=need_x, need_column=need_column or (need_matrix and fold),
@@ -190,16 +195,23 @@ def gradients(
     dx = product = delta = None
     if need_x:
         masked = y if threshold is not None else None
-        dx, delta = _input_gradient(
-            rows, grad if skip else None, operand, out_dtype, masked, x, norm, stats, negate, extra, heads
-        )
+        dx, delta = input_gradient(
+            rows, operand, out_dtype, skip=grad if skip else None, mask=masked, x=x, norm=norm, stats=stats,
+            negate=negate, extra=extra, heads=heads,
+        )  # fmt: skip
     if need_matrix:
+        assert x is not None
         product = weight_gradient(x, rows.g, operand.matrix, norm)
         product = product.neg_() if negate else product
-    sums = -rows.column_sums if negate and rows.column_sums is not None else rows.column_sums
-    second = sums[1] if need_matrix and sums is not None and len(sums) > 1 else None
-    seconds = (second, None) if fold else (None, second)
-    return Gradients(dx, product, sums[0] if need_column else None, *seconds, delta)
+    column = second = None
+    sums = rows.column_sums
+    if sums is not None:
+        sums = -sums if negate else sums
+        second = sums[1] if need_matrix and len(sums) > 1 else None
+    if need_column:
+        assert sums is not None
+        column = sums[0]
+    return Gradients(dx, product, column, second if fold else None, None if fold else second, delta)
 
 
 def gradient_rows(
@@ -219,7 +231,8 @@ def gradient_rows(
 ) -> GradientRows:
     """One pass over grad and y; none where grad can be read as it is. Arguments as ``gradients`` has them."""
     (tokens, width), dtype = grad.shape, operand.matrix.dtype
-    masked, scaled, make_sums = threshold is not None, norm is not None and folds(x, dtype), need_x and norm is not None
+    masked, make_sums = threshold is not None, need_x and norm is not None
+    scaled = norm is not None and x is not None and folds(x, dtype)
     make_g = masked or scaled or grad.dtype != dtype
     g = torch.empty((tokens, width), dtype=dtype, device=grad.device) if make_g else grad
     sums = grad.new_empty((2, tokens), dtype=torch.float32) if make_sums else None
@@ -228,11 +241,12 @@ def gradient_rows(
     two = scaled or added is not None
     columns = grad.new_empty((1 + two, programs, width), dtype=torch.float32) if need_column else None
     if tokens and (make_g or make_sums or need_column):
-        of_sums = gradient_sums(operand, norm, skip, negate) if make_sums else (None, None)
-        threshold, in_memory = number(threshold)
+        of_sums = gradient_sums(operand, norm, skip, negate) if norm is not None and need_x else (None, None)
+        threshold_value, in_memory = number(threshold)
         read_y = y if masked or make_sums else None
         kernels.gradient_rows_kernel[(programs,)](
-            grad, read_y, added, stats if two else None, *of_sums, g if make_g else None, sums, columns, threshold, tokens, width,
+            grad, read_y, added, stats if two else None, *of_sums, g if make_g else None, sums, columns,
+            threshold_value, tokens, width,
             *grad.stride(), *_strides(read_y), *_strides(added),
             SCALED=scaled, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
             WHOLE=width % _ROWS["BLOCK_N"] == 0, enable_fp_fusion=True, **_ROWS,
@@ -241,41 +255,46 @@ def gradient_rows(
 
 
 @naming_the_cache
-def _input_gradient(
+def input_gradient(
     rows: GradientRows,
-    grad: Tensor | None,
     operand: Operand,
     out_dtype: torch.dtype,
-    masked: Tensor | None,
-    x: Tensor | None,
-    norm: Norm | None,
-    stats: Tensor | None,
-    negate: bool,
-    extra: Tensor | None,
-    heads: tuple[int, int] | None,
+    *,
+    skip: Tensor | None = None,
+    mask: Tensor | None = None,
+    x: Tensor | None = None,
+    norm: Norm | None = None,
+    stats: Tensor | None = None,
+    negate: bool = False,
+    extra: Tensor | None = None,
+    heads: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx [tokens, inner], contiguous, and delta. ``grad`` is there where it is added to the product, ``masked`` (y) its mask."""
+    """dx [tokens, inner] of ``project``, contiguous, and delta.
+
+    ``skip`` is the gradient that is added to the product, in places where ``mask`` (y) is not zero if there is one. The other
+    arguments are as in ``gradients``.
+    """
     (tokens, inner_width), (width, _), dtype = rows.g.shape, operand.matrix.shape, operand.matrix.dtype
     out = torch.empty((tokens, width), dtype=out_dtype, device=rows.g.device)
-    use = "masked" if grad is not None else "plain" if norm is None else "norm"
+    use = "masked" if skip is not None else "plain" if norm is None else "norm"
     tiles = _tiles("input_gradient", use, operand.matrix, out, width)
-    delta, head_dim, sample_tokens = None, 1, 1
-    if heads is not None and tiles["BLOCK_N"] // tiles["PARTS"] % (width // heads[1]) == 0:
+    delta, attended, head_dim, sample_tokens = None, None, 1, 1
+    if heads is not None and x is not None and tiles["BLOCK_N"] // tiles["PARTS"] % (width // heads[1]) == 0:
         head_dim, sample_tokens = width // heads[1], tokens // max(heads[0], 1)
-        delta = out.new_empty((*heads, sample_tokens), dtype=torch.float32)
+        delta, attended = out.new_empty((*heads, sample_tokens), dtype=torch.float32), x.contiguous()
     if not out.numel():
         return out, delta
-    scaled = norm is not None and folds(x, dtype)
+    scaled = norm is not None and x is not None and folds(x, dtype)
     # What is added past the product is not rounded to its dtype, unless g had to be; where g did not, it is masked already.
-    skipped = None if grad is None else rows.g if scaled or grad.dtype == dtype else grad
-    mask = masked if skipped is grad else None
+    skipped = None if skip is None else rows.g if scaled or skip.dtype == dtype else skip
+    mask = mask if skipped is skip else None
     left, matrix = _by(tiles, rows.g, operand.matrix.t())
     kernels.input_gradient_kernel[_grid(tokens, width, tiles)](
         left, skipped, mask, matrix, out, x if norm else None, stats, rows.sums,
-        _vector(norm.weight) if norm and grad is not None else None, extra, delta, None if delta is None else x.contiguous(),
+        norm.weight.contiguous() if norm and skip is not None else None, extra, delta, attended,
         tokens, inner_width, width, sample_tokens,
         *left.stride(), *_strides(skipped), *_strides(mask), *_strides(matrix), *_strides(x if norm else None), *_strides(extra),
-        NORM=norm is not None, SCALED=scaled, SKIP=grad is not None, NEGATE=negate, HEAD_DIM=head_dim,
+        NORM=norm is not None, SCALED=scaled, SKIP=skip is not None, NEGATE=negate, HEAD_DIM=head_dim,
         **_options(operand.matrix, inner_width, width, tiles),
     )  # fmt: skip
     return out, delta
@@ -284,7 +303,9 @@ def _input_gradient(
 def weight_gradient(x: Tensor, g: Tensor, like: Tensor | None = None, norm: Norm | None = None) -> Tensor:
     """x^T g [inner, width] float32, in the order of memory that ``like`` has; of x normalised, where it was not folded."""
     if norm is not None and not folds(x, g.dtype):
-        x = moments(x, norm.eps, g.dtype)[1]
+        _, xhat = moments(x, norm.eps, g.dtype)
+        assert xhat is not None
+        x = xhat
     x = x.to(g.dtype)
     if like is not None and like.stride(0) == 1:
         return float32_product(g.t(), x).t()
@@ -310,13 +331,8 @@ def number(value: Tensor | None) -> tuple[Tensor | float | None, bool]:
     return (float(value), False) if value.device.type == "cpu" else (value, True)
 
 
-def _activation(threshold: Tensor | float | None, soft: bool) -> str:
+def _activation(threshold: Tensor | None, soft: bool) -> str:
     return "none" if threshold is None else "soft" if soft else "relu"
-
-
-def _vector(values: Tensor | None) -> Tensor | None:
-    """As the kernels read it: one number after the other."""
-    return None if values is None else values.contiguous()
 
 
 def _strides(matrix: Tensor | None) -> tuple[int, ...]:

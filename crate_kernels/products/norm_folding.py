@@ -1,4 +1,4 @@
-"""What a matrix becomes before tokens are multiplied with it, and the LayerNorm that goes into it.
+"""What a matrix becomes before tokens are multiplied with it, and the LayerNorm that is folded into it.
 
 With a LayerNorm of weight gamma and bias beta before the product,
 
@@ -11,9 +11,9 @@ Without a LayerNorm B' is B, and offset the bias.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Norm(NamedTuple):
@@ -25,13 +25,21 @@ class Norm(NamedTuple):
 
 
 def as_norm(weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Norm | None:
-    """No LayerNorm where there is no weight."""
+    """The LayerNorm of these; None where there is no weight."""
     return None if weight is None else Norm(weight, bias, eps)
 
 
-def norm_options(norm: Any) -> dict[str, Any]:
-    """A Norm, or an ``nn.LayerNorm``, as operators take it: by name; nothing where it is None."""
-    return {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
+class NormOptions(TypedDict, total=False):
+    """A LayerNorm as operators take it, by the names of their arguments; empty for none."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor | None
+    norm_eps: float
+
+
+def norm_options(norm: Norm | nn.LayerNorm | None) -> NormOptions:
+    """``norm`` as keyword arguments of an operator."""
+    return {} if norm is None else {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
 
 
 class Operand(NamedTuple):

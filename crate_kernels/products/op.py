@@ -62,7 +62,10 @@ def _prepare(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     norms = list(map(as_norm, norm_weights, norm_biases))
-    return tuple(dispatch.load("products", "preparation").prepare_all(matrices, biases, norms, dtype, scale))
+    matrix, column_sum, offset = dispatch.load("products", "preparation").prepare_all(
+        matrices, biases, norms, dtype, scale
+    )
+    return matrix, column_sum, offset
 
 
 def _combine(
@@ -77,13 +80,13 @@ def _combine(
     return combined, *operand
 
 
-def empty_operands(matrices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def empty_operands(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for operands, in the order of the source's memory, so that reading and writing run along the same axis."""
     (rows, columns), count = matrices[0].shape, len(matrices)
     flipped = all(matrix.stride(0) == 1 and matrix.stride(1) != 1 for matrix in matrices)
     matrix = matrices[0].new_empty((count, columns, rows) if flipped else (count, rows, columns), dtype=dtype)
-    vectors = (matrix.new_empty((count, columns), dtype=torch.float32) for _ in range(2))
-    return matrix.mT if flipped else matrix, *vectors
+    column_sum, offset = (matrix.new_empty((count, columns), dtype=torch.float32) for _ in range(2))
+    return matrix.mT if flipped else matrix, column_sum, offset
 
 
 def _combine_fake(dictionaries: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:

@@ -43,16 +43,17 @@ def matrix_gradient(
         scale: 0-dim, on the host or beside the matrix; 1 if None.
         skip: LN(x) was added to the product.
     """
+    assert found.matrix is not None
     inner_width, width = matrix.shape
     grad_matrix = torch.empty_like(like)
     grad_gamma = torch.empty_like(norm.weight, memory_format=torch.contiguous_format)
     grad_beta = None if norm.bias is None else torch.empty_like(norm.bias, memory_format=torch.contiguous_format)
     beta = None if norm.bias is None else norm.bias.contiguous()
     if matrix.numel():
-        scale, in_memory = number(scale)
+        scale_value, in_memory = number(scale)
         kernels.gradient_kernel[(cdiv(inner_width, _GRADIENT["BLOCK_K"]),)](
             found.matrix, matrix, found.column, found.mean_column, found.diagonal if skip else None, norm.weight.contiguous(),
-            beta, grad_matrix, grad_gamma, grad_beta, scale, inner_width, width, *found.matrix.stride(), *matrix.stride(),
+            beta, grad_matrix, grad_gamma, grad_beta, scale_value, inner_width, width, *found.matrix.stride(), *matrix.stride(),
             *grad_matrix.stride(), SCALE_IN_MEMORY=in_memory, SKIP=skip,
             WHOLE_N=width % _GRADIENT["BLOCK_N"] == 0, WHOLE_K=inner_width % _GRADIENT["BLOCK_K"] == 0,
             enable_fp_fusion=True, **_GRADIENT,
@@ -82,9 +83,9 @@ def prepare_all(
     )
     (inner_width, width), count = matrices[0].shape, len(matrices)
     if operand.numel():
-        scale, in_memory = number(scale)
+        scale_value, in_memory = number(scale)
         kernels.prepare_kernel[(cdiv(width, _PREPARE["BLOCK_N"]), count)](
-            _table(matrices, vectors), operand, column_sum, offset, scale, inner_width, width,
+            _table(matrices, vectors), operand, column_sum, offset, scale_value, inner_width, width,
             *matrices[0].stride(), *operand.stride()[1:],
             SCALE_IN_MEMORY=in_memory, WHOLE_N=width % _PREPARE["BLOCK_N"] == 0, WHOLE_K=inner_width % _PREPARE["BLOCK_K"] == 0,
             **_kinds(matrices, vectors), enable_fp_fusion=True, **_PREPARE,
@@ -116,7 +117,8 @@ def combine_all(
     return combined, Operand(operand, column_sum, offset)
 
 
-Vectors = list[tuple[Tensor | None, Tensor | None, Tensor | None]]
+# One row a matrix: the vectors that go with it, or None for those that it lacks.
+Vectors = list[tuple[Tensor | None, ...]]
 
 
 def _uniform(matrices: Sequence[Tensor], vectors: Vectors) -> tuple[list[Tensor], Vectors]:

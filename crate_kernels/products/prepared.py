@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from crate_kernels import validation
 from crate_kernels.products.norm_folding import Operand
 
-# Weights, and with ISTA the step size, in the order of the operator's arguments.
+# What an operator prepares: its weights, and for ISTA the step size. Each operator has a named tuple for it.
 Sources = tuple[Tensor | float | None, ...]
+SourcesOfOperator = TypeVar("SourcesOfOperator", bound=Sources)
 
 
 class Prepared(NamedTuple):
@@ -44,9 +45,9 @@ def as_prepared(operands: tuple[Operand, ...], made_of: Sources, combined: Tenso
 
 def checked_or_made(
     given: Prepared | None,
-    made_of: Sources,
+    made_of: SourcesOfOperator,
     dtype: torch.dtype,
-    prepare: Callable[[Sequence[Sources], torch.dtype], list[Prepared]],
+    prepare: Callable[[Sequence[SourcesOfOperator], torch.dtype], list[Prepared]],
 ) -> Prepared:
     """What ``prepare`` makes of ``made_of``, for products in ``dtype``: made now, or before, and then still true of them.
 
@@ -71,7 +72,7 @@ def checked_or_made(
                 raise ValueError(f"prepared: made with step_size {then}, and this step has {now}; prepare again")
         elif then is not now:
             raise ValueError("prepared: made of other weights than it is used with; prepare again")
-    if None not in (given.versions, now := _versions(made_of)) and given.versions != now:
+    if None not in (given.versions, versions := _versions(made_of)) and given.versions != versions:
         raise ValueError("prepared: weights have changed since; prepare again")
     return given
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,21 @@ from crate_kernels.shared_attention import op, reference
 WIDEST_HEAD = 128
 
 
+@overload
+def shared_qkv_attention(
+    w: Tensor, *, scale: float | None = None, is_causal: bool = False, lengths: Tensor | None = None,
+    dropout: float = 0.0, seed: int | None = None, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def shared_qkv_attention(
+    w: Tensor, *, scale: float | None = None, is_causal: bool = False, lengths: Tensor | None = None,
+    dropout: float = 0.0, seed: int | None = None, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def shared_qkv_attention(
+    w: Tensor, *, scale: float | None = None, is_causal: bool = False, lengths: Tensor | None = None,
+    dropout: float = 0.0, seed: int | None = None, return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def shared_qkv_attention(
     w: Tensor,
     *,
@@ -75,10 +90,11 @@ def shared_qkv_attention(
     dtype = compute_dtype(w)
     implementation = dispatch.choose("shared_qkv_attention", w, dtype, obstacle_to_triton(w.shape[-1]))
     if implementation == "reference":
-        return reference.shared_qkv_attention(w, scale, is_causal, lengths, dropout, seed, return_lse)
-    return unchecked_attention(
-        w.to(dtype), float(scale), is_causal, implementation, lengths, float(dropout), seed, return_lse
-    )
+        out = reference.shared_qkv_attention(w, scale, is_causal, lengths, dropout, seed)
+        return (out, reference.log_sum_exp(w, scale, is_causal, lengths)) if return_lse else out
+    w = w.to(dtype)
+    settings = float(scale), is_causal, _keeps(w), implementation, lengths, float(dropout), _key(dropout, seed)
+    return _SharedAttention.apply(w, *settings, return_lse)
 
 
 def check_padding_and_dropout(
@@ -118,16 +134,22 @@ def unchecked_attention(
     implementation: str,
     lengths: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """``shared_qkv_attention`` behind its checks and choices, for an operator that has made them already."""
-    keep = torch.is_grad_enabled() and w.requires_grad
-    key = None
-    if dropout:
-        # A tensor even so: see op.
-        key = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
-    return _SharedAttention.apply(w, scale, is_causal, keep, implementation, lengths, dropout, key, return_lse)
+) -> Tensor:
+    """``shared_qkv_attention`` without its checks, for an operator that has made them already and chosen an implementation."""
+    settings = scale, is_causal, _keeps(w), implementation, lengths, dropout, _key(dropout, None)
+    return _SharedAttention.apply(w, *settings, False)
+
+
+def _keeps(w: Tensor) -> bool:
+    """Whether a backward may come."""
+    return torch.is_grad_enabled() and w.requires_grad
+
+
+def _key(dropout: float, seed: int | None) -> Tensor | None:
+    """The seed as operators take it (``op`` says why), drawn now where none is given; None without dropout."""
+    if not dropout:
+        return None
+    return torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
 
 
 def _formula_of(ctx: Any) -> Formula | None:

@@ -48,19 +48,20 @@ def forward(
     part, (tokens, features), keeps = _Part.of(w), w.shape[2:], composed_keeps(w, dropout, return_lse)
     key_room, result_room = part.room(w, tokens, features), part.room(w, part.rows, features)
     score_room = part.room(w, part.rows, tokens)
-    out, kept = empty_token_major(w), None
+    out, kept, kept_dtype = empty_token_major(w), None, w.dtype
     if keeps == "log-sum-exp":
-        kept = w.new_empty(w.shape[:3], dtype=torch.promote_types(w.dtype, torch.float32))
+        kept_dtype = torch.promote_types(w.dtype, torch.float32)
+        kept = w.new_empty(w.shape[:3], dtype=kept_dtype)
     elif keeps == "probabilities" and keep:
         kept = w.new_empty(*w.shape[:3], tokens)
-    generator = torch.Generator(w.device).manual_seed(int(seed)) if dropout else None
+    generator = _generator(w, dropout, seed)
     for heads, out_heads, kept_heads, padded in part.heads_of(_without(padding, w), out, kept, padding):
         keys = _stacked(heads, key_room)
         for rows in part.rows_of(keys):
             queries = keys[:, rows]
             probabilities = scores = _scores(queries, keys, rows, scale, is_causal, padded, score_room)
             if keeps == "log-sum-exp":
-                kept_heads[..., rows] = scores.to(kept.dtype).logsumexp(-1).view(*heads.shape[:2], -1)
+                kept_heads[..., rows] = scores.to(kept_dtype).logsumexp(-1).view(*heads.shape[:2], -1)
             elif kept is not None and kept.dtype == scores.dtype:
                 probabilities = kept_heads.flatten(0, 1)[:, rows]
             torch.softmax(scores, -1, out=probabilities)
@@ -103,9 +104,8 @@ def backward(
     part, (tokens, features) = _Part.of(w), w.shape[2:]
     key_room, grad_room, result_room = (part.room(w, tokens, features) for _ in range(3))
     score_room, second_room = (part.room(w, part.rows, tokens) for _ in range(2))
-    generator = torch.Generator(w.device).manual_seed(int(seed)) if dropout else None
-    grad_w, kept = empty_token_major(w), kept if kept.ndim == 4 else None
-    tensors = _without(padding, w), _without(padding, grad_out), grad_w, kept, padding
+    generator, grad_w = _generator(w, dropout, seed), empty_token_major(w)
+    tensors = _without(padding, w), _without(padding, grad_out), grad_w, kept if kept.ndim == 4 else None, padding
     for heads, grad_heads, grad_w_heads, kept_heads, padded in part.heads_of(*tensors):
         keys, grads = _stacked(heads, key_room), _stacked(grad_heads, grad_room)
         grad_keys = _corner(result_room, keys)
@@ -230,6 +230,15 @@ def _scores(
     if padding is not None:
         scores.masked_fill_(padding.reshape(-1, 1, keys.shape[1]), float("-inf"))
     return scores
+
+
+def _generator(w: Tensor, dropout: float, seed: Tensor | None) -> torch.Generator | None:
+    """The random numbers of dropout, from their start; None without dropout."""
+    if not dropout:
+        return None
+    if seed is None:
+        raise ValueError("seed: expected one, since dropout is not 0")
+    return torch.Generator(w.device).manual_seed(int(seed))
 
 
 def _factors(probabilities: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:

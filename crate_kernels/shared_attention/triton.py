@@ -551,11 +551,11 @@ def _launch_walk(
     seed: Tensor | None,
 ) -> None:
     """Start a kernel whose programs walk all tokens; only float32 has a precision to choose, and PyTorch's own switch does."""
-    options, precision = _options(kernel, w), dot_precision(w)
+    tiles, precision = _options(kernel, w), dot_precision(w)
     if dropout:  # its factors take registers that wide tiles do not leave
-        options["BLOCK_COLUMNS"] = max(16, options["BLOCK_COLUMNS"] // 2)
-    options |= {"IS_CAUSAL": is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
-    options["TAIL"] = tail(options["BLOCK_COLUMNS"], w.shape[2], is_causal, lengths is not None, precision)
+        tiles["BLOCK_COLUMNS"] = max(16, tiles["BLOCK_COLUMNS"] // 2)
+    tiles["TAIL"] = tail(tiles["BLOCK_COLUMNS"], w.shape[2], is_causal, lengths is not None, precision)
+    options = {**tiles, "IS_CAUSAL": is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
     lengths = None if lengths is None else lengths.contiguous()
     _launch(kernel, w, (*tensors, lengths, scale, dropout, 0 if seed is None else int(seed)), strided, options)
 
