@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 def overcomplete_ista(
-    x: Tensor, dictionary: Tensor, out_dictionary: Tensor | None, step_size: Tensor, lambd: Tensor
+    x: Tensor,
+    dictionary: Tensor,
+    out_dictionary: Tensor | None,
+    step_size: float | Tensor,
+    lambd: float | Tensor,
 ) -> Tensor:
     negative_gradient = F.linear(x, dictionary.t())
     z1 = F.relu(step_size * negative_gradient - step_size * lambd)
