@@ -27,13 +27,14 @@ CODE = """
 import json, sys, torch
 from benchmarks import memory, training_step
 from benchmarks.peers import STEPS
-from crate_kernels import library_products, cpu
+from crate_kernels import library_products
+from crate_kernels.cpu import CPU_PRODUCT_DTYPES
 from crate_mae import create_model
 from crate_mae.training.precision import choose_precision
 
 torch.set_num_threads(int(sys.argv[1]))
 cpu = torch.device("cpu")
-said = {"multiplies": [str(dtype) for dtype in cpu.CPU_PRODUCT_DTYPES], "auto": choose_precision("auto", cpu)}
+said = {"multiplies": [str(dtype) for dtype in CPU_PRODUCT_DTYPES], "auto": choose_precision("auto", cpu)}
 sizes = dict(depth=2, decoder_depth=2, embed_dim=64, num_heads=4, decoder_num_heads=4, patch_size=8)
 for onednn in (False, True) if torch.backends.mkldnn.is_available() else (False,):
     library_products.ONEDNN_IS_FASTER = onednn
