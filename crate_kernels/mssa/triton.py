@@ -2,7 +2,7 @@
 
     w = LN(x) U^T      out = softmax(scale * w w^T) w, head by head      z = skip +- (out W_out^T + b)
 
-Kept for the backward are x, w, out, one number a score row (the log-sum-exp) and two a token (mean and rstd).
+The backward keeps x, w, out, one number for each row of scores (the log-sum-exp) and two for each token (mean and rstd).
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def backward(
     """dx [batch * tokens, width], and the gradients of qkv, out, out's bias, and the LayerNorm's weight and bias.
 
     Args:
-        needs: which are asked for: x's, qkv's with the LayerNorm's, out's with its bias's.
-        grad: [batch * tokens, out_width], of z.
-        past: [batch * tokens, width], added to dx: the gradient that reaches x past MSSA, where x is its own skip.
+        grad: [batch * tokens, out_width], the gradient of z.
+        needs: which gradients are asked for: of x; of qkv and the LayerNorm; of out and its bias.
+        past: [batch * tokens, width], added to dx: the gradient that reaches x as the skip.
     """
     need_x, need_qkv, need_out = needs
     batch, dtype = x.shape[0], kept.w.dtype

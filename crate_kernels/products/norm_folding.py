@@ -4,9 +4,9 @@ With a LayerNorm of weight gamma and bias beta before the product,
 
     LN(x) B = rstd * (x B' - mean * column_sum) + offset,   B' = diag(gamma) B,   offset = beta B + bias
 
-so the raw tokens are multiplied, and mean and rstd, one pair a token, enter behind the product. ``column_sum`` sums B' as
-rounded to the dtype of the product: the rounding errors of both terms then cancel however far the mean is from zero.
-Without a LayerNorm B' is B, and offset the bias.
+so the raw tokens are multiplied, and the mean and rstd of each token are applied after the product. ``column_sum`` is summed
+over B' after B' was rounded to the dtype of the product: then the rounding errors of both terms cancel, however far the mean is
+from zero. Without a LayerNorm B' is B, and offset is the bias.
 """
 
 from __future__ import annotations
