@@ -47,7 +47,7 @@ def derivative(
     Args:
         operator: its name, for error messages.
         formula_of: returns the formula for a ``ctx``, raises if there is a reason to have none, or returns None for Triton
-            kernels. Those give first derivatives as always, and an error to whoever differentiates them.
+            kernels: their first derivatives are returned as usual, and raise if they are differentiated.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:

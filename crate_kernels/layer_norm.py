@@ -1,4 +1,4 @@
-"""LayerNorm by PyTorch, in the dtype that the products behind it need."""
+"""LayerNorm by PyTorch, in the dtype that the products after it need."""
 
 from __future__ import annotations
 

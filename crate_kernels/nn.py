@@ -79,11 +79,11 @@ class MSSA(nn.Module):
         if reason := self.obstacle():
             say("MSSA", reason)
             return self._by_children(x if norm is None else norm(x), skip, subtract, lengths)
-        x, norm_of_x = fold("MSSA", norm, x)
+        x, norm_options = fold("MSSA", norm, x)
         (heads, scale), (qkv, out, out_bias) = self._heads_and_scale(), self.weights()
         return mssa(
             x, qkv, out, out_bias, num_heads=heads, scale=scale, is_causal=self.is_causal,
-            skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rate, **norm_of_x,
+            skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rate, **norm_options,
         )  # fmt: skip
 
     def weights(self) -> AttentionWeights:
@@ -256,9 +256,9 @@ class ISTA(nn.Module):
             raise RuntimeError(
                 "weight: it asks for a gradient, which a frozen ISTA cannot give; call unfreeze(), or run under torch.no_grad()"
             )
-        x, norm_of_x = fold("ISTA", norm, x)
+        x, norm_options = fold("ISTA", norm, x)
         return ista(
-            x, weight, step_size=step_size, lambd=lambd, threshold=self.threshold, combined=combined, **norm_of_x
+            x, weight, step_size=step_size, lambd=lambd, threshold=self.threshold, combined=combined, **norm_options
         )
 
     def _step(self) -> tuple[nn.Parameter, float | Tensor, float | Tensor]:
@@ -308,8 +308,8 @@ class DecoderStep(nn.Module):
 
     def forward(self, x: Tensor, *, norm: nn.Module | None = None) -> Tensor:
         """``x W^T`` for x [..., dim], or ``norm(x) W^T``."""
-        x, norm_of_x = fold("DecoderStep", norm, x)
-        return norm_linear(x, self.weight, **norm_of_x)
+        x, norm_options = fold("DecoderStep", norm, x)
+        return norm_linear(x, self.weight, **norm_options)
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[0]}"
@@ -346,10 +346,10 @@ class OvercompleteISTA(nn.Module):
 
     def forward(self, x: Tensor, *, norm: nn.Module | None = None, skip: Tensor | None = None) -> Tensor:
         """The step for x [..., dim], or for ``norm(x)``, added to ``skip`` if there is one."""
-        x, norm_of_x = fold("OvercompleteISTA", norm, x)
+        x, norm_options = fold("OvercompleteISTA", norm, x)
         dictionary, out_dictionary = self._dictionaries()
         return overcomplete_ista(
-            x, dictionary, out_dictionary, step_size=self.eta, lambd=self.lmbda, skip=skip, **norm_of_x
+            x, dictionary, out_dictionary, step_size=self.eta, lambd=self.lmbda, skip=skip, **norm_options
         )
 
     def _dictionaries(self) -> tuple[nn.Parameter, nn.Parameter | None]:

@@ -148,8 +148,8 @@ def prepare_layers(
 
     The weight and bias of each LayerNorm are folded into the matrix that follows, G = W - W^T W is formed, and all is cast to the
     dtype of the products. That takes two launches for all layers of a kind (``products.preparation``). The weights still get
-    their gradients, from the backward of each layer. Prepare again whenever weights have changed: layers raise if what they are given
-    was made of other values.
+    their gradients, from the backward of each layer. Prepare again whenever weights have changed: layers raise if what they are
+    given was made of other values.
 
     Args:
         x: the tokens, for their device and dtype.

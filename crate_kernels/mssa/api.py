@@ -65,7 +65,7 @@ def mssa(
         scale: factor on the scores; head_dim**-0.5 if None.
         is_causal: token i attends to tokens 0..i only.
         norm_weight, norm_bias, norm_eps: LayerNorm over the width before the projection; none where norm_weight is None.
-        skip: [batch, tokens, out_width], in any dtype: what is added behind the product (the residual connection).
+        skip: [batch, tokens, out_width], in any dtype: what the result is added to (the residual connection).
         subtract: take the result from the skip instead of adding it.
         lengths: [batch], int32 or int64: in sample b, tokens from ``lengths[b]`` on are padding. No token attends to them, and
             they attend to none; their results are the bias and their skip.

@@ -67,8 +67,8 @@ def _backward(grad: Tensor, x: Tensor, kept: list[Tensor], needs: list[bool], gi
     kernels, (*sources, out, form) = given.load()
     grad = grad.flatten(0, 1)
     attended = kernels.attend(x, *sources, form) if given.recompute else kernels.Kept(*kept, *[None] * (4 - len(kept)))
-    past = grad if given.skip_is_x else None
-    grad_x, *grads = kernels.backward(grad, x, *sources, out, form, given.qkv_weight, attended, tuple(needs), past)
+    skip_grad = grad if given.skip_is_x else None
+    grad_x, *grads = kernels.backward(grad, x, *sources, out, form, given.qkv_weight, attended, tuple(needs), skip_grad)
     return or_empty((None if grad_x is None else grad_x.view(x.shape), *grads), (x, *given[:5]))
 
 

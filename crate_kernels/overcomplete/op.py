@@ -70,8 +70,8 @@ def _backward_flops(grad: Any, x_shape: tuple[int, ...], z1: Any, z2: Any, needs
     need_x, need_dictionary, need_out_dictionary, need_numbers = needs
     down_to_codes = 3 * (need_x or need_dictionary or need_numbers)
     # dD takes the residual again and three products; dD1 takes one, which a coupled dD includes.
-    of_dictionaries = 4 * need_dictionary + (need_dictionary if given.out_dictionary is None else need_out_dictionary)
-    return (down_to_codes + need_x + of_dictionaries) * _product(x_shape, given)
+    for_dictionaries = 4 * need_dictionary + (need_dictionary if given.out_dictionary is None else need_out_dictionary)
+    return (down_to_codes + need_x + for_dictionaries) * _product(x_shape, given)
 
 
 register(

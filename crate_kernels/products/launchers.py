@@ -144,7 +144,7 @@ class Gradients(NamedTuple):
 def gradient_sums(operand: Operand, norm: Norm, skip: bool = False, negate: bool = False) -> tuple[Tensor, Tensor]:
     """u and offset [width] of c1 = sum g u and c2 = sum g (z - offset), where z is the product plus all that was added to it."""
     column_sum, offset = operand.column_sum, operand.offset
-    assert column_sum is not None and offset is not None  # an operand behind a LayerNorm has both
+    assert column_sum is not None and offset is not None  # an operand with a LayerNorm has both
     if negate:
         column_sum, offset = -column_sum, -offset
     if skip:
@@ -246,11 +246,11 @@ def gradient_rows(
     two = scaled or added is not None
     columns = grad.new_empty((1 + two, programs, width), dtype=torch.float32) if need_column else None
     if tokens and (make_g or make_sums or need_column):
-        of_sums = gradient_sums(operand, norm, skip, negate) if norm is not None and need_x else (None, None)
+        u_and_offset = gradient_sums(operand, norm, skip, negate) if norm is not None and need_x else (None, None)
         threshold_value, in_memory = number(threshold)
         read_y = y if masked or make_sums else None
         kernels.gradient_rows_kernel[(programs,)](
-            grad, read_y, added, stats if two else None, *of_sums, g if make_g else None, sums, columns,
+            grad, read_y, added, stats if two else None, *u_and_offset, g if make_g else None, sums, columns,
             threshold_value, tokens, width,
             *grad.stride(), *_strides(read_y), *_strides(added),
             SCALED=scaled, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,

@@ -25,7 +25,7 @@ class Norm(NamedTuple):
 
 
 def as_norm(weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Norm | None:
-    """The LayerNorm of these; None where there is no weight."""
+    """A Norm of these; None without a weight."""
     return None if weight is None else Norm(weight, bias, eps)
 
 
@@ -47,7 +47,7 @@ class Operand(NamedTuple):
 
     matrix: B' [inner, width] in the dtype of the product, any strides.
     column_sum: [width] float32, sums over ``inner`` of B' as rounded; None without a LayerNorm.
-    offset: [width] float32, added to the product; None without a LayerNorm where there is no bias.
+    offset: [width] float32, added to the product; None without a LayerNorm and without a bias.
     """
 
     matrix: Tensor

@@ -155,20 +155,20 @@ def _table(matrices: Sequence[Tensor], vectors: Vectors) -> Tensor:
     addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows]
     key = device, *map(tuple, addresses)
     stream, capturing = _stream(device)
-    of_streams = _tables.pop(key, {})
+    tables_by_stream = _tables.pop(key, {})
     if capturing:
-        # A step before has filled the table, on any stream: whoever captures a graph has waited for that step.
-        table = _tables_of_graphs.get(key, next(iter(of_streams.values()), None))
+        # A step before has filled the table, on any stream, and has ended before the capture began.
+        table = _tables_of_graphs.get(key, next(iter(tables_by_stream.values()), None))
         if table is None:
             raise RuntimeError(
                 "weights: met for the first time while a CUDA graph is captured; run one step on the same weights before"
             )
         _tables_of_graphs[key] = table
-    elif (table := of_streams.get(stream)) is None:
+    elif (table := tables_by_stream.get(stream)) is None:
         table = torch.tensor(addresses, dtype=torch.int64)
         table = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
-        of_streams[stream] = table
-    _tables[key] = of_streams  # now the newest
+        tables_by_stream[stream] = table
+    _tables[key] = tables_by_stream  # now the newest
     if len(_tables) > _MOST_TABLES:
         _tables.popitem(last=False)
     return table
