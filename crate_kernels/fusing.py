@@ -57,9 +57,9 @@ def attached(name: str, module: nn.Module) -> str | None:
 
 def linear_obstacle(name: str, module: nn.Module | None) -> str | None:
     """As ``obstacle``, for a Linear whose weight goes into a kernel: the weight must be plain too, not a quantised one, say."""
-    reason = obstacle(name, module, nn.Linear)
-    if reason or not isinstance(module, nn.Linear):
+    if reason := obstacle(name, module, nn.Linear):
         return reason
+    assert isinstance(module, nn.Linear)
     weight = module.weight
     return None if is_plain(weight) else f"{name} has a weight of class {type(weight).__name__}"
 
@@ -81,9 +81,9 @@ def hooks_of_all_modules() -> str | None:
 
 def norm_obstacle(norm: nn.Module, x: Tensor) -> str | None:
     """Why ``norm`` cannot be folded into a product of x [..., width], in words; None if it can."""
-    reason = obstacle("norm", norm, nn.LayerNorm)
-    if reason or not isinstance(norm, nn.LayerNorm):
+    if reason := obstacle("norm", norm, nn.LayerNorm):
         return reason
+    assert isinstance(norm, nn.LayerNorm)
     weight = norm.weight
     if weight is None:
         return "norm has no weight"

@@ -104,10 +104,13 @@ class MSSA(nn.Module):
         """Why the children must be called one by one, in words; None where one fused call computes the same."""
         (qkv, _, dropout), (out, out_dropout, reason) = self._parts(), self._projection()
         reason = hooks_of_all_modules() or reason or self.attention_obstacle() or linear_obstacle(self._names[0], qkv)
-        if reason is None and isinstance(qkv, nn.Linear) and qkv.bias is not None:
-            reason = f"{self._names[0]} has a bias"
-        if reason is not None or out is None:
+        if reason is not None:
             return reason
+        assert isinstance(qkv, nn.Linear)
+        if qkv.bias is not None:
+            return f"{self._names[0]} has a bias"
+        if out is None:
+            return None
         reason = linear_obstacle("its output projection", out)
         if reason is None and out_dropout is not None:
             reason = obstacle("the dropout behind its output projection", out_dropout, nn.Dropout)
@@ -162,7 +165,8 @@ class MSSA(nn.Module):
         if attend is not None:
             if reason := obstacle("attend", attend, nn.Softmax):
                 return reason
-            if isinstance(attend, nn.Softmax) and attend.dim not in (-1, 3):
+            assert isinstance(attend, nn.Softmax)
+            if attend.dim not in (-1, 3):
                 return f"attend is a softmax over dimension {attend.dim}"
         if dropout is not None:
             if reason := obstacle("dropout", dropout, nn.Dropout):
