@@ -198,8 +198,9 @@ def prepare_layers(
         return [None] * len(layers)
     # Only here: an exported graph would keep the empty block, and then could not be loaded.
     with torch.no_grad():
+        attentions = prepare_mssa(attention, dtype)
         steps = prepare_ista(sparse_steps, dtype) if sparse_steps else prepare_norm_linear(linear_steps, dtype)
-        return list(map(PreparedLayer, prepare_mssa(attention, dtype), steps))
+        return list(map(PreparedLayer, attentions, steps))
 
 
 def _make(source: Tensor | float | None) -> tuple[torch.Size, torch.device] | None:
