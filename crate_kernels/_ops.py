@@ -1,4 +1,4 @@
-"""The operators' namespace in ``torch.ops``, which stands nowhere else: ``tools.hub_kernel`` gives each build one of its own."""
+"""The operators' namespace in ``torch.ops``, written here only: ``tools.hub_kernel`` gives each build a namespace of its own."""
 
 import torch
 

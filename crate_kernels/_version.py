@@ -1,3 +1,3 @@
-"""The one place the version stands: read by the build without importing torch."""
+"""The version, written here only: the build reads it without importing torch."""
 
 __version__ = "0.1.0"

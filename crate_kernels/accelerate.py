@@ -1,4 +1,4 @@
-"""Faster layers for a model that exists already: its official modules, swapped in place."""
+"""Makes a model faster that exists already, by swapping its official modules for ours in place."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from crate_kernels.renamed import CausalMSSA, CausalMSSAOfGPT, ISTAOfD, Overcomp
 
 
 class Kind(NamedTuple):
-    """How the counterpart of one of our classes is known, and what both are tried on.
+    """How to recognise a module that one of our classes can replace, and what to try both on.
 
-    attributes: what it has, whatever their values.
-    width: the parameter, and which of its sizes, that says how wide the tokens are.
-    optional: further parameters, children and settings that our class uses, or that say the same as those it uses.
-    tokens, gain: of its trials; the parameters are random, of norm ``gain`` a row.
+    attributes: the module has all of these, with any values.
+    width: the parameter, and which of its dimensions, that has the width of the tokens.
+    optional: further parameters, children and settings that the module may have: our class uses them or does not need them.
+    tokens: how many tokens both are tried on.
+    gain: they are tried with random parameters, whose rows have this norm.
     """
 
     attributes: tuple[str, ...]
@@ -44,19 +45,21 @@ _OF_GPT = _OFFICIAL._replace(
     optional=("attn_dropout", "resid_dropout", "flash"),
 )
 
-# In this order: the first that computes the same is taken.
+# Classes are tried in this order, and the first that computes the same as the module is taken.
 KINDS = {
     MSSA: _OFFICIAL,
     CausalMSSA: _OFFICIAL,
     CausalMSSAOfGPT: _OF_GPT,
     ISTA: Kind(("step_size", "lambd", "weight"), ("weight", 1)),
-    DecoderStep: Kind(("step_size", "lambd", "weight"), ("weight", 1)),  # the numbers are official, and unused there
+    DecoderStep: Kind(
+        ("step_size", "lambd", "weight"), ("weight", 1)
+    ),  # the official step has numbers that it does not use
     ISTAOfD: Kind(("eta", "lmbda", "D"), ("D", 1)),
     OvercompleteISTA: Kind(("eta", "lmbda", "D"), ("D", 0), ("D1", "decouple")),
     OvercompleteISTAOfCLIPA: Kind(("eta", "lmbda", "c_fc", "c_proj"), ("c_fc", 0), ("decouple",)),
 }
 
-# What attentions and sparse steps are called, and what they are made of, where their structure is none of the above.
+# Names of classes, children and numbers by which a module that has none of these structures still looks like one of ours.
 _ATTENTION = re.compile("attention|attn|mssa|tssa|cbsa", re.IGNORECASE)
 _SPARSE_STEP = re.compile("ista|feed_?forward|sparsif|proximal", re.IGNORECASE)
 _PROJECTIONS = re.compile("qkv|^(query|key|value|in_proj)$", re.IGNORECASE)
@@ -65,11 +68,11 @@ _NUMBERS = "step_size", "lambd", "lmbda", "lambda_", "lam", "eta", "threshold"
 
 @dataclass
 class Acceleration:
-    """What ``accelerate`` did: printed, it says so in a table.
+    """What ``accelerate`` did. ``print`` shows it as a table.
 
     Attributes:
-        swapped: name of a module in the model -> the class that it is now.
-        left_alone: name of a module that looks like one of ours -> why it was not swapped.
+        swapped: for each swapped module, by its name in the model, its class now.
+        left_alone: for each module that looks like one of ours and was not swapped, by its name, the reason.
     """
 
     swapped: dict[str, type[nn.Module]] = field(default_factory=dict)
@@ -80,7 +83,7 @@ class Acceleration:
         """Give every swapped module its official class back; parameters keep their current values.
 
         Raises:
-            RuntimeError: a module's class was changed since, by a parametrization for one. Nothing is undone then.
+            RuntimeError: a module's class was changed since, by a parametrization, for example. Then nothing is undone.
         """
         for (name, kind), (module, _) in zip(self.swapped.items(), self._originals, strict=True):
             if type(module) is not kind:
@@ -122,19 +125,20 @@ def accelerate(model: nn.Module) -> Acceleration:
     (``crate_kernels.renamed``). Numbers may be parameters or buffers, attention may be causal and have dropout, a projection may
     be plain, in a Sequential, with or without a bias.
 
-    Structure is not meaning, so each candidate must also have no parameters, children, methods or arguments that a swap would
-    lose, read no settings that ours does not, and compute what our class makes of the same object. Both are called on random
-    tokens with random parameters and numbers: in float64, of small values and large ones, one token and 300, in training and in
-    evaluation mode, with each argument, and with each dropout off and dropping everything; outputs and gradients are compared.
-    That is no proof for every input: what changes its ways beyond 300 tokens looks the same. What raises an exception there is
-    left alone. What has the name or parts of an attention or a sparse step, but not the structure, is listed as left alone, too.
+    The same structure may compute something else. So a module is swapped only if it has no parameters, children, methods or
+    arguments that a swap would lose, if its forward reads no settings that ours does not, and if both compute the same. For that
+    both are called on random tokens with random parameters, in float64, and their outputs and gradients are compared: for small
+    and large values, one token and 300, in training and evaluation mode, with each argument, and with each dropout at 0 and 1.
+    This is no proof for every input: a module that behaves differently beyond 300 tokens would be swapped. A module that raises
+    an exception is left alone. Modules that have only the name or some parts of an attention or a sparse step are listed as left
+    alone, too.
 
     All of this happens before the first swap, on shallow copies without hooks, and leaves parameters, modes and random state as
     they were. A swap changes the class of the module object and nothing else. So its parameters, buffers and state-dict names,
-    references to it, optimisers over it, hooks on it and copies made of it later all stay valid; so do the official keyword
-    arguments ``return_attention`` and ``return_key``. Children with hooks, adapters or other additions, attached before or
-    later, are called one by one instead of fused (``crate_kernels.fusing``); what wraps the projection before, and has no
-    ``weight`` of its own, keeps its module from being known, and may be put around it afterwards.
+    references to it, optimisers over it, hooks on it and later copies of it all stay valid, and so do the official keyword
+    arguments ``return_attention`` and ``return_key``. Children that have hooks, adapters or other additions, attached before or
+    later, are called one by one instead of fused (``crate_kernels.fusing``). A wrapper around the projection that has no
+    ``weight`` of its own hides the structure: put it there after the swap.
 
     Returns:
         What was swapped and what was left alone, and why. ``print`` it; ``undo()`` it.
@@ -160,13 +164,13 @@ def accelerate(model: nn.Module) -> Acceleration:
                 break
             obstacles.append(obstacle)
         else:
-            if obstacles:  # of the first class that it was tried as, if it got so far
+            if obstacles:  # the reason of the first class that it was tried as, else of the first class
                 done.left_alone[name] = max(obstacles, key=lambda obstacle: obstacle.was_tried).reason
             elif reason := _likeness(module):
                 alike[name] = reason
     known = [*ours, *done.left_alone, *(name for name, *_ in decided)]
     for name, reason in alike.items():
-        # Of what lies inside one another, the innermost: a block is not an attention because it holds one.
+        # Only the innermost is listed: a block that contains an attention is not an attention.
         if not any(other.startswith(f"{name}." if name else "") for other in (*known, *alike) if other != name):
             done.left_alone[name] = reason
     for name, module, target in decided:
@@ -177,7 +181,7 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 
 def _now(module: nn.Module) -> str | None:
-    """Why a swapped module is not fused as it stands, in words, if so."""
+    """Why a swapped module would not run fused now, in words; None if it would."""
     try:
         return module.obstacle() if isinstance(module, MSSA) else None
     except Exception as error:  # whatever was done to it since
@@ -185,18 +189,18 @@ def _now(module: nn.Module) -> str | None:
 
 
 def _candidates(module: nn.Module) -> list[type[nn.Module]]:
-    """The classes of ours that ``module`` has the structure of."""
+    """Our classes whose structure ``module`` has."""
     return [target for target, kind in KINDS.items() if all(_has(module, name) for name in kind.attributes)]
 
 
 def _has(module: nn.Module, name: str) -> bool:
-    """As hasattr, without running a property of the model's."""
+    """Like hasattr, but without running a property of the module."""
     own = vars(module), module._parameters, module._buffers, module._modules
     return any(name in held for held in own) or hasattr(type(module), name)
 
 
 def _likeness(module: nn.Module) -> str | None:
-    """Why ``module``, which has the structure of none of ours, is none, if it looks like one."""
+    """What ``module`` lacks to have the structure of one of ours, in words; None if it does not look like one of ours."""
     name = type(module).__name__
     kinds: list[type[nn.Module]] = []
     softmax = any(isinstance(child, (nn.Softmax, nn.MultiheadAttention)) for child in module.children())
@@ -212,14 +216,14 @@ def _likeness(module: nn.Module) -> str | None:
 
 
 class Obstacle(NamedTuple):
-    """Why a module cannot become one of ours, in words; and whether its structure let it be tried."""
+    """Why a module cannot become one of ours, in words; and whether it was called and compared."""
 
     reason: str
     was_tried: bool
 
 
 def _obstacle(module: nn.Module, target: type[nn.Module]) -> Obstacle | None:
-    """What stands in the way of ``module`` becoming a ``target``; None where nothing does."""
+    """Why ``module`` cannot become a ``target``; None if it can."""
     kind, was_tried = KINDS[target], False
     try:
         if reason := _change(module, target):
@@ -232,7 +236,7 @@ def _obstacle(module: nn.Module, target: type[nn.Module]) -> Obstacle | None:
 
 
 def _change(module: nn.Module, target: type[nn.Module]) -> str | None:
-    """What would be lost with the class of ``module``."""
+    """What ``module`` would lose as a ``target``, in words; None if nothing."""
     kind = KINDS[target]
     known = {*kind.attributes, *kind.optional}
     own = [*module._parameters, *module._buffers, *module._modules]
@@ -255,14 +259,14 @@ def _change(module: nn.Module, target: type[nn.Module]) -> str | None:
 
 
 def _settings_read(module: nn.Module) -> set[str]:
-    """Numbers, flags and words among its attributes that the code of its forward names."""
+    """Attributes named in the code of its forward that are numbers, flags or strings."""
     code = getattr(type(module).forward, "__code__", None)
     named = {name: getattr_static(module, name, None) for name in (code.co_names if code else ())}
     return {name for name, value in named.items() if isinstance(value, (bool, int, float, str))} - {"training"}
 
 
 def _lost_methods(kind: type[nn.Module]) -> list[str]:
-    """Public methods and properties that ``kind`` adds to nn.Module, and what it overrides there, besides its forward."""
+    """Public methods and properties that ``kind`` adds to nn.Module, and those of nn.Module that it overrides."""
 
     def matters(name: str) -> bool:
         overrides = hasattr(nn.Module, name) and not name.startswith("__")

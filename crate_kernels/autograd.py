@@ -1,4 +1,4 @@
-"""What autograd functions around operators share: arguments kept for the backward, second derivatives. Imports torch only."""
+"""What the autograd functions around operators share: saving arguments, second derivatives. Imports torch only."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from crate_kernels.dtypes import no_autocast
 from crate_kernels.private_torch import is_batched_gradient, is_transformed
 
-# The result of an operator by PyTorch's own calls, of its first tensor and the named tuple of its arguments.
+# Computes an operator's result in PyTorch's own calls, from its first tensor and the named tuple of its other arguments.
 Formula = Callable[[Tensor, Any], Tensor]
 
 
 def save(ctx: Any, given: Any, *tensors: Tensor) -> None:
-    """Keep ``given``, an operator's named tuple of arguments, and tensors for ``saved``, under autograd's watch."""
-    of_given = [value if isinstance(value, Tensor) else None for value in given]
-    ctx.given = type(given)(*[None if one is not None else value for one, value in zip(of_given, given, strict=True)])
-    ctx.save_for_backward(*of_given, *tensors)
+    """Keep ``given``, an operator's named tuple of arguments, and ``tensors`` for the backward, which calls ``saved``."""
+    in_given = [value if isinstance(value, Tensor) else None for value in given]
+    ctx.given = type(given)(*[None if one is not None else value for one, value in zip(in_given, given, strict=True)])
+    ctx.save_for_backward(*in_given, *tensors)
 
 
 def saved(ctx: Any) -> tuple[Any, Sequence[Tensor]]:
@@ -31,7 +31,7 @@ def saved(ctx: Any) -> tuple[Any, Sequence[Tensor]]:
 
 
 def asked(grads: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """A gradient or None for every input: ``grads`` are those of the first, and empty or left over where nobody asked."""
+    """A gradient or None for every input: those ``grads`` that are wanted. Inputs beyond the last of ``grads`` get None."""
     found = [grad if want else None for grad, want in zip(grads, wanted, strict=False)]
     return (*found, *[None] * (len(wanted) - len(found)))
 
@@ -39,12 +39,15 @@ def asked(grads: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tenso
 def derivative(
     operator: str, formula_of: Callable[[Any], Formula | None] = lambda ctx: None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the ``backward`` of a function of (first tensor, ..., *given) that were given to ``save``.
+    """Decorates the ``backward`` of an autograd function whose inputs are (first tensor, ..., *given), as saved by ``save``.
 
-    What it returns is a constant to autograd. Where that may be differentiated once more (``create_graph=True``), or gradients
-    come as a transform's tensors (``is_grads_batched``), those of a formula come instead, which have derivatives of any order.
-    ``formula_of`` gives it for ``ctx``, or raises what there is to say. Where it is None, of kernels, the first derivatives come
-    as they are, and whoever differentiates them is refused.
+    The operators that a backward calls have no derivatives. So where its result may be differentiated again
+    (``create_graph=True``), or where gradients come in a batch (``is_grads_batched``), autograd differentiates a formula instead.
+
+    Args:
+        operator: its name, for error messages.
+        formula_of: returns the formula for a ``ctx``, raises if there is a reason to have none, or returns None for Triton
+            kernels: their first derivatives are returned as usual, and raise if they are differentiated.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,7 +57,7 @@ def derivative(
             if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _is_transformed(grad)):
                 return backward(ctx, grad, *others)
             formula = formula_of(ctx)
-            return _of_kernels(operator, backward, ctx, grad) if formula is None else _of_formula(formula, ctx, grad)
+            return _by_kernels(operator, backward, ctx, grad) if formula is None else _by_formula(formula, ctx, grad)
 
         return guarded
 
@@ -65,12 +68,12 @@ def _is_transformed(grad: Tensor) -> bool:
     return is_transformed() or is_batched_gradient(grad)
 
 
-def _of_formula(formula: Formula, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _by_formula(formula: Formula, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     given, (x, *_) = saved(ctx)
     needs, between = ctx.needs_input_grad, len(ctx.needs_input_grad) - 1 - len(given)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), no_autocast(x):
-        # Views, so that a path from one argument to another, outside of the operator, is not gone twice.
+        # Views: were one argument computed from another, gradients would otherwise flow back along that path as well.
         views = [value.view_as(value) if isinstance(value, Tensor) else value for value in (x, *given)]
         out = formula(views[0], type(given)(*views[1:])).to(grad.dtype)
         wanted = [view for view, need in zip(views, (needs[0], *needs[1 + between :]), strict=True) if need]
@@ -79,7 +82,7 @@ def _of_formula(formula: Formula, ctx: Any, grad: Tensor) -> tuple[Tensor | None
     return grads[0], *[None] * between, *grads[1:]
 
 
-def _of_kernels(operator: str, backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _by_kernels(operator: str, backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if _is_transformed(grad):
         raise RuntimeError(_refused(operator, "no backward of batched gradients or under torch.func"))
     with torch.no_grad():
@@ -92,7 +95,7 @@ def _of_kernels(operator: str, backward: Callable[..., Any], ctx: Any, grad: Ten
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """The first ``count`` tensors as they are. All tensors lead to them, and no derivative leads back."""
+    """Returns the first ``count`` tensors. To autograd they depend on all tensors, and their backward raises."""
 
     @staticmethod
     def forward(ctx: Any, operator: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

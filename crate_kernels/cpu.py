@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What oneDNN's variable ONEDNN_MAX_CPU_ISA may say, in its order, and the instructions that come with it, as Linux names them.
+# The values of oneDNN's variable ONEDNN_MAX_CPU_ISA, each allowing more than the one before, and Linux's name for what it adds.
 _INSTRUCTIONS = {
     "SSE41": "",
     "AVX": "",
@@ -27,13 +27,13 @@ _INSTRUCTIONS = {
 
 
 def _withheld() -> set[str]:
-    """Instructions that oneDNN was told not to use: products in 16 bits are emulated then, as on a CPU without them."""
+    """Instructions that oneDNN was told not to use. It then emulates products in 16 bits, as on a CPU without them."""
     most, names = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), list(_INSTRUCTIONS)
     return {_INSTRUCTIONS[name] for name in names[names.index(most) + 1 :]} if most in names else set()
 
 
 class _CPU(NamedTuple):
-    """What /proc/cpuinfo says of an x86 CPU, less what oneDNN may not use; elsewhere nothing is known, and nothing claimed."""
+    """An x86 CPU's vendor and instructions by /proc/cpuinfo, without those that oneDNN may not use; empty on other systems."""
 
     vendor: str
     flags: frozenset[str]
@@ -50,15 +50,15 @@ class _CPU(NamedTuple):
 
 CPU = _CPU.this()
 # 16-bit dtypes this CPU has matrix instructions for.
-_OF_DTYPES = {torch.bfloat16: {"amx_bf16", "avx512_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
-CPU_PRODUCT_DTYPES = tuple(dtype for dtype, names in _OF_DTYPES.items() if CPU.flags & names)
+_INSTRUCTIONS_OF_DTYPE = {torch.bfloat16: {"amx_bf16", "avx512_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
+CPU_PRODUCT_DTYPES = tuple(dtype for dtype, names in _INSTRUCTIONS_OF_DTYPE.items() if CPU.flags & names)
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that products of operands like ``x`` are best computed in by PyTorch's own calls.
+    """The dtype in which PyTorch's own calls multiply operands like ``x`` fastest.
 
-    ``x.dtype``, except for 16-bit operands on a CPU without 16-bit matrix instructions, where PyTorch emulates them:
-    there float32 is 3 times (bfloat16) to 100 times (float16) faster, and no less accurate.
+    That is ``x.dtype``, except for 16-bit operands on a CPU without 16-bit matrix instructions. PyTorch emulates them there,
+    and float32 is 3 times (bfloat16) to 100 times (float16) faster, and no less accurate.
     """
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and x.dtype not in CPU_PRODUCT_DTYPES:
         return torch.float32

@@ -18,13 +18,19 @@ from crate_kernels.dtypes import no_autocast
 def register(
     name: str, function: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] = lambda *_: 0
 ) -> None:
-    """Make ``function`` the PyTorch operator ``crate_kernels::<name>``, with its annotations for a schema.
+    """Make ``function`` the PyTorch operator ``crate_kernels::<name>``, whose schema is made from its annotations.
 
-    ``fake`` gives empty results for tensors without memory, ``flops`` takes the tensors' shapes in their place. If the last
-    parameter of ``function`` is a named tuple, the schema has its fields instead, and all three get them as that tuple.
+    If the last parameter of ``function`` is annotated as a named tuple, the schema has the fields of the tuple in its place;
+    ``function``, ``fake`` and ``flops`` are all called with the tuple.
 
-    The operator runs with its first tensor's device current, and autocast off: operands come in the dtype to multiply in. That
-    is needed in backwards too, since ``loss.backward()`` may be called inside an autocast block.
+    The operator runs with the device of its first tensor current, and with autocast off: its operands already come in the dtype
+    to multiply in. Backwards need that too, since ``loss.backward()`` may be called inside an autocast block.
+
+    Args:
+        name: of the operator, without the namespace.
+        function: what it does.
+        fake: returns uninitialised results, for tensors that have a shape and no memory.
+        flops: counts floating-point operations; it is called with the shape of each tensor instead of the tensor.
     """
     kinds = get_type_hints(function)
     parameters = [p.replace(annotation=kinds[p.name]) for p in inspect.signature(function).parameters.values()]
@@ -54,19 +60,19 @@ def register(
 
 
 def _of_tuple(function: Callable[..., Any], leading: int, kind: Any) -> Callable[..., Any]:
-    """``function`` as called with the fields of its last argument."""
+    """``function``, to be called with the fields of its last argument one by one."""
     return lambda *arguments: function(*arguments[:leading], kind(*arguments[leading:]))
 
 
 def number_as_tensor(value: float | Tensor) -> Tensor:
-    """A number as operators take it. In a tensor it is no constant of a compiled graph, which so serves every value."""
+    """A number as operators take it: in a 0-dim tensor, so that one compiled graph serves all its values."""
     if isinstance(value, Tensor):
         return value.reshape(())
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
 def or_empty(grads: Sequence[Tensor | None], likes: Sequence[Tensor | None]) -> list[Tensor]:
-    """A schema cannot return an optional tensor: a gradient nobody asked for is an empty one. Others are like their inputs."""
+    """Gradients as operators return them: like their inputs, and empty where None, as a schema has no optional results."""
     pairs = zip(grads, likes, strict=True)
     return [_empty(like) if grad is None or like is None else grad.to(like).contiguous() for grad, like in pairs]
 

@@ -6,9 +6,9 @@ run (not float64, not heads wider than 128), and everything else takes ``compose
 ``CRATE_KERNELS_IMPL`` forces one for every operator. Which of PyTorch's libraries multiplies for ``composed`` is decided in
 ``library_products``.
 
-Some of what runs around a call, or comes into it, knows PyTorch's own operators only: the transforms of ``torch.func``,
-forward-mode derivatives, ``torch.export``, and tensors of other classes, such as quantised or distributed ones. There the kernels
-are refused, and ``composed`` is the reference: the same formula, in calls of which all of these can do anything.
+Some surroundings and inputs of a call know PyTorch's own operators only: the transforms of ``torch.func``, forward-mode
+derivatives, ``torch.export``, and subclasses of Tensor, such as quantised or distributed ones. There kernels are refused, and
+``reference`` runs in place of ``composed``: the same formula, in PyTorch's own operators.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class _Forced(threading.local):
 
 
 _forced = _Forced()
-# What a checkpoint does again in the backward of CUDA tensors runs in a thread of autograd's own. That knows of the thread that
-# called ``backward`` what PyTorch carries over, as it does grad mode and autocast; torch.compile cannot trace that.
+# With CUDA tensors, what a checkpoint computes again in the backward runs in a thread of autograd. PyTorch passes some state of
+# the thread that called ``backward`` on to it, and the forced implementation goes the same way; torch.compile cannot trace that.
 _CARRIED = f"{__package__}.implementation"
 
 
@@ -79,14 +79,14 @@ def use(implementation: str) -> Iterator[None]:
     Args:
         implementation: "reference", "composed" or "triton"; "auto" gives the choice back to device and dtype.
 
-    The choice is made when an operator is called; its backward runs the same implementation, wherever it happens, and so does
-    what ``recompute=True`` does again there. A checkpoint around operators calls them again in the backward: with
-    ``torch.utils.checkpoint`` either the backward belongs inside the block too, or the checkpoint is told,
-    ``checkpoint(f, x, use_reentrant=False, context_fn=lambda: (nullcontext(), use("composed")))``; else PyTorch raises
-    CheckpointError where what is kept differs.
+    The choice is made when an operator is called. Its backward runs the same implementation, inside the block or not, and so
+    does what ``recompute=True`` computes again. But ``torch.utils.checkpoint`` calls operators again in the backward. So either
+    call ``backward`` inside the block too, or tell the checkpoint:
+    ``checkpoint(f, x, use_reentrant=False, context_fn=lambda: (nullcontext(), use("composed")))``. Otherwise PyTorch raises
+    CheckpointError if the two implementations keep different tensors.
 
-    As ``torch.no_grad`` it holds for the calling thread, and for the backward that is called from it. A thread that is started
-    inside begins with what the environment variable says.
+    Like ``torch.no_grad`` it holds for the calling thread, and for a backward that this thread calls. A thread that is started
+    inside the block begins with what the environment variable says.
 
     Raises:
         ValueError: ``implementation`` is none of these names.
@@ -101,7 +101,7 @@ def use(implementation: str) -> Iterator[None]:
 
 
 def plain_calls_only() -> str | None:
-    """What keeps operators of our own from running here, in words; None where nothing does."""
+    """Why operators of our own cannot run here, in words; None where they can."""
     if is_transformed():
         return "its kernels have no vmap, no torch.func.grad and no forward-mode derivative"
     if torch.compiler.is_exporting():
@@ -124,10 +124,14 @@ def choose(
     obstacle: str | None = None,
     weights: Iterable[Tensor | None] = (),
 ) -> str:
-    """The implementation for an operator of this name, whose input is ``tensor`` and whose products run in ``dtype``.
+    """The implementation that an operator runs on its arguments.
 
-    ``weights`` are what else goes into it. ``obstacle`` says in words what about the operator's own arguments its Triton kernels
-    cannot take, if anything.
+    Args:
+        operator: its name, for error messages.
+        tensor: its input.
+        dtype: the dtype that it multiplies in.
+        obstacle: why its Triton kernels cannot take its other arguments, in words; None if they can.
+        weights: its other tensors.
 
     Raises:
         RuntimeError: the forced implementation cannot run here; there is no silent fallback.
@@ -141,13 +145,13 @@ def choose(
         raise RuntimeError(
             f'{operator}: the triton implementation was forced, but {obstacle}; crate_kernels.use("composed") does it'
         )
-    # Triton's interpreter proves kernels on a CPU; it is never what a CPU should run.
+    # On a CPU kernels run in Triton's interpreter, which is for tests: only where it is forced.
     chosen = forced or ("triton" if tensor.device.type == "cuda" and obstacle is None else "composed")
     return "reference" if chosen == "composed" and plain else chosen
 
 
 def obstacle_to_kernels(tensor: Tensor, dtype: torch.dtype) -> str | None:
-    """What keeps Triton kernels from running on ``tensor`` with products in ``dtype``, in words; None where nothing does."""
+    """Why Triton kernels cannot run on ``tensor`` with products in ``dtype``, in words; None where they can."""
     device = tensor.device.type
     if dtype not in TRITON_DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {dtype}"
@@ -157,5 +161,5 @@ def obstacle_to_kernels(tensor: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def load(operator: str, implementation: str) -> ModuleType:
-    """The module ``crate_kernels.<operator>.<implementation>``, imported only now: nobody pays for a path not taken."""
+    """The module ``crate_kernels.<operator>.<implementation>``, imported when it is first needed."""
     return importlib.import_module(f"{__package__}.{operator}.{implementation}")

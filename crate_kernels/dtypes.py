@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the operands of an operator on ``x``: the autocast dtype where autocast is on, else x's own.
+    """The dtype that an operator on ``x`` multiplies in: the autocast dtype where autocast is on, else that of x.
 
-    As in PyTorch's own rules, float64 is left alone by autocast.
+    Autocast leaves float64 alone, as in PyTorch's own rules.
     """
     if x.dtype != torch.float64 and is_autocast(x):
         return torch.get_autocast_dtype(x.device.type)
@@ -19,7 +19,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_autocast(x: Tensor) -> bool:
-    """Autocast is on for the device of ``x``; it never is on devices that have none, such as meta."""
+    """Whether autocast is on for the device of ``x``; never on the meta device, which has no autocast."""
     device = x.device.type
     # Not torch.amp.is_autocast_available, which torch.compile cannot trace in torch 2.11.
     return device != "meta" and torch.is_autocast_enabled(device)
@@ -31,9 +31,9 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def dot_precision(x: Tensor) -> str:
-    """Triton's ``input_precision`` for products of operands like ``x``: "ieee" for exact float32, else "tf32".
+    """Triton's ``input_precision`` for products of operands like ``x``: "ieee" (exact float32) or "tf32".
 
-    Float32 follows PyTorch's own setting; 16-bit operands are not affected.
+    For float32 operands PyTorch's own setting decides. 16-bit operands are multiplied exactly whatever is returned.
     """
     if x.dtype != torch.float32:
         return "tf32"

@@ -1,9 +1,9 @@
-"""The rule of modules that fuse what their children do.
+"""When a module may compute in one fused call what its children do.
 
-A module takes its fused path where its children are exactly what that path computes: of the plain classes, with nothing attached
-(hooks, parametrizations, a replaced forward), of the expected settings. Else it calls its children one by one, as the official
-modules do, and says so once, with the reason. The look is taken at each call, since anything may be attached at any time; it
-costs a few dictionary look-ups a child. As everywhere in PyTorch, ``torch.compile`` looks when it traces.
+It may if its children are of the plain classes, have the expected settings, and have nothing attached (hooks, parametrizations, a
+replaced forward). Otherwise it calls its children one by one, as the official modules do, and warns once with the reason. This is
+checked at each call, since something may be attached at any time; it costs a few dictionary look-ups a child. As everywhere in
+PyTorch, ``torch.compile`` checks when it traces.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from crate_kernels.dispatch import is_plain
 from crate_kernels.dtypes import is_autocast
 from crate_kernels.products.norm_folding import NormOptions, norm_options
 
-# As they were when this was imported, or when the class was made known.
+# The forward of each class as it was when this was imported, or when ``known`` decorated the class.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
     for kind in (nn.Conv2d, nn.Dropout, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Sequential, nn.Softmax)
 }
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-_OF_ALL = [getattr(_module, f"_global{hooks}") for hooks in HOOKS]
+_HOOKS_OF_ALL_MODULES = [getattr(_module, f"_global{hooks}") for hooks in HOOKS]
 
 
 def obstacle(name: str, module: nn.Module | None, kind: type[nn.Module]) -> str | None:
@@ -41,7 +41,7 @@ def obstacle(name: str, module: nn.Module | None, kind: type[nn.Module]) -> str 
 
 
 def known(kind: type[nn.Module]) -> type[nn.Module]:
-    """Decorates a class that ``obstacle`` may be asked about: its forward is the one that it has now."""
+    """Decorates a class that ``obstacle`` may be asked about, and remembers its forward."""
     _FORWARDS[kind] = kind.forward
     return kind
 
@@ -56,33 +56,34 @@ def attached(name: str, module: nn.Module) -> str | None:
 
 
 def linear_obstacle(name: str, module: nn.Module | None) -> str | None:
-    """As ``obstacle``, for a Linear whose weight goes into a kernel: no tensor of another kind, such as a quantised one."""
-    reason = obstacle(name, module, nn.Linear)
-    if reason or not isinstance(module, nn.Linear):
+    """As ``obstacle``, for a Linear whose weight goes into a kernel: the weight must be plain too, not a quantised one, say."""
+    if reason := obstacle(name, module, nn.Linear):
         return reason
+    assert isinstance(module, nn.Linear)
     weight = module.weight
     return None if is_plain(weight) else f"{name} has a weight of class {type(weight).__name__}"
 
 
 def hooks_of_all_modules() -> str | None:
-    """Whether hooks were registered for every module there is, in words.
+    """Says in words that there are hooks on all modules; None where there are none.
 
-    ``ModuleTracker``, which PyTorch's FLOP counter uses, does not count: it changes nothing, and what it counts should be what
-    would run without it.
+    Those of ``ModuleTracker``, which PyTorch's FLOP counter uses, are left out: they change nothing, and the counter should see
+    what runs without it.
     """
-    if not (_OF_ALL[0] or _OF_ALL[1] or _OF_ALL[2] or _OF_ALL[3]):
+    forward, before_forward, backward, before_backward = _HOOKS_OF_ALL_MODULES
+    if not (forward or before_forward or backward or before_backward):
         return None
-    counted = (hook for hooks in _OF_ALL for hook in hooks.values())
-    if all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in counted):
+    hooks = (hook for registered in _HOOKS_OF_ALL_MODULES for hook in registered.values())
+    if all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks):
         return None
     return "there are hooks on all modules (torch.nn.modules.module.register_module_...)"
 
 
 def norm_obstacle(norm: nn.Module, x: Tensor) -> str | None:
-    """Why ``norm`` must be called before a product of x [..., width] rather than folded into it, in words; None if it may be."""
-    reason = obstacle("norm", norm, nn.LayerNorm)
-    if reason or not isinstance(norm, nn.LayerNorm):
+    """Why ``norm`` cannot be folded into a product of x [..., width], in words; None if it can."""
+    if reason := obstacle("norm", norm, nn.LayerNorm):
         return reason
+    assert isinstance(norm, nn.LayerNorm)
     weight = norm.weight
     if weight is None:
         return "norm has no weight"
@@ -122,7 +123,7 @@ def say(owner: str, reason: str) -> None:
 
 @contextmanager
 def unsaid() -> Iterator[None]:
-    """A block in which modules are only tried out: nothing is said, nor remembered as said."""
+    """A block in which modules are only tried out: ``say`` gives no warnings there, and will give them later."""
     said = set(_said)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""LayerNorm by PyTorch, in the dtype that the products behind it need."""
+"""LayerNorm by PyTorch, in the dtype that the products after it need."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from crate_kernels.dtypes import is_autocast, no_autocast
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, before: torch.dtype | None = None
 ) -> Tensor:
-    """LayerNorm over the last dimension, in float32 under autocast on every device; x itself where weight is None.
+    """LayerNorm over the last dimension; x itself where weight is None.
 
-    ``before`` names the dtype that the result will be rounded to next, by a product. Where x has it too, a CPU reads and writes
-    16 bits, as PyTorch's own autocast has it there: a third of the memory traffic.
+    Under autocast it is computed in float32 and returned so. There is one exception. ``before`` is the dtype that the next
+    product will round the result to: if x on a CPU has that dtype already, the result has it too, which takes a third of the
+    memory traffic and is what PyTorch's own autocast does there.
     """
     if weight is None:
         return x
@@ -35,7 +36,10 @@ def layer_norm_dtype(x: Tensor, before: torch.dtype | None = None) -> torch.dtyp
 def norm_operands(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What PyTorch's LayerNorm takes for a result in ``dtype``: x in it, and weight and bias too or in at least float32."""
+    """x, weight and bias as PyTorch's LayerNorm takes them for a result in ``dtype``.
+
+    x is cast to ``dtype``. Weight and bias stay as they are if they have it, and else are cast to at least float32.
+    """
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         wide = torch.promote_types(dtype, torch.float32)
         weight, bias = weight.to(wide), None if bias is None else bias.to(wide)

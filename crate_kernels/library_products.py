@@ -1,7 +1,7 @@
-"""Products by PyTorch's own libraries: in the arithmetic, and by the library, that is fastest on this machine.
+"""Products by the libraries inside PyTorch, in the dtype and by the library that are fastest on this machine.
 
-In float32 ``torch.mm`` goes to MKL. oneDNN, which PyTorch brings along too, takes 10 to 25% less time on an AMD CPU with AVX-512
-where the first factor lies row by row (``benchmarks/NOTES.md``, round 14). Elsewhere nothing was measured, and MKL stays.
+In float32 ``torch.mm`` uses MKL. PyTorch contains oneDNN too, which takes 10 to 25% less time on an AMD CPU with AVX-512 if the
+first factor is contiguous (``benchmarks/NOTES.md``, round 14). On other CPUs nothing was measured, and MKL is used.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ ONEDNN_IS_FASTER = CPU.vendor == "AuthenticAMD" and "avx512f" in CPU.flags and H
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias`` in x's dtype, computed in the dtype and by the library that is fastest. Differentiable.
+    """``x weight^T + bias`` in x's dtype, computed in the dtype and by the library that are fastest. Differentiable.
 
-    Where 16-bit tokens are multiplied in float32 they are kept for the backward as they came, and widened there again.
+    Where 16-bit tokens are multiplied in float32, the backward keeps the 16-bit tokens and casts them again.
     """
     dtype = arithmetic_dtype(x)
     if is_plain(weight) and (_by_onednn(x) or (dtype != x.dtype and is_plain(x))):
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         return _Linear.apply(rows, weight, bias, dtype, x.dtype).view(*x.shape[:-1], weight.shape[0])
-    # In no wider dtype than that of x: of such a product, autocast would round the backward's operands where that is inside it.
+    # In the dtype of x and not in a wider one: a backward that runs inside autocast would round the operands of a wider product.
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of two matrices in one dtype. Like ``plus_product`` it has no gradient of its own: for use inside an operator."""
+    """a b of two matrices in one dtype. Like ``plus_product`` it is not differentiable: for use inside operators."""
     return _onednn(a, b.t(), None) if _by_onednn(a) else torch.mm(a, b)
 
 
 def plus_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """beta * total + alpha * a b in memory of its own, as ``torch.addmm``; all in one dtype, and beta not zero."""
+    """beta * total + alpha * a b as a new tensor, as ``torch.addmm``; all are in one dtype, and beta is not zero."""
     if not _by_onednn(a):
         return torch.addmm(total, a, b, beta=beta, alpha=alpha)
     result = _onednn(a, b.t(), None)
@@ -50,7 +50,7 @@ def plus_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha:
 
 
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32 of factors in any floating dtype: products of 16-bit factors are exact, and so are not rounded."""
+    """a b in float32, for factors in any floating dtype. The result is not rounded to the dtype of 16-bit factors."""
     if a.dtype == torch.float32:
         return torch.mm(a, b)
     if a.device.type == "cuda" and torch.version.hip is None:
@@ -65,7 +65,8 @@ def _by_onednn(a: Tensor) -> bool:
 
 
 def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """oneDNN takes any bias for contiguous, and any matrix for one of the two plain layouts: they are made so first."""
+    """``rows weight^T + bias`` by oneDNN. It reads a bias as contiguous, and a weight as contiguous or the transpose of that;
+    others are copied first, as it would read them wrongly."""
     if rows.numel() == 0:
         return F.linear(rows, weight, bias)
     if not weight.t().is_contiguous():
@@ -93,10 +94,11 @@ def _plainly(rows: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
 
 
 class _Linear(torch.autograd.Function):
-    """rows weight^T + bias, computed in ``dtype``, returned in ``out_dtype``; its gradients, of any order, are such layers too.
+    """rows weight^T + bias, computed in ``dtype``, returned in ``out_dtype``. Its backward is made of such products, too, so that
+    it has derivatives of any order.
 
-    Rows and weight are kept as they came: casting them again takes less time than the product, and half the memory. What is to
-    be transformed by ``torch.func`` never comes here; gradients that are take PyTorch's own product.
+    Rows and weight are kept as they came: to keep a cast of them takes more memory, and to cast them again takes less time than
+    the product. Under a transform of ``torch.func`` the forward is never called, and the backward calls ``F.linear``.
     """
 
     @staticmethod
@@ -116,8 +118,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rows, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
-        grad, (of_rows, of_weight, of_bias) = grad.to(ctx.dtype), ctx.dtypes
+        grad, (rows_dtype, weight_dtype, bias_dtype) = grad.to(ctx.dtype), ctx.dtypes
         multiply = _plainly if is_transformed() else _Linear.apply
-        grad_rows = multiply(grad, weight.t(), None, ctx.dtype, of_rows) if needs[0] else None
-        grad_weight = multiply(grad.t(), rows.t(), None, ctx.dtype, of_weight) if needs[1] else None
-        return grad_rows, grad_weight, grad.sum(0).to(of_bias) if needs[2] else None, None, None
+        grad_rows = multiply(grad, weight.t(), None, ctx.dtype, rows_dtype) if needs[0] else None
+        grad_weight = multiply(grad.t(), rows.t(), None, ctx.dtype, weight_dtype) if needs[1] else None
+        return grad_rows, grad_weight, grad.sum(0).to(bias_dtype) if needs[2] else None, None, None

@@ -1,4 +1,4 @@
-"""Modules whose parameters bear the official state-dict names."""
+"""Modules whose parameters have the official state-dict names."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class MSSA(nn.Module):
         dim: width of the tokens.
         heads: number of heads.
         dim_head: width of one head. Official naming and default.
-        dropout: probability, below 1, on the attention weights and after the output projection, in training. Where it is
-            above 0 the projections are the library's, around the attention kernel.
-        out_bias: whether the output projection has a bias. CRATE-alpha's has none.
+        dropout: probability, below 1, on the attention weights and after the output projection, in training. If it is above 0,
+            PyTorch computes the projections, and a kernel the attention between them.
+        out_bias: whether the output projection has a bias. That of CRATE-alpha has none.
 
     ``to_out`` is the identity where one head is as wide as the tokens, as in the official code. Formula, shapes and errors:
     ``crate_kernels.mssa``.
 
-    The children are the official ones, ``attend`` and ``dropout`` included. Where they are still what they were made as, one
-    fused call stands for all of them; where one has hooks, an adapter, a bias, or was replaced, they are called one by one
+    The children are the official ones, ``attend`` and ``dropout`` included. While they are as they were made, one fused call
+    computes what they do. If one has hooks, an adapter or a bias, or was replaced, they are called one by one
     (``crate_kernels.fusing``), with the attention kernel between the projections if ``attend`` and ``dropout`` are plain.
     """
 
@@ -64,7 +64,7 @@ class MSSA(nn.Module):
         subtract: bool = False,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """MSSA of x [batch, tokens, dim], after ``norm`` and added to (or taken from) ``skip`` where these are given.
+        """MSSA of x [batch, tokens, dim], or of ``norm(x)``, added to ``skip`` or with ``subtract`` subtracted from it.
         With ``lengths`` [batch], tokens from there on are padding.
 
         ``return_attention`` gives the attention weights [batch, heads, tokens, tokens] instead, ``return_key`` the
@@ -79,11 +79,11 @@ class MSSA(nn.Module):
         if reason := self.obstacle():
             say("MSSA", reason)
             return self._by_children(x if norm is None else norm(x), skip, subtract, lengths)
-        x, norm_of_x = fold("MSSA", norm, x)
+        x, norm_options = fold("MSSA", norm, x)
         (heads, scale), (qkv, out, out_bias) = self._heads_and_scale(), self.weights()
         return mssa(
             x, qkv, out, out_bias, num_heads=heads, scale=scale, is_causal=self.is_causal,
-            skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rate, **norm_of_x,
+            skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rate, **norm_options,
         )  # fmt: skip
 
     def weights(self) -> AttentionWeights:
@@ -97,17 +97,20 @@ class MSSA(nn.Module):
 
     @property
     def dropout_rate(self) -> float:
-        """Probability on the attention weights, now: 0 in evaluation."""
+        """The probability on the attention weights in the present mode: 0 in evaluation."""
         return _rate(self._parts()[2])
 
     def obstacle(self) -> str | None:
-        """Why the children must be called one by one, in words; None where one fused call stands for all of them."""
+        """Why the children must be called one by one, in words; None where one fused call computes the same."""
         (qkv, _, dropout), (out, out_dropout, reason) = self._parts(), self._projection()
         reason = hooks_of_all_modules() or reason or self.attention_obstacle() or linear_obstacle(self._names[0], qkv)
-        if reason is None and isinstance(qkv, nn.Linear) and qkv.bias is not None:
-            reason = f"{self._names[0]} has a bias"
-        if reason is not None or out is None:
+        if reason is not None:
             return reason
+        assert isinstance(qkv, nn.Linear)
+        if qkv.bias is not None:
+            return f"{self._names[0]} has a bias"
+        if out is None:
+            return None
         reason = linear_obstacle("its output projection", out)
         if reason is None and out_dropout is not None:
             reason = obstacle("the dropout behind its output projection", out_dropout, nn.Dropout)
@@ -122,7 +125,7 @@ class MSSA(nn.Module):
         return self.heads, self.scale
 
     def _projection(self) -> tuple[nn.Module | None, nn.Module | None, str | None]:
-        """The output projection and the dropout behind it, None where there is none; and what is unusual about them."""
+        """The output projection and the dropout after it, None for what is missing; and what keeps them from being fused."""
         to_out = self._modules["to_out"]
         if type(to_out) is nn.Identity:
             return None, None, attached("to_out", to_out)
@@ -137,12 +140,12 @@ class MSSA(nn.Module):
         return self.to_out(out)
 
     def _parts(self) -> list[nn.Module | None]:
-        """What makes w, the softmax, and the dropout on its weights; None for one that is not there."""
+        """The projection to w, the softmax, and the dropout after that; None for one that is missing."""
         modules = self._modules
         return [modules.get(name) for name in self._names]
 
     def _by_children(self, x: Tensor, skip: Tensor | None, subtract: bool, lengths: Tensor | None) -> Tensor:
-        """What one fused call would do, in the official steps, and with its checks."""
+        """The official steps one by one, with the checks of the fused call."""
         check_padding_and_dropout(x, 1, lengths, 0.0, None)
         if subtract and skip is None:
             raise ValueError("subtract: given without a skip to subtract from")
@@ -157,12 +160,13 @@ class MSSA(nn.Module):
         return getattr(self, self._names[0])(x)
 
     def attention_obstacle(self) -> str | None:
-        """Why attention must be done in the official steps, in words; None where the operator does it."""
+        """Why attention must be computed in the official steps, in words; None where the operator can."""
         _, attend, dropout = self._parts()
         if attend is not None:
             if reason := obstacle("attend", attend, nn.Softmax):
                 return reason
-            if isinstance(attend, nn.Softmax) and attend.dim not in (-1, 3):
+            assert isinstance(attend, nn.Softmax)
+            if attend.dim not in (-1, 3):
                 return f"attend is a softmax over dimension {attend.dim}"
         if dropout is not None:
             if reason := obstacle("dropout", dropout, nn.Dropout):
@@ -172,7 +176,7 @@ class MSSA(nn.Module):
         return None if isinstance(self._heads_and_scale()[1], (int, float)) else "scale is no number"
 
     def _attended(self, w: Tensor, lengths: Tensor | None) -> Tensor:
-        """Attention of the projection w [batch, tokens, heads * dim_head], in its shape."""
+        """Attention on the projection w [batch, tokens, heads * dim_head]; the result has the same shape."""
         if (hooks_of_all_modules() or self.attention_obstacle()) is None:
             w, _ = self._heads_of(w, None)
             out = shared_qkv_attention(
@@ -191,7 +195,7 @@ class MSSA(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
     def _heads_of(self, w: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """w as [batch, heads, tokens, dim_head], zero where it is padding, and where that is: [batch, 1, tokens] or None."""
+        """w as [batch, heads, tokens, dim_head], zero for padding; and True [batch, 1, tokens] for padding, or None."""
         w = w.unflatten(-1, (self._heads_and_scale()[0], -1)).transpose(1, 2)
         if lengths is None:
             return w, None
@@ -215,7 +219,7 @@ class MSSA(nn.Module):
 
 
 def _rate(dropout: nn.Module | None) -> float:
-    """The probability of what may be a dropout, now: 0 in evaluation."""
+    """The probability of a dropout in its present mode; 0 in evaluation, and for anything else than a dropout."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
@@ -229,11 +233,13 @@ class ISTA(nn.Module):
         lambd: sparsity weight. The official CRATE has 0.1, CRATE-MAE 0.5 by default.
         threshold: "relu" or "soft".
 
-    For inference ``freeze()`` makes the matrix that the tokens are multiplied with once, instead of at every call. Formula,
+    For inference, ``freeze()`` computes the matrix that the tokens are multiplied with once, instead of at every call. Formula,
     shapes and errors: ``crate_kernels.ista``.
     """
 
-    threshold = "relu"  # for official modules that ``accelerate`` turned into this class, which have no such attribute
+    threshold = (
+        "relu"  # official modules that ``accelerate`` turned into this class have no such attribute of their own
+    )
 
     def __init__(self, dim: int, step_size: float = 0.1, lambd: float = 0.1, threshold: str = "relu") -> None:
         super().__init__()
@@ -244,7 +250,7 @@ class ISTA(nn.Module):
         self.threshold = threshold
 
     def forward(self, x: Tensor, *, norm: nn.Module | None = None) -> Tensor:
-        """ISTA of x [..., dim], after ``norm`` where it is given.
+        """ISTA of x [..., dim], or of ``norm(x)``.
 
         Raises:
             RuntimeError: the module is frozen, and the weight would get no gradient though it asks for one.
@@ -254,9 +260,9 @@ class ISTA(nn.Module):
             raise RuntimeError(
                 "weight: it asks for a gradient, which a frozen ISTA cannot give; call unfreeze(), or run under torch.no_grad()"
             )
-        x, norm_of_x = fold("ISTA", norm, x)
+        x, norm_options = fold("ISTA", norm, x)
         return ista(
-            x, weight, step_size=step_size, lambd=lambd, threshold=self.threshold, combined=combined, **norm_of_x
+            x, weight, step_size=step_size, lambd=lambd, threshold=self.threshold, combined=combined, **norm_options
         )
 
     def _step(self) -> tuple[nn.Parameter, float | Tensor, float | Tensor]:
@@ -264,17 +270,17 @@ class ISTA(nn.Module):
         return self.weight, self.step_size, self.lambd
 
     def freeze(self) -> None:
-        """Take the weight for a constant: keep ``combine(weight)`` and multiply with that from now on.
+        """Treat the weight as a constant: keep ``combine(weight)``, and multiply with that from now on.
 
-        It lies in the buffer ``combined``, which moves with the module and is no part of its state dict. ``load_state_dict``
-        makes it again; whoever changes the weight in another way calls ``freeze()`` again. Cast the module before: a cast
-        after it would round the buffer, too.
+        It is kept in the buffer ``combined``, which moves with the module and is not in its state dict. ``load_state_dict``
+        computes it again; after any other change of the weight, call ``freeze()`` again. To cast the module, do it before: a
+        later cast would round the buffer.
         """
         self.unfreeze()
         self.register_buffer("combined", combine(self._step()[0]), persistent=False)
 
     def unfreeze(self) -> None:
-        """Forget what ``freeze`` made. Without effect on a module that is not frozen."""
+        """Delete what ``freeze`` made. Does nothing to a module that is not frozen."""
         if "combined" in self._buffers:
             del self.combined
 
@@ -305,9 +311,9 @@ class DecoderStep(nn.Module):
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x: Tensor, *, norm: nn.Module | None = None) -> Tensor:
-        """x W^T of x [..., dim], after ``norm`` where it is given."""
-        x, norm_of_x = fold("DecoderStep", norm, x)
-        return norm_linear(x, self.weight, **norm_of_x)
+        """``x W^T`` for x [..., dim], or ``norm(x) W^T``."""
+        x, norm_options = fold("DecoderStep", norm, x)
+        return norm_linear(x, self.weight, **norm_options)
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[0]}"
@@ -322,7 +328,7 @@ class OvercompleteISTA(nn.Module):
         overcomplete_ratio: codes for each feature of a token. Official naming and default.
         eta: step size of both proximal gradient steps. Official naming.
         lmbda: sparsity weight. Official naming.
-        decouple: whether the way back from the code has a dictionary of its own.
+        decouple: whether the code is mapped back by a dictionary of its own, D1, instead of D.
 
     Formula, shapes and errors: ``crate_kernels.overcomplete_ista``.
     """
@@ -343,11 +349,11 @@ class OvercompleteISTA(nn.Module):
             self.register_parameter(name, parameter)
 
     def forward(self, x: Tensor, *, norm: nn.Module | None = None, skip: Tensor | None = None) -> Tensor:
-        """The step of x [..., dim], after ``norm`` and added to ``skip`` where these are given."""
-        x, norm_of_x = fold("OvercompleteISTA", norm, x)
+        """The step for x [..., dim], or for ``norm(x)``, added to ``skip`` if there is one."""
+        x, norm_options = fold("OvercompleteISTA", norm, x)
         dictionary, out_dictionary = self._dictionaries()
         return overcomplete_ista(
-            x, dictionary, out_dictionary, step_size=self.eta, lambd=self.lmbda, skip=skip, **norm_of_x
+            x, dictionary, out_dictionary, step_size=self.eta, lambd=self.lmbda, skip=skip, **norm_options
         )
 
     def _dictionaries(self) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -361,10 +367,10 @@ class OvercompleteISTA(nn.Module):
         return f"dim={dim}, codes={codes}, eta={self.eta}, lmbda={self.lmbda}, decouple={out_dictionary is not None}"
 
 
-# Modules of ours that take the norm before them as an argument, when they are called.
+# The forwards of our modules that take the norm before them as an argument.
 _TAKE_NORM = MSSA.forward, ISTA.forward, DecoderStep.forward, OvercompleteISTA.forward
 
 
 def takes_norm(module: nn.Module) -> bool:
-    """Whether ``module`` may be handed the norm before it: it is one of ours, and nothing attached to it looks at its input."""
+    """Whether ``module`` may be given the norm before it as an argument: it is one of ours, and no hook looks at its input."""
     return type(module).forward in _TAKE_NORM and attached("", module) is None and hooks_of_all_modules() is None

@@ -1,7 +1,7 @@
-"""Calls into PyTorch that its documentation does not promise. All of them are here, each with what stands in where it is gone.
+"""All calls into PyTorch that its documentation does not promise, each with what replaces it where it is gone.
 
-An operator that is missing is not taken: ``HAS_...`` says so to whoever chooses. The other functions fall back on public calls
-themselves. Imports torch only.
+For operators that may be missing there is a constant ``HAS_...``, and callers choose another way if it is false. The other
+functions fall back on public calls by themselves. Imports torch only.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _HAS_BATCHED_GRADIENTS = hasattr(torch._C._functorch, "is_legacy_batchedtensor")
 
 
 def onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``rows weight^T + bias`` by oneDNN, as the inductor calls it: contiguous rows, weight and bias. Instead: ``F.linear``."""
+    """``rows weight^T + bias`` by oneDNN, as the inductor calls it: contiguous rows, weight and bias. Else: ``F.linear``."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 def cpu_flash_attention(w: Tensor, *, is_causal: bool, attn_mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of w [batch, heads, tokens, head_dim] with itself on a CPU, and its log-sum-exp [batch, heads, tokens].
 
-    Instead: the composed path's products.
+    Else: the composed path's products.
     """
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         w, w, w, is_causal=is_causal, attn_mask=attn_mask, scale=scale
@@ -59,12 +59,12 @@ def softmax_backward_(grad: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def unsafe_view(result: Tensor, shape: Sequence[int]) -> Tensor:
-    """``result`` in another shape, for an operator to return: autograd takes it for no view. Instead: a copy."""
+    """``result`` in another shape, for an operator to return: autograd does not take it for a view. Else: a copy."""
     return torch.ops.aten._unsafe_view(result, shape) if _HAS_UNSAFE_VIEW else result.reshape(shape).clone()
 
 
 def set_carried(key: str, value: object) -> None:
-    """Keep a value that PyTorch hands on to the threads of a backward called from this one. Instead: it stays in this thread."""
+    """Keep a value that PyTorch passes on to the threads of a backward called from this one. Else: only this thread has it."""
     if _HAS_THREAD_STATE:
         torch._C._stash_obj_in_tls(key, value)
 
@@ -77,13 +77,13 @@ def carried_into_backward(key: str, otherwise: Any) -> Any:
 
 
 def is_transformed() -> bool:
-    """A transform of ``torch.func`` is active (vmap, grad, jvp, ...), or a level of forward-mode differentiation is open.
+    """Whether a transform of ``torch.func`` (vmap, grad, jvp, ...) or forward-mode differentiation is active.
 
-    Where PyTorch cannot be asked: no. It then refuses our operators there in words of its own.
+    False where PyTorch cannot be asked; our operators then raise PyTorch's own error under a transform.
     """
     return _HAS_TRANSFORMS and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def is_batched_gradient(grad: Tensor) -> bool:
-    """One of the batch of gradients that ``torch.autograd.grad(..., is_grads_batched=True)`` hands to a backward."""
+    """Whether ``grad`` is a batch of gradients, from ``torch.autograd.grad(..., is_grads_batched=True)``."""
     return _HAS_BATCHED_GRADIENTS and torch._C._functorch.is_legacy_batchedtensor(grad)

@@ -1,6 +1,6 @@
-"""Our modules for models that hold the same parameters under other names: what ``accelerate`` makes of those.
+"""Our modules for models whose parameters have other names than the official ones; ``accelerate`` swaps modules for these.
 
-Only the names differ. As everywhere in ``accelerate``, what such a module computes is tried out before it becomes one of these.
+Only the names differ. As with all modules, ``accelerate`` first checks that both compute the same.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from crate_kernels.nn import ISTA, MSSA, OvercompleteISTA
 class CausalMSSA(MSSA):
     """MSSA whose token i attends to tokens 0..i, under the official names.
 
-    A mask that it keeps in a buffer is not multiplied with; it is looked at again whenever it was written to.
+    The official module applies a mask from a buffer. This class does not read the mask, but checks that it is causal whenever it
+    was written to.
 
     Raises:
-        RuntimeError: by a call, the mask is no longer causal.
+        RuntimeError: the mask is no longer causal; raised by a call.
     """
 
     is_causal = True
@@ -39,12 +40,12 @@ class CausalMSSA(MSSA):
         return super().obstacle()
 
 
-# Masks that were found causal: where they lay, and how often they had been written to.
+# The address of each mask that was found causal, and PyTorch's count of writes to it.
 _CAUSAL: MutableMapping[Tensor, tuple[int, int]] = WeakIdKeyDictionary()
 
 
 def is_causal_mask(buffer: Tensor | None) -> bool:
-    """One square, of ones on and below its diagonal and zeros above it, or of -inf above it and zeros elsewhere."""
+    """Whether it is one square matrix with ones on and below the diagonal and zeros above, or -inf above and zeros elsewhere."""
     if buffer is None or buffer.ndim < 2 or buffer.numel() != buffer.shape[-1] ** 2 or buffer.shape[-2] < 2:
         return False
     square = buffer.reshape(buffer.shape[-2:])

@@ -29,7 +29,7 @@ def tensors(
     """Checks that tensors fit together: each comes with the names of its dimensions, and one name is one size in all of them.
 
     All must be on the device of the first and have its dtype, unless autocast is on and will cast them; the tensor called
-    ``any_dtype`` may have any. None stands for an optional tensor that is not there, but not in the first place.
+    ``any_dtype`` may have any. Optional tensors may be None, all but the first.
     ``norm``: weight and bias [width] of an optional LayerNorm, and its epsilon.
     """
     weight, bias, eps = norm

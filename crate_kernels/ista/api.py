@@ -47,23 +47,23 @@ def ista(
             as a rule, and only the products' operands are cast; otherwise its dtype is x's.
         step_size: eta, above zero. A number, or a tensor of one element, which may ask for a gradient; the value of a tensor
             on a GPU is not checked, since that would wait for the device.
-        lambd: the sparsity weight, at least zero; number or tensor, likewise.
+        lambd: the sparsity weight, at least zero; a number or a tensor, like step_size.
         threshold: "relu" or "soft".
         norm_weight, norm_bias, norm_eps: LayerNorm over the width before the step; none where norm_weight is None.
-        combined: ``combine(dictionary)``, made before, for inference: the dictionary is then a constant, and the step always one
-            product. It must be made again when the dictionary changes.
-        out_dtype: of the result, where another is wanted than below.
-        prepared: this operator's part of what ``prepare_layers`` gave, checked against dictionary, LayerNorm and step_size;
-            made here if None. Not looked at off the Triton path, nor with ``combined``. It makes the step one product, however
-            few the tokens are.
+        combined: ``combine(dictionary)``, made before, for inference. The step is then one product for any number of tokens, and
+            the dictionary gets no gradient. It must be made again when the dictionary changes.
+        out_dtype: the dtype of the result, if another is wanted than below.
+        prepared: this operator's part of what ``prepare_layers`` returned, checked against dictionary, LayerNorm and step_size;
+            made here if None. The step is then one product for any number of tokens. Ignored off the Triton path, and with
+            ``combined``.
 
     Returns:
-        [..., width] in the dtype of x, or of its LayerNorm where there is one: float32 under autocast, except that on a CPU
-        the reference and the composed path leave tokens that come in the autocast dtype in it, as PyTorch's own LayerNorm does.
+        [..., width] in the dtype of x, or with a LayerNorm in the dtype of LN(x). Under autocast that is float32; only on a CPU,
+        off the Triton path, tokens in the autocast dtype keep it, as with PyTorch's own LayerNorm.
 
-    Where tokens outnumber the width the step is one large product forward and two backward, otherwise two and five. The
-    output itself is the backward's mask. With a LayerNorm, x is kept for the backward as it came, and normalised again there.
-    It is deterministic. Second and higher derivatives are refused by the kernels; the composed path takes them of the formula,
+    If there are more tokens than features the step is one large product forward and two backward, otherwise two and five. The
+    backward reads from the output what passed the threshold. With a LayerNorm it keeps x as it came, and normalises it again.
+    It is deterministic. Kernels refuse second and higher derivatives; the composed path has them, by autograd of the formula,
     except without a LayerNorm under autocast, where x is not kept.
 
     Raises:
@@ -87,7 +87,7 @@ def ista(
     dtype, soft = compute_dtype(x), threshold == "soft"
     implementation = dispatch.choose("ista", x, dtype, None, (dictionary, norm_weight, norm_bias))
     tokens, width = x.numel() // x.shape[-1], x.shape[-1]
-    # The kernels fold a LayerNorm into the one product; before two, and before the reference, it comes by itself.
+    # Kernels fold a LayerNorm into a single product. Before two products, and for the reference, it is applied here.
     prepares = implementation == "triton" and prepared is not None
     one = combined is not None or prepares or one_product(tokens, width)
     if implementation == "reference" or (implementation == "triton" and not one):
@@ -133,7 +133,7 @@ def prepare_ista(layers: Sequence[ISTASources], dtype: torch.dtype) -> list[Prep
 
 
 def combine(dictionary: Tensor) -> Tensor:
-    """G = W - W^T W [width, width], what ``ista`` multiplies the tokens with; float32, or float64 of a float64 dictionary.
+    """G = W - W^T W [width, width], which ``ista`` multiplies the tokens with; float32, or float64 for a float64 dictionary.
 
     Raises:
         TypeError: dictionary is not a floating-point tensor.

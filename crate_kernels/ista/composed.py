@@ -1,6 +1,6 @@
-"""ISTA in standard PyTorch calls: one large product forward and two backward where tokens outnumber the width.
+"""ISTA in standard PyTorch calls: one large product forward and two backward, if there are more tokens than features.
 
-With G = W - W^T W, x W - x W^T W is x G, and G costs width^3 whatever the number of tokens (``form.one_product``).
+With G = W - W^T W, x W - x W^T W is x G, and G costs the same for any number of tokens (``form.one_product``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def forward(
     soft: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
-    """y = T(x + eta (x W - x W^T W)) of x or its LayerNorm, and what is kept. Shapes as in ``op``."""
+    """y = T(x + eta (x W - x W^T W)), where x is normalised first if there is a norm; and what ``op`` says is kept."""
     if norm is not None:
         x = _normalised(norm, x, out_dtype)[0]
     operand = x.to(dtype)
@@ -41,7 +41,7 @@ def forward(
     update = update.to(torch.promote_types(x.dtype, update.dtype))
     if soft:
         code = F.softshrink(torch.add(_at_least_float32(x), update, alpha=step_size), step_size * lambd)
-    else:  # lambda off the small summand: in 16 bits only the last sum then rounds as coarsely as the code itself
+    else:  # lambda is subtracted from the update, which is small: so in 16 bits only the last sum is rounded coarsely
         code = torch.add(x, update.sub_(lambd), alpha=step_size, out=update).relu_()
     return code.to(x.dtype), [matrix] if operand is x or norm is not None else [matrix, operand]
 
@@ -80,7 +80,7 @@ def backward(
         if need_weight:
             through_last = _product(_residual(operand, weight).t(), grad_operand)
             through_residual = _product(-grad_residual.t(), operand)
-            # What is scaled is added in the same pass: both are as large as the weight, which is more than few tokens are.
+            # Scaled and added in one pass: both are as large as the weight, and that is larger than all tokens here.
             grad_weight = _at_least_float32(through_residual).add_(through_last, alpha=step_size)
         if need_operand:
             grad_x = _plus_product(residual_sum + grad, grad_residual, matrix, -1)
@@ -103,7 +103,7 @@ def _normalised(norm: Norm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def _residual(operand: Tensor, weight: Tensor) -> Tensor:
-    """r = x - x W^T: what the dictionary leaves unexplained."""
+    """r = x - x W^T, what the dictionary does not explain."""
     return (operand - _product(operand, weight.to(operand.dtype).t())).to(operand.dtype)
 
 
@@ -112,16 +112,16 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, in the arithmetic that is fastest, and in its dtype."""
+    """a b, computed and returned in the dtype that is fastest."""
     dtype = arithmetic_dtype(a)
     return library_products.product(a.to(dtype), b.to(dtype))
 
 
 def _plus_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1) -> Tensor:
-    """total + factor * a b in memory of its own: in the dtype of all three, rounded once, where products are fast in it;
-    else in at least float32."""
+    """total + factor * a b, as a new tensor. It is rounded once, to the dtype of ``total``, if products are fast in that dtype;
+    else it is in at least float32."""
     if total.dtype == arithmetic_dtype(a):
         return library_products.plus_product(total, a.to(total.dtype), b.to(total.dtype), alpha=factor)
-    # Cast first: a sum of mixed dtypes casts all the same, in memory of its own.
+    # Cast here, so that the sum can be written over the update: torch.add would cast into memory of its own.
     total, update = _at_least_float32(total), _at_least_float32(_product(a, b))
     return torch.add(total, update, alpha=factor, out=update)

@@ -1,4 +1,4 @@
-"""The two orders of multiplication of the sparse step: which one it takes, and the matrix G of the one-product form."""
+"""The sparse step multiplies tokens once or twice: the choice between the two, and the matrix G of the one-product form."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def combination(weight: Tensor) -> Tensor:
 
 
 def through_combination(grad: Tensor, weight: Tensor, factor: float = 1) -> Tensor:
-    """dW = factor * (dG - W (dG + dG^T)) of ``combination``, in the dtype that all have."""
-    # Laid out first: a sum of rows and columns takes three times as long on a CPU.
+    """The gradient of ``combination``, dW = factor * (dG - W (dG + dG^T)); all are in one dtype."""
+    # dG^T is copied to row-major memory first: adding rows to columns takes three times as long on a CPU.
     both = grad.t().clone(memory_format=torch.contiguous_format).add_(grad)
     return plus_product(grad, weight, both, beta=factor, alpha=-factor)

@@ -1,10 +1,13 @@
 """PyTorch operators of ISTA: schemas, shapes, FLOP counts. Imports torch only.
 
-``implementation`` is an argument, so that a traced graph says which one runs and the backward takes the forward's. ``kept`` is
-what the backward needs besides x and y. From ``composed``: the matrix that the tokens, or their residual, were multiplied with,
-and without a LayerNorm, x in ``dtype`` where that is not its own (the backward takes it for x); with one, its backward computes
-it again. From ``triton``, in the one-product form with a LayerNorm: mean and rstd of each token; G and the operand of eta * G
-came as arguments. In the two-product form nothing.
+``implementation`` is an argument, so that a traced graph says which one runs, and the backward takes the same as the forward.
+
+``kept`` is what the backward needs besides x and y:
+
+    composed    [matrix], what the tokens or their residual were multiplied with. Without a LayerNorm, and if x is not in
+                ``dtype``, [matrix, x in dtype], and the backward takes the second for its x.
+    triton      [stats], mean and rstd of each token, in the one-product form with a LayerNorm; else nothing. G and the operand of
+                eta * G are arguments.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from crate_kernels.products.norm_folding import Norm, Operand, as_norm
 
 
 class ISTAArguments(NamedTuple):
-    """What both operators take, in the order of their schemas."""
+    """What both operators take last, in the order of their schemas."""
 
     dictionary: Tensor
-    combined: Tensor | None  # G = W - W^T W, where it was made before
+    combined: Tensor | None  # G = W - W^T W, if it was made before
     norm_weight: Tensor | None
     norm_bias: Tensor | None
     matrix: Tensor | None  # the operand of eta * G, for the kernels
@@ -68,7 +71,7 @@ def _forward(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tuple[T
         kept = [] if stats is None else [stats]
     else:
         y = path.forward_two_products(x, given.dictionary, given.step(path), given.dtype, out_dtype)
-    # Not a view, which autograd would not let a caller change in place.
+    # Autograd must not take it for a view, or callers could not change it in place.
     return unsafe_view(y, shape), kept
 
 
@@ -92,12 +95,13 @@ def _backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Tokens [..., width] as [tokens, width]. Here and not around the operator: autograd adds no gradient to a view in place."""
+    """Tokens [..., width] as [tokens, width]. Inside the operator, as autograd adds gradients in place only where there is no
+    view."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _likes(x: Tensor, y: Tensor, given: ISTAArguments) -> tuple[Tensor | None, ...]:
-    """What gradients are like. That of x like y where ``composed`` keeps of x what may be a cast: without a LayerNorm."""
+    """What each gradient is like: x's is like y if ``composed`` may have kept a cast of x, which it does without a LayerNorm."""
     tokens = y if given.implementation == "composed" and given.norm is None else x
     return tokens, given.dictionary, given.norm_weight, given.norm_bias
 
@@ -135,7 +139,7 @@ def _backward_flops(
     large, small = 2 * tokens * width**2, 2 * width**3
     if given.combined is not None or one_product(tokens, width):
         return large * need_x + (large + small) * need_weight
-    # dr serves both; the weight's gradient computes the residual again and multiplies twice.
+    # Both gradients need dr. The weight's also computes the residual again, and multiplies twice.
     return large * (need_x or need_weight) + large * need_x + 3 * large * need_weight
 
 

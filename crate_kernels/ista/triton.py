@@ -1,9 +1,9 @@
 """ISTA as kernels: one large product forward and two backward, LayerNorm and threshold included.
 
-With G = W - W^T W the sparse step is ``y = T(LN(x) + eta * LN(x) G - eta*lambda)``. Where tokens outnumber the width,
-``eta * G`` is formed once and the tokens are multiplied by it; elsewhere they are multiplied by ``W^T`` and then by
-``eta * W``, and a LayerNorm has been applied before. The identity never enters a 16-bit operand: x is added in float32 to the
-float32 accumulator. y is the only mask the backward needs.
+With G = W - W^T W the sparse step is ``y = T(LN(x) + eta * LN(x) G)``, T the threshold at eta * lambda. If there are more tokens
+than features, ``eta * G`` is formed once and the tokens are multiplied by it. Else they are multiplied by ``W^T`` and then by
+``eta * W``, and the caller has applied the LayerNorm. x is not multiplied by the identity in 16 bits: it is added in float32 to
+the float32 product. y tells the backward what passed the threshold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crate_kernels.products.preparation import matrix_gradient
 
 
 class Step(NamedTuple):
-    """eta and lambda, 0-dim tensors on the host or on the device, and which threshold."""
+    """eta and lambda, 0-dim tensors on the host or on the device, and whether the threshold is the soft one."""
 
     step_size: Tensor
     lambd: Tensor
@@ -54,8 +54,9 @@ def backward(
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx [tokens, width] in x's dtype, and the gradients of W and of the LayerNorm's weight and bias. With g = grad_y where y
-    is not zero,
+    """dx [tokens, width] in x's dtype, and the gradients of W and of the LayerNorm's weight and bias.
+
+    With g = grad_y where y is not zero, and zero elsewhere,
 
     dx = LN'(g + g (eta G)^T)      dW = dG - W (dG + dG^T), dG = eta * dB of B = eta * G
 
@@ -77,7 +78,7 @@ def backward(
 def forward_two_products(
     x: Tensor, dictionary: Tensor, step: Step, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> Tensor:
-    """y by r = x - x W^T and then x + r (eta W): less work where tokens are fewer than the width."""
+    """y = T(x + r (eta W)) with r = x - x W^T: less work if there are fewer tokens than features."""
     scaled = _operand(dictionary.float() * step.step_size, dtype)
     return project(
         _residual(x, dictionary, dtype), scaled, out_dtype, skip=x, threshold=step.threshold, soft=step.soft
@@ -96,14 +97,16 @@ def backward_two_products(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx and dW of ``forward_two_products``:
 
-    dr = g (eta W)^T      dx = g + dr - dr W      dW = eta * r^T g - dr^T x, r computed again
+    dr = g (eta W)^T      dx = g + dr - dr W      dW = eta * r^T g - dr^T x
+
+    where r is computed again.
     """
     scaled = _operand(dictionary.float() * step.step_size, dtype)
     rows = gradient_rows(grad_y, None, scaled, y=y, threshold=step.threshold, soft=step.soft, need_column=False)
     grad_x = grad_weight = None
     grad_residual, _ = input_gradient(rows, scaled, dtype)
     if need_x:
-        # Kept in float32 up to the last product: there are few tokens here, and one rounding less.
+        # In float32 up to the last product: that saves a rounding, and costs little since there are few tokens here.
         total, _ = input_gradient(rows, scaled, torch.float32, skip=grad_y, mask=y)
         grad_x, _ = project(grad_residual, _operand(dictionary, dtype), x.dtype, skip=total, negate=True)
     if need_weight:
@@ -113,7 +116,7 @@ def backward_two_products(
 
 
 def _residual(x: Tensor, dictionary: Tensor, dtype: torch.dtype) -> Tensor:
-    """r = x - x W^T: what the dictionary leaves unexplained."""
+    """r = x - x W^T, what the dictionary does not explain."""
     return project(x, _operand(dictionary.t(), dtype), dtype, skip=x, negate=True)[0]
 
 

@@ -1,4 +1,4 @@
-"""The public functions: a layer is what it says it is, and the weights of all layers are prepared at once."""
+"""Whole layers of CRATE and CRATE-MAE as functions, and the preparation of all layers' weights at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from crate_kernels.shared_attention.api import obstacle_to_triton
 
 
 class EncoderWeights(NamedTuple):
-    """Of one encoder layer, in the order of ``encoder_layer``'s arguments."""
+    """The weights of one encoder layer, in the order of ``encoder_layer``'s arguments."""
 
     attention_norm: Norm
     attention: AttentionWeights
@@ -29,7 +29,7 @@ class EncoderWeights(NamedTuple):
 
 
 class DecoderWeights(NamedTuple):
-    """Of one decoder layer, in the order of ``decoder_layer``'s arguments."""
+    """The weights of one decoder layer, in the order of ``decoder_layer``'s arguments."""
 
     step_norm: Norm
     weight: Tensor
@@ -62,22 +62,22 @@ def encoder_layer(
     """One CRATE layer: ``z = x + MSSA(LN x)``, ``y = ISTA(LN z)``.
 
     Args:
-        x: [batch, tokens, width]. Its dtype is the dtype of the stream between layers: float32 or, for half the memory and
-            traffic, 16-bit; products take the autocast dtype where autocast is on.
+        x: [batch, tokens, width]. Its dtype is that of the stream, the tokens between layers: float32, or a 16-bit dtype for
+            half the memory traffic. Products run in the autocast dtype where autocast is on.
         attention_norm, attention: LayerNorm and weights of MSSA (``crate_kernels.mssa``).
         sparse_norm, dictionary: LayerNorm and dictionary of the sparse step (``crate_kernels.ista``), with its step_size, lambd
             and threshold.
         num_heads, scale: of attention; scale is head_dim**-0.5 if None.
-        recompute: do projection and attention again in the backward rather than keep what they gave.
-        prepared: this layer's part of ``prepare_layers``, checked against what it was made of; made here if None. Not looked at
+        recompute: compute projection and attention again in the backward, instead of keeping their results.
+        prepared: this layer's part of what ``prepare_layers`` returned, checked against the weights; made here if None. Ignored
             off the Triton path.
 
     Returns:
         [batch, tokens, width] in x's dtype.
 
-    On the Triton path, of [tokens, width] tensors it keeps four for the backward: x, w, attention's output and z (y is the next
-    layer's x); with ``recompute`` two, x and z. w and attention's output are in the dtype of the products, x and z in the
-    stream's. Deterministic; second derivatives are refused there.
+    The backward on the Triton path keeps four tensors [tokens, width]: w and attention's output in the dtype of the products, x
+    and z in that of the stream; with ``recompute`` only x and z. (y is kept as the next layer's x.) It is deterministic, and
+    second derivatives are refused there.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``mssa`` and ``ista`` do.
@@ -117,10 +117,10 @@ def decoder_layer(
         recompute, prepared: as in ``encoder_layer``.
 
     Returns:
-        [batch, tokens, width] in the dtype of the products: the autocast dtype where autocast is on, as the official model.
+        [batch, tokens, width] in the dtype of the products: the autocast dtype where autocast is on, as in the official model.
 
-    On the Triton path, of [tokens, width] tensors it keeps four for the backward: x, g, w and attention's output; with
-    ``recompute`` two, x and g. Deterministic; second derivatives are refused there.
+    The backward on the Triton path keeps four tensors [tokens, width]: x, g, w and attention's output; with ``recompute`` only x
+    and g. It is deterministic, and second derivatives are refused there.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``mssa`` and ``norm_linear`` do.
@@ -144,20 +144,23 @@ def prepare_layers(
     num_heads: int,
     step_size: float | Tensor = 0.1,
 ) -> list[PreparedLayer | None]:
-    """What layers of one kind and size make of their weights before a product, for all of them at once.
+    """Prepares the weights of many layers of one kind and size at once.
 
-    LayerNorm's weight and bias are folded into the matrix that follows them, G = W - W^T W is formed, and all is cast to the
-    dtype of the products: two launches for all layers of a kind, whose kernels find the weights where they lie
-    (``products.preparation``). The weights get their gradients all the same, from the layers' own backward. Prepare again after
-    each change of the weights: layers refuse what is no longer true of them.
+    The weight and bias of each LayerNorm are folded into the matrix that follows, G = W - W^T W is formed, and all is cast to the
+    dtype of the products. That takes two launches for all layers of a kind (``products.preparation``). The weights still get
+    their gradients, from the backward of each layer. Prepare again whenever weights have changed: layers raise if what they are
+    given was made of other values.
 
     Args:
         x: the tokens, for their device and dtype.
-        layers: as ``encoder_layer`` or ``decoder_layer`` will be given them.
+        layers: the weights that ``encoder_layer`` or ``decoder_layer`` will be called with.
         num_heads, step_size: as there.
 
     Returns:
-        For each layer its ``prepared``; None for each where the Triton path is not taken, which alone has a use for it.
+        The argument ``prepared`` of each layer; None for all where the Triton path is not taken, as no other path uses it.
+
+    Raises:
+        TypeError, ValueError: layers are of different kinds, or an argument is one that the layers would refuse.
     """
     if not layers:
         return []
@@ -171,7 +174,7 @@ def prepare_layers(
     validation.number_or_tensor("step_size", step_size, positive=True)
     sizes: dict[str, Any] = {}
     validation.tensor("x", x, "batch tokens width", sizes)
-    for name, value, dims in _named(layers[0]):  # the others are like it, or prepare themselves
+    for name, value, dims in _named(layers[0]):  # if the others are not like it, nothing is prepared here (``_make``)
         if value is not None:
             validation.tensor(name, value, dims, sizes)
     head_dim = first.qkv.shape[0] // num_heads
@@ -195,8 +198,9 @@ def prepare_layers(
         return [None] * len(layers)
     # Only here: an exported graph would keep the empty block, and then could not be loaded.
     with torch.no_grad():
+        attentions = prepare_mssa(attention, dtype)
         steps = prepare_ista(sparse_steps, dtype) if sparse_steps else prepare_norm_linear(linear_steps, dtype)
-        return list(map(PreparedLayer, prepare_mssa(attention, dtype), steps))
+        return list(map(PreparedLayer, attentions, steps))
 
 
 def _make(source: Tensor | float | None) -> tuple[torch.Size, torch.device] | None:
@@ -205,7 +209,7 @@ def _make(source: Tensor | float | None) -> tuple[torch.Size, torch.device] | No
 
 
 def _named(layer: EncoderWeights | DecoderWeights) -> list[tuple[str, Tensor | None, str]]:
-    """A layer's tensors by the names that errors give them, with their dimensions."""
+    """A layer's tensors, with their names for error messages and their dimensions."""
     if isinstance(layer, EncoderWeights):
         norm, name, square = layer.sparse_norm, "sparse_norm", ("dictionary", layer.dictionary)
     else:

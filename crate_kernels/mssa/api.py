@@ -22,7 +22,8 @@ from crate_kernels.shared_attention.api import check_padding_and_dropout, obstac
 
 
 class AttentionWeights(NamedTuple):
-    """MSSA's: qkv [num_heads * head_dim, width], out [width, num_heads * head_dim], out_bias [width] or None."""
+    """The weights of MSSA: qkv [num_heads * head_dim, width]; out [width, num_heads * head_dim], or None as in ``mssa``;
+    out_bias [width] or None."""
 
     qkv: Tensor
     out: Tensor | None
@@ -64,20 +65,20 @@ def mssa(
         scale: factor on the scores; head_dim**-0.5 if None.
         is_causal: token i attends to tokens 0..i only.
         norm_weight, norm_bias, norm_eps: LayerNorm over the width before the projection; none where norm_weight is None.
-        skip: [batch, tokens, out_width], in any dtype: what is added behind the product (the residual connection).
+        skip: [batch, tokens, out_width], in any dtype: what the result is added to (the residual connection).
         subtract: take the result from the skip instead of adding it.
-        lengths: [batch], int32 or int64: of sample b, tokens from ``lengths[b]`` on are padding. Attention passes them by, in
-            both directions; they still get the bias and their own skip.
+        lengths: [batch], int32 or int64: in sample b, tokens from ``lengths[b]`` on are padding. No token attends to them, and
+            they attend to none; their results are the bias and their skip.
         dropout: probability, on the attention weights and after the output projection, as in the official module. Pass 0
             for evaluation. The random numbers are PyTorch's: ``torch.manual_seed`` reproduces them.
-        out_dtype: of the result, where another is wanted than below.
-        recompute: do projection and attention again in the backward rather than keep what they gave.
-        prepared: this operator's part of what ``prepare_layers`` gave, checked against the weights; made here if None. Not
-            looked at off the Triton path.
+        out_dtype: the dtype of the result, if another is wanted than below.
+        recompute: compute projection and attention again in the backward, instead of keeping their results.
+        prepared: this operator's part of what ``prepare_layers`` returned, checked against the weights; made here if None.
+            Ignored off the Triton path.
 
-    On the Triton path three launches forward, and one more for a LayerNorm's moments. With lengths or dropout the projections are
-    the library's. It is deterministic, and second derivatives are refused there; the composed path has them as
-    ``shared_qkv_attention`` does.
+    The Triton path takes three launches forward, and one more for a LayerNorm's moments. With lengths or dropout PyTorch computes
+    the projections. It is deterministic, and second derivatives are refused there; the composed path has them where
+    ``shared_qkv_attention`` has.
 
     Returns:
         [batch, tokens, out_width]: without skip in x's dtype (the autocast dtype under autocast); with one, in the
@@ -146,7 +147,7 @@ def mssa(
             out = skip - out if subtract else skip + out
         return out.to(out_dtype)
 
-    if recompute and dispatch.plain_calls_only() is None:  # which have no part in it
+    if recompute and dispatch.plain_calls_only() is None:  # transforms and exports cannot take a checkpoint
         return checkpoint(composition, x, skip, use_reentrant=False, preserve_rng_state=dropout > 0)
     return composition(x, skip)
 

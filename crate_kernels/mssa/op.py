@@ -1,8 +1,8 @@
 """PyTorch operators of MSSA on the Triton path: schemas, shapes, FLOP counts. Imports torch only.
 
 ``kept`` is what the backward needs besides x: w and attention's output [batch * tokens, inner] in the dtype of the products, the
-log-sum-exp [batch, heads, tokens] and, with a LayerNorm, mean and rstd [2, batch * tokens], float32; nothing with ``recompute``.
-The composed path has no operator of its own: its projections are the library's, its attention is ours.
+log-sum-exp [batch, heads, tokens] and, with a LayerNorm, mean and rstd [2, batch * tokens], both float32. With ``recompute`` it
+is empty. The composed path has no operator of its own: it calls PyTorch's products and the operator of attention.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from crate_kernels.products.norm_folding import Norm, Operand, as_norm
 
 
 class MSSAArguments(NamedTuple):
-    """What both operators take, in the order of their schemas: weights, their operands, settings."""
+    """What both operators take last, in the order of their schemas: weights, the operands made of them, settings."""
 
     qkv_weight: Tensor
     out_weight: Tensor
@@ -33,7 +33,7 @@ class MSSAArguments(NamedTuple):
     out_matrix: Tensor
     out_offset: Tensor | None
     norm_eps: float
-    skip_is_x: bool  # its gradient then comes back in that of x
+    skip_is_x: bool  # the gradient of x then includes that of the skip
     subtract: bool
     num_heads: int
     scale: float
@@ -58,7 +58,7 @@ def _forward(
     kernels, settings = given.load()
     skip = x if given.skip_is_x else skip
     z, kept = kernels.forward(x, *settings, None if skip is None else skip.flatten(0, 1), out_dtype)
-    # Not a view, which autograd would not let a caller change in place.
+    # Autograd must not take it for a view, or callers could not change it in place.
     z = unsafe_view(z, [*x.shape[:-1], z.shape[1]])
     return z, [] if given.recompute else [tensor for tensor in kept if tensor is not None]
 
@@ -67,8 +67,8 @@ def _backward(grad: Tensor, x: Tensor, kept: list[Tensor], needs: list[bool], gi
     kernels, (*sources, out, form) = given.load()
     grad = grad.flatten(0, 1)
     attended = kernels.attend(x, *sources, form) if given.recompute else kernels.Kept(*kept, *[None] * (4 - len(kept)))
-    past = grad if given.skip_is_x else None
-    grad_x, *grads = kernels.backward(grad, x, *sources, out, form, given.qkv_weight, attended, tuple(needs), past)
+    skip_grad = grad if given.skip_is_x else None
+    grad_x, *grads = kernels.backward(grad, x, *sources, out, form, given.qkv_weight, attended, tuple(needs), skip_grad)
     return or_empty((None if grad_x is None else grad_x.view(x.shape), *grads), (x, *given[:5]))
 
 

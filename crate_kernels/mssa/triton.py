@@ -2,7 +2,7 @@
 
     w = LN(x) U^T      out = softmax(scale * w w^T) w, head by head      z = skip +- (out W_out^T + b)
 
-Kept for the backward are x, w, out, one number a score row (the log-sum-exp) and two a token (mean and rstd).
+The backward keeps x, w, out, one number for each row of scores (the log-sum-exp) and two for each token (mean and rstd).
 """
 
 from __future__ import annotations
@@ -61,36 +61,36 @@ def backward(
     qkv_weight: Tensor,
     kept: Kept,
     needs: tuple[bool, bool, bool],
-    past: Tensor | None = None,
+    skip_grad: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """dx [batch * tokens, width], and the gradients of qkv, out, out's bias, and the LayerNorm's weight and bias.
 
     Args:
-        needs: which are asked for: x's, qkv's with the LayerNorm's, out's with its bias's.
-        grad: [batch * tokens, out_width], of z.
-        past: [batch * tokens, width], added to dx: the gradient that reaches x past MSSA, where x is its own skip.
+        grad: [batch * tokens, out_width], the gradient of z.
+        needs: which gradients are asked for: of x; of qkv and the LayerNorm; of out and its bias.
+        skip_grad: [batch * tokens, width], added to dx: the gradient that reaches x as the skip.
     """
     need_x, need_qkv, need_out = needs
     batch, dtype = x.shape[0], kept.w.dtype
-    of_out = products.gradients(
+    out_grads = products.gradients(
         grad, kept.out, out, dtype, negate=form.subtract, heads=(batch, form.num_heads),
         need_x=need_x or need_qkv, need_matrix=need_out, need_column=need_out and out.offset is not None,
     )  # fmt: skip
-    grad_out_weight = None if of_out.matrix is None else of_out.matrix.t()
-    if of_out.x is None:
-        return None, None, grad_out_weight, of_out.column, None, None
-    grad_attended, w, attended = (_heads(t, x, form) for t in (of_out.x, kept.w, kept.out))
-    delta = attention.rows_of_delta(grad_attended, attended) if of_out.delta is None else of_out.delta
+    grad_out_weight = None if out_grads.matrix is None else out_grads.matrix.t()
+    if out_grads.x is None:
+        return None, None, grad_out_weight, out_grads.column, None, None
+    grad_attended, w, attended = (_heads(t, x, form) for t in (out_grads.x, kept.w, kept.out))
+    delta = attention.rows_of_delta(grad_attended, attended) if out_grads.delta is None else out_grads.delta
     grad_w = attention.backward_from_delta(grad_attended, w, kept.lse, delta, form.scale, form.is_causal)
-    of_qkv = products.gradients(
-        _tokens(grad_w), x.flatten(0, 1), qkv, x.dtype, y=kept.w, norm=norm, stats=kept.stats, extra=past,
+    qkv_grads = products.gradients(
+        _tokens(grad_w), x.flatten(0, 1), qkv, x.dtype, y=kept.w, norm=norm, stats=kept.stats, extra=skip_grad,
         need_x=need_x, need_matrix=need_qkv, need_column=need_qkv and norm is not None,
     )  # fmt: skip
-    grad_qkv, grad_gamma, grad_beta = of_qkv.matrix, None, None
+    grad_qkv, grad_gamma, grad_beta = qkv_grads.matrix, None, None
     if need_qkv and norm is not None:
-        grad_qkv, grad_gamma, grad_beta = matrix_gradient(of_qkv, qkv_weight.t(), norm, qkv_weight.t())
+        grad_qkv, grad_gamma, grad_beta = matrix_gradient(qkv_grads, qkv_weight.t(), norm, qkv_weight.t())
     grad_qkv_weight = None if grad_qkv is None else grad_qkv.t()
-    return of_qkv.x, grad_qkv_weight, grad_out_weight, of_out.column, grad_gamma, grad_beta
+    return qkv_grads.x, grad_qkv_weight, grad_out_weight, out_grads.column, grad_gamma, grad_beta
 
 
 def _heads(tokens: Tensor, x: Tensor, form: Form) -> Tensor:

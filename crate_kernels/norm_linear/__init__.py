@@ -1,1 +1,1 @@
-"""A linear map with the LayerNorm before it: CRATE-MAE's step back from a sparse code."""
+"""A linear map after a LayerNorm: CRATE-MAE's step back from a sparse code."""

@@ -29,21 +29,21 @@ def norm_linear(
     norm_eps: float = 1e-5,
     prepared: Prepared | None = None,
 ) -> Tensor:
-    """``LN(x) W^T + b``: a linear map with the LayerNorm before it, in two launches on the Triton path.
+    """``LN(x) W^T + b``: a LayerNorm and a linear map, in two launches on the Triton path.
 
     Args:
         x: [..., width]; float32, float16 or bfloat16 (float64 off the Triton path), any strides.
         weight: W, [out_width, width]. Under autocast it may stay in its own dtype; otherwise its dtype is x's.
         bias: [out_width], or None.
         norm_weight, norm_bias, norm_eps: LayerNorm over the width before the product; none where norm_weight is None.
-        prepared: this operator's part of what ``prepare_layers`` gave, checked against the weights; made here if None. Not
-            looked at off the Triton path.
+        prepared: this operator's part of what ``prepare_layers`` returned, checked against the weights; made here if None.
+            Ignored off the Triton path.
 
     Returns:
         [..., out_width] in x's dtype (the autocast dtype under autocast), as ``F.linear(F.layer_norm(x))`` would be.
 
-    On the Triton path it is deterministic, and second derivatives are refused. Kept for its backward are x and, with a
-    LayerNorm, the result and two numbers a token.
+    On the Triton path it is deterministic, and second derivatives are refused. Its backward keeps x and, with a LayerNorm, the
+    result and two numbers a token.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or a number, or dtypes are mixed without autocast.

@@ -1,4 +1,4 @@
-"""The linear step in standard PyTorch calls: the library's LayerNorm, then its product in the arithmetic that is fastest."""
+"""The linear step in standard PyTorch calls: a product by the library and in the dtype that are fastest."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from crate_kernels.library_products import linear
 
 
 def norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Of x [..., width] as its LayerNorm left it; operands and result in ``dtype``."""
+    """``x W^T + b`` for x [..., width] after its LayerNorm; operands and result are in ``dtype``."""
     return linear(x.to(dtype), weight, bias)

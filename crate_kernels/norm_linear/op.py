@@ -1,7 +1,7 @@
 """PyTorch operators of the linear step on the Triton path: schemas, shapes, FLOP counts. Imports torch only.
 
-With a LayerNorm, ``kept`` is what the backward needs besides x: mean and rstd [2, tokens] float32 from the forward, and before
-them, for the backward, y. Without one it is empty. The composed path has no operator of its own: it is the library's.
+``kept`` is what the backward needs besides x. With a LayerNorm the forward returns [stats], mean and rstd [2, tokens] float32,
+and the backward takes [y, stats]; without one both lists are empty. The composed path has no operator of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from crate_kernels.products.norm_folding import Norm, Operand, as_norm
 
 
 class NormLinearArguments(NamedTuple):
-    """What both operators take, in the order of their schemas: weights, their operand, a setting."""
+    """What both operators take after x, in the order of their schemas: weights, the operand made of them, a setting."""
 
     weight: Tensor
     bias: Tensor | None

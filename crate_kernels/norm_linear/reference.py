@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Of x [..., width] as its LayerNorm left it."""
+    """``x W^T + b`` for x [..., width] after its LayerNorm."""
     return F.linear(x, weight, bias)

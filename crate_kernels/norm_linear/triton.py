@@ -1,6 +1,6 @@
-"""The linear step as kernels: one product forward, behind a pass for a LayerNorm's moments, and two products backward.
+"""The linear step as kernels: a pass for a LayerNorm's moments and one product forward, two products backward.
 
-Kept for the backward are x and, with a LayerNorm, the result y and two numbers a token (mean and rstd).
+The backward keeps x and, with a LayerNorm, the result y and two numbers a token (mean and rstd).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """dx [tokens, width] in x's dtype, and the gradients of weight, bias, and the LayerNorm's weight and bias.
 
-    y and stats are what the forward gave; with a LayerNorm both are needed.
+    y and stats are the forward's results; with a LayerNorm both are needed.
     """
     found = gradients(
         grad, x, operand, x.dtype, y=y, norm=norm, stats=stats,

@@ -43,15 +43,15 @@ def overcomplete_ista(
         out_dictionary: D1, [width, codes], or None for the coupled form, in which D1 is D.
         step_size: eta, above zero. A number, or a tensor of one element, which may ask for a gradient; the value of a tensor
             on a GPU is not checked, since that would wait for the device.
-        lambd: the sparsity weight, at least zero; number or tensor, likewise.
+        lambd: the sparsity weight, at least zero; a number or a tensor, like step_size.
         norm_weight, norm_bias, norm_eps: LayerNorm over the width before the step; none where norm_weight is None.
         skip: [..., width] like x, in any dtype, added to the result.
 
     Returns:
         [..., width]: without skip in x's dtype (the autocast dtype under autocast); with one, in the wider of the two.
 
-    The Triton path is four launches; a LayerNorm is one more before them, since both of the first two products need n. Kept for
-    the backward are n, z1 and z2. It is deterministic, and second derivatives are refused there.
+    The Triton path takes four launches, and one more for a LayerNorm, which is not folded since n is needed twice. Its backward
+    keeps n, z1 and z2. It is deterministic, and second derivatives are refused there.
 
     Raises:
         TypeError: an argument is not a floating-point tensor or a number, or dtypes are mixed without autocast.
@@ -75,12 +75,12 @@ def overcomplete_ista(
     x = layer_norm(x, norm_weight, norm_bias, norm_eps)
     arguments = dictionary, out_dictionary, number_as_tensor(step_size), number_as_tensor(lambd)
     if implementation == "triton":
-        # A float64 skip, which the kernels do not take, is added behind them.
-        past = skip if skip is not None and skip.dtype in dispatch.TRITON_DTYPES else None
-        out_dtype = dtype if past is None else torch.promote_types(dtype, past.dtype)
-        tokens, rows = (None if t is None else t.reshape(-1, x.shape[-1]) for t in (x, past))
-        out = _OvercompleteISTA.apply(tokens, rows, out_dtype, *arguments, dtype).view(x.shape)
-        return out if skip is past else skip + out
+        # The kernels take no float64 skip: it is added after them.
+        fused_skip = skip if skip is not None and skip.dtype in dispatch.TRITON_DTYPES else None
+        out_dtype = dtype if fused_skip is None else torch.promote_types(dtype, fused_skip.dtype)
+        tokens, skip_rows = (None if t is None else t.reshape(-1, x.shape[-1]) for t in (x, fused_skip))
+        out = _OvercompleteISTA.apply(tokens, skip_rows, out_dtype, *arguments, dtype).view(x.shape)
+        return out if skip is fused_skip else skip + out
     if implementation == "reference":
         out = reference.overcomplete_ista(x, *arguments)
     else:

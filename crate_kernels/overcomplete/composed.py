@@ -1,6 +1,6 @@
-"""The overcomplete step in standard PyTorch calls: four large products, eta inside two of them.
+"""The overcomplete step in standard PyTorch calls: four large products, two of them with eta * D.
 
-No algebra makes them fewer: z1 D^T D by way of D^T D [codes, codes] would cost codes / width times as much.
+Fewer products would cost more: z1 (D^T D) replaces two products by one that is codes / width times as large as either.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def overcomplete_ista(
     lambd: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Of x [..., width] as its LayerNorm left it, in any dtype; operands, codes and result in ``dtype``."""
+    """The step for x [..., width] after its LayerNorm, in any dtype; operands, codes and result are in ``dtype``."""
     descent, threshold = (step_size * dictionary).t(), step_size * lambd
     z1 = (linear(x.to(dtype), descent) - threshold).relu()
     residual = (x - linear(z1, dictionary)).to(dtype)

@@ -1,7 +1,7 @@
 """PyTorch operators of the overcomplete step on the Triton path: schemas, shapes, FLOP counts. Imports torch only.
 
-The backward needs x and the two codes z1 and z2 [tokens, codes] in ``dtype``. The composed path has no operator of its own: it
-is the library's products under autograd.
+The backward needs x and the two codes z1 and z2 [tokens, codes] in ``dtype``. The composed path has no operator of its own:
+autograd differentiates its products.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from crate_kernels.definitions import empty_gradients, or_empty, register
 
 
 class OvercompleteArguments(NamedTuple):
-    """What both operators take, in the order of their schemas."""
+    """What both operators take last, in the order of their schemas."""
 
     dictionary: Tensor
     out_dictionary: Tensor | None
@@ -41,7 +41,7 @@ def _forward(
 def _backward(
     grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, needs: list[bool], given: OvercompleteArguments
 ) -> list[Tensor]:
-    """``needs``: of x, the dictionary, the out_dictionary, and the two numbers."""
+    """``needs``: whether gradients are asked for of x, of the dictionary, of the out_dictionary, and of the two numbers."""
     kernels, weights = given.load()
     return or_empty(kernels.backward(grad, x, z1, z2, weights, kernels.Needs(*needs)), (x, *given[:4]))
 
@@ -69,9 +69,9 @@ def _product(x_shape: tuple[int, ...], given: _Shapes) -> int:
 def _backward_flops(grad: Any, x_shape: tuple[int, ...], z1: Any, z2: Any, needs: list[bool], given: _Shapes) -> int:
     need_x, need_dictionary, need_out_dictionary, need_numbers = needs
     down_to_codes = 3 * (need_x or need_dictionary or need_numbers)
-    # The residual again, and three products; that of D1 comes with them where it is D.
-    of_dictionaries = 4 * need_dictionary + (need_dictionary if given.out_dictionary is None else need_out_dictionary)
-    return (down_to_codes + need_x + of_dictionaries) * _product(x_shape, given)
+    # dD takes the residual again and three products; dD1 takes one, which a coupled dD includes.
+    for_dictionaries = 4 * need_dictionary + (need_dictionary if given.out_dictionary is None else need_out_dictionary)
+    return (down_to_codes + need_x + for_dictionaries) * _product(x_shape, given)
 
 
 register(

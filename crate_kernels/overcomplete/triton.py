@@ -1,10 +1,10 @@
-"""The overcomplete step as kernels: one launch for each of its four products, with all that surrounds them.
+"""The overcomplete step as kernels: one launch for each of its four products, with the threshold or skip that follows it.
 
     z1 = relu(x (eta D) - eta*lambda)        r = x - z1 D^T
     z2 = relu(z1 + r (eta D) - eta*lambda)   out = skip + z2 D1^T
 
-That is the least number of products: D^T D [codes, codes] would make of the two in the middle one of codes / width times their
-size. Kept for the backward are x, z1 and z2, whose zeros are the masks; r is computed again.
+Fewer products would cost more: D^T D [codes, codes] would replace the two in the middle by one that is codes / width times as
+large as either. The backward keeps x, z1 and z2, whose zeros are the masks, and computes r again.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ class Step(NamedTuple):
 
     @property
     def threshold(self) -> Tensor:
-        """eta * lambda, in float32 whatever their dtype: the same rounding in every code would add up."""
+        """eta * lambda, in float32 whatever their dtype: a rounding error in it would be the same in every code, and add up."""
         return self.step_size.float() * self.lambd.float()
 
     def descent(self, dtype: torch.dtype) -> Operand:
-        """Of eta D, for a product in ``dtype``."""
+        """The operand of eta D, for a product in ``dtype``."""
         return _operand(self.dictionary.float() * self.step_size, dtype)
 
     def output(self, dtype: torch.dtype) -> Operand:
-        """Of D1^T."""
+        """The operand of D1^T, for a product in ``dtype``."""
         matrix = self.dictionary if self.out_dictionary is None else self.out_dictionary
         return _operand(matrix.t(), dtype)
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for; ``numbers`` are eta and lambda."""
+    """Which gradients are asked for; ``numbers`` stands for eta and lambda."""
 
     x: bool
     dictionary: bool
@@ -62,14 +62,15 @@ def forward(
 
 
 def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Step, needs: Needs) -> tuple[Tensor | None, ...]:
-    """dx in x's dtype, dD, dD1, deta and dlambda in float32, as far as asked for, from grad [tokens, width]. With g1 and g2
-    those of what the two thresholds were applied to,
+    """dx in x's dtype, and dD, dD1, deta and dlambda in float32, from grad [tokens, width]; None for those not asked for.
+
+    With g1 and g2 the gradients of the two thresholds' inputs,
 
         g2 = (grad D1) where z2      dr = g2 (eta D)^T      g1 = (g2 - dr D) where z1      dx = dr + g1 (eta D)^T
         dD1 = grad^T z2              dD = eta (x^T g1 + r^T g2) - dr^T z1
         dlambda = -eta sum(g1 + g2)  deta = sum(g1 z1 + g2 (z2 - z1)) / eta
 
-    The last because x D - lambda is z1 / eta, and r D - lambda is (z2 - z1) / eta, where they count.
+    deta is so because x D - lambda is z1 / eta where z1 is not zero, and r D - lambda is (z2 - z1) / eta where z2 is not.
     """
     dtype, eta = z1.dtype, weights.step_size
     coupled = weights.out_dictionary is None
@@ -109,5 +110,5 @@ def _operand(matrix: Tensor, dtype: torch.dtype) -> Operand:
 
 
 def _unexplained(x: Tensor, z1: Tensor, weights: Step) -> Tensor:
-    """r = x - z1 D^T: what the first code leaves over, in the dtype of the products."""
+    """r = x - z1 D^T, what the first code does not explain, in the dtype of the products."""
     return project(z1, _operand(weights.dictionary.t(), z1.dtype), z1.dtype, skip=x, negate=True)[0]

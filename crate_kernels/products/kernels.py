@@ -2,26 +2,28 @@
 
     moments            mean and rstd of each token, and the tokens normalised where they are multiplied so
     project            out = T(skip +- (LN(x) B + bias))
-    gradient_rows      the gradient as both products of the backward read it, and its sums: one pass over the tokens
+    gradient_rows      the gradient as both products of the backward read it, and its sums, in one pass over the tokens
     input_gradient     dx = extra + LN'(+-(g B^T) + g)
-    weight_gradient    H = xhat^T g: a product of the library's
+    weight_gradient    H = xhat^T g, by PyTorch's library
 
-A product runs at the rate of the tensor cores only where its loop does nothing but load two tiles and multiply them. (One that
-summed a LayerNorm's moments as it went also gave other results each run, as Triton 3.6 compiled it for Hopper: NOTES.md, GPU.) So
-what a LayerNorm or a gradient needs besides comes from whoever writes the tensor, row by row.
+A product reaches the rate of the tensor cores only if its loop does nothing but load two tiles and multiply them. (A loop that
+also summed a LayerNorm's moments gave different results in each run, as Triton 3.6 compiled it for Hopper: NOTES.md, GPU.) So the
+sums over rows that a LayerNorm or a gradient needs are computed by the other kernels, which go through tensors row by row.
 
-There are two ways to multiply tokens behind a LayerNorm, and ``folds`` says which. Folded, raw tokens are multiplied, and their
-moments enter behind the product. The backward then stores the gradient times rstd, g^ = rstd * g, and multiplies raw tokens
-again: with z = xhat . B' + offset the product that was, u the column sums of B', and sums over features for each token,
+There are two ways to multiply tokens after a LayerNorm, and ``launchers.folds`` chooses one. If it folds, raw tokens are
+multiplied, and their moments are applied after the product. The backward then stores the gradient times rstd, g^ = rstd * g, and
+multiplies raw tokens again. With z = xhat . B' + offset the forward's product, u the column sums of B', and c1 and c2 sums over
+features for each token,
 
     c1 = sum_n g^_n u_n       c2 = sum_n g^_n (z_n - offset_n)
     dx = g^ B'^T - (c1 + xhat * c2) / width       H = x^T g^ - 1 (sum over tokens of mean * g^)
 
-Not folded, tokens are normalised before they are multiplied, g stays as it is, dx takes rstd last, and H is xhat^T g.
-z comes from y as it is stored: an offset many times as large as the product itself costs dx as much of its accuracy.
+If it does not fold, tokens are normalised before they are multiplied, g is stored as it is, dx is multiplied by rstd last, and
+H is xhat^T g. z is computed from y, which is rounded: if the offset is many times as large as the product, dx loses as much
+accuracy.
 
-What the products keep for their backward is x, y and two float32 numbers a token. Column sums are split in a fixed way and added
-in a fixed order; a product of the library's is as repeatable as ``torch.mm`` of the device.
+The backward keeps x, y and two float32 numbers a token. Column sums are split in a fixed way and added in a fixed order, so that
+results repeat bit by bit; a product by PyTorch's library is as repeatable as ``torch.mm`` is on the device.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def load_tile(
     WHOLE_ROWS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """matrix[rows, columns], zero outside [row_count, column_count]; an axis that is WHOLE needs no mask."""
-    # In 64 bits: either axis may be the one that strides over billions of elements.
+    # In 64 bits, since offsets along either axis may pass 2^31.
     addresses = matrix + rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
     inside = ((rows < row_count) | WHOLE_ROWS)[:, None] & ((columns < column_count) | WHOLE_COLUMNS)[None, :]
     return tl.load(addresses, mask=inside, other=0.0)
@@ -58,7 +60,7 @@ def load_row(vector, columns, column_count):
 
 @triton.jit
 def scalar(value, IN_MEMORY: tl.constexpr):
-    """A number that came as an argument, or lies on the device."""
+    """A number: the argument itself, or what it points to."""
     if IN_MEMORY:
         return tl.load(value).to(tl.float32)
     else:
@@ -67,19 +69,19 @@ def scalar(value, IN_MEMORY: tl.constexpr):
 
 @triton.jit
 def rectify(u, threshold):
-    """max(u - threshold, 0). Compared so that NaN is not taken for zero."""
+    """max(u - threshold, 0). The comparison is false for NaN, which so stays NaN."""
     return tl.where(u <= threshold, 0.0, u - threshold)
 
 
 @triton.jit
 def soft_threshold(u, threshold):
-    """sign(u) * max(|u| - threshold, 0). Compared so that NaN is not taken for zero."""
+    """sign(u) * max(|u| - threshold, 0). The comparison is false for NaN, which so stays NaN."""
     return tl.where(tl.abs(u) <= threshold, 0.0, tl.where(u < 0.0, u + threshold, u - threshold))
 
 
 @triton.jit
 def before_threshold(y, threshold, ACTIVATION: tl.constexpr):
-    """u of y = T(u), where y is not zero."""
+    """The u of y = T(u), where y is not zero."""
     if ACTIVATION == "relu":
         return y + threshold
     else:
@@ -88,15 +90,16 @@ def before_threshold(y, threshold, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def masked_gradient(grad_y, y):
-    """The gradient that passes the threshold: y is the only mask, since both thresholds pass it just where y is not zero."""
+    """The gradient through the threshold y = T(u): both thresholds pass it exactly where y is not zero."""
     return tl.where(y != 0.0, grad_y, 0.0)
 
 
 @triton.jit
 def add_moments(mean, squares, x_tile, start, columns, width, WHOLE: tl.constexpr):
-    """Mean of each token, and its sum of squares about the mean, over one tile of features more than the ``start`` before.
+    """Adds a tile of features to each token's mean and sum of squares about the mean, which are over the ``start`` before.
 
-    Each tile about its own mean, then merged (Chan, Golub, LeVeque 1979): nothing cancels, however far from zero the tokens are.
+    The tile's squares are summed about its own mean, then both sums are merged (Chan, Golub, LeVeque 1979). So nothing cancels,
+    however far from zero the tokens are.
     """
     x_tile = x_tile.to(tl.float32)
     count = tl.minimum(width - start, columns.shape[0]).to(tl.float32)
@@ -139,8 +142,8 @@ def moments_kernel(
 
 @triton.jit
 def column_parts(tile, PARTS: tl.constexpr):
-    """A tile as so many tiles (a power of two) side by side, so that what follows holds fewer registers at a time; they are
-    shared out in a way that needs no exchange."""
+    """Splits a tile into PARTS tiles (a power of two) side by side, so that what follows needs fewer registers at a time. This
+    moves no values between threads."""
     if PARTS == 1:
         return (tile,)
     else:
@@ -155,11 +158,11 @@ def multiply(
     LIBRARY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of x [tokens, inner_width] times the matrix [inner_width, width], or, from a LIBRARY, of the product
-    itself, which x then is: its rows, the same clamped, its first column, and its parts, float32.
+    """This program's tile of x [tokens, inner_width] times the matrix [inner_width, width]; with LIBRARY, x is that product.
 
-    Rows beyond the last read the last again and are not stored: no mask along them. Tiles are ordered so that GROUP row tiles in
-    turn reuse the matrix's tile in L2.
+    Returns the tile's rows, the rows clamped to the last token, its first column, and its parts in float32. Rows beyond the last
+    token read the last one and are not stored, so loads need no mask along rows. Tiles are ordered so that GROUP row tiles in
+    turn reuse a tile of the matrix in L2.
     """
     row_tiles, column_tiles = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N)
     program = tl.program_id(0)
@@ -186,7 +189,7 @@ def multiply(
 
 @triton.jit
 def load_pairs(pairs, clamped_rows, tokens):
-    """Two numbers a token, of pairs [2, tokens], as columns [rows, 1]: mean and rstd, or c1 and c2."""
+    """Two numbers a token from pairs [2, tokens] (mean and rstd, or c1 and c2), each as a column [rows, 1]."""
     return tl.load(pairs + clamped_rows)[:, None], tl.load(pairs + tokens.to(tl.int64) + clamped_rows)[:, None]
 
 
@@ -197,7 +200,7 @@ def behind_projection(
     FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
     THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product of ``project_kernel``, for its columns from ``first`` on, up to the store."""
+    """All that follows the product in ``project_kernel``, the store included, for the columns from ``first`` on."""
     columns = first + tl.arange(0, product.shape[1])
     if FOLD or SKIP_NORM:
         mean, rstd = load_pairs(stats, clamped_rows, tokens)
@@ -235,7 +238,8 @@ def project_kernel(
     """out = T(skip +- (LN(x) B + bias)).
 
     x [tokens, inner_width], in the matrix's dtype; matrix [inner_width, width]; skip, out [tokens, width]; stats [2, tokens]:
-    mean and rstd. FOLD: x are raw tokens, and their moments enter behind the product. SKIP_NORM: so are those of skip.
+    mean and rstd. FOLD: x are raw tokens, and their moments are applied after the product. SKIP_NORM: skip is x, and LN(x) is
+    added.
     """
     rows, clamped_rows, first, parts = multiply(
         x, matrix, tokens, inner_width, width, x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
@@ -256,10 +260,10 @@ def gradient_rows_kernel(
     SCALED: tl.constexpr, ACTIVATION: tl.constexpr, THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_M tokens: g, grad where y is not zero (SCALED: times rstd), c1 and c2, and column sums; each where it has a place.
+    """For BLOCK_M tokens: g (grad where y is not zero; SCALED: times rstd), c1 and c2, column sums; each if it is asked for.
 
-    grad, y, g_out [tokens, width]; stats, sums [2, tokens]; product_sum, product_offset [width]: u and offset of c1 and c2, skip
-    included; column_sums [1 or 2, programs, width]: of g without rstd, and SCALED, of mean * g, or with x, of g * xhat.
+    grad, y, g_out [tokens, width]; stats, sums [2, tokens]; product_sum, product_offset [width]: the u and offset of c1 and c2,
+    skip included; column_sums [1 or 2, programs, width]: first of g without rstd; then of mean * g if SCALED, of g * xhat with x.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -284,7 +288,7 @@ def gradient_rows_kernel(
                 xhat = (x_tile.to(tl.float32) - mean) * rstd
                 tl.store(sums_here + second, tl.sum(g * xhat, 0), mask=columns < width)
         if g_out is not None:
-            # Sums are of what products will read: rounded.
+            # The sums that follow are of the rounded g, which products will read.
             g = (g * rstd if SCALED else g).to(g_out.dtype.element_ty)
             store_tile(g_out, g, rows, columns, tokens, width)
             g = g.to(tl.float32)
@@ -311,7 +315,7 @@ def behind_input_gradient(
     NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
     WHOLE_N: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product of ``input_gradient_kernel``, for its columns from ``first`` on, up to the store."""
+    """All that follows the product in ``input_gradient_kernel``, the stores included, for the columns from ``first`` on."""
     columns = first + tl.arange(0, product.shape[1])
     if NEGATE:
         product = -product
@@ -339,7 +343,7 @@ def behind_input_gradient(
     store_tile(out, product, rows, columns, tokens, width)
     if delta is not None:
         attended_tile = load_tile(attended, clamped_rows, columns, width, 1, tokens, width, True, WHOLE_N)
-        # Sums are of what attention's backward will read: rounded.
+        # These sums are of the rounded gradient, which the backward of attention will read.
         terms = product.to(out.dtype.element_ty).to(tl.float32) * attended_tile.to(tl.float32)
         HEADS: tl.constexpr = product.shape[1] // HEAD_DIM
         terms = tl.sum(tl.reshape(terms, (rows.shape[0], HEADS, HEAD_DIM)), 2)
@@ -360,12 +364,12 @@ def input_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     LIBRARY: tl.constexpr,
 ):  # fmt: skip
-    """out = extra + LN'(+-(g B^T) + grad), what is added of grad only where y is not zero.
+    """out = extra + LN'(+-(g B^T) + grad), where grad is added only where y is not zero.
 
     g, grad, y [tokens, inner_width], g in the dtype of the product (SCALED: it contains rstd), grad as it came, or g itself;
     matrix B^T [inner_width, width]; out, x, extra [tokens, width]; stats [2, tokens]: mean and rstd; sums [2, tokens]: c1 and
-    c2; norm_weight [width]; attended [tokens, width], contiguous, and delta [samples, heads, sample_tokens]: of each head of
-    HEAD_DIM features the sums of out * attended.
+    c2; norm_weight [width]; attended [tokens, width], contiguous; delta [samples, heads, sample_tokens]: the sums of
+    out * attended over the HEAD_DIM features of each head.
     """
     rows, clamped_rows, first, parts = multiply(
         g, matrix, tokens, inner_width, width, g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride,

@@ -14,14 +14,16 @@ from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.tiles import cdiv, naming_the_cache, select
 from crate_kernels.tiles.products import TABLE
 
-# The pass over rows is bound by memory: tiles that load 16 bytes a thread, several at a time.
+# The kernels that pass over rows are bound by memory: these tiles let a thread load 16 bytes at a time, several times.
 _ROWS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
 
 
 def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-    """Mean and ``(variance + eps)^-1/2`` of each token, [2, tokens] float32; and (x - mean) * rstd in ``xhat_dtype``, if any.
+    """Mean and rstd = ``(variance + eps)^-1/2`` of each token, [2, tokens] float32; and (x - mean) * rstd in ``xhat_dtype``,
+    or None.
 
-    x is [tokens, width], of any floating dtype and strides. One pass, or two of which the second finds x in the cache.
+    x is [tokens, width], of any floating dtype and strides. The kernel reads it once, and a second time, from the cache, to
+    normalise it.
     """
     tokens, width = x.shape
     stats = x.new_empty((2, tokens), dtype=torch.float32)
@@ -35,16 +37,17 @@ def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tup
 
 
 def folds(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether products in ``dtype`` take raw tokens, and the mean's share off what comes out: where both are bfloat16.
+    """Whether a product in ``dtype`` multiplies raw tokens and subtracts the mean's part afterwards: only if both are bfloat16.
 
-    The product must not round tokens, or one far from zero would lose what its mean hides; float32 results, more exact than that
-    difference, come without it; and float16 has not the range for a gradient times rstd.
+    Tokens must have the dtype of the product: if it rounded them, a token whose mean is large would lose its differences from
+    the mean. float32 products are more exact than the subtraction would leave them, and a gradient times rstd may overflow in
+    float16.
     """
     return x.dtype == dtype == torch.bfloat16
 
 
 def before_product(x: Tensor, operand: Operand, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
-    """x [tokens, width] as products multiply it, and with a LayerNorm, mean and rstd of each token, [2, tokens] float32."""
+    """x [tokens, width] as the product takes it, and with a LayerNorm the mean and rstd of each token, [2, tokens] float32."""
     dtype = operand.matrix.dtype
     if norm is None:
         return x.to(dtype), None
@@ -65,14 +68,15 @@ def project(
     threshold: Tensor | None = None,
     soft: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``T(skip +- (LN(x) B + bias))`` and, with a LayerNorm, mean and rstd of each token.
+    """``T(skip +- (LN(x) B + bias))`` with T a threshold, and, with a LayerNorm, mean and rstd of each token.
 
     Args:
         x: [tokens, inner], any floating dtype and strides; rounded to the operand's dtype.
-        operand: of B [inner, width], by ``op.operands`` with the same norm.
-        out_dtype: of the result.
+        operand: what ``op.operands`` made of B [inner, width] and the same norm.
+        out_dtype: the dtype of the result.
         norm: the LayerNorm before the product.
-        skip: [tokens, width], any dtype and strides, added in float32; with ``skip_norm`` it is x, and LN(x) is added.
+        skip: [tokens, width], any dtype and strides, added in float32.
+        skip_norm: skip is x, and LN(x) is added instead of x.
         negate: subtract the product instead.
         threshold: a number (0-dim tensor, on the CPU or beside x); no threshold if None.
         soft: the signed threshold instead of the relu's.
@@ -104,12 +108,12 @@ def project(
 
 
 class GradientRows(NamedTuple):
-    """The gradient behind the threshold, as both products of the backward read it, and its sums; None where not asked for.
+    """The gradient of the threshold's input, as both products of the backward read it, and its sums; None where not asked for.
 
-    g: [tokens, width] in the dtype of the products; times rstd where the tokens were folded.
-    sums: [2, tokens] float32, c1 and c2, with a LayerNorm.
-    column_sums: [1 or 2, width] float32, over tokens of the gradient without rstd; folded, of mean * g, too; else, where x was
-        added to the product normalised, of g * xhat, none of them rounded.
+    g: [tokens, width] in the dtype of the products; times rstd where raw tokens were multiplied (``folds``).
+    sums: [2, tokens] float32: c1 and c2 (``kernels``); only with a LayerNorm.
+    column_sums: [1 or 2, width] float32, sums over tokens. First of the gradient without rstd. Then, where raw tokens were
+        multiplied, of mean * g; where they were not and LN(x) was added to the product, of g * xhat before g is rounded.
     """
 
     g: Tensor
@@ -118,15 +122,15 @@ class GradientRows(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of ``project``; None where not asked for.
+    """The gradients of ``project``; None where not asked for. g^ is g * rstd, and xhat is the normalised x, or x without a norm.
 
     x: [tokens, inner].
-    matrix: [inner, width] float32, any strides: xhat^T g, with xhat the tokens normalised, or as they are; folded, x^T g^, which
-        mean_column has yet to be taken off. With a LayerNorm ``preparation.matrix_gradient`` goes on from there.
+    matrix: [inner, width] float32, any strides: xhat^T g. Where raw tokens were multiplied (``folds``) it is x^T g^, and
+        mean_column must still be subtracted from each row. With a LayerNorm ``preparation.matrix_gradient`` does the rest.
     column: [width] float32, sums over tokens of g: the gradient of the offset.
-    mean_column: [width] float32, sums over tokens of mean * g^; None where the tokens were not folded.
-    diagonal: [width] float32, the diagonal of xhat^T g of what was not rounded; None where they were folded, or not added.
-    delta: [samples, heads, tokens of a sample] float32, where ``heads`` were given and could be.
+    mean_column: [width] float32, sums over tokens of mean * g^; only where raw tokens were multiplied.
+    diagonal: [width] float32, the diagonal of xhat^T g before g is rounded; only where they were not, and LN(x) was added.
+    delta: [samples, heads, tokens of a sample] float32; only where ``heads`` was given and a tile holds whole heads.
     """
 
     x: Tensor | None
@@ -138,9 +142,9 @@ class Gradients(NamedTuple):
 
 
 def gradient_sums(operand: Operand, norm: Norm, skip: bool = False, negate: bool = False) -> tuple[Tensor, Tensor]:
-    """u and offset [width] of c1 = sum g u and c2 = sum g (z - offset), z the product with all that was added to it."""
+    """u and offset [width] of c1 = sum g u and c2 = sum g (z - offset), where z is the product plus all that was added to it."""
     column_sum, offset = operand.column_sum, operand.offset
-    assert column_sum is not None and offset is not None  # an operand behind a LayerNorm has both
+    assert column_sum is not None and offset is not None  # an operand with a LayerNorm has both
     if negate:
         column_sum, offset = -column_sum, -offset
     if skip:
@@ -169,21 +173,22 @@ def gradients(
     need_matrix: bool = True,
     need_column: bool = True,
 ) -> Gradients:
-    """The gradients of ``project`` that are asked for: ``dx = extra + LN'(+-(g B^T) + g)``, g being grad where y is not zero.
+    """The gradients of ``project`` that are asked for: ``dx = extra + LN'(+-(g B^T) + g)``, where g is grad where y is not zero,
+    and zero elsewhere.
 
     Args:
-        grad: [tokens, width of the product], any dtype and strides; only read. None where there are ``rows``.
-        x: [tokens, inner], what ``project`` took; needed with a LayerNorm, for the matrix or for heads.
-        operand, threshold, soft, norm, negate: what ``project`` took.
-        out_dtype: of dx.
-        y: what ``project`` gave; needed with a threshold, and with a LayerNorm unless there are ``rows``.
-        stats: what ``project`` gave with a LayerNorm.
-        skip: x itself (normalised, with a LayerNorm) was added to the product.
-        extra: [tokens, inner], added to dx: the gradient that comes past the product.
-        rows: what ``gradient_rows`` would make of all this, made before by whoever wrote the gradient.
-        heads: x is what attention gave, [samples * tokens, heads * head_dim], of so many samples and heads: ask for delta, each
-            head's sums over features of dx * x, where its width divides a tile.
-        need_x, need_matrix, need_column: whose gradients are asked for: x's, the matrix's, the offset's.
+        grad: [tokens, width of the product], any dtype and strides; only read. May be None where ``rows`` are given.
+        x: [tokens, inner], the x of ``project``; needed with a LayerNorm, for the matrix's gradient and for ``heads``.
+        operand, threshold, soft, norm, negate: those of ``project``.
+        out_dtype: the dtype of dx.
+        y: the result of ``project``; needed with a threshold, and with a LayerNorm unless ``rows`` are given.
+        stats: the mean and rstd that ``project`` returned with a LayerNorm.
+        skip: x (LN(x) with a LayerNorm) was added to the product.
+        extra: [tokens, inner], added to dx: the part of the gradient that does not go through the product.
+        rows: what ``gradient_rows`` returns for these arguments, if it is there already.
+        heads: numbers of samples and heads, where x is the output of attention [samples * tokens, heads * head_dim]. Then delta
+            is computed too, for each head the sum over features of dx * x, if head_dim divides the width of a tile.
+        need_x, need_matrix, need_column: which gradients are asked for: of x, of the matrix, of the offset.
     """
     fold = norm is not None and x is not None and folds(x, operand.matrix.dtype)
     if rows is None:
@@ -229,7 +234,7 @@ def gradient_rows(
     need_x: bool = True,
     need_column: bool = True,
 ) -> GradientRows:
-    """One pass over grad and y; none where grad can be read as it is. Arguments as ``gradients`` has them."""
+    """The gradient as products read it: one pass over grad and y, none if grad itself will do. Arguments as in ``gradients``."""
     (tokens, width), dtype = grad.shape, operand.matrix.dtype
     masked, make_sums = threshold is not None, need_x and norm is not None
     scaled = norm is not None and x is not None and folds(x, dtype)
@@ -241,11 +246,11 @@ def gradient_rows(
     two = scaled or added is not None
     columns = grad.new_empty((1 + two, programs, width), dtype=torch.float32) if need_column else None
     if tokens and (make_g or make_sums or need_column):
-        of_sums = gradient_sums(operand, norm, skip, negate) if norm is not None and need_x else (None, None)
+        u_and_offset = gradient_sums(operand, norm, skip, negate) if norm is not None and need_x else (None, None)
         threshold_value, in_memory = number(threshold)
         read_y = y if masked or make_sums else None
         kernels.gradient_rows_kernel[(programs,)](
-            grad, read_y, added, stats if two else None, *of_sums, g if make_g else None, sums, columns,
+            grad, read_y, added, stats if two else None, *u_and_offset, g if make_g else None, sums, columns,
             threshold_value, tokens, width,
             *grad.stride(), *_strides(read_y), *_strides(added),
             SCALED=scaled, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
@@ -285,7 +290,7 @@ def input_gradient(
     if not out.numel():
         return out, delta
     scaled = norm is not None and x is not None and folds(x, dtype)
-    # What is added past the product is not rounded to its dtype, unless g had to be; where g did not, it is masked already.
+    # The gradient that is added to the product: unrounded if possible, and then masked in the kernel; else g, masked already.
     skipped = None if skip is None else rows.g if scaled or skip.dtype == dtype else skip
     mask = mask if skipped is skip else None
     left, matrix = _by(tiles, rows.g, operand.matrix.t())
@@ -301,7 +306,8 @@ def input_gradient(
 
 
 def weight_gradient(x: Tensor, g: Tensor, like: Tensor | None = None, norm: Norm | None = None) -> Tensor:
-    """x^T g [inner, width] float32, in the order of memory that ``like`` has; of x normalised, where it was not folded."""
+    """x^T g [inner, width] float32, row-major or column-major as ``like`` is. With a norm whose tokens were normalised before
+    the product (``folds`` says no), x is normalised here too."""
     if norm is not None and not folds(x, g.dtype):
         _, xhat = moments(x, norm.eps, g.dtype)
         assert xhat is not None
@@ -315,17 +321,18 @@ def weight_gradient(x: Tensor, g: Tensor, like: Tensor | None = None, norm: Norm
 def _tiles(kernel: str, use: str, operand: Tensor, stream: Tensor, width: int) -> dict[str, int]:
     tiles = select(TABLE, operand.device, kernel, use, operand.itemsize, max(operand.itemsize, stream.itemsize))
     if tiles["BLOCK_N"] > 128 and width % tiles["BLOCK_N"]:
-        tiles["BLOCK_N"] //= 2  # wide tiles only where they divide the width: the last one would be half empty
+        tiles["BLOCK_N"] //= 2  # wide tiles only if they divide the width: else half of the last one may be empty
     return tiles
 
 
 def _by(tiles: dict[str, int], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What the kernel takes for its two factors: themselves, or the library's product of them and nothing."""
+    """The kernel's two factors; or, where tiles say that PyTorch's library multiplies, their product and None."""
     return (float32_product(left, right), None) if tiles["LIBRARY"] else (left, right)
 
 
 def number(value: Tensor | None) -> tuple[Tensor | float | None, bool]:
-    """A number as the kernels take it: by value from the host, by address from the device, never waiting for it."""
+    """A number as kernels take it, and whether it is an address: a value from the host, an address on the device, so that the
+    host need not wait."""
     if value is None:
         return None, False
     return (float(value), False) if value.device.type == "cpu" else (value, True)
@@ -344,7 +351,7 @@ def _grid(rows: int, columns: int, tiles: dict[str, int]) -> tuple[int]:
 
 
 def _options(operand: Tensor, inner_width: int, width: int, tiles: dict[str, int]) -> dict[str, object]:
-    """The tiles, which axes they divide, and how products round: float32 operands as torch is told to; multiply-adds fused
-    whatever Triton's default."""
+    """Launch options: the tiles, which axes they divide, the precision of products, and fused multiply-adds, whatever Triton's
+    default is."""
     whole = dict(WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=inner_width % tiles["BLOCK_K"] == 0)
     return {**whole, "PRECISION": dot_precision(operand), "enable_fp_fusion": True, **tiles}

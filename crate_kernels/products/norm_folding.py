@@ -4,9 +4,9 @@ With a LayerNorm of weight gamma and bias beta before the product,
 
     LN(x) B = rstd * (x B' - mean * column_sum) + offset,   B' = diag(gamma) B,   offset = beta B + bias
 
-so the raw tokens are multiplied, and mean and rstd, one pair a token, enter behind the product. ``column_sum`` sums B' as
-rounded to the dtype of the product: the rounding errors of both terms then cancel however far the mean is from zero.
-Without a LayerNorm B' is B, and offset the bias.
+so the raw tokens are multiplied, and the mean and rstd of each token are applied after the product. ``column_sum`` is summed
+over B' after B' was rounded to the dtype of the product: then the rounding errors of both terms cancel, however far the mean is
+from zero. Without a LayerNorm B' is B, and offset is the bias.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Norm(NamedTuple):
 
 
 def as_norm(weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Norm | None:
-    """The LayerNorm of these; None where there is no weight."""
+    """A Norm of these; None without a weight."""
     return None if weight is None else Norm(weight, bias, eps)
 
 
@@ -47,7 +47,7 @@ class Operand(NamedTuple):
 
     matrix: B' [inner, width] in the dtype of the product, any strides.
     column_sum: [width] float32, sums over ``inner`` of B' as rounded; None without a LayerNorm.
-    offset: [width] float32, added to the product; None without a LayerNorm where there is no bias.
+    offset: [width] float32, added to the product; None without a LayerNorm and without a bias.
     """
 
     matrix: Tensor

@@ -1,10 +1,10 @@
-"""PyTorch operators that make operands of weights, of many in one launch: schemas, shapes, FLOP counts. Imports torch only.
+"""PyTorch operators that make operands of many weights in one launch: schemas, shapes, FLOP counts. Imports torch only.
 
     prepare         operands of matrices of one shape
     combinations    G = W - W^T W of dictionaries of one shape, and the operands of eta * G
 
-Results are stacked, one row a matrix; ``operands`` and ``combinations`` take them apart. Where a matrix has no LayerNorm its
-column sums have no meaning, nor its offset where there is no bias either.
+The operators return stacks, one row a matrix; the functions ``operands`` and ``combinations`` split them. The column sums of
+a matrix without a LayerNorm have no meaning, nor has its offset if it has no bias either.
 """
 
 from __future__ import annotations

@@ -17,16 +17,16 @@ from crate_kernels.products.op import empty_operands
 from crate_kernels.tiles import cdiv
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# One for every device: these are small beside the products with the tokens, and no step waits for their last percent.
+# The same tiles on every device: these kernels take little time beside the products with the tokens.
 _PREPARE = {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
 _GRADIENT = {"BLOCK_N": 128, "BLOCK_K": 8, "num_warps": 8, "num_stages": 2}
 _COMBINE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 
-# Tables of addresses kept, each of a few KB: some models, and weights that are not where they were the step before. By the
-# stream that filled them: another one's kernels could read a table before it is filled, or after its memory has gone on.
+# Tables of addresses, a few KB each, are kept: enough for several models, and for weights that move to new addresses at each
+# step. Each stream fills a table of its own: another stream could read it too early, or when its memory is already used again.
 _MOST_TABLES = 256
 _tables: OrderedDict[tuple, dict[int, Tensor]] = OrderedDict()
-# Those that a CUDA graph reads, as long as the process lives: there is no telling when the graph goes.
+# Tables that a CUDA graph reads are kept until the process ends: nothing tells when the graph is deleted.
 _tables_of_graphs: dict[tuple, Tensor] = {}
 
 
@@ -36,10 +36,10 @@ def matrix_gradient(
     """The gradients of B, gamma and beta of ``LN(x) (scale * B)``, from those of the product, in one launch.
 
     Args:
-        found: by ``launchers.gradients``, matrix and column included.
+        found: what ``launchers.gradients`` returned, with the gradients of matrix and column.
         matrix: B [inner, width], any dtype and strides.
         norm: the LayerNorm before the product.
-        like: the gradient of B has its dtype and memory; of B's shape, any strides.
+        like: a tensor of B's shape; the gradient of B gets its dtype and strides.
         scale: 0-dim, on the host or beside the matrix; 1 if None.
         skip: LN(x) was added to the product.
     """
@@ -68,11 +68,11 @@ def prepare_all(
     dtype: torch.dtype,
     scale: Tensor | None = None,
 ) -> Operand:
-    """The operands of ``LN(x) (scale * B) + bias``, B [inner, width] of one shape and any strides, in one launch, stacked:
-    matrix [count, inner, width], the others [count, width].
+    """The operands of ``LN(x) (scale * B) + bias`` for many matrices B [inner, width] of one shape, made in one launch.
 
-    Where there is no LayerNorm column_sum is there all the same, and has no meaning. ``scale`` is 0-dim, on the host or beside
-    the matrices. A single matrix without LayerNorm is PyTorch's to copy.
+    They are stacked: matrix is [count, inner, width], column_sum and offset are [count, width]. column_sum has no meaning for a
+    matrix without a LayerNorm. ``scale`` is 0-dim, on the host or on the device of the matrices. A single matrix without a
+    LayerNorm is copied by PyTorch.
     """
     operand, column_sum, offset = empty_operands(matrices, dtype)
     if len(matrices) == 1 and norms[0] is None:
@@ -98,8 +98,8 @@ def combine_all(
 ) -> tuple[Tensor, Operand]:
     """G = W - W^T W of dictionaries of one shape in one launch, stacked, and the operands of ``LN(x) (eta G)``.
 
-    Of float32 weights tensor cores may round the products' factors to TF32 where the operand is bfloat16, as that hides behind
-    its own rounding; else (float16 has no fewer bits) as torch is told to. Sums are float32.
+    W^T W of float32 weights may be computed in TF32 if the operand is bfloat16: the error is smaller than that of rounding the
+    operand. This is not so for float16, which has as many bits as TF32; there PyTorch's setting decides. Sums are float32.
     """
     weights, vectors = _uniform(weights, [(*(norm or (None, None))[:2], None) for norm in norms])
     first, count, width = weights[0], len(weights), weights[0].shape[0]
@@ -122,9 +122,9 @@ Vectors = list[tuple[Tensor | None, ...]]
 
 
 def _uniform(matrices: Sequence[Tensor], vectors: Vectors) -> tuple[list[Tensor], Vectors]:
-    """Tensors as one launch takes them: matrices of one dtype and in the same strides, vectors contiguous and of one dtype.
+    """Tensors as one launch takes them: matrices of one dtype and the same strides, vectors contiguous and of one dtype.
 
-    Those that are so already stay where they are; others are copied.
+    Tensors that are not so are copied.
     """
     matrices = [matrix.detach() for matrix in matrices]
     if len({matrix.dtype for matrix in matrices}) > 1 or matrices[0].dtype not in _TRITON_DTYPES:
@@ -138,7 +138,7 @@ def _uniform(matrices: Sequence[Tensor], vectors: Vectors) -> tuple[list[Tensor]
 
 
 def _kinds(matrices: Sequence[Tensor], vectors: Vectors) -> dict[str, object]:
-    """What is to be known of the tensors behind the addresses while compiling."""
+    """What the compiler must know of the tensors behind the addresses."""
     vector = next((v for row in vectors for v in row if v is not None), None)
     aligned = all(matrix.data_ptr() % 16 == 0 for matrix in matrices)
     return {
@@ -155,20 +155,20 @@ def _table(matrices: Sequence[Tensor], vectors: Vectors) -> Tensor:
     addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows]
     key = device, *map(tuple, addresses)
     stream, capturing = _stream(device)
-    of_streams = _tables.pop(key, {})
+    tables_by_stream = _tables.pop(key, {})
     if capturing:
-        # Filled by a step before, on whatever stream: who captures has waited for that.
-        table = _tables_of_graphs.get(key, next(iter(of_streams.values()), None))
+        # A step before has filled the table, on any stream, and has ended before the capture began.
+        table = _tables_of_graphs.get(key, next(iter(tables_by_stream.values()), None))
         if table is None:
             raise RuntimeError(
                 "weights: met for the first time while a CUDA graph is captured; run one step on the same weights before"
             )
         _tables_of_graphs[key] = table
-    elif (table := of_streams.get(stream)) is None:
+    elif (table := tables_by_stream.get(stream)) is None:
         table = torch.tensor(addresses, dtype=torch.int64)
         table = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
-        of_streams[stream] = table
-    _tables[key] = of_streams  # now the newest
+        tables_by_stream[stream] = table
+    _tables[key] = tables_by_stream  # now the newest
     if len(_tables) > _MOST_TABLES:
         _tables.popitem(last=False)
     return table

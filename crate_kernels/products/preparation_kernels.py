@@ -1,11 +1,11 @@
-"""Triton kernels between weights and products: two make operands, of all layers in one launch each, one takes gradients back.
+"""Triton kernels between weights and products: two make the operands of all layers in a launch, one computes weights' gradients.
 
     prepare_kernel     B' = diag(gamma) B in the dtype of the product, its column sums, and beta B + bias
     combine_kernel     G = W - W^T W, and the same of B = eta * G
     gradient_kernel    the gradients of B, gamma and beta, from those of the product
 
-The weights of many layers are tensors of their own: kernels find them through a table of addresses, which is made once for the
-same tensors and stays on the device. A gamma, beta or bias that is not there has address zero.
+The weights of each layer are separate tensors. Kernels find them through a table of addresses, which is made once for the same
+tensors and stays on the device. A gamma, beta or bias that is missing has address zero.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from crate_kernels.products.kernels import load_row, load_tile, scalar
 
 @triton.jit
 def load_optional(address, entries, count, absent, DTYPE: tl.constexpr):
-    """The entries of the vector at ``address`` in float32; ``absent`` everywhere where there is none."""
+    """Entries of the vector at ``address`` in float32; all are ``absent`` if the address is zero."""
     values = tl.full(entries.shape, absent, tl.float32)
     if address != 0:
         vector = address.to(tl.pointer_type(DTYPE))
@@ -31,7 +31,7 @@ def scale_tile(
     tile, gamma_address, beta_address, operand, rows, columns, inner_width, width, row_stride, column_stride,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Writes the rounded tile of B' = diag(gamma) B, and returns the column sums of that and of beta B."""
+    """Writes the tile of B' = diag(gamma) B, rounded, and returns the column sums of the rounded tile and of beta B."""
     gamma = load_optional(gamma_address, rows, inner_width, 1.0, VECTOR)
     beta = load_optional(beta_address, rows, inner_width, 0.0, VECTOR)
     scaled = (tile * gamma[:, None]).to(operand.dtype.element_ty)
@@ -48,7 +48,7 @@ def prepare_kernel(
     SCALE_IN_MEMORY: tl.constexpr, MATRIX: tl.constexpr, VECTOR: tl.constexpr, ALIGNMENT: tl.constexpr,
     WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of matrix number program_id(1): B' [inner_width, width], its column sums, and offset = scale * beta B + bias.
+    """For matrix number program_id(1): B' [inner_width, width], its column sums, and offset = scale * beta B + bias.
 
     addresses [count, 4]: B of dtype MATRIX, gamma, beta and bias of dtype VECTOR; matrices [count, inner_width, width];
     column_sums, offsets [count, width] float32. B is multiplied with ``scale`` first, unless that is None.
@@ -86,10 +86,10 @@ def combine_kernel(
     WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of dictionary number program_id(1): G = W - W^T W, and as ``prepare_kernel`` does, of B = scale * G.
+    """For dictionary number program_id(1): G = W - W^T W, and what ``prepare_kernel`` makes of B = scale * G.
 
     addresses [count, 4]: W [width, width] of dtype MATRIX, gamma, beta, and one not used; combined [count, width, width] float32.
-    A program has all rows of its columns, so that nothing is added up between programs.
+    A program computes all rows of its columns, so that no sums are shared between programs.
     """
     index = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -130,14 +130,14 @@ def gradient_kernel(
     SCALE_IN_MEMORY: tl.constexpr, SKIP: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_K rows of B = scale * matrix [inner_width, width], with H = product - 1 (x) mean_column:
+    """For BLOCK_K rows of B = scale * matrix [inner_width, width], with H = product - 1 (x) mean_column:
 
         d matrix = scale * (gamma * H + beta (x) column)
         dgamma = scale * rowsum(matrix * H)
         dbeta = scale * matrix column
 
-    SKIP: LN(x) was added to the product as well, and its weight and bias meet the gradient there, too; the weight in the
-    diagonal of H, or in the ``diagonal`` given.
+    SKIP: LN(x) was added to the product, which adds to dgamma the diagonal of H (or ``diagonal``, if given), and to dbeta the
+    column.
     """
     rows = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = rows < inner_width

@@ -1,4 +1,4 @@
-"""What operators make of their weights before a product, and how they know that it is still true of them."""
+"""The matrices that operators make of their weights before a product, and the check that weights have not changed since."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SourcesOfOperator = TypeVar("SourcesOfOperator", bound=Sources)
 
 
 class Prepared(NamedTuple):
-    """What one operator's products take of its weights, by ``prepare_layers``; checked whenever it is used.
+    """What ``prepare_layers`` makes of one operator's weights; checked whenever it is used.
 
-    operands: the matrices it multiplies with, in its order.
-    combined: ISTA's G = W - W^T W, else None.
-    made_of: what they were made of.
-    versions: where each lay and how often it had been written to, and the steps of fused optimizers, which are not counted
-        there; None where it is compiled, and nothing can come between.
+    operands: the matrices that the operator multiplies with, in its order.
+    combined: ISTA's G = W - W^T W; None for other operators.
+    made_of: the weights.
+    versions: the address of each weight and PyTorch's count of writes to it; then the number of steps of fused optimizers,
+        whose writes PyTorch does not count. None inside ``torch.compile``, where a graph prepares and uses in one run.
     """
 
     operands: tuple[Operand, ...]
@@ -34,12 +34,12 @@ class Prepared(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products."""
+        """The dtype of the products."""
         return self.operands[0].matrix.dtype
 
 
 def as_prepared(operands: tuple[Operand, ...], made_of: Sources, combined: Tensor | None = None) -> Prepared:
-    """Of operands that were made just now."""
+    """Operands that were made just now, with the versions of what they were made of."""
     return Prepared(operands, combined, made_of, _versions(made_of))
 
 
@@ -49,13 +49,13 @@ def checked_or_made(
     dtype: torch.dtype,
     prepare: Callable[[Sequence[SourcesOfOperator], torch.dtype], list[Prepared]],
 ) -> Prepared:
-    """What ``prepare`` makes of ``made_of``, for products in ``dtype``: made now, or before, and then still true of them.
+    """``given``, after a check that it was made of ``made_of`` as it is now; ``prepare`` makes it where it is None.
 
-    Inside ``torch.compile`` versions are not looked at: what a graph prepares it uses in the same run. PyTorch does not count
-    writes through ``Tensor.data``, nor those to tensors made in inference mode: they go unseen.
+    Inside ``torch.compile`` versions are not compared: a graph uses in the same run what it has prepared. Writes through
+    ``Tensor.data`` and to tensors made in inference mode go unseen, as PyTorch does not count them.
 
     Raises:
-        TypeError: it was not made by ``prepare_layers``.
+        TypeError: ``given`` was not made by ``prepare_layers``.
         ValueError: it was made for another dtype, of other weights or another step size, or weights have changed since.
     """
     if given is None:
@@ -95,6 +95,6 @@ def _versions(made_of: Sources) -> tuple[tuple[int, int] | int | None, ...] | No
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
-    # Tensors of inference mode count no writes, fake ones lie nowhere.
+    # Tensors made in inference mode have no count of writes, and fake tensors no address.
     fake = isinstance(tensor, torch._subclasses.FakeTensor)
     return 0 if fake else tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

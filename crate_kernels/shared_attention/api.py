@@ -48,15 +48,15 @@ def shared_qkv_attention(
             transposed view of [batch, tokens, heads * head_dim] costs no copy. Under autocast it is cast to the autocast dtype.
         scale: factor on the scores; head_dim**-0.5 if None.
         is_causal: token i attends to tokens 0..i only.
-        lengths: [batch], int32 or int64, on w's device: of sample b, tokens from ``lengths[b]`` on are padding. Padding neither
-            gives nor takes: it is no key, its rows of the output are zero, it gets no gradient, and what is stored there is
-            not used. Each length is at least 1 and at most tokens; that is checked for CPU tensors outside ``torch.compile``,
-            and never on a device, where looking would wait for it: there, lengths act as if clamped to 0..tokens.
-        dropout: probability, below 1, with which each weight of the softmax is set to zero, independently; those that stay are
+        lengths: [batch], int32 or int64, on w's device: in sample b, tokens from ``lengths[b]`` on are padding. Padding is no
+            key, its rows of the output are zero, it gets no gradient, and what is stored there is not used. Each length is at
+            least 1 and at most tokens. That is checked for CPU tensors outside ``torch.compile``; elsewhere the check would
+            wait for the device, and lengths act as if clamped to 0..tokens.
+        dropout: probability, below 1, with which each weight of the softmax is set to zero, independently; the others are
             divided by ``1 - dropout``. There is no training flag: pass 0 for evaluation.
-        seed: names the weights that are dropped, 0 <= seed < 2**63; drawn from PyTorch's default CPU generator if None, so that
-            ``torch.manual_seed`` reproduces. Each implementation draws its own mask from it, and the composed one's
-            depends on the device. A CUDA graph replays one mask.
+        seed: determines which weights are dropped, 0 <= seed < 2**63. If None it is drawn from PyTorch's default CPU generator,
+            so that ``torch.manual_seed`` reproduces it. Each implementation makes another mask of the same seed, and the
+            composed one makes another on each kind of device. A CUDA graph replays one mask.
         return_lse: return the log-sum-exp too.
 
     Returns:
@@ -65,10 +65,10 @@ def shared_qkv_attention(
         lse: only with ``return_lse``: [batch, heads, tokens], float32 (float64 for float64), the natural logarithm of each row's
             sum of exponentials, before dropout; -inf for padding. No gradient flows through it.
 
-    The backward takes the forward's implementation, and is deterministic. Kept for it are w, the output and one number a row (on
-    a CPU the probabilities instead: of up to 256 tokens, and of up to 512 with dropout or where it multiplies in 16 bits).
-    Second and higher derivatives are refused by the kernels, and by the composed path with dropout; without dropout, that path
-    takes them of the formula.
+    The backward runs the implementation of the forward, and is deterministic. It keeps w, the output and one number for each row
+    of scores. On a CPU it keeps the probabilities instead, up to 256 tokens, or 512 with dropout or where it multiplies in 16
+    bits. Kernels refuse second and higher derivatives, and so does the composed path with dropout; without dropout it has them,
+    by autograd of the formula.
 
     Raises:
         TypeError: w is not a floating-point tensor, lengths not one of int32 or int64, scale or dropout not a number, or seed
@@ -100,7 +100,7 @@ def shared_qkv_attention(
 def check_padding_and_dropout(
     x: Tensor, tokens_dim: int, lengths: Tensor | None, dropout: float, seed: int | None
 ) -> None:
-    """``lengths``, ``dropout`` and ``seed`` fit ``x``, whose tokens lie along ``tokens_dim``."""
+    """Checks ``lengths``, ``dropout`` and ``seed`` for ``x``, whose dimension ``tokens_dim`` is the tokens."""
     if lengths is not None:
         if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"lengths: expected an int32 or int64 tensor [batch], got {validation.describe(lengths)}")
@@ -122,8 +122,8 @@ def check_padding_and_dropout(
 
 
 def obstacle_to_triton(head_dim: int) -> str | None:
-    """What about the width of a head keeps the kernels from running, in words."""
-    # Rows of w stay in registers; beyond this width no tile fits.
+    """Why kernels cannot take heads of this width, in words; None where they can."""
+    # Rows of w are held in registers, and wider ones do not fit.
     return f"its kernels take heads of 1 to {WIDEST_HEAD} features, not {head_dim}" if head_dim > WIDEST_HEAD else None
 
 

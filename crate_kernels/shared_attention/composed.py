@@ -1,12 +1,12 @@
 """Shared-QKV attention in standard PyTorch calls.
 
-Batched products over some heads at a time, of one head's rows in parts where even they are too many. They keep the
-probabilities of short sequences for the backward on a CPU, five products in all; else they compute them again, a sixth (and a
-seventh where rows are parted), and scores exist for some heads at a time only. Dropout is drawn part by part, and again from the
-same seed in the backward.
+Batched products, for a few heads at a time so that their scores stay small, and for a part of a head's rows where one head's
+scores are too large. On a CPU the probabilities of short sequences are kept, and the backward takes four products more. Else it
+computes them again with one more product, and another one where rows are in parts. Dropout is drawn part by part, and in the
+backward again from the same seed.
 
-On a CPU that computes in float32 or float64, long sequences without dropout take PyTorch's own flash attention, its three
-gradients added up. In 16 bits, and of short sequences, its backward is slower than the products.
+On a CPU, long sequences in float32 or float64 without dropout take PyTorch's own flash attention, and its three gradients are
+added up. In 16 bits and for short sequences its backward is slower than the products.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def forward(
     seed: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * w w^T) w, and what ``composed_keeps`` says. Shapes as in ``op``."""
+    """softmax(scale * w w^T) w, and what ``op.composed_keeps`` says is kept. Arguments as in ``op``."""
     padding = _padding(w, lengths)
     if takes_flash_attention(w, dropout):
         heads = _without(padding, _features_in_a_row(w))
@@ -146,7 +146,7 @@ def _padding(w: Tensor, lengths: Tensor | None) -> Tensor | None:
 
 
 def _without(padding: Tensor | None, rows: Tensor) -> Tensor:
-    """Rows [batch, heads, tokens, head_dim] with zeros for padding, so that nothing stored there gets anywhere."""
+    """Rows [batch, heads, tokens, head_dim] with zeros for padding, so that what is stored there has no effect."""
     return rows if padding is None else rows.masked_fill(padding[..., None], 0.0)
 
 
@@ -156,19 +156,19 @@ def _penalty(padding: Tensor | None, heads: Tensor) -> Tensor | None:
 
 
 def _features_in_a_row(w: Tensor) -> Tensor:
-    """w in the dtype to compute with, in the strides that flash attention takes: rows of features, one after another."""
+    """w in the dtype to compute in, with strides that flash attention takes: the features of a token are adjacent."""
     w = w.to(arithmetic_dtype(w))
     return w if w.stride(-1) == 1 and w.stride(-2) >= w.shape[-1] else w.contiguous()
 
 
 def _unflatten(result: Tensor, like: Tensor) -> Tensor:
-    """The result in the dtype and the layout that the operator promises; itself where it has both."""
+    """The result in the dtype and the layout that the operator promises, copied only if it differs."""
     promised = empty_token_major(like)
     return result if (result.dtype, result.stride()) == (promised.dtype, promised.stride()) else promised.copy_(result)
 
 
 class _Part(NamedTuple):
-    """Of how many samples, heads and rows the scores against all tokens exist at a time: as many as fit the bound."""
+    """How many samples, heads and rows have their scores in memory at the same time: as many as fit the bound."""
 
     samples: int
     heads: int
@@ -185,12 +185,12 @@ class _Part(NamedTuple):
     def room(self, w: Tensor, rows: int, width: int) -> Tensor:
         """Memory [heads, rows, width] for one array of each part in turn.
 
-        Fresh memory costs as much as the product that fills it, and memory just used is still in cache.
+        It is used again for each part: new memory would cost as much as the product that fills it, and this is still in cache.
         """
         return w.new_empty(self.samples * self.heads, rows, width, dtype=arithmetic_dtype(w))
 
     def heads_of(self, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-        """Part by part, those samples and heads of tensors [batch, heads, ...]; None stays None."""
+        """The parts of tensors [batch, heads, ...], one after another: some samples and heads of each. None stays None."""
 
         def split(tensor: Tensor) -> list[Tensor]:
             return [part for some in tensor.split(self.samples) for part in some.split(self.heads, 1)]
@@ -202,18 +202,18 @@ class _Part(NamedTuple):
 
 
 def _even(size: int, most: int) -> int:
-    """The size of parts of at most ``most``, and of at least one, that are as few and as even as may be."""
+    """The size of the parts, at most ``most`` and at least 1, if there are as few as possible and all are about equal."""
     parts = -(-size // max(1, most))
     return -(-size // parts) if size else 1
 
 
 def _corner(room: Tensor, like: Tensor) -> Tensor:
-    """As many heads and rows of a room as there are here; the last part may be smaller than the others."""
+    """As many heads and rows of a room as ``like`` has: the last part may be smaller than the others."""
     return room[: like.shape[0], : like.shape[1]]
 
 
 def _stacked(heads: Tensor, room: Tensor) -> Tensor:
-    """Heads [samples, heads, tokens, head_dim] of any strides as [samples * heads, tokens, head_dim], to compute with."""
+    """Heads [samples, heads, tokens, head_dim] of any strides, copied into ``room`` as [samples * heads, tokens, head_dim]."""
     stacked = room[: heads.shape[0] * heads.shape[1]]
     stacked.view(heads.shape).copy_(heads)
     return stacked
@@ -222,7 +222,7 @@ def _stacked(heads: Tensor, room: Tensor) -> Tensor:
 def _scores(
     queries: Tensor, keys: Tensor, rows: slice, scale: float, is_causal: bool, padding: Tensor | None, room: Tensor
 ) -> Tensor:
-    """scale * w w^T of the rows in question against all tokens, in ``room``; -inf for masked keys."""
+    """scale * w w^T of these rows with all tokens, written into ``room``; -inf for masked keys."""
     scores = _corner(room, queries).baddbmm_(queries, keys.mT, beta=0, alpha=scale)
     if is_causal:
         future = torch.ones(scores.shape[1:], dtype=torch.bool, device=keys.device).triu(1 + rows.start)
@@ -233,7 +233,7 @@ def _scores(
 
 
 def _generator(w: Tensor, dropout: float, seed: Tensor | None) -> torch.Generator | None:
-    """The random numbers of dropout, from their start; None without dropout."""
+    """The generator of dropout, at the start of its random numbers; None without dropout."""
     if not dropout:
         return None
     if seed is None:
@@ -242,5 +242,5 @@ def _generator(w: Tensor, dropout: float, seed: Tensor | None) -> torch.Generato
 
 
 def _factors(probabilities: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
-    """What dropout multiplies the probabilities with, 0 or 1 / (1 - dropout): the generator's next."""
+    """What dropout multiplies the probabilities by, 0 or 1 / (1 - dropout), from the generator's next random numbers."""
     return torch.empty_like(probabilities).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)

@@ -1,10 +1,10 @@
 """PyTorch operators of shared-QKV attention: schemas, shapes, FLOP counts. Imports torch only.
 
-``implementation`` is an argument, so that a traced graph says which one runs and the backward takes the forward's. ``kept``
-is what its backward needs besides w and out: from ``triton`` the log-sum-exp of each row of scores, [batch, heads, tokens],
-float32; from ``composed`` what ``composed_keeps`` says. ``keep`` is false where no backward will come. With ``return_lse``
-kept is the log-sum-exp in any case. ``seed`` is an int64 tensor of one element on the CPU, not a number: it is drawn
-inside graphs too, where a number would be frozen.
+``implementation`` is an argument, so that a traced graph says which one runs, and the backward takes the same as the forward.
+``kept`` is what the backward needs besides w and out: with ``triton`` the log-sum-exp of each row of scores, [batch, heads,
+tokens], float32; with ``composed`` what ``composed_keeps`` says, and always the log-sum-exp if ``return_lse`` is set. ``keep`` is
+false where no backward will come. ``seed`` is an int64 tensor of one element on the CPU, and not a number, which would be a
+constant in a compiled graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crate_kernels.private_torch import HAS_CPU_FLASH_ATTENTION
 
 
 class AttentionArguments(NamedTuple):
-    """What the forward takes besides w, in the order of its schema."""
+    """What the forward takes after w, in the order of its schema."""
 
     scale: float
     is_causal: bool
@@ -36,18 +36,18 @@ class AttentionArguments(NamedTuple):
 def empty_token_major(w: Tensor) -> Tensor:
     """An uninitialised tensor like ``w`` [batch, heads, tokens, head_dim] whose memory runs [batch, tokens, heads, head_dim].
 
-    The heads of one token stand side by side, so that the output projection reads [batch, tokens, width] without a copy.
+    The heads of one token are adjacent, so that the output projection reads [batch, tokens, width] without a copy.
     """
     batch, heads, tokens, head_dim = w.shape
     return w.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-# Tokens from which PyTorch's CPU flash attention is faster than batched products, and up to which those keep probabilities.
+# From _LONG tokens on, PyTorch's CPU flash attention is faster than batched products. Those keep probabilities up to _SHORT.
 _LONG, _SHORT = 257, 512
 
 
 def takes_flash_attention(w: Tensor, dropout: float) -> bool:
-    """Whether ``composed`` is PyTorch's CPU flash attention: long sequences in float32 or float64, without dropout."""
+    """Whether ``composed`` calls PyTorch's CPU flash attention: for long sequences in float32 or float64, without dropout."""
     wide = arithmetic_dtype(w) in (torch.float32, torch.float64)
     return HAS_CPU_FLASH_ATTENTION and w.device.type == "cpu" and wide and dropout == 0 and w.shape[2] >= _LONG
 
@@ -55,9 +55,10 @@ def takes_flash_attention(w: Tensor, dropout: float) -> bool:
 def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False) -> str:
     """What ``composed`` keeps of w [batch, heads, tokens, head_dim] for its backward.
 
-    "log-sum-exp": [batch, heads, tokens] in float32, or float64 for float64, from flash attention and wherever it is asked for.
-    "probabilities": [batch, heads, tokens, tokens], before dropout and in w's dtype, of short sequences elsewhere on a CPU:
-    they save one of six products and a softmax, and take tokens / head_dim times the memory of w.
+    "log-sum-exp": [batch, heads, tokens] in float32, or float64 for float64; with flash attention, and where it is asked for.
+    "probabilities": [batch, heads, tokens, tokens], before dropout and in w's dtype; else for short sequences on a CPU. They save
+    the backward a softmax and one of six products, and take tokens / head_dim times the memory of w.
+    "nothing": otherwise.
     """
     if return_lse or takes_flash_attention(w, dropout):
         return "log-sum-exp"

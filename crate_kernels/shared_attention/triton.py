@@ -1,25 +1,25 @@
 """Triton kernels of shared-QKV attention: out = softmax(scale * w w^T) w, one tensor as query, key and value.
 
 Forward: online softmax over tiles of keys. Backward: the scores are symmetric, so the tile S[j, i] = scale * w_j . w_i
-gives both probabilities that bind tokens i and j, with the row log-sum-exp L kept from the forward pass:
+gives both probabilities between tokens i and j, with the log-sum-exp L of each row, kept from the forward:
 
-    P[i, j] = exp(S[j, i] - L[i])   token i asks, token j is the key
-    P[j, i] = exp(S[j, i] - L[j])   token j asks, token i is the key
+    P[i, j] = exp(S[j, i] - L[i])   token i is the query, token j the key
+    P[j, i] = exp(S[j, i] - L[j])   token j is the query, token i the key
 
-The three gradients of ordinary attention (query, key, value) land on the one tensor w, and with delta = rowsum(dO * O)
-all of them can be summed in rows j:
+The gradient of w is the sum of the three gradients of ordinary attention (query, key, value). With delta = rowsum(dO * O)
+all three can be summed for rows j:
 
     dw_j = sum_i  P[i, j] dO_i
          + scale * sum_i ( P[i, j] (dO_i . w_j - delta_i) + P[j, i] (dO_j . w_i - delta_j) ) w_i
 
-so one program owns rows j, walks all tiles i, and writes its rows once: no atomics, the same bits on every run. With dropout,
-P[i, j] dO_i and dO_i . w_j take the factor that the forward gave P[i, j]: 0 or 1 / (1 - dropout).
+so one program owns rows j, goes through all tiles i, and writes its rows once: no atomics, the same bits on every run. With
+dropout, P[i, j] dO_i and dO_i . w_j are multiplied by the factor that the forward gave P[i, j]: 0 or 1 / (1 - dropout).
 
-Tile sides are powers of two, and two kinds of waste are cut. Features: a head of 48 is held as parts of 32 and 16 features
-(``split_features``); "parts" below are tuples of one or two tiles, side by side. Tokens: a walk takes whole tiles of BLOCK
-tokens, unmasked, then what is left in masked tiles of TAIL (``tail``), so that 197 tokens are walked as 3 x 64 + 16. The rows
-that a program owns are not cut that way: wgmma takes no fewer than 64, and a last program with fewer would be a second
-copy of all loops in every kernel.
+The sides of tiles are powers of two, which would waste work in two ways. Features: a head of 48 is held as parts of 32 and 16
+features (``split_features``); "parts" below are tuples of one or two tiles, side by side. Tokens: a walk takes whole tiles of
+BLOCK tokens without masks, and the rest in masked tiles of TAIL (``tail``), so that 197 tokens are walked as 3 x 64 + 16. The
+rows that a program owns are always BLOCK_ROWS: wgmma takes no fewer than 64, and a smaller last program would need a second copy
+of all loops in every kernel.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def head_offset(head, heads, stride_batch, stride_head):
 
 @triton.jit
 def count_tokens(lengths_ptr, head, heads, tokens):
-    """How many tokens of the head's sample are no padding. A length out of range, which a device cannot report, is clamped."""
+    """How many tokens of the head's sample are not padding. A device cannot raise for a length out of range: it is clamped."""
     if lengths_ptr is None:
         return tokens
     else:
@@ -57,7 +57,7 @@ def count_tokens(lengths_ptr, head, heads, tokens):
 
 @triton.jit
 def part_pointers(base, rows, stride_token, stride_feature, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Pointers [rows, WIDTH] to features from FIRST on, in 64 bits: one step to the next may span a whole batch."""
+    """Pointers [rows, WIDTH] to features from FIRST on, in 64 bits: with large strides, offsets may pass 2^31."""
     features = (FIRST + tl.arange(0, WIDTH)).to(tl.int64)
     return base + rows.to(tl.int64)[:, None] * stride_token + features[None, :] * stride_feature
 
@@ -164,10 +164,11 @@ def add_weighted_rows(sums, weights, y, DIM_B: tl.constexpr, PRECISION: tl.const
 
 @triton.jit
 def dropout_factors(seed, head, rows, columns, dropout):
-    """What dropout multiplies P[row, column] and P[column, row] with, two [rows, columns]: 0, or 1 / (1 - dropout).
+    """The factors of P[row, column] and of P[column, row], 0 or 1 / (1 - dropout), both as [rows, columns].
 
-    Philox, a counter-based generator, gives four words for a key (the seed) and a position of four words: the unordered pair of
-    tokens and the head, so nothing overflows. Its first word decides for the earlier token as query, its second for the later.
+    Philox, a counter-based generator, makes four random words from a key (the seed) and a position of four words. The position is
+    the unordered pair of tokens and the head, each a word of its own, so nothing overflows. The first random word is for the
+    earlier token as the query, the second for the later.
     """
     row, column = rows[:, None], columns[None, :]
     first, second, _, _ = tl.philox(seed, tl.minimum(row, column), tl.maximum(row, column), head, 0)
@@ -185,9 +186,9 @@ def factor_of_word(word, dropout):
 
 @triton.jit
 def online_softmax_update(scores, row_max, row_sum):
-    """Fold one more tile of scores into the running softmax; what was summed before is to be multiplied by ``rescale``.
+    """Add one more tile of scores to the running softmax; the caller multiplies what it has summed before by ``rescale``.
 
-    Token 0 is a key of every row and lies in the first tile: the new maximum is finite, and no -inf - -inf arises.
+    Token 0 is a key of every row and is in the first tile, so the new maximum is finite, and -inf - -inf does not occur.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     rescale = tl.exp2(row_max - new_max)
@@ -225,7 +226,7 @@ def attend_to_tokens(
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Walk the keys before ``end_j``: the output of rows i before it is divided, their largest score and their sum."""
+    """Walk the keys before ``end_j``. Returns, for rows i, the output before its division, the largest score, and the divisor."""
     row_max = tl.full([rows_i.shape[0]], float("-inf"), tl.float32)
     row_sum = tl.zeros([rows_i.shape[0]], tl.float32)
     out_i = zero_parts(rows_i.shape[0], DIM_A, DIM_B)
@@ -312,9 +313,9 @@ def add_tile_gradient(
     J_IS_KEY: tl.constexpr, J_IS_QUERY: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add to dw_j what rows j owe to BLOCK tokens i from ``start_i`` on, where j is the key, where j is the query, or both.
+    """Add to dw_j the terms of BLOCK tokens i from ``start_i`` on: those with j as the key, with j as the query, or both.
 
-    Tokens i past the end need no mask but on their loads: their w_i and dO_i are zero, and so is all that they add.
+    Tokens i past the end need a mask for their loads only: their w_i and dO_i are read as zero, and so they add zero.
     """
     rows_i = start_i + tl.arange(0, BLOCK)
     w_i = load_parts(w_head_ptr, rows_i, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASKED)
@@ -378,14 +379,13 @@ def backward_kernel(
     if lengths_ptr is not None:
         end_i = tl.where(start_j < end, end, 0)  # rows of padding have no gradient
 
-    # One walk for both sides computes each score once. Two walks, a side each, where that costs more than it saves:
-    # under a causal mask the sides need different halves of the tokens, and exact float32 products, which run outside
-    # the tensor cores and hold whole rows of their operands in registers, would spill.
+    # One walk with j as key and as query computes each score once. There are two walks where one would cost more: under a causal
+    # mask, key and query need different halves of the tokens; and exact float32 products, which run outside the tensor cores
+    # and hold whole rows of their operands in registers, would spill.
     #
-    # One exponential a score could serve both sides, P[j, i] = P[i, j] exp(L[i] - L[j]) being a product of numbers a row, while
-    # no two L of a head lie so far apart that P[i, j] vanishes and P[j, i] does not. The walk for heads where they do, which
-    # must be there too, takes so many registers that one block fewer fits on a multiprocessor, or that they spill: as compiled
-    # for sm_90, 213 to 248 against 168 (64 features, 64 x 64 tiles). So both sides have their own.
+    # P[j, i] = P[i, j] exp(L[i] - L[j]) would save one of two exponentials a score, but not where L[i] and L[j] are so far apart
+    # that P[i, j] underflows. A second walk for such heads takes so many registers that fewer blocks fit on a multiprocessor,
+    # or that they spill: as compiled for sm_90, 213 to 248 against 168 (64 features, 64 x 64 tiles).
     if IS_CAUSAL or PRECISION == "ieee":
         first_query, end_key = 0, end_i
         if IS_CAUSAL:
@@ -410,7 +410,7 @@ def backward_kernel(
         whole = 0
         if TAIL < BLOCK_COLUMNS:
             whole = end_i // BLOCK_COLUMNS * BLOCK_COLUMNS
-            # Not range(0, whole): with that bound the compiler takes 20 registers more.
+            # Not range(0, whole), with which the compiler takes 20 registers more.
             for start_i in range(0, end_i - BLOCK_COLUMNS + 1, BLOCK_COLUMNS):
                 dw_j = add_tile_gradient(
                     dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
@@ -449,10 +449,10 @@ def forward(
         w: [batch, heads, tokens, head_dim], float32, float16 or bfloat16, any strides; head_dim up to 128.
         scale: factor on the scores, not negative.
         is_causal: token i sees tokens 0..i only.
-        keep, return_lse: whether a backward or a caller wants the log-sum-exp; it costs nothing, and is returned all the same.
-        lengths: [batch], int32 or int64: samples' tokens from there on are padding; their rows of out are 0, of lse -inf.
+        keep, return_lse: not used, as the log-sum-exp is always returned; here since ``composed.forward`` has them.
+        lengths: [batch], int32 or int64: in each sample, tokens from there on are padding, with 0 in out and -inf in lse.
         dropout: probability with which each weight of the softmax is dropped.
-        seed: int64 on the CPU, one element: names the mask; needed where dropout is not 0.
+        seed: int64 on the CPU, one element: determines the mask; needed where dropout is not 0.
 
     Returns:
         out: [batch, heads, tokens, head_dim], w.dtype, memory in the order [batch, tokens, heads, head_dim].
@@ -475,15 +475,15 @@ def backward(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """dw of :func:`forward`, from what it was given and returned.
+    """dw of ``forward``, from its arguments and results.
 
     Args:
-        grad_out: [batch, heads, tokens, head_dim], w.dtype, any strides, among them 0.
+        grad_out: [batch, heads, tokens, head_dim], w.dtype, any strides, 0 included.
         w, out: any strides.
         lse: [batch, heads, tokens], float32, contiguous.
 
     Returns:
-        dw [batch, heads, tokens, head_dim] in w.dtype, laid out like ``out`` of :func:`forward`; 0 in rows of padding.
+        dw [batch, heads, tokens, head_dim] in w.dtype, laid out like ``out`` of ``forward``; 0 in rows of padding.
     """
     delta = rows_of_delta(grad_out, out)
     return backward_from_delta(grad_out, w, lse, delta, scale, is_causal, lengths, dropout, seed)
@@ -507,7 +507,7 @@ def backward_from_delta(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """:func:`backward` for whoever has delta = rowsum(grad_out * out) already, [batch, heads, tokens], float32, contiguous."""
+    """``backward`` for a caller that has delta = rowsum(grad_out * out) already, [batch, heads, tokens], float32, contiguous."""
     dw = empty_token_major(w)
     tensors, strided = (grad_out, w, lse, delta, dw), (grad_out, w, dw)
     _launch_walk(backward_kernel, w, tensors, strided, scale, is_causal, lengths, dropout, seed)
@@ -516,9 +516,9 @@ def backward_from_delta(
 
 @functools.cache
 def split_features(head_dim: int) -> tuple[int, int]:
-    """The widths, powers of two of at least 16, of the parts that hold a head's features; the second is 0 where one part does.
+    """The widths of the one or two parts that hold a head's features: powers of two, at least 16; the second is 0 for one part.
 
-    48 are 32 + 16, 72 and 80 are 64 + 16, 96 are 64 + 32; two parts that are as wide as one together gain nothing.
+    48 features take 32 + 16, 72 and 80 take 64 + 16, 96 take 64 + 32. Two parts are taken only if they are narrower than one.
     """
     one = max(16, triton.next_power_of_2(head_dim))
     first, second = one // 2, max(16, triton.next_power_of_2(head_dim - one // 2))
@@ -529,8 +529,8 @@ def split_features(head_dim: int) -> tuple[int, int]:
 def tail(block: int, tokens: int, is_causal: bool, has_lengths: bool, precision: str) -> int:
     """Side of the masked tiles at the end of a walk over ``tokens`` in tiles of ``block``; ``block`` if all tiles are masked.
 
-    The remainder's next power of two. A remainder known on the device only takes half tiles. Under a causal mask every tile
-    is masked, as with exact float32 products, whose tiles are small anyway and whose unrolled code is long.
+    It is the next power of two of the remainder, or half a tile if the remainder is known on the device only. All tiles are
+    masked under a causal mask, and with exact float32 products, whose tiles are small and whose unrolled code is long.
     """
     if is_causal or precision == "ieee":
         return block
@@ -550,9 +550,9 @@ def _launch_walk(
     dropout: float,
     seed: Tensor | None,
 ) -> None:
-    """Start a kernel whose programs walk all tokens; only float32 has a precision to choose, and PyTorch's own switch does."""
+    """Start a kernel whose programs walk all tokens."""
     tiles, precision = _options(kernel, w), dot_precision(w)
-    if dropout:  # its factors take registers that wide tiles do not leave
+    if dropout:  # narrower tiles, to have registers for its factors
         tiles["BLOCK_COLUMNS"] = max(16, tiles["BLOCK_COLUMNS"] // 2)
     tiles["TAIL"] = tail(tiles["BLOCK_COLUMNS"], w.shape[2], is_causal, lengths is not None, precision)
     options = {**tiles, "IS_CAUSAL": is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
@@ -561,7 +561,7 @@ def _launch_walk(
 
 
 def _options(kernel, w: Tensor) -> dict[str, int]:
-    """What the table of tiles says, and the parts of a head."""
+    """Tile sizes from the table, and the widths of the parts of a head."""
     dim_a, dim_b = split_features(w.shape[-1])
     options = select(TABLE, w.device, kernel.__name__, w.element_size(), dim_a + dim_b)
     return {**options, "DIM_A": dim_a, "DIM_B": dim_b}
@@ -571,8 +571,8 @@ def _options(kernel, w: Tensor) -> dict[str, int]:
 def _launch(kernel, w: Tensor, arguments: tuple, strided: tuple[Tensor, ...], options: dict) -> None:
     """Start one program for every ``BLOCK_ROWS`` tokens of every head of w.
 
-    All programs lie on the grid's first axis (its limit is 2^31 - 1, the others' 65535), the tiles of a head side by
-    side: programs that run at the same time share the head's w in the cache.
+    All programs are on the grid's first axis, since its limit is 2^31 - 1 and that of the others 65535. The programs of a head
+    are adjacent: those that run at the same time share the head's w in the cache.
     """
     if w.numel() == 0:
         return
