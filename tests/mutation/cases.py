@@ -57,6 +57,44 @@ ATTENTION = {
     ),
 }
 
+MODULES = {
+    "one by one or fused, by the operator or in steps: the same computation": (
+        "MSSA._attended: (hooks_of_all_modules() or self.attention_obstacle()) is None -> False",
+    ),
+    "what is finite in padding meets weights of zero": ("MSSA._heads_of: w.masked_fill(padding[..., None], 0.0) -> w",),
+    "of four dimensions the last two": (
+        "MSSA._scores: w.transpose(-1, -2) -> w.transpose(-2, -1)",
+        "MSSA._scores: -2 -> 2",
+        "MSSA._scores: -2 -> 2 (place 2)",
+    ),
+    "a new buffer of the same name takes the old one's place": ("ISTA.freeze: self.unfreeze() -> pass",),
+}
+LAYERS = {
+    "a product by one library or another": ("linear: choose('linear', x, dtype) != 'composed' -> False",),
+}
+IN_LAYERS = {
+    "whether a layer is fused, and what is said if not: test_fusing.py": (
+        "...: embedding_obstacle: hooks_of_all_modules() or obstacle('patch_embed', embed, PatchEmbed) -> ...",
+        "...: PreNorm.forward: takes_norm(self.fn) -> False",
+        "...: Block.forward: ...reason... -> ...",
+        "...: Block.forward: ...self.obstacle(x) -> ...",
+        "...: Block.forward: say(...) -> pass",
+        "...: Block.obstacle: strict=True -> strict=False",
+        "...: Block._obstacle_of: None if is_plain(step.weight) else ... -> None",
+    ),
+    "what is kept for the backward: test_memory.py": (
+        "...recompute... -> ...",
+        "...use_reentrant=False -> ...",
+        "...: AlphaBlock._fused: checkpoint(...",
+    ),
+    "dtypes of the stream under autocast: test_model.py": ("casts: ...",),
+    "what nobody asks for who does not drop paths": (
+        "branches: Block._kept: not (self.training and self.drop_path) -> False",
+        "comparisons: Block._kept: self.training and self.drop_path -> ...",
+    ),
+    "patches are square": ("operands: PatchEmbed.of_patches: self.proj.kernel_size[0] -> ...",),
+}
+
 PRODUCTS = {
     "WHOLE only saves a mask that is true everywhere": (
         "load_tile: (rows < row_count) | WHOLE_ROWS -> rows < row_count",
@@ -72,8 +110,7 @@ PRODUCTS = {
         "... -> ...clamped_rows, columns, tokens, width)",
         "... -> ...clamped_rows, clamped_rows, ...",
         "behind_input_gradient: rows -> clamped_rows",
-        "behind_input_gradient: rows -> clamped_rows (place 2)",
-        "behind_input_gradient: rows -> clamped_rows (place 4)",
+        "behind_input_gradient: rows -> clamped_rows (place 3)",
     ),
     "numbers beyond the end meet a gradient of zero, or a column that is not stored; they need only be finite": (
         "load_row: tl.load(..., other=0.0) -> tl.load(..., other=1.0)",
@@ -116,8 +153,8 @@ CASES = {
     "composed overcomplete": Case(Source(composed_overcomplete), composed_probes.overcomplete_probes, {}),
     "composed attention": Case(Source(composed_attention), composed_probes.attention_probes, {}),
     "library products": Case(Source(library_products), composed_probes.product_probes, {}),
-    "modules": Case(Source(kernel_modules), module_probes.kernel_module_probes, {}),
-    "layers": Case(Source(layers), module_probes.layer_probes, {}),
+    "modules": Case(Source(kernel_modules), module_probes.kernel_module_probes, MODULES),
+    "layers": Case(Source(layers), module_probes.layer_probes, LAYERS, IN_LAYERS),
     "patches": Case(Source(patches), module_probes.patch_probes, {}),
     "masks": Case(Source(masks), module_probes.patch_probes, {}),
     "positions": Case(Source(positions), module_probes.position_probes, {}),

@@ -20,7 +20,7 @@ from mutation.modules import (
 )
 from mutation.probes import Probe
 from support import gradients
-from torch import Tensor
+from torch import Tensor, nn
 
 from crate_kernels import ista, mssa, norm_linear, overcomplete_ista, shared_qkv_attention, use
 from crate_kernels.ista.api import combine
@@ -286,10 +286,9 @@ def _column_of_factors(batch: int, heads: int, tokens: int, column: int) -> Tens
 
 
 def product_probes() -> list[Probe]:
-    x, weight, bias, total, square = random((2, 5, 6), (4, 6), (4,), (6, 6), (6, 6))
+    x, weight, bias, total, a, b = random((2, 5, 6), (4, 6), (4,), (6, 6), (6, 6), (6, 6))
     single = [t.float() for t in (x, weight, bias)]
     linear = library_products.linear
-    by_onednn = functools.partial(this_cpu, onednn=True)
 
     def gradients_of(product: Callable[..., Tensor], batched: bool) -> Callable[..., Tensor]:
         """The gradients as a function: as a loss may have them, or of several directions at once."""
@@ -297,82 +296,99 @@ def product_probes() -> list[Probe]:
         def function(x: Tensor, weight: Tensor) -> Tensor:
             leaves = [x.requires_grad_(), weight.requires_grad_()]
             out = product(*leaves)
-            directions = torch.stack([out.detach(), 1 - out.detach()]) if batched else out
-            options = dict(is_grads_batched=batched, create_graph=not batched)
-            found = torch.autograd.grad(out, leaves, directions, **options)
+            directions = torch.stack([out.detach(), 1 - out.detach()])
+            in_direction = functools.partial(
+                torch.autograd.grad, out, leaves, retain_graph=True, create_graph=not batched
+            )
+            found = torch.vmap(in_direction)(directions) if batched else in_direction(out)
             return torch.cat([grad.flatten() for grad in found]) + 0 * (x.sum() + weight.sum())
 
         return function
 
-    def updated(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.stack([
-            library_products.product(a, b),
-            library_products.plus_product(total, a, b),
-            library_products.plus_product(total, a, b.t(), beta=2, alpha=-3),
-            library_products.plus_product(total, a.t(), b, beta=-1, alpha=0.5),
-        ])  # fmt: skip
+    def constant(product: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], ...]:
+        """With a weight, or tokens, that ask for no gradient."""
+        return lambda x: product(x, weight.to(x.dtype)), lambda weight: product(x.to(weight.dtype), weight)
 
-    def updated_by_torch(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.stack([a @ b, total + a @ b, 2 * total - 3 * a @ b.mT, 0.5 * a.mT @ b - total])
+    def mixed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
-    def chosen() -> dict[str, object]:
-        rows = x.float().flatten(0, 1)
-        matrix = weight.float()
-        found = {}
-        for name, given in {
-            "float32": rows, "float64": rows.double(), "strided": torch.randn(6, 5).t(), "parameter": torch.nn.Parameter(rows),
-        }.items():  # fmt: skip
-            for onednn in (True, False):
-                with this_cpu(onednn=onednn):
-                    seen = operators_of(lambda given=given: linear(given.detach(), matrix.to(given.dtype)))
-                found[f"{name}, {onednn}"] = "mkldnn::_linear_pointwise" in seen
+    def updates() -> dict[str, Tensor]:
+        t, one, two = total.float(), a.float(), b.float()
+        return {
+            "a b": library_products.product(one, two),
+            "t + a b": library_products.plus_product(t, one, two),
+            "2 t - 3 a b^T": library_products.plus_product(t, one, two.t(), beta=2, alpha=-3),
+            "a^T b / 2 - t": library_products.plus_product(t, one.t(), two, beta=-1, alpha=0.5),
+        }
+
+    def float32_products() -> dict[str, Tensor]:
+        found = {str(d): library_products.float32_product(a.to(d), b.to(d)) for d in (torch.float32, torch.bfloat16)}
+        assert all(product.dtype == torch.float32 for product in found.values())
         return found
 
-    def float32() -> dict[str, Tensor]:
-        found = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            product = library_products.float32_product(total.to(dtype), square.to(dtype))
-            assert product.dtype == torch.float32
-            found[str(dtype)] = product
-        return found
+    def which_library(onednn: bool) -> dict[str, object]:
+        rows, matrix = single[0].flatten(0, 1), single[1]
+        given = {
+            "float32": rows,
+            "parameter": nn.Parameter(rows),
+            "float64": rows.double(),
+            "strided": rows.t().contiguous().t(),
+        }
+        with this_cpu(onednn=onednn), torch.no_grad():
+            seen = {name: operators_of(lambda x=x: linear(x, matrix.to(x.dtype))) for name, x in given.items()}
+        return {name: "mkldnn::_linear_pointwise" in names for name, names in seen.items()}
 
-    products = {str(d): total.to(d).double() @ square.to(d).double() for d in (torch.float32, torch.bfloat16)}
-    close = dict(allowed=1e-6)
-    return [
+    exact = {
+        "a b": a @ b,
+        "t + a b": total + a @ b,
+        "2 t - 3 a b^T": 2 * total - 3 * a @ b.mT,
+        "a^T b / 2 - t": a.mT @ b / 2 - total,
+    }
+    probes = [
         agreement("float64", linear, [x, weight, bias], F.linear),
-        agreement("float64, no bias", linear, [x, weight], F.linear),
-        *(
-            probe
-            for name, around in {"oneDNN": by_onednn, "torch.mm": this_cpu}.items()
-            for probe in (
-                agreement(f"{name}", linear, single, F.linear, around=around, **close),
-                agreement(f"{name}, no bias", linear, single[:2], F.linear, around=around, **close),
-                agreement(f"{name}, bias strided", linear, [*single[:2], torch.randn(8)[::2]], F.linear, around=around, **close),
-                agreement(f"{name}, weight strided", linear, [single[0], torch.randn(6, 8).t()[::2]], F.linear, around=around, **close),
-                agreement(f"{name}, none", linear, [single[0][:0], *single[1:]], F.linear, around=around, **close),
-                agreement(
-                    f"{name}, weight constant", lambda x: linear(x, weight.to(x.dtype)), single[:1],
-                    lambda x: F.linear(x, weight.to(x.dtype)), around=around, **close,
-                ),
-                agreement(
-                    f"{name}, tokens constant", lambda w: linear(x.to(w.dtype), w), single[1:2],
-                    lambda w: F.linear(x.to(w.dtype), w), around=around, **close,
-                ),
-                agreement(f"{name}, updates", lambda *t: updated(*(v.detach() for v in t)) + 0 * t[0].sum(), [t.float() for t in random((6, 6), (6, 6), (6, 6))], lambda *t: updated_by_torch(*(v.detach() for v in t)) + 0 * t[0].sum(), around=around, **close),
-                *(
-                    agreement(
-                        f"{name}, gradients as a function, batched: {batched}", gradients_of(linear, batched), single[:2],
-                        gradients_of(F.linear, batched), around=around, **close,
-                    )
-                    for batched in (True, False)
-                ),
-                agreement(f"{name}, mixed", linear, [single[0].bfloat16(), *single[1:]], lambda x, w, b: F.linear(x, w.to(x.dtype), b.to(x.dtype)), around=around, allowed=ROUNDED),
-                agreement(f"{name}, float16", linear, [t.half() for t in single], F.linear, around=around, allowed=ROUNDED),
+        agreement("no bias", linear, [x, weight], F.linear),
+    ]
+    for onednn in (True, False):
+        around = functools.partial(this_cpu, onednn=onednn)
+        close, rounded = dict(around=around, allowed=1e-6), dict(around=around, allowed=ROUNDED)
+        name, empty, strided = f"oneDNN: {onednn}, ", single[0][:0], torch.randn(6, 8).t()[::2]
+        (of_x, of_weight), (exact_of_x, exact_of_weight) = constant(linear), constant(F.linear)
+        probes += [
+            agreement(f"{name}float32", linear, single, F.linear, **close),
+            agreement(f"{name}no bias", linear, single[:2], F.linear, **close),
+            agreement(f"{name}a bias strided", linear, [*single[:2], torch.randn(8)[::2]], F.linear, **close),
+            agreement(f"{name}a weight strided", linear, [single[0], strided], F.linear, **close),
+            agreement(f"{name}no tokens", linear, [empty, *single[1:]], F.linear, **close),
+            agreement(f"{name}a constant weight", of_x, single[:1], exact_of_x, **close),
+            agreement(f"{name}constant tokens", of_weight, single[1:2], exact_of_weight, **close),
+            agreement(f"{name}mixed", linear, [single[0].bfloat16(), *single[1:]], mixed, **rounded),
+            agreement(f"{name}float16", linear, [t.half() for t in single], F.linear, **rounded),
+            Probe(f"{name}updates", _within(around, updates), exact, dict.fromkeys(exact, 1e-6)),
+            truth(
+                f"{name}taken", functools.partial(which_library, onednn),
+                float32=onednn, parameter=onednn, float64=False, strided=False,
+            ),
+        ]  # fmt: skip
+        for batched in (True, False):
+            of_linear, exactly = gradients_of(linear, batched), gradients_of(F.linear, batched)
+            probes.append(agreement(f"{name}gradients, batched: {batched}", of_linear, single[:2], exactly, **close))
+            halves = [t.half() for t in single[:2]]
+            probes.append(
+                agreement(f"{name}gradients, float16, batched: {batched}", of_linear, halves, exactly, **rounded)
             )
-        ),
-        truth("which library", chosen, **{
-            f"{name}, {onednn}": onednn and name in ("float32", "parameter")
-            for name in ("float32", "float64", "strided", "parameter") for onednn in (True, False)
-        }),
-        Probe("products in float32", float32, products, dict.fromkeys(products, 1e-6)),
-    ]  # fmt: skip
+    in_bf16 = functools.partial(this_cpu, dtypes=(torch.bfloat16,))
+    inputs = [single[0].bfloat16(), *single[1:]]
+    rounded = {str(d): a.to(d).double() @ b.to(d).double() for d in (torch.float32, torch.bfloat16)}
+    return [
+        *probes,
+        agreement("mixed, in bfloat16", linear, inputs, mixed, around=in_bf16, allowed=ROUNDED),
+        Probe("products in float32", float32_products, rounded, dict.fromkeys(rounded, 1e-6)),
+    ]
+
+
+def _within(around: Callable[[], contextlib.AbstractContextManager], run: Callable[[], Any]) -> Callable[[], Any]:
+    def inside() -> Any:
+        with around():
+            return run()
+
+    return inside

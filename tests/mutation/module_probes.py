@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from mutation.probes import Probe
 from official import officially
 from torch import Tensor, nn
 
-from crate_kernels import ISTA, MSSA, DecoderStep, OvercompleteISTA, mssa, use
+from crate_kernels import ISTA, MSSA, DecoderStep, OvercompleteISTA, fusing, mssa, use
 from crate_mae.config import ClassifierConfig, ModelConfig
 
 Build = Callable[[], nn.Module]
@@ -102,7 +103,12 @@ def kernel_module_probes() -> list[Probe]:
         "official steps": edited(plain, hooked("attend")),
         "one head": lambda: MSSA(8, 1, 8),
         "no bias": lambda: MSSA(8, 2, 3, out_bias=False),
+        "one narrow head": lambda: MSSA(8, 1, 3),
+        "wide heads": lambda: MSSA(8, 2, 8),
+        "a plain projection": edited(plain, lambda module: setattr(module, "to_out", nn.Linear(6, 8))),
+        "another softmax": edited(plain, lambda module: setattr(module.attend, "dim", 1)),
         "no attend": edited(plain, lambda module: module._modules.pop("attend")),
+        "no attend, in steps": edited(edited(plain, lambda module: module._modules.pop("attend")), hooked("dropout")),
     }
 
     def around(sign: float) -> tuple[Call, Call]:
@@ -112,7 +118,7 @@ def kernel_module_probes() -> list[Probe]:
         )
 
     def formula(x: Tensor, module: nn.Module, **options: Any) -> Tensor:
-        out = getattr(module.to_out, "0", None) if isinstance(module.to_out, nn.Sequential) else None
+        out = next((m for m in module.to_out.modules() if isinstance(m, nn.Linear)), None)
         projection = (None, None) if out is None else (out.weight, out.bias)
         return mssa(x, module.qkv.weight, *projection, num_heads=module.heads, scale=module.scale, **options)
 
@@ -122,12 +128,16 @@ def kernel_module_probes() -> list[Probe]:
 
     probes = []
     for name, build in builds.items():
-        if name != "no attend":
+        if not name.startswith("no attend"):
             probes.append(module_probe(f"MSSA, {name}", build))
             probes += [module_probe(f"MSSA, {name}, {sign}", build, *around(sign)) for sign in (1, -1)]
             weights: Call = lambda module, x: module(x, return_attention=True)  # noqa: E731
             keys: Call = lambda module, x: module(x, return_key=True)  # noqa: E731
+            normed: Call = lambda module, x: module(x, return_key=True, norm=norm)  # noqa: E731
+            probes.append(module_probe(f"MSSA, {name}, keys", build, normed, lambda m, x: keys(m, norm(x))))
             probes += [module_probe(f"MSSA, {name}, {i}", build, call) for i, call in enumerate((weights, keys))]
+        if name == "another softmax":
+            continue
         probes += [
             module_probe(f"MSSA, {name}, causal", build, causal, lambda m, x: formula(x, m, is_causal=True)),
             module_probe(
@@ -169,6 +179,12 @@ def kernel_module_probes() -> list[Probe]:
             "all dropped": lambda m: setattr(m.dropout, "p", 1.0),
             "scale": lambda m: setattr(m, "scale", torch.tensor(1.0)),
             "one step": lambda m: m.to_out.__delitem__(1),
+            "no qkv": lambda m: setattr(m, "qkv", nn.Identity()),
+            "bias and hook": lambda m: [setattr(m, "qkv", nn.Linear(8, 6)), hooked("attend")(m)],
+            "rates and hook": lambda m: [setattr(m.to_out[1], "p", 0.5), hooked("attend")(m)],
+            "both drop": lambda m: [setattr(m.to_out[1], "p", 0.5), setattr(m.dropout, "p", 0.5)],
+            "identity": lambda m: setattr(m, "to_out", nn.Identity()),
+            "identity hooked": lambda m: [setattr(m, "to_out", nn.Identity()), hooked("to_out")(m)],
         }
         found: dict[str, object] = {}
         for name, edit in edits.items():
@@ -185,11 +201,19 @@ def kernel_module_probes() -> list[Probe]:
         "hooked": (edited(plain, hooked("")), False),
     }  # fmt: skip
     wrong = torch.zeros(3, 5, 7, dtype=torch.float64)
-    children = lambda: builds["children"]().double()  # noqa: E731
+    children = lambda: builds["official steps"]().double()  # noqa: E731
+    in_steps = edited(dropped, hooked("attend"))
     return [
         *probes,
         *_frozen_probes(numbers),
         module_probe("MSSA, dropout", dropped, lambda m, x: m(x), in_one, by="composed"),
+        module_probe("MSSA, official steps, dropout", in_steps, lambda m, x: m(x)),
+        module_probe(
+            "MSSA, no dropout", edited(edited(plain, hooked("attend")), lambda m: m._modules.pop("dropout")),
+            lambda m, x: m(x, lengths=LENGTHS), lambda m, x: formula(x, m, lengths=LENGTHS),
+        ),
+        truth("parameters", lambda: {name: list(build().state_dict()) for name, build in steps.items()}, coupled=["D"]),
+        truth("MSSA, who is called", _called, hooked=1, told=1, plain=0),
         module_probe("MSSA, dropout, evaluation", evaluated, lambda m, x: m(x), lambda m, x: m(x)),
         truth("MSSA, obstacles", words, **expected),
         truth("MSSA, rates", rates, training=0.5, evaluation=0.0),
@@ -206,6 +230,20 @@ def kernel_module_probes() -> list[Probe]:
             lengths=(lambda: children()(X, lengths=LENGTHS + 9), "lengths"),
         ),
     ]  # fmt: skip
+
+
+def _called() -> dict[str, object]:
+    """How often a child with a hook was called, and how often something was said of it, and of a module without one."""
+    calls: list[object] = []
+    found: dict[str, object] = {}
+    module = MSSA(8, 2, 3).double()
+    with patch.object(fusing, "_said", set()), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        module(X)
+        found["plain"] = len(told)
+        module.to_out[0].register_forward_hook(lambda *_: calls.append(None))
+        module(X)
+        return found | {"hooked": len(calls), "told": len(told)}
 
 
 def _frozen_probes(numbers: dict[str, float]) -> list[Probe]:
@@ -286,6 +324,7 @@ def layer_probes() -> list[Probe]:
         module_probe("patches, as a module", patched, plainly, x=images),
         module_probe("patches, one linear map", patched, of_patches, plainly, x=images),
         module_probe("a linear layer", lambda: layers.Linear(8, 5), plainly),
+        module_probe("a linear layer of PyTorch's", lambda: layers.Linear(8, 5), use("reference")(plainly), plainly),
         truth("step size", lambda: dict(step_size=layers.EncoderBlock(model).step_size), step_size=model.step_size),
         _words_of_layers(blocks, patched),
     ]

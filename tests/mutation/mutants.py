@@ -28,7 +28,6 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,18 +77,6 @@ class Mutant:
     name: str
     node: ast.AST
     replacement: ast.AST
-
-    def __str__(self) -> str:
-        """The name, of long expressions no more than what differs and what is next to it."""
-        before, after = ast.unparse(self.node), ast.unparse(self.replacement)
-        if max(len(before), len(after)) <= 60:
-            return self.name
-        begin, end = (len(os.path.commonprefix(texts)) for texts in ((before, after), (before[::-1], after[::-1])))
-        begin, end = max(0, begin - 20), max(0, min(end, len(before) - begin, len(after) - begin) - 10)
-        head = before[:20] if begin > 20 else before[:begin]
-        return (
-            f"{self.function}: {head} ... {before[begin : len(before) - end]} -> {after[begin : len(after) - end]} ..."
-        )
 
 
 class Source:
@@ -273,8 +260,6 @@ class Source:
                 yield "order", with_arguments(node, swapped(node.args, first))
         if called is None:
             return
-        function = ast.unparse(node.func)
-        parameters = [argument.arg for argument in called.args.args if argument.arg != "self"]
         for other, tree in self._callables.items():
             if tree is not called and isinstance(node.func, ast.Name) and ast.dump(tree.args) == ast.dump(called.args):
                 yield "functions", with_function(node, other)
