@@ -134,7 +134,7 @@ def kernel_module_probes() -> list[Probe]:
             weights: Call = lambda module, x: module(x, return_attention=True)  # noqa: E731
             keys: Call = lambda module, x: module(x, return_key=True)  # noqa: E731
             normed: Call = lambda module, x: module(x, return_key=True, norm=norm)  # noqa: E731
-            probes.append(module_probe(f"MSSA, {name}, keys", build, normed, lambda m, x: keys(m, norm(x))))
+            probes.append(module_probe(f"MSSA, {name}, keys", build, normed, lambda m, x: m(norm(x), return_key=True)))
             probes += [module_probe(f"MSSA, {name}, {i}", build, call) for i, call in enumerate((weights, keys))]
         if name == "another softmax":
             continue
