@@ -94,6 +94,24 @@ IN_LAYERS = {
     "patches are square": ("operands: PatchEmbed.of_patches: self.proj.kernel_size[0] -> ...",),
 }
 
+LIBRARY_PRODUCTS = {
+    "which library multiplies, in which dtype, and what is kept: test_matmul.py": (
+        "casts: ...", "comparisons: linear: ...", "names: ...", "functions: ...",
+        "branches: product: ...", "branches: plus_product: ...", "comparisons: plus_product: ...",
+        "...: float32_product: ...", "...: _onednn: ...", "branches: _linear: ...", "branches: _Linear...",
+    ),
+}  # fmt: skip
+ISTA = {
+    "dtypes, and what is kept: test_ista.py": (
+        "casts: ...", "factors: ..._at_least_float32(...) -> ...", "...: _plus_product: ...",
+        "comparisons: forward: operand is x or norm is not None -> ...", "terms: backward: grad_weight = ... -> pass",
+        "comparisons: backward: ... and ... -> ...", "comparisons: backward: ... or ... -> ...",
+    ),
+    "of square matrices, and of two dimensions": ("names: ...", "signs: ...-1 -> 1...", "order: backward: _plus_product(...",
+    ),
+    "what was combined before is for one product": ("comparisons: forward: one and combined is None -> one",),
+}  # fmt: skip
+
 PRODUCTS = {
     "WHOLE only saves a mask that is true everywhere": (
         "load_tile: (rows < row_count) | WHOLE_ROWS -> rows < row_count",
@@ -145,13 +163,13 @@ CASES = {
     "products": Case(PRODUCT_SOURCE, product_probes.product_probes, PRODUCTS),
     "attention": Case(Source(attention_kernels), attention_probes.attention_probes, ATTENTION),
     "preparation": Case(Source(preparation_kernels, PRODUCT_SOURCE), product_probes.preparation_probes, PREPARATION),
-    "composed ista": Case(Source(composed_ista), composed_probes.ista_probes, {}),
+    "composed ista": Case(Source(composed_ista), composed_probes.ista_probes, {}, ISTA),
     "form": Case(Source(form), composed_probes.ista_probes, {}),
     "composed mssa": Case(Source(composed_mssa), composed_probes.mssa_probes, {}),
     "composed norm_linear": Case(Source(composed_norm_linear), composed_probes.norm_linear_probes, {}),
     "composed overcomplete": Case(Source(composed_overcomplete), composed_probes.overcomplete_probes, {}),
     "composed attention": Case(Source(composed_attention), composed_probes.attention_probes, {}),
-    "library products": Case(Source(library_products), composed_probes.product_probes, {}),
+    "library products": Case(Source(library_products), composed_probes.product_probes, {}, LIBRARY_PRODUCTS),
     "modules": Case(Source(kernel_modules), module_probes.kernel_module_probes, MODULES),
     "layers": Case(Source(layers), module_probes.layer_probes, LAYERS, IN_LAYERS),
     "patches": Case(Source(patches), module_probes.patch_probes, {}),

@@ -182,6 +182,7 @@ def kernel_module_probes() -> list[Probe]:
             "no qkv": lambda m: setattr(m, "qkv", nn.Identity()),
             "bias and hook": lambda m: [setattr(m, "qkv", nn.Linear(8, 6)), hooked("attend")(m)],
             "rates and hook": lambda m: [setattr(m.to_out[1], "p", 0.5), hooked("attend")(m)],
+            "rates and a hooked projection": lambda m: [setattr(m.to_out[1], "p", 0.5), hooked("to_out.0")(m)],
             "both drop": lambda m: [setattr(m.to_out[1], "p", 0.5), setattr(m.dropout, "p", 0.5)],
             "identity": lambda m: setattr(m, "to_out", nn.Identity()),
             "identity hooked": lambda m: [setattr(m, "to_out", nn.Identity()), hooked("to_out")(m)],
