@@ -133,8 +133,7 @@ def kernel_module_probes() -> list[Probe]:
             probes += [module_probe(f"MSSA, {name}, {sign}", build, *around(sign)) for sign in (1, -1)]
             weights: Call = lambda module, x: module(x, return_attention=True)  # noqa: E731
             keys: Call = lambda module, x: module(x, return_key=True)  # noqa: E731
-            normed: Call = lambda module, x: module(x, return_key=True, norm=norm)  # noqa: E731
-            probes.append(module_probe(f"MSSA, {name}, keys", build, normed, lambda m, x: keys(m, norm(x))))
+            probes += [module_probe(f"MSSA, {name}, keys", build, _normed_keys(norm, True), _normed_keys(norm, False))]
             probes += [module_probe(f"MSSA, {name}, {i}", build, call) for i, call in enumerate((weights, keys))]
         if name == "another softmax":
             continue
@@ -231,6 +230,12 @@ def kernel_module_probes() -> list[Probe]:
             lengths=(lambda: children()(X, lengths=LENGTHS + 9), "lengths"),
         ),
     ]  # fmt: skip
+
+
+def _normed_keys(norm: nn.Module, given: bool) -> Call:
+    if given:
+        return lambda module, x: module(x, return_key=True, norm=norm)
+    return lambda module, x: module(norm(x), return_key=True)
 
 
 def _called() -> dict[str, object]:
@@ -428,6 +433,7 @@ def patch_probes() -> list[Probe]:
         refusals(
             "unpatchify",
             width=(lambda: patches.unpatchify(wide, 2, 3, (2, 3)), "channels = 12"),
+            narrow=(lambda: patches.unpatchify(wide[..., :11], 2, 3, (2, 3)), "channels = 12"),
             dimensions=(lambda: patches.unpatchify(wide[0, :, :12], 2, 3, (2, 3)), "channels = 12"),
             number=(lambda: patches.unpatchify(wide[:, :5, :12], 2, 3, (2, 3)), "2 x 3 = 6"),
         ),
@@ -438,12 +444,12 @@ def position_probes() -> list[Probe]:
     (learned,) = random((1, 7, 4))
 
     def waves() -> dict[str, Tensor]:
-        return {"positions": positions.sine_cosine((2, 3), 8)}
+        return {"positions": positions.sine_cosine((2, 3), 12)}
 
-    rows = [[0.0] * 8]
+    rows = [[0.0] * 12]
     for row in range(2):
         for column in range(3):
-            frequencies = [1.0, 10000.0**-0.5]
+            frequencies = [10000.0 ** (-i / 3) for i in range(3)]
             rows.append(
                 [wave(place * f) for place in (column, row) for wave in (math.sin, math.cos) for f in frequencies]
             )
