@@ -42,6 +42,39 @@ ATTENTION = {
         "attend_to_tokens: attend_to_tile(...MASKED=False, ...) -> ...IS_CAUSAL=not IS_CAUSAL...",
         "attend_to_tokens: attend_to_tile(...MASKED=False, ...) -> ..., start_j, row_sum, ...",
     ),
+    "rows of padding are stored as zero whatever they read, and whatever they were divided by": (
+        "forward_kernel: load_parts(...) -> load_parts(w_head_ptr, rows_i, tokens, ...",
+        "forward_kernel: row_sum = tl.where(rows_i < end, row_sum, 1.0) -> pass",
+        "forward_kernel: tl.where(rows_i < end, row_sum, 1.0) -> row_sum",
+        "forward_kernel: rows_i < end -> rows_i <= end",
+    ),
+    "tiles above the diagonal, past the end, or of padding are masked or not stored: leaving them out saves work only": (
+        "attend_to_tokens: end_j -> end",
+        "attend_to_tokens: tl.range(...) -> tl.range(whole, end, ...",
+        "forward_kernel: IS_CAUSAL -> False",
+        "forward_kernel: tl.minimum(end, start_i + BLOCK_ROWS) -> ...",
+        "forward_kernel: lengths_ptr is not None -> False",
+        "forward_kernel: end_j = tl.where(start_i < end, end_j, 0) -> pass",
+        "forward_kernel: tl.where(start_i < end, end_j, 0) -> end_j",
+        "forward_kernel: tl.where(start_i < end, end_j, 0) -> tl.where(start_i < end, end, 0)",
+        "forward_kernel: start_i < end -> start_i <= end",
+        "forward_kernel: start_i -> head (place 3)",
+        "forward_kernel: end -> end_j",
+        "forward_kernel: end -> end_j (place 2)",
+        "forward_kernel: attend_to_tokens(...) -> attend_to_tokens(w_i, rows_i, end, end_j, ...",
+        "forward_kernel: attend_to_tokens(...) -> attend_to_tokens(w_i, rows_i, end, end, ...",
+        "forward_kernel: attend_to_tokens(...) -> attend_to_tokens(w_i, rows_i, end_j, end_j, ...",
+        "backward_kernel: lengths_ptr is not None -> False",
+        "backward_kernel: tl.where(start_j < end, end, 0) -> end",
+        "backward_kernel: start_j < end -> start_j <= end",
+        "backward_kernel: IS_CAUSAL -> False",
+        "backward_kernel: tl.minimum(end_i, start_j + BLOCK_ROWS) -> end_i",
+        "backward_kernel: tl.minimum(end_i, start_j + BLOCK_ROWS) -> start_j + BLOCK_ROWS",
+    ),
+    "one walk for both sides, or one for each, sum the same terms": (
+        "backward_kernel: IS_CAUSAL or PRECISION == 'ieee' -> True",
+        "backward_kernel: IS_CAUSAL or PRECISION == 'ieee' -> IS_CAUSAL",
+    ),
     "past the end w_i and dO_i are zero, and so is all that they add: a number there need only be finite": (
         "load_numbers: tl.load(..., other=0.0) -> tl.load(..., other=1.0)",
     ),
@@ -95,6 +128,40 @@ IN_LAYERS = {
     "patches are square": ("operands: PatchEmbed.of_patches: self.proj.kernel_size[0] -> ...",),
 }
 
+LIBRARY_PRODUCTS = {
+    "which library multiplies, in which dtype, and what is kept: test_matmul.py": (
+        "casts: ...", "comparisons: linear: ...", "names: ...", "functions: ...",
+        "branches: product: ...", "branches: plus_product: ...", "comparisons: plus_product: ...",
+        "...: float32_product: ...", "...: _onednn: ...", "branches: _linear: ...", "branches: _Linear...",
+    ),
+}  # fmt: skip
+ISTA = {
+    "dtypes, and what is kept: test_ista.py": (
+        "casts: ...", "factors: ..._at_least_float32(...) -> ...", "...: _plus_product: ...",
+        "comparisons: forward: operand is x or norm is not None -> ...", "terms: backward: grad_weight = ... -> pass",
+        "comparisons: backward: ... and ... -> ...", "comparisons: backward: ... or ... -> ...",
+    ),
+    "of square matrices, and of two dimensions": ("names: ...", "signs: ...-1 -> 1...", "order: backward: _plus_product(...",
+    ),
+    "what was combined before is for one product": ("comparisons: forward: one and combined is None -> one",),
+}  # fmt: skip
+
+COMPOSED_ATTENTION = {
+    "how the work is parted, in which memory, and what is kept: test_shared_attention.py": (
+        "...: _Part.of: ...", "...: _even: ...", "...: _features_in_a_row: ...", "names: forward: ...", "names: backward: ...",
+        "casts: ...", "factors: ...: _corner(...", "factors: ...: _features_in_a_row(...", "factors: backward: _unflatten(...",
+        "branches: ...: takes_flash_attention(...", "...: forward: keeps == ...", "branches: backward: kept...",
+        "order: backward: ..._room...", "comparisons: backward: part.rows < tokens -> ...", "branches: _unflatten: ...",
+    ),
+    "a sum of three in another order": ("order: backward: as_query, as_key, as_value = ...",),
+    "rows of padding have no gradient already": (
+        "...: backward: grad_w.masked_fill_(...", "branches: backward: grad_w if padding is None else ...",
+    ),
+}  # fmt: skip
+
+PATCHES = {"of four dimensions the last two": ("patchify: -2 -> 2",)}
+POSITIONS = {"one column, or one row, in a row": ("resampled: F.interpolate(...).mT -> F.interpolate(...)",)}
+
 PRODUCTS = {
     "WHOLE only saves a mask that is true everywhere": (
         "load_tile: (rows < row_count) | WHOLE_ROWS -> rows < row_count",
@@ -146,18 +213,23 @@ CASES = {
     "products": Case(PRODUCT_SOURCE, product_probes.product_probes, PRODUCTS),
     "attention": Case(Source(attention_kernels), attention_probes.attention_probes, ATTENTION),
     "preparation": Case(Source(preparation_kernels, PRODUCT_SOURCE), product_probes.preparation_probes, PREPARATION),
-    "composed ista": Case(Source(composed_ista), composed_probes.ista_probes, {}),
+    "composed ista": Case(Source(composed_ista), composed_probes.ista_probes, {}, ISTA),
     "form": Case(Source(form), composed_probes.ista_probes, {}),
     "composed mssa": Case(Source(composed_mssa), composed_probes.mssa_probes, {}),
     "composed norm_linear": Case(Source(composed_norm_linear), composed_probes.norm_linear_probes, {}),
     "composed overcomplete": Case(Source(composed_overcomplete), composed_probes.overcomplete_probes, {}),
-    "composed attention": Case(Source(composed_attention), composed_probes.attention_probes, {}),
-    "library products": Case(Source(library_products), composed_probes.product_probes, {}),
+    "composed attention": Case(Source(composed_attention), composed_probes.attention_probes, {}, COMPOSED_ATTENTION),
+    "library products": Case(Source(library_products), composed_probes.product_probes, {}, LIBRARY_PRODUCTS),
     "modules": Case(Source(kernel_modules), module_probes.kernel_module_probes, MODULES),
     "layers": Case(Source(layers), module_probes.layer_probes, LAYERS, IN_LAYERS),
+<<<<<<< HEAD
     "patches": Case(Source(patches), module_probes.patch_probes, {}),
     "masks": Case(Source(masks), module_probes.patch_probes, {}),
     "positions": Case(Source(positions), module_probes.position_probes, {}),
+=======
+    "patches": Case(Source(patches), module_probes.patch_probes, PATCHES),
+    "positions": Case(Source(positions), module_probes.position_probes, POSITIONS),
+>>>>>>> h-mutation
 }
 
 

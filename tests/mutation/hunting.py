@@ -102,7 +102,7 @@ class Case:
         return chosen
 
     def hunt(self, mutants: list[Mutant]) -> Iterator[Found]:
-        """What becomes of them."""
+        """What becomes of them. The probe that killed the last mutant of a function is asked first about the next."""
         for mutant in mutants:
             asked, memory, killed = self.runs[mutant.function], self.memory, None
             with self.source.grafted(mutant):
@@ -111,6 +111,7 @@ class Case:
                         break
             if killed:
                 memory.restore()
+                asked.insert(0, asked.pop(asked.index(probe)))
             yield Found(mutant, killed and f"{probe.name}: {killed}", self.why_equivalent(mutant))
 
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from mutation.composed_probes import EXACT, agreement, random, truth
-from mutation.modules import kernel_modules, layers, masks, patches, positions
+from mutation.modules import kernel_modules, layers, patches, positions
 from mutation.probes import Probe
 from official import officially
 from torch import Tensor, nn
@@ -133,8 +133,7 @@ def kernel_module_probes() -> list[Probe]:
             probes += [module_probe(f"MSSA, {name}, {sign}", build, *around(sign)) for sign in (1, -1)]
             weights: Call = lambda module, x: module(x, return_attention=True)  # noqa: E731
             keys: Call = lambda module, x: module(x, return_key=True)  # noqa: E731
-            normed: Call = lambda module, x: module(x, return_key=True, norm=norm)  # noqa: E731
-            probes.append(module_probe(f"MSSA, {name}, keys", build, normed, lambda m, x: m(norm(x), return_key=True)))
+            probes += [module_probe(f"MSSA, {name}, keys", build, _normed_keys(norm, True), _normed_keys(norm, False))]
             probes += [module_probe(f"MSSA, {name}, {i}", build, call) for i, call in enumerate((weights, keys))]
         if name == "another softmax":
             continue
@@ -182,6 +181,7 @@ def kernel_module_probes() -> list[Probe]:
             "no qkv": lambda m: setattr(m, "qkv", nn.Identity()),
             "bias and hook": lambda m: [setattr(m, "qkv", nn.Linear(8, 6)), hooked("attend")(m)],
             "rates and hook": lambda m: [setattr(m.to_out[1], "p", 0.5), hooked("attend")(m)],
+            "rates and a hooked projection": lambda m: [setattr(m.to_out[1], "p", 0.5), hooked("to_out.0")(m)],
             "both drop": lambda m: [setattr(m.to_out[1], "p", 0.5), setattr(m.dropout, "p", 0.5)],
             "identity": lambda m: setattr(m, "to_out", nn.Identity()),
             "identity hooked": lambda m: [setattr(m, "to_out", nn.Identity()), hooked("to_out")(m)],
@@ -230,6 +230,12 @@ def kernel_module_probes() -> list[Probe]:
             lengths=(lambda: children()(X, lengths=LENGTHS + 9), "lengths"),
         ),
     ]  # fmt: skip
+
+
+def _normed_keys(norm: nn.Module, given: bool) -> Call:
+    if given:
+        return lambda module, x: module(x, return_key=True, norm=norm)
+    return lambda module, x: module(norm(x), return_key=True)
 
 
 def _called() -> dict[str, object]:
@@ -406,8 +412,8 @@ def patch_probes() -> list[Probe]:
         return torch.stack(rows, 1)
 
     def numbers() -> dict[str, object]:
-        kept = masks.kept_patches(noise, 0.5)
-        mask = masks.removed_patches(kept, 7)
+        kept = patches.kept_patches(noise, 0.5)
+        mask = patches.removed_patches(kept, 7)
         return {
             "kept": kept.tolist(),
             "mask": [[float(j not in row) for j in range(7)] for row in kept.tolist()] == mask.tolist(),
@@ -427,6 +433,7 @@ def patch_probes() -> list[Probe]:
         refusals(
             "unpatchify",
             width=(lambda: patches.unpatchify(wide, 2, 3, (2, 3)), "channels = 12"),
+            narrow=(lambda: patches.unpatchify(wide[..., :11], 2, 3, (2, 3)), "channels = 12"),
             dimensions=(lambda: patches.unpatchify(wide[0, :, :12], 2, 3, (2, 3)), "channels = 12"),
             number=(lambda: patches.unpatchify(wide[:, :5, :12], 2, 3, (2, 3)), "2 x 3 = 6"),
         ),
@@ -437,12 +444,12 @@ def position_probes() -> list[Probe]:
     (learned,) = random((1, 7, 4))
 
     def waves() -> dict[str, Tensor]:
-        return {"positions": positions.sine_cosine((2, 3), 8)}
+        return {"positions": positions.sine_cosine((2, 3), 12)}
 
-    rows = [[0.0] * 8]
+    rows = [[0.0] * 12]
     for row in range(2):
         for column in range(3):
-            frequencies = [1.0, 10000.0**-0.5]
+            frequencies = [10000.0 ** (-i / 3) for i in range(3)]
             rows.append(
                 [wave(place * f) for place in (column, row) for wave in (math.sin, math.cos) for f in frequencies]
             )

@@ -1,0 +1,53 @@
+"""Tries all mutants and writes what became of them, a row a module and a column a kind, on the standard output.
+
+python tests/mutation/results.py > tests/mutation/RESULTS.md
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]  # as pytest has it
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from mutation.cases import CASES, ready  # noqa: E402
+
+KINDS = (
+    "signs", "terms", "accumulation", "factors", "masks", "comparisons", "branches", "flags", "operands", "order", "names",
+    "functions", "casts", "walks",
+)  # fmt: skip
+
+
+def row(case: str) -> str:
+    """Of each kind how many are killed; after "=" how many compute the same, after "-" those left to other tests."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    ready(pytest.MonkeyPatch())
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    for mutant in CASES[case].source.mutants:
+        counts[mutant.kind]["-"] += 1
+    for found in CASES[case].hunt(CASES[case].sample(1)):
+        counts[found.mutant.kind]["-"] -= 1
+        counts[found.mutant.kind]["" if found.killed else "=" if found.reason else "alive: "] += 1
+    counts["all"] = sum(counts.values(), Counter())
+    cells = [
+        " ".join(f"{sign}{count[sign]}" for sign in ("", "=", "-", "alive: ") if count[sign])
+        for count in counts.values()
+    ]
+    return f"| {case} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    heads = ["module", *KINDS, "all"]
+    print(f"# What became of all mutants\n\n{row.__doc__}\n")
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+    with ProcessPoolExecutor(int(os.environ.get("PROCESSES", 2))) as pool:
+        print(*pool.map(row, CASES), sep="\n")
