@@ -64,7 +64,7 @@ def test_one_graph_at_full_depth() -> None:
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["crate_mae_tiny", "crate_mae_large"])
 def test_batches_do_not_recompile(name: str) -> None:
     """The second batch size makes the graph dynamic; others run it as it is."""
     counter = CompileCounterWithBackend("aot_eager")
