@@ -112,8 +112,13 @@ def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 @HERE
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    ("family", "format"),
+    [
+        *((family, "pt2") for family in MODELS),
+        *(pytest.param(one, "onnx", marks=needs_onnx) for one in ("crate_mae_mae", "crate_alpha")),
+    ],
+)
 def test_it_gives_what_the_model_gives(family, format, tmp_path):
     """Of any batch and size, those included that the check has not seen: one image in a batch, two patches a side, and more than
     the model was configured for; and of no other."""
