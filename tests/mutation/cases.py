@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mutation import attention_probes, composed_probes, module_probes, product_probes
+from mutation import attention_probes, composed_probes, layer_probes, module_probes, product_probes
 from mutation.hunting import Case
 from mutation.memory import Watch
 from mutation.modules import (
@@ -241,9 +241,9 @@ CASES = {
     "composed attention": Case(Source(composed_attention), composed_probes.attention_probes, {}, COMPOSED_ATTENTION),
     "library products": Case(Source(library_products), composed_probes.product_probes, {}, LIBRARY_PRODUCTS),
     "modules": Case(Source(kernel_modules), module_probes.kernel_module_probes, MODULES),
-    "layers": Case(Source(layers), module_probes.layer_probes, LAYERS, IN_LAYERS),
-    "patches": Case(Source(patches), module_probes.patch_probes, PATCHES),
-    "positions": Case(Source(positions), module_probes.position_probes, POSITIONS),
+    "layers": Case(Source(layers), layer_probes.layer_probes, LAYERS, IN_LAYERS),
+    "patches": Case(Source(patches), layer_probes.patch_probes, PATCHES),
+    "positions": Case(Source(positions), layer_probes.position_probes, POSITIONS),
 }
 
 
