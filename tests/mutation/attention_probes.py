@@ -167,6 +167,7 @@ def attention_probes() -> list[Probe]:
     parts = _Attention(1, 1, 75, 40)
     exact = _Attention(1, 1, 37, 8, precision="highest")
     causal = _Attention(1, 1, 70, 8, is_causal=True)
+    causal_dropped = _Attention(1, 2, 20, 8, is_causal=True, dropout=True)
     padded = _Attention(4, 1, 43, 40, lengths=(99, 20, 32, -3))
     dropped = _Attention(1, 2, 40, 24, dropout=True)
     steep = _Attention(1, 1, 37, 8, scale=30.0)
@@ -186,5 +187,6 @@ def attention_probes() -> list[Probe]:
         exact.backward("exact products"),
         causal.backward("causal"),
         dropped.backward("dropout"),
+        causal_dropped.backward("causal, dropout"),
         padded.backward("lengths"),
     ]

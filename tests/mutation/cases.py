@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mutation import attention_probes, composed_probes, module_probes, product_probes
+from mutation import attention_probes, composed_probes, layer_probes, module_probes, product_probes
 from mutation.hunting import Case
 from mutation.memory import Watch
 from mutation.modules import (
@@ -44,6 +44,8 @@ ATTENTION = {
     ),
     "rows of padding are stored as zero whatever they read, and whatever they were divided by": (
         "forward_kernel: load_parts(...) -> load_parts(w_head_ptr, rows_i, tokens, ...",
+        "backward_kernel: load_parts(...) -> load_parts(..., rows_j, tokens, ...",
+        "backward_kernel: load_numbers(...) -> load_numbers(..., rows_j, tokens)",
         "forward_kernel: row_sum = tl.where(rows_i < end, row_sum, 1.0) -> pass",
         "forward_kernel: tl.where(rows_i < end, row_sum, 1.0) -> row_sum",
         "forward_kernel: rows_i < end -> rows_i <= end",
@@ -61,6 +63,8 @@ ATTENTION = {
         "forward_kernel: start_i -> head (place 3)",
         "forward_kernel: end -> end_j",
         "forward_kernel: end -> end_j (place 2)",
+        "forward_kernel: end -> end_j (place 3)",
+        "forward_kernel: store_parts(...) -> store_parts(..., rows_i, end_j, ...",
         "forward_kernel: attend_to_tokens(...) -> attend_to_tokens(w_i, rows_i, end, end_j, ...",
         "forward_kernel: attend_to_tokens(...) -> attend_to_tokens(w_i, rows_i, end, end, ...",
         "forward_kernel: attend_to_tokens(...) -> attend_to_tokens(w_i, rows_i, end_j, end_j, ...",
@@ -68,8 +72,25 @@ ATTENTION = {
         "backward_kernel: tl.where(start_j < end, end, 0) -> end",
         "backward_kernel: start_j < end -> start_j <= end",
         "backward_kernel: IS_CAUSAL -> False",
-        "backward_kernel: tl.minimum(end_i, start_j + BLOCK_ROWS) -> end_i",
-        "backward_kernel: tl.minimum(end_i, start_j + BLOCK_ROWS) -> start_j + BLOCK_ROWS",
+        "backward_kernel: tl.minimum(end_i, start_j + BLOCK_ROWS) -> ...",
+        "backward_kernel: end -> tokens",
+        "backward_kernel: end -> end_i",
+        "backward_kernel: end_i -> end",
+        "backward_kernel: end_i -> whole (place 2)",
+        "backward_kernel: tl.where(start_j < end, end, 0) -> tl.where(start_j < end, end_i, 0)",
+        "backward_kernel: start_j -> head (place 2)",
+        "backward_kernel: range(0, end_key, BLOCK_COLUMNS) -> range(0, end_i, BLOCK_COLUMNS)",
+        "backward_kernel: range(first_query, end_i, BLOCK_COLUMNS) -> range(0, end_i, BLOCK_COLUMNS)",
+        "backward_kernel: add_tile_gradient(...) -> add_tile_gradient(..., rows_j, start_i, end_i, ...",
+        "backward_kernel: store_parts(...) -> store_parts(..., rows_j, end_i, ...",
+    ),
+    "what only the other side asks for": (
+        "backward_kernel: ... -> add_tile_gradient(dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end, w_head_ptr, ..., "
+        "w_token, w_feature, ..., head, scale, dropout, seed, J_IS_KEY=False, J_IS_QUERY=True, MASKED=True, "
+        "IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT, ...",
+        "backward_kernel: ... -> add_tile_gradient(dw_j, w_j, ..., rows_j, start_i, end, w_head_ptr, grad_out_head_ptr, "
+        "lse_head_ptr, delta_head_ptr, w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed, "
+        "J_IS_KEY=True, J_IS_QUERY=False, MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT, ...",
     ),
     "one walk for both sides, or one for each, sum the same terms": (
         "backward_kernel: IS_CAUSAL or PRECISION == 'ieee' -> True",
@@ -129,7 +150,7 @@ IN_LAYERS = {
 }
 
 LIBRARY_PRODUCTS = {
-    "which library multiplies, in which dtype, and what is kept: test_matmul.py": (
+    "which library multiplies, in which dtype, and what is kept: test_library_products.py": (
         "casts: ...", "comparisons: linear: ...", "names: ...", "functions: ...",
         "branches: product: ...", "branches: plus_product: ...", "comparisons: plus_product: ...",
         "...: float32_product: ...", "...: _onednn: ...", "branches: _linear: ...", "branches: _Linear...",
@@ -221,15 +242,10 @@ CASES = {
     "composed attention": Case(Source(composed_attention), composed_probes.attention_probes, {}, COMPOSED_ATTENTION),
     "library products": Case(Source(library_products), composed_probes.product_probes, {}, LIBRARY_PRODUCTS),
     "modules": Case(Source(kernel_modules), module_probes.kernel_module_probes, MODULES),
-    "layers": Case(Source(layers), module_probes.layer_probes, LAYERS, IN_LAYERS),
-<<<<<<< HEAD
-    "patches": Case(Source(patches), module_probes.patch_probes, {}),
-    "masks": Case(Source(masks), module_probes.patch_probes, {}),
-    "positions": Case(Source(positions), module_probes.position_probes, {}),
-=======
-    "patches": Case(Source(patches), module_probes.patch_probes, PATCHES),
-    "positions": Case(Source(positions), module_probes.position_probes, POSITIONS),
->>>>>>> h-mutation
+    "layers": Case(Source(layers), layer_probes.layer_probes, LAYERS, IN_LAYERS),
+    "patches": Case(Source(patches), layer_probes.patch_probes, PATCHES),
+    "masks": Case(Source(masks), layer_probes.patch_probes, {}),
+    "positions": Case(Source(positions), layer_probes.position_probes, POSITIONS),
 }
 
 

@@ -38,8 +38,8 @@ Reasons = dict[str, tuple[str, ...]]
 
 @dataclass
 class Case:
-    """A module and its probes; by the reason why, patterns of mutants that compute the same, and of those that are left to
-    other tests and not tried, as "function: before -> after" and "kind: function: before -> after" ("..." is any text)."""
+    """A module and its probes; by the reason why, patterns of mutants that compute the same, as "function: before -> after", and
+    of those that are left to other tests, as "kind: function: before -> after" ("..." is any text)."""
 
     source: Source
     make_probes: Callable[[], list[Probe]]

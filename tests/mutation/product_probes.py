@@ -390,7 +390,8 @@ def preparation_probes() -> list[Probe]:
         _combine("tails", 21),
         _combine("whole tiles, scale in memory", 32, in_memory=True),
         _matrix_gradient("tails, skip", 21, 21, skip=True),
-        _matrix_gradient("scale in memory", 5, 32, in_memory=True, fold=False),
+        _matrix_gradient("scale in memory", 5, 35, in_memory=True, fold=False),
+        _matrix_gradient("whole rows", 16, 35),
         _matrix_gradient("skip, its diagonal given", 21, 21, skip=True, fold=False),
         _matrix_gradient("whole tiles, no beta, no scale", 16, 32, beta=False, scaled=False),
     ]

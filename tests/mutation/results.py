@@ -5,6 +5,7 @@ python tests/mutation/results.py > tests/mutation/RESULTS.md
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
@@ -26,28 +27,28 @@ KINDS = (
 
 
 def row(case: str) -> str:
-    """Of each kind how many are killed; after "=" how many compute the same, after "-" those left to other tests."""
+    """Of each kind how many are killed; after "=" how many compute the same; after "-" how many of those that are left to other
+    tests live; after "!" all others that live, which no row may have."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    ready(pytest.MonkeyPatch())
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
-    for mutant in CASES[case].source.mutants:
-        counts[mutant.kind]["-"] += 1
-    for found in CASES[case].hunt(CASES[case].sample(1)):
-        counts[found.mutant.kind]["-"] -= 1
-        counts[found.mutant.kind]["" if found.killed else "=" if found.reason else "alive: "] += 1
+    tried = set(CASES[case].mutants)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ready(monkeypatch)
+        for found in CASES[case].hunt(CASES[case].source.mutants):
+            lives = "=" if found.reason else "!" if found.mutant in tried else "-"
+            counts[found.mutant.kind]["" if found.killed else lives] += 1
     counts["all"] = sum(counts.values(), Counter())
     cells = [
-        " ".join(f"{sign}{count[sign]}" for sign in ("", "=", "-", "alive: ") if count[sign])
-        for count in counts.values()
+        " ".join(f"{sign}{count[sign]}" for sign in ("", "=", "-", "!") if count[sign]) for count in counts.values()
     ]
     return f"| {case} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
     heads = ["module", *KINDS, "all"]
-    print(f"# What became of all mutants\n\n{row.__doc__}\n")
+    print(f"# What became of all mutants\n\n{inspect.getdoc(row)}\n")
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     with ProcessPoolExecutor(int(os.environ.get("PROCESSES", 2))) as pool:
         print(*pool.map(row, CASES), sep="\n")
