@@ -123,6 +123,11 @@ MODULES = {
     ),
     "a new buffer of the same name takes the old one's place": ("ISTA.freeze: self.unfreeze() -> pass",),
 }
+IN_MODULES = {
+    "whether a module is fused, and what is said if not: test_fusing.py": (
+        "comparisons: MSSA.obstacle: hooks_of_all_modules() ...",
+    ),
+}
 LAYERS = {
     "a product by one library or another": ("linear: choose('linear', x, dtype) != 'composed' -> False",),
 }
@@ -133,8 +138,10 @@ IN_LAYERS = {
         "...: Block.forward: ...reason... -> ...",
         "...: Block.forward: ...self.obstacle(x) -> ...",
         "...: Block.forward: say(...) -> pass",
-        "...: Block.obstacle: strict=True -> strict=False",
-        "...: Block._obstacle_of: None if is_plain(step.weight) else ... -> None",
+        "...: Block.obstacle: ...",
+        "...: _norm_and_step: not isinstance(...",
+        "names: _norm_and_step: type(...",
+        "comparisons: Block._obstacle_of: isinstance(step, (ISTA, DecoderStep)) and (not is_plain(...",
     ),
     "what is kept for the backward: test_memory.py": (
         "...recompute... -> ...",
@@ -180,7 +187,7 @@ COMPOSED_ATTENTION = {
     ),
 }  # fmt: skip
 
-PATCHES = {"of four dimensions the last two": ("patchify: -2 -> 2",)}
+PATCHES = {"of four dimensions the last two": ("patch_grid: -2 -> 2",)}
 POSITIONS = {"one column, or one row, in a row": ("resampled: F.interpolate(...).mT -> F.interpolate(...)",)}
 
 PRODUCTS = {
@@ -241,7 +248,7 @@ CASES = {
     "composed overcomplete": Case(Source(composed_overcomplete), composed_probes.overcomplete_probes, {}),
     "composed attention": Case(Source(composed_attention), composed_probes.attention_probes, {}, COMPOSED_ATTENTION),
     "library products": Case(Source(library_products), composed_probes.product_probes, {}, LIBRARY_PRODUCTS),
-    "modules": Case(Source(kernel_modules), module_probes.kernel_module_probes, MODULES),
+    "modules": Case(Source(kernel_modules), module_probes.kernel_module_probes, MODULES, IN_MODULES),
     "layers": Case(Source(layers), layer_probes.layer_probes, LAYERS, IN_LAYERS),
     "patches": Case(Source(patches), layer_probes.patch_probes, PATCHES),
     "masks": Case(Source(masks), layer_probes.patch_probes, {}),

@@ -90,7 +90,9 @@ class Source:
         functions = {
             prefix + node.name: node
             for prefix, node in [("", node) for node in body] + methods
-            if isinstance(node, ast.FunctionDef) and not node.name.endswith(("__repr__", "extra_repr"))
+            if isinstance(node, ast.FunctionDef)
+            and not node.name.endswith(("__repr__", "extra_repr"))
+            and "abstractmethod" not in map(decorator, node.decorator_list)
         }
         kernels = {
             name: node for name, node in functions.items() if "triton.jit" in map(decorator, node.decorator_list)
