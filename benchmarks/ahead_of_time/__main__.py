@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(*(f"MAY BE SLOW {line}" for line in found), f"    for {one.slow}", sep="\n")
     for breach in broken:
         print(f"BREACH {breach}")
-    names = {one.kernel for one in figures}
+    names = {one.path for one in figures}
     shapes = {(case.dtype, case.shape) for some in wanted.values() for case in some}
     print(
         f"{len(figures)} compilations of {len(names)} kernels at {len(shapes)} shapes for {len(arguments.arch)} targets, "

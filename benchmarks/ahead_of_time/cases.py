@@ -1,8 +1,9 @@
 """What the gate compiles: uses of the public operators, forward and backward, on meta tensors.
 
-A new operator, or a new argument that changes the code, adds its uses here: a function that makes cases, and lines in ``gate``
-and ``everything``. The gate says itself what is missing: a kernel or a shipped tile that no case reaches, and a kernel
-that no case takes past 2^31 elements.
+A new operator adds a function that makes its cases. A case of each new kernel or tile stands in ``tiles``, which every
+architecture compiles; one of a choice that changes a kernel's code in ``flags``, which sm_90 compiles; one past 2^31
+elements in ``far``. ``gate`` and ``everything`` are made of these three. The gate says itself what is missing: a kernel or
+a shipped tile that no case reaches, and a kernel that no case takes past 2^31 elements.
 """
 
 from __future__ import annotations

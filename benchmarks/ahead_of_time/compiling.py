@@ -29,12 +29,14 @@ from crate_kernels import tiles
 class Figures(Usage):
     """What one compiled kernel uses, which it is, and how its products and addresses are made.
 
+    module, kernel: where it is defined, and its name there.
     dtype, shape: those of the first case that asks for it.
     products: 16-bit products in the kernel's code; matrix: matrix instructions in its assembly, by kind.
     reach: the largest offset, in elements, that an address has at any launch of it.
     wgmma: how it multiplies, where it has 16-bit products and multiplies by wgmma; slow: why that need not be fast, if so.
     """
 
+    module: str
     kernel: str
     arch: str
     dtype: str
@@ -48,6 +50,11 @@ class Figures(Usage):
     address_breaches: list[str]
     wgmma: Wgmma | None
     slow: str
+
+    @property
+    def path(self) -> str:
+        """Module and name: two modules may have kernels of one name."""
+        return f"{self.module}.{self.kernel}"
 
 
 def compile_request(request: Request, launches: Sequence[Launch], dtype: str, shape: str, slow: str) -> Figures:
@@ -68,6 +75,7 @@ def compile_request(request: Request, launches: Sequence[Launch], dtype: str, sh
     reports = [addresses.check(compiled.asm["ttir"], launch) for launch in launches]
     return Figures(
         **vars(usage),
+        module=request.module,
         kernel=request.kernel,
         arch=request.arch,
         dtype=dtype,
@@ -181,7 +189,7 @@ def missing(figures: Sequence[Figures], unused_tiles: Sequence[str]) -> list[str
     """A line for each kernel and shipped tile that no case compiles, and each kernel that no case takes past 2^31 elements."""
     reach: dict[str, int] = {}
     for one in figures:
-        reach[one.kernel] = max(one.reach, reach.get(one.kernel, 0))
+        reach[one.path] = max(one.reach, reach.get(one.path, 0))
     found = [f"{kernel}: no case compiles it" for kernel in sorted(entry_kernels() - set(reach))]
     for kernel, furthest in sorted(reach.items()):
         if furthest < addresses.REACH_OF_32_BITS:
@@ -203,15 +211,17 @@ def _jit_function(kernel: Any) -> Any:
 
 
 def entry_kernels() -> set[str]:
-    """Names of the kernels that launchers start: the JIT functions in crate_kernels that no other JIT function calls."""
-    kernels = [
+    """Paths of the kernels that launchers start: the JIT functions in crate_kernels that no other JIT function calls."""
+    kernels = {
         _jit_function(value)
         for module in _modules(crate_kernels)
         for value in vars(module).values()
         if isinstance(value, triton.runtime.KernelInterface)
-    ]
-    called = {name for kernel in kernels for name in kernel.fn.__code__.co_names}
-    return {kernel.fn.__name__ for kernel in kernels} - called
+    }
+    functions = [kernel.fn for kernel in kernels]
+    # By what a name stands for where it is called: elsewhere a kernel may have the same name.
+    called = {function.__globals__.get(name) for function in functions for name in function.__code__.co_names}
+    return {f"{kernel.module}.{kernel.fn.__name__}" for kernel in kernels if kernel not in called}
 
 
 class _Watched(dict):

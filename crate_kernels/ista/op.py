@@ -1,4 +1,4 @@
-"""PyTorch operators of ISTA: schemas, shapes, FLOP counts. Imports torch only.
+"""PyTorch operators of ISTA: schemas, shapes, FLOP counts. Imports no Triton.
 
 ``implementation`` is an argument, so that a traced graph says which one runs, and the backward takes the same as the forward.
 

@@ -1,4 +1,4 @@
-"""PyTorch operators of MSSA on the Triton path: schemas, shapes, FLOP counts. Imports torch only.
+"""PyTorch operators of MSSA on the Triton path: schemas, shapes, FLOP counts. Imports no Triton.
 
 ``kept`` is what the backward needs besides x: w and attention's output [batch * tokens, inner] in the dtype of the products, the
 log-sum-exp [batch, heads, tokens] and, with a LayerNorm, mean and rstd [2, batch * tokens], both float32. With ``recompute`` it

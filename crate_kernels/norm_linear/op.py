@@ -1,4 +1,4 @@
-"""PyTorch operators of the linear step on the Triton path: schemas, shapes, FLOP counts. Imports torch only.
+"""PyTorch operators of the linear step on the Triton path: schemas, shapes, FLOP counts. Imports no Triton.
 
 ``kept`` is what the backward needs besides x. With a LayerNorm the forward returns [stats], mean and rstd [2, tokens] float32,
 and the backward takes [y, stats]; without one both lists are empty. The composed path has no operator of its own.

@@ -1,4 +1,4 @@
-"""PyTorch operators of the overcomplete step on the Triton path: schemas, shapes, FLOP counts. Imports torch only.
+"""PyTorch operators of the overcomplete step on the Triton path: schemas, shapes, FLOP counts. Imports no Triton.
 
 The backward needs x and the two codes z1 and z2 [tokens, codes] in ``dtype``. The composed path has no operator of its own:
 autograd differentiates its products.

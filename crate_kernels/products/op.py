@@ -1,4 +1,4 @@
-"""PyTorch operators that make operands of many weights in one launch: schemas, shapes, FLOP counts. Imports torch only.
+"""PyTorch operators that make operands of many weights in one launch: schemas, shapes, FLOP counts. Imports no Triton.
 
     prepare         operands of matrices of one shape
     combinations    G = W - W^T W of dictionaries of one shape, and the operands of eta * G

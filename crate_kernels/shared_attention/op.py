@@ -1,4 +1,4 @@
-"""PyTorch operators of shared-QKV attention: schemas, shapes, FLOP counts. Imports torch only.
+"""PyTorch operators of shared-QKV attention: schemas, shapes, FLOP counts. Imports no Triton.
 
 ``implementation`` is an argument, so that a traced graph says which one runs, and the backward takes the same as the forward.
 ``kept`` is what the backward needs besides w and out: with ``triton`` the log-sum-exp of each row of scores, [batch, heads,

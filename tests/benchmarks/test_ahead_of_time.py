@@ -50,7 +50,7 @@ def test_every_kernel_compiles_within_bounds(tmp_path, capsys):
     kernels = set(listing.stdout.split())
     assert kernels, listing.stderr
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        assert {one["kernel"] for one in figures if one["arch"] == arch} == kernels
+        assert {f"{one['module']}.{one['kernel']}" for one in figures if one["arch"] == arch} == kernels
     units = {"sm_80": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"mma", "tcgen05"}, "gfx942": {"mfma"}}
     for one in figures:
         assert one["registers"] > 0 and 0 < one["occupancy"] <= 1, one
@@ -101,6 +101,48 @@ def test_broken_bounds_are_reported():
     assert reported("project_kernel: no case takes its addresses past 2^31 elements"), found
     assert reported("tile of products for sm_70 ('never', 1): no case compiles it"), found
     assert reported("ista sm_100 float16 broken: not launched, MemoryError: no such shape"), found
+
+
+KERNELS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def double(value):
+    return 2 * value
+
+@triton.jit
+def forward_kernel(x, BLOCK: tl.constexpr):
+    entries = x + tl.arange(0, BLOCK)
+    tl.store(entries, double(tl.load(entries)))
+"""
+ONE_NAME = """
+import sys, torch
+import twins.first
+from benchmarks.ahead_of_time import cases, collecting, compiling
+from benchmarks.ahead_of_time.__main__ import main
+
+def call():
+    twins.first.forward_kernel[(1,)](torch.empty(64, dtype=torch.float16, device="meta"), BLOCK=64)
+
+compiling.crate_kernels = twins
+cases.gate = lambda target: [collecting.Case("double", "float16", "of 64", call)]
+sys.exit(main(["--jobs", "1"]))
+"""
+
+
+def test_kernels_of_one_name_are_two(tmp_path, monkeypatch):
+    (tmp_path / "twins").mkdir()
+    called_by_nobody = KERNELS.replace("def double", "def double_kernel").replace("double(tl", "2 * (tl")
+    # The third module's own ``double`` starts by itself: that others call one of that name says nothing of it.
+    alone = KERNELS.partition("@triton.jit\ndef forward_kernel")[0]
+    for name, text in {"__init__": "", "first": KERNELS, "second": called_by_nobody, "third": alone}.items():
+        (tmp_path / "twins" / f"{name}.py").write_text(text)
+    monkeypatch.setitem(COMPILING, "PYTHONPATH", os.pathsep.join([COMPILING["PYTHONPATH"], str(tmp_path)]))
+    result = run("-c", ONE_NAME)
+    missing = {line.split()[1] for line in breaches(result) if line.endswith(": no case compiles it")}
+    kernels = {"twins.second.forward_kernel:", "twins.second.double_kernel:", "twins.third.double:"}
+    assert {name for name in missing if name.startswith("twins.")} == kernels, result.stdout + result.stderr
 
 
 ADDRESSES = """
