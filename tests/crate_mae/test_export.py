@@ -225,7 +225,7 @@ def test_a_file_can_be_moved_to_another_device(tmp_path):
 
 @needs_onnx
 @HERE
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [23])
 def test_onnx_is_of_its_own_operators_alone(opset, tmp_path):
     import onnx
 
