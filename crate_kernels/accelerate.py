@@ -51,9 +51,8 @@ KINDS = {
     CausalMSSA: _OFFICIAL,
     CausalMSSAOfGPT: _OF_GPT,
     ISTA: Kind(("step_size", "lambd", "weight"), ("weight", 1)),
-    DecoderStep: Kind(
-        ("step_size", "lambd", "weight"), ("weight", 1)
-    ),  # the official step has numbers that it does not use
+    # The official decoder step has numbers that it does not use.
+    DecoderStep: Kind(("step_size", "lambd", "weight"), ("weight", 1)),
     ISTAOfD: Kind(("eta", "lmbda", "D"), ("D", 1)),
     OvercompleteISTA: Kind(("eta", "lmbda", "D"), ("D", 0), ("D1", "decouple")),
     OvercompleteISTAOfCLIPA: Kind(("eta", "lmbda", "c_fc", "c_proj"), ("c_fc", 0), ("decouple",)),

@@ -237,9 +237,8 @@ class ISTA(nn.Module):
     shapes and errors: ``crate_kernels.ista``.
     """
 
-    threshold = (
-        "relu"  # official modules that ``accelerate`` turned into this class have no such attribute of their own
-    )
+    # Official modules that ``accelerate`` turned into this class have no such attribute of their own.
+    threshold = "relu"
 
     def __init__(self, dim: int, step_size: float = 0.1, lambd: float = 0.1, threshold: str = "relu") -> None:
         super().__init__()
