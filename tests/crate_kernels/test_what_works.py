@@ -27,6 +27,7 @@ import crate_kernels
 
 pytest.importorskip("triton")
 
+BEGIN, END = "<!-- what works: begin -->", "<!-- what works: end -->"
 PAGE = Path(__file__).parents[2] / "docs" / "operators.md"
 # In which dtype, and how far from the reference in float64.
 PATHS = {"composed": (torch.float64, 1e-10), "triton": (torch.float32, 2e-5)}
@@ -203,13 +204,6 @@ def outcomes(row: str, path: str) -> tuple[str, ...]:
     return tuple(outcome(row, path, column) for column in COLUMNS.values())
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("row", ROWS)
-def test_right_or_refused(row: str, path: str) -> None:
-    """``outcome`` raises where it is neither; and nothing is refused for want of kernels where there are none."""
-    assert path == "triton" or set(outcomes(row, path)) == {"right"}
-
-
 def lines() -> Iterable[str]:
     """The table; rows that agree on a path are one."""
     yield "| | path | " + " | ".join(COLUMNS) + " |"
@@ -222,11 +216,36 @@ def lines() -> Iterable[str]:
             yield "| " + " | ".join(("all" if len(rows) == len(ROWS) else ", ".join(rows), path, *cells)) + " |"
 
 
-def test_the_page_says_what_was_found() -> None:
-    begin, end = "<!-- what works: begin -->", "<!-- what works: end -->"
-    text = PAGE.read_text()
-    before, rest = text.split(begin)
-    found = before + begin + "\n\n" + "\n".join(lines()) + "\n\n" + end + rest.split(end)[1]
+def split_page() -> tuple[str, str, str]:
+    """What stands before the table, the table, and what stands behind it."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    table, after = rest.split(END)
+    return before, table.strip(), after
+
+
+def said() -> dict[tuple[str, str], tuple[str, ...]]:
+    """The page's outcomes by row and path."""
+    head, _, *rows = split_page()[1].splitlines()
+    assert head == next(iter(lines())), "CRATE_KERNELS_WRITE=1 writes what was found"
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for line in rows:
+        names, path, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for row in ROWS if names == "all" else [name.strip("`") for name in names.split(", ")]:
+            assert found.setdefault((row, path), tuple(cells)) == tuple(cells)
+    return found
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("row", ROWS)
+def test_right_or_refused(row: str, path: str) -> None:
+    """``outcome`` raises where it is neither; nothing is refused for want of kernels where there are none; the page says so."""
+    assert path == "triton" or set(outcomes(row, path)) == {"right"}
+    if os.environ.get("CRATE_KERNELS_WRITE") != "1":
+        assert said()[row, path] == outcomes(row, path), "CRATE_KERNELS_WRITE=1 writes what was found"
+
+
+def test_the_page_has_each_row_and_path() -> None:
     if os.environ.get("CRATE_KERNELS_WRITE") == "1":
-        PAGE.write_text(found)
-    assert PAGE.read_text() == found, "CRATE_KERNELS_WRITE=1 writes what was found"
+        before, _, after = split_page()
+        PAGE.write_text(before + BEGIN + "\n\n" + "\n".join(lines()) + "\n\n" + END + after)
+    assert set(said()) == {(row, path) for row in ROWS for path in PATHS}

@@ -127,6 +127,7 @@ IN_MODULES = {
     "whether a module is fused, and what is said if not: test_fusing.py": (
         "comparisons: MSSA.obstacle: hooks_of_all_modules() ...",
     ),
+    "attention without an output projection: test_accelerate.py": ("branches: MSSA.weights: out is None -> False",),
 }
 LAYERS = {
     "a product by one library or another": ("linear: choose('linear', x, dtype) != 'composed' -> False",),
@@ -141,6 +142,9 @@ IN_LAYERS = {
         "...: Block.obstacle: ...",
         "...: _norm_and_step: not isinstance(...",
         "names: _norm_and_step: type(...",
+        "order: _norm_and_step: ...",
+        "factors: Block._pairs: _children(...",
+        "branches: Block._obstacle_of: isinstance(step, (ISTA, DecoderStep)) and ...",
         "comparisons: Block._obstacle_of: isinstance(step, (ISTA, DecoderStep)) and (not is_plain(...",
     ),
     "what is kept for the backward: test_memory.py": (
@@ -181,6 +185,7 @@ COMPOSED_ATTENTION = {
         "branches: ...: takes_flash_attention(...", "...: forward: keeps == ...", "branches: backward: kept...",
         "order: backward: ..._room...", "comparisons: backward: part.rows < tokens -> ...", "branches: _unflatten: ...",
     ),
+    "the public function draws a seed where none is given": ("branches: _generator: seed is None -> False",),
     "a sum of three in another order": ("order: backward: as_query, as_key, as_value = ...",),
     "rows of padding have no gradient already": (
         "...: backward: grad_w.masked_fill_(...", "branches: backward: grad_w if padding is None else ...",

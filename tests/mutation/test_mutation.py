@@ -12,7 +12,10 @@ import pytest
 import torch
 from mutation.cases import CASES, ready
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="looks into Triton's interpreter")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="looks into Triton's interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # mutants overflow
+]
 
 EVERY = 1 if os.environ.get("CRATE_KERNELS_MUTANTS") == "all" else 8
 FUNCTIONS = [(case, function) for case in CASES for function in CASES[case].source.functions]
