@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 
 import pytest
@@ -33,6 +34,15 @@ def test_dry_run_lists_the_parts(capsys):
     listed = capsys.readouterr().out
     for expected in ("step 256", "attention 197", "largest batch", "first step", "vit-mae compiled"):
         assert expected in listed
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", ["bench", "check"])
+def test_its_earlier_names_are_the_commands(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"gpu_{command}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"benchmarks.gpu_{command}", run_name="__main__")
+    assert ended.value.code == 0 and f"python -m benchmarks.gpu {command} [-h]" in capsys.readouterr().out
 
 
 def test_without_a_device_nothing_is_run(monkeypatch, capsys):
