@@ -1,4 +1,4 @@
-"""What the autograd functions around operators share: saving arguments, second derivatives. Imports torch only."""
+"""What the autograd functions around operators share: saving arguments, second derivatives. Imports no Triton."""
 
 from __future__ import annotations
 

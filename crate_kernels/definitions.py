@@ -1,4 +1,4 @@
-"""Definition of operators for ``torch.library``: schema, shapes of results, FLOP count. Imports torch only."""
+"""Definition of operators for ``torch.library``: schema, shapes of results, FLOP count. Imports no Triton."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@
     python -m benchmarks.gpu check --device cpu     # rehearse the timing parts, tiny, on the composed path
 
 Every part is a process of its own, so that a crash, a lost CUDA context or a hang costs one part and not the run. What a part has
-written counts however it ends, and is stored as soon as the part is over. Nothing is installed, and nothing but Python, torch,
-Triton and pytest is needed. Exit status: 0 everything passed, 1 something did not, 2 there is no CUDA device.
+written counts however it ends, and is stored as soon as the part is over. Nothing is installed. Needed are torch, Triton, einops,
+NumPy, Pillow, safetensors, tqdm and pytest; tests that need more are skipped. Exit status: 0 everything passed, 1
+something did not, 2 there is no CUDA device.
 
     check.py            the parts of the check, and its JSON file
     bench.py            the parts of the measurement, the most important first
