@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick_interpreter import quicken
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+quicken()
 
 # Each of several processes has one core; without this their threads would wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -18,7 +18,7 @@ FILES = re.compile(r"```py\n# (\S+?)(, added)?\n(.*?)```", re.DOTALL)
 def test_the_worked_example_of_an_operator_works(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     shutil.copytree(ROOT / "crate_kernels", tmp_path / "crate_kernels")
-    for name in ("pyproject.toml", "tests/conftest.py", "tests/support.py"):
+    for name in ("pyproject.toml", "tests/conftest.py", "tests/quick_interpreter.py", "tests/support.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     written = FILES.findall((ROOT / "docs/adding-an-operator.md").read_text())

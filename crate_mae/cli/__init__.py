@@ -135,7 +135,8 @@ def _run(arguments: list[str]) -> str:
         if module:
             arguments, defaults = module.read_ahead(arguments)
         set_loader("yaml", load, (yaml.YAMLError, ValueError))
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        # What options mean is read from source code, which takes half of a parser's time, and is for the help alone.
+        set_parsing_settings(docstring_parse_attribute_docstrings=not {"-h", "--help"}.isdisjoint(arguments))
         parser = ArgumentParser(
             prog="crate-mae",
             description="CRATE-MAE, a white-box masked auto-encoder.",
@@ -145,15 +146,13 @@ def _run(arguments: list[str]) -> str:
             allow_abbrev=False,  # options that are read first need whole names, too
         )
         commands = parser.add_subcommands()
-        parsers = {
-            name: each.make_parser(name, defaults if each is module else {}) for name, each in TRAINING.items()
-        } | {name: each.make_parser() for name, each in OTHERS.items()}
-        helps = {name: each.HELP[name] for name, each in TRAINING.items()}
-        helps |= {name: each.HELP for name, each in OTHERS.items()}
-        for name, own in parsers.items():
-            commands.add_subcommand(name, own, help=helps[name])
-        if arguments[0] in parsers:
-            options = [*parsers[arguments[0]]._option_string_actions, DEBUG]
+        for name in COMMANDS:
+            own = ArgumentParser()  # of the other commands only the name and a line are shown
+            if name == arguments[0]:
+                own = TRAINING[name].make_parser(name, defaults) if name in TRAINING else OTHERS[name].make_parser()
+                options = [*own._option_string_actions, DEBUG]
+            text = TRAINING[name].HELP[name] if name in TRAINING else OTHERS[name].HELP
+            commands.add_subcommand(name, own, help=text)
         chosen = parser.parse_args(arguments)
     except ArgumentError as error:
         raise worded(error, options) from error

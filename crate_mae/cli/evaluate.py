@@ -61,7 +61,6 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--test", type=str, help="Images to test on, where --data names those to learn from alone.")
     parser.add_argument(
         "--method",
-        type=str,
         nargs="+",
         default=["knn", "linear"],
         choices=[*METHODS, FINETUNE],
@@ -76,7 +75,6 @@ def make_parser() -> ArgumentParser:
     add_features(parser)
     parser.add_argument(
         "--baseline",
-        type=str,
         default="untrained",
         choices=["untrained", "none"],
         help="Show random weights, too, or nothing.",

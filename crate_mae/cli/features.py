@@ -14,7 +14,7 @@ from crate_mae.evaluation import FeatureSpec
 def add_features(parser: ArgumentParser) -> None:
     """Add the options that say which features are computed; `spec_of` reads them."""
     parser.add_argument(
-        "--pool", type=str, default="mean", choices=["mean", "cls", "both"], help="Patch tokens, class token, or both."
+        "--pool", default="mean", choices=["mean", "cls", "both"], help="Patch tokens, class token, or both."
     )
     parser.add_argument(
         "--layer",
@@ -31,7 +31,6 @@ def add_computing(parser: ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument(
         "--precision",
-        type=str,
         default="auto",
         choices=["auto", "float32", "bfloat16"],
         help="As --run.precision of pretrain.",

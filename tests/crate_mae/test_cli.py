@@ -26,7 +26,7 @@ pytest.importorskip("jsonargparse")  # lacking where nothing can be installed, a
 
 import crate_mae
 import crate_mae.__main__
-from crate_mae.cli import main
+from crate_mae.cli import COMMANDS, main
 from crate_mae.cli.errors import outcome
 from crate_mae.config import ModelConfig
 from crate_mae.data import ImageFolder, LostWorkers
@@ -868,6 +868,14 @@ def test_an_implementation_that_cannot_run_is_one_line(out):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr.startswith("crate-mae: environment variable CRATE_KERNELS_IMPL") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_is_in_words(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert "--debug" in printed and "<locals>" not in printed and " at 0x" not in printed
 
 
 def test_help_explains_the_options():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quick_interpreter import quicken
 from torch import Tensor
 
 
@@ -35,21 +36,11 @@ class Watch:
 
     def __init__(self) -> None:
         self._bounds = np.empty((0, 2), np.uint64)
-        self._prepared: set[str] = set()
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
+        from triton.runtime.interpreter import interpreter_builder
 
-        call = InterpretedFunction.__call__
-
-        def called(function: Any, *args: Any, **kwargs: Any) -> Any:
-            # Triton prepares its language anew at every call, which takes half of all time: once a launch and module is enough.
-            if function.fn.__module__ in self._prepared:
-                return function.rewrite()(*args, **kwargs)
-            self._prepared.add(function.fn.__module__)
-            return call(function, *args, **kwargs)
-
-        monkeypatch.setattr(InterpretedFunction, "__call__", called)
+        quicken()
         # Whether 32-bit arithmetic overflows is asked at every sum, and for a sixth of the time; other tests see to that.
         options = replace(interpreter_builder.options, sanitize_overflow=False)
         monkeypatch.setattr(interpreter_builder, "options", options)
@@ -63,7 +54,6 @@ class Watch:
                 monkeypatch.setattr(kernel, "pre_run_hooks", [self._launched])
 
     def _launched(self, *args: Any, **kwargs: Any) -> None:
-        self._prepared.clear()
         tensors = [value for value in (*args, *kwargs.values(), *_behind_addresses) if isinstance(value, Tensor)]
         self._bounds = np.array(sorted(_extent(tensor) for tensor in tensors), np.uint64)
 
