@@ -124,7 +124,7 @@ def whole(model: CrateMAE, complete: Sequence[str], ranks: int, *, accumulated: 
     rest_gathered, rest_gradients = ranks * padded_bytes(rest, ranks), sum(map(_nbytes, rest))
 
     earlier = rest_gradients + sum(gradients) if accumulated else 0
-    moments = [  # of the forward
+    peaks = [  # of the forward
         earlier + before + 2 * layer for before, layer in zip([rest_gathered, *gathered], gathered, strict=False)
     ]
     sent = 0
@@ -135,9 +135,9 @@ def whole(model: CrateMAE, complete: Sequence[str], ranks: int, *, accumulated: 
         else:
             last = max(when[parameter] for parameter in layers[index])
             there = gradients[index] + sum(_nbytes(parameter) for parameter in rest if when[parameter] < last)
-        moments += [layer + following + there + sent, following + there + layer]
+        peaks += [layer + following + there + sent, following + there + layer]
         sent = layer
-    return rest_gathered + max(*moments, rest_gradients + sent)
+    return rest_gathered + max(*peaks, rest_gradients + sent)
 
 
 class Mode(NamedTuple):

@@ -124,7 +124,7 @@ def launches(model: str, dtype: str, batch: int, device: torch.device, tokens: i
     projection = partial(project, x, qkv, operand, norm=norm)
     ista = partial(project, x, step, stream, norm=norm, skip=x, skip_norm=True, threshold=threshold)
     input_gradient = partial(gradients, need_matrix=False, need_column=False)
-    (w, w_stats), (y, y_stats) = projection(), ista()
+    (w, w_moments), (y, y_moments) = projection(), ista()
     heads_out, lse = attention.forward(of_heads(w), scale, False)
 
     def gradient_of_output() -> tuple[Tensor, Tensor]:
@@ -138,12 +138,12 @@ def launches(model: str, dtype: str, batch: int, device: torch.device, tokens: i
         "output projection": lambda: project(attended, out, stream, skip=x),
         "ISTA": ista,
         "ISTA's gradient": partial(
-            input_gradient, grad, x, step, stream, y=y, stats=y_stats, norm=norm, threshold=threshold, skip=True
+            input_gradient, grad, x, step, stream, y=y, moments=y_moments, norm=norm, threshold=threshold, skip=True
         ),
         "output projection's gradient": gradient_of_output,
         "attention's gradient": lambda: attention.backward(of_heads(grad_w), of_heads(w), heads_out, lse, scale, False),
         "projection's gradient": partial(
-            input_gradient, grad_w, x, qkv, stream, y=w, stats=w_stats, norm=norm, extra=grad
+            input_gradient, grad_w, x, qkv, stream, y=w, moments=w_moments, norm=norm, extra=grad
         ),
     }
     return [Launch(f"{name} of {model}, {dtype}", operand, run) for name, run in runs.items()]

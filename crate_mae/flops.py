@@ -27,7 +27,7 @@ def least_flops(config: ModelConfig | ClassifierConfig, batch: int, *, mask_rati
         layers, is_alpha = config.depth, config.family == "crate_alpha"
         embedded, outputs = patches, config.num_classes
     layer = 3 * (2 + (4 * 4 if is_alpha else 1)) * 2 * tokens * width**2 + (2 + 5) * 2 * tokens**2 * width
-    combinations = 0 if is_alpha else config.depth * 2 * 2 * width**3  # W^T W and its gradient, once a step
+    combining = 0 if is_alpha else config.depth * 2 * 2 * width**3  # W^T W and its gradient, once a step
     embedding = 2 * 2 * embedded * width * patch  # no gradient of the images
     prediction = 3 * 2 * width * outputs
-    return batch * (layers * layer + embedding + prediction) + combinations
+    return batch * (layers * layer + embedding + prediction) + combining

@@ -33,7 +33,7 @@ def quicken() -> None:
     from triton.language import core
     from triton.runtime import interpreter
 
-    if not {"_patch_lang", "_get_np_dtype"} <= vars(interpreter).keys():  # a Triton of other insides: slower, and as right
+    if not {"_patch_lang", "_get_np_dtype"} <= vars(interpreter).keys():  # another Triton's: slower, and as right
         return
     replace_language, numpy_dtype = interpreter._patch_lang, functools.cache(interpreter._get_np_dtype)
     make_block_type = core.block_type.__init__

@@ -15,10 +15,10 @@ from crate_kernels.autograd import Formula, asked, derivative, save, saved
 from crate_kernels.definitions import number_as_tensor
 from crate_kernels.dtypes import compute_dtype, no_autocast
 from crate_kernels.ista import op, reference
-from crate_kernels.ista.form import combination, one_product
+from crate_kernels.ista.form import combined_of, one_product
 from crate_kernels.layer_norm import layer_norm, layer_norm_dtype
 from crate_kernels.products.norm_folding import Operand, as_norm
-from crate_kernels.products.op import combinations, operands
+from crate_kernels.products.op import combined_operands, operands
 from crate_kernels.products.prepared import Prepared, as_prepared, checked_or_made
 
 
@@ -128,7 +128,7 @@ def prepare_ista(layers: Sequence[ISTASources], dtype: torch.dtype) -> list[Prep
     """G and the matrix that each step multiplies with in ``dtype``; all steps have one shape and one step size."""
     norms = [as_norm(layer.norm_weight, layer.norm_bias) for layer in layers]
     step_size = number_as_tensor(layers[0].step_size)
-    made = combinations([layer.dictionary for layer in layers], norms, step_size, dtype)
+    made = combined_operands([layer.dictionary for layer in layers], norms, step_size, dtype)
     return [as_prepared((one,), layer, combined) for (combined, one), layer in zip(made, layers, strict=True)]
 
 
@@ -141,7 +141,7 @@ def combine(dictionary: Tensor) -> Tensor:
     """
     validation.tensor("dictionary", dictionary, "width width")
     with no_autocast(dictionary), torch.no_grad():
-        return combination(dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)))
+        return combined_of(dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)))
 
 
 def _formula_of(ctx: Any) -> Formula | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crate_kernels import library_products
 from crate_kernels.cpu import arithmetic_dtype
-from crate_kernels.ista.form import combination, one_product, through_combination
+from crate_kernels.ista.form import combined_of, one_product, through_combined
 from crate_kernels.layer_norm import norm_operands
 from crate_kernels.products.norm_folding import Norm
 
@@ -20,7 +20,7 @@ def forward(
     x: Tensor,
     norm: Norm | None,
     out_dtype: torch.dtype,
-    weight: Tensor,
+    dictionary: Tensor,
     combined: Tensor | None,
     step_size: float,
     lambd: float,
@@ -32,11 +32,11 @@ def forward(
         x = _normalised(norm, x, out_dtype)[0]
     operand = x.to(dtype)
     one = combined is not None or one_product(*x.shape)
-    factor = operand if one else _residual(operand, weight)
+    factor = operand if one else _residual(operand, dictionary)
     if one and combined is None:
-        matrix = combination(weight.to(arithmetic_dtype(operand))).to(dtype)
+        matrix = combined_of(dictionary.to(arithmetic_dtype(operand))).to(dtype)
     else:  # a copy: an operator must not return one of its arguments
-        matrix = (weight if combined is None else combined).to(dtype, copy=True).contiguous()
+        matrix = (dictionary if combined is None else combined).to(dtype, copy=True).contiguous()
     update = _product(factor, matrix)
     update = update.to(torch.promote_types(x.dtype, update.dtype))
     if soft:
@@ -50,50 +50,50 @@ def backward(
     grad_y: Tensor,
     x: Tensor,
     norm: Norm | None,
-    weight: Tensor,
+    dictionary: Tensor,
     combined: Tensor | None,
     y: Tensor,
     matrix: Tensor,
     step_size: float,
     need_x: bool,
-    need_weight: bool,
+    need_weights: bool,
 ) -> tuple[Tensor | None, ...]:
     """The gradients asked for: of x, of W and, with that of W, of the LayerNorm's weight and bias; None for the others."""
     operand = x.to(matrix.dtype)
     if norm is not None:
-        normalised, *stats = _normalised(norm, x, y.dtype)
+        normalised, *moments = _normalised(norm, x, y.dtype)
         operand = normalised.to(matrix.dtype)
-    need_operand = need_x or (norm is not None and need_weight)
+    need_operand = need_x or (norm is not None and need_weights)
     # hardshrink's backward keeps the gradient where its input is not zero: the mask of both thresholds, in one pass.
     grad = torch.ops.aten.hardshrink_backward(grad_y, y, 0.0)
     grad_operand = grad.to(operand.dtype)
-    grad_x = grad_weight = None
+    grad_x = grad_dictionary = None
     if combined is not None or one_product(*operand.shape):
         if need_operand:
             grad_x = _plus_product(grad, grad_operand, matrix.t(), step_size)
-        if need_weight:
-            grad_combination = _product(operand.t(), grad_operand)
-            grad_weight = through_combination(grad_combination, weight.to(grad_combination.dtype), step_size)
+        if need_weights:
+            grad_combined = _product(operand.t(), grad_operand)
+            grad_dictionary = through_combined(grad_combined, dictionary.to(grad_combined.dtype), step_size)
     else:
         residual_sum = _at_least_float32(_product(grad_operand, matrix.t())) * step_size
         grad_residual = residual_sum.to(operand.dtype)
-        if need_weight:
-            through_last = _product(_residual(operand, weight).t(), grad_operand)
+        if need_weights:
+            through_last = _product(_residual(operand, dictionary).t(), grad_operand)
             through_residual = _product(-grad_residual.t(), operand)
-            # Scaled and added in one pass: both are as large as the weight, and that is larger than all tokens here.
-            grad_weight = _at_least_float32(through_residual).add_(through_last, alpha=step_size)
+            # Scaled and added in one pass: both are as large as the dictionary, and that is larger than all tokens here.
+            grad_dictionary = _at_least_float32(through_residual).add_(through_last, alpha=step_size)
         if need_operand:
             grad_x = _plus_product(residual_sum + grad, grad_residual, matrix, -1)
     grad_x = None if grad_x is None else grad_x.to(y.dtype)
-    grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+    grad_dictionary = None if grad_dictionary is None else grad_dictionary.to(dictionary.dtype)
     if norm is None or grad_x is None:
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_dictionary, None, None
     tokens, gamma, beta = norm_operands(x, norm.weight, norm.bias, y.dtype)
-    needs = [need_x, need_weight, need_weight and beta is not None]
+    needs = [need_x, need_weights, need_weights and beta is not None]
     grad_x, *grads_of_norm = torch.ops.aten.native_layer_norm_backward(
-        grad_x, tokens, x.shape[-1:], *stats, gamma, beta, needs
+        grad_x, tokens, x.shape[-1:], *moments, gamma, beta, needs
     )
-    return grad_x, grad_weight, *grads_of_norm
+    return grad_x, grad_dictionary, *grads_of_norm
 
 
 def _normalised(norm: Norm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,9 +102,9 @@ def _normalised(norm: Norm, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
 
 
-def _residual(operand: Tensor, weight: Tensor) -> Tensor:
+def _residual(operand: Tensor, dictionary: Tensor) -> Tensor:
     """r = x - x W^T, what the dictionary does not explain."""
-    return (operand - _product(operand, weight.to(operand.dtype).t())).to(operand.dtype)
+    return (operand - _product(operand, dictionary.to(operand.dtype).t())).to(operand.dtype)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

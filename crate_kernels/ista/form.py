@@ -21,13 +21,13 @@ def one_product(tokens: int, width: int) -> bool:
     return tokens > width
 
 
-def combination(weight: Tensor) -> Tensor:
+def combined_of(dictionary: Tensor) -> Tensor:
     """G = W - W^T W [width, width], in the dtype of W."""
-    return plus_product(weight, weight.t(), weight, alpha=-1)
+    return plus_product(dictionary, dictionary.t(), dictionary, alpha=-1)
 
 
-def through_combination(grad: Tensor, weight: Tensor, factor: float = 1) -> Tensor:
-    """The gradient of ``combination``, dW = factor * (dG - W (dG + dG^T)); all are in one dtype."""
+def through_combined(grad: Tensor, dictionary: Tensor, factor: float = 1) -> Tensor:
+    """The gradient of ``combined_of``, dW = factor * (dG - W (dG + dG^T)); all are in one dtype."""
     # dG^T is copied to row-major memory first: adding rows to columns takes three times as long on a CPU.
     both = grad.t().clone(memory_format=torch.contiguous_format).add_(grad)
-    return plus_product(grad, weight, both, beta=factor, alpha=-factor)
+    return plus_product(grad, dictionary, both, beta=factor, alpha=-factor)

@@ -6,7 +6,7 @@
 
     composed    [matrix], what the tokens or their residual were multiplied with. Without a LayerNorm, and if x is not in
                 ``dtype``, [matrix, x in dtype], and the backward takes the second for its x.
-    triton      [stats], mean and rstd of each token, in the one-product form with a LayerNorm; else nothing. G and the operand of
+    triton      [moments], those of each token, in the one-product form with a LayerNorm; else nothing. G and the operand of
                 eta * G are arguments.
 """
 
@@ -67,8 +67,8 @@ def _forward(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tuple[T
         y, kept = path.forward(x, given.norm, out_dtype, given.dictionary, given.combined, *numbers, given.dtype)
         kept[1:] = (operand.view(shape) for operand in kept[1:])
     elif given.one_product(x.shape[0]):
-        y, stats = path.forward(x, given.operand, given.norm, given.step(path), out_dtype)
-        kept = [] if stats is None else [stats]
+        y, moments = path.forward(x, given.operand, given.norm, given.step(path), out_dtype)
+        kept = [] if moments is None else [moments]
     else:
         y = path.forward_two_products(x, given.dictionary, given.step(path), given.dtype, out_dtype)
     # Autograd must not take it for a view, or callers could not change it in place.
@@ -76,17 +76,19 @@ def _forward(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tuple[T
 
 
 def _backward(
-    grad_y: Tensor, x: Tensor, y: Tensor, kept: list[Tensor], need_x: bool, need_weight: bool, given: ISTAArguments
+    grad_y: Tensor, x: Tensor, y: Tensor, kept: list[Tensor], need_x: bool, need_weights: bool, given: ISTAArguments
 ) -> list[Tensor]:
     path, shape = dispatch.load("ista", given.implementation), y.shape
     grad_y, x, y = map(_rows, (grad_y, x, y))
-    dictionary, combined, norm, needs = given.dictionary, given.combined, given.norm, (need_x, need_weight)
+    dictionary, combined, norm, needs = given.dictionary, given.combined, given.norm, (need_x, need_weights)
     grads: tuple[Tensor | None, ...]
     if given.implementation == "composed":
         grads = path.backward(grad_y, x, norm, dictionary, combined, y, kept[0], float(given.step_size), *needs)
     elif given.one_product(x.shape[0]):
-        stats = kept[0] if kept else None
-        grads = path.backward(grad_y, x, y, dictionary, combined, given.operand, stats, norm, given.step(path), *needs)
+        moments = kept[0] if kept else None
+        grads = path.backward(
+            grad_y, x, y, dictionary, combined, given.operand, moments, norm, given.step(path), *needs
+        )
     else:
         pair = path.backward_two_products(grad_y, x, y, dictionary, given.step(path), given.dtype, *needs)
         grads = *pair, None, None
@@ -119,9 +121,9 @@ def _forward_fake(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tu
 
 
 def _backward_fake(
-    grad_y: Tensor, x: Tensor, y: Tensor, kept: Any, need_x: bool, need_weight: bool, given: ISTAArguments
+    grad_y: Tensor, x: Tensor, y: Tensor, kept: Any, need_x: bool, need_weights: bool, given: ISTAArguments
 ) -> list[Tensor]:
-    return empty_gradients(_likes(x, y, given), (need_x, *[need_weight] * 3))
+    return empty_gradients(_likes(x, y, given), (need_x, *[need_weights] * 3))
 
 
 def _forward_flops(x_shape: tuple[int, ...], out_dtype: Any, given: ISTAArguments) -> int:
@@ -133,14 +135,14 @@ def _forward_flops(x_shape: tuple[int, ...], out_dtype: Any, given: ISTAArgument
 
 
 def _backward_flops(
-    grad_shape: tuple[int, ...], x: Any, y: Any, kept: Any, need_x: bool, need_weight: bool, given: ISTAArguments
+    grad_shape: tuple[int, ...], x: Any, y: Any, kept: Any, need_x: bool, need_weights: bool, given: ISTAArguments
 ) -> int:
     tokens, width = math.prod(grad_shape[:-1]), grad_shape[-1]
     large, small = 2 * tokens * width**2, 2 * width**3
     if given.combined is not None or one_product(tokens, width):
-        return large * need_x + (large + small) * need_weight
+        return large * need_x + (large + small) * need_weights
     # Both gradients need dr. The weight's also computes the residual again, and multiplies twice.
-    return large * (need_x or need_weight) + large * need_x + 3 * large * need_weight
+    return large * (need_x or need_weights) + large * need_x + 3 * large * need_weights
 
 
 register("ista_forward", _forward, fake=_forward_fake, flops=_forward_flops)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crate_kernels.ista.form import through_combination
+from crate_kernels.ista.form import through_combined
 from crate_kernels.library_products import float32_product
 from crate_kernels.products.launchers import gradient_rows, gradients, input_gradient, project, weight_gradient
 from crate_kernels.products.norm_folding import Norm, Operand
@@ -48,7 +48,7 @@ def backward(
     dictionary: Tensor,
     combined: Tensor,
     operand: Operand,
-    stats: Tensor | None,
+    moments: Tensor | None,
     norm: Norm | None,
     step: Step,
     need_x: bool,
@@ -60,19 +60,19 @@ def backward(
 
     dx = LN'(g + g (eta G)^T)      dW = dG - W (dG + dG^T), dG = eta * dB of B = eta * G
 
-    ``combined`` is G; operand and stats are the forward's.
+    ``combined`` is G; operand and moments are the forward's.
     """
     found = gradients(
-        grad_y, x, operand, x.dtype, y=y, threshold=step.threshold, soft=step.soft, norm=norm, stats=stats, skip=True,
+        grad_y, x, operand, x.dtype, y=y, threshold=step.threshold, soft=step.soft, norm=norm, moments=moments, skip=True,
         need_x=need_x, need_matrix=need_weights, need_column=need_weights and norm is not None,
     )  # fmt: skip
     if found.matrix is None:
         return found.x, None, None, None
     weight = dictionary.float()
     if norm is None:
-        return found.x, through_combination(found.matrix * step.step_size, weight), None, None
+        return found.x, through_combined(found.matrix * step.step_size, weight), None, None
     grad_combined, grad_gamma, grad_beta = matrix_gradient(found, combined, norm, combined, step.step_size, skip=True)
-    return found.x, through_combination(grad_combined, weight), grad_gamma, grad_beta
+    return found.x, through_combined(grad_combined, weight), grad_gamma, grad_beta
 
 
 def forward_two_products(
@@ -93,7 +93,7 @@ def backward_two_products(
     step: Step,
     dtype: torch.dtype,
     need_x: bool,
-    need_weight: bool,
+    need_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx and dW of ``forward_two_products``:
 
@@ -109,7 +109,7 @@ def backward_two_products(
         # In float32 up to the last product: that saves a rounding, and costs little since there are few tokens here.
         total, _ = input_gradient(rows, scaled, torch.float32, skip=grad_y, mask=y)
         grad_x, _ = project(grad_residual, _operand(dictionary, dtype), x.dtype, skip=total, negate=True)
-    if need_weight:
+    if need_weights:
         grad_weight = float32_product(_residual(x, dictionary, dtype).t(), rows.g) * step.step_size
         grad_weight -= weight_gradient(grad_residual, x.to(dtype))
     return grad_x, grad_weight

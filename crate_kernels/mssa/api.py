@@ -91,13 +91,13 @@ def mssa(
 
     Source: CRATE (arXiv 2306.01129), section 2.3; CRATE-MAE (arXiv 2404.02446), section 3.
     """
-    out_width = "inner_width" if out_weight is None else "out_width"
+    out_width = "heads_width" if out_weight is None else "out_width"
     validation.tensors(
         norm=(norm_weight, norm_bias, norm_eps),
         any_dtype="skip",
         x=(x, "batch tokens width"),
-        qkv_weight=(qkv_weight, "inner_width width"),
-        out_weight=(out_weight, "out_width inner_width"),
+        qkv_weight=(qkv_weight, "heads_width width"),
+        out_weight=(out_weight, "out_width heads_width"),
         out_bias=(out_bias, "out_width"),
         skip=(skip, f"batch tokens {out_width}"),
     )

@@ -28,12 +28,12 @@ class Form(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """w and out [batch * tokens, inner] in the dtype of the products, lse [batch, heads, tokens], stats [2, batch * tokens]."""
+    """w and out [batch * tokens, inner] in the dtype of the products, lse [batch, heads, tokens], moments [2, batch * tokens]."""
 
     w: Tensor
     out: Tensor
     lse: Tensor
-    stats: Tensor | None
+    moments: Tensor | None
 
 
 def forward(
@@ -46,9 +46,9 @@ def forward(
 
 def attend(x: Tensor, norm: Norm | None, qkv: Operand, form: Form) -> Kept:
     """The first two steps, projection and attention."""
-    w, stats = products.project(x.flatten(0, 1), qkv, qkv.matrix.dtype, norm=norm)
+    w, moments = products.project(x.flatten(0, 1), qkv, qkv.matrix.dtype, norm=norm)
     out, lse = attention.forward(_heads(w, x, form), form.scale, form.is_causal)
-    return Kept(w, _tokens(out), lse, stats)
+    return Kept(w, _tokens(out), lse, moments)
 
 
 def backward(
@@ -83,7 +83,7 @@ def backward(
     delta = attention.rows_of_delta(grad_attended, attended) if out_grads.delta is None else out_grads.delta
     grad_w = attention.backward_from_delta(grad_attended, w, kept.lse, delta, form.scale, form.is_causal)
     qkv_grads = products.gradients(
-        _tokens(grad_w), x.flatten(0, 1), qkv, x.dtype, y=kept.w, norm=norm, stats=kept.stats, extra=skip_grad,
+        _tokens(grad_w), x.flatten(0, 1), qkv, x.dtype, y=kept.w, norm=norm, moments=kept.moments, extra=skip_grad,
         need_x=need_x, need_matrix=need_qkv, need_column=need_qkv and norm is not None,
     )  # fmt: skip
     grad_qkv, grad_gamma, grad_beta = qkv_grads.matrix, None, None

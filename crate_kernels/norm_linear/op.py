@@ -1,7 +1,7 @@
 """PyTorch operators of the linear step on the Triton path: schemas, shapes, FLOP counts. Imports no Triton.
 
-``kept`` is what the backward needs besides x. With a LayerNorm the forward returns [stats], mean and rstd [2, tokens] float32,
-and the backward takes [y, stats]; without one both lists are empty. The composed path has no operator of its own.
+``kept`` is what the backward needs besides x. With a LayerNorm the forward returns [moments], mean and rstd [2, tokens] float32,
+and the backward takes [y, moments]; without one both lists are empty. The composed path has no operator of its own.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class NormLinearArguments(NamedTuple):
 
 def _forward(x: Tensor, given: NormLinearArguments) -> tuple[Tensor, list[Tensor]]:
     kernels, operand = given.load()
-    y, stats = kernels.forward(x, operand, given.norm)
-    return y, [] if stats is None else [stats]
+    y, moments = kernels.forward(x, operand, given.norm)
+    return y, [] if moments is None else [moments]
 
 
 def _backward(
     grad: Tensor, x: Tensor, kept: list[Tensor], need_x: bool, need_weights: bool, given: NormLinearArguments
 ) -> list[Tensor]:
     kernels, operand = given.load()
-    y, stats = kept or (None, None)
-    grads = kernels.backward(grad, x, y, stats, given.weight, operand, given.norm, need_x, need_weights)
+    y, moments = kept or (None, None)
+    grads = kernels.backward(grad, x, y, moments, given.weight, operand, given.norm, need_x, need_weights)
     return or_empty(grads, (x, *given[:4]))
 
 

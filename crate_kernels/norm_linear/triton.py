@@ -21,7 +21,7 @@ def backward(
     grad: Tensor,
     x: Tensor,
     y: Tensor | None,
-    stats: Tensor | None,
+    moments: Tensor | None,
     weight: Tensor,
     operand: Operand,
     norm: Norm | None,
@@ -30,10 +30,10 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """dx [tokens, width] in x's dtype, and the gradients of weight, bias, and the LayerNorm's weight and bias.
 
-    y and stats are the forward's results; with a LayerNorm both are needed.
+    y and moments are the forward's results; with a LayerNorm both are needed.
     """
     found = gradients(
-        grad, x, operand, x.dtype, y=y, norm=norm, stats=stats,
+        grad, x, operand, x.dtype, y=y, norm=norm, moments=moments,
         need_x=need_x, need_matrix=need_weights, need_column=need_weights and operand.offset is not None,
     )  # fmt: skip
     if found.matrix is None:

@@ -119,10 +119,10 @@ def inverse_deviation(squares, width, eps):
 
 @triton.jit(do_not_specialize=["tokens", "eps"])
 def moments_kernel(
-    x, stats, xhat, eps, tokens, width, x_row_stride, x_column_stride,
+    x, moments, xhat, eps, tokens, width, x_row_stride, x_column_stride,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Mean and rstd of BLOCK_M tokens of x [tokens, width] into stats [2, tokens], and the tokens normalised where asked for."""
+    """Mean and rstd of BLOCK_M tokens of x [tokens, width] into moments [2, tokens]; the tokens normalised where asked for."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mean = tl.zeros((BLOCK_M,), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
@@ -131,8 +131,8 @@ def moments_kernel(
         x_tile = load_tile(x, rows, columns, x_row_stride, x_column_stride, tokens, width, False, WHOLE)
         mean, squares = add_moments(mean, squares, x_tile, start, columns, width, WHOLE)
     rstd = inverse_deviation(squares, width, eps)
-    tl.store(stats + rows, mean, mask=rows < tokens)
-    tl.store(stats + tokens.to(tl.int64) + rows, rstd, mask=rows < tokens)
+    tl.store(moments + rows, mean, mask=rows < tokens)
+    tl.store(moments + tokens.to(tl.int64) + rows, rstd, mask=rows < tokens)
     if xhat is not None:
         for start in range(0, width, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
@@ -195,7 +195,7 @@ def load_pairs(pairs, clamped_rows, tokens):
 
 @triton.jit
 def behind_projection(
-    product, out, stats, column_sum, offset, skip, norm_weight, norm_bias, threshold, rows, clamped_rows, first, tokens, width,
+    product, out, moments, column_sum, offset, skip, norm_weight, norm_bias, threshold, rows, clamped_rows, first, tokens, width,
     skip_row_stride, skip_column_stride,
     FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
     THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr,
@@ -203,7 +203,7 @@ def behind_projection(
     """All that follows the product in ``project_kernel``, the store included, for the columns from ``first`` on."""
     columns = first + tl.arange(0, product.shape[1])
     if FOLD or SKIP_NORM:
-        mean, rstd = load_pairs(stats, clamped_rows, tokens)
+        mean, rstd = load_pairs(moments, clamped_rows, tokens)
     if FOLD:
         product = rstd * (product - mean * load_row(column_sum, columns, width))
     if offset is not None:
@@ -228,7 +228,7 @@ def behind_projection(
 
 @triton.jit(do_not_specialize=["tokens"])
 def project_kernel(
-    x, matrix, out, stats, column_sum, offset, skip, norm_weight, norm_bias, threshold, tokens, inner_width, width,
+    x, matrix, out, moments, column_sum, offset, skip, norm_weight, norm_bias, threshold, tokens, inner_width, width,
     x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
     FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
     THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -237,7 +237,7 @@ def project_kernel(
 ):  # fmt: skip
     """out = T(skip +- (LN(x) B + bias)).
 
-    x [tokens, inner_width], in the matrix's dtype; matrix [inner_width, width]; skip, out [tokens, width]; stats [2, tokens]:
+    x [tokens, inner_width], in the matrix's dtype; matrix [inner_width, width]; skip, out [tokens, width]; moments [2, tokens]:
     mean and rstd. FOLD: x are raw tokens, and their moments are applied after the product. SKIP_NORM: skip is x, and LN(x) is
     added.
     """
@@ -247,7 +247,7 @@ def project_kernel(
     )  # fmt: skip
     for part in tl.static_range(PARTS):
         behind_projection(
-            parts[part], out, stats, column_sum, offset, skip, norm_weight, norm_bias, threshold,
+            parts[part], out, moments, column_sum, offset, skip, norm_weight, norm_bias, threshold,
             rows, clamped_rows, first + part * (BLOCK_N // PARTS), tokens, width, skip_row_stride, skip_column_stride,
             FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, WHOLE_N,
         )  # fmt: skip
@@ -255,21 +255,21 @@ def project_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def gradient_rows_kernel(
-    grad, y, x, stats, product_sum, product_offset, g_out, sums, column_sums, threshold, tokens, width,
+    grad, y, x, moments, product_sum, product_offset, g_out, sums, column_sums, threshold, tokens, width,
     grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
     SCALED: tl.constexpr, ACTIVATION: tl.constexpr, THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """For BLOCK_M tokens: g (grad where y is not zero; SCALED: times rstd), c1 and c2, column sums; each if it is asked for.
 
-    grad, y, g_out [tokens, width]; stats, sums [2, tokens]; product_sum, product_offset [width]: the u and offset of c1 and c2,
+    grad, y, g_out [tokens, width]; moments, sums [2, tokens]; product_sum, product_offset [width]: the u and offset of c1 and c2,
     skip included; column_sums [1 or 2, programs, width]: first of g without rstd; then of mean * g if SCALED, of g * xhat with x.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     c2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if stats is not None:
-        mean, rstd = load_pairs(stats, tl.minimum(rows, tokens - 1), tokens)
+    if moments is not None:
+        mean, rstd = load_pairs(moments, tl.minimum(rows, tokens - 1), tokens)
     for start in range(0, width, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         g = load_tile(grad, rows, columns, grad_row_stride, grad_column_stride, tokens, width, False, WHOLE)
@@ -308,7 +308,7 @@ def gradient_rows_kernel(
 
 @triton.jit
 def behind_input_gradient(
-    product, grad, y, out, x, stats, sums, norm_weight, extra, delta, attended, rows, clamped_rows, first, tokens, width,
+    product, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended, rows, clamped_rows, first, tokens, width,
     sample_tokens,
     grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
     extra_row_stride, extra_column_stride,
@@ -330,7 +330,7 @@ def behind_input_gradient(
             skipped *= load_row(norm_weight, columns, width)
         product += skipped
     if NORM:
-        mean, rstd = load_pairs(stats, clamped_rows, tokens)
+        mean, rstd = load_pairs(moments, clamped_rows, tokens)
         c1, c2 = load_pairs(sums, clamped_rows, tokens)
         x_tile = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
         product -= c1 / width + (x_tile.to(tl.float32) - mean) * (rstd * c2 / width)
@@ -356,7 +356,7 @@ def behind_input_gradient(
 
 @triton.jit(do_not_specialize=["tokens"])
 def input_gradient_kernel(
-    g, grad, y, matrix, out, x, stats, sums, norm_weight, extra, delta, attended, tokens, inner_width, width, sample_tokens,
+    g, grad, y, matrix, out, x, moments, sums, norm_weight, extra, delta, attended, tokens, inner_width, width, sample_tokens,
     g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
     matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
     NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -367,7 +367,7 @@ def input_gradient_kernel(
     """out = extra + LN'(+-(g B^T) + grad), where grad is added only where y is not zero.
 
     g, grad, y [tokens, inner_width], g in the dtype of the product (SCALED: it contains rstd), grad as it came, or g itself;
-    matrix B^T [inner_width, width]; out, x, extra [tokens, width]; stats [2, tokens]: mean and rstd; sums [2, tokens]: c1 and
+    matrix B^T [inner_width, width]; out, x, extra [tokens, width]; moments [2, tokens]: mean and rstd; sums [2, tokens]: c1 and
     c2; norm_weight [width]; attended [tokens, width], contiguous; delta [samples, heads, sample_tokens]: the sums of
     out * attended over the HEAD_DIM features of each head.
     """
@@ -377,7 +377,7 @@ def input_gradient_kernel(
     )  # fmt: skip
     for part in tl.static_range(PARTS):
         behind_input_gradient(
-            parts[part], grad, y, out, x, stats, sums, norm_weight, extra, delta, attended,
+            parts[part], grad, y, out, x, moments, sums, norm_weight, extra, delta, attended,
             rows, clamped_rows, first + part * (BLOCK_N // PARTS), tokens, width, sample_tokens,
             grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
             extra_row_stride, extra_column_stride, NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N,

@@ -18,7 +18,7 @@ from crate_kernels.tiles.products import TABLE
 _ROWS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
 
 
-def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+def moments_of(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
     """Mean and rstd = ``(variance + eps)^-1/2`` of each token, [2, tokens] float32; and (x - mean) * rstd in ``xhat_dtype``,
     or None.
 
@@ -26,14 +26,14 @@ def moments(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> tup
     normalise it.
     """
     tokens, width = x.shape
-    stats = x.new_empty((2, tokens), dtype=torch.float32)
+    moments = x.new_empty((2, tokens), dtype=torch.float32)
     xhat = None if xhat_dtype is None else torch.empty((tokens, width), dtype=xhat_dtype, device=x.device)
     if x.numel():
         kernels.moments_kernel[(cdiv(tokens, _ROWS["BLOCK_M"]),)](
-            x, stats, xhat, eps, tokens, width, *x.stride(),
+            x, moments, xhat, eps, tokens, width, *x.stride(),
             WHOLE=width % _ROWS["BLOCK_N"] == 0, enable_fp_fusion=True, **_ROWS,
         )  # fmt: skip
-    return stats, xhat
+    return moments, xhat
 
 
 def folds(x: Tensor, dtype: torch.dtype) -> bool:
@@ -51,8 +51,8 @@ def before_product(x: Tensor, operand: Operand, norm: Norm | None) -> tuple[Tens
     dtype = operand.matrix.dtype
     if norm is None:
         return x.to(dtype), None
-    stats, xhat = moments(x, norm.eps, None if folds(x, dtype) else dtype)
-    return x if xhat is None else xhat, stats
+    moments, xhat = moments_of(x, norm.eps, None if folds(x, dtype) else dtype)
+    return x if xhat is None else xhat, moments
 
 
 @naming_the_cache
@@ -86,10 +86,10 @@ def project(
     """
     (tokens, inner_width), width = x.shape, operand.matrix.shape[1]
     fold = norm is not None and folds(x, operand.matrix.dtype)
-    multiplied, stats = before_product(x, operand, norm)
+    multiplied, moments = before_product(x, operand, norm)
     out = torch.empty((tokens, width), dtype=out_dtype, device=x.device)
     if not out.numel():
-        return out, stats
+        return out, moments
     use = "masked" if threshold is not None else "norm" if fold else "plain"
     tiles = _tiles("project", use, operand.matrix, out if skip is None else skip, width)
     threshold_value, in_memory = number(threshold)
@@ -98,13 +98,13 @@ def project(
         gamma, beta = norm.weight.contiguous(), None if norm.bias is None else norm.bias.contiguous()
     left, matrix = _by(tiles, multiplied, operand.matrix)
     kernels.project_kernel[_grid(tokens, width, tiles)](
-        left, matrix, out, stats if fold or skip_norm else None, operand.column_sum if fold else None,
+        left, matrix, out, moments if fold or skip_norm else None, operand.column_sum if fold else None,
         operand.offset, skip, gamma, beta, threshold_value, tokens, inner_width, width,
         *left.stride(), *_strides(matrix), *_strides(skip),
         FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
         **_options(operand.matrix, inner_width, width, tiles),
     )  # fmt: skip
-    return out, stats
+    return out, moments
 
 
 class GradientRows(NamedTuple):
@@ -163,7 +163,7 @@ def gradients(
     threshold: Tensor | None = None,
     soft: bool = False,
     norm: Norm | None = None,
-    stats: Tensor | None = None,
+    moments: Tensor | None = None,
     skip: bool = False,
     negate: bool = False,
     extra: Tensor | None = None,
@@ -182,7 +182,7 @@ def gradients(
         operand, threshold, soft, norm, negate: those of ``project``.
         out_dtype: the dtype of dx.
         y: the result of ``project``; needed with a threshold, and with a LayerNorm unless ``rows`` are given.
-        stats: the mean and rstd that ``project`` returned with a LayerNorm.
+        moments: the mean and rstd that ``project`` returned with a LayerNorm.
         skip: x (LN(x) with a LayerNorm) was added to the product.
         extra: [tokens, inner], added to dx: the part of the gradient that does not go through the product.
         rows: what ``gradient_rows`` returns for these arguments, if it is there already.
@@ -194,14 +194,14 @@ def gradients(
     if rows is None:
         assert grad is not None
         rows = gradient_rows(
-            grad, x, operand, y=y, threshold=threshold, soft=soft, norm=norm, stats=stats, skip=skip, negate=negate,
+            grad, x, operand, y=y, threshold=threshold, soft=soft, norm=norm, moments=moments, skip=skip, negate=negate,
             need_x=need_x, need_column=need_column or (need_matrix and fold),
         )  # fmt: skip
     dx = product = delta = None
     if need_x:
         masked = y if threshold is not None else None
         dx, delta = input_gradient(
-            rows, operand, out_dtype, skip=grad if skip else None, mask=masked, x=x, norm=norm, stats=stats,
+            rows, operand, out_dtype, skip=grad if skip else None, mask=masked, x=x, norm=norm, moments=moments,
             negate=negate, extra=extra, heads=heads,
         )  # fmt: skip
     if need_matrix:
@@ -228,7 +228,7 @@ def gradient_rows(
     threshold: Tensor | None = None,
     soft: bool = False,
     norm: Norm | None = None,
-    stats: Tensor | None = None,
+    moments: Tensor | None = None,
     skip: bool = False,
     negate: bool = False,
     need_x: bool = True,
@@ -250,7 +250,7 @@ def gradient_rows(
         threshold_value, in_memory = number(threshold)
         read_y = y if masked or make_sums else None
         kernels.gradient_rows_kernel[(programs,)](
-            grad, read_y, added, stats if two else None, *u_and_offset, g if make_g else None, sums, columns,
+            grad, read_y, added, moments if two else None, *u_and_offset, g if make_g else None, sums, columns,
             threshold_value, tokens, width,
             *grad.stride(), *_strides(read_y), *_strides(added),
             SCALED=scaled, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
@@ -269,7 +269,7 @@ def input_gradient(
     mask: Tensor | None = None,
     x: Tensor | None = None,
     norm: Norm | None = None,
-    stats: Tensor | None = None,
+    moments: Tensor | None = None,
     negate: bool = False,
     extra: Tensor | None = None,
     heads: tuple[int, int] | None = None,
@@ -295,7 +295,7 @@ def input_gradient(
     mask = mask if skipped is skip else None
     left, matrix = _by(tiles, rows.g, operand.matrix.t())
     kernels.input_gradient_kernel[_grid(tokens, width, tiles)](
-        left, skipped, mask, matrix, out, x if norm else None, stats, rows.sums,
+        left, skipped, mask, matrix, out, x if norm else None, moments, rows.sums,
         norm.weight.contiguous() if norm and skip is not None else None, extra, delta, attended,
         tokens, inner_width, width, sample_tokens,
         *left.stride(), *_strides(skipped), *_strides(mask), *_strides(matrix), *_strides(x if norm else None), *_strides(extra),
@@ -309,7 +309,7 @@ def weight_gradient(x: Tensor, g: Tensor, like: Tensor | None = None, norm: Norm
     """x^T g [inner, width] float32, row-major or column-major as ``like`` is. With a norm whose tokens were normalised before
     the product (``folds`` says no), x is normalised here too."""
     if norm is not None and not folds(x, g.dtype):
-        _, xhat = moments(x, norm.eps, g.dtype)
+        _, xhat = moments_of(x, norm.eps, g.dtype)
         assert xhat is not None
         x = xhat
     x = x.to(g.dtype)

@@ -1,9 +1,9 @@
 """PyTorch operators that make operands of many weights in one launch: schemas, shapes, FLOP counts. Imports no Triton.
 
     prepare         operands of matrices of one shape
-    combinations    G = W - W^T W of dictionaries of one shape, and the operands of eta * G
+    combine         G = W - W^T W of dictionaries of one shape, and the operands of eta * G
 
-The operators return stacks, one row a matrix; the functions ``operands`` and ``combinations`` split them. The column sums of
+The operators return stacks, one row a matrix; the functions ``operands`` and ``combined_operands`` split them. The column sums of
 a matrix without a LayerNorm have no meaning, nor has its offset if it has no bias either.
 """
 
@@ -40,12 +40,12 @@ def operands(
 
 
 @torch.no_grad()
-def combinations(
+def combined_operands(
     dictionaries: Sequence[Tensor], norms: Sequence[Norm | None], step_size: Tensor, dtype: torch.dtype
 ) -> list[tuple[Tensor, Operand]]:
     """G = W - W^T W [width, width] float32 of dictionaries of one shape, and the operands of ``LN(x) (eta G)``, in one launch."""
     columns = [None if n is None else n.weight for n in norms], [None if n is None else n.bias for n in norms]
-    stacks = ops.combinations(dictionaries, *columns, step_size, dtype)
+    stacks = ops.combine(dictionaries, *columns, step_size, dtype)
     rows = zip(norms, *(stack.unbind(0) for stack in stacks), strict=True)
     return [
         (combined, Operand(matrix, None, None) if norm is None else Operand(matrix, *vectors))
@@ -98,7 +98,7 @@ def _combine_fake(dictionaries: list[Tensor], *arguments: Any) -> tuple[Tensor, 
 
 register("prepare", _prepare, fake=lambda matrices, *rest: empty_operands(matrices, rest[-1]))
 register(
-    "combinations",
+    "combine",
     _combine,
     fake=_combine_fake,
     flops=lambda dictionaries, *_: len(dictionaries) * 2 * dictionaries[0][0] ** 3,

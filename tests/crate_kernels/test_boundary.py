@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import crate_kernels
 from crate_kernels import ISTA, MSSA, DecoderStep, Norm, OvercompleteISTA, cpu, ista, mssa, shared_qkv_attention
-from crate_kernels.products.op import combinations, operands
+from crate_kernels.products.op import combined_operands, operands
 
 OPS = torch.ops.crate_kernels
 IMPLEMENTATIONS = ["composed", "triton"]
@@ -79,7 +79,7 @@ def test_opcheck_ista(implementation: str, tokens: int, dtype: torch.dtype, norm
     for w, combined in ((weight, None), (weight.t(), None), (weight, weight - weight.T @ weight)):
         operand, constant = (None, None, None), combined is not None
         if implementation == "triton" and (constant or tokens == 20):
-            ((combined, operand),) = combinations([w], [layer_norm], numbers[0], dtype)
+            ((combined, operand),) = combined_operands([w], [layer_norm], numbers[0], dtype)
         arguments = w, combined, gamma, beta, *operand, 1e-5, *numbers, False, dtype, implementation
         opcheck(OPS.ista_forward.default, (x, x.dtype, *arguments))
         y, kept = OPS.ista_forward(x, x.dtype, *arguments)
@@ -97,7 +97,7 @@ def test_opcheck_preparation(flipped: bool, dtype: torch.dtype, device: str) -> 
     for given in (matrices[:1], matrices, [matrices[0][:, ::2], matrices[1][:, 1::2]]):
         biases, weights = [bias[: given[0].shape[1]], None][: len(given)], [None, gamma][: len(given)]
         opcheck(OPS.prepare.default, (given, biases, weights, [None, beta][: len(given)], torch.tensor(0.3), dtype))
-    opcheck(OPS.combinations.default, (matrices, [gamma, None], [beta, None], torch.tensor(0.3), dtype))
+    opcheck(OPS.combine.default, (matrices, [gamma, None], [beta, None], torch.tensor(0.3), dtype))
 
 
 # Each choice with each value of every other one.

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import crate_kernels
 from crate_kernels import ista
 from crate_kernels.ista.form import one_product
-from crate_kernels.products.op import combinations
+from crate_kernels.products.op import combined_operands
 
 OPS = torch.ops.crate_kernels
 
@@ -58,7 +58,7 @@ def arguments(tokens: int, weight: Tensor, dtype: torch.dtype, soft: bool) -> tu
     numbers = torch.tensor(STEP_SIZE), torch.tensor(LAMBD)
     combined = matrix = None
     if one_product(tokens, weight.shape[0]):
-        ((combined, (matrix, *_)),) = combinations([weight], [None], numbers[0], dtype)
+        ((combined, (matrix, *_)),) = combined_operands([weight], [None], numbers[0], dtype)
     return weight, combined, None, None, matrix, None, None, 1e-5, *numbers, soft, dtype, "triton"
 
 

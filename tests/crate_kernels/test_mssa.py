@@ -196,7 +196,7 @@ def test_layer_norm_of_16_bit_tokens_before_a_product_is_the_official_one() -> N
         (dict(x=torch.randn(2, 0, 12)), ValueError, "x: expected at least one token"),
         (dict(num_heads=0), ValueError, "num_heads: expected a divisor"),
         (dict(x=torch.randn(5, 12)), ValueError, r"x: expected \[batch, tokens, width\], got shape \(5, 12\)"),
-        (dict(qkv_weight=torch.randn(12, 11)), ValueError, r"qkv_weight: expected \[inner_width, width\] \(12, 12\)"),
+        (dict(qkv_weight=torch.randn(12, 11)), ValueError, r"qkv_weight: expected \[heads_width, width\] \(12, 12\)"),
         (dict(out_weight=torch.randn(12, 11)), ValueError, r"out_weight: expected"),
         (dict(out_bias=torch.randn(11)), ValueError, r"out_bias: expected \[out_width\] \(12,\), got shape \(11,\)"),
         (dict(out_weight=None), ValueError, "out_bias: given without out_weight"),

@@ -40,12 +40,12 @@ def run(x, b, bias, gamma, beta, residual, extra, upstream, operand_dtype, case)
     threshold = None if case["activation"] == "none" else torch.tensor(THRESHOLD)
     soft, negate, itself = case["activation"] == "soft", case["negate"], case["skip"] == "self"
     skip = {"none": None, "self": x, "residual": residual}[case["skip"]]
-    y, stats = products.project(
+    y, moments = products.project(
         x, operand, x.dtype, norm=norm, skip=skip, skip_norm=itself and case["norm"], negate=negate,
         threshold=threshold, soft=soft,
     )  # fmt: skip
     found = products.gradients(
-        upstream, x, operand, x.dtype, y=y, threshold=threshold, soft=soft, norm=norm, stats=stats, skip=itself,
+        upstream, x, operand, x.dtype, y=y, threshold=threshold, soft=soft, norm=norm, moments=moments, skip=itself,
         negate=negate, extra=extra,
     )  # fmt: skip
     grads = {"y": y, "dx": found.x, "dB": found.matrix, "dbias": found.column}

@@ -103,12 +103,12 @@ def test_opcheck_of_a_layer_of_every_size(name: str, kind: str) -> None:
             layers[0](x).sum().backward()
     names = [str(function).removeprefix("crate_kernels.").removesuffix(".default") for function, _ in calls]
     if kind == "blocks":
-        operators = ["prepare", "combinations", "mssa_forward", "ista_forward", "ista_backward", "mssa_backward"]
+        operators = ["prepare", "combine", "mssa_forward", "ista_forward", "ista_backward", "mssa_backward"]
     else:
         forward = ["norm_linear_forward", "mssa_forward"]
         operators = ["prepare", "prepare", *forward, "mssa_backward", "norm_linear_backward"]
     # The layer was given nothing prepared, and so prepares for itself.
-    assert [name for name in names[2:] if name not in ("prepare", "combinations")] == operators[2:]
+    assert [name for name in names[2:] if name not in ("prepare", "combine")] == operators[2:]
     assert names[:2] == operators[:2]
     for function, args in calls:
         # Derivatives are the autograd.Function's around the operators.

@@ -170,7 +170,7 @@ LIBRARY_PRODUCTS = {
 ISTA = {
     "dtypes, and what is kept: test_ista.py": (
         "casts: ...", "factors: ..._at_least_float32(...) -> ...", "...: _plus_product: ...",
-        "comparisons: forward: operand is x or norm is not None -> ...", "terms: backward: grad_weight = ... -> pass",
+        "comparisons: forward: operand is x or norm is not None -> ...", "terms: backward: grad_dictionary = ... -> pass",
         "comparisons: backward: ... and ... -> ...", "comparisons: backward: ... or ... -> ...",
     ),
     "of square matrices, and of two dimensions": ("names: ...", "signs: ...-1 -> 1...", "order: backward: _plus_product(...",

@@ -89,12 +89,12 @@ class _Product:
         self.operand = _operand(b, self.bias, self.norm)
         self.threshold = None if kind == "none" else torch.tensor(THRESHOLD)
         self.exact = self.x.double().requires_grad_()
-        self.stats, self.xhat, normalised, weight = None, self.x.double(), self.exact, 1
+        self.moments, self.xhat, normalised, weight = None, self.x.double(), self.exact, 1
         if norm:
             center, rstd = _moments(self.exact)
             xhat = (self.exact - center[:, None]) * rstd[:, None]
             normalised, weight = xhat * gamma.double() + (0 if beta is None else beta.double()), gamma.double()
-            self.stats, self.xhat = torch.stack((center, rstd)).detach(), xhat.detach()
+            self.moments, self.xhat = torch.stack((center, rstd)).detach(), xhat.detach()
         product = normalised @ self.b + (0 if self.bias is None else self.bias.double())
         added = {"none": 0, "self": normalised, "residual": self.residual.double()}[skip]
         self.truth = _activation(added - product if negate else added + product, kind)
@@ -109,7 +109,7 @@ class _Product:
         self.truth.backward(self.upstream.double())
         self.y = amid_nan(self.truth.detach().float())
         self.g = self.upstream.double() * ((self.truth.detach() != 0) if self.kind != "none" else 1)
-        mean, rstd = self.float32_stats()[..., None] if self.fold else (1, 1)
+        mean, rstd = self.float32_moments()[..., None] if self.fold else (1, 1)
         self.read = (self.g.float() * rstd).to(self.operand.matrix.dtype).double()  # sums are of what products read
         seconds = [mean * self.read] if self.fold else [self.g * self.xhat] if self.norm and self.skip == "self" else []
         self.columns = torch.stack([self.g, *seconds]).sum(1)
@@ -120,15 +120,15 @@ class _Product:
         return dict(norm=self.norm, negate=self.negate, threshold=self.threshold, soft=self.kind == "soft")
 
     def gradient_options(self) -> dict[str, object]:
-        return dict(**self.options(), y=self.y, stats=self.float32_stats(), skip=self.skip == "self")
+        return dict(**self.options(), y=self.y, moments=self.float32_moments(), skip=self.skip == "self")
 
-    def float32_stats(self) -> Tensor | None:
-        return None if self.stats is None else self.stats.float()
+    def float32_moments(self) -> Tensor | None:
+        return None if self.moments is None else self.moments.float()
 
     @contextmanager
     def patched(self):
         """The module with the choices of this case; what comes before its product is exact, and amid NaN."""
-        before = self.x if self.fold else amid_nan(self.xhat.float()), self.float32_stats()
+        before = self.x if self.fold else amid_nan(self.xhat.float()), self.float32_moments()
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch.object(products, "folds", lambda *_: self.fold))
             stack.enter_context(patch.object(products, "before_product", lambda *_: before))
@@ -162,10 +162,10 @@ def _moments_of(name: str, *shape: int, normalise: bool, mean: float = 0.5) -> P
     product = _Product(*shape, mean=mean)
 
     def run() -> dict[str, Tensor]:
-        stats, xhat = products.moments(product.x, LAYER_NORM_EPS, torch.float32 if normalise else None)
-        return {"mean": stats[0], "rstd": stats[1], "xhat": xhat}
+        moments, xhat = products.moments_of(product.x, LAYER_NORM_EPS, torch.float32 if normalise else None)
+        return {"mean": moments[0], "rstd": moments[1], "xhat": xhat}
 
-    expected = {"mean": product.stats[0], "rstd": product.stats[1]}
+    expected = {"mean": product.moments[0], "rstd": product.moments[1]}
     return _probe(f"moments: {name}", run, expected | ({"xhat": product.xhat} if normalise else {}))
 
 
