@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from crate_mae.classifiers import Classifier
 from crate_mae.model import CrateMAE
 from crate_mae.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Model_co = TypeVar("Model_co", bound="CrateMAE | Classifier", covariant=True)
 
@@ -52,7 +53,7 @@ class Alone(Generic[Model_co]):
         yield self.model if self.ranks.is_first else None
 
 
-class _Several(Alone[Model_co]):
+class Several(Alone[Model_co]):
     """A model on several processes.
 
     Attributes:
@@ -84,7 +85,7 @@ class _Several(Alone[Model_co]):
             self.twin.cpu()
 
 
-class Replicated(_Several[Model_co]):
+class Replicated(Several[Model_co]):
     """Each rank has the whole model and its gradient."""
 
     def __init__(self, model: Model_co, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
@@ -103,28 +104,6 @@ class Replicated(_Several[Model_co]):
             yield
 
 
-class Sharded(_Several[Model_co]):
-    """Each rank has a shard of each parameter, of its gradient and of the optimizer's means."""
-
-    def __init__(self, model: Model_co, ranks: Ranks, *, compiled: bool, accumulate: int) -> None:
-        if compiled:
-            raise ValueError(
-                "run.compile: expected false with run.parallel fsdp2, whose layers are no one graph, got true"
-            )
-        super().__init__(model, ranks, compiled=False, accumulate=accumulate)
-        shard(model, dist.init_device_mesh(next(model.parameters()).device.type, (ranks.count,)))
-
-    def changed(self) -> None:
-        assert isinstance(self.model, FSDPModule)
-        self.model.reshard()  # after a forward without a backward, whole weights would be kept for the next forward
-
-    @contextlib.contextmanager
-    def synced(self, is_last: bool) -> Iterator[None]:
-        assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_gradient_sync(is_last)
-        yield
-
-
 _CONSTANT_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -132,28 +111,30 @@ _CONSTANT_BUFFERS: dict[str, Any] = {
 }
 """The argument that keeps buffers, which are constants here, from being sent among the ranks at every step."""
 
-MODES: dict[str, type[Alone]] = {"ddp": Replicated, "fsdp2": Sharded}
-"""How several processes share a model, by the values of `run.parallel`."""
+
+def mode_of(parallel: str) -> type[Alone]:
+    """How several processes share a model, by the value of `run.parallel`."""
+    if parallel == "fsdp2":
+        from crate_mae.training.fsdp import Sharded
+
+        return Sharded
+    return Replicated
 
 
-def shard(model: CrateMAE | Classifier, mesh: dist.DeviceMesh) -> None:
-    """Shard a model's parameters among the processes of a mesh, in place.
-
-    A layer's parameters are gathered while it computes; those outside the layers from the forward to the end of the backward."""
-    for stack in (model.encoder_layers, getattr(model, "decoder_blocks", ())):
-        for block in stack:
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether it is one of FSDP2's. None is where nobody has imported their module, which takes half a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a tensor, or the tensor itself if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that may be sharded; all ranks must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def whole_weights(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
@@ -170,8 +151,8 @@ def whole_weights(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
 def fill(tensors: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
     """Copy whole values into tensors that may be sharded."""
     for tensor, value in zip(tensors, values, strict=True):
-        if isinstance(tensor, DTensor):
+        if is_sharded(tensor):
             # All ranks have the same value, which is what "replicated" means.
-            ours = DTensor.from_local(value.to(tensor.device), tensor.device_mesh, run_check=False)
+            ours = type(tensor).from_local(value.to(tensor.device), tensor.device_mesh, run_check=False)
             value = ours.redistribute(tensor.device_mesh, tensor.placements).to_local()
         local(tensor).copy_(value)

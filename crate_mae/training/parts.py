@@ -24,7 +24,7 @@ from crate_mae.training.feed import Feed, workers_for
 from crate_mae.training.held_out import Errors, HeldOut, Model
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.pace import Pace
-from crate_mae.training.parallel import MODES, Alone
+from crate_mae.training.parallel import Alone, mode_of
 from crate_mae.training.precision import (
     autocast,
     check_compiler,
@@ -122,7 +122,7 @@ class Parts(ABC, Generic[Config, Model, Errors]):
         ranks.check_alike(by_name(config.to_dict()) | {"--data": self.train_images.fingerprint()})
         if ranks.count > 1 and device.type == "cuda":
             check_same_on_all_ranks(device)
-        mode = MODES[config.run.parallel] if isinstance(ranks, TorchrunRanks) else Alone
+        mode = mode_of(config.run.parallel) if isinstance(ranks, TorchrunRanks) else Alone
         self.parallel: Alone[Model] = mode(self.model, ranks, compiled=config.run.compile, accumulate=self.accumulate)
         decay = config.optimizer.average
         self.stepping = Step(

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from crate_mae.training.pace import Pace
 from crate_mae.training.parallel import local, whole_weights
 from crate_mae.training.ranks import Ranks, TorchrunRanks
 from crate_mae.training.run_folder import BEST, BREAKDOWN, METRICS, STATES, other_images, remove_leftovers
-from crate_mae.training.shards import TENSORS, BackgroundSave
+from crate_mae.training.shards import TENSORS
 from crate_mae.training.states import (
     check_fits,
     exported,
@@ -32,6 +32,9 @@ from crate_mae.training.states import (
     write_state,
 )
 from crate_mae.training.step import Step
+
+if TYPE_CHECKING:
+    from crate_mae.training.shard_files import BackgroundSave
 
 _LEAST_SCALE = 1.0
 """The least scale of a loss in float16: if gradients are still too large below it, the scale is not the reason."""
@@ -266,6 +269,8 @@ class Record:
 
             def commit(shards: dict[str, Any]) -> None:
                 self._written = write_state(folder, rest | {"shards": shards}, diverging=diverging)
+
+            from crate_mae.training.shard_files import BackgroundSave
 
             self._saving = BackgroundSave(folder, state, self.ranks, commit)
             return

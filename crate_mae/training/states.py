@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from crate_mae.files import make_folder, remove, replaced
 from crate_mae.state_dicts import check_archive, differences, objection_to
 from crate_mae.training.average import Average
-from crate_mae.training.parallel import fill
+from crate_mae.training.parallel import fill, is_sharded
 from crate_mae.training.ranks import Ranks
-from crate_mae.training.shards import read_tensors, remove_rubbish
+from crate_mae.training.shards import remove_rubbish
 
 _NAME = re.compile(r"step_(0|[1-9][0-9]*)(_diverging)?\.pt")
 
@@ -174,6 +173,8 @@ def _read(path: Path, fits: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
             raise ValueError("no file that a run wrote, or a part of one")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and isinstance(state.get("shards"), dict):
+            from crate_mae.training.shard_files import read_tensors
+
             state |= read_tensors(path.parent, state["shards"])
         for name, kind in _PARTS.items():
             if not isinstance(state, dict) or not isinstance(state.get(name), kind):
@@ -285,7 +286,7 @@ def exported(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def _shared_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A value, sharded like the parameter if it has its shape."""
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+    if not is_sharded(parameter) or value.shape != parameter.shape:
         return value
     shared = torch.empty_like(parameter, requires_grad=False)
     fill([shared], [value])

@@ -27,8 +27,9 @@ from benchmarks.peers import STEPS
 from crate_mae.config import ModelConfig
 from crate_mae.model import CrateMAE
 from crate_mae.training.config import OptimizerConfig
+from crate_mae.training.fsdp import shard
 from crate_mae.training.optimizer import build_optimizer
-from crate_mae.training.parallel import local, shard
+from crate_mae.training.parallel import local
 
 RANKS, IMAGES = 2, 3
 

@@ -870,6 +870,11 @@ def test_an_implementation_that_cannot_run_is_one_line(out):
     assert done.stderr.startswith("crate-mae: environment variable CRATE_KERNELS_IMPL") and done.stderr.count("\n") == 1
 
 
+def test_it_starts_without_what_only_sharded_runs_need():
+    code = "import sys, crate_mae.cli; print({'torch.distributed.tensor', 'sympy'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_is_in_words(command, capsys):
     with pytest.raises(SystemExit):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import crate_kernels
-from crate_mae.training.parallel import shard
+from crate_mae.training.fsdp import shard
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["composed", "triton"])
 IMAGES, NOISE = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
