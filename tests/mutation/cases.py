@@ -161,14 +161,14 @@ IN_LAYERS = {
 }
 
 LIBRARY_PRODUCTS = {
-    "which library multiplies, in which dtype, and what is kept: test_library_products.py": (
+    "which library multiplies, which test_library_products.py asks; what only CUDA takes, and what is kept": (
         "casts: ...", "comparisons: linear: ...", "names: ...", "functions: ...",
         "branches: product: ...", "branches: plus_product: ...", "comparisons: plus_product: ...",
         "...: float32_product: ...", "...: _onednn: ...", "branches: _linear: ...", "branches: _Linear...",
     ),
 }  # fmt: skip
 ISTA = {
-    "dtypes, and what is kept: test_ista.py": (
+    "of two dtypes one within rounding, what is kept, and work in vain; test_ista.py sees some of it": (
         "casts: ...", "factors: ..._at_least_float32(...) -> ...", "...: _plus_product: ...",
         "comparisons: forward: operand is x or norm is not None -> ...", "terms: backward: grad_dictionary = ... -> pass",
         "comparisons: backward: ... and ... -> ...", "comparisons: backward: ... or ... -> ...",
@@ -179,7 +179,7 @@ ISTA = {
 }  # fmt: skip
 
 COMPOSED_ATTENTION = {
-    "how the work is parted, in which memory, and what is kept: test_shared_attention.py": (
+    "the same values, parted otherwise, in other memory, or with more kept; strides are test_shared_attention.py's": (
         "...: _Part.of: ...", "...: _even: ...", "...: _features_in_a_row: ...", "names: forward: ...", "names: backward: ...",
         "casts: ...", "factors: ...: _corner(...", "factors: ...: _features_in_a_row(...", "factors: backward: _unflatten(...",
         "branches: ...: takes_flash_attention(...", "...: forward: keeps == ...", "branches: backward: kept...",

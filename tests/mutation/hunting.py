@@ -39,7 +39,8 @@ Reasons = dict[str, tuple[str, ...]]
 @dataclass
 class Case:
     """A module and its probes; by the reason why, patterns of mutants that compute the same, as "function: before -> after", and
-    of those that are left to other tests, as "kind: function: before -> after" ("..." is any text)."""
+    of those that no probe has to kill, as "kind: function: before -> after" ("..." is any text): they change no value, but
+    memory, work or rounding, or another test asks for what they change."""
 
     source: Source
     make_probes: Callable[[], list[Probe]]

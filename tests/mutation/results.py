@@ -27,8 +27,9 @@ KINDS = (
 
 
 def row(case: str) -> str:
-    """Of each kind how many are killed; after "=" how many compute the same; after "-" how many of those that are left to other
-    tests live; after "!" all others that live, which no row may have."""
+    """Of each kind how many are killed; after "=" how many compute the same; after "-" how many live of those that no probe has
+    to kill: they change memory, work or rounding, or another test asks for what they change (`cases.py` says which); after "!"
+    all others that live, which no row may have."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
