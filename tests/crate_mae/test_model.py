@@ -7,10 +7,12 @@ import io
 import pytest
 import torch
 from support import error, small_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import crate_kernels
 from crate_mae import MODELS, create_model
+from crate_mae.layers import Linear, PatchEmbed
 from crate_mae.masks import kept_patches, removed_patches
 from crate_mae.registry import count_parameters
 
@@ -194,6 +196,33 @@ def test_parametrized_weights_and_compiled_blocks(device: str) -> None:
         for block in model.blocks[1:]:
             block.compile(backend="aot_eager", fullgraph=True)
         assert model(images, noise=noise).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "composed"])
+def test_linear_under_autocast_is_of_its_dtype(implementation: str) -> None:
+    linear, x = Linear(24, 8), torch.randn(5, 24)
+    with crate_kernels.use(implementation), torch.autocast("cpu", torch.bfloat16):
+        y = linear(x)
+    assert y.dtype == torch.bfloat16 and error(y, nn.functional.linear(x, linear.weight, linear.bias)) < 2**-7
+
+
+def test_hooks_on_all_modules_see_the_embedding() -> None:
+    seen: set[type] = set()
+    handle = register_module_forward_hook(lambda module, *_: seen.add(type(module)))
+    try:
+        with crate_kernels.use("composed"):
+            small_model()(torch.randn(1, 3, 16, 16))
+    finally:
+        handle.remove()
+    assert {PatchEmbed, nn.Conv2d} <= seen
+
+
+@pytest.mark.parametrize(("replaced", "got"), [("norm", "Identity and MSSA"), ("fn", "LayerNorm and Identity")])
+def test_a_layer_whose_steps_are_others_says_so(replaced: str, got: str) -> None:
+    block = small_model().encoder_layers[0]
+    block._pairs()[0][0]._modules[replaced] = nn.Identity()
+    with pytest.raises(TypeError, match=f"step: expected a LayerNorm and MSSA, got {got}"):
+        _ = block.step_size
 
 
 def test_a_step_size_changed_after_building_counts(device: str) -> None:

@@ -134,25 +134,27 @@ LAYERS = {
 }
 IN_LAYERS = {
     "whether a layer is fused, and what is said if not: test_fusing.py": (
-        "...: embedding_obstacle: hooks_of_all_modules() or obstacle('patch_embed', embed, PatchEmbed) -> ...",
         "...: PreNorm.forward: takes_norm(self.fn) -> False",
         "...: Block.forward: ...reason... -> ...",
         "...: Block.forward: ...self.obstacle(x) -> ...",
         "...: Block.forward: say(...) -> pass",
         "...: Block.obstacle: ...",
-        "...: _norm_and_step: not isinstance(...",
-        "names: _norm_and_step: type(...",
-        "order: _norm_and_step: ...",
         "factors: Block._pairs: _children(...",
         "branches: Block._obstacle_of: isinstance(step, (ISTA, DecoderStep)) and ...",
         "comparisons: Block._obstacle_of: isinstance(step, (ISTA, DecoderStep)) and (not is_plain(...",
+    ),
+    "what is said of a layer of other steps, and hooks on all modules: test_model.py": (
+        "...: embedding_obstacle: hooks_of_all_modules() or obstacle('patch_embed', embed, PatchEmbed) -> ...",
+        "...: _norm_and_step: not isinstance(...",
+        "names: _norm_and_step: type(...",
+        "order: _norm_and_step: ...",
     ),
     "what is kept for the backward: test_memory.py": (
         "...recompute... -> ...",
         "...use_reentrant=False -> ...",
         "...: AlphaBlock._fused: checkpoint(...",
     ),
-    "dtypes of the stream under autocast: test_model.py": ("casts: ...",),
+    "dtypes under autocast: test_model.py": ("casts: ...",),
     "what nobody asks for who does not drop paths": (
         "branches: Block._kept: not (self.training and self.drop_path) -> False",
         "comparisons: Block._kept: self.training and self.drop_path -> ...",
