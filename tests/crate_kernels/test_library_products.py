@@ -218,6 +218,19 @@ def test_a_subclass_takes_pytorchs_product_in_its_own_dtype(monkeypatch: pytest.
     assert torch.equal(found.as_subclass(Tensor), F.linear(x, weight.bfloat16(), bias.bfloat16()))
 
 
+def test_a_weight_of_a_subclass_is_multiplied_as_it_says(chosen: bool) -> None:
+    class Doubled(Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is F.linear:
+                return F.linear(args[0], 2 * args[1].as_subclass(Tensor), *args[2:])
+            return super().__torch_function__(function, types, args, kwargs)
+
+    x, (weight, bias) = torch.randn(7, 24), parameters()
+    found = library_products.linear(x, weight.detach().as_subclass(Doubled), bias)
+    assert torch.equal(found, F.linear(x, 2 * weight, bias))
+
+
 def test_only_what_gradients_need_is_kept(chosen: bool) -> None:
     weight = parameters()[0]
     for rows_need, weight_needs in ((True, False), (False, True)):
