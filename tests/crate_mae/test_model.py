@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import crate_kernels
+from crate_kernels import fusing
 from crate_mae import MODELS, create_model
 from crate_mae.layers import Linear, PatchEmbed
 from crate_mae.masks import kept_patches, removed_patches
@@ -215,6 +217,19 @@ def test_hooks_on_all_modules_see_the_embedding() -> None:
     finally:
         handle.remove()
     assert {PatchEmbed, nn.Conv2d} <= seen
+
+
+def test_a_layer_says_why_it_is_not_fused_unless_it_drops_paths() -> None:
+    images, model = torch.randn(2, 3, 16, 16), small_model().train()
+    fusing._said.clear()
+    model.encoder_layers[0].drop_path = 0.5
+    with crate_kernels.use("composed"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images)
+    model.encoder_layers[0].drop_path = 0.0
+    model.encoder_layers[0]._pairs()[0][1].register_forward_hook(lambda *_: None)
+    with crate_kernels.use("composed"), pytest.warns(UserWarning, match="EncoderBlock: a step has hooks"):
+        model(images)
 
 
 @pytest.mark.parametrize(("replaced", "got"), [("norm", "Identity and MSSA"), ("fn", "LayerNorm and Identity")])
