@@ -133,7 +133,7 @@ LAYERS = {
     "a product by one library or another": ("linear: choose('linear', x, dtype) != 'composed' -> False",),
 }
 IN_LAYERS = {
-    "whether a layer is fused, and what is said if not: test_fusing.py": (
+    "whether a layer is fused, and what is said if not: test_fusing.py, test_model.py": (
         "...: PreNorm.forward: takes_norm(self.fn) -> False",
         "...: Block.forward: ...reason... -> ...",
         "...: Block.forward: ...self.obstacle(x) -> ...",
