@@ -122,7 +122,7 @@ def mode_of(parallel: str) -> type[Alone]:
 
 
 def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether it is one of FSDP2's. None is where nobody has imported their module, which takes half a second."""
+    """Whether it is one of FSDP2's. There are none where nobody has imported their module, and that takes half a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
