@@ -139,6 +139,22 @@ def test_every_link_leads_to_a_file_and_a_heading_or_line_of_it() -> None:
 # Commands
 
 
+def test_names_said_to_be_in_a_file_are_there() -> None:
+    """As "[file](path): `name`, `name`", and "`name` ([file](path))"."""
+    listed, told = r"\]\((\S+?\.py)\): ((?:`\w+`(?:, )?)+)", r"(`\w+`) \(\[[^]]*\]\((\S+?\.py)\)"
+    said = [
+        (page, page.parent / file, name)
+        for page in [README, *PAGES]
+        for file, names in [
+            *re.findall(listed, page.read_text()),
+            *(found[::-1] for found in re.findall(told, page.read_text())),
+        ]
+        for name in re.findall(r"\w+", names)
+    ]
+    assert len(said) > 20
+    assert [one for one in said if not re.search(rf"\b{one[2]}\b", one[1].read_text())] == []
+
+
 @pytest.fixture(scope="module")
 def of_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what commands are parsed against: the settings and weights of a run."""

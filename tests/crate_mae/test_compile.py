@@ -31,7 +31,7 @@ class Nothing:
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from crate_kernels.products import kernels, preparation_kernels
-    from crate_kernels.shared_attention import triton as attention
+    from crate_kernels.shared_attention import kernels as attention
 
     for module in (preparation_kernels, kernels, attention):
         for name in vars(module).copy():

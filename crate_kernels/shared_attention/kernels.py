@@ -1,0 +1,424 @@
+"""Triton kernels of shared-QKV attention: out = softmax(scale * w w^T) w, one tensor as query, key and value.
+
+Forward: online softmax over tiles of keys. Backward: the scores are symmetric, so the tile S[j, i] = scale * w_j . w_i
+gives both probabilities between tokens i and j, with the log-sum-exp L of each row, kept from the forward:
+
+    P[i, j] = exp(S[j, i] - L[i])   token i is the query, token j the key
+    P[j, i] = exp(S[j, i] - L[j])   token j is the query, token i the key
+
+The gradient of w is the sum of the three gradients of ordinary attention (query, key, value). With delta = rowsum(dO * O)
+all three can be summed for rows j:
+
+    dw_j = sum_i  P[i, j] dO_i
+         + scale * sum_i ( P[i, j] (dO_i . w_j - delta_i) + P[j, i] (dO_j . w_i - delta_j) ) w_i
+
+so one program owns rows j, goes through all tiles i, and writes its rows once: no atomics, the same bits on every run. With
+dropout, P[i, j] dO_i and dO_i . w_j are multiplied by the factor that the forward gave P[i, j]: 0 or 1 / (1 - dropout).
+
+The sides of tiles are powers of two, which would waste work in two ways. Features: a head of 48 is held as parts of 32 and 16
+features (``split_features`` in ``triton.py``); "parts" below are tuples of one or two tiles, side by side. Tokens: a walk takes
+whole tiles of BLOCK tokens without masks, and the rest in masked tiles of TAIL (``tail``, there as well), so that 197 tokens are
+walked as 3 x 64 + 16. The rows that a program owns are always BLOCK_ROWS: wgmma takes no fewer than 64, and a smaller last
+program would need a second copy of all loops in every kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def head_offset(head, heads, stride_batch, stride_head):
+    """Offset of one of batch * heads heads; in 64 bits, since a whole tensor may pass 2^31 elements."""
+    return (head // heads).to(tl.int64) * stride_batch + (head % heads).to(tl.int64) * stride_head
+
+
+@triton.jit
+def count_tokens(lengths_ptr, head, heads, tokens):
+    """How many tokens of the head's sample are not padding. A device cannot raise for a length out of range: it is clamped."""
+    if lengths_ptr is None:
+        return tokens
+    else:
+        return tl.minimum(tl.maximum(tl.load(lengths_ptr + head // heads), 0), tokens).to(tl.int32)
+
+
+@triton.jit
+def part_pointers(base, rows, stride_token, stride_feature, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers [rows, WIDTH] to features from FIRST on, in 64 bits: with large strides, offsets may pass 2^31."""
+    features = (FIRST + tl.arange(0, WIDTH)).to(tl.int64)
+    return base + rows.to(tl.int64)[:, None] * stride_token + features[None, :] * stride_feature
+
+
+@triton.jit
+def part_mask(rows, end, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """True [rows, WIDTH] (or broadcastable to it) for rows before ``end`` and features that exist."""
+    mask = tl.full([1, 1], True, tl.int1)
+    if MASK_ROWS:
+        mask = rows[:, None] < end
+    if HEAD_DIM < FIRST + WIDTH:
+        mask = mask & (FIRST + tl.arange(0, WIDTH) < HEAD_DIM)[None, :]
+    return mask
+
+
+@triton.jit
+def load_part(
+    base, rows, end, stride_token, stride_feature,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr,
+):  # fmt: skip
+    pointers = part_pointers(base, rows, stride_token, stride_feature, FIRST, WIDTH)
+    return tl.load(pointers, mask=part_mask(rows, end, FIRST, WIDTH, HEAD_DIM, MASK_ROWS), other=0.0)
+
+
+@triton.jit
+def load_parts(
+    base, rows, end, stride_token, stride_feature,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, MASK_ROWS: tl.constexpr = True,
+):  # fmt: skip
+    """Rows of one head as parts; rows from ``end`` on (where asked to look) and features that do not exist read as zero."""
+    a = load_part(base, rows, end, stride_token, stride_feature, 0, DIM_A, HEAD_DIM, MASK_ROWS)
+    if DIM_B == 0:
+        return (a,)
+    else:
+        return a, load_part(base, rows, end, stride_token, stride_feature, DIM_A, DIM_B, HEAD_DIM, MASK_ROWS)
+
+
+@triton.jit
+def load_numbers(pointer, rows, end, MASK_ROWS: tl.constexpr = True):
+    """One number a row; rows from ``end`` on (where asked to look) read as zero."""
+    if MASK_ROWS:
+        return tl.load(pointer + rows, mask=rows < end, other=0.0)
+    else:
+        return tl.load(pointer + rows)
+
+
+@triton.jit
+def store_part(base, part, rows, tokens, stride_token, stride_feature, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr):
+    pointers = part_pointers(base, rows, stride_token, stride_feature, FIRST, part.shape[1])
+    tl.store(
+        pointers, part.to(base.dtype.element_ty), mask=part_mask(rows, tokens, FIRST, part.shape[1], HEAD_DIM, True)
+    )
+
+
+@triton.jit
+def store_parts(
+    base, parts, factor, rows, end, tokens, stride_token, stride_feature,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
+):  # fmt: skip
+    """Store parts times ``factor`` [rows], in the tensor's own dtype; zero in rows from ``end`` to ``tokens``."""
+    present = (rows < end)[:, None]
+    a = tl.where(present, parts[0] * factor[:, None], 0.0)
+    store_part(base, a, rows, tokens, stride_token, stride_feature, 0, HEAD_DIM)
+    if DIM_B > 0:
+        b = tl.where(present, parts[1] * factor[:, None], 0.0)
+        store_part(base, b, rows, tokens, stride_token, stride_feature, DIM_A, HEAD_DIM)
+
+
+@triton.jit
+def zero_parts(ROWS: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr):
+    if DIM_B == 0:
+        return (tl.zeros([ROWS, DIM_A], tl.float32),)
+    else:
+        return tl.zeros([ROWS, DIM_A], tl.float32), tl.zeros([ROWS, DIM_B], tl.float32)
+
+
+@triton.jit
+def scale_rows(parts, factor, DIM_B: tl.constexpr):
+    if DIM_B == 0:
+        return (parts[0] * factor[:, None],)
+    else:
+        return parts[0] * factor[:, None], parts[1] * factor[:, None]
+
+
+@triton.jit
+def products_of_rows(x, y, DIM_B: tl.constexpr, PRECISION: tl.constexpr):
+    """x y^T [rows of x, rows of y] in float32, summed over the parts."""
+    products = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION)
+    if DIM_B > 0:
+        products = tl.dot(x[1], tl.trans(y[1]), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def add_weighted_rows(sums, weights, y, DIM_B: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + weights y, part by part; the weights take y's dtype."""
+    weights = weights.to(y[0].dtype)
+    a = tl.dot(weights, y[0], sums[0], input_precision=PRECISION)
+    if DIM_B == 0:
+        return (a,)
+    else:
+        return a, tl.dot(weights, y[1], sums[1], input_precision=PRECISION)
+
+
+@triton.jit
+def dropout_factors(seed, head, rows, columns, dropout):
+    """The factors of P[row, column] and of P[column, row], 0 or 1 / (1 - dropout), both as [rows, columns].
+
+    Philox, a counter-based generator, makes four random words from a key (the seed) and a position of four words. The position is
+    the unordered pair of tokens and the head, each a word of its own, so nothing overflows. The first random word is for the
+    earlier token as the query, the second for the later.
+    """
+    row, column = rows[:, None], columns[None, :]
+    first, second, _, _ = tl.philox(seed, tl.minimum(row, column), tl.maximum(row, column), head, 0)
+    forth = tl.where(row <= column, first, second)
+    back = tl.where(column <= row, first, second)
+    return factor_of_word(forth, dropout), factor_of_word(back, dropout)
+
+
+@triton.jit
+def factor_of_word(word, dropout):
+    # The upper 24 of 32 random bits: a float32 in [0, 1) holds no more.
+    uniform = (word >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    return tl.where(uniform >= dropout, 1.0 / (1.0 - dropout), 0.0)
+
+
+@triton.jit
+def online_softmax_update(scores, row_max, row_sum):
+    """Add one more tile of scores to the running softmax; the caller multiplies what it has summed before by ``rescale``.
+
+    Token 0 is a key of every row and is in the first tile, so the new maximum is finite, and -inf - -inf does not occur.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    rescale = tl.exp2(row_max - new_max)
+    unnormalised = tl.exp2(scores - new_max[:, None])
+    return unnormalised, rescale, new_max, row_sum * rescale + tl.sum(unnormalised, 1)
+
+
+@triton.jit
+def attend_to_tile(
+    out_i, row_max, row_sum, w_i, rows_i, start_j, end,
+    w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Let rows i attend to BLOCK keys from ``start_j`` on as well."""
+    rows_j = start_j + tl.arange(0, BLOCK)
+    w_j = load_parts(w_head_ptr, rows_j, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASKED)
+    scores = products_of_rows(w_i, w_j, DIM_B, PRECISION) * (scale * LOG2_E)
+    if MASKED:
+        is_key = rows_j[None, :] < end
+        if IS_CAUSAL:
+            is_key = is_key & (rows_j[None, :] <= rows_i[:, None])
+        scores = tl.where(is_key, scores, float("-inf"))
+    weights, rescale, row_max, row_sum = online_softmax_update(scores, row_max, row_sum)
+    if DROPOUT:
+        weights *= dropout_factors(seed, head, rows_i, rows_j, dropout)[0]
+    out_i = add_weighted_rows(scale_rows(out_i, rescale, DIM_B), weights, w_j, DIM_B, PRECISION)
+    return out_i, row_max, row_sum
+
+
+@triton.jit
+def attend_to_tokens(
+    w_i, rows_i, end_j, end, w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Walk the keys before ``end_j``. Returns, for rows i, the output before its division, the largest score, and the divisor."""
+    row_max = tl.full([rows_i.shape[0]], float("-inf"), tl.float32)
+    row_sum = tl.zeros([rows_i.shape[0]], tl.float32)
+    out_i = zero_parts(rows_i.shape[0], DIM_A, DIM_B)
+    whole = 0
+    if TAIL < BLOCK:
+        whole = end_j // BLOCK * BLOCK
+        for start_j in range(0, whole, BLOCK):
+            out_i, row_max, row_sum = attend_to_tile(
+                out_i, row_max, row_sum, w_i, rows_i, start_j, end,
+                w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+                MASKED=False, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK,
+            )  # fmt: skip
+    for start_j in tl.range(whole, end_j, TAIL, num_stages=1 if TAIL == 16 and BLOCK > 16 else None):
+        out_i, row_max, row_sum = attend_to_tile(
+            out_i, row_max, row_sum, w_i, rows_i, start_j, end,
+            w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+            MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+            HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
+        )  # fmt: skip
+    return out_i, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "seed"])
+def forward_kernel(
+    w_ptr, out_ptr, lse_ptr, lengths_ptr, scale, dropout, seed: tl.int64, heads, tokens,
+    w_batch, w_head, w_token, w_feature,
+    out_batch, out_head, out_token, out_feature,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_ROWS rows of one head's output and their log-sum-exp."""
+    tiles = tl.cdiv(tokens, BLOCK_ROWS)
+    head = tl.program_id(0) // tiles
+    start_i = tl.program_id(0) % tiles * BLOCK_ROWS
+    rows_i = start_i + tl.arange(0, BLOCK_ROWS)
+    end = count_tokens(lengths_ptr, head, heads, tokens)
+    w_head_ptr = w_ptr + head_offset(head, heads, w_batch, w_head)
+    w_i = load_parts(w_head_ptr, rows_i, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B)
+
+    end_j = end
+    if IS_CAUSAL:
+        end_j = tl.minimum(end, start_i + BLOCK_ROWS)
+    if lengths_ptr is not None:
+        end_j = tl.where(start_i < end, end_j, 0)  # rows of padding attend to nothing
+    out_i, row_max, row_sum = attend_to_tokens(
+        w_i, rows_i, end_j, end, w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
+        IS_CAUSAL, DROPOUT, HEAD_DIM, DIM_A, DIM_B, PRECISION, BLOCK_COLUMNS, TAIL,
+    )  # fmt: skip
+    row_sum = tl.where(rows_i < end, row_sum, 1.0)  # rows of padding have summed nothing
+    out_head_ptr = out_ptr + head_offset(head, heads, out_batch, out_head)
+    store_parts(out_head_ptr, out_i, 1.0 / row_sum, rows_i, end, tokens, out_token, out_feature, HEAD_DIM, DIM_A, DIM_B)
+    lse_i = tl.where(rows_i < end, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
+    tl.store(lse_ptr + head.to(tl.int64) * tokens + rows_i, lse_i, mask=rows_i < tokens)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens"])
+def delta_kernel(
+    grad_out_ptr, out_ptr, delta_ptr, heads, tokens,
+    grad_out_batch, grad_out_head, grad_out_token, grad_out_feature,
+    out_batch, out_head, out_token, out_feature,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: delta = rowsum(dO * O) of BLOCK_ROWS rows of one head, float32."""
+    tiles = tl.cdiv(tokens, BLOCK_ROWS)
+    head = tl.program_id(0) // tiles
+    rows = tl.program_id(0) % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    grad_out_head_ptr = grad_out_ptr + head_offset(head, heads, grad_out_batch, grad_out_head)
+    out_head_ptr = out_ptr + head_offset(head, heads, out_batch, out_head)
+    grad_out = load_parts(grad_out_head_ptr, rows, tokens, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B)
+    out = load_parts(out_head_ptr, rows, tokens, out_token, out_feature, HEAD_DIM, DIM_A, DIM_B)
+    delta = tl.sum(grad_out[0].to(tl.float32) * out[0].to(tl.float32), 1)
+    if DIM_B > 0:
+        delta += tl.sum(grad_out[1].to(tl.float32) * out[1].to(tl.float32), 1)
+    tl.store(delta_ptr + head.to(tl.int64) * tokens + rows, delta, mask=rows < tokens)
+
+
+@triton.jit
+def add_tile_gradient(
+    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
+    w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+    w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
+    J_IS_KEY: tl.constexpr, J_IS_QUERY: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add to dw_j the terms of BLOCK tokens i from ``start_i`` on: those with j as the key, with j as the query, or both.
+
+    Tokens i past the end need a mask for their loads only: their w_i and dO_i are read as zero, and so they add zero.
+    """
+    rows_i = start_i + tl.arange(0, BLOCK)
+    w_i = load_parts(w_head_ptr, rows_i, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASKED)
+    scores = products_of_rows(w_j, w_i, DIM_B, PRECISION) * (scale * LOG2_E)
+    if DROPOUT:
+        factor_ji, factor_ij = dropout_factors(seed, head, rows_j, rows_i, dropout)
+    if J_IS_KEY:
+        grad_out_i = load_parts(
+            grad_out_head_ptr, rows_i, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B, MASKED
+        )
+        lse_i = load_numbers(lse_head_ptr, rows_i, end, MASKED) * LOG2_E
+        delta_i = load_numbers(delta_head_ptr, rows_i, end, MASKED)
+        p_ij = tl.exp2(scores - lse_i[None, :])
+        if IS_CAUSAL:
+            p_ij = tl.where(rows_i[None, :] >= rows_j[:, None], p_ij, 0.0)
+    grad_scores = tl.zeros([rows_j.shape[0], BLOCK], tl.float32)
+    if J_IS_KEY:
+        dw_j = add_weighted_rows(dw_j, p_ij * factor_ij if DROPOUT else p_ij, grad_out_i, DIM_B, PRECISION)
+        grad_p_ij = products_of_rows(w_j, grad_out_i, DIM_B, PRECISION)
+        if DROPOUT:
+            grad_p_ij *= factor_ij
+        grad_scores += p_ij * (grad_p_ij - delta_i[None, :])
+    if J_IS_QUERY:
+        p_ji = tl.exp2(scores - lse_j[:, None])
+        if IS_CAUSAL:
+            p_ji = tl.where(rows_i[None, :] <= rows_j[:, None], p_ji, 0.0)
+        grad_p_ji = products_of_rows(grad_out_j, w_i, DIM_B, PRECISION)
+        if DROPOUT:
+            grad_p_ji *= factor_ji
+        grad_scores += p_ji * (grad_p_ji - delta_j[:, None])
+    return add_weighted_rows(dw_j, scale * grad_scores, w_i, DIM_B, PRECISION)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "seed"])
+def backward_kernel(
+    grad_out_ptr, w_ptr, lse_ptr, delta_ptr, dw_ptr, lengths_ptr, scale, dropout, seed: tl.int64, heads, tokens,
+    grad_out_batch, grad_out_head, grad_out_token, grad_out_feature,
+    w_batch, w_head, w_token, w_feature,
+    dw_batch, dw_head, dw_token, dw_feature,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_ROWS rows of one head's dw, summed over all tiles of BLOCK_COLUMNS tokens."""
+    tiles = tl.cdiv(tokens, BLOCK_ROWS)
+    head = tl.program_id(0) // tiles
+    start_j = tl.program_id(0) % tiles * BLOCK_ROWS
+    rows_j = start_j + tl.arange(0, BLOCK_ROWS)
+    end = count_tokens(lengths_ptr, head, heads, tokens)
+    w_head_ptr = w_ptr + head_offset(head, heads, w_batch, w_head)
+    grad_out_head_ptr = grad_out_ptr + head_offset(head, heads, grad_out_batch, grad_out_head)
+    lse_head_ptr = lse_ptr + head.to(tl.int64) * tokens
+    delta_head_ptr = delta_ptr + head.to(tl.int64) * tokens
+
+    w_j = load_parts(w_head_ptr, rows_j, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B)
+    grad_out_j = load_parts(grad_out_head_ptr, rows_j, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B)
+    lse_j = load_numbers(lse_head_ptr, rows_j, end) * LOG2_E
+    delta_j = load_numbers(delta_head_ptr, rows_j, end)
+    dw_j = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
+    end_i = end
+    if lengths_ptr is not None:
+        end_i = tl.where(start_j < end, end, 0)  # rows of padding have no gradient
+
+    # One walk with j as key and as query computes each score once. There are two walks where one would cost more: under a causal
+    # mask, key and query need different halves of the tokens; and exact float32 products, which run outside the tensor cores
+    # and hold whole rows of their operands in registers, would spill.
+    #
+    # P[j, i] = P[i, j] exp(L[i] - L[j]) would save one of two exponentials a score, but not where L[i] and L[j] are so far apart
+    # that P[i, j] underflows. A second walk for such heads takes so many registers that fewer blocks fit on a multiprocessor,
+    # or that they spill: as compiled for sm_90, 213 to 248 against 168 (64 features, 64 x 64 tiles).
+    if IS_CAUSAL or PRECISION == "ieee":
+        first_query, end_key = 0, end_i
+        if IS_CAUSAL:
+            first_query, end_key = start_j, tl.minimum(end_i, start_j + BLOCK_ROWS)
+        for start_i in range(0, end_key, BLOCK_COLUMNS):
+            dw_j = add_tile_gradient(
+                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
+                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
+                J_IS_KEY=False, J_IS_QUERY=True, MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
+            )  # fmt: skip
+        for start_i in range(first_query, end_i, BLOCK_COLUMNS):
+            dw_j = add_tile_gradient(
+                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
+                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
+                J_IS_KEY=True, J_IS_QUERY=False, MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
+            )  # fmt: skip
+    else:
+        whole = 0
+        if TAIL < BLOCK_COLUMNS:
+            whole = end_i // BLOCK_COLUMNS * BLOCK_COLUMNS
+            # Not range(0, whole), with which the compiler takes 20 registers more.
+            for start_i in range(0, end_i - BLOCK_COLUMNS + 1, BLOCK_COLUMNS):
+                dw_j = add_tile_gradient(
+                    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
+                    w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                    w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
+                    J_IS_KEY=True, J_IS_QUERY=True, MASKED=False, IS_CAUSAL=False, DROPOUT=DROPOUT,
+                    HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
+                )  # fmt: skip
+        for start_i in tl.range(whole, end_i, TAIL, num_stages=1 if TAIL == 16 and BLOCK_COLUMNS > 16 else None):
+            dw_j = add_tile_gradient(
+                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
+                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
+                J_IS_KEY=True, J_IS_QUERY=True, MASKED=True, IS_CAUSAL=False, DROPOUT=DROPOUT,
+                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
+            )  # fmt: skip
+
+    dw_head_ptr = dw_ptr + head_offset(head, heads, dw_batch, dw_head)
+    one = tl.full([BLOCK_ROWS], 1.0, tl.float32)
+    store_parts(dw_head_ptr, dw_j, one, rows_j, end, tokens, dw_token, dw_feature, HEAD_DIM, DIM_A, DIM_B)
