@@ -13,10 +13,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from crate_kernels._ops import add_op_namespace_prefix, ops
 from crate_kernels.dtypes import no_autocast
+from crate_kernels.replay import Replayed
 
 
 def register(
-    name: str, function: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] = lambda *_: 0
+    name: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int] = lambda *_: 0,
+    *,
+    replayed: bool = False,
 ) -> None:
     """Make ``function`` the PyTorch operator ``crate_kernels::<name>``, whose schema is made from its annotations.
 
@@ -31,6 +37,7 @@ def register(
         function: what it does.
         fake: returns uninitialised results, for tensors that have a shape and no memory.
         flops: counts floating-point operations; it is called with the shape of each tensor instead of the tensor.
+        replayed: whether the layouts of its arguments determine all that ``function`` does (``replay``).
     """
     kinds = get_type_hints(function)
     parameters = [p.replace(annotation=kinds[p.name]) for p in inspect.signature(function).parameters.values()]
@@ -50,11 +57,12 @@ def register(
         with no_autocast(first), torch.cuda.device_of(first):
             return function(*arguments)
 
+
     # Python lets a function say its signature; the type of functions does not know.
     run.__signature__ = inspect.Signature(parameters, return_annotation=kinds["return"])  # type: ignore[attr-defined]
     full_name = add_op_namespace_prefix(name)
     torch.library.define(full_name, torch.library.infer_schema(run, mutates_args=()))
-    torch.library.impl(full_name, "CompositeExplicitAutograd", run)
+    torch.library.impl(full_name, "CompositeExplicitAutograd", Replayed(run) if replayed else run)
     torch.library.register_fake(full_name, fake)
     register_flop_formula(getattr(ops, name))(lambda *shapes, **_: flops(*shapes))
 

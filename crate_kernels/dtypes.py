@@ -35,8 +35,11 @@ def dot_precision(x: Tensor) -> str:
 
     For float32 operands PyTorch's own setting decides. 16-bit operands are multiplied exactly whatever is returned.
     """
-    if x.dtype != torch.float32:
-        return "tf32"
+    return "tf32" if x.dtype != torch.float32 else float32_precision()
+
+
+def float32_precision() -> str:
+    """``dot_precision`` of float32 operands."""
     try:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     except RuntimeError:  # set through the newer attribute, which the older function refuses to read

@@ -38,6 +38,9 @@ def tensors(
     elif bias is not None:
         raise ValueError("norm_bias: given without norm_weight; pass both, or neither for no LayerNorm")
     given.update(norm_weight=(weight, "width"), norm_bias=(bias, "width"))
+    layout = None if torch.compiler.is_compiling() else _layout(any_dtype, given)
+    if layout in _fitting:
+        return
     sizes: dict[str, Any] = {}
     (first_name, (value, dims)), *others = given.items()
     first = tensor(first_name, value, dims, sizes)
@@ -52,6 +55,27 @@ def tensors(
             raise TypeError(
                 f"{name}: expected {dtype} like {first_name}, got {describe(value)} (mixed dtypes need torch.autocast)"
             )
+    if layout is not None and len(_fitting) < _MOST_LAYOUTS:
+        _fitting.add(layout)
+
+
+# What ``tensors`` found to fit: the same arguments come at every step, and to compare them takes longer than to look them up.
+_fitting: set[tuple] = set()
+_MOST_LAYOUTS = 4096
+
+
+def _layout(any_dtype: str, given: dict[str, tuple[Tensor | None, str]]) -> tuple | None:
+    """All that ``tensors`` looks at; None for what is no plain tensor, whose sizes may be symbols."""
+    layout: list[Any] = [any_dtype]
+    for name, (value, dims) in given.items():
+        if value is None:
+            layout.append(name)
+        elif type(value) in (Tensor, Parameter):
+            layout.append((name, dims, value.shape, value.dtype, value.device))
+        else:
+            return None
+    (first, _), *_ = given.values()
+    return None if first is None else (is_autocast(first), *layout)
 
 
 def tensor(name: str, value: object, dims: str, sizes: dict[str, Any] | None = None) -> Tensor:

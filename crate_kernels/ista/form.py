@@ -26,8 +26,9 @@ def combined_of(dictionary: Tensor) -> Tensor:
     return plus_product(dictionary, dictionary.t(), dictionary, alpha=-1)
 
 
-def through_combined(grad: Tensor, dictionary: Tensor, factor: float = 1) -> Tensor:
-    """The gradient of ``combined_of``, dW = factor * (dG - W (dG + dG^T)); all are in one dtype."""
-    # dG^T is copied to row-major memory first: adding rows to columns takes three times as long on a CPU.
-    both = grad.t().clone(memory_format=torch.contiguous_format).add_(grad)
+def through_combined(grad: Tensor, dictionary: Tensor, factor: float = 1, both: Tensor | None = None) -> Tensor:
+    """The gradient of ``combined_of``, dW = factor * (dG - W (dG + dG^T)); all are in one dtype. ``both`` is the inner sum."""
+    if both is None:
+        # dG^T is copied to row-major memory first: adding rows to columns takes three times as long on a CPU.
+        both = grad.t().clone(memory_format=torch.contiguous_format).add_(grad)
     return plus_product(grad, dictionary, both, beta=factor, alpha=-factor)

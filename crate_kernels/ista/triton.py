@@ -17,7 +17,7 @@ from crate_kernels.ista.form import through_combined
 from crate_kernels.library_products import float32_product
 from crate_kernels.products.launchers import gradient_rows, gradients, input_gradient, project, weight_gradient
 from crate_kernels.products.norm_folding import Norm, Operand
-from crate_kernels.products.preparation import matrix_gradient
+from crate_kernels.products.preparation import matrix_gradients
 
 
 class Step(NamedTuple):
@@ -71,8 +71,8 @@ def backward(
     weight = dictionary.float()
     if norm is None:
         return found.x, through_combined(found.matrix * step.step_size, weight), None, None
-    grad_combined, grad_gamma, grad_beta = matrix_gradient(found, combined, norm, combined, step.step_size, skip=True)
-    return found.x, through_combined(grad_combined, weight), grad_gamma, grad_beta
+    grads = matrix_gradients(found, combined, norm, step.step_size, skip=True, symmetric=True)
+    return found.x, through_combined(grads.matrix, weight, both=grads.symmetric), grads.gamma, grads.beta
 
 
 def forward_two_products(

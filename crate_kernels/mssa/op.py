@@ -117,5 +117,5 @@ def _backward_flops(grad: Any, x_shape: tuple[int, ...], kept: Any, needs: list[
     return qkv * (need_x + need_qkv) + (5 * scores + out) * (need_x or need_qkv) + out * need_out + again
 
 
-register("mssa_forward", _forward, fake=_forward_fake, flops=_forward_flops)
-register("mssa_backward", _backward, fake=_backward_fake, flops=_backward_flops)
+register("mssa_forward", _forward, fake=_forward_fake, flops=_forward_flops, replayed=True)
+register("mssa_backward", _backward, fake=_backward_fake, flops=_backward_flops, replayed=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crate_kernels.products import launchers as products
 from crate_kernels.products.norm_folding import Norm, Operand
-from crate_kernels.products.preparation import matrix_gradient
+from crate_kernels.products.preparation import matrix_gradients
 from crate_kernels.shared_attention import triton as attention
 
 
@@ -88,7 +88,7 @@ def backward(
     )  # fmt: skip
     grad_qkv, grad_gamma, grad_beta = qkv_grads.matrix, None, None
     if need_qkv and norm is not None:
-        grad_qkv, grad_gamma, grad_beta = matrix_gradient(qkv_grads, qkv_weight.t(), norm, qkv_weight.t())
+        grad_qkv, grad_gamma, grad_beta, _ = matrix_gradients(qkv_grads, qkv_weight.t(), norm)
     grad_qkv_weight = None if grad_qkv is None else grad_qkv.t()
     return qkv_grads.x, grad_qkv_weight, grad_out_weight, out_grads.column, grad_gamma, grad_beta
 

@@ -69,7 +69,7 @@ def _product(x_shape: tuple[int, ...], given: _Shapes) -> int:
     return 2 * x_shape[0] * given.weight[0] * given.weight[1]
 
 
-register("norm_linear_forward", _forward, fake=_forward_fake, flops=_product)
+register("norm_linear_forward", _forward, fake=_forward_fake, flops=_product, replayed=True)
 register(
     "norm_linear_backward",
     _backward,
@@ -77,4 +77,5 @@ register(
         (x, *given[:4]), (need_x, *[need_weights] * 4)
     ),
     flops=lambda grad, x, kept, need_x, need_weights, given: _product(x, given) * (need_x + need_weights),
+    replayed=True,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crate_kernels.products.launchers import gradients, project
 from crate_kernels.products.norm_folding import Norm, Operand
-from crate_kernels.products.preparation import matrix_gradient
+from crate_kernels.products.preparation import matrix_gradients
 
 
 def forward(x: Tensor, operand: Operand, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
@@ -40,5 +40,5 @@ def backward(
         return found.x, None, None, None, None
     if norm is None:
         return found.x, found.matrix.t(), found.column, None, None
-    matrix, gamma, beta = matrix_gradient(found, weight.t(), norm, weight.t())
+    matrix, gamma, beta, _ = matrix_gradients(found, weight.t(), norm)
     return found.x, matrix.t(), found.column, gamma, beta

@@ -255,15 +255,16 @@ def project_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def gradient_rows_kernel(
-    grad, y, x, moments, product_sum, product_offset, g_out, sums, column_sums, threshold, tokens, width,
+    grad, y, x, moments, column_sum, offset, norm_weight, norm_bias, g_out, sums, column_sums, threshold, tokens, width,
     grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
-    SCALED: tl.constexpr, ACTIVATION: tl.constexpr, THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr, THRESHOLD_IN_MEMORY: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """For BLOCK_M tokens: g (grad where y is not zero; SCALED: times rstd), c1 and c2, column sums; each if it is asked for.
 
-    grad, y, g_out [tokens, width]; moments, sums [2, tokens]; product_sum, product_offset [width]: the u and offset of c1 and c2,
-    skip included; column_sums [1 or 2, programs, width]: first of g without rstd; then of mean * g if SCALED, of g * xhat with x.
+    grad, y, g_out [tokens, width]; moments, sums [2, tokens]; column_sum, offset [width]: the product's u and offset, NEGATE: of
+    a product that was subtracted; norm_weight, norm_bias [width]: given if LN(x) was added to the product; column_sums
+    [1 or 2, programs, width]: first of g without rstd; then of mean * g if SCALED, of g * xhat with x.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -299,8 +300,16 @@ def gradient_rows_kernel(
             z = y_tile
             if ACTIVATION != "none":
                 z = before_threshold(y_tile, scalar(threshold, THRESHOLD_IN_MEMORY), ACTIVATION)
-            c1 += g * load_row(product_sum, columns, width)
-            c2 += g * (z - load_row(product_offset, columns, width))
+            u = load_row(column_sum, columns, width)
+            z_offset = load_row(offset, columns, width)
+            if NEGATE:
+                u, z_offset = -u, -z_offset
+            if norm_weight is not None:
+                u += load_row(norm_weight, columns, width)
+            if norm_bias is not None:
+                z_offset += load_row(norm_bias, columns, width)
+            c1 += g * u
+            c2 += g * (z - z_offset)
     if sums is not None:
         tl.store(sums + rows, tl.sum(c1, 1), mask=rows < tokens)
         tl.store(sums + tokens.to(tl.int64) + rows, tl.sum(c2, 1), mask=rows < tokens)

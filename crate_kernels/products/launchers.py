@@ -11,6 +11,7 @@ from crate_kernels.dtypes import dot_precision
 from crate_kernels.library_products import float32_product
 from crate_kernels.products import kernels
 from crate_kernels.products.norm_folding import Norm, Operand
+from crate_kernels.replay import launch
 from crate_kernels.tiles import cdiv, naming_the_cache, select
 from crate_kernels.tiles.products import TABLE
 
@@ -29,7 +30,8 @@ def moments_of(x: Tensor, eps: float, xhat_dtype: torch.dtype | None = None) -> 
     moments = x.new_empty((2, tokens), dtype=torch.float32)
     xhat = None if xhat_dtype is None else torch.empty((tokens, width), dtype=xhat_dtype, device=x.device)
     if x.numel():
-        kernels.moments_kernel[(cdiv(tokens, _ROWS["BLOCK_M"]),)](
+        launch(
+            kernels.moments_kernel, (cdiv(tokens, _ROWS["BLOCK_M"]),),
             x, moments, xhat, eps, tokens, width, *x.stride(),
             WHOLE=width % _ROWS["BLOCK_N"] == 0, enable_fp_fusion=True, **_ROWS,
         )  # fmt: skip
@@ -97,7 +99,8 @@ def project(
     if norm is not None and skip_norm:
         gamma, beta = norm.weight.contiguous(), None if norm.bias is None else norm.bias.contiguous()
     left, matrix = _by(tiles, multiplied, operand.matrix)
-    kernels.project_kernel[_grid(tokens, width, tiles)](
+    launch(
+        kernels.project_kernel, _grid(tokens, width, tiles),
         left, matrix, out, moments if fold or skip_norm else None, operand.column_sum if fold else None,
         operand.offset, skip, gamma, beta, threshold_value, tokens, inner_width, width,
         *left.stride(), *_strides(matrix), *_strides(skip),
@@ -126,7 +129,7 @@ class Gradients(NamedTuple):
 
     x: [tokens, inner].
     matrix: [inner, width] float32, any strides: xhat^T g. Where raw tokens were multiplied (``folds``) it is x^T g^, and
-        mean_column must still be subtracted from each row. With a LayerNorm ``preparation.matrix_gradient`` does the rest.
+        mean_column must still be subtracted from each row. With a LayerNorm ``preparation.matrix_gradients`` does the rest.
     column: [width] float32, sums over tokens of g: the gradient of the offset.
     mean_column: [width] float32, sums over tokens of mean * g^; only where raw tokens were multiplied.
     diagonal: [width] float32, the diagonal of xhat^T g before g is rounded; only where they were not, and LN(x) was added.
@@ -139,18 +142,6 @@ class Gradients(NamedTuple):
     mean_column: Tensor | None
     diagonal: Tensor | None
     delta: Tensor | None
-
-
-def gradient_sums(operand: Operand, norm: Norm, skip: bool = False, negate: bool = False) -> tuple[Tensor, Tensor]:
-    """u and offset [width] of c1 = sum g u and c2 = sum g (z - offset), where z is the product plus all that was added to it."""
-    column_sum, offset = operand.column_sum, operand.offset
-    assert column_sum is not None and offset is not None  # an operand with a LayerNorm has both
-    if negate:
-        column_sum, offset = -column_sum, -offset
-    if skip:
-        column_sum = column_sum + norm.weight
-        offset = offset if norm.bias is None else offset + norm.bias
-    return column_sum, offset
 
 
 def gradients(
@@ -239,21 +230,29 @@ def gradient_rows(
     masked, make_sums = threshold is not None, need_x and norm is not None
     scaled = norm is not None and x is not None and folds(x, dtype)
     make_g = masked or scaled or grad.dtype != dtype
+    added = x if need_column and skip and norm is not None and not scaled else None
+    two = scaled or added is not None
+    if need_column and not (make_g or make_sums or two):
+        return GradientRows(grad, column_sums=grad.sum(0, keepdim=True, dtype=torch.float32))
     g = torch.empty((tokens, width), dtype=dtype, device=grad.device) if make_g else grad
     sums = grad.new_empty((2, tokens), dtype=torch.float32) if make_sums else None
     programs = cdiv(tokens, _ROWS["BLOCK_M"])
-    added = x if need_column and skip and norm is not None and not scaled else None
-    two = scaled or added is not None
     columns = grad.new_empty((1 + two, programs, width), dtype=torch.float32) if need_column else None
     if tokens and (make_g or make_sums or need_column):
-        u_and_offset = gradient_sums(operand, norm, skip, negate) if norm is not None and need_x else (None, None)
+        column_sum = offset = gamma = beta = None
+        if make_sums:
+            column_sum, offset = operand.column_sum, operand.offset
+        if make_sums and skip:
+            assert norm is not None
+            gamma, beta = norm.weight.contiguous(), None if norm.bias is None else norm.bias.contiguous()
         threshold_value, in_memory = number(threshold)
         read_y = y if masked or make_sums else None
-        kernels.gradient_rows_kernel[(programs,)](
-            grad, read_y, added, moments if two else None, *u_and_offset, g if make_g else None, sums, columns,
+        launch(
+            kernels.gradient_rows_kernel, (programs,),
+            grad, read_y, added, moments if two else None, column_sum, offset, gamma, beta, g if make_g else None, sums, columns,
             threshold_value, tokens, width,
             *grad.stride(), *_strides(read_y), *_strides(added),
-            SCALED=scaled, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
+            SCALED=scaled, NEGATE=negate and make_sums, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
             WHOLE=width % _ROWS["BLOCK_N"] == 0, enable_fp_fusion=True, **_ROWS,
         )  # fmt: skip
     return GradientRows(g, sums, None if columns is None else columns.sum(1))
@@ -294,7 +293,8 @@ def input_gradient(
     skipped = None if skip is None else rows.g if scaled or skip.dtype == dtype else skip
     mask = mask if skipped is skip else None
     left, matrix = _by(tiles, rows.g, operand.matrix.t())
-    kernels.input_gradient_kernel[_grid(tokens, width, tiles)](
+    launch(
+        kernels.input_gradient_kernel, _grid(tokens, width, tiles),
         left, skipped, mask, matrix, out, x if norm else None, moments, rows.sums,
         norm.weight.contiguous() if norm and skip is not None else None, extra, delta, attended,
         tokens, inner_width, width, sample_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -14,6 +15,7 @@ from crate_kernels.products import preparation_kernels as kernels
 from crate_kernels.products.launchers import Gradients, number
 from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.products.op import empty_operands
+from crate_kernels.replay import launch
 from crate_kernels.tiles import cdiv
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -30,35 +32,51 @@ _tables: OrderedDict[tuple, dict[int, Tensor]] = OrderedDict()
 _tables_of_graphs: dict[tuple, Tensor] = {}
 
 
-def matrix_gradient(
-    found: Gradients, matrix: Tensor, norm: Norm, like: Tensor, scale: Tensor | None = None, skip: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of B, gamma and beta of ``LN(x) (scale * B)``, from those of the product, in one launch.
+class MatrixGradients(NamedTuple):
+    """The gradients of B, gamma and beta (None without it) of ``LN(x) (scale * B)``; and that of B plus its transpose, or None."""
+
+    matrix: Tensor
+    gamma: Tensor
+    beta: Tensor | None
+    symmetric: Tensor | None
+
+
+def matrix_gradients(
+    found: Gradients,
+    matrix: Tensor,
+    norm: Norm,
+    scale: Tensor | None = None,
+    *,
+    skip: bool = False,
+    symmetric: bool = False,
+) -> MatrixGradients:
+    """All gradients of weights that come from those of the product, in one launch.
 
     Args:
         found: what ``launchers.gradients`` returned, with the gradients of matrix and column.
-        matrix: B [inner, width], any dtype and strides.
+        matrix: B [inner, width], any dtype and strides, which its gradient gets, too.
         norm: the LayerNorm before the product.
-        like: a tensor of B's shape; the gradient of B gets its dtype and strides.
         scale: 0-dim, on the host or beside the matrix; 1 if None.
         skip: LN(x) was added to the product.
+        symmetric: return the gradient of B plus its transpose; B is square.
     """
     assert found.matrix is not None
     inner_width, width = matrix.shape
-    grad_matrix = torch.empty_like(like)
+    grad_matrix, both = torch.empty_like(matrix), torch.empty_like(matrix) if symmetric else None
     grad_gamma = torch.empty_like(norm.weight, memory_format=torch.contiguous_format)
     grad_beta = None if norm.bias is None else torch.empty_like(norm.bias, memory_format=torch.contiguous_format)
     beta = None if norm.bias is None else norm.bias.contiguous()
     if matrix.numel():
         scale_value, in_memory = number(scale)
-        kernels.gradient_kernel[(cdiv(inner_width, _GRADIENT["BLOCK_K"]),)](
+        launch(
+            kernels.gradient_kernel, (cdiv(inner_width, _GRADIENT["BLOCK_K"]),),
             found.matrix, matrix, found.column, found.mean_column, found.diagonal if skip else None, norm.weight.contiguous(),
-            beta, grad_matrix, grad_gamma, grad_beta, scale_value, inner_width, width, *found.matrix.stride(), *matrix.stride(),
+            beta, grad_matrix, both, grad_gamma, grad_beta, scale_value, inner_width, width, *found.matrix.stride(), *matrix.stride(),
             *grad_matrix.stride(), SCALE_IN_MEMORY=in_memory, SKIP=skip,
             WHOLE_N=width % _GRADIENT["BLOCK_N"] == 0, WHOLE_K=inner_width % _GRADIENT["BLOCK_K"] == 0,
             enable_fp_fusion=True, **_GRADIENT,
         )  # fmt: skip
-    return grad_matrix, grad_gamma, grad_beta
+    return MatrixGradients(grad_matrix, grad_gamma, grad_beta, both)
 
 
 def prepare_all(
@@ -84,7 +102,8 @@ def prepare_all(
     (inner_width, width), count = matrices[0].shape, len(matrices)
     if operand.numel():
         scale_value, in_memory = number(scale)
-        kernels.prepare_kernel[(cdiv(width, _PREPARE["BLOCK_N"]), count)](
+        launch(
+            kernels.prepare_kernel, (cdiv(width, _PREPARE["BLOCK_N"]), count),
             _table(matrices, vectors), operand, column_sum, offset, scale_value, inner_width, width,
             *matrices[0].stride(), *operand.stride()[1:],
             SCALE_IN_MEMORY=in_memory, WHOLE_N=width % _PREPARE["BLOCK_N"] == 0, WHOLE_K=inner_width % _PREPARE["BLOCK_K"] == 0,
@@ -109,7 +128,8 @@ def combine_all(
     if combined.numel():
         scale, in_memory = number(step_size)
         precision = dot_precision(operand if dtype == torch.bfloat16 else combined)
-        kernels.combine_kernel[(cdiv(width, _COMBINE["BLOCK_N"]), count)](
+        launch(
+            kernels.combine_kernel, (cdiv(width, _COMBINE["BLOCK_N"]), count),
             _table(weights, vectors), combined, operand, column_sum, offset, scale, width, *first.stride(),
             SCALE_IN_MEMORY=in_memory, WHOLE=width % _COMBINE["BLOCK_N"] == 0,
             PRECISION=precision, **_kinds(weights, vectors), enable_fp_fusion=True, **_COMBINE,

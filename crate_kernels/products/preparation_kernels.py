@@ -125,7 +125,8 @@ def combine_kernel(
 
 @triton.jit
 def gradient_kernel(
-    product, matrix, column, mean_column, diagonal, gamma, beta, grad_matrix, grad_gamma, grad_beta, scale, inner_width, width,
+    product, matrix, column, mean_column, diagonal, gamma, beta, grad_matrix, symmetric, grad_gamma, grad_beta, scale,
+    inner_width, width,
     product_row_stride, product_column_stride, matrix_row_stride, matrix_column_stride, grad_row_stride, grad_column_stride,
     SCALE_IN_MEMORY: tl.constexpr, SKIP: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -137,7 +138,7 @@ def gradient_kernel(
         dbeta = scale * matrix column
 
     SKIP: LN(x) was added to the product, which adds to dgamma the diagonal of H (or ``diagonal``, if given), and to dbeta the
-    column.
+    column. symmetric, of a square matrix: d matrix + its transpose, laid out as d matrix.
     """
     rows = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = rows < inner_width
@@ -170,6 +171,18 @@ def gradient_kernel(
         place = rows.to(tl.int64)[:, None] * grad_row_stride + columns.to(tl.int64)[None, :] * grad_column_stride
         mask = inside[:, None] & (columns < width)[None, :]
         tl.store(grad_matrix + place, (factor * grad).to(grad_matrix.dtype.element_ty), mask=mask)
+        if symmetric is not None:  # [rows, columns] of the transpose, whose own rows are the columns here
+            h = load_tile(
+                product, rows, columns, product_column_stride, product_row_stride, inner_width, width, WHOLE_K, WHOLE_N
+            )
+            if mean_column is not None:
+                h -= tl.load(mean_column + rows, mask=inside, other=0.0)[:, None]
+            transposed = load_row(gamma, columns, width) * h
+            if beta is not None:
+                sums_of_rows = tl.load(column + rows, mask=inside, other=0.0)[:, None]
+                transposed += load_row(beta, columns, width) * sums_of_rows
+            both = factor * grad + factor * transposed
+            tl.store(symmetric + place, both.to(symmetric.dtype.element_ty), mask=mask)
     if diagonal is not None:
         through_weight += tl.load(diagonal + rows, mask=inside, other=0.0)
     tl.store(grad_gamma + rows, through_weight.to(grad_gamma.dtype.element_ty), mask=inside)

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from crate_kernels import validation
@@ -96,5 +97,5 @@ def _versions(made_of: Sources) -> tuple[tuple[int, int] | int | None, ...] | No
 
 def _version(tensor: Tensor) -> tuple[int, int]:
     # Tensors made in inference mode have no count of writes, and fake tensors no address.
-    fake = isinstance(tensor, torch._subclasses.FakeTensor)
-    return 0 if fake else tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    address = 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+    return address, 0 if tensor.is_inference() else tensor._version

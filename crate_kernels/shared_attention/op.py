@@ -109,10 +109,12 @@ register(
     _forward,
     fake=_forward_fake,
     flops=lambda w, given: 2 * _product(w, given.is_causal),
+    replayed=True,
 )
 register(
     "shared_attention_backward",
     _backward,
     fake=lambda grad, w, *_: empty_token_major(w),
     flops=lambda grad, w, out, kept, scale, is_causal, *_: 5 * _product(w, is_causal),
+    replayed=True,
 )

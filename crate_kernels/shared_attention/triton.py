@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from crate_kernels.dtypes import dot_precision
+from crate_kernels.replay import launch
 from crate_kernels.shared_attention import kernels
 from crate_kernels.shared_attention.op import empty_token_major
 from crate_kernels.tiles import cdiv, naming_the_cache, select
@@ -161,4 +162,4 @@ def _launch(kernel, w: Tensor, arguments: tuple, strided: tuple[Tensor, ...], op
     batch, heads, tokens, head_dim = w.shape
     programs = batch * heads * cdiv(tokens, options["BLOCK_ROWS"])
     strides = [stride for tensor in strided for stride in tensor.stride()]
-    kernel[(programs,)](*arguments, heads, tokens, *strides, HEAD_DIM=head_dim, enable_fp_fusion=True, **options)
+    launch(kernel, (programs,), *arguments, heads, tokens, *strides, HEAD_DIM=head_dim, enable_fp_fusion=True, **options)

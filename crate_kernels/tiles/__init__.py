@@ -52,6 +52,11 @@ def trial(tiles: Mapping[tuple, Tile]) -> Iterator[dict[tuple, Tile]]:
         _trial = previous
 
 
+def are_on_trial() -> bool:
+    """Whether a block of ``pretend`` or ``trial`` is at work, in which the same launch may take other tiles than outside."""
+    return _trial is not None or _pretended is not None
+
+
 def family(device: torch.device) -> str:
     """The device family that tiles are chosen for: "sm_90" on an H100 or H200, "default" where there is no CUDA device."""
     return _pretended or _family(device)

@@ -359,7 +359,6 @@ def _matrix_gradient(
 ) -> Probe:  # fmt: skip
     torch.manual_seed(inner * width)
     product, matrix = amid_nan(torch.randn(inner, width)), amid_nan(torch.randn(width, inner)).mT
-    like = torch.empty(width, inner).mT if skip else torch.empty(inner, width)
     column, mean_column = _vector(width), _vector(width) if fold else None
     norm = Norm(_vector(inner), _vector(inner) if beta else None)
     scale = _SCALE.double() if scaled else 1
@@ -371,12 +370,15 @@ def _matrix_gradient(
         expected["beta"] = scale * matrix.double() @ column.double() + (column if skip else 0)
     on_diagonal = 0 if not skip else h.diagonal() if diagonal is None else diagonal.double()
     expected |= {"matrix": scale * grad_matrix, "gamma": scale * (matrix * h).sum(1) + on_diagonal}
+    if skip:
+        expected["symmetric"] = scale * (grad_matrix + grad_matrix.mT)
 
     def run() -> dict[str, Tensor]:
         with _preparing(in_memory):
             found = products.Gradients(None, product, column, mean_column, diagonal, None)
-            grads = preparation.matrix_gradient(found, matrix, norm, like, _SCALE if scaled else None, skip)
-        return dict(zip(("matrix", "gamma", "beta"), grads, strict=True))
+            scale = _SCALE if scaled else None
+            grads = preparation.matrix_gradients(found, matrix, norm, scale, skip=skip, symmetric=skip)
+        return {name: grad for name, grad in grads._asdict().items() if grad is not None}
 
     return _probe(f"gradient: {name}", run, expected)
 
