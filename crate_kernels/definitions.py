@@ -57,7 +57,6 @@ def register(
         with no_autocast(first), torch.cuda.device_of(first):
             return function(*arguments)
 
-
     # Python lets a function say its signature; the type of functions does not know.
     run.__signature__ = inspect.Signature(parameters, return_annotation=kinds["return"])  # type: ignore[attr-defined]
     full_name = add_op_namespace_prefix(name)

@@ -74,8 +74,8 @@ class Replayed:
     """A function that is replayed where it knows the layout of its arguments.
 
     Args:
-        function: its arguments are tensors, lists, Nones, and values that can be compared; the first one is a tensor. It returns a
-            tensor, or a list or tuple of such. It may call PyTorch and ``launch``, and may read CPU tensors of no dimensions.
+        function: its arguments are tensors, lists, Nones, and values that can be compared; the first one is a tensor. It returns
+            a tensor, or a list or tuple of such. It may call PyTorch and ``launch``, and may read CPU tensors of no dimensions.
 
     Attributes:
         known: by layout, the replay; or True if the layout was met once, False if it cannot be recorded.
@@ -109,7 +109,7 @@ class Replayed:
         recorder = _Recorder(arguments)
         with recorder:
             result = self.function(*arguments)
-        self.known[layout] = recorder.replay(result) or False
+        self.known[layout] = recorder.replay(result, self.function) or False
         return result
 
 
@@ -201,15 +201,21 @@ class _Recorder(TorchDispatchMode):
             self._read_on_host.update(map(id, made))
         viewed = [self._viewed(one, given) for one in made]
         unsafe, writes = func._schema.name == _UNSAFE_VIEW, func._schema.is_mutable
-        if not (unsafe or writes) and all(base and self._bases[base].dtype == one.dtype for one, base in zip(made, viewed)):
-            for one, base in zip(made, viewed, strict=True):
+        views = [(one, base) for one, base in zip(made, viewed, strict=True) if base is not None]
+        same = all(one.dtype == self._bases[base].dtype for one, base in views)
+        if len(views) == len(made) and same and not (unsafe or writes):
+            for one, base in views:
                 self._view(one, base)
             return
         reads = [self._place(one).name for one in given]
         binds = [self._bound(one, base) for one, base in zip(made, viewed, strict=True)]
         named = [f"{name}={self._text(value)}" for name, value in kwargs.items()]
         call = f"{self._constant(func)}({', '.join([*map(self._text, args), *named])})"
-        target = binds[0] if isinstance(result, Tensor) else f"{', '.join(binds)},"
+        if isinstance(result, Tensor):
+            target = binds[0]
+        else:  # some operators return None for a result that nobody asked for
+            names = iter(binds)
+            target = "".join(f"{next(names) if isinstance(one, Tensor) else '_'}, " for one in result)
         self._add(f"{target} = {call}", binds, reads, needed=writes, computes=not unsafe)
 
     def launched(self, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict, compiled: Any) -> None:
@@ -233,8 +239,9 @@ class _Recorder(TorchDispatchMode):
         text = f"{run}({', '.join([*how, *texts, *constants])})"
         self._add(text, [], [place.base for place in places], needed=True)
 
-    def replay(self, result: Any) -> _Replay | None:
-        """The function that does what was noted and returns what is like ``result``; None if that cannot be written."""
+    def replay(self, result: Any, function: Callable[..., Any]) -> _Replay | None:
+        """Does what was noted, and returns what is like ``result``; None if that cannot be written. While a profiler has Triton
+        tell it of launches, ``function`` runs instead."""
         if any(id(one) not in self._places for one in _tensors(result)):
             self._obstacle = "it returns a tensor that it did not make"
         if self._obstacle is not None:
@@ -252,15 +259,16 @@ class _Recorder(TorchDispatchMode):
         if self._launches_compiled:
             import triton
 
-            # On a new stream the same layout is replayed, on that stream.
+            self._constants |= {"hooks": triton.knobs.runtime, "is_hooked": _is_hooked, "function": function}
             self._constants["current_stream"] = triton.runtime.driver.active.get_current_stream
             lines.append(f"stream = current_stream({self._device.index or 0})")
+            lines.append(f"if is_hooked(hooks): return function({', '.join(self._parameters)})")
         body = "".join(f"    {line}\n" for line in reversed(lines))
         source = f"def replay({', '.join(self._parameters)}):\n{body}"
         exec(compile(source, "<replay>", "exec"), self._constants)
-        function = self._constants.pop("replay")
-        function.__doc__ = source
-        return _Replay(function, computes)
+        run = self._constants.pop("replay")
+        run.__doc__ = source
+        return _Replay(run, computes)
 
     def _add(self, text: str, binds: Sequence[str], reads: Sequence[str] = (), **kind: bool) -> None:
         self._statements.append(_Statement(text, binds, reads, **kind))
@@ -318,6 +326,12 @@ class _Recorder(TorchDispatchMode):
         name = f"c{len(self._constants)}"
         self._constants[name] = value
         return name
+
+
+def _is_hooked(runtime: Any) -> bool:
+    """Whether something, such as Proton, has asked Triton to be told of launches; ``runtime`` is ``triton.knobs.runtime``."""
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -33,7 +33,7 @@ _tables_of_graphs: dict[tuple, Tensor] = {}
 
 
 class MatrixGradients(NamedTuple):
-    """The gradients of B, gamma and beta (None without it) of ``LN(x) (scale * B)``; and that of B plus its transpose, or None."""
+    """The gradients of B, gamma and beta of ``LN(x) (scale * B)``, and that of B plus its transpose; None where there is none."""
 
     matrix: Tensor
     gamma: Tensor
@@ -71,8 +71,8 @@ def matrix_gradients(
         launch(
             kernels.gradient_kernel, (cdiv(inner_width, _GRADIENT["BLOCK_K"]),),
             found.matrix, matrix, found.column, found.mean_column, found.diagonal if skip else None, norm.weight.contiguous(),
-            beta, grad_matrix, both, grad_gamma, grad_beta, scale_value, inner_width, width, *found.matrix.stride(), *matrix.stride(),
-            *grad_matrix.stride(), SCALE_IN_MEMORY=in_memory, SKIP=skip,
+            beta, grad_matrix, both, grad_gamma, grad_beta, scale_value, inner_width, width,
+            *found.matrix.stride(), *matrix.stride(), *grad_matrix.stride(), SCALE_IN_MEMORY=in_memory, SKIP=skip,
             WHOLE_N=width % _GRADIENT["BLOCK_N"] == 0, WHOLE_K=inner_width % _GRADIENT["BLOCK_K"] == 0,
             enable_fp_fusion=True, **_GRADIENT,
         )  # fmt: skip

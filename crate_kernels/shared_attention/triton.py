@@ -162,4 +162,6 @@ def _launch(kernel, w: Tensor, arguments: tuple, strided: tuple[Tensor, ...], op
     batch, heads, tokens, head_dim = w.shape
     programs = batch * heads * cdiv(tokens, options["BLOCK_ROWS"])
     strides = [stride for tensor in strided for stride in tensor.stride()]
-    launch(kernel, (programs,), *arguments, heads, tokens, *strides, HEAD_DIM=head_dim, enable_fp_fusion=True, **options)
+    launch(
+        kernel, (programs,), *arguments, heads, tokens, *strides, HEAD_DIM=head_dim, enable_fp_fusion=True, **options
+    )
