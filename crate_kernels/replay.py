@@ -17,6 +17,7 @@ watched code frees it. The same kernels run with the same arguments, so results 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -130,6 +131,16 @@ class _Place(NamedTuple):
     offset: int
 
 
+class _Base(NamedTuple):
+    """An argument, or a tensor that got memory of its own, and where in memory it was while it was recorded."""
+
+    address: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage_offset: int
+    dtype: torch.dtype
+
+
 class _Statement(NamedTuple):
     """A line of the replay, and the names of tensors that it binds and reads.
 
@@ -155,9 +166,9 @@ class _Recorder(TorchDispatchMode):
         self._launches_compiled = False
         self._device = arguments[0].device
         self._places: dict[int, _Place] = {}
-        self._bases: dict[str, Tensor] = {}
+        self._bases: dict[str, _Base] = {}
         self._read_on_host: set[int] = set()  # tensors whose values the layout determines
-        self._tensors: list[Tensor] = []  # alive, so that no other tensor gets one's identity
+        self._references: list[weakref.ref] = []  # a tensor that is freed leaves its identity to others
         self._parameters = [f"a{index}" for index in range(len(arguments))]
         for name, value in zip(self._parameters, arguments, strict=True):
             named = [(name, value)] if isinstance(value, Tensor) else []
@@ -189,11 +200,13 @@ class _Recorder(TorchDispatchMode):
             self._obstacle = f"{func} reads a tensor {list(unknown[0].shape)} that is no argument"
         elif not made and not all(id(one) in self._read_on_host for one in given):
             self._obstacle = f"{func} reads values on the host"
+        elif torch.Tag.dynamic_output_shape in func.tags:
+            self._obstacle = f"the shape of what {func} returns depends on values"
         if self._obstacle or not made:
             return  # a number, which the layout determines
         if func._schema.name in _ALLOCATIONS:
             (one,) = made
-            name = self._new(f"t{len(self._tensors)}", one)
+            name = self._new(f"t{len(self._references)}", one)
             kind = f"dtype={self._constant(one.dtype)}, device={self._constant(one.device)}"
             self._add(f"{name} = empty({tuple(one.shape)}, {one.stride()}, {kind})", [name])
             return
@@ -282,28 +295,35 @@ class _Recorder(TorchDispatchMode):
         """The name of a result; an operand's, if the operator wrote into it and returned it."""
         if id(tensor) in self._places:
             return self._place(tensor).name
-        name = f"t{len(self._tensors)}"
+        name = f"t{len(self._references)}"
         return self._new(name, tensor) if base is None else self._within(name, tensor, base)
 
     def _view(self, tensor: Tensor, base: str) -> None:
         """A view of ``base``: made in one step, however many led to it, and only if somebody needs it as a tensor."""
         whole = self._bases[base]
-        offset = tensor.storage_offset() - whole.storage_offset()
-        if (tensor.shape, tensor.stride(), offset) == (whole.shape, whole.stride(), 0):
+        offset = tensor.storage_offset() - whole.storage_offset
+        if (tensor.shape, tensor.stride(), offset) == (whole.shape, whole.stride, 0):
             self._within(base, tensor, base)
         elif id(tensor) not in self._places:
-            name = self._within(f"t{len(self._tensors)}", tensor, base)
+            name = self._within(f"t{len(self._references)}", tensor, base)
             begin = f", {base}.storage_offset() + {offset}" if offset else ""
             self._add(f"{name} = {base}.as_strided({tuple(tensor.shape)}, {tensor.stride()}{begin})", [name], [base])
 
     def _new(self, name: str, tensor: Tensor) -> str:
         """A tensor with memory of its own, or an argument."""
-        self._bases[name] = tensor
+        offset = tensor.storage_offset()
+        self._bases[name] = _Base(tensor.data_ptr(), tensor.shape, tensor.stride(), offset, tensor.dtype)
         return self._within(name, tensor, name)
 
     def _within(self, name: str, tensor: Tensor, base: str) -> str:
-        self._tensors.append(tensor)
-        self._places[id(tensor)] = _Place(name, base, tensor.data_ptr() - self._bases[base].data_ptr())
+        identity = id(tensor)
+
+        def forget(_: object) -> None:
+            self._places.pop(identity, None)
+            self._read_on_host.discard(identity)
+
+        self._references.append(weakref.ref(tensor, forget))
+        self._places[identity] = _Place(name, base, tensor.data_ptr() - self._bases[base].address)
         return name
 
     def _place(self, tensor: Tensor) -> _Place:

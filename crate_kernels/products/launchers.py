@@ -232,7 +232,9 @@ def gradient_rows(
     make_g = masked or scaled or grad.dtype != dtype
     added = x if need_column and skip and norm is not None and not scaled else None
     two = scaled or added is not None
-    if norm is None and need_column and not make_g:  # not where a gradient's bits would depend on which others are asked for
+    if (
+        norm is None and need_column and not make_g
+    ):  # not where a gradient's bits would depend on which others are asked for
         return GradientRows(grad, column_sums=grad.sum(0, keepdim=True, dtype=torch.float32))
     g = torch.empty((tokens, width), dtype=dtype, device=grad.device) if make_g else grad
     sums = grad.new_empty((2, tokens), dtype=torch.float32) if make_sums else None

@@ -146,7 +146,6 @@ def _uniform(matrices: Sequence[Tensor], vectors: Vectors) -> tuple[list[Tensor]
 
     Tensors that are not so are copied.
     """
-    matrices = [matrix.detach() for matrix in matrices]
     if len({matrix.dtype for matrix in matrices}) > 1 or matrices[0].dtype not in _TRITON_DTYPES:
         matrices = [matrix.float() for matrix in matrices]
     if len({matrix.stride() for matrix in matrices}) > 1:
@@ -154,7 +153,7 @@ def _uniform(matrices: Sequence[Tensor], vectors: Vectors) -> tuple[list[Tensor]
     present = [vector for row in vectors for vector in row if vector is not None]
     dtypes = {vector.dtype for vector in present}
     dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= _TRITON_DTYPES.keys() else torch.float32
-    return matrices, [tuple(None if v is None else v.detach().to(dtype).contiguous() for v in row) for row in vectors]
+    return list(matrices), [tuple(None if v is None else v.to(dtype).contiguous() for v in row) for row in vectors]
 
 
 def _kinds(matrices: Sequence[Tensor], vectors: Vectors) -> dict[str, object]:
