@@ -137,7 +137,7 @@ class _Base(NamedTuple):
     address: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    storage_offset: int
+    storage_offset: int | torch.SymInt
     dtype: torch.dtype
 
 

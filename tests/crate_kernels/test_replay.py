@@ -92,7 +92,7 @@ def layers(x: Tensor) -> list[Tensor]:
 
 
 def results(call: Callable[[Tensor], list[Tensor]], x: Tensor, seed: int) -> list[Tensor]:
-    """What ``call`` returns for x, and the gradients of x and of every weight, in the order in which ``seed`` draws the weights."""
+    """What ``call`` returns for x, and the gradients of x and of every weight; ``seed`` draws the weights."""
     torch.manual_seed(seed)
     leaves = [x.detach().requires_grad_()]
 
@@ -187,7 +187,7 @@ def recorded(function: Callable[..., Any], *arguments: Any) -> str:
 
 
 def test_what_is_written() -> None:
-    """Views that nobody needs are not made, others in one step; what has no reader does not run; memory goes after its last one."""
+    """Views that nobody needs are not made, others in one step; what has no reader does not run; tensors go after their last."""
 
     def function(x: Tensor, others: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
         doubled = x * 2
