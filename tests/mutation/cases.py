@@ -242,6 +242,14 @@ PREPARATION = {
     ),
     "beyond the end there are rows that are not stored: what they are multiplied with need only be finite": (
         "gradient_kernel: tl.load(..., other=0.0) -> tl.load(..., other=1.0)",
+        "gradient_kernel: tl.load(...) -> tl.load(..., other=1.0) (place 2)",
+    ),
+    "a matrix with a transpose of its own shape is square": (
+        "gradient_kernel: load_tile(product, rows, columns, product_column_stride...) -> ..., width, inner_width, ...",
+        "gradient_kernel: load_tile(product, rows, columns, product_column_stride...) -> ..., width, width, ...",
+        "gradient_kernel: load_tile(product, rows, columns, product_column_stride...) -> ..., inner_width, inner_width, ...",
+        "gradient_kernel: load_row(gamma, columns, width) -> load_row(gamma, columns, inner_width)",
+        "gradient_kernel: load_row(beta, columns, width) -> load_row(beta, columns, inner_width)",
     ),
 }
 CASES = {

@@ -280,7 +280,7 @@ def product_probes() -> list[Probe]:
 _SMALL_TILES = {
     "_PREPARE": dict(BLOCK_N=16, BLOCK_K=16),
     "_COMBINE": dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16),
-    "_GRADIENT": dict(BLOCK_N=16, BLOCK_K=16),
+    "_GRADIENT": dict(BLOCK_N=16, BLOCK_K=8),
 }
 _SCALE = torch.tensor(0.3)
 
@@ -355,10 +355,11 @@ def _combine(name: str, width: int, *, in_memory: bool = False) -> Probe:
 
 def _matrix_gradient(
     name: str, inner: int, width: int, *, beta: bool = True, fold: bool = True, skip: bool = False,
-    scaled: bool = True, in_memory: bool = False,
+    scaled: bool = True, in_memory: bool = False, by_rows: bool = False,
 ) -> Probe:  # fmt: skip
     torch.manual_seed(inner * width)
-    product, matrix = amid_nan(torch.randn(inner, width)), amid_nan(torch.randn(width, inner)).mT
+    product = amid_nan(torch.randn(inner, width))
+    matrix = amid_nan(torch.randn(inner, width)) if by_rows else amid_nan(torch.randn(width, inner)).mT
     column, mean_column = _vector(width), _vector(width) if fold else None
     norm = Norm(_vector(inner), _vector(inner) if beta else None)
     scale = _SCALE.double() if scaled else 1
@@ -394,6 +395,7 @@ def preparation_probes() -> list[Probe]:
         _matrix_gradient("tails, skip", 21, 21, skip=True),
         _matrix_gradient("scale in memory", 5, 35, in_memory=True, fold=False),
         _matrix_gradient("whole rows", 16, 35),
-        _matrix_gradient("skip, its diagonal given", 21, 21, skip=True, fold=False),
+        _matrix_gradient("skip, its diagonal given", 21, 21, skip=True, fold=False, by_rows=True),
+        _matrix_gradient("skip, whole rows", 24, 24, skip=True),
         _matrix_gradient("whole tiles, no beta, no scale", 16, 32, beta=False, scaled=False),
     ]
