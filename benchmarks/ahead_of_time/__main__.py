@@ -15,7 +15,7 @@ import triton
 
 from benchmarks import ROOT, records
 from benchmarks.ahead_of_time import __doc__ as description
-from benchmarks.ahead_of_time import cases, compiling
+from benchmarks.ahead_of_time import cases, compiling, warming
 from benchmarks.ahead_of_time.compiling import Figures
 from benchmarks.ahead_of_time.targets import TARGETS
 
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it.", file=sys.stderr)
         return 2
+    if arguments.warm:
+        return max(warming.warm(arch, arguments.jobs) for arch in arguments.arch)
     chosen = cases.everything if arguments.all else cases.gate
     available = {arch: chosen(arch) for arch in arguments.arch}
     wanted = {
@@ -118,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--operators", nargs="+", choices=operators, help="only these; all by default")
     parser.add_argument("--all", action="store_true", help="all combinations of the cases: some twenty minutes")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile at the same time")
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="instead of the cases, compile into Triton's cache what benchmarks.gpu will launch, and check no bounds",
+    )
     parser.add_argument(
         "--json", metavar="FILE", type=Path, nargs="?", const=RESULTS,
         help=f"write the figures there, in place of what it held; without FILE to {RESULTS.relative_to(ROOT)}",
