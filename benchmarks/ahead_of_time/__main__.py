@@ -18,6 +18,7 @@ from benchmarks.ahead_of_time import __doc__ as description
 from benchmarks.ahead_of_time import cases, compiling, warming
 from benchmarks.ahead_of_time.compiling import Figures
 from benchmarks.ahead_of_time.targets import TARGETS
+from benchmarks.gpu.archiving import add_argument, archive_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "ahead_of_time" / f"{triton.__version__}.jsonl"
 
@@ -70,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it.", file=sys.stderr)
         return 2
     if arguments.warm:
-        return max(warming.warm(arch, arguments.jobs) for arch in arguments.arch)
+        commit = records.environment(torch.device("cpu"))["commit"]
+        archive = archive_of(arguments.archive, "-".join(arguments.arch), commit, "warm")
+        return warming.warm(arguments.arch, arguments.jobs, archive)
     chosen = cases.everything if arguments.all else cases.gate
     available = {arch: chosen(arch) for arch in arguments.arch}
     wanted = {
@@ -125,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="instead of the cases, compile into Triton's cache what benchmarks.gpu will launch, and check no bounds",
     )
+    add_argument(parser)
     parser.add_argument(
         "--json", metavar="FILE", type=Path, nargs="?", const=RESULTS,
         help=f"write the figures there, in place of what it held; without FILE to {RESULTS.relative_to(ROOT)}",

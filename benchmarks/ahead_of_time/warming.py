@@ -10,7 +10,7 @@ import dataclasses
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from unittest.mock import patch
 
@@ -18,9 +18,11 @@ import torch
 import triton
 
 import crate_mae
-from benchmarks import harness, memory, training_step
+from benchmarks import harness, memory, records, training_step
 from benchmarks.ahead_of_time.collecting import Case, requests
+from benchmarks.command_line import make_folder
 from benchmarks.gpu import bench, check
+from benchmarks.gpu.archiving import Archive
 from benchmarks.gpu.parts import Part
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import measuring
@@ -99,24 +101,33 @@ def wanted(parts: Iterable[Part], arch: str, failures: list[str]) -> Iterator[tu
         yield part, list(found)
 
 
-def warm(arch: str, jobs: int) -> int:
-    """Compile all of it, and tell what became of it. The exit status."""
+def warm(archs: Sequence[str], jobs: int, archive: Archive) -> int:
+    """Compile all of it, and tell what became of each kernel. The exit status."""
     begin, failures = time.time(), list[str]()
     counts: Counter[str] = Counter()
-    with Compilers(jobs) as compilers:
-        for part, found in wanted(gpu_parts(), arch, failures):
-            compilers.ask(found)
-            print(f"{time.time() - begin:5.0f} s  {part.kind}: {part.name} launches {len(found)} kernels", flush=True)
-        for done, (request, outcome) in enumerate(compilers.outcomes(), 1):
-            if outcome not in (COMPILED, CACHED):
-                failures.append(f"{request.module}.{request.kernel} {request.specialization}: {outcome}")
-            counts[outcome if outcome in (COMPILED, CACHED) else "failed"] += 1
-            print(f"{time.time() - begin:5.0f} s  {done} of {len(compilers)}: {request.kernel} {outcome}", flush=True)
-    print(*failures, sep="\n")
-    print(
-        f"{len(compilers)} kernels for {arch}: {counts[COMPILED]} compiled, {counts[CACHED]} already cached, "
-        f"{len(failures)} failures; {time.time() - begin:.0f} s with {jobs} processes; {triton.knobs.cache.dir}"
-    )
+    told = archive.path.with_name(f"{archive.path.name.removesuffix('.tar.gz')}.jsonl")
+    make_folder("--archive", told.parent)
+    told.unlink(missing_ok=True)
+    archive.paths.append(told)
+    with archive:
+        with Compilers(jobs) as compilers:
+            for arch in archs:
+                for part, found in wanted(gpu_parts(), arch, failures):
+                    compilers.ask(found)
+                    line = f"{part.kind}: {part.name} launches {len(found)} kernels on {arch}"
+                    print(f"{time.time() - begin:5.0f} s  {line}", flush=True)
+            for done, (request, outcome) in enumerate(compilers.outcomes(), 1):
+                if outcome not in (COMPILED, CACHED):
+                    failures.append(f"{request.module}.{request.kernel} {request.specialization}: {outcome}")
+                counts[outcome] += 1
+                records.write_json_lines(told, [{**request._asdict(), "outcome": outcome}])
+                line = f"{done} of {len(compilers)}: {request.kernel} {outcome}"
+                print(f"{time.time() - begin:5.0f} s  {line}", flush=True)
+        print("", *(f"FAILED {line}" for line in failures), sep="\n")
+        print(
+            f"{len(compilers)} kernels for {', '.join(archs)}: {counts[COMPILED]} compiled, {counts[CACHED]} already cached, "
+            f"{len(failures)} failed; {time.time() - begin:.0f} s with {jobs} processes; {triton.knobs.cache.dir}"
+        )
     return 1 if failures else 0
 
 
