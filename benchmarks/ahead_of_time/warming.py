@@ -105,6 +105,7 @@ def warm(archs: Sequence[str], jobs: int, archive: Archive) -> int:
     """Compile all of it, and tell what became of each kernel. The exit status."""
     begin, failures = time.time(), list[str]()
     counts: Counter[str] = Counter()
+    launched_by: dict[Request, str] = {}
     told = archive.path.with_name(f"{archive.path.name.removesuffix('.tar.gz')}.jsonl")
     make_folder("--archive", told.parent)
     told.unlink(missing_ok=True)
@@ -114,15 +115,24 @@ def warm(archs: Sequence[str], jobs: int, archive: Archive) -> int:
             for arch in archs:
                 for part, found in wanted(gpu_parts(), arch, failures):
                     compilers.ask(found)
-                    line = f"{part.kind}: {part.name} launches {len(found)} kernels on {arch}"
-                    print(f"{time.time() - begin:5.0f} s  {line}", flush=True)
+                    for request in found:
+                        launched_by.setdefault(request, part.name)
+                    text = f"{part.kind}: {part.name} launches {len(found)} kernels on {arch}"
+                    print(f"{time.time() - begin:5.0f} s  {text}", flush=True)
             for done, (request, outcome) in enumerate(compilers.outcomes(), 1):
                 if outcome not in (COMPILED, CACHED):
-                    failures.append(f"{request.module}.{request.kernel} {request.specialization}: {outcome}")
+                    failures.append(f"{launched_by[request]}: {request.module}.{request.kernel}: {outcome}")
                 counts[outcome] += 1
-                records.write_json_lines(told, [{**request._asdict(), "outcome": outcome}])
-                line = f"{done} of {len(compilers)}: {request.kernel} {outcome}"
-                print(f"{time.time() - begin:5.0f} s  {line}", flush=True)
+                line = {
+                    "part": launched_by[request],
+                    **request._asdict(),
+                    "target": str(request.target),
+                    "outcome": outcome,
+                }
+                records.write_json_lines(told, [line])
+                print(
+                    f"{time.time() - begin:5.0f} s  {done} of {len(compilers)}: {request.kernel} {outcome}", flush=True
+                )
         print("", *(f"FAILED {line}" for line in failures), sep="\n")
         print(
             f"{len(compilers)} kernels for {', '.join(archs)}: {counts[COMPILED]} compiled, {counts[CACHED]} already cached, "

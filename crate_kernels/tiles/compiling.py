@@ -1,14 +1,12 @@
 """Kernels compiled before they are launched, in other processes, into Triton's cache on disk: the launch then only loads them.
 
-``asked`` notes what launches would compile, in Triton's own record of signature, alignment, constants, options and target, which
-the cache's key is made of. ``Compilers`` compile it. Neither takes a GPU.
+``asked`` notes what launches would compile, in Triton's own record of signature, alignment, constants and options, of which the
+cache's key is made. ``Compilers`` compile it. Neither takes a GPU.
 """
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib
-import json
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
@@ -24,10 +22,11 @@ COMPILED, CACHED = "compiled", "cached"
 
 
 class Request(NamedTuple):
-    """A kernel to be compiled: the module that defines it, its name there, and Triton's record of the rest."""
+    """A kernel to be compiled: the module that defines it, its name there, the target, and Triton's record of the rest."""
 
     module: str
     kernel: str
+    target: GPUTarget
     specialization: str
 
 
@@ -37,7 +36,8 @@ def asked() -> Iterator[list[Request]]:
     found: list[Request] = []
 
     def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        found.append(Request(fn.module, fn.jit_function.fn.__name__, compile["specialization_data"]))
+        target = triton.runtime.driver.active.get_current_target()
+        found.append(Request(fn.module, fn.jit_function.fn.__name__, target, compile["specialization_data"]))
         return True  # tells Triton to do nothing
 
     with triton.knobs.runtime.scope():
@@ -74,14 +74,13 @@ def jit_function(kernel: Any) -> Any:
 
 def compile(request: Request) -> tuple[Any, bool]:
     """The ``triton.compiler.CompiledKernel``, and whether it was in the cache. From now on this process cannot launch kernels."""
-    target = GPUTarget(**json.loads(request.specialization)["target"])
-    triton.runtime.driver.set_active(StandIn(target))
+    triton.runtime.driver.set_active(StandIn(request.target))
     hits: list[bool] = []
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
         kernel = jit_function(getattr(importlib.import_module(request.module), request.kernel))
         compiled = kernel.preload(request.specialization)
-    if target.backend == "cuda":
+    if request.target.backend == "cuda":
         _build_launcher(compiled)
     return compiled, hits[-1]
 
@@ -90,8 +89,13 @@ def _build_launcher(compiled: Any) -> None:
     """Up to Triton 3.6 a launch also compiles a function in C for its signature, which the cache keeps as well."""
     from triton.backends.nvidia import driver
 
-    if hasattr(driver, "make_launcher") and ctypes.util.find_library("cuda"):
-        driver.CudaLauncher(compiled.src, compiled.metadata)
+    if not hasattr(driver, "make_launcher"):
+        return
+    try:
+        driver.libcuda_dirs()
+    except (AssertionError, OSError):  # without NVIDIA's driver, as where nothing will be launched
+        return
+    driver.CudaLauncher(compiled.src, compiled.metadata)
 
 
 def _outcome(request: Request) -> str:
