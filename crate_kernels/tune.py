@@ -282,8 +282,8 @@ def tune(launched: Iterable[Launch], seconds: float, compilers: Compilers | None
     """Searches a tile for every key that the launches look up, the keys that take longest first, within about ``seconds``, and
     prints what it finds.
 
-    What is left of a key's share of the time goes to those after it. A key is begun only if there is time for a tile of it, as long
-    as those before took. The others are named at the end.
+    What is left of a key's share of the time goes to those after it. A key is begun only if there is time for a tile of it, which
+    may take as long as those before. The others are named at the end.
     """
     end = time.monotonic() + seconds
     keys = by_worth(launched)

@@ -48,17 +48,17 @@ def requests(case: Case, arch: str) -> list[tuple[Request, Launch]]:
         launches.extend([launch] * (len(found) - before))
         return result
 
-    with as_if_on(arch), _arithmetic_of(case.dtype), asked() as found:
+    with as_if_on(arch, case.dtype), asked() as found:
         with _replaced(triton.JITFunction, "run", note):
             case.call()
     return list(zip(found, launches, strict=True))
 
 
 @contextmanager
-def as_if_on(arch: str) -> Iterator[None]:
+def as_if_on(arch: str, dtype: str) -> Iterator[None]:
     """Operators take the Triton path with the tiles of ``arch``, and Triton believes that it is there."""
     triton.runtime.driver.set_active(StandIn(TARGETS[arch].gpu))
-    with tiles.pretend(arch), _replaced(dispatch, "choose", lambda *_: "triton"):
+    with tiles.pretend(arch), _replaced(dispatch, "choose", lambda *_: "triton"), _arithmetic_of(dtype):
         yield
 
 
