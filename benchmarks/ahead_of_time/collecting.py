@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -49,28 +50,23 @@ def requests(case: Case, arch: str) -> list[tuple[Request, Launch]]:
         return result
 
     with as_if_on(arch, case.dtype), asked() as found:
-        with _replaced(triton.JITFunction, "run", note):
+        with patch.object(triton.JITFunction, "run", note):
             case.call()
     return list(zip(found, launches, strict=True))
 
 
 @contextmanager
 def as_if_on(arch: str, dtype: str) -> Iterator[None]:
-    """Operators take the Triton path with the tiles of ``arch``, and Triton believes that it is there."""
+    """Operators take the Triton path with the tiles of ``arch`` and the arithmetic of ``dtype``, and Triton believes that it is
+    there."""
     triton.runtime.driver.set_active(StandIn(TARGETS[arch].gpu))
-    with tiles.pretend(arch), _replaced(dispatch, "choose", lambda *_: "triton"), _arithmetic_of(dtype):
-        yield
-
-
-@contextmanager
-def _arithmetic_of(dtype: str) -> Iterator[None]:
-    previous = torch.get_float32_matmul_precision()
+    operators, precision = _RealOperators(autocast=dtype == "autocast"), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
-        with _RealOperators(autocast=dtype == "autocast"):
+        with tiles.pretend(arch), patch.object(dispatch, "choose", lambda *_: "triton"), operators:
             yield
     finally:
-        torch.set_float32_matmul_precision(previous)
+        torch.set_float32_matmul_precision(precision)
 
 
 class _RealOperators(TorchDispatchMode):
@@ -104,13 +100,3 @@ def _on_meta(fake: FakeTensor) -> Tensor:
     # As far from the start of its memory, too: Triton asks whether addresses are multiples of 16.
     memory = torch.empty(fake.untyped_storage().nbytes() // fake.itemsize, dtype=fake.dtype, device="meta")
     return memory.as_strided(fake.shape, fake.stride(), fake.storage_offset())
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    previous = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, previous)

@@ -42,9 +42,9 @@ def cases(part: Part) -> Iterator[Case]:
     with patch.object(torch.cuda, "is_available", lambda: True):  # which decides defaults
         arguments = program._parser().parse_args(words[1:])
     if program is kernels:
-        shape = Shape(arguments.batch, arguments.tokens, arguments.width, arguments.heads)
+        one = Shape(arguments.batch, arguments.tokens, arguments.width, arguments.heads)
         for name in arguments.operators or OPERATORS:
-            for each, dtype in kernels.cases(name, shape, arguments.dtype, arguments.sweep):
+            for each, dtype in kernels.cases(name, one, arguments.dtype, arguments.sweep):
                 for provider in ("triton", measuring.WITH_LIBRARY)[: 1 + (name != "attention" and not arguments.once)]:
                     yield Case(name, dtype, f"{each} {provider}", partial(_operator, name, each, dtype, provider))
     elif not getattr(arguments, "first_step", False):
@@ -56,7 +56,8 @@ def cases(part: Part) -> Iterator[Case]:
             for size in (*arguments.batch, *odd):
                 for kind, step in kinds.items():
                     call = partial(_step, arguments, step, dtype, size)
-                    yield Case(arguments.model, dtype, f"batch {size}, stream and recompute {kind}", call)
+                    shape = f"{dict(arguments.set)} batch {size}, stream and recompute {kind}"
+                    yield Case(arguments.model, dtype, shape, call)
 
 
 def _operator(name: str, shape: Shape, dtype_name: str, provider: str) -> None:
@@ -123,16 +124,10 @@ def warm(archs: Sequence[str], jobs: int, archive: Archive) -> int:
                 if outcome not in (COMPILED, CACHED):
                     failures.append(f"{launched_by[request]}: {request.module}.{request.kernel}: {outcome}")
                 counts[outcome] += 1
-                line = {
-                    "part": launched_by[request],
-                    **request._asdict(),
-                    "target": str(request.target),
-                    "outcome": outcome,
-                }
-                records.write_json_lines(told, [line])
-                print(
-                    f"{time.time() - begin:5.0f} s  {done} of {len(compilers)}: {request.kernel} {outcome}", flush=True
-                )
+                row = {"part": launched_by[request], "kernel": request.kernel, "target": str(request.target)}
+                records.write_json_lines(told, [row | {"outcome": outcome}])
+                text = f"{done} of {len(compilers)}: {request.kernel} {outcome}"
+                print(f"{time.time() - begin:5.0f} s  {text}", flush=True)
         print("", *(f"FAILED {line}" for line in failures), sep="\n")
         print(
             f"{len(compilers)} kernels for {', '.join(archs)}: {counts[COMPILED]} compiled, {counts[CACHED]} already cached, "
@@ -142,5 +137,6 @@ def warm(archs: Sequence[str], jobs: int, archive: Archive) -> int:
 
 
 def gpu_parts() -> list[Part]:
-    """Those that run kernels of ours: ``bench``, and of ``check`` what is no test."""
-    return [*bench.bench_parts("cuda", full=False), *check.time_parts("cuda"), *check.memory_parts("compute-sanitizer")]
+    """Those that run kernels of ours, but for the tests of the check."""
+    of_the_check = [*check.time_parts("cuda"), *check.memory_parts("compute-sanitizer")]
+    return [*bench.bench_parts("cuda", full=False), *of_the_check, bench.COUNTED]

@@ -66,6 +66,15 @@ FULL = (
     *((f"sweeps of {name}", "kernels", f"{name} --sweep all", 0) for name in OPERATORS),
 )  # fmt: skip
 
+# What counters are taken of: one layer of each kind starts every kernel that a step of 24 starts, at the same sizes.
+_ONE_STEP = "--one-step --batch 256 --dtype bfloat16 --providers 'triton 16bit' --set depth=1 decoder_depth=1"
+COUNTED = Part(
+    "counters",
+    "training_step",
+    (sys.executable, "-m", "benchmarks.training_step", *shlex.split(_ONE_STEP)),
+    QUIET_SECONDS,
+)
+
 TINY = {
     "kernels": "--batch 2 --tokens 17 --width 32 --heads 2 --rounds 2 --peers library",
     "training_step": "--model crate_mae_tiny --batch 2 --dtype float32 --rounds 2 --set img_size=32 embed_dim=48 depth=1 "

@@ -1,8 +1,8 @@
 """All of it, piece by piece, for a machine that is there for half an hour: kernels compiled, the check, the most wanted
 measurements, counters of the heaviest kernels, the other measurements.
 
-Each piece is a command of its own with a share of the time; what a piece leaves goes to those after it. What it says is kept in
-the folder gpu_all beside the archive, and both are complete after each piece: ``--only`` goes on in another session.
+Each piece is a command of its own with a share of the time; what it leaves goes to those after it. What it says is kept in the
+folder gpu_all beside the archive, and both are complete after each piece: ``--only`` goes on in another session.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,32 +31,20 @@ from benchmarks.gpu.archiving import Archive
 from benchmarks.gpu.parts import Part, environment_variables
 from crate_kernels import tiles
 
-# Estimates, in seconds: a kernel compiled by one process, with its launcher; Python, torch and all processes started. And what a
-# command is given to end in.
-SECONDS_A_KERNEL, SECONDS_TO_START, SECONDS_TO_END = 1.0, 15, 10
-
-WARM = "benchmarks.ahead_of_time --warm --arch {arch} --jobs {jobs}"
-NCU = "--clock-control none --set detailed --page raw --csv --target-processes application-only --log-file"
-# One layer of each kind starts every kernel of a step of 24, at the same sizes.
-COUNTED_STEP = (
-    "benchmarks.training_step --one-step --batch 256 --dtype bfloat16 --providers 'triton 16bit' "
-    "--set depth=1 decoder_depth=1"
-)
-LIMIT = "{seconds}"
-FIRST = {"step": "step 256", "attention": "attention 197", "ista": "ista"}
-# Pieces, in the order in which they run, and their shares of the time.
+# Pieces in their order, and the seconds that are their shares.
 SHARES = {"warm": 90, "check": 400, "step": 220, "attention": 130, "ista": 70, "ncu": 120, "rest": 470}
 SECONDS = sum(SHARES.values())
+MEASURED_FIRST = {"step": "step 256", "attention": "attention 197", "ista": "ista"}
+# What a command that has begun is given to end in, and stands in it for the seconds that it is told.
+SECONDS_TO_END, LIMIT = 10, "{seconds}"
+# Estimates: a kernel with its launcher, compiled by one process; all processes started; counters of one layer of each kind.
+SECONDS_A_KERNEL, SECONDS_TO_START, SECONDS_OF_COUNTERS = 1.0, 15, 60
+
+NCU = "--clock-control none --set detailed --page raw --csv --target-processes application-only --log-file"
 
 
 class Piece(NamedTuple):
-    """A command of its own.
-
-    seconds: it may take so many.
-    command: its words, with ``LIMIT`` for the seconds that it is told.
-    launches: the parts whose kernels it launches.
-    estimate: seconds on an H100; None where those of its parts say it.
-    """
+    """A command, the seconds it may take, the parts whose kernels it launches, and an estimate; None: that of its parts."""
 
     name: str
     seconds: float
@@ -66,28 +55,27 @@ class Piece(NamedTuple):
 
 def pieces(names: Sequence[str], seconds: float | None, arch: str, jobs: int, counters: Path) -> list[Piece]:
     """The pieces of these names, whose times add up to ``seconds``."""
-    targets, python = bench.bench_parts("cuda", full=False), [sys.executable, "-m"]
-    counted = Part("counters", "training_step", (*python, *shlex.split(COUNTED_STEP)), 0)
-    kernels = ["--kernel-name", f"regex:^({'|'.join(heaviest())})$"]
-    every, chosen = warming.gpu_parts(), [name for name in SHARES if name in names]
+    python, every, found = [sys.executable, "-m"], warming.gpu_parts(), []
+    targets, chosen = bench.bench_parts("cuda", full=False), [name for name in SHARES if name in names]
     scale = seconds / sum(SHARES[name] for name in chosen) if seconds else 1.0
-    found = []
     for name in chosen:
         own = scale * SHARES[name]
-        limit = ["--seconds", LIMIT]
         if name == "warm":
-            found.append(Piece(name, own, [*python, *WARM.format(arch=arch, jobs=jobs).split()], every))
+            command = f"benchmarks.ahead_of_time --warm --arch {arch} --jobs {jobs}".split()
+            found.append(Piece(name, own, [*python, *command], every))
         elif name == "check":
-            some = [part for part in every if part not in targets]
-            found.append(Piece(name, own, [*python, "benchmarks.gpu", "check", *limit], some, own - SECONDS_TO_END))
+            some = [part for part in every if part not in (*targets, bench.COUNTED)]
+            command = [*python, "benchmarks.gpu", "check", "--seconds", LIMIT]
+            found.append(Piece(name, own, command, some, own - SECONDS_TO_END))  # it takes what it gets
         elif name == "ncu":
-            ncu = [check.find_tool("ncu") or "ncu", *NCU.split(), str(counters), *kernels, *counted.command]
-            found.append(Piece(name, own, ncu, [counted], 60))
+            kernels = f"regex:^({'|'.join(heaviest())})$"
+            command = [check.find_tool("ncu") or "ncu", *NCU.split(), str(counters), "--kernel-name", kernels]
+            found.append(Piece(name, own, [*command, *bench.COUNTED.command], [bench.COUNTED], SECONDS_OF_COUNTERS))
         else:
-            only = [FIRST[name]] if name in FIRST else []
-            without = [] if only else list(FIRST.values())
+            only = [MEASURED_FIRST[name]] if name in MEASURED_FIRST else []
+            without = [] if only else list(MEASURED_FIRST.values())
             words = ["--only", *only] if only else ["--without", *without]
-            command = [*python, "benchmarks.gpu", "bench", *words, *limit]
+            command = [*python, "benchmarks.gpu", "bench", *words, "--seconds", LIMIT]
             found.append(Piece(name, own, command, bench.chosen_parts(targets, only, without)))
     return found
 
@@ -116,9 +104,7 @@ def main(arguments: argparse.Namespace, scratch: Path, archive: Archive) -> int:
     if arguments.dry_run or not on_cuda:
         plan = plan_of(chosen, arch, arguments.jobs)
         (told / "plan.txt").write_text(plan + "\n", encoding="utf-8")
-        print(
-            "" if on_cuda else "There is no GPU that torch can use. With one, this is what would run:\n", plan, sep=""
-        )
+        print(plan if on_cuda else f"There is no GPU that torch can use. With one, this is what would run:\n{plan}")
         return 0 if arguments.dry_run else 2
     archive.paths.append(ROOT / "benchmarks" / "results" / records.slug(torch.cuda.get_device_name()))
     statuses: dict[str, str] = {}
@@ -148,8 +134,7 @@ def within(piece: Piece, seconds: float) -> list[str]:
 
 def plan_of(chosen: Sequence[Piece], arch: str, jobs: int) -> str:
     """What would run, as text."""
-    lines: list[list[Any]] = []
-    notes: list[str] = []
+    lines, notes = list[list[Any]](), list[str]()
     every = {part.name: part for piece in chosen for part in piece.launches}.values()
     launched = {part.name: found for part, found in warming.wanted(every, arch, notes)}
     for piece in chosen:
@@ -160,7 +145,7 @@ def plan_of(chosen: Sequence[Piece], arch: str, jobs: int) -> str:
             estimate = SECONDS_TO_START + count * SECONDS_A_KERNEL / jobs
         elif estimate is None:
             estimate = sum(part.estimate for part in fit)
-            notes += [f"{name}: no time for {part.name}, {part.estimate:.0f} s" for part in parts if part not in fit]
+            notes += [f"{name}: no time for {part.name} ({part.estimate} s)" for part in parts if part not in fit]
         if not shutil.which(command[0]):
             notes.append(f"{name}: there is no {command[0]} on this machine")
         text = shlex.join(["python" if word == sys.executable else word for word in within(piece, seconds)])
@@ -172,17 +157,9 @@ def plan_of(chosen: Sequence[Piece], arch: str, jobs: int) -> str:
 
 def run_and_keep(command: Sequence[str], seconds: float, file: Path, **variables: str) -> int:
     """Run a command, show and keep what it says, and end it with all that it started when its time is over. Its exit status."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**environment_variables(), **variables},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    pipes: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**environment_variables(), **variables}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, errors="replace", start_new_session=True)
 
     def end(how: signal.Signals) -> None:
         if process.poll() is None:
@@ -196,11 +173,12 @@ def run_and_keep(command: Sequence[str], seconds: float, file: Path, **variables
         with file.open("w", encoding="utf-8") as kept:
             for line in process.stdout:
                 print(line, end="", flush=True)
-                kept.write(line)
-                kept.flush()
+                print(line, end="", flush=True, file=kept)
         return process.wait()
     finally:
         for timer in timers:
             timer.cancel()
         end(signal.SIGTERM)
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        end(signal.SIGKILL)
