@@ -2,13 +2,14 @@
 
     python -m crate_kernels.tune                                    # CRATE-MAE-Base in bfloat16, 64 images
     python -m crate_kernels.tune --models crate_mae_small crate_mae_base --dtypes bfloat16 autocast --batch 128
+    python -m crate_kernels.tune --seconds 480 --output tiles.json --archive tiles.tar.gz    # for a GPU that is there for minutes
     python -m crate_kernels.tune --show                             # the tiles in force, and where they come from
     python -m crate_kernels.tune --clear                            # back to the shipped tiles
 
 The cache is a file in the user's cache folder, one for each device name, or the file that the environment variable
 CRATE_KERNELS_CACHE names. It is used only with the device, Triton, package and shipped tables that it was made with. Other tiles
 add numbers in another order, so results differ in their last bits: copy one file to all machines of a distributed job. The
-processes of such a job never tune.
+processes of such a job never tune. The cache is saved after each key: an interrupt loses the key at work.
 """
 
 from __future__ import annotations
