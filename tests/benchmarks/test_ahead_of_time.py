@@ -242,17 +242,23 @@ def test_what_keeps_products_from_the_tensor_cores_rate_is_reported(tmp_path):
 
 
 HITS = """
-import sys
+import functools, sys
 import launching_nothing
-from benchmarks.ahead_of_time import collecting, warming
+from benchmarks.ahead_of_time import cases, collecting, warming
 from benchmarks.ahead_of_time.__main__ import main
 from benchmarks.gpu import bench
+from benchmarks.kernels.operators import Shape
 
 if __name__ == "__main__":
     some = bench.chosen_parts(bench.bench_parts("cuda", full=False), ["step 256", "ista"], [])
     warming.gpu_parts = lambda: some
     for _ in range(2):
         assert main(["--warm", "--arch", "sm_90", "--archive", sys.argv[1]]) == 0
+    # On fake tensors as on the meta tensors of the gate's cases.
+    for name, of_the_gate in {"ista": cases.ista("bfloat16"), "attention": cases.attention("bfloat16", batch=64)}.items():
+        call = functools.partial(warming._operator, name, Shape(64, 197, 768, 12), "bfloat16", "triton")
+        found = [collecting.requests(one, "sm_90") for one in (of_the_gate, collecting.Case(name, "bfloat16", "", call))]
+        assert found[0] and len({frozenset(request for request, _ in some) for some in found}) == 1, found
     hits = launching_nothing.activate()
     for part in some:
         for case in warming.cases(part):
