@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.command_line import make_folder
 from benchmarks.gpu import __doc__ as description
 from benchmarks.gpu import archiving, bench, check, everything
 from benchmarks.records import environment, slug
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = slug(around["device"]) if on_cuda else "no_gpu"
     archive = archiving.archive_of(arguments.archive, device, around["commit"], arguments.command)
     only_lists = arguments.dry_run and arguments.command != "all"
+    if not only_lists:
+        make_folder("--archive", archive.path.parent)
     with tempfile.TemporaryDirectory() as scratch, nullcontext() if only_lists else archive:
         return program(arguments, Path(scratch), archive)
 

@@ -20,7 +20,6 @@ class Archive:
         self.paths: list[Path] = []
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(self.path) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
             for path in self.paths:
                 if path.exists():
