@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: test demo lint gpu-check gpu-bench gpu-bench-full needs-torch clean
+.PHONY: test demo lint gpu-all gpu-check gpu-bench gpu-bench-full needs-torch clean
 
 # Versions pinned in .ci/constraints.txt. The stamp is newer than what it was made from, or it is made again.
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
@@ -31,6 +31,10 @@ demo: $(VENV)/.installed
 # On a machine with a CUDA device, with the Python that PYTHON names; else with .venv's, where `make test` or `make demo` has made
 # one; else with the one at hand. Nothing is installed.
 AT_HAND = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+
+# Kernels compiled, then all below and counters, in 25 minutes: ARGS="--only check step" for pieces, ARGS=--dry-run for the plan.
+gpu-all: needs-torch
+	$(AT_HAND) -m benchmarks.gpu all $(ARGS)
 
 # Tests, memory checker and times, in 8 minutes.
 gpu-check: needs-torch

@@ -2,13 +2,14 @@
 
     python -m crate_kernels.tune                                    # CRATE-MAE-Base in bfloat16, 64 images
     python -m crate_kernels.tune --models crate_mae_small crate_mae_base --dtypes bfloat16 autocast --batch 128
+    python -m crate_kernels.tune --seconds 480 --output tiles.json --archive tiles.tar.gz    # for a GPU that is there for minutes
     python -m crate_kernels.tune --show                             # the tiles in force, and where they come from
     python -m crate_kernels.tune --clear                            # back to the shipped tiles
 
 The cache is a file in the user's cache folder, one for each device name, or the file that the environment variable
 CRATE_KERNELS_CACHE names. It is used only with the device, Triton, package and shipped tables that it was made with. Other tiles
 add numbers in another order, so results differ in their last bits: copy one file to all machines of a distributed job. The
-processes of such a job never tune.
+processes of such a job never tune. The cache is saved after each key: an interrupt loses the key at work.
 """
 
 from __future__ import annotations
@@ -16,22 +17,29 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from crate_kernels import tiles
+from crate_kernels.files import replaced
 from crate_kernels.tiles import cache
+from crate_kernels.tiles.neighbours import neighbours
+
+if TYPE_CHECKING:  # Triton is imported where it is needed: --show and --clear need none
+    from crate_kernels.tiles.compiling import Compilers, Request
 
 # Width and number of heads. This package does not import the models, it only knows their shapes.
 MODELS = {
@@ -55,17 +63,6 @@ LEAST_GAIN = 0.03
 # The relative rounding error in which the results of two tiles may differ: that of 16-bit results and, for float32, that of sums
 # of some ten thousand terms in two orders.
 _ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-17}
-
-# The values that the search tries, for each option of a tile.
-_SIDES = (16, 32, 64, 128, 256)
-_OPTIONS = {
-    "GROUP": (4, 8, 16),
-    "PARTS": (1, 2, 4),
-    "LIBRARY": (0, 1),
-    "num_warps": (2, 4, 8),
-    "num_stages": range(1, 6),
-}
-_MOST_ACCUMULATORS = 128  # float32 numbers in the registers of a thread, which has 255
 
 
 class Launch(NamedTuple):
@@ -166,28 +163,9 @@ def milliseconds(launch: Launch, key: tuple, choices: Sequence[tiles.Tile]) -> l
     return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
-def neighbours(tile: tiles.Tile) -> list[dict[str, int]]:
-    """The tiles one step away that a thread's registers can hold.
-
-    A step takes the next smaller or larger value of one option, or of a side of the tile and the number of warps together.
-    """
-    moves = [(name,) for name in tile] + [(name, "num_warps") for name in tile if name.startswith("BLOCK_")]
-    found = []
-    for names, step in itertools.product(moves, (-1, 1)):
-        values = {name: _OPTIONS.get(name, _SIDES) for name in names}
-        places = {name: values[name].index(tile[name]) + step for name in names}
-        if all(0 <= place < len(values[name]) for name, place in places.items()):
-            found.append({**tile, **{name: values[name][place] for name, place in places.items()}})
-    return [other for other in found if _fits(other)]
-
-
-def _fits(tile: tiles.Tile) -> bool:
-    """Whether the accumulators of the largest product fit, that of the two longest sides."""
-    sides = sorted(value for name, value in tile.items() if name.startswith("BLOCK_"))[-2:]
-    return len(sides) < 2 or sides[0] * sides[1] <= _MOST_ACCUMULATORS * 32 * tile["num_warps"]
-
-
-def search(key: tuple, shipped: tiles.Tile, launched: Sequence[Launch], seconds: float) -> Finding:
+def search(
+    key: tuple, shipped: tiles.Tile, launched: Sequence[Launch], seconds: float, compilers: Compilers | None = None
+) -> Finding:
     """The tile for ``key`` that makes ``launched``, taken together, fastest: by steps that each gain 3%.
 
     The fastest of many measurements may be a lucky one. The winner therefore has to gain 3% once more, against the shipped tile.
@@ -197,6 +175,7 @@ def search(key: tuple, shipped: tiles.Tile, launched: Sequence[Launch], seconds:
         shipped: the tile to start from, whose results are the right ones.
         launched: the launches that use the key.
         seconds: no tile is begun later than this.
+        compilers: they compile all tiles that are next, while the first of them run. Without them each is compiled as it runs.
 
     Raises:
         RuntimeError: a result of the shipped tile is not finite.
@@ -213,17 +192,46 @@ def search(key: tuple, shipped: tiles.Tile, launched: Sequence[Launch], seconds:
 
     best, seen, untried = shipped, [shipped], neighbours(shipped)
     rejected: list[tuple[tiles.Tile, str]] = []
+    ahead = _ahead(key, untried, launched, compilers)
     while untried and time.monotonic() < deadline:
         tile = untried.pop(0)
+        failures = compilers.failures(ahead.pop(0), deadline - time.monotonic()) if compilers else []
+        if failures is None:
+            untried.insert(0, tile)
+            break
         seen.append(tile)
-        if objection := _objection(key, tile, launched, expected):
+        if objection := next(iter(failures), None) or _objection(key, tile, launched, expected):
             rejected.append((tile, objection))
         elif _gains(*race(best, tile)):
             best, untried = tile, [other for other in neighbours(tile) if other not in seen]
+            ahead = _ahead(key, untried, launched, compilers)
     times = race(shipped, best) if best != shipped else None
     if times and not _gains(*times):
         best, times = shipped, None
     return Finding(key, best, times, len(seen) - 1, rejected, out_of_time=bool(untried))
+
+
+def _ahead(
+    key: tuple, choices: Sequence[tiles.Tile], launched: Sequence[Launch], compilers: Compilers | None
+) -> list[list[Request]]:
+    """Has the kernels of all these tiles compiled, and returns at once: the kernels of each."""
+    found: list[list[Request]] = []
+    if compilers is None:
+        return found
+    for tile in choices:
+        found.append(_asked_for({key: tile}, lambda: [launch.run() for launch in launched]))
+        compilers.ask(found[-1])
+    return found
+
+
+def _asked_for(trial: Mapping[tuple, tiles.Tile], run: Callable[[], object]) -> list[Request]:
+    """The kernels that ``run`` would have to compile with these tiles. They do not run, so its results are of no use."""
+    from crate_kernels.tiles.compiling import asked
+
+    # What raises here raises again when the tile is tried, and is told then.
+    with tiles.trial(trial), asked() as requests, suppress(Exception):
+        run()
+    return requests
 
 
 def _gains(before: float, after: float) -> bool:
@@ -258,31 +266,50 @@ def _results(launch: Launch, key: tuple, tile: tiles.Tile) -> list[Tensor]:
     return [result for result in (results if isinstance(results, tuple) else (results,)) if result is not None]
 
 
-def tune(launched: Iterable[Launch], seconds: float) -> list[Finding]:
-    """Searches a tile for every key that the launches look up, within about ``seconds``, and prints what it finds."""
-    by_key: dict[tuple, list[Launch]] = defaultdict(list)
-    shipped: dict[tuple, tiles.Tile] = {}
+def by_worth(launched: Iterable[Launch]) -> dict[tuple, tuple[tiles.Tile, list[Launch], float]]:
+    """For every key that the launches look up, the shipped tile, the launches that use it, and the milliseconds that these take
+    with it, taken together. Those that take longest come first: a step has as many of each launch."""
+    found: dict[tuple, tuple[tiles.Tile, list[Launch], float]] = {}
     for launch in launched:
         with tiles.trial({}) as selected:
             launch.run()
-        shipped |= selected
-        for key in selected:
-            by_key[key].append(launch)
-    findings: list[Finding] = []
+        for key, tile in selected.items():
+            _, before, ms = found.get(key, (tile, [], 0.0))
+            found[key] = tile, [*before, launch], ms + milliseconds(launch, key, [tile])[0]
+    return dict(sorted(found.items(), key=lambda item: -item[1][2]))
+
+
+def tune(launched: Iterable[Launch], seconds: float, compilers: Compilers | None = None) -> Iterator[Finding]:
+    """Searches a tile for every key that the launches look up, the keys that take longest first, within about ``seconds``, and
+    prints what it finds.
+
+    What is left of a key's share of the time goes to those after it. A key is begun only if there is time for a tile of it, which
+    may take as long as those before. The others are named at the end.
+    """
     end = time.monotonic() + seconds
-    for key, tile in tqdm(shipped.items(), unit="key", disable=None):  # only on a terminal
-        share = (end - time.monotonic()) / (len(shipped) - len(findings))
-        findings.append(found := search(key, tile, by_key[key], share))
+    keys = by_worth(launched)
+    longest = 0.0  # seconds a tile, of the slowest search
+    late: list[tuple] = []
+    for index, (key, (tile, using, ms)) in enumerate(
+        tqdm(keys.items(), unit="key", disable=None)
+    ):  # only on a terminal
+        begin = time.monotonic()
+        if end - begin <= longest:
+            late.append(key)
+            continue
+        yield (found := search(key, tile, using, (end - begin) / (len(keys) - index), compilers))
+        longest = max(longest, (time.monotonic() - begin) / (found.tried + 1))
         for other, objection in found.rejected:
             tqdm.write(f"rejected: {_text(key)}: {_text(other)}: {objection}", file=sys.stderr)
-        result = f"stays {_text(tile)}"
+        result = f"stays {_text(tile)}, {ms:.4f} ms"
         if found.times:
             before, after = found.times
             gain = f"{before:.4f} ms -> {after:.4f} ms, {before / after - 1:.0%} faster"
             result = f"{_text(tile)} -> {_text(found.tile)}, {gain}"
         counts = f"{found.tried} tried, {len(found.rejected)} rejected" + ", out of time" * found.out_of_time
         tqdm.write(f"{_text(key)}: {result} ({counts})")
-    return findings
+    if late:
+        print(f"not begun, for want of time: {', '.join(map(_text, late))}")
 
 
 def show(file: Path, device: torch.device, whole: bool) -> None:
@@ -311,11 +338,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, help="images (64)")
     parser.add_argument("--seconds", type=float, default=1200.0, help="no tile is begun later (1200)")
     parser.add_argument("--output", type=Path, help=f"the cache; else {cache.VARIABLE} or the user's cache folder")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (cores)")
+    parser.add_argument(
+        "--archive",
+        type=Path,
+        help="a .tar.gz that gets the cache in the end, however that comes; else results-tune.tar.gz in the folder that $OUT "
+        "names; else none",
+    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--show", action="store_true", help="print the tiles in force, and tune nothing")
     instead.add_argument("--clear", action="store_true", help="delete the cache, and tune nothing")
     options = parser.parse_args(arguments)
-    for name in ("batch", "seconds"):
+    for name in ("batch", "seconds", "jobs"):
         if getattr(options, name) <= 0:
             parser.error(f"argument --{name}: expected above 0, got {getattr(options, name)}")
 
@@ -338,12 +372,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         parser.error(f"{file}: cannot be written ({error.strerror})")
-    pairs = itertools.product(options.models, options.dtypes)
-    launched = [launch for pair in pairs for launch in launches(*pair, options.batch, device)]
-    findings = tune(launched, options.seconds)
-    cache.write(file, kept | {found.key: found.tile for found in findings}, device)
+    begin = time.monotonic()
+
+    def all_launches() -> list[Launch]:
+        pairs = itertools.product(options.models, options.dtypes)
+        return [launch for pair in pairs for launch in launches(*pair, options.batch, device)]
+
+    with _compilers(options.jobs) as compilers, _archived(options.archive, file):
+        if compilers:
+            compilers.failures(_asked_for({}, lambda: [launch.run() for launch in all_launches()]), options.seconds)
+        for found in tune(all_launches(), options.seconds - (time.monotonic() - begin), compilers):
+            kept[found.key] = dict(found.tile)
+            cache.write(file, kept, device)
     print(f"wrote {file}")
     return 0
+
+
+def _compilers(jobs: int) -> AbstractContextManager[Compilers | None]:
+    """Processes that compile; none where Triton's interpreter stands in for the device."""
+    import triton
+
+    from crate_kernels.tiles.compiling import Compilers
+
+    return nullcontext() if triton.knobs.runtime.interpret else Compilers(jobs)
+
+
+@contextmanager
+def _archived(archive: Path | None, file: Path) -> Iterator[None]:
+    """Makes the archive when the block ends, whatever ends it."""
+    if archive is None and (folder := os.environ.get("OUT")):
+        archive = Path(folder, "results-tune.tar.gz")
+    try:
+        yield
+    finally:
+        if archive is not None and file.exists():
+            with replaced(archive) as written, tarfile.open(fileobj=written, mode="w:gz") as holding:
+                holding.add(file, file.name)
 
 
 def _refusal(device: torch.device) -> str | None:
@@ -359,4 +423,6 @@ def _text(value: tuple | tiles.Tile) -> str:
 
 
 if __name__ == "__main__":
+    # An end asked for from outside unwinds like Ctrl-C: the archive is made, and no process is left.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     sys.exit(main())

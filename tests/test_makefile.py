@@ -28,7 +28,7 @@ def make(root: Path, *arguments: str, **pythons: str) -> subprocess.CompletedPro
     return subprocess.run(["make", "--silent", *arguments], cwd=root, env=variables, capture_output=True, text=True)
 
 
-TARGETS = pytest.mark.parametrize("target", ["gpu-check", "gpu-bench", "gpu-bench-full"])
+TARGETS = pytest.mark.parametrize("target", ["gpu-all", "gpu-check", "gpu-bench", "gpu-bench-full"])
 
 
 @TARGETS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,9 +16,10 @@ import triton
 
 from benchmarks import ROOT, records
 from benchmarks.ahead_of_time import __doc__ as description
-from benchmarks.ahead_of_time import cases, compiling
+from benchmarks.ahead_of_time import cases, compiling, warming
 from benchmarks.ahead_of_time.compiling import Figures
 from benchmarks.ahead_of_time.targets import TARGETS
+from benchmarks.gpu.archiving import add_argument, archive_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "ahead_of_time" / f"{triton.__version__}.jsonl"
 
@@ -69,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it.", file=sys.stderr)
         return 2
+    if arguments.warm:
+        commit = records.environment(torch.device("cpu"))["commit"]
+        archive = archive_of(arguments.archive, "-".join(arguments.arch), commit, "warm")
+        return warming.warm(arguments.arch, arguments.jobs, archive)
     chosen = cases.everything if arguments.all else cases.gate
     available = {arch: chosen(arch) for arch in arguments.arch}
     wanted = {
@@ -119,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="all combinations of the cases: some twenty minutes")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile at the same time")
     parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="instead of the cases, compile into Triton's cache what benchmarks.gpu will launch, and check no bounds",
+    )
+    add_argument(parser)
+    parser.add_argument(
         "--json", metavar="FILE", type=Path, nargs="?", const=RESULTS,
         help=f"write the figures there, in place of what it held; without FILE to {RESULTS.relative_to(ROOT)}",
     )  # fmt: skip
@@ -126,4 +138,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds, so that the archive is made
     sys.exit(main())

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.compiler import GPUTarget
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.ahead_of_time.addresses import Launch
 from benchmarks.ahead_of_time.targets import TARGETS
 from crate_kernels import dispatch, tiles
+from crate_kernels.tiles.compiling import Request, StandIn, asked
 
 
 @dataclass(frozen=True)
@@ -31,80 +36,42 @@ class Case:
     slow: str = ""
 
 
-@dataclass(frozen=True)
-class Request:
-    """One kernel that a case would have compiled: ``specialization`` is Triton's own record of signature and options."""
-
-    module: str
-    kernel: str
-    arch: str
-    specialization: str
-
-
 def requests(case: Case, arch: str) -> list[tuple[Request, Launch]]:
     """The kernels that ``case`` would compile on ``arch``, each with its launch, in launch order."""
-    found, launches = [], []
+    launches: list[Launch] = []
     run = triton.JITFunction.run
 
     def note(function: Any, *args: Any, grid: Any, **options: Any) -> Any:
         values = dict(zip(function.arg_names, args, strict=False)) | options
         integers = {name: int(values[name]) for name in function.arg_names if isinstance(values.get(name), int)}
-        launches.append(Launch(tuple(grid(values) if callable(grid) else grid), tuple(integers.items())))
-        return run(function, *args, grid=grid, **options)
+        launch = Launch(tuple(grid(values) if callable(grid) else grid), tuple(integers.items()))
+        before, result = len(found), run(function, *args, grid=grid, **options)
+        launches.extend([launch] * (len(found) - before))
+        return result
 
-    def take(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        request = Request(fn.module, fn.jit_function.fn.__name__, arch, compile["specialization_data"])
-        found.append((request, launches[-1]))
-        return True  # tells Triton to neither compile nor launch
-
-    with as_if_on(arch), _arithmetic_of(case.dtype), triton.knobs.runtime.scope():
-        triton.knobs.runtime.jit_cache_hook = take
-        with _replaced(triton.JITFunction, "run", note):
+    with as_if_on(arch, case.dtype), asked() as found:
+        with patch.object(triton.JITFunction, "run", note):
             case.call()
-    return found
+    return list(zip(found, launches, strict=True))
 
 
 @contextmanager
-def as_if_on(arch: str) -> Iterator[None]:
-    """Operators take the Triton path with the tiles of ``arch``, and Triton believes that it is there."""
-    triton.runtime.driver.set_active(_PretendedDriver(arch))
-    with tiles.pretend(arch), _replaced(dispatch, "choose", lambda *_: "triton"):
-        yield
-
-
-class _PretendedDriver:
-    """The part of a Triton driver that choosing a target takes. Its device index is the architecture's name, because Triton
-    keeps a compilation cache for each device index, and a cache serves one target."""
-
-    def __init__(self, arch: str) -> None:
-        self._arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self._arch].gpu
-
-    def get_current_device(self) -> str:
-        return self._arch
-
-    def get_current_stream(self, device: str | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-
-@contextmanager
-def _arithmetic_of(dtype: str) -> Iterator[None]:
-    previous = torch.get_float32_matmul_precision()
+def as_if_on(arch: str, dtype: str) -> Iterator[None]:
+    """Operators take the Triton path with the tiles of ``arch`` and the arithmetic of ``dtype``, and Triton believes that it is
+    there."""
+    triton.runtime.driver.set_active(StandIn(TARGETS[arch].gpu))
+    operators, precision = _RealOperators(autocast=dtype == "autocast"), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
-        with _RealOperators(autocast=dtype == "autocast"):
+        with tiles.pretend(arch), patch.object(dispatch, "choose", lambda *_: "triton"), operators:
             yield
     finally:
-        torch.set_float32_matmul_precision(previous)
+        torch.set_float32_matmul_precision(precision)
 
 
 class _RealOperators(TorchDispatchMode):
-    """Runs our operators themselves on meta tensors, where PyTorch would run their fakes, which launch nothing.
+    """Runs our operators themselves on meta tensors, where PyTorch would run their fakes, which launch nothing. Of fake tensors,
+    as whole models have them, the operators get meta tensors that lie in memory alike, and the model gets what the fakes say.
 
     There is no autocast of meta tensors. What it changes is the argument ``dtype`` of operators, which is set here.
     """
@@ -119,14 +86,17 @@ class _RealOperators(TorchDispatchMode):
         if self._autocast:
             names = [argument.name for argument in func._schema.arguments]
             args = tuple(torch.bfloat16 if name == "dtype" else value for name, value in zip(names, args, strict=False))
-        return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+        run = partial(func._op_dk, torch._C.DispatchKey.CompositeExplicitAutograd)
+        if not any(isinstance(value, FakeTensor) for value in tree_leaves(args)):
+            return run(*args, **(kwargs or {}))
+        with unset_fake_temporarily():
+            run(*tree_map_only(FakeTensor, _on_meta, args), **tree_map_only(FakeTensor, _on_meta, kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    previous = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, previous)
+def _on_meta(fake: FakeTensor) -> Tensor:
+    if fake.ndim == 0 and fake.device.type == "cpu":  # a number from the host, which kernels take by its value
+        return torch.ones((), dtype=fake.dtype)
+    # As far from the start of its memory, too: Triton asks whether addresses are multiples of 16.
+    memory = torch.empty(fake.untyped_storage().nbytes() // fake.itemsize, dtype=fake.dtype, device="meta")
+    return memory.as_strided(fake.shape, fake.stride(), fake.storage_offset())

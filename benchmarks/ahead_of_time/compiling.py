@@ -19,10 +19,11 @@ import triton
 import crate_kernels
 from benchmarks.ahead_of_time import addresses, wgmma
 from benchmarks.ahead_of_time.addresses import Launch
-from benchmarks.ahead_of_time.collecting import Case, Request, as_if_on, requests
+from benchmarks.ahead_of_time.collecting import Case, requests
 from benchmarks.ahead_of_time.targets import TARGETS, Usage
 from benchmarks.ahead_of_time.wgmma import Wgmma
 from crate_kernels import tiles
+from crate_kernels.tiles.compiling import Request, brief, compile, jit_function
 
 
 @dataclass(frozen=True)
@@ -57,27 +58,27 @@ class Figures(Usage):
         return f"{self.module}.{self.kernel}"
 
 
-def compile_request(request: Request, launches: Sequence[Launch], dtype: str, shape: str, slow: str) -> Figures:
+def compile_request(
+    request: Request, launches: Sequence[Launch], arch: str, dtype: str, shape: str, slow: str
+) -> Figures:
     """Compile one kernel (or find it in Triton's disk cache), read its assembly, and check its addresses at ``launches``.
 
     Runs in a process other than the one that collects requests: there, Triton would try to launch what it has compiled.
     """
-    kernel = _jit_function(getattr(importlib.import_module(request.module), request.kernel))
-    with as_if_on(request.arch):
-        compiled = kernel.preload(request.specialization)
-    target = TARGETS[request.arch]
+    compiled, _ = compile(request)
+    target = TARGETS[arch]
     usage = target.usage(compiled)
-    constants = compiled.src.constants
-    blocks = [value for (index, *_), value in constants.items() if kernel.arg_names[index].startswith("BLOCK")]
+    names = compiled.src.fn.arg_names
+    blocks = [value for (index, *_), value in compiled.src.constants.items() if names[index].startswith("BLOCK")]
     # A product that Triton leaves to the older mma instructions is still a tt.dot after lowering; wgmma's is warp_group_dot.
-    older = _products(compiled.asm["ttgir"]) if request.arch == "sm_90" else []
+    older = _products(compiled.asm["ttgir"]) if arch == "sm_90" else []
     products = len(_products(compiled.asm["ttir"]))
     reports = [addresses.check(compiled.asm["ttir"], launch) for launch in launches]
     return Figures(
         **vars(usage),
         module=request.module,
         kernel=request.kernel,
-        arch=request.arch,
+        arch=arch,
         dtype=dtype,
         shape=shape,
         tile="x".join(map(str, blocks)),
@@ -100,7 +101,7 @@ def _products(code: str) -> list[str]:
 
 def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[Figures], list[str]]:
     """Figures of every kernel that the cases of each architecture launch, identical compilations once; and what failed."""
-    labels: dict[Request, tuple[str, str]] = {}
+    labels: dict[Request, tuple[str, str, str]] = {}
     slow: dict[Request, str] = {}
     launches: dict[Request, dict[Launch, None]] = {}
     figures: list[Figures] = []
@@ -109,12 +110,12 @@ def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[F
         for case in cases:
             try:
                 for request, launch in requests(case, arch):
-                    labels.setdefault(request, (case.dtype, case.shape))
+                    labels.setdefault(request, (arch, case.dtype, case.shape))
                     launches.setdefault(request, {})[launch] = None
                     # Every case that launches it must be one that may be slow.
                     slow[request] = case.slow and slow.get(request, case.slow)
             except Exception as error:  # whatever a launcher or Triton raises: the rest is still worth compiling
-                failures.append(f"{case.operator} {arch} {case.dtype} {case.shape}: not launched, {_brief(error)}")
+                failures.append(f"{case.operator} {arch} {case.dtype} {case.shape}: not launched, {brief(error)}")
     # Spawned, not forked: torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         pending = [
@@ -133,20 +134,13 @@ def compile_all(wanted: Mapping[str, Sequence[Case]], jobs: int) -> tuple[list[F
 
 
 def _figures_or_failure(
-    request: Request, launches: Sequence[Launch], dtype: str, shape: str, slow: str
+    request: Request, launches: Sequence[Launch], arch: str, dtype: str, shape: str, slow: str
 ) -> Figures | str:
     """``compile_request``, or its error in words: an exception would lose its cause on the way between processes."""
     try:
-        return compile_request(request, launches, dtype, shape, slow)
+        return compile_request(request, launches, arch, dtype, shape, slow)
     except Exception as error:
-        return f"{request.kernel} {request.arch} {dtype} {shape}: not compiled, {_brief(error)}"
-
-
-def _brief(error: BaseException) -> str:
-    """The first cause, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(f"{type(error).__name__}: {getattr(error, 'error_message', None) or error}".split())[:300]
+        return f"{request.kernel} {arch} {dtype} {shape}: not compiled, {brief(error)}"
 
 
 # A thread of sm_90 has 255. A kernel that takes them all may have wanted more, and spills by another version of ptxas.
@@ -203,17 +197,10 @@ def _modules(package: ModuleType) -> list[ModuleType]:
     ]
 
 
-def _jit_function(kernel: Any) -> Any:
-    """The ``triton.JITFunction`` under autotuners and heuristics."""
-    while not isinstance(kernel, triton.JITFunction):
-        kernel = kernel.fn
-    return kernel
-
-
 def entry_kernels() -> set[str]:
     """Paths of the kernels that launchers start: the JIT functions in crate_kernels that no other JIT function calls."""
     kernels = {
-        _jit_function(value)
+        jit_function(value)
         for module in _modules(crate_kernels)
         for value in vars(module).values()
         if isinstance(value, triton.runtime.KernelInterface)

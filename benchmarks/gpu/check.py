@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.command_line import make_folder
 from benchmarks.gpu import parts
+from benchmarks.gpu.archiving import Archive
 from benchmarks.gpu.parts import RESULTS, Part, Runner
 from benchmarks.kernels.operators import OPERATORS
 from benchmarks.records import environment, slug, table, table_of, version
@@ -61,11 +62,13 @@ def collected_parts(scratch: Path) -> tuple[list[Part], list[dict[str, Any]]]:
     return found, failure
 
 
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, on PATH or where the toolkit puts it."""
+    return shutil.which(name) or next(iter(sorted(glob.glob(f"/usr/local/cuda*/bin/{name}"), reverse=True)), None)
+
+
 def find_memory_checker() -> str | None:
-    """compute-sanitizer, on PATH or where the CUDA toolkit puts it."""
-    return shutil.which("compute-sanitizer") or next(
-        iter(sorted(glob.glob("/usr/local/cuda*/bin/compute-sanitizer"), reverse=True)), None
-    )
+    return find_tool("compute-sanitizer")
 
 
 # Tails both ways; ISTA with more tokens than features and with fewer, because that decides its products.
@@ -137,8 +140,9 @@ def judge_memory_check(status: str, output: str) -> str:
 class Report:
     """The JSON document, on disk after every part; a reader never sees half of it."""
 
-    def __init__(self, path: Path, head: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, head: dict[str, Any], archive: Archive) -> None:
+        self.path, self.archive = path, archive
+        archive.paths.append(path)
         self.parts: list[dict[str, Any]] = []
         self.document = {**head, "complete": False, "passed": False, "parts": self.parts}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +151,7 @@ class Report:
     def add(self, record: dict[str, Any]) -> None:
         self.parts.append(record)
         write_json(self.path, self.document)
+        self.archive.write()
         parts.tell(record)
 
     def finish(self) -> bool:
@@ -187,7 +192,7 @@ def print_summary(records: Sequence[dict[str, Any]]) -> None:
     print("tests: " + (", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none"))
 
 
-def main(arguments: argparse.Namespace, scratch: Path) -> int:
+def main(arguments: argparse.Namespace, scratch: Path, archive: Archive) -> int:
     """Run all parts; ``scratch`` is an empty folder for what they leave. The exit status."""
     begin = time.time()
     on_cuda = arguments.device == "cuda"
@@ -205,7 +210,7 @@ def main(arguments: argparse.Namespace, scratch: Path) -> int:
     found = surroundings(torch.device(arguments.device))
     head = {"rehearsal": not on_cuda, **found, "compute_sanitizer": checker or "absent"}
     results = f"benchmarks/results/{slug(head['device'])}" if on_cuda else "runs/rehearsal"
-    report = Report(arguments.json or parts.ROOT / results / "gpu_check.json", head)
+    report = Report(arguments.json or parts.ROOT / results / "gpu_check.json", head, archive)
     print(", ".join(f"{key} {value}" for key, value in head.items()), flush=True)
     for record in failures:
         report.add(record)

@@ -30,6 +30,7 @@ class Part:
 
     command: its words, among them ``RESULTS``.
     quiet_seconds: it is ended after so long without a new line in its file.
+    estimate: how many seconds it may take; with fewer left it is not begun.
     tests: pytest node ids added to the command. Those that a crash or a hang leaves undone are run again without the culprit.
     environment: variables it gets besides ours.
     judge: what its status is, given how its process ended and what it printed; how it ended, if None.
@@ -42,6 +43,7 @@ class Part:
     tests: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     judge: Callable[[str, str], str] | None = None
+    estimate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Runner:
         attempts: list[Attempt] = []
         left = list(part.tests)
         while not attempts or left:
-            if self._over():
+            if self._over() or time.time() + part.estimate > self.deadline:
                 break
             attempt = self.attempt(part, left)
             attempts.append(attempt)

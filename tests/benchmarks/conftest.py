@@ -19,6 +19,13 @@ from benchmarks.gpu import parts
 from benchmarks.gpu.parts import RESULTS, Attempt, Part, Runner
 
 
+@pytest.fixture(autouse=True)
+def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the unattended runs put their archives."""
+    monkeypatch.setenv("OUT", str(tmp_path / "archives"))
+    return tmp_path / "archives"
+
+
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     """Parts run as ``python -m`` would run them, without a new process, which would import all of torch again."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,80 @@ def test_what_keeps_products_from_the_tensor_cores_rate_is_reported(tmp_path):
     # wgmma reads 64 rows of x and all of the matrix for each half of the rows; copies write both once.
     assert 640 <= cycles["shared"] < 740
     assert cycles["issue"] == 2 * sum(loop["instructions"].values())
+
+
+HITS = """
+import functools, sys
+import launching_nothing
+from benchmarks.ahead_of_time import cases, collecting, warming
+from benchmarks.ahead_of_time.__main__ import main
+from benchmarks.gpu import bench
+from benchmarks.kernels.operators import Shape
+
+if __name__ == "__main__":
+    some = bench.chosen_parts(bench.bench_parts("cuda", full=False), ["step 256", "ista"], [])
+    warming.gpu_parts = lambda: some
+    for _ in range(2):
+        assert main(["--warm", "--arch", "sm_90", "--archive", sys.argv[1]]) == 0
+    # On fake tensors as on the meta tensors of the gate's cases.
+    for name, of_the_gate in {"ista": cases.ista("bfloat16"), "attention": cases.attention("bfloat16", batch=64)}.items():
+        call = functools.partial(warming._operator, name, Shape(64, 197, 768, 12), "bfloat16", "triton")
+        found = [collecting.requests(one, "sm_90") for one in (of_the_gate, collecting.Case(name, "bfloat16", "", call))]
+        assert found[0] and len({frozenset(request for request, _ in some) for some in found}) == 1, found
+    hits = launching_nothing.activate()
+    for part in some:
+        for case in warming.cases(part):
+            with collecting.as_if_on("sm_90", case.dtype):
+                case.call()
+    print(len(hits), sum(hits), launching_nothing.launches)
+"""
+
+
+def test_a_launch_finds_what_was_compiled_before_it(tmp_path, monkeypatch):
+    """By Triton's own launch, of operators and of a step of the whole model, up to where a driver would start the kernel."""
+    monkeypatch.setitem(COMPILING, "PYTHONPATH", os.pathsep.join([COMPILING["PYTHONPATH"], str(ROOT / "tests")]))
+    monkeypatch.setitem(COMPILING, "TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "hits.py").write_text(HITS)
+    archive = tmp_path / "warm.tar.gz"
+    result = run(str(tmp_path / "hits.py"), str(archive))
+    assert result.returncode == 0, result.stdout + result.stderr
+    kernels, hits, launches = map(int, result.stdout.splitlines()[-1].split())
+    assert kernels == hits > 30 and launches > 500
+    for counts in (
+        f"{kernels} compiled, 0 already cached, 0 failed",
+        f"0 compiled, {kernels} already cached, 0 failed",
+    ):
+        assert f"{kernels} kernels for sm_90: {counts}; " in result.stdout
+    with tarfile.open(archive) as held:
+        told = held.extractfile("warm.jsonl").read().splitlines()
+    assert [json.loads(line)["outcome"] for line in told] == ["cached"] * kernels
+
+
+FAILURES = """
+import os, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from crate_kernels.tiles.compiling import Compilers, Request
+
+target = GPUTarget("cuda", 90, 32)
+if __name__ == "__main__":
+    with Compilers(1) as compilers:
+        wrong = Request("crate_kernels.products.kernels", "project_kernel", target, "{}")
+        print(compilers.failures([wrong, wrong], 100), len(compilers))
+        deadly = Request("deadly", "kernel", target, "{}")
+        print(compilers.failures([deadly, wrong._replace(specialization="")], 100))
+        print(compilers.failures([wrong._replace(kernel="moments_kernel")], 100))
+"""
+
+
+def test_what_cannot_be_compiled_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(COMPILING, "PYTHONPATH", os.pathsep.join([COMPILING["PYTHONPATH"], str(tmp_path)]))
+    (tmp_path / "deadly.py").write_text("import os; os.abort()")
+    (tmp_path / "failures.py").write_text(FAILURES)
+    result = run(str(tmp_path / "failures.py"))
+    wrong, *after_a_death = result.stdout.splitlines()
+    assert wrong == """["KeyError: 'name'"] 1""", result.stdout + result.stderr
+    assert len(after_a_death) == 2 and all("a compiler's process died" in line for line in after_a_death)
 
 
 @pytest.mark.parametrize(

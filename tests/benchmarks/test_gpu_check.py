@@ -179,6 +179,7 @@ class Checked:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(check, "find_memory_checker", lambda: None)
         monkeypatch.setattr(check, "surroundings", lambda device: {"device": "Pretended GPU"})
+        monkeypatch.setattr(gpu, "environment", lambda device: {"device": "Pretended GPU", "commit": "0123abc"})
 
     def run(self, shared: list[Part], alone: list[Part]) -> tuple[int, dict]:
         self.monkeypatch.setattr(check, "collected_parts", lambda scratch: (shared, []))

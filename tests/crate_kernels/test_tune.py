@@ -10,6 +10,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -327,6 +328,81 @@ def test_out_of_time_nothing_more_is_begun(find) -> None:
     assert found.tried == 0 and found.out_of_time and found.tile == SHIPPED
 
 
+@pytest.mark.parametrize(("seconds", "begun"), [(25.0, 3), (21.0, 2), (15.0, 2), (0.0, 0)])
+def test_keys_that_take_longest_come_first_as_long_as_there_is_time(
+    monkeypatch, capsys, seconds: float, begun: int
+) -> None:
+    ms = {
+        ("project", "plain", 4, 4): 1.0,
+        ("input_gradient", "plain", 4, 4): 3.0,
+        ("input_gradient", "norm", 4, 4): 2.0,
+    }
+    clock, shares = [0.0], []
+
+    def search(key: tuple, tile: tiles.Tile, launched: list, share: float, compilers: None) -> tune.Finding:
+        shares.append(share)
+        clock[0] += 10.0  # two seconds for each of four tiles and the shipped one
+        return tune.Finding(key, tile, None, 4, [], False)
+
+    monkeypatch.setattr(tune, "milliseconds", lambda launch, key, choices: [ms[key]])
+    monkeypatch.setattr(tune, "search", search)
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
+    launched = [tune.Launch("", torch.float32, functools.partial(tiles.select, TABLE, CPU, *key)) for key in ms]
+    ordered = sorted(ms, key=lambda key: -ms[key])
+    assert [found.key for found in tune.tune(launched, seconds)] == ordered[:begun]
+    assert shares == [(seconds - 10 * index) / (3 - index) for index in range(begun)]
+    late = ", ".join(map(tune._text, ordered[begun:]))
+    assert not late or f"not begun, for want of time: {late}\n" in capsys.readouterr().out
+
+
+AHEAD = """
+import launching_nothing, torch
+from benchmarks.ahead_of_time.targets import TARGETS
+from crate_kernels import tiles, tune
+from crate_kernels.products.launchers import project
+from crate_kernels.products.op import operands
+from crate_kernels.tiles.compiling import Compilers, StandIn
+import triton
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(StandIn(TARGETS["sm_90"].gpu))
+    hits, tried = launching_nothing.activate(), []
+    x, (operand,) = torch.zeros(1024, 768).half(), operands([torch.zeros(768, 768)], [None], [None], torch.float16)
+    launch = tune.Launch("product", torch.float16, lambda: project(x, operand, torch.float16))
+
+    def results(launch, key, tile):
+        with tiles.trial({key: tile}):
+            launch.run()
+        tried.append(tile)
+        return []
+
+    tune._results = results  # nothing has run: there is nothing to compare
+    tune.milliseconds = lambda launch, key, choices: [1.0 for _ in choices]
+    with tiles.pretend("sm_90"), Compilers(2) as compilers:
+        key, (tile, using, _) = next(iter(tune.by_worth([launch]).items()))
+        wrong = {**tile, "BLOCK_M": 48}
+        good, more = tune.neighbours(tile)[:2]
+        tune.neighbours = lambda tile: [good, wrong, more]
+        found = tune.search(key, tile, using, 1000.0, compilers)
+        assert tried == [tile, good, more] and found.tried == 3 and found.tile == tile, found
+        ((rejected, why),) = found.rejected
+        assert rejected == wrong and "power of 2" in why, found
+        late = tune.search(key, tile, using, 0.0, compilers)
+        assert late.tried == 0 and late.out_of_time
+    print(hits)
+"""
+
+
+def test_tiles_are_compiled_by_other_processes_before_they_run(tmp_path: Path) -> None:
+    (tmp_path / "ahead.py").write_text(AHEAD)
+    root = Path(__file__).parents[2]
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables |= {"PYTHONPATH": f"{root}:{root / 'tests'}", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    ended = subprocess.run([sys.executable, str(tmp_path / "ahead.py")], env=variables, capture_output=True, text=True)
+    # Only the shipped tile was compiled here, because nobody had asked for it: its launch found nothing.
+    assert ended.stdout.splitlines()[-1:] == ["[False, True, True]"], ended.stdout + ended.stderr
+
+
 def test_tiles_are_timed_in_turns_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that remember the tile in force when they were captured stand in for CUDA's."""
     graphs: list[SimpleNamespace] = []
@@ -390,6 +466,26 @@ def test_the_command_tunes_writes_shows_and_clears(file: Path, pretended_device:
     for told in ("deleted", "there is none"):
         assert tune.main(["--clear"]) == 0 and not file.exists()
         assert capsys.readouterr().out == f"{file}: {told}\n"
+
+
+def test_an_interrupt_loses_only_the_key_at_work(file: Path, pretended_device: None, tmp_path, monkeypatch) -> None:
+    search, begun, archive = tune.search, [], tmp_path / "tune.tar.gz"
+
+    def interrupted(key: tuple, *arguments: object) -> tune.Finding:
+        begun.append(key)
+        if len(begun) == 3:
+            assert cache.load(file, CPU).keys() == set(begun[:2])  # already
+            raise KeyboardInterrupt
+        return search(key, *arguments)
+
+    monkeypatch.setattr(tune, "search", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--dtypes", "float32", "--batch", "1", "--archive", str(archive)])
+    assert cache.load(file, CPU).keys() == set(begun[:2])
+    with tarfile.open(archive) as held:
+        assert held.extractfile(file.name).read() == file.read_bytes()
+    monkeypatch.setattr(tune, "search", search)
+    assert tune.main(["--dtypes", "float32", "--batch", "1"]) == 0 and len(cache.load(file, CPU)) == 8
 
 
 def test_a_cache_that_cannot_be_is_none_and_told_before_tuning(
