@@ -74,6 +74,11 @@ class Normalization:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
 
+    def to(self, device: torch.device) -> Normalization:
+        """The same for images on ``device``, to which it need not copy its numbers then."""
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return (pixels.float() / 255 - self.mean.to(pixels.device)) / self.std.to(pixels.device)
 

@@ -137,6 +137,9 @@ class CommonRun:
 class RunConfig(CommonRun):
     """Run: device, precision, what is written and when"""
 
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Capture a whole step in a CUDA graph, which the device then repeats without waiting for the host; "auto" does where that
+    can be (on CUDA, in one process, not with float16 or run.compile), and says why where it cannot. Small batches gain most."""
     analyze_every: int = 0
     """Epochs between looks inside: rows of metrics.jsonl with coding rate, sparsity, rank... of each layer on 32 validation
     images, as `crate-mae analyze` measures them; 0 for none."""

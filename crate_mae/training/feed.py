@@ -11,6 +11,9 @@ import torch
 from crate_mae.data import Sample, augmented
 from crate_mae.data.in_processes import usable_cores
 
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Pixels, and what the loss takes beside them."""
+
 _MOST_WORKERS = 16
 _BATCHES_EACH = 3
 """Batches that a worker holds at once: two that wait to be used, and the one it makes."""
@@ -37,7 +40,7 @@ class Feed:
         self._batches, self._device, self._beside = batches, device, beside
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         batches = iter(self._batches)
         while True:
             began = time.perf_counter()
@@ -47,7 +50,7 @@ class Feed:
                 return
             yield self._on_device(batch)
 
-    def _on_device(self, batch: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+    def _on_device(self, batch: Sample) -> Batch:
         beside: torch.Tensor = getattr(batch, self._beside)
         if self._copying is None:
             return augmented(batch, self._device), beside

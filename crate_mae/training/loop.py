@@ -17,11 +17,12 @@ from crate_mae.model import CrateMAE
 from crate_mae.registry import count_parameters
 from crate_mae.training.callbacks import Callback
 from crate_mae.training.config import PretrainConfig
+from crate_mae.training.graph import CudaCapture, StepGraph, obstacle_to_graph
 from crate_mae.training.inside import LookInside, layers_in_words, values_of
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.picture import Picture
 from crate_mae.training.planning import Plan, planned
-from crate_mae.training.ranks import Ranks
+from crate_mae.training.ranks import Ranks, TorchrunRanks
 from crate_mae.training.run import Resume, Run, train
 from crate_mae.training.run_folder import PICTURE
 from crate_mae.training.validation import Validation, ValidationErrors
@@ -107,6 +108,17 @@ class PretrainRun(Run[PretrainConfig, CrateMAE, ValidationErrors]):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.config.optimizer, self.batch_size)
+
+    def _graph(self, optimizer: torch.optim.Optimizer) -> StepGraph | None:
+        run, shared = self.config.run, isinstance(self.ranks, TorchrunRanks)
+        reason = obstacle_to_graph(self.device, self.precision, compiled=run.compile, shared=shared)
+        if run.graph == "on" and reason is not None:
+            raise ValueError(f'run.graph: expected "auto" or "off", as {reason}, got "on"')
+        if run.graph == "auto" and reason is not None:
+            self.why = [*self.why, f"graph: off ({reason})"]
+        if run.graph == "off" or reason is not None:
+            return None
+        return StepGraph(optimizer, CudaCapture(self.device), say)
 
     def _of_samples(self) -> dict[str, Any]:
         return {"patches": self.patches}

@@ -107,13 +107,11 @@ class StepMeter:
         """Measure the rate of images from now on: what took time until now was no step."""
         self._started, self._images_since, self._waited_before = time.perf_counter(), 0, self.waited
 
-    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, images: int) -> torch.Tensor:
-        """Add a step; returns 1.0 on the device if its loss, or a gradient that must be finite, is not; else 0.0."""
-        values = torch.stack([loss.detach().float(), grad_norm.detach().float()])
+    def add(self, step: int, values: torch.Tensor, images: int) -> None:
+        """Add a step, of which values [2] are the loss and the norm of the gradient."""
         self._steps.append(step)
         self._values.append(values)
         self._images_since += images
-        return values[: 1 if self.skips else 2].isfinite().all().logical_not().float()
 
     def check(self) -> list[tuple[float, float]]:
         """Loss and gradient norm of each step since the last reading.

@@ -20,7 +20,8 @@ from crate_mae.training.batch_size import with_batch_chosen
 from crate_mae.training.callbacks import Callback
 from crate_mae.training.config import TrainingConfig, of_section
 from crate_mae.training.divergence import DivergenceWatch
-from crate_mae.training.feed import Feed, workers_for
+from crate_mae.training.feed import Batch, Feed, workers_for
+from crate_mae.training.graph import StepGraph
 from crate_mae.training.held_out import Errors, HeldOut, Model
 from crate_mae.training.image_sets import image_sets
 from crate_mae.training.pace import Pace
@@ -38,7 +39,7 @@ from crate_mae.training.record import Record
 from crate_mae.training.run_folder import IMAGES, UNREADABLE, changed_settings, with_its_batch_size
 from crate_mae.training.sections import by_name
 from crate_mae.training.sinks import check_sinks
-from crate_mae.training.step import Batch, Step
+from crate_mae.training.step import Step
 from crate_mae.training.unreadable import UnreadableImages
 
 Resume = bool | Literal["best"] | int
@@ -82,7 +83,7 @@ class Parts(ABC, Generic[Config, Model, Errors]):
 
         images, channels = config.images, config.model.in_chans
         with of_section("images"):
-            self.normalization = Normalization(images.mean, images.std, channels)
+            self.normalization = Normalization(images.mean, images.std, channels).to(device)
         kept = config.out / IMAGES if resume is not False else None
         self.images = ranks.each_after_first(lambda: image_sets(config, kept))
         self.train_images, self.val_images = self.images.train, self.images.val
@@ -125,15 +126,17 @@ class Parts(ABC, Generic[Config, Model, Errors]):
         mode = mode_of(config.run.parallel) if isinstance(ranks, TorchrunRanks) else Alone
         self.parallel: Alone[Model] = mode(self.model, ranks, compiled=config.run.compile, accumulate=self.accumulate)
         decay = config.optimizer.average
+        optimizer = self._optimizer()
         self.stepping = Step(
             self.parallel,
-            self._optimizer(),
+            optimizer,
             self._loss_of,
             batch_size=batch_size,
             accumulate=self.accumulate,
             clip_grad=config.optimizer.clip_grad,
             average=Average(model, decay) if decay else None,
             scaled=self.precision == "float16",
+            graph=self._graph(optimizer),
         )
         if not ranks.is_first:  # each rank draws its own random numbers in steps, such as for stochastic depth
             of_rank = np.random.SeedSequence((config.run.seed, ranks.rank)).generate_state(1, np.uint64)
@@ -205,6 +208,10 @@ class Parts(ABC, Generic[Config, Model, Errors]):
             "unreadable": self.unreadable,
             "ranks": self.ranks,
         }
+
+    def _graph(self, optimizer: torch.optim.Optimizer) -> StepGraph | None:
+        """What captures steps; None if nothing does."""
+        return None
 
     @abstractmethod
     def _loss(self, forward: Callable[..., Any], images: torch.Tensor, beside: torch.Tensor, step: int) -> torch.Tensor:

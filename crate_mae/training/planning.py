@@ -22,6 +22,7 @@ from crate_mae.training.config import TrainingConfig
 from crate_mae.training.counting import LiveBytes
 from crate_mae.training.feed import Feed
 from crate_mae.training.fitting import forget_peak, peak_memory, room
+from crate_mae.training.graph import WARM_UP
 from crate_mae.training.pace import product_rate
 from crate_mae.training.parallel import local
 from crate_mae.training.parts import Resume
@@ -240,6 +241,8 @@ def _measured(run: Run[Any, Any, Any]) -> Measured:
     """
     unreadable: set[str] = set()
     before = 2 + 3 * run.num_workers
+    if run.stepping.graph is not None:
+        before = max(before, WARM_UP + 1)  # and the capture
     end = min(run.total_steps, run.step + before + _MOST)
     if end - run.step <= before + _LEAST:
         before = 0

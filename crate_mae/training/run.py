@@ -22,7 +22,7 @@ from crate_mae.files import append, write_json
 from crate_mae.training.breakdown import cause
 from crate_mae.training.callbacks import Callback, call
 from crate_mae.training.config import TrainingConfig
-from crate_mae.training.feed import Feed
+from crate_mae.training.feed import Batch, Feed
 from crate_mae.training.interrupts import ONE_REQUEST_OF_RANKS, SAID, RunStopped, StopRequest, stop_requests
 from crate_mae.training.metrics import NonFiniteLoss, ProgressLines
 from crate_mae.training.ownership import owned
@@ -41,7 +41,6 @@ from crate_mae.training.run_folder import (
 )
 from crate_mae.training.schedule import warmup_cosine
 from crate_mae.training.sinks import Sinks, open_sinks
-from crate_mae.training.step import Batch
 from crate_mae.training.unreadable import TooManyUnreadable
 
 T = TypeVar("T")

@@ -13,11 +13,10 @@ from crate_mae.classifiers import Classifier
 from crate_mae.layers import PreNorm
 from crate_mae.model import CrateMAE
 from crate_mae.training.average import Average
+from crate_mae.training.feed import Batch
+from crate_mae.training.graph import StepGraph
 from crate_mae.training.metrics import StepMeter
 from crate_mae.training.parallel import Alone, whole
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Pixels, and what the loss takes beside them."""
 
 LossOf = Callable[[Callable[..., Any], torch.Tensor, torch.Tensor, int], torch.Tensor]
 """The mean loss of (forward, pixels, beside, step)."""
@@ -37,6 +36,7 @@ class Step:
         accumulate: micro-batches in a step, on each rank.
         clip_grad: the largest norm of the whole gradient; 0 for no clipping.
         average: a moving average of the weights, if one is kept.
+        graph: replays the work of steps, if they are captured; not of scaled losses, and of several ranks neither.
         scaled: whether the loss is scaled for a backward in float16 (arXiv 1710.03740). Then a step whose gradient is not finite
             is skipped, and the scale lowered.
 
@@ -56,8 +56,10 @@ class Step:
         clip_grad: float,
         average: Average | None,
         scaled: bool,
+        graph: StepGraph | None = None,
     ) -> None:
         self.parallel, self.optimizer, self.loss_of, self.average = parallel, optimizer, loss_of, average
+        self.graph = graph
         self.batch_size, self.accumulate = batch_size, accumulate
         self._longest = clip_grad or float("inf")
         device = next(parallel.model.parameters()).device
@@ -81,20 +83,32 @@ class Step:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        if self.graph is None or by_part:  # the norms of parts wait for the device
+            values = self._work(batches, step, by_part=by_part)
+        else:
+            micro_batches = [next(batches) for _ in range(self.accumulate)]
+            values = self.graph(lambda batches: self._work(batches, step), micro_batches)
+        meter.add(step + 1, values, self.batch_size)
+        if self.average:
+            self.average.update(step + 1)
+        return values[0]
+
+    def _work(self, batches: Iterator[Batch], step: int, *, by_part: bool = False) -> torch.Tensor:
+        """All that the device does in a step, but for the average; returns loss and norm of the gradient, float32."""
         loss = self._backward(batches, step)
         self.scaler.unscale_(self.optimizer)
         if by_part:
             self.grad_norms = _norms_by_part(self.parallel.model)
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.parallel.model.parameters(), self._longest)).detach()
+        values = torch.stack([loss.float(), grad_norm.float()])
         # From the first step on that is not finite, this flag on the device keeps the optimizer from changing anything. The host
         # does not wait for it: when it reads the loss, some steps later, the weights are still those before the bad step.
-        not_finite = meter.add(step + 1, loss, grad_norm, self.batch_size)
+        must_be_finite = values[:1] if self.scaler.is_enabled() else values
+        not_finite = must_be_finite.isfinite().all().logical_not().float()
         self._broken.copy_(torch.maximum(self._broken, not_finite))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average:
-            self.average.update(step + 1)
-        return loss
+        return values
 
     def _backward(self, batches: Iterator[Batch], step: int) -> torch.Tensor:
         ranks, device = self.parallel.ranks, self._broken.device

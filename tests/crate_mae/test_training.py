@@ -468,8 +468,8 @@ class TestRun:
 
     def test_a_gradient_that_overflows_counts_as_diverging(self):
         meter = StepMeter()
-        meter.add(3, torch.tensor(1.0), torch.tensor(0.5), images=2)
-        meter.add(4, torch.tensor(1.0), torch.tensor(math.inf), images=2)
+        meter.add(3, torch.tensor([1.0, 0.5]), images=2)
+        meter.add(4, torch.tensor([1.0, math.inf]), images=2)
         with pytest.raises(NonFiniteLoss, match="step 4"):
             meter.read()
 
