@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_runs import tiny_config, write_photographs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import crate_kernels
 from crate_mae import create_model
 from crate_mae.data.transforms import Normalization
+from crate_mae.training import PretrainConfig, pretrain
 from crate_mae.training.average import Average
 from crate_mae.training.config import OptimizerConfig
 from crate_mae.training.graph import WARM_UP, CudaCapture, StepGraph, obstacle_to_graph
@@ -283,6 +287,22 @@ def test_obstacles() -> None:
     assert "loss scale" in obstacle_to_graph(cuda, "float16", **alone)
     assert "run.compile" in obstacle_to_graph(cuda, "bfloat16", compiled=True, shared=False)
     assert "torchrun" in obstacle_to_graph(cuda, "bfloat16", compiled=False, shared=True)
+
+
+def test_a_run_on_a_cpu_says_that_it_is_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And why; asked for, it is refused before anything is written."""
+    config = tiny_config(tmp_path / "out", write_photographs(tmp_path / "photographs"))
+
+    def with_graph(graph: str) -> PretrainConfig:
+        return dataclasses.replace(config, run=dataclasses.replace(config.run, graph=graph))
+
+    with pytest.raises(ValueError, match=r'run.graph: expected "auto" or "off", as a CPU has no CUDA graphs, got "on"'):
+        pretrain(with_graph("on"))
+    assert not (tmp_path / "out" / "config.json").exists()
+    pretrain(with_graph("auto"))
+    assert "graph: off (a CPU has no CUDA graphs)" in capsys.readouterr().out.splitlines()
+    pretrain(with_graph("off"), overwrite=True)
+    assert "graph:" not in capsys.readouterr().out
 
 
 @pytest.mark.gpu
