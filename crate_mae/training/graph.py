@@ -47,12 +47,19 @@ class Capture(Protocol):
         """Do the work that was noted."""
         ...
 
+    def forget(self) -> None:
+        """Free what was noted, if anything was."""
+        ...
+
 
 class CudaCapture:
     """Captures work in a CUDA graph, on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream, self._graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+
+    def forget(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
 
     def aside(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         step = torch.cuda.current_stream(self._stream.device)
@@ -76,7 +83,8 @@ class StepGraph:
 
     A replay reads the batch and the learning rates from tensors that stay where they are, and new ones are copied into these
     before. All else that a step reads and writes lies on the device: weights, the optimizer's means, flags. A batch of other
-    shapes is not replayed. If the capture fails, all steps are done as they come, and the run says so once.
+    shapes is not replayed. If weights or means are other tensors than before, or the optimizer has other settings, a step is
+    captured anew. If a capture fails, all steps are done as they come, and the run says so once.
 
     Args:
         optimizer: whose learning rates a step reads; fused.
@@ -94,6 +102,7 @@ class StepGraph:
         self._batches: list[Batch] = []
         self._rates: list[torch.Tensor] = []
         self._result = torch.empty(0)
+        self._read: list[object] = []
 
     @property
     def captured(self) -> bool:
@@ -108,6 +117,8 @@ class StepGraph:
         """
         if self._failed:
             return work(iter(batches))
+        if self.captured and self._read != self._what_is_read():
+            self.forget()
         if self._steps_done < WARM_UP:
             self._steps_done += 1
             return self._capture.aside(lambda: work(iter(batches)))
@@ -122,10 +133,26 @@ class StepGraph:
             rate.fill_(group["lr"])
         self._capture.replay()
         # PyTorch counts the writes to a tensor when it starts them; those of a replay are counted here.
-        torch.autograd.graph.increment_version(
-            [one for group in self._optimizer.param_groups for one in group["params"]]
-        )
+        torch.autograd.graph.increment_version(self._weights())
         return self._result.clone()
+
+    def forget(self) -> None:
+        """Free the memory of the captured step; another one is captured after some that are done as they come."""
+        self._capture.forget()
+        self._steps_done, self._batches, self._result = 0, [], torch.empty(0)
+
+    def _weights(self) -> list[torch.Tensor]:
+        return [one for group in self._optimizer.param_groups for one in group["params"]]
+
+    def _what_is_read(self) -> list[object]:
+        """What a captured step has once and for all: where weights and means are, which are trained, and the settings."""
+        read: list[object] = []
+        for group in self._optimizer.param_groups:
+            read += [(name, value) for name, value in group.items() if name not in ("params", "lr")]
+            for one in group["params"]:
+                read += [one.data_ptr(), one.requires_grad]
+                read += [mean.data_ptr() for mean in self._optimizer.state[one].values()]
+        return read
 
     def _is_captured(self, work: Callable[[Iterator[Batch]], torch.Tensor], batches: Sequence[Batch]) -> bool:
         static: list[Batch] = [(pixels.clone(), beside.clone()) for pixels, beside in batches]
@@ -141,9 +168,10 @@ class StepGraph:
         except Exception as error:  # of CUDA, PyTorch, Triton; out of memory, too
             why = " ".join(str(error).split())[:200]
             self._say(f"graph: off, as a step cannot be captured ({type(error).__name__}: {why})")
+            self._capture.forget()
             return False
         self._say("graph: a step is one CUDA graph from here on")
-        self._batches = static
+        self._batches, self._read = static, self._what_is_read()
         return True
 
     @contextmanager

@@ -376,6 +376,8 @@ class Run(Parts[Config, Model, Errors]):
 
     def _cause(self, error: NonFiniteLoss) -> str:
         """Where the loss went bad, in words: the first rank takes the step again, micro-batch by micro-batch."""
+        if self.stepping.graph is not None:
+            self.stepping.graph.forget()  # its memory is needed
         step = error.step - 1
         parts = self.ranks.count * self.accumulate
         batches = BatchSampler(

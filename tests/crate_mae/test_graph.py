@@ -166,7 +166,11 @@ class Repeated:
     """Stands for a CUDA graph: a replay does the work again, on the same tensors."""
 
     def __init__(self) -> None:
-        self.captures = self.replays = 0
+        self.captures = self.replays = self.forgotten = 0
+
+    def forget(self) -> None:
+        self.forgotten += 1
+        self._work = self._result = None
 
     def aside(self, work: Callable[[], Tensor]) -> Tensor:
         return work()
@@ -200,7 +204,14 @@ def batches(steps: int, accumulate: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def train(
-    capture: Any, *, steps: int = 8, accumulate: int = 1, by_part: int = -1, rates: Any = None, said: Any = None
+    capture: Any,
+    *,
+    steps: int = 8,
+    accumulate: int = 1,
+    by_part: int = -1,
+    rates: list[float] | None = None,
+    said: list[str] | None = None,
+    after: dict[int, Callable[[Step], None]] | None = None,
 ) -> Taken:
     """Losses and norms, weights, moving averages and gradient norms of parts, after some steps."""
     torch.manual_seed(0)
@@ -210,6 +221,8 @@ def train(
         step.graph = StepGraph(step.optimizer, capture, (said if said is not None else []).append)
     meter, given, norms = StepMeter(), batches(steps, accumulate), []
     for index in range(steps):
+        if after and index in after:
+            after[index](step)
         rate = 2.0 ** -(8 + index % 3) if rates is None else rates[index]  # exact in float32, as devices keep it
         step(given, rate, index, meter, by_part=index == by_part)
         norms.append(step.grad_norms)
@@ -259,6 +272,29 @@ def test_a_batch_of_another_size_is_not_replayed() -> None:
         step(iter([(pixels[:size], noise[:size])]), 2.0**-8, index, meter)
     assert capture.captures == 1 and capture.replays == 7 - WARM_UP - 1
     assert len(meter.check()) == 7
+
+
+@pytest.mark.parametrize("changed", ["weight", "trained", "mean", "setting", "nothing"])
+def test_what_a_graph_has_once_and_for_all_is_captured_anew(changed: str) -> None:
+    capture = Repeated()
+
+    def change(step: Step) -> None:
+        weight = step.parallel.model.decoder_pred.weight
+        if changed == "weight":
+            weight.data = weight.detach() * 2
+        elif changed == "trained":
+            weight.requires_grad_(False)
+        elif changed == "mean":
+            means = step.optimizer.state[weight]
+            means["exp_avg"] = means["exp_avg"] * 2
+        elif changed == "setting":
+            step.optimizer.param_groups[0]["weight_decay"] = 0.5
+
+    found = train(capture, steps=12, after={6: change})
+    assert_same(found, train(None, steps=12, after={6: change}))
+    again = changed != "nothing"
+    assert (capture.captures, capture.forgotten) == (1 + again, again)
+    assert capture.replays == 12 - WARM_UP * (1 + again)
 
 
 def test_weights_count_as_written_after_a_replay() -> None:
