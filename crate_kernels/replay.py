@@ -30,7 +30,7 @@ from crate_kernels.dtypes import float32_precision, is_autocast, no_autocast
 
 # Whether operators on CPU tensors are replayed, too, which Triton's interpreter runs: only in tests.
 ON_CPU = False
-# Layouts that an operator keeps, a few KB each. Beyond that it forgets them all: then layouts hardly come back.
+# Layouts that an operator keeps, 5 to 11 KB each. Beyond that it forgets them all: then layouts hardly come back.
 _MOST_LAYOUTS = 1024
 
 _ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
@@ -79,30 +79,31 @@ class Replayed:
             a tensor, or a list or tuple of such. It may call PyTorch and ``launch``, and may read CPU tensors of no dimensions.
 
     Attributes:
-        known: by layout, the replay; or True if the layout was met once, False if it cannot be recorded.
+        replays: by layout.
+        met: layouts without a replay, and whether they may have one: those met once may, those that cannot be recorded may not.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.known: dict[tuple, _Replay | bool] = {}
+        self.replays: dict[tuple, _Replay] = {}
+        self.met: dict[tuple, bool] = {}
 
     def __call__(self, *arguments: Any) -> Any:
         first = arguments[0]
         if not (first.is_cuda or ON_CPU) or tiles.are_on_trial():
             return self.function(*arguments)
         layout = (float32_precision(), *map(_layout, arguments))
-        known = self.known.get(layout)
-        if isinstance(known, _Replay):
+        replay = self.replays.get(layout)
+        if replay is not None:
             other_device = first.is_cuda and torch.cuda.current_device() != first.get_device()
-            if other_device or (known.under_autocast and is_autocast(first)):
+            if other_device or (replay.under_autocast and is_autocast(first)):
                 with no_autocast(first), torch.cuda.device_of(first):
-                    return known.run(*arguments)
-            return known.run(*arguments)
-        if known is None:
-            if len(self.known) >= _MOST_LAYOUTS:
-                self.known.clear()
-            self.known[layout] = first.numel() > 0  # tensors without memory cannot be told apart
-        elif known:
+                    return replay.run(*arguments)
+            return replay.run(*arguments)
+        if layout not in self.met:
+            # Tensors without memory cannot be told apart.
+            _put(self.met, layout, first.numel() > 0)
+        elif self.met[layout] and _are_distinct(arguments):
             return self._record(layout, arguments)
         return self.function(*arguments)
 
@@ -110,8 +111,25 @@ class Replayed:
         recorder = _Recorder(arguments)
         with recorder:
             result = self.function(*arguments)
-        self.known[layout] = recorder.replay(result, self.function) or False
+        replay = recorder.replay(result, self.function)
+        if replay is None:
+            self.met[layout] = False
+        else:
+            self.met.pop(layout, None)
+            _put(self.replays, layout, replay)
         return result
+
+
+def _put(known: dict[tuple, Any], layout: tuple, value: object) -> None:
+    if len(known) >= _MOST_LAYOUTS:
+        known.clear()
+    known[layout] = value
+
+
+def _are_distinct(arguments: tuple) -> bool:
+    """Whether no tensor is given twice: a recording could not tell which of the two arguments is read."""
+    given = [id(one) for one in _tensors(arguments)]
+    return len(set(given)) == len(given)
 
 
 def _layout(value: Any) -> Any:
@@ -120,7 +138,11 @@ def _layout(value: Any) -> Any:
         if value.ndim == 0 and value.device.type == "cpu":
             return value.dtype, value.item()
         return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % 16
-    return tuple(map(_layout, value)) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(map(_layout, value))
+    if isinstance(value, float) and (value == 0 or value != value):
+        return repr(value)  # 0.0 equals -0.0, and NaN not even itself
+    return type(value), value  # 1 equals True and 1.0
 
 
 class _Place(NamedTuple):
@@ -200,6 +222,8 @@ class _Recorder(TorchDispatchMode):
             self._obstacle = f"{func} reads a tensor {list(unknown[0].shape)} that is no argument"
         elif not made and not all(id(one) in self._read_on_host for one in given):
             self._obstacle = f"{func} reads values on the host"
+        elif isinstance(result, (list, tuple)) and any(isinstance(one, (list, tuple)) for one in result):
+            self._obstacle = f"{func} returns lists"
         elif torch.Tag.dynamic_output_shape in func.tags:
             self._obstacle = f"the shape of what {func} returns depends on values"
         if self._obstacle or not made:
@@ -212,6 +236,8 @@ class _Recorder(TorchDispatchMode):
             return
         if given and all(id(one) in self._read_on_host for one in given):
             self._read_on_host.update(map(id, made))
+        else:
+            self._read_on_host.difference_update(map(id, made))  # an argument that was written to
         viewed = [self._viewed(one, given) for one in made]
         unsafe, writes = func._schema.name == _UNSAFE_VIEW, func._schema.is_mutable
         views = [(one, base) for one, base in zip(made, viewed, strict=True) if base is not None]

@@ -181,9 +181,8 @@ def recorded(function: Callable[..., Any], *arguments: Any) -> str:
     replayed = replay.Replayed(function)
     for _ in range(2):
         replayed(*arguments)
-    (known,) = replayed.known.values()
-    assert isinstance(known, replay._Replay)
-    return known.run.__doc__
+    (made,) = replayed.replays.values()
+    return made.run.__doc__
 
 
 def test_what_is_written() -> None:
@@ -316,15 +315,77 @@ CONSTANT = torch.ones(3)
         lambda x, n: x * n.max().item(),
         lambda x, n: x + CONSTANT,
         lambda x, n: CONSTANT,
+        lambda x, n: x * torch.zeros(()).copy_(x.sum()).item(),
     ],
-    ids=["reads a result", "reads a mask", "reads an argument", "reads another tensor", "returns another tensor"],
+    ids=[
+        "a result",
+        "a mask",
+        "an argument",
+        "another tensor",
+        "another tensor's result",
+        "what was written to a number",
+    ],
 )
 def test_what_the_layout_does_not_decide_is_not_replayed(function, replays: list[str]) -> None:
     replayed = replay.Replayed(function)
     for _ in range(4):
         x, n = torch.randn(3), torch.randn(2)
         assert torch.equal(replayed(x, n), function(x, n))
-    assert replayed.known.popitem()[1] is False and not replays
+    assert list(replayed.met.values()) == [False] and not replays
+
+
+@pytest.mark.parametrize("in_a_list", [False, True])
+def test_a_tensor_given_twice_is_not_recorded(in_a_list: bool, replays: list[str]) -> None:
+    """Of the two arguments a recording would read one only, also when they are two tensors later."""
+
+    def function(x: Tensor, others: Any) -> Tensor:
+        return x - 2 * (others[0] if in_a_list else others)
+
+    replayed, x, y = replay.Replayed(function), torch.randn(3), torch.randn(3)
+    for _ in range(4):
+        assert torch.equal(replayed(x, [x] if in_a_list else x), -x)
+    assert not replays
+    for other in (y, y, x, y):
+        assert torch.equal(replayed(x, [other] if in_a_list else other), x - 2 * other)
+    assert len(replays) == 3
+
+
+def test_tied_dictionaries_then_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, d, other = torch.randn(2, 37, WIDTH), weight(WIDTH, 64), weight(WIDTH, 64)
+
+    def call(second: Tensor) -> Tensor:
+        with crate_kernels.use("triton"):
+            return crate_kernels.overcomplete_ista(x, d, second, step_size=0.3, lambd=0.1)
+
+    monkeypatch.setattr(replay, "ON_CPU", False)
+    expected = call(other)
+    monkeypatch.setattr(replay, "ON_CPU", True)
+    for second in (d, d, d, d, other, other, other):
+        found = call(second)
+    assert torch.equal(found, expected)
+
+
+def test_numbers_that_compare_equal_are_told_apart(replays: list[str]) -> None:
+    replayed, x = replay.Replayed(lambda x, n: torch.full_like(x, 1.0) / n if n == 0 else x + n), torch.ones(3).int()
+    for number in (1, True, 1.0, 0.0, -0.0):
+        for _ in range(3):
+            found, expected = replayed(x, number), replayed.function(x, number)
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+    assert len(replays) == 5
+    for _ in range(5):
+        replayed(x, float("nan"))
+    assert len(replayed.replays) == 6 and not replayed.met
+
+
+def test_layouts_met_once_do_not_push_replays_out(monkeypatch: pytest.MonkeyPatch, replays: list[str]) -> None:
+    monkeypatch.setattr(replay, "_MOST_LAYOUTS", 4)
+    replayed, x = replay.Replayed(lambda x, n: x * n), torch.ones(3)
+    for _ in range(3):
+        replayed(x, 0.5)
+    for step in range(20):
+        replayed(x, 1.0 + step)
+        replayed(x, 0.5)
+    assert len(replays) == 21
 
 
 def test_numbers_on_the_cpu_may_be_computed_with(replays: list[str]) -> None:
@@ -359,7 +420,7 @@ def test_too_many_layouts_are_forgotten(monkeypatch, replays: list[str]) -> None
     replayed = replay.Replayed(lambda x: x * 2)
     for size in (1, 2, 3, 4, 1, 1, 1):
         replayed(torch.ones(size))
-    assert len(replayed.known) == 2 and len(replays) == 1
+    assert len(replayed.met) <= 3 and len(replayed.replays) == 1 and len(replays) == 1
 
 
 def test_tiles_on_trial_are_not_replayed(replays: list[str]) -> None:
