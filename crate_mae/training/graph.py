@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from crate_mae.training.feed import Batch
 
 WARM_UP = 3
 """Steps before the capture: they compile kernels, choose algorithms, and make the optimizer's means."""
+
+MOST_CAPTURES = 3
+"""Captures of one run: a step that is captured anew all the time is slower than one that never is."""
 
 
 def obstacle_to_graph(device: torch.device, precision: str, *, compiled: bool, shared: bool) -> str | None:
@@ -84,20 +88,31 @@ class StepGraph:
     A replay reads the batch and the learning rates from tensors that stay where they are, and new ones are copied into these
     before. All else that a step reads and writes lies on the device: weights, the optimizer's means, flags. A batch of other
     shapes is not replayed. If weights or means are other tensors than before, or the optimizer has other settings, a step is
-    captured anew. If a capture fails, all steps are done as they come, and the run says so once.
+    captured anew. If a capture fails, all steps are done as they come, and the run says so once. Hooks that are put on the model
+    later do nothing in a replay.
 
     Args:
+        model: whose weights, buffers and modes a step reads.
         optimizer: whose learning rates a step reads; fused.
         capture: how a step is captured.
+        accumulate: micro-batches in a step.
         say: takes a line for the user.
 
     Attributes:
         captured: whether a step was captured.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, capture: Capture, say: Callable[[str], object]) -> None:
-        self._optimizer, self._capture, self._say = optimizer, capture, say
-        self._steps_done = 0
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        capture: Capture,
+        accumulate: int,
+        say: Callable[[str], object],
+    ) -> None:
+        self._model, self._optimizer, self._capture, self._say = model, optimizer, capture, say
+        self._accumulate = accumulate
+        self._steps_done = self._captures = 0
         self._failed = False
         self._batches: list[Batch] = []
         self._rates: list[torch.Tensor] = []
@@ -108,56 +123,77 @@ class StepGraph:
     def captured(self) -> bool:
         return bool(self._batches)
 
-    def __call__(self, work: Callable[[Iterator[Batch]], torch.Tensor], batches: Sequence[Batch]) -> torch.Tensor:
+    def __call__(self, work: Callable[[Iterator[Batch]], torch.Tensor], batches: Iterator[Batch]) -> torch.Tensor:
         """Do the work of a step, and return its result in memory of its own.
 
         Args:
             work: the whole step on micro-batches; it waits for nothing, and returns a tensor on the device.
-            batches: the micro-batches of this step.
+            batches: micro-batches, of which those of one step are taken.
         """
-        if self._failed:
-            return work(iter(batches))
         if self.captured and self._read != self._what_is_read():
             self.forget()
+        if self._failed:
+            return work(batches)
         if self._steps_done < WARM_UP:
             self._steps_done += 1
-            return self._capture.aside(lambda: work(iter(batches)))
+            return self._capture.aside(lambda: work(batches))
         if not self.captured:
-            self._failed = not self._is_captured(work, batches)
-        if self._failed or _shapes(batches) != _shapes(self._batches):
-            return work(iter(batches))
-        for static, new in zip(self._batches, batches, strict=True):
-            for here, there in zip(static, new, strict=True):
-                here.copy_(there, non_blocking=True)
+            first = [next(batches) for _ in range(self._accumulate)]
+            static: list[Batch] = [(pixels.clone(), beside.clone()) for pixels, beside in first]
+            if not self._is_captured(work, static):
+                self._failed = True
+                return work(iter(static))
+            taken = static
+        else:
+            taken = [self._in_place(static, next(batches)) for static in self._batches]
+        if any(one is not static for one, static in zip(taken, self._batches, strict=True)):
+            return work(iter(taken))
         for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         self._capture.replay()
         # PyTorch counts the writes to a tensor when it starts them; those of a replay are counted here.
-        torch.autograd.graph.increment_version(self._weights())
+        torch.autograd.graph.increment_version(
+            [one for group in self._optimizer.param_groups for one in group["params"]]
+        )
         return self._result.clone()
 
     def forget(self) -> None:
         """Free the memory of the captured step; another one is captured after some that are done as they come."""
+        self._optimizer.zero_grad(set_to_none=True)
         self._capture.forget()
         self._steps_done, self._batches, self._result = 0, [], torch.empty(0)
 
-    def _weights(self) -> list[torch.Tensor]:
-        return [one for group in self._optimizer.param_groups for one in group["params"]]
+    @staticmethod
+    def _in_place(static: Batch, new: Batch) -> Batch:
+        """The micro-batch that a replay reads, with the values of a new one; the new one itself, if its shapes are others."""
+        if [one.shape for one in static] != [one.shape for one in new]:
+            return new
+        for here, there in zip(static, new, strict=True):
+            here.copy_(there, non_blocking=True)
+        return static
 
     def _what_is_read(self) -> list[object]:
-        """What a captured step has once and for all: where weights and means are, which are trained, and the settings."""
-        read: list[object] = []
+        """What a captured step has once and for all: where weights, buffers and means are, which are trained, and settings."""
+        read: list[object] = [torch.get_float32_matmul_precision()]
+        read += [module.training for module in self._model.modules()]
+        read += [one.data_ptr() for one in self._model.buffers()]
+        for one in self._model.parameters():
+            read += [one.data_ptr(), one.requires_grad]
+            read += [mean.data_ptr() for mean in self._optimizer.state.get(one, {}).values()]
         for group in self._optimizer.param_groups:
-            read += [(name, value) for name, value in group.items() if name not in ("params", "lr")]
-            for one in group["params"]:
-                read += [one.data_ptr(), one.requires_grad]
-                read += [mean.data_ptr() for mean in self._optimizer.state[one].values()]
+            settings = [(name, value) for name, value in group.items() if name not in ("params", "lr")]
+            read += [(n, (v.data_ptr(), v._version) if isinstance(v, torch.Tensor) else v) for n, v in settings]
         return read
 
-    def _is_captured(self, work: Callable[[Iterator[Batch]], torch.Tensor], batches: Sequence[Batch]) -> bool:
-        static: list[Batch] = [(pixels.clone(), beside.clone()) for pixels, beside in batches]
+    def _is_captured(self, work: Callable[[Iterator[Batch]], torch.Tensor], static: list[Batch]) -> bool:
+        if self._captures == MOST_CAPTURES:
+            self._say(
+                "graph: off, as a step was captured anew again and again: its weights or settings change all the time"
+            )
+            return False
         device = static[0][0].device
         self._rates = [torch.zeros((), device=device) for _ in self._optimizer.param_groups]
+        self._optimizer.zero_grad(set_to_none=True)  # a captured step makes gradients of its own
 
         def captured() -> torch.Tensor:
             with self._reading_rates():
@@ -168,9 +204,11 @@ class StepGraph:
         except Exception as error:  # of CUDA, PyTorch, Triton; out of memory, too
             why = " ".join(str(error).split())[:200]
             self._say(f"graph: off, as a step cannot be captured ({type(error).__name__}: {why})")
-            self._capture.forget()
+            self.forget()
             return False
-        self._say("graph: a step is one CUDA graph from here on")
+        if not self._captures:
+            self._say("graph: a step is one CUDA graph from here on")
+        self._captures += 1
         self._batches, self._read = static, self._what_is_read()
         return True
 
@@ -186,7 +224,3 @@ class StepGraph:
         finally:
             for group, (rate, capturable) in zip(groups, kept, strict=True):
                 group["lr"], group["capturable"] = rate, capturable
-
-
-def _shapes(batches: Sequence[Batch]) -> list[tuple[torch.Size, torch.Size]]:
-    return [(pixels.shape, beside.shape) for pixels, beside in batches]

@@ -118,7 +118,7 @@ class PretrainRun(Run[PretrainConfig, CrateMAE, ValidationErrors]):
             self.why = [*self.why, f"graph: off ({reason})"]
         if run.graph == "off" or reason is not None:
             return None
-        return StepGraph(optimizer, CudaCapture(self.device), say)
+        return StepGraph(self.model, optimizer, CudaCapture(self.device), self.accumulate, say)
 
     def _of_samples(self) -> dict[str, Any]:
         return {"patches": self.patches}

@@ -137,6 +137,7 @@ class Parts(ABC, Generic[Config, Model, Errors]):
             average=Average(model, decay) if decay else None,
             scaled=self.precision == "float16",
             graph=self._graph(optimizer),
+            by_part=config.run.norms_every > 0,
         )
         if not ranks.is_first:  # each rank draws its own random numbers in steps, such as for stochastic depth
             of_rank = np.random.SeedSequence((config.run.seed, ranks.rank)).generate_state(1, np.uint64)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -37,6 +38,7 @@ class Step:
         clip_grad: the largest norm of the whole gradient; 0 for no clipping.
         average: a moving average of the weights, if one is kept.
         graph: replays the work of steps, if they are captured; not of scaled losses, and of several ranks neither.
+        by_part: whether `grad_norms` will be asked for.
         scaled: whether the loss is scaled for a backward in float16 (arXiv 1710.03740). Then a step whose gradient is not finite
             is skipped, and the scale lowered.
 
@@ -57,9 +59,10 @@ class Step:
         average: Average | None,
         scaled: bool,
         graph: StepGraph | None = None,
+        by_part: bool = False,
     ) -> None:
         self.parallel, self.optimizer, self.loss_of, self.average = parallel, optimizer, loss_of, average
-        self.graph = graph
+        self.graph, self._by_part = graph, by_part
         self.batch_size, self.accumulate = batch_size, accumulate
         self._longest = clip_grad or float("inf")
         device = next(parallel.model.parameters()).device
@@ -67,6 +70,7 @@ class Step:
         self._broken = torch.zeros((), device=device)
         optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # fused optimizers look for it, undeclared
         self.grad_norms: dict[str, float] = {}
+        self._parts: list[str] = []
         self._is_shown = False
 
     def __call__(
@@ -82,23 +86,31 @@ class Step:
             by_part: measure `grad_norms`, which waits for the device.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        if self.graph is None or by_part:  # the norms of parts wait for the device
-            values = self._work(batches, step, by_part=by_part)
+            rate = lr * group.get("lr_scale", 1.0)
+            # A captured step reads it in float32: so do all steps, that a resumed run, which captures later, has the same bits.
+            group["lr"] = rate if self.graph is None else float(np.float32(rate))
+        if self.graph is None:
+            found = self._work(batches, step, by_part)
         else:
-            micro_batches = [next(batches) for _ in range(self.accumulate)]
-            values = self.graph(lambda batches: self._work(batches, step), micro_batches)
+            found = self.graph(lambda batches: self._work(batches, step, self._by_part), batches)
+        values, norms = found[:2], found[2:]
+        if by_part:
+            self.grad_norms = dict(zip(self._parts, norms.tolist(), strict=True))
         meter.add(step + 1, values, self.batch_size)
         if self.average:
             self.average.update(step + 1)
         return values[0]
 
-    def _work(self, batches: Iterator[Batch], step: int, *, by_part: bool = False) -> torch.Tensor:
-        """All that the device does in a step, but for the average; returns loss and norm of the gradient, float32."""
+    def _work(self, batches: Iterator[Batch], step: int, by_part: bool) -> torch.Tensor:
+        """All that the device does in a step, but for the average; returns, in float32, the loss, the norm of the gradient, and,
+        if they are asked for, its norms by part."""
         loss = self._backward(batches, step)
         self.scaler.unscale_(self.optimizer)
+        norms = []
         if by_part:
-            self.grad_norms = _norms_by_part(self.parallel.model)
+            gradients = _gradients_by_part(self.parallel.model)
+            self._parts = list(gradients)
+            norms = [whole(torch.nn.utils.get_total_norm(of_part)).float() for of_part in gradients.values()]
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.parallel.model.parameters(), self._longest)).detach()
         values = torch.stack([loss.float(), grad_norm.float()])
         # From the first step on that is not finite, this flag on the device keeps the optimizer from changing anything. The host
@@ -108,7 +120,7 @@ class Step:
         self._broken.copy_(torch.maximum(self._broken, not_finite))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return values
+        return torch.cat([values, torch.stack(norms)]) if norms else values
 
     def _backward(self, batches: Iterator[Batch], step: int) -> torch.Tensor:
         ranks, device = self.parallel.ranks, self._broken.device
@@ -149,14 +161,13 @@ class Step:
             self._is_shown = False
 
 
-def _norms_by_part(model: nn.Module) -> dict[str, float]:
-    """Norms of the gradient by part of the model: each half of each layer (attention, or sparse step, with its LayerNorm), and
-    each module or token outside the layers, by its name."""
+def _gradients_by_part(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """The gradients by part of the model: each half of each layer (attention, or sparse step, with its LayerNorm), and each
+    module or token outside the layers, by its name."""
     steps = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PreNorm))
     parts: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             part = next((step[:-1] for step in steps if name.startswith(step)), name.partition(".")[0])
             parts.setdefault(part, []).append(parameter.grad)
-    norms = torch.stack([whole(torch.nn.utils.get_total_norm(gradients)).float() for gradients in parts.values()])
-    return dict(zip(parts, norms.tolist(), strict=True))
+    return parts

@@ -21,7 +21,7 @@ from crate_mae.data.transforms import Normalization
 from crate_mae.training import PretrainConfig, pretrain
 from crate_mae.training.average import Average
 from crate_mae.training.config import OptimizerConfig
-from crate_mae.training.graph import WARM_UP, CudaCapture, StepGraph, obstacle_to_graph
+from crate_mae.training.graph import MOST_CAPTURES, WARM_UP, CudaCapture, StepGraph, obstacle_to_graph
 from crate_mae.training.metrics import NonFiniteLoss, StepMeter
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.parallel import Alone
@@ -157,9 +157,9 @@ def test_a_step_is_safe_to_capture(dtype: torch.dtype, accumulate: int) -> None:
         for mode in (first, second):
             launched.clear()
             with mode:
-                values = step._work(iter([(pixels, noise)] * accumulate), 0)
+                values = step._work(iter([(pixels, noise)] * accumulate), 0, by_part=True)
     assert len(set(launched)) == 9
-    assert values.shape == (2,) and values.device.type == "meta"
+    assert len(values) == 2 + len(step._parts) and values.device.type == "meta"
 
 
 class Repeated:
@@ -177,12 +177,13 @@ class Repeated:
 
     def capture(self, work: Callable[[], Tensor]) -> Tensor:
         self.captures += 1
-        self._work, self._result = work, torch.full((2,), torch.nan)
+        self._work, self._result = work, torch.empty(0)
         return self._result
 
     def replay(self) -> None:
         self.replays += 1
-        self._result.copy_(self._work())
+        found = self._work()
+        self._result.resize_(found.shape).copy_(found)
 
 
 class Unable(Repeated):
@@ -216,9 +217,9 @@ def train(
     """Losses and norms, weights, moving averages and gradient norms of parts, after some steps."""
     torch.manual_seed(0)
     model = create_model("crate_mae_tiny", **MODEL).train()
-    step = step_of(model, torch.float32, accumulate=accumulate, average=True)
+    step = step_of(model, torch.float32, accumulate=accumulate, average=True, by_part=by_part >= 0)
     if capture is not None:
-        step.graph = StepGraph(step.optimizer, capture, (said if said is not None else []).append)
+        step.graph = StepGraph(model, step.optimizer, capture, accumulate, (said if said is not None else []).append)
     meter, given, norms = StepMeter(), batches(steps, accumulate), []
     for index in range(steps):
         if after and index in after:
@@ -241,9 +242,48 @@ def test_replays_train_as_steps_do(accumulate: int) -> None:
     capture, said = Repeated(), []
     found = train(capture, accumulate=accumulate, by_part=5, said=said)
     assert_same(found, train(None, accumulate=accumulate, by_part=5))
-    assert capture.captures == 1 and capture.replays == 8 - WARM_UP - 1
+    assert capture.captures == 1 and capture.replays == 8 - WARM_UP
     assert said == ["graph: a step is one CUDA graph from here on"]
     assert found[2][5] and all(value > 0 for value in found[2][5].values())
+
+
+def test_a_resumed_run_ends_with_the_same_bits() -> None:
+    """It captures later than the run that was not interrupted. Learning rates are as a schedule has them, of no float32."""
+
+    def started() -> tuple[torch.nn.Module, Step]:
+        torch.manual_seed(0)
+        model = create_model("crate_mae_tiny", **MODEL).train()
+        step = step_of(model, torch.float32)
+        step.graph = StepGraph(model, step.optimizer, Repeated(), 1, print)
+        return model, step
+
+    def go_on(step: Step, begin: int, end: int) -> None:
+        given = list(batches(12, 1))
+        for index in range(begin, end):
+            step(iter(given[index : index + 1]), 1e-3 * (1 + index / 7), index, StepMeter())
+
+    whole, step = started()
+    go_on(step, 0, 12)
+    first, step = started()
+    go_on(step, 0, 6)
+    second, resumed = started()
+    second.load_state_dict(first.state_dict())
+    resumed.optimizer.load_state_dict(step.optimizer.state_dict())
+    go_on(resumed, 6, 12)
+    assert resumed.graph.captured
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+def test_settings_that_change_all_the_time_end_the_captures() -> None:
+    capture, said = Repeated(), []
+
+    def change(step: Step) -> None:
+        step.optimizer.param_groups[0]["weight_decay"] *= 0.9
+
+    changes = dict.fromkeys(range(0, 30, 5), change)
+    found = train(capture, steps=30, said=said, after=changes)
+    assert_same(found, train(None, steps=30, after=changes))
+    assert capture.captures == MOST_CAPTURES and [line.split(",")[0] for line in said[1:]] == ["graph: off"]
 
 
 def test_a_failed_capture_is_said_and_steps_go_on() -> None:
@@ -266,7 +306,7 @@ def test_a_batch_of_another_size_is_not_replayed() -> None:
     model = create_model("crate_mae_tiny", **MODEL).train()
     step = step_of(model, torch.float32)
     capture = Repeated()
-    step.graph, meter = StepGraph(step.optimizer, capture, print), StepMeter()
+    step.graph, meter = StepGraph(model, step.optimizer, capture, 1, print), StepMeter()
     for index, (pixels, noise) in enumerate(batches(7, 1)):
         size = 3 if index == 5 else IMAGES
         step(iter([(pixels[:size], noise[:size])]), 2.0**-8, index, meter)
@@ -304,9 +344,9 @@ def test_weights_count_as_written_after_a_replay() -> None:
 
     class Nothing(Repeated):
         def replay(self) -> None:
-            pass
+            self._result.resize_(2).zero_()
 
-    step.graph, meter = StepGraph(step.optimizer, Nothing(), print), StepMeter()
+    step.graph, meter = StepGraph(model, step.optimizer, Nothing(), 1, print), StepMeter()
     weight = model.decoder_pred.weight
     for index, batch in enumerate(batches(5, 1)):
         before = weight._version
