@@ -189,6 +189,7 @@ class _Recorder(TorchDispatchMode):
         self._device = arguments[0].device
         self._places: dict[int, _Place] = {}
         self._bases: dict[str, _Base] = {}
+        self._unwritten: set[str] = set()  # memory that was allocated only
         self._read_on_host: set[int] = set()  # tensors whose values the layout determines
         self._references: list[weakref.ref] = []  # a tensor that is freed leaves its identity to others
         self._parameters = [f"a{index}" for index in range(len(arguments))]
@@ -231,6 +232,7 @@ class _Recorder(TorchDispatchMode):
         if func._schema.name in _ALLOCATIONS:
             (one,) = made
             name = self._new(f"t{len(self._references)}", one)
+            self._unwritten.add(name)
             kind = f"dtype={self._constant(one.dtype)}, device={self._constant(one.device)}"
             self._add(f"{name} = empty({tuple(one.shape)}, {one.stride()}, {kind})", [name])
             return
@@ -246,6 +248,8 @@ class _Recorder(TorchDispatchMode):
             for one, base in views:
                 self._view(one, base)
             return
+        if writes:
+            self._unwritten.difference_update(self._place(one).base for one in given)
         reads = [self._place(one).name for one in given]
         binds = [self._bound(one, base) for one, base in zip(made, viewed, strict=True)]
         named = [f"{name}={self._text(value)}" for name, value in kwargs.items()]
@@ -265,6 +269,7 @@ class _Recorder(TorchDispatchMode):
             self._obstacle = f"{kernel.__name__} gets a tensor that is no argument"
             return
         places = [self._place(one) for one in arguments if isinstance(one, Tensor)]
+        self._unwritten.difference_update(place.base for place in places)
         if compiled is None:
             text = f"{', '.join(map(self._text, arguments))}, **{self._constant(options)}"
             self._add(f"{self._constant(kernel[grid])}({text})", [], [place.name for place in places], needed=True)
@@ -283,6 +288,8 @@ class _Recorder(TorchDispatchMode):
         tell it of launches, ``function`` runs instead."""
         if any(id(one) not in self._places for one in _tensors(result)):
             self._obstacle = "it returns a tensor that it did not make"
+        elif any(one.numel() and self._place(one).base in self._unwritten for one in _tensors(result)):
+            self._obstacle = "it returns memory that nothing noted has written: a kernel was not started by launch"
         if self._obstacle is not None:
             return None
         read, computes = {self._place(one).name for one in _tensors(result)}, False

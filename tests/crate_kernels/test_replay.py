@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -307,6 +309,22 @@ def test_compiled_kernels_get_the_same_arguments(monkeypatch) -> None:
 CONSTANT = torch.ones(3)
 
 
+def by_a_kernel_of_its_own(x: Tensor, n: Tensor) -> Tensor:
+    """A kernel that writes, and that PyTorch and ``launch`` do not see."""
+    out = torch.empty_like(x)
+    out.numpy()[:] = 2 * x.numpy()
+    return out
+
+
+def test_every_kernel_is_started_by_launch() -> None:
+    """Or replays of its operator would do without it."""
+    sources = {path: path.read_text() for path in Path(crate_kernels.__file__).parent.rglob("*.py")}
+    assert any("launch(" in source for source in sources.values())
+    assert [path.name for path, source in sources.items() if re.search(r"\bkernel\w*\[|_kernel\[", source)] == [
+        "replay.py"
+    ]
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -316,6 +334,7 @@ CONSTANT = torch.ones(3)
         lambda x, n: x + CONSTANT,
         lambda x, n: CONSTANT,
         lambda x, n: x * torch.zeros(()).copy_(x.sum()).item(),
+        by_a_kernel_of_its_own,
     ],
     ids=[
         "a result",
@@ -324,6 +343,7 @@ CONSTANT = torch.ones(3)
         "another tensor",
         "another tensor's result",
         "what was written to a number",
+        "a kernel that was not noted",
     ],
 )
 def test_what_the_layout_does_not_decide_is_not_replayed(function, replays: list[str]) -> None:
