@@ -17,17 +17,22 @@ Formula = Callable[[Tensor, Any], Tensor]
 
 
 def save(ctx: Any, given: Any, *tensors: Tensor) -> None:
-    """Keep ``given``, an operator's named tuple of arguments, and ``tensors`` for the backward, which calls ``saved``."""
+    """Keep ``given``, an operator's arguments as a tuple, named or not, and ``tensors`` for the backward, which calls ``saved``."""
     in_given = [value if isinstance(value, Tensor) else None for value in given]
-    ctx.given = type(given)(*[None if one is not None else value for one, value in zip(in_given, given, strict=True)])
+    ctx.given = _like(given, [None if one is not None else value for one, value in zip(in_given, given, strict=True)])
     ctx.save_for_backward(*in_given, *tensors)
 
 
 def saved(ctx: Any) -> tuple[Any, Sequence[Tensor]]:
-    """The named tuple and the tensors that were given to ``save``."""
+    """The tuple and the tensors that were given to ``save``."""
     count, tensors = len(ctx.given), ctx.saved_tensors
     pairs = zip(ctx.given, tensors[:count], strict=True)
-    return type(ctx.given)(*[value if tensor is None else tensor for value, tensor in pairs]), tensors[count:]
+    return _like(ctx.given, [value if tensor is None else tensor for value, tensor in pairs]), tensors[count:]
+
+
+def _like(given: Any, values: list[Any]) -> Any:
+    """``values`` as a tuple of the kind of ``given``."""
+    return type(given)(*values) if hasattr(given, "_fields") else tuple(values)
 
 
 def asked(grads: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from inspect import Parameter
 from typing import Any, get_type_hints
@@ -27,7 +28,8 @@ def register(
     """Make ``function`` the PyTorch operator ``crate_kernels::<name>``, whose schema is made from its annotations.
 
     If the last parameter of ``function`` is annotated as a named tuple, the schema has the fields of the tuple in its place;
-    ``function``, ``fake`` and ``flops`` are all called with the tuple.
+    ``function``, ``fake`` and ``flops`` are all called with the tuple. So it is with the last two, and then the names of the
+    fields begin with that of their parameter.
 
     The operator runs with the device of its first tensor current, and with autocast off: its operands already come in the dtype
     to multiply in. Backwards need that too, since ``loss.backward()`` may be called inside an autocast block.
@@ -41,16 +43,12 @@ def register(
     """
     kinds = get_type_hints(function)
     parameters = [p.replace(annotation=kinds[p.name]) for p in inspect.signature(function).parameters.values()]
-    if hasattr(given := parameters[-1].annotation, "_fields"):
-        *leading, _ = parameters
-        defaults = given._field_defaults
-        parameters = leading + [
-            Parameter(
-                field, Parameter.POSITIONAL_OR_KEYWORD, default=defaults.get(field, Parameter.empty), annotation=kind
-            )
-            for field, kind in get_type_hints(given).items()
-        ]
-        function, fake, flops = (_of_tuple(one, len(leading), given) for one in (function, fake, flops))
+    tuples = [parameter for parameter in parameters if hasattr(parameter.annotation, "_fields")]
+    if tuples:
+        leading = parameters[: -len(tuples)]
+        parameters = leading + [field for one in tuples for field in _fields(one, prefixed=len(tuples) > 1)]
+        given = [one.annotation for one in tuples]
+        function, fake, flops = (_of_tuples(one, len(leading), given) for one in (function, fake, flops))
 
     def run(*arguments: Any) -> Any:
         first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
@@ -66,9 +64,23 @@ def register(
     register_flop_formula(getattr(ops, name))(lambda *shapes, **_: flops(*shapes))
 
 
-def _of_tuple(function: Callable[..., Any], leading: int, kind: Any) -> Callable[..., Any]:
-    """``function``, to be called with the fields of its last argument one by one."""
-    return lambda *arguments: function(*arguments[:leading], kind(*arguments[leading:]))
+def _fields(parameter: Parameter, prefixed: bool) -> list[Parameter]:
+    """A parameter for each field of the named tuple that ``parameter`` is annotated as."""
+    prefix, kind = f"{parameter.name}_" if prefixed else "", parameter.annotation
+    defaults, empty = kind._field_defaults, Parameter.empty
+    return [
+        Parameter(prefix + name, Parameter.POSITIONAL_OR_KEYWORD, default=defaults.get(name, empty), annotation=type_)
+        for name, type_ in get_type_hints(kind).items()
+    ]
+
+
+def _of_tuples(function: Callable[..., Any], leading: int, kinds: Sequence[Any]) -> Callable[..., Any]:
+    """``function``, to be called with the fields of its last arguments one by one."""
+    ends = list(itertools.accumulate((len(kind._fields) for kind in kinds), initial=leading))
+    spans = list(zip(kinds, itertools.pairwise(ends), strict=True))
+    return lambda *arguments: function(
+        *arguments[:leading], *[kind(*arguments[start:end]) for kind, (start, end) in spans]
+    )
 
 
 def number_as_tensor(value: float | Tensor) -> Tensor:

@@ -73,6 +73,37 @@ def ista(
 
     Source: CRATE (arXiv 2306.01129), section 2.4; CRATE-MAE (arXiv 2404.02446), section 3.
     """
+    x, dtype, given = choose(
+        x, dictionary, step_size=step_size, lambd=lambd, threshold=threshold, norm_weight=norm_weight, norm_bias=norm_bias,
+        norm_eps=norm_eps, combined=combined, out_dtype=out_dtype, prepared=prepared,
+    )  # fmt: skip
+    if given is None:
+        dictionary = dictionary if combined is None else dictionary.detach()  # a constant
+        y = reference.ista(x, dictionary, step_size, lambd, threshold == "soft")
+        return y if out_dtype is None else y.to(out_dtype)
+    return _ISTA.apply(x, dtype, *given)
+
+
+def choose(
+    x: Tensor,
+    dictionary: Tensor,
+    *,
+    step_size: float | Tensor = 0.1,
+    lambd: float | Tensor = 0.1,
+    threshold: str = "relu",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    combined: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    prepared: Prepared | None = None,
+) -> tuple[Tensor, torch.dtype, op.ISTAArguments | None]:
+    """Checks the arguments of ``ista``, and chooses how it computes.
+
+    Returns:
+        x, after the LayerNorm where the operator applies none; the dtype of the result; and the operator's other arguments, or
+        None for the reference.
+    """
     validation.tensors(
         norm=(norm_weight, norm_bias, norm_eps),
         any_dtype="combined",
@@ -96,8 +127,7 @@ def ista(
     if combined is not None:
         dictionary = dictionary.detach()  # a constant
     if implementation == "reference":
-        y = reference.ista(x, dictionary, step_size, lambd, soft)
-        return y if out_dtype is None else y.to(out_dtype)
+        return x, x.dtype, None
     if out_dtype is None:
         out_dtype = x.dtype
         if norm_weight is not None:
@@ -112,7 +142,7 @@ def ista(
         prepared = checked_or_made(prepared, made_of, dtype, prepare_ista)
         (operand,), combined = prepared.operands, prepared.combined
     settings = float(norm_eps), *numbers, soft, dtype, implementation
-    return _ISTA.apply(x, out_dtype, dictionary, combined, norm_weight, norm_bias, *operand, *settings)
+    return x, out_dtype, op.ISTAArguments(dictionary, combined, norm_weight, norm_bias, *operand, *settings)
 
 
 class ISTASources(NamedTuple):

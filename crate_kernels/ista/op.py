@@ -59,7 +59,14 @@ class ISTAArguments(NamedTuple):
         return path.Step(self.step_size, self.lambd, self.soft)
 
 
-def _forward(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tuple[Tensor, list[Tensor]]:
+def forward(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tuple[Tensor, list[Tensor]]:
+    return forward_in_layer(x, out_dtype, given)
+
+
+def forward_in_layer(
+    x: Tensor, out_dtype: torch.dtype, given: ISTAArguments, parts: Any = None
+) -> tuple[Tensor, list[Tensor]]:
+    """``forward`` from the moments of x in parts (``products.launchers``), if they are known."""
     path, shape, x = dispatch.load("ista", given.implementation), x.shape, _rows(x)
     kept: list[Tensor] = []
     if given.implementation == "composed":
@@ -67,7 +74,7 @@ def _forward(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tuple[T
         y, kept = path.forward(x, given.norm, out_dtype, given.dictionary, given.combined, *numbers, given.dtype)
         kept[1:] = (operand.view(shape) for operand in kept[1:])
     elif given.one_product(x.shape[0]):
-        y, moments = path.forward(x, given.operand, given.norm, given.step(path), out_dtype)
+        y, moments = path.forward(x, given.operand, given.norm, given.step(path), out_dtype, parts)
         kept = [] if moments is None else [moments]
     else:
         y = path.forward_two_products(x, given.dictionary, given.step(path), given.dtype, out_dtype)
@@ -75,7 +82,7 @@ def _forward(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tuple[T
     return unsafe_view(y, shape), kept
 
 
-def _backward(
+def backward(
     grad_y: Tensor, x: Tensor, y: Tensor, kept: list[Tensor], need_x: bool, need_weights: bool, given: ISTAArguments
 ) -> list[Tensor]:
     path, shape = dispatch.load("ista", given.implementation), y.shape
@@ -108,7 +115,7 @@ def _likes(x: Tensor, y: Tensor, given: ISTAArguments) -> tuple[Tensor | None, .
     return tokens, given.dictionary, given.norm_weight, given.norm_bias
 
 
-def _forward_fake(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tuple[Tensor, list[Tensor]]:
+def forward_fake(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tuple[Tensor, list[Tensor]]:
     y, kept = x.new_empty(x.shape, dtype=out_dtype), []
     tokens = x.numel() // x.shape[-1]  # torch.Size.numel would tie a compiled graph to one batch
     if given.implementation == "composed":
@@ -120,13 +127,13 @@ def _forward_fake(x: Tensor, out_dtype: torch.dtype, given: ISTAArguments) -> tu
     return y, kept
 
 
-def _backward_fake(
+def backward_fake(
     grad_y: Tensor, x: Tensor, y: Tensor, kept: Any, need_x: bool, need_weights: bool, given: ISTAArguments
 ) -> list[Tensor]:
     return empty_gradients(_likes(x, y, given), (need_x, *[need_weights] * 3))
 
 
-def _forward_flops(x_shape: tuple[int, ...], out_dtype: Any, given: ISTAArguments) -> int:
+def forward_flops(x_shape: tuple[int, ...], out_dtype: Any, given: ISTAArguments) -> int:
     tokens, width = math.prod(x_shape[:-1]), x_shape[-1]
     large, small = 2 * tokens * width**2, 2 * width**3
     if given.combined is not None:
@@ -134,7 +141,7 @@ def _forward_flops(x_shape: tuple[int, ...], out_dtype: Any, given: ISTAArgument
     return large + small if one_product(tokens, width) else 2 * large
 
 
-def _backward_flops(
+def backward_flops(
     grad_shape: tuple[int, ...], x: Any, y: Any, kept: Any, need_x: bool, need_weights: bool, given: ISTAArguments
 ) -> int:
     tokens, width = math.prod(grad_shape[:-1]), grad_shape[-1]
@@ -145,5 +152,5 @@ def _backward_flops(
     return large * (need_x or need_weights) + large * need_x + 3 * large * need_weights
 
 
-register("ista_forward", _forward, fake=_forward_fake, flops=_forward_flops, replayed=True)
-register("ista_backward", _backward, fake=_backward_fake, flops=_backward_flops, replayed=True)
+register("ista_forward", forward, fake=forward_fake, flops=forward_flops, replayed=True)
+register("ista_backward", backward, fake=backward_fake, flops=backward_flops, replayed=True)

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from crate_kernels.ista.form import through_combined
 from crate_kernels.library_products import float32_product
-from crate_kernels.products.launchers import gradient_rows, gradients, input_gradient, project, weight_gradient
+from crate_kernels.products.launchers import (
+    PartMoments,
+    gradient_rows,
+    gradients,
+    input_gradient,
+    project,
+    weight_gradient,
+)
 from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.products.preparation import matrix_gradients
 
@@ -33,12 +40,14 @@ class Step(NamedTuple):
 
 
 def forward(
-    x: Tensor, operand: Operand, norm: Norm | None, step: Step, out_dtype: torch.dtype
+    x: Tensor, operand: Operand, norm: Norm | None, step: Step, out_dtype: torch.dtype, parts: PartMoments | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """y [tokens, width] in ``out_dtype`` and, with a LayerNorm, mean and rstd of each token."""
-    return project(
-        x, operand, out_dtype, norm=norm, skip=x, skip_norm=norm is not None, threshold=step.threshold, soft=step.soft
-    )
+    """y [tokens, width] in ``out_dtype`` and, with a LayerNorm, mean and rstd of each token; from their parts, if those are known."""
+    y, moments, _ = project(
+        x, operand, out_dtype, norm=norm, moments=parts, skip=x, skip_norm=norm is not None, threshold=step.threshold,
+        soft=step.soft,
+    )  # fmt: skip
+    return y, moments
 
 
 def backward(
@@ -82,7 +91,7 @@ def forward_two_products(
     scaled = _operand(dictionary.float() * step.step_size, dtype)
     return project(
         _residual(x, dictionary, dtype), scaled, out_dtype, skip=x, threshold=step.threshold, soft=step.soft
-    )[0]
+    ).out
 
 
 def backward_two_products(
@@ -108,7 +117,7 @@ def backward_two_products(
     if need_x:
         # In float32 up to the last product: that saves a rounding, and costs little since there are few tokens here.
         total, _ = input_gradient(rows, scaled, torch.float32, skip=grad_y, mask=y)
-        grad_x, _ = project(grad_residual, _operand(dictionary, dtype), x.dtype, skip=total, negate=True)
+        grad_x = project(grad_residual, _operand(dictionary, dtype), x.dtype, skip=total, negate=True).out
     if need_weights:
         grad_weight = float32_product(_residual(x, dictionary, dtype).t(), rows.g) * step.step_size
         grad_weight -= weight_gradient(grad_residual, x.to(dtype))
@@ -117,7 +126,7 @@ def backward_two_products(
 
 def _residual(x: Tensor, dictionary: Tensor, dtype: torch.dtype) -> Tensor:
     """r = x - x W^T, what the dictionary does not explain."""
-    return project(x, _operand(dictionary.t(), dtype), dtype, skip=x, negate=True)[0]
+    return project(x, _operand(dictionary.t(), dtype), dtype, skip=x, negate=True).out
 
 
 def _operand(matrix: Tensor, dtype: torch.dtype) -> Operand:

@@ -10,10 +10,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from crate_kernels import dispatch, validation
+from crate_kernels._ops import ops
+from crate_kernels.autograd import asked, derivative, save, saved
 from crate_kernels.dtypes import compute_dtype
 from crate_kernels.ista.api import ISTASources, ista, prepare_ista
+from crate_kernels.ista.api import choose as choose_ista
+from crate_kernels.ista.form import one_product
+from crate_kernels.layers.op import ISTAArguments, MSSAArguments, NormLinearArguments
 from crate_kernels.mssa.api import AttentionWeights, MSSASources, mssa, prepare_mssa
+from crate_kernels.mssa.api import choose as choose_mssa
 from crate_kernels.norm_linear.api import NormLinearSources, norm_linear, prepare_norm_linear
+from crate_kernels.norm_linear.api import choose as choose_norm_linear
 from crate_kernels.products.norm_folding import Norm, norm_options
 from crate_kernels.products.prepared import Prepared
 from crate_kernels.shared_attention.api import obstacle_to_triton
@@ -86,14 +93,22 @@ def encoder_layer(
     """
     _check_kinds(attention_norm=attention_norm, attention=attention, sparse_norm=sparse_norm, prepared=prepared)
     prepared = prepared or PreparedLayer()
-    z = mssa(
-        x, *attention, num_heads=num_heads, scale=scale, skip=x, out_dtype=x.dtype, recompute=recompute,
-        prepared=prepared.attention, **norm_options(attention_norm),
-    )  # fmt: skip
-    return ista(
-        z, dictionary, step_size=step_size, lambd=lambd, threshold=threshold, out_dtype=x.dtype, prepared=prepared.step,
+    of_attention: dict[str, Any] = {
+        "num_heads": num_heads, "scale": scale, "skip": x, "out_dtype": x.dtype, "recompute": recompute,
+        "prepared": prepared.attention, **norm_options(attention_norm),
+    }  # fmt: skip
+    of_step: dict[str, Any] = {
+        "step_size": step_size, "lambd": lambd, "threshold": threshold, "out_dtype": x.dtype, "prepared": prepared.step,
         **norm_options(sparse_norm),
-    )  # fmt: skip
+    }  # fmt: skip
+    given = choose_mssa(x, *attention, **of_attention).given
+    numbers_ask = any(isinstance(number, Tensor) and number.requires_grad for number in (step_size, lambd))
+    if given is not None and (prepared.step or one_product(x.numel() // x.shape[-1], x.shape[-1])) and not numbers_ask:
+        # z, which the step takes, will be laid out as x is.
+        _, _, step = choose_ista(x, dictionary, **of_step)
+        if step is not None and step.matrix is not None:
+            return _EncoderLayer.apply(x, *given, *step)
+    return ista(mssa(x, *attention, **of_attention), dictionary, **of_step)
 
 
 def decoder_layer(
@@ -130,11 +145,68 @@ def decoder_layer(
     _check_kinds(step_norm=step_norm, attention_norm=attention_norm, attention=attention, prepared=prepared)
     validation.tensors(x=(x, "batch tokens width"), weight=(weight, "width width"))
     prepared = prepared or PreparedLayer()
-    g = norm_linear(x, weight, prepared=prepared.step, **norm_options(step_norm))
-    return mssa(
-        g, *attention, num_heads=num_heads, scale=scale, skip=g, subtract=True, recompute=recompute,
-        prepared=prepared.attention, **norm_options(attention_norm),
-    )  # fmt: skip
+    of_attention: dict[str, Any] = {
+        "num_heads": num_heads, "scale": scale, "subtract": True, "recompute": recompute, "prepared": prepared.attention,
+        **norm_options(attention_norm),
+    }  # fmt: skip
+    of_step: dict[str, Any] = {"prepared": prepared.step, **norm_options(step_norm)}
+    _, dtype, step = choose_norm_linear(x, weight, **of_step)
+    if step is not None:
+        # g, which attention takes, will have the shape of x, and the dtype of the products.
+        given = choose_mssa(x, *attention, skip=x, out_dtype=dtype, **of_attention).given
+        if given is not None:
+            return _DecoderLayer.apply(x, *step, *given)
+    g = norm_linear(x, weight, **of_step)
+    return mssa(g, *attention, skip=g, **of_attention)
+
+
+class _EncoderLayer(torch.autograd.Function):
+    """Arguments: x, then ``MSSAArguments`` and ``ISTAArguments``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        y, kept = ops.encoder_layer_forward(x, *arguments)
+        save(ctx, arguments, x, y, *kept)
+        return y
+
+    @staticmethod
+    @derivative("encoder_layer")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given, (x, y, *kept) = saved(ctx)
+        want_x, *want_fields = ctx.needs_input_grad
+        fields = len(MSSAArguments._fields)
+        attention, step = MSSAArguments(*want_fields[:fields]), ISTAArguments(*want_fields[fields:])
+        needs = [want_x, *_needs(attention), step.dictionary or step.norm_weight or step.norm_bias]
+        grads = ops.encoder_layer_backward(grad, x, y, kept, needs, *given)
+        grad_x, of_attention, (of_dictionary, *of_norm) = grads[0], grads[1:6], grads[6:]
+        none = [None] * (fields - 5)
+        return asked((grad_x, *of_attention, *none, of_dictionary, None, *of_norm), ctx.needs_input_grad)
+
+
+class _DecoderLayer(torch.autograd.Function):
+    """Arguments: x, then ``NormLinearArguments`` and ``MSSAArguments``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        y, kept = ops.decoder_layer_forward(x, *arguments)
+        save(ctx, arguments, x, *kept)
+        return y
+
+    @staticmethod
+    @derivative("decoder_layer")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given, (x, *kept) = saved(ctx)
+        want_x, *want_fields = ctx.needs_input_grad
+        fields = len(NormLinearArguments._fields)
+        needs = [want_x, any(want_fields[:fields]), *_needs(MSSAArguments(*want_fields[fields:]))]
+        grads = ops.decoder_layer_backward(grad, x, kept, needs, *given)
+        none = [None] * (fields - 4)
+        return asked((*grads[:5], *none, *grads[5:]), ctx.needs_input_grad)
+
+
+def _needs(want: MSSAArguments) -> list[Any]:
+    """Whether MSSA's backward is asked for gradients of qkv or its LayerNorm, and of out or its bias."""
+    return [want.qkv_weight or want.norm_weight or want.norm_bias, want.out_weight or want.out_bias]
 
 
 def prepare_layers(

@@ -91,6 +91,69 @@ def mssa(
 
     Source: CRATE (arXiv 2306.01129), section 2.3; CRATE-MAE (arXiv 2404.02446), section 3.
     """
+    chosen = choose(
+        x, qkv_weight, out_weight, out_bias, num_heads=num_heads, scale=scale, is_causal=is_causal, norm_weight=norm_weight,
+        norm_bias=norm_bias, norm_eps=norm_eps, skip=skip, subtract=subtract, lengths=lengths, dropout=dropout,
+        out_dtype=out_dtype, recompute=recompute, prepared=prepared,
+    )  # fmt: skip
+    implementation, dtype, result_dtype, factor, given = chosen
+    if given is not None:
+        return _MSSA.apply(x, None if skip is x else skip, result_dtype, *given)
+
+    def composition(x: Tensor, skip: Tensor | None) -> Tensor:
+        normalised = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
+        weights = qkv_weight, out_weight, out_bias, num_heads, factor, is_causal
+        if implementation == "reference":
+            out = reference.mssa(normalised, *weights, lengths, dropout)
+        else:
+            with no_autocast(x):
+                out = composed.mssa(normalised.to(dtype), *weights, implementation, lengths, dropout)
+        if skip is not None:
+            out = skip - out if subtract else skip + out
+        return out.to(result_dtype)
+
+    if recompute and dispatch.plain_calls_only() is None:  # transforms and exports cannot take a checkpoint
+        return checkpoint(composition, x, skip, use_reentrant=False, preserve_rng_state=dropout > 0)
+    return composition(x, skip)
+
+
+class Chosen(NamedTuple):
+    """How ``mssa`` computes.
+
+    implementation: what ``dispatch.choose`` said.
+    dtype, out_dtype: of the products, and of the result.
+    scale: the factor on the scores.
+    given: the arguments of one operator that does it all; None where there is none.
+    """
+
+    implementation: str
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    scale: float
+    given: op.MSSAArguments | None
+
+
+def choose(
+    x: Tensor,
+    qkv_weight: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None = None,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    is_causal: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    skip: Tensor | None = None,
+    subtract: bool = False,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    recompute: bool = False,
+    prepared: Prepared | None = None,
+) -> Chosen:
+    """Checks the arguments of ``mssa``, and chooses how it computes. Only the layouts of x and skip are looked at."""
     out_width = "heads_width" if out_weight is None else "out_width"
     validation.tensors(
         norm=(norm_weight, norm_bias, norm_eps),
@@ -126,6 +189,7 @@ def mssa(
     if out_dtype is None:
         out_dtype = dtype if skip is None else torch.promote_types(dtype, skip.dtype)
     fits = skip is None or skip.dtype in dispatch.TRITON_DTYPES
+    given = None
     if implementation == "triton" and out_weight is not None and lengths is None and dropout == 0 and fits:
         made_of = MSSASources(qkv_weight, out_weight, out_bias, norm_weight, norm_bias)
         qkv, out = checked_or_made(prepared, made_of, dtype, prepare_mssa).operands
@@ -133,23 +197,7 @@ def mssa(
             *made_of, *qkv, out.matrix, out.offset, float(norm_eps), skip is x, subtract, num_heads, float(scale), is_causal,
             recompute,
         )  # fmt: skip
-        return _MSSA.apply(x, None if skip is x else skip, out_dtype, *given)
-
-    def composition(x: Tensor, skip: Tensor | None) -> Tensor:
-        normalised = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
-        weights = qkv_weight, out_weight, out_bias, num_heads, scale, is_causal
-        if implementation == "reference":
-            out = reference.mssa(normalised, *weights, lengths, dropout)
-        else:
-            with no_autocast(x):
-                out = composed.mssa(normalised.to(dtype), *weights, implementation, lengths, dropout)
-        if skip is not None:
-            out = skip - out if subtract else skip + out
-        return out.to(out_dtype)
-
-    if recompute and dispatch.plain_calls_only() is None:  # transforms and exports cannot take a checkpoint
-        return checkpoint(composition, x, skip, use_reentrant=False, preserve_rng_state=dropout > 0)
-    return composition(x, skip)
+    return Chosen(implementation, dtype, out_dtype, float(scale), given)
 
 
 class MSSASources(NamedTuple):

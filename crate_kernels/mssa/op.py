@@ -2,7 +2,7 @@
 
 ``kept`` is what the backward needs besides x: w and attention's output [batch * tokens, inner] in the dtype of the products, the
 log-sum-exp [batch, heads, tokens] and, with a LayerNorm, mean and rstd [2, batch * tokens], both float32. With ``recompute`` it
-is empty. The composed path has no operator of its own: it calls PyTorch's products and the operator of attention.
+is mean and rstd alone. The composed path has no operator of its own: it calls PyTorch's products and the operator of attention.
 """
 
 from __future__ import annotations
@@ -52,27 +52,44 @@ class MSSAArguments(NamedTuple):
         return kernels, (self.norm, qkv, Operand(self.out_matrix, None, self.out_offset), form)
 
 
-def _forward(
+def forward(
     x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, given: MSSAArguments
 ) -> tuple[Tensor, list[Tensor]]:
+    return forward_in_layer(x, skip, out_dtype, given)[:2]
+
+
+def forward_in_layer(
+    x: Tensor,
+    skip: Tensor | None,
+    out_dtype: torch.dtype,
+    given: MSSAArguments,
+    parts: Any = None,
+    parts_for: torch.dtype | None = None,
+) -> tuple[Tensor, list[Tensor], Any]:
+    """``forward`` from the moments of x in parts, if they are known; those of the result come third, for a product in the dtype
+    ``parts_for`` (``products.launchers``)."""
     kernels, settings = given.load()
     skip = x if given.skip_is_x else skip
-    z, kept = kernels.forward(x, *settings, None if skip is None else skip.flatten(0, 1), out_dtype)
+    rows = None if skip is None else skip.flatten(0, 1)
+    z, kept, parts = kernels.forward(x, *settings, rows, out_dtype, parts, parts_for)
     # Autograd must not take it for a view, or callers could not change it in place.
     z = unsafe_view(z, [*x.shape[:-1], z.shape[1]])
-    return z, [] if given.recompute else [tensor for tensor in kept if tensor is not None]
+    return z, [tensor for tensor in kept[3 if given.recompute else 0 :] if tensor is not None], parts
 
 
-def _backward(grad: Tensor, x: Tensor, kept: list[Tensor], needs: list[bool], given: MSSAArguments) -> list[Tensor]:
+def backward(grad: Tensor, x: Tensor, kept: list[Tensor], needs: list[bool], given: MSSAArguments) -> list[Tensor]:
     kernels, (*sources, out, form) = given.load()
     grad = grad.flatten(0, 1)
-    attended = kernels.attend(x, *sources, form) if given.recompute else kernels.Kept(*kept, *[None] * (4 - len(kept)))
+    if given.recompute:
+        attended = kernels.attend(x, *sources, form, *kept)
+    else:
+        attended = kernels.Kept(*kept, *[None] * (4 - len(kept)))
     skip_grad = grad if given.skip_is_x else None
     grad_x, *grads = kernels.backward(grad, x, *sources, out, form, given.qkv_weight, attended, tuple(needs), skip_grad)
     return or_empty((None if grad_x is None else grad_x.view(x.shape), *grads), (x, *given[:5]))
 
 
-def _forward_fake(
+def forward_fake(
     x: Tensor, skip: Tensor | None, out_dtype: torch.dtype, given: MSSAArguments
 ) -> tuple[Tensor, list[Tensor]]:
     batch, tokens, _ = x.shape
@@ -81,10 +98,10 @@ def _forward_fake(
     if given.norm_weight is not None:
         kept.append(x.new_empty(2, batch * tokens, dtype=torch.float32))
     z = x.new_empty(batch, tokens, given.out_weight.shape[0], dtype=out_dtype)
-    return z, [] if given.recompute else kept
+    return z, kept[3:] if given.recompute else kept
 
 
-def _backward_fake(grad: Tensor, x: Tensor, kept: Any, needs: list[bool], given: MSSAArguments) -> list[Tensor]:
+def backward_fake(grad: Tensor, x: Tensor, kept: Any, needs: list[bool], given: MSSAArguments) -> list[Tensor]:
     need_x, need_qkv, need_out = needs
     return empty_gradients((x, *given[:5]), (need_x, need_qkv, need_out, need_out, need_qkv, need_qkv))
 
@@ -105,17 +122,17 @@ def _products(x_shape: tuple[int, ...], given: _Shapes) -> tuple[int, int, int]:
     return 2 * batch * tokens * width * inner, scores, 2 * batch * tokens * inner * out_width
 
 
-def _forward_flops(x_shape: tuple[int, ...], skip: Any, out_dtype: Any, given: _Shapes) -> int:
+def forward_flops(x_shape: tuple[int, ...], skip: Any, out_dtype: Any, given: _Shapes) -> int:
     qkv, scores, out = _products(x_shape, given)
     return qkv + 2 * scores + out
 
 
-def _backward_flops(grad: Any, x_shape: tuple[int, ...], kept: Any, needs: list[bool], given: _Shapes) -> int:
+def backward_flops(grad: Any, x_shape: tuple[int, ...], kept: Any, needs: list[bool], given: _Shapes) -> int:
     qkv, scores, out = _products(x_shape, given)
     need_x, need_qkv, need_out = needs
     again = (qkv + 2 * scores) * given.recompute
     return qkv * (need_x + need_qkv) + (5 * scores + out) * (need_x or need_qkv) + out * need_out + again
 
 
-register("mssa_forward", _forward, fake=_forward_fake, flops=_forward_flops, replayed=True)
-register("mssa_backward", _backward, fake=_backward_fake, flops=_backward_flops, replayed=True)
+register("mssa_forward", forward, fake=forward_fake, flops=forward_flops, replayed=True)
+register("mssa_backward", backward, fake=backward_fake, flops=backward_flops, replayed=True)

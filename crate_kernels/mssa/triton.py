@@ -37,16 +37,28 @@ class Kept(NamedTuple):
 
 
 def forward(
-    x: Tensor, norm: Norm | None, qkv: Operand, out: Operand, form: Form, skip: Tensor | None, out_dtype: torch.dtype
-) -> tuple[Tensor, Kept]:
-    """z [batch * tokens, out_width] in ``out_dtype``, for x [batch, tokens, width], skip [batch * tokens, out_width]."""
-    kept = attend(x, norm, qkv, form)
-    return products.project(kept.out, out, out_dtype, skip=skip, negate=form.subtract)[0], kept
+    x: Tensor,
+    norm: Norm | None,
+    qkv: Operand,
+    out: Operand,
+    form: Form,
+    skip: Tensor | None,
+    out_dtype: torch.dtype,
+    moments: Tensor | products.PartMoments | None = None,
+    parts_for: torch.dtype | None = None,
+) -> tuple[Tensor, Kept, products.PartMoments | None]:
+    """z [batch * tokens, out_width] in ``out_dtype``, for x [batch, tokens, width], skip [batch * tokens, out_width]. ``moments``
+    are those of x, if they are known; those of z are returned in parts for the next product, whose dtype is ``parts_for``."""
+    kept = attend(x, norm, qkv, form, moments)
+    z, _, parts = products.project(kept.out, out, out_dtype, skip=skip, negate=form.subtract, parts_for=parts_for)
+    return z, kept, parts
 
 
-def attend(x: Tensor, norm: Norm | None, qkv: Operand, form: Form) -> Kept:
+def attend(
+    x: Tensor, norm: Norm | None, qkv: Operand, form: Form, moments: Tensor | products.PartMoments | None = None
+) -> Kept:
     """The first two steps, projection and attention."""
-    w, moments = products.project(x.flatten(0, 1), qkv, qkv.matrix.dtype, norm=norm)
+    w, moments, _ = products.project(x.flatten(0, 1), qkv, qkv.matrix.dtype, norm=norm, moments=moments)
     out, lse = attention.forward(_heads(w, x, form), form.scale, form.is_causal)
     return Kept(w, _tokens(out), lse, moments)
 

@@ -52,6 +52,31 @@ def norm_linear(
 
     Source: the decoder's step of CRATE-MAE (arXiv 2404.02446), section 3.
     """
+    implementation, dtype, given = choose(
+        x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, prepared=prepared
+    )
+    if given is not None:
+        y = _NormLinear.apply(x.reshape(-1, x.shape[-1]), *given)
+        return y.view(*x.shape[:-1], weight.shape[0])
+    x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
+    if implementation == "reference":
+        return reference.norm_linear(x, weight, bias)
+    with no_autocast(x):
+        return composed.norm_linear(x, weight, bias, dtype)
+
+
+def choose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    prepared: Prepared | None = None,
+) -> tuple[str, torch.dtype, op.NormLinearArguments | None]:
+    """Checks the arguments of ``norm_linear``, and chooses how it computes: the implementation, the dtype of the product, and the
+    arguments of one operator that does it all, or None where there is none."""
     validation.tensors(
         norm=(norm_weight, norm_bias, norm_eps),
         x=(x, "... width"),
@@ -65,13 +90,8 @@ def norm_linear(
     if implementation == "triton":
         made_of = NormLinearSources(weight, bias, norm_weight, norm_bias)
         (operand,) = checked_or_made(prepared, made_of, dtype, prepare_norm_linear).operands
-        y = _NormLinear.apply(x.reshape(-1, x.shape[-1]), *made_of, *operand, float(norm_eps))
-        return y.view(*x.shape[:-1], weight.shape[0])
-    x = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
-    if implementation == "reference":
-        return reference.norm_linear(x, weight, bias)
-    with no_autocast(x):
-        return composed.norm_linear(x, weight, bias, dtype)
+        return implementation, dtype, op.NormLinearArguments(*made_of, *operand, float(norm_eps))
+    return implementation, dtype, None
 
 
 class NormLinearSources(NamedTuple):

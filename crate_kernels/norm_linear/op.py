@@ -7,7 +7,7 @@ and the backward takes [y, moments]; without one both lists are empty. The compo
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,13 +38,21 @@ class NormLinearArguments(NamedTuple):
         return dispatch.load("norm_linear", "triton"), Operand(self.matrix, self.column_sum, self.offset)
 
 
-def _forward(x: Tensor, given: NormLinearArguments) -> tuple[Tensor, list[Tensor]]:
+def forward(x: Tensor, given: NormLinearArguments) -> tuple[Tensor, list[Tensor]]:
+    return forward_in_layer(x, given)[:2]
+
+
+def forward_in_layer(
+    x: Tensor, given: NormLinearArguments, parts_for: torch.dtype | None = None
+) -> tuple[Tensor, list[Tensor], Any]:
+    """``forward``; the moments of the result come third, in parts for a product in the dtype ``parts_for``
+    (``products.launchers``)."""
     kernels, operand = given.load()
-    y, moments = kernels.forward(x, operand, given.norm)
-    return y, [] if moments is None else [moments]
+    y, moments, parts = kernels.forward(x, operand, given.norm, parts_for)
+    return y, [] if moments is None else [moments], parts
 
 
-def _backward(
+def backward(
     grad: Tensor, x: Tensor, kept: list[Tensor], need_x: bool, need_weights: bool, given: NormLinearArguments
 ) -> list[Tensor]:
     kernels, operand = given.load()
@@ -53,9 +61,15 @@ def _backward(
     return or_empty(grads, (x, *given[:4]))
 
 
-def _forward_fake(x: Tensor, given: NormLinearArguments) -> tuple[Tensor, list[Tensor]]:
+def forward_fake(x: Tensor, given: NormLinearArguments) -> tuple[Tensor, list[Tensor]]:
     y = x.new_empty(x.shape[0], given.weight.shape[0], dtype=given.matrix.dtype)
     return y, [] if given.norm_weight is None else [x.new_empty(2, x.shape[0], dtype=torch.float32)]
+
+
+def backward_fake(
+    grad: Tensor, x: Tensor, kept: Any, need_x: bool, need_weights: bool, given: NormLinearArguments
+) -> list[Tensor]:
+    return empty_gradients((x, *given[:4]), (need_x, *[need_weights] * 4))
 
 
 class _Shapes(Protocol):
@@ -64,18 +78,13 @@ class _Shapes(Protocol):
     weight: tuple[int, int]
 
 
-def _product(x_shape: tuple[int, ...], given: _Shapes) -> int:
-    """FLOPs of one product."""
+def forward_flops(x_shape: tuple[int, ...], given: _Shapes) -> int:
     return 2 * x_shape[0] * given.weight[0] * given.weight[1]
 
 
-register("norm_linear_forward", _forward, fake=_forward_fake, flops=_product, replayed=True)
-register(
-    "norm_linear_backward",
-    _backward,
-    fake=lambda grad, x, kept, need_x, need_weights, given: empty_gradients(
-        (x, *given[:4]), (need_x, *[need_weights] * 4)
-    ),
-    flops=lambda grad, x, kept, need_x, need_weights, given: _product(x, given) * (need_x + need_weights),
-    replayed=True,
-)
+def backward_flops(grad: Any, x: tuple[int, ...], kept: Any, need_x: bool, need_weights: bool, given: _Shapes) -> int:
+    return forward_flops(x, given) * (need_x + need_weights)
+
+
+register("norm_linear_forward", forward, fake=forward_fake, flops=forward_flops, replayed=True)
+register("norm_linear_backward", backward, fake=backward_fake, flops=backward_flops, replayed=True)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from crate_kernels.products.launchers import gradients, project
+from crate_kernels.products.launchers import Projected, gradients, project
 from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.products.preparation import matrix_gradients
 
 
-def forward(x: Tensor, operand: Operand, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
-    """y [tokens, out_width] in the dtype of the product and, with a LayerNorm, mean and rstd of each token."""
-    return project(x, operand, operand.matrix.dtype, norm=norm)
+def forward(x: Tensor, operand: Operand, norm: Norm | None, parts_for: torch.dtype | None = None) -> Projected:
+    """y [tokens, out_width] in the dtype of the product; with a LayerNorm, mean and rstd of each token; the moments of y in parts
+    for the next product, whose dtype is ``parts_for``."""
+    return project(x, operand, operand.matrix.dtype, norm=norm, parts_for=parts_for)
 
 
 def backward(

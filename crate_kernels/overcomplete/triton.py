@@ -55,9 +55,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [tokens, width] in ``out_dtype``, and z1 and z2 [tokens, codes] in ``dtype``."""
     descent, threshold = weights.descent(dtype), weights.threshold
-    z1, _ = project(x, descent, dtype, threshold=threshold)
-    z2, _ = project(_unexplained(x, z1, weights), descent, dtype, skip=z1, threshold=threshold)
-    out, _ = project(z2, weights.output(dtype), out_dtype, skip=skip)
+    z1 = project(x, descent, dtype, threshold=threshold).out
+    z2 = project(_unexplained(x, z1, weights), descent, dtype, skip=z1, threshold=threshold).out
+    out = project(z2, weights.output(dtype), out_dtype, skip=skip).out
     return out, z1, z2
 
 
@@ -83,7 +83,7 @@ def backward(grad: Tensor, x: Tensor, z1: Tensor, z2: Tensor, weights: Step, nee
         grad_z2 = _through(grad, weights.output(dtype), dtype)
         g2 = torch.ops.aten.hardshrink_backward(grad_z2, z2, 0.0)
         grad_r = _through(g2, descent, dtype)
-        grad_z1, _ = project(grad_r, _operand(weights.dictionary, dtype), dtype, skip=g2, negate=True)
+        grad_z1 = project(grad_r, _operand(weights.dictionary, dtype), dtype, skip=g2, negate=True).out
         g1 = GradientRows(torch.ops.aten.hardshrink_backward(grad_z1, z1, 0.0))
         if needs.x:
             grad_x, _ = input_gradient(g1, descent, x.dtype, extra=grad_r)
@@ -111,4 +111,4 @@ def _operand(matrix: Tensor, dtype: torch.dtype) -> Operand:
 
 def _unexplained(x: Tensor, z1: Tensor, weights: Step) -> Tensor:
     """r = x - z1 D^T, what the first code does not explain, in the dtype of the products."""
-    return project(z1, _operand(weights.dictionary.t(), z1.dtype), z1.dtype, skip=x, negate=True)[0]
+    return project(z1, _operand(weights.dictionary.t(), z1.dtype), z1.dtype, skip=x, negate=True).out

@@ -95,20 +95,26 @@ def masked_gradient(grad_y, y):
 
 
 @triton.jit
+def moments_of_tile(x_tile, columns, width, count, WHOLE: tl.constexpr):
+    """Mean of each token over a tile of ``count`` features, and sum of squares about it; features beyond the last are zero."""
+    tile_mean = tl.sum(x_tile, 1) / count
+    centred = x_tile - tile_mean[:, None]
+    if not WHOLE:
+        centred = tl.where((columns < width)[None, :], centred, 0.0)
+    return tile_mean, tl.sum(centred * centred, 1)
+
+
+@triton.jit
 def add_moments(mean, squares, x_tile, start, columns, width, WHOLE: tl.constexpr):
     """Adds a tile of features to each token's mean and sum of squares about the mean, which are over the ``start`` before.
 
     The tile's squares are summed about its own mean, then both sums are merged (Chan, Golub, LeVeque 1979). So nothing cancels,
     however far from zero the tokens are.
     """
-    x_tile = x_tile.to(tl.float32)
     count = tl.minimum(width - start, columns.shape[0]).to(tl.float32)
-    tile_mean = tl.sum(x_tile, 1) / count  # features beyond the last were loaded as zero
-    centred = x_tile - tile_mean[:, None]
-    if not WHOLE:
-        centred = tl.where((columns < width)[None, :], centred, 0.0)
+    tile_mean, tile_squares = moments_of_tile(x_tile.to(tl.float32), columns, width, count, WHOLE)
     step, share = tile_mean - mean, count / (start + count)
-    return mean + step * share, squares + tl.sum(centred * centred, 1) + step * step * (start * share)
+    return mean + step * share, squares + tile_squares + step * step * (start * share)
 
 
 @triton.jit
@@ -153,23 +159,28 @@ def column_parts(tile, PARTS: tl.constexpr):
 
 
 @triton.jit
-def multiply(
-    x, matrix, tokens, inner_width, width, x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
-    LIBRARY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """This program's tile of x [tokens, inner_width] times the matrix [inner_width, width]; with LIBRARY, x is that product.
+def own_tile(tokens, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """This program's tile of a product [tokens, width]: its rows, the rows clamped to the last token, and its first column.
 
-    Returns the tile's rows, the rows clamped to the last token, its first column, and its parts in float32. Rows beyond the last
-    token read the last one and are not stored, so loads need no mask along rows. Tiles are ordered so that GROUP row tiles in
-    turn reuse a tile of the matrix in L2.
+    Rows beyond the last token read the last one and are not stored, so loads need no mask along rows. Tiles are ordered so that
+    GROUP row tiles in turn reuse a tile of the matrix in L2.
     """
     row_tiles, column_tiles = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N)
     program = tl.program_id(0)
     tile_m, tile_n = tl.swizzle2d(program // column_tiles, program % column_tiles, row_tiles, column_tiles, GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    clamped_rows = tl.minimum(rows, tokens - 1)
-    first = tile_n * BLOCK_N
+    return rows, tl.minimum(rows, tokens - 1), tile_n * BLOCK_N
+
+
+@triton.jit
+def multiply(
+    x, matrix, clamped_rows, first, tokens, inner_width, width,
+    x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
+    LIBRARY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A tile of x [tokens, inner_width] times the matrix [inner_width, width], as PARTS parts in float32; with LIBRARY, x is that
+    product."""
     columns = first + tl.arange(0, BLOCK_N)
     if LIBRARY:
         product = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
@@ -184,7 +195,40 @@ def multiply(
                 matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
             )
             product = tl.dot(x_tile, matrix_tile, product, input_precision=PRECISION)
-    return rows, clamped_rows, first, column_parts(product, PARTS)
+    return column_parts(product, PARTS)
+
+
+@triton.jit
+def store_moments_of_part(parts, values, rows, first, columns, tokens, width, WHOLE: tl.constexpr):
+    """Each token's mean over the features ``values`` from ``first`` on, and sum of squares about it, into parts [2, count, tokens],
+    whose ``count`` parts are all as wide as ``values``, but for the last."""
+    WIDTH: tl.constexpr = values.shape[1]
+    if not WHOLE:
+        values = tl.where((columns < width)[None, :], values, 0.0)
+    count = tl.maximum(tl.minimum(width - first, WIDTH), 1).to(tl.float32)
+    mean, squares = moments_of_tile(values, columns, width, count, WHOLE)
+    inside = (rows < tokens) & (first < width)
+    place = parts + (first // WIDTH) * tokens.to(tl.int64)
+    tl.store(place + rows, mean, mask=inside)
+    tl.store(place + tl.cdiv(width, WIDTH) * tokens.to(tl.int64) + rows, squares, mask=inside)
+
+
+@triton.jit
+def merge_moments(parts, clamped_rows, tokens, width, eps, part_width, PARTS: tl.constexpr):
+    """Mean and rstd of each token, as columns [rows, 1], from those of parts of its features; PARTS is a power of two that is
+    not below their number."""
+    mean = tl.zeros((clamped_rows.shape[0],), tl.float32)
+    squares = tl.zeros((clamped_rows.shape[0],), tl.float32)
+    second = tl.cdiv(width, part_width) * tokens.to(tl.int64)
+    for part in tl.static_range(PARTS):
+        count = tl.minimum(tl.maximum(width - part * part_width, 0), part_width).to(tl.float32)
+        addresses = parts + part * tokens.to(tl.int64) + clamped_rows
+        part_mean = tl.load(addresses, mask=count > 0, other=0.0)
+        part_squares = tl.load(addresses + second, mask=count > 0, other=0.0)
+        step, share = part_mean - mean, count / tl.minimum((part + 1) * part_width, width)
+        mean += step * share
+        squares += part_squares + step * step * (count - count * share)
+    return mean[:, None], inverse_deviation(squares, width, eps)[:, None]
 
 
 @triton.jit
@@ -195,15 +239,14 @@ def load_pairs(pairs, clamped_rows, tokens):
 
 @triton.jit
 def behind_projection(
-    product, out, moments, column_sum, offset, skip, norm_weight, norm_bias, threshold, rows, clamped_rows, first, tokens, width,
+    product, out, part_moments, mean, rstd, column_sum, offset, skip, norm_weight, norm_bias, threshold,
+    rows, clamped_rows, first, tokens, width,
     skip_row_stride, skip_column_stride,
     FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
     THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr,
 ):  # fmt: skip
     """All that follows the product in ``project_kernel``, the store included, for the columns from ``first`` on."""
     columns = first + tl.arange(0, product.shape[1])
-    if FOLD or SKIP_NORM:
-        mean, rstd = load_pairs(moments, clamped_rows, tokens)
     if FOLD:
         product = rstd * (product - mean * load_row(column_sum, columns, width))
     if offset is not None:
@@ -224,14 +267,19 @@ def behind_projection(
     elif ACTIVATION == "soft":
         product = soft_threshold(product, scalar(threshold, THRESHOLD_IN_MEMORY))
     store_tile(out, product, rows, columns, tokens, width)
+    if part_moments is not None:
+        rounded = product.to(out.dtype.element_ty).to(tl.float32)  # as the next product will read it
+        store_moments_of_part(part_moments, rounded, rows, first, columns, tokens, width, WHOLE_N)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "eps"])
 def project_kernel(
-    x, matrix, out, moments, column_sum, offset, skip, norm_weight, norm_bias, threshold, tokens, inner_width, width,
+    x, matrix, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias, threshold, eps,
+    tokens, inner_width, width, part_width,
     x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
     FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
-    THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    THRESHOLD_IN_MEMORY: tl.constexpr, X_PARTS: tl.constexpr,
+    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     LIBRARY: tl.constexpr,
 ):  # fmt: skip
@@ -240,14 +288,29 @@ def project_kernel(
     x [tokens, inner_width], in the matrix's dtype; matrix [inner_width, width]; skip, out [tokens, width]; moments [2, tokens]:
     mean and rstd. FOLD: x are raw tokens, and their moments are applied after the product. SKIP_NORM: skip is x, and LN(x) is
     added.
+
+    x_parts [2, parts, tokens]: mean of x over part_width features, and sum of squares about it; then moments is written, and not
+    read, and X_PARTS is a power of two that is not below the number of parts. out_parts: the same of out, to be written, with
+    parts of BLOCK_N // PARTS features.
     """
-    rows, clamped_rows, first, parts = multiply(
-        x, matrix, tokens, inner_width, width, x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
-        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
+    rows, clamped_rows, first = own_tile(tokens, width, BLOCK_M, BLOCK_N, GROUP)
+    mean = None
+    rstd = None
+    if x_parts is not None:
+        mean, rstd = merge_moments(x_parts, clamped_rows, tokens, inner_width, eps, part_width, X_PARTS)
+        writes = (rows < tokens)[:, None] & (first == 0)  # the programs of one column of tiles
+        tl.store(moments + rows[:, None], mean, mask=writes)
+        tl.store(moments + tokens.to(tl.int64) + rows[:, None], rstd, mask=writes)
+    elif FOLD or SKIP_NORM:
+        mean, rstd = load_pairs(moments, clamped_rows, tokens)
+    parts = multiply(
+        x, matrix, clamped_rows, first, tokens, inner_width, width,
+        x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
+        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
     )  # fmt: skip
     for part in tl.static_range(PARTS):
         behind_projection(
-            parts[part], out, moments, column_sum, offset, skip, norm_weight, norm_bias, threshold,
+            parts[part], out, out_parts, mean, rstd, column_sum, offset, skip, norm_weight, norm_bias, threshold,
             rows, clamped_rows, first + part * (BLOCK_N // PARTS), tokens, width, skip_row_stride, skip_column_stride,
             FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, WHOLE_N,
         )  # fmt: skip
@@ -380,9 +443,11 @@ def input_gradient_kernel(
     c2; norm_weight [width]; attended [tokens, width], contiguous; delta [samples, heads, sample_tokens]: the sums of
     out * attended over the HEAD_DIM features of each head.
     """
-    rows, clamped_rows, first, parts = multiply(
-        g, matrix, tokens, inner_width, width, g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride,
-        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
+    rows, clamped_rows, first = own_tile(tokens, width, BLOCK_M, BLOCK_N, GROUP)
+    parts = multiply(
+        g, matrix, clamped_rows, first, tokens, inner_width, width,
+        g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride,
+        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
     )  # fmt: skip
     for part in tl.static_range(PARTS):
         behind_input_gradient(

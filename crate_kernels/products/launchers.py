@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from crate_kernels.dtypes import dot_precision
 from crate_kernels.library_products import float32_product
@@ -48,11 +49,36 @@ def folds(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype == dtype == torch.bfloat16
 
 
-def before_product(x: Tensor, operand: Operand, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
-    """x [tokens, width] as the product takes it, and with a LayerNorm the mean and rstd of each token, [2, tokens] float32."""
+class PartMoments(NamedTuple):
+    """Mean of each token over ``width`` features at a time, and sum of squares about it: ``values`` [2, parts, tokens] float32."""
+
+    values: Tensor
+    width: int
+
+
+class Projected(NamedTuple):
+    """The result of ``project``.
+
+    out: [tokens, width], contiguous.
+    moments: with a LayerNorm, mean and rstd of each token of x, [2, tokens] float32.
+    parts: moments of ``out``, where they were asked for.
+    """
+
+    out: Tensor
+    moments: Tensor | None
+    parts: PartMoments | None
+
+
+def before_product(
+    x: Tensor, operand: Operand, norm: Norm | None, known: Tensor | PartMoments | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x [tokens, width] as the product takes it, and with a LayerNorm the mean and rstd of each token, [2, tokens] float32: those
+    that are known, or memory for them if they are known in parts."""
     dtype = operand.matrix.dtype
     if norm is None:
         return x.to(dtype), None
+    if folds(x, dtype) and known is not None:
+        return x, x.new_empty((2, len(x)), dtype=torch.float32) if isinstance(known, PartMoments) else known
     moments, xhat = moments_of(x, norm.eps, None if folds(x, dtype) else dtype)
     return x if xhat is None else xhat, moments
 
@@ -64,36 +90,42 @@ def project(
     out_dtype: torch.dtype,
     *,
     norm: Norm | None = None,
+    moments: Tensor | PartMoments | None = None,
     skip: Tensor | None = None,
     skip_norm: bool = False,
     negate: bool = False,
     threshold: Tensor | None = None,
     soft: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """``T(skip +- (LN(x) B + bias))`` with T a threshold, and, with a LayerNorm, mean and rstd of each token.
+    parts_for: torch.dtype | None = None,
+) -> Projected:
+    """``T(skip +- (LN(x) B + bias))`` with T a threshold.
 
     Args:
         x: [tokens, inner], any floating dtype and strides; rounded to the operand's dtype.
         operand: what ``op.operands`` made of B [inner, width] and the same norm.
         out_dtype: the dtype of the result.
         norm: the LayerNorm before the product.
+        moments: those of x, if they are known; used if raw tokens are multiplied (``folds``).
         skip: [tokens, width], any dtype and strides, added in float32.
         skip_norm: skip is x, and LN(x) is added instead of x.
         negate: subtract the product instead.
         threshold: a number (0-dim tensor, on the CPU or beside x); no threshold if None.
         soft: the signed threshold instead of the relu's.
-
-    Returns:
-        [tokens, width], contiguous, and [2, tokens] float32 or None.
+        parts_for: the dtype of a product that will read the result, after a LayerNorm of its own. If it multiplies raw tokens
+            (``folds``), it needs their moments, which are at hand here.
     """
     (tokens, inner_width), width = x.shape, operand.matrix.shape[1]
     fold = norm is not None and folds(x, operand.matrix.dtype)
-    multiplied, moments = before_product(x, operand, norm)
-    out = torch.empty((tokens, width), dtype=out_dtype, device=x.device)
+    known_parts = moments if fold and isinstance(moments, PartMoments) else None
+    multiplied, moments = before_product(x, operand, norm, moments)
+    out, parts = torch.empty((tokens, width), dtype=out_dtype, device=x.device), None
     if not out.numel():
-        return out, moments
+        return Projected(out, moments, None)
     use = "masked" if threshold is not None else "norm" if fold else "plain"
     tiles = _tiles("project", use, operand.matrix, out if skip is None else skip, width)
+    if parts_for is not None and folds(out, parts_for):
+        parts_width = tiles["BLOCK_N"] // tiles["PARTS"]
+        parts = PartMoments(out.new_empty((2, cdiv(width, parts_width), tokens), dtype=torch.float32), parts_width)
     threshold_value, in_memory = number(threshold)
     gamma = beta = None
     if norm is not None and skip_norm:
@@ -101,13 +133,15 @@ def project(
     left, matrix = _by(tiles, multiplied, operand.matrix)
     launch(
         kernels.project_kernel, _grid(tokens, width, tiles),
-        left, matrix, out, moments if fold or skip_norm else None, operand.column_sum if fold else None,
-        operand.offset, skip, gamma, beta, threshold_value, tokens, inner_width, width,
+        left, matrix, out, moments if fold or skip_norm else None, known_parts and known_parts.values, parts and parts.values,
+        operand.column_sum if fold else None, operand.offset, skip, gamma, beta, threshold_value, 0.0 if norm is None else norm.eps,
+        tokens, inner_width, width, known_parts.width if known_parts else 1,
         *left.stride(), *_strides(matrix), *_strides(skip),
         FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
+        X_PARTS=next_power_of_2(known_parts.values.shape[1]) if known_parts else 1,
         **_options(operand.matrix, inner_width, width, tiles),
     )  # fmt: skip
-    return out, moments
+    return Projected(out, moments, parts)
 
 
 class GradientRows(NamedTuple):

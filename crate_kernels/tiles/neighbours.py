@@ -21,10 +21,12 @@ _MOST_ACCUMULATORS = 128  # float32 numbers in the registers of a thread, which 
 def neighbours(tile: Tile) -> list[dict[str, int]]:
     """The tiles one step away that a thread's registers can hold.
 
-    A step takes the next smaller or larger value of one option, or of a side of the tile and the number of warps together.
+    A step takes the next smaller or larger value of one option, or of a side of the tile and the number of warps together. A cap
+    on registers is for the tile that it was found for: other tiles have none, and the tile without it is one of them.
     """
+    capped, tile = "maxnreg" in tile, {name: value for name, value in tile.items() if name != "maxnreg"}
     moves = [(name,) for name in tile] + [(name, "num_warps") for name in tile if name.startswith("BLOCK_")]
-    found = []
+    found: list[dict[str, int]] = [tile] if capped else []
     for names, step in itertools.product(moves, (-1, 1)):
         values = {name: _OPTIONS.get(name, _SIDES) for name in names}
         places = {name: values[name].index(tile[name]) + step for name in names}

@@ -7,8 +7,9 @@ The use says how much an epilogue holds in registers:
     "plain": a product and what is added to it.
     "norm": of ``project``, a product of folded tokens; of ``input_gradient``, the gradient of any LayerNorm.
     "masked": ISTA's, with threshold and skip.
-An epilogue works on its tile in PARTS, groups of columns one after the other. The ``default`` entries fit the 99 KB of shared
-memory that a block may use on consumer devices.
+An epilogue works on its tile in PARTS, groups of columns one after the other. ``maxnreg`` caps the registers of a thread where an
+epilogue would take so many that fewer blocks fit, or all that there are. The ``default`` entries fit the 99 KB of shared memory
+that a block may use on consumer devices.
 
 With LIBRARY = 1 PyTorch multiplies, into a float32 matrix, and the kernel does only the epilogue. No shipped tile does: on an
 H100 ``torch.mm`` takes 82 us for 50,432 x 768 x 768 within a training step, and the epilogue then has to read 155 MB that it
@@ -28,9 +29,9 @@ def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: 
 # On sm_90 two blocks of 128 registers a thread fit a multiprocessor: the epilogue of one runs while the other is in its loop.
 TABLE = {
     "sm_90": {
-        ("project", "plain", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=2),
+        ("project", "plain", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=2, maxnreg=128),
         ("project", "plain", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
-        ("project", "norm", 2, 2): _tile(128, 256, 64, 8, 3),
+        ("project", "norm", 2, 2): _tile(128, 256, 64, 8, 3, maxnreg=248),
         ("project", "masked", 2, 2): _tile(128, 128, 32, 4, 4, PARTS=4),
         ("project", "masked", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
         **{("input_gradient", use, 2, stream): _tile(128, 128, 64, 8, 3, PARTS=4) for use in USES for stream in (2, 4)},

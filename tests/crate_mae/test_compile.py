@@ -97,16 +97,15 @@ def test_opcheck_of_a_layer_of_every_size(name: str, kind: str) -> None:
         model = create_model(name, depth=2, decoder_depth=2)
         layers, heads = getattr(model, kind), model.config.num_heads
         weights = [layer.weights() for layer in layers]
-        x = torch.randn(2, 197, weights[0].attention.qkv.shape[1], requires_grad=True)
+        x = torch.randn(6, 197, weights[0].attention.qkv.shape[1], requires_grad=True)
         with Record():
             crate_kernels.prepare_layers(x, weights, num_heads=heads)
             layers[0](x).sum().backward()
     names = [str(function).removeprefix("crate_kernels.").removesuffix(".default") for function, _ in calls]
     if kind == "blocks":
-        operators = ["prepare", "combine", "mssa_forward", "ista_forward", "ista_backward", "mssa_backward"]
+        operators = ["prepare", "combine", "encoder_layer_forward", "encoder_layer_backward"]
     else:
-        forward = ["norm_linear_forward", "mssa_forward"]
-        operators = ["prepare", "prepare", *forward, "mssa_backward", "norm_linear_backward"]
+        operators = ["prepare", "prepare", "decoder_layer_forward", "decoder_layer_backward"]
     # The layer was given nothing prepared, and so prepares for itself.
     assert [name for name in names[2:] if name not in ("prepare", "combine")] == operators[2:]
     assert names[:2] == operators[:2]
