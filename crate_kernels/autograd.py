@@ -17,7 +17,7 @@ Formula = Callable[[Tensor, Any], Tensor]
 
 
 def save(ctx: Any, given: Any, *tensors: Tensor) -> None:
-    """Keep ``given``, an operator's arguments as a tuple, named or not, and ``tensors`` for the backward, which calls ``saved``."""
+    """Keep an operator's arguments ``given``, a tuple, and ``tensors`` for the backward, which calls ``saved``."""
     in_given = [value if isinstance(value, Tensor) else None for value in given]
     ctx.given = _like(given, [None if one is not None else value for one, value in zip(in_given, given, strict=True)])
     ctx.save_for_backward(*in_given, *tensors)

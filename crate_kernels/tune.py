@@ -121,7 +121,7 @@ def launches(model: str, dtype: str, batch: int, device: torch.device, tokens: i
     projection = partial(project, x, qkv, operand, norm=norm)
     ista = partial(project, x, step, stream, norm=norm, skip=x, skip_norm=True, threshold=threshold)
     input_gradient = partial(gradients, need_matrix=False, need_column=False)
-    (w, w_moments), (y, y_moments) = projection(), ista()
+    (w, w_moments, _), (y, y_moments, _) = projection(), ista()
     heads_out, lse = attention.forward(of_heads(w), scale, False)
 
     def gradient_of_output() -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def launches(model: str, dtype: str, batch: int, device: torch.device, tokens: i
     runs: dict[str, Callable[[], Any]] = {
         "projection": projection,
         "attention": lambda: attention.forward(of_heads(w), scale, False),
-        "output projection": lambda: project(attended, out, stream, skip=x),
+        "output projection": lambda: project(attended, out, stream, skip=x, parts_for=operand).out,
         "ISTA": ista,
         "ISTA's gradient": partial(
             input_gradient, grad, x, step, stream, y=y, moments=y_moments, norm=norm, threshold=threshold, skip=True

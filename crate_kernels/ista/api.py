@@ -142,7 +142,8 @@ def choose(
         prepared = checked_or_made(prepared, made_of, dtype, prepare_ista)
         (operand,), combined = prepared.operands, prepared.combined
     settings = float(norm_eps), *numbers, soft, dtype, implementation
-    return x, out_dtype, op.ISTAArguments(dictionary, combined, norm_weight, norm_bias, *operand, *settings)
+    given = dictionary, combined, norm_weight, norm_bias, *operand, *settings
+    return x, out_dtype, op.ISTAArguments._make(given)
 
 
 class ISTASources(NamedTuple):

@@ -42,7 +42,8 @@ class Step(NamedTuple):
 def forward(
     x: Tensor, operand: Operand, norm: Norm | None, step: Step, out_dtype: torch.dtype, parts: PartMoments | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """y [tokens, width] in ``out_dtype`` and, with a LayerNorm, mean and rstd of each token; from their parts, if those are known."""
+    """y [tokens, width] in ``out_dtype`` and, with a LayerNorm, mean and rstd of each token, made of their parts if those are
+    known."""
     y, moments, _ = project(
         x, operand, out_dtype, norm=norm, moments=parts, skip=x, skip_norm=norm is not None, threshold=step.threshold,
         soft=step.soft,

@@ -101,12 +101,15 @@ def encoder_layer(
         "step_size": step_size, "lambd": lambd, "threshold": threshold, "out_dtype": x.dtype, "prepared": prepared.step,
         **norm_options(sparse_norm),
     }  # fmt: skip
-    given = choose_mssa(x, *attention, **of_attention).given
     numbers_ask = any(isinstance(number, Tensor) and number.requires_grad for number in (step_size, lambd))
-    if given is not None and (prepared.step or one_product(x.numel() // x.shape[-1], x.shape[-1])) and not numbers_ask:
+    in_one_product = prepared.step is not None or (
+        isinstance(x, Tensor) and x.ndim == 3 and one_product(x.shape[0] * x.shape[1], x.shape[2])
+    )
+    if in_one_product and not numbers_ask and _share_nothing((*attention_norm, *attention), (*sparse_norm, dictionary)):
+        given = choose_mssa(x, *attention, **of_attention).given
         # z, which the step takes, will be laid out as x is.
-        _, _, step = choose_ista(x, dictionary, **of_step)
-        if step is not None and step.matrix is not None:
+        step = None if given is None else choose_ista(x, dictionary, **of_step)[2]
+        if given is not None and step is not None and step.implementation == "triton":
             return _EncoderLayer.apply(x, *given, *step)
     return ista(mssa(x, *attention, **of_attention), dictionary, **of_step)
 
@@ -151,7 +154,7 @@ def decoder_layer(
     }  # fmt: skip
     of_step: dict[str, Any] = {"prepared": prepared.step, **norm_options(step_norm)}
     _, dtype, step = choose_norm_linear(x, weight, **of_step)
-    if step is not None:
+    if step is not None and _share_nothing((*step_norm, weight), (*attention_norm, *attention)):
         # g, which attention takes, will have the shape of x, and the dtype of the products.
         given = choose_mssa(x, *attention, skip=x, out_dtype=dtype, **of_attention).given
         if given is not None:
@@ -202,6 +205,12 @@ class _DecoderLayer(torch.autograd.Function):
         grads = ops.decoder_layer_backward(grad, x, kept, needs, *given)
         none = [None] * (fields - 4)
         return asked((*grads[:5], *none, *grads[5:]), ctx.needs_input_grad)
+
+
+def _share_nothing(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether the two steps of a layer have no weight in common. One that is given twice to one autograd function is refused by
+    torch.compile, and is not replayed."""
+    return not any(isinstance(one, Tensor) and one is other for one in some for other in others)
 
 
 def _needs(want: MSSAArguments) -> list[Any]:

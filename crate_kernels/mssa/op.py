@@ -80,10 +80,8 @@ def forward_in_layer(
 def backward(grad: Tensor, x: Tensor, kept: list[Tensor], needs: list[bool], given: MSSAArguments) -> list[Tensor]:
     kernels, (*sources, out, form) = given.load()
     grad = grad.flatten(0, 1)
-    if given.recompute:
-        attended = kernels.attend(x, *sources, form, *kept)
-    else:
-        attended = kernels.Kept(*kept, *[None] * (4 - len(kept)))
+    whole = [*kept, *[None] * (4 - len(kept))]
+    attended = kernels.attend(x, *sources, form, *kept) if given.recompute else kernels.Kept(*whole)
     skip_grad = grad if given.skip_is_x else None
     grad_x, *grads = kernels.backward(grad, x, *sources, out, form, given.qkv_weight, attended, tuple(needs), skip_grad)
     return or_empty((None if grad_x is None else grad_x.view(x.shape), *grads), (x, *given[:5]))

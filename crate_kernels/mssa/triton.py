@@ -58,9 +58,9 @@ def attend(
     x: Tensor, norm: Norm | None, qkv: Operand, form: Form, moments: Tensor | products.PartMoments | None = None
 ) -> Kept:
     """The first two steps, projection and attention."""
-    w, moments, _ = products.project(x.flatten(0, 1), qkv, qkv.matrix.dtype, norm=norm, moments=moments)
+    w, found, _ = products.project(x.flatten(0, 1), qkv, qkv.matrix.dtype, norm=norm, moments=moments)
     out, lse = attention.forward(_heads(w, x, form), form.scale, form.is_causal)
-    return Kept(w, _tokens(out), lse, moments)
+    return Kept(w, _tokens(out), lse, found)
 
 
 def backward(

@@ -5,6 +5,7 @@ The backward keeps x and, with a LayerNorm, the result y and two numbers a token
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from crate_kernels.products.launchers import Projected, gradients, project

@@ -200,8 +200,8 @@ def multiply(
 
 @triton.jit
 def store_moments_of_part(parts, values, rows, first, columns, tokens, width, WHOLE: tl.constexpr):
-    """Each token's mean over the features ``values`` from ``first`` on, and sum of squares about it, into parts [2, count, tokens],
-    whose ``count`` parts are all as wide as ``values``, but for the last."""
+    """Each token's mean over the features ``values`` from ``first`` on, and sum of squares about it, into parts
+    [2, count, tokens]; all parts are as wide as ``values``, but for the last one."""
     WIDTH: tl.constexpr = values.shape[1]
     if not WHOLE:
         values = tl.where((columns < width)[None, :], values, 0.0)
@@ -215,19 +215,16 @@ def store_moments_of_part(parts, values, rows, first, columns, tokens, width, WH
 
 @triton.jit
 def merge_moments(parts, clamped_rows, tokens, width, eps, part_width, PARTS: tl.constexpr):
-    """Mean and rstd of each token, as columns [rows, 1], from those of parts of its features; PARTS is a power of two that is
-    not below their number."""
+    """Mean and rstd of each token, as columns [rows, 1], from those of PARTS parts of its features, as in ``add_moments``."""
     mean = tl.zeros((clamped_rows.shape[0],), tl.float32)
     squares = tl.zeros((clamped_rows.shape[0],), tl.float32)
-    second = tl.cdiv(width, part_width) * tokens.to(tl.int64)
     for part in tl.static_range(PARTS):
-        count = tl.minimum(tl.maximum(width - part * part_width, 0), part_width).to(tl.float32)
+        end = tl.minimum((part + 1) * part_width, width)
+        count = (end - part * part_width).to(tl.float32)
         addresses = parts + part * tokens.to(tl.int64) + clamped_rows
-        part_mean = tl.load(addresses, mask=count > 0, other=0.0)
-        part_squares = tl.load(addresses + second, mask=count > 0, other=0.0)
-        step, share = part_mean - mean, count / tl.minimum((part + 1) * part_width, width)
+        step, share = tl.load(addresses) - mean, count / end
         mean += step * share
-        squares += part_squares + step * step * (count - count * share)
+        squares += tl.load(addresses + PARTS * tokens.to(tl.int64)) + step * step * (count - count * share)
     return mean[:, None], inverse_deviation(squares, width, eps)[:, None]
 
 
@@ -289,9 +286,8 @@ def project_kernel(
     mean and rstd. FOLD: x are raw tokens, and their moments are applied after the product. SKIP_NORM: skip is x, and LN(x) is
     added.
 
-    x_parts [2, parts, tokens]: mean of x over part_width features, and sum of squares about it; then moments is written, and not
-    read, and X_PARTS is a power of two that is not below the number of parts. out_parts: the same of out, to be written, with
-    parts of BLOCK_N // PARTS features.
+    x_parts [2, X_PARTS, tokens]: mean of x over part_width features, and sum of squares about it; then moments is written, not
+    read. out_parts: the same of out, to be written, with parts of BLOCK_N // PARTS features.
     """
     rows, clamped_rows, first = own_tile(tokens, width, BLOCK_M, BLOCK_N, GROUP)
     mean = None

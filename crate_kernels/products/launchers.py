@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton import next_power_of_2
 
 from crate_kernels.dtypes import dot_precision
 from crate_kernels.library_products import float32_product
@@ -50,7 +49,7 @@ def folds(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 class PartMoments(NamedTuple):
-    """Mean of each token over ``width`` features at a time, and sum of squares about it: ``values`` [2, parts, tokens] float32."""
+    """Mean of each token over ``width`` features at a time, and sum of squares about it, in values [2, parts, tokens] float32."""
 
     values: Tensor
     width: int
@@ -134,11 +133,11 @@ def project(
     launch(
         kernels.project_kernel, _grid(tokens, width, tiles),
         left, matrix, out, moments if fold or skip_norm else None, known_parts and known_parts.values, parts and parts.values,
-        operand.column_sum if fold else None, operand.offset, skip, gamma, beta, threshold_value, 0.0 if norm is None else norm.eps,
+        operand.column_sum if fold else None, operand.offset, skip, gamma, beta, threshold_value, norm.eps if norm else 0.0,
         tokens, inner_width, width, known_parts.width if known_parts else 1,
         *left.stride(), *_strides(matrix), *_strides(skip),
         FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
-        X_PARTS=next_power_of_2(known_parts.values.shape[1]) if known_parts else 1,
+        X_PARTS=known_parts.values.shape[1] if known_parts else 0,
         **_options(operand.matrix, inner_width, width, tiles),
     )  # fmt: skip
     return Projected(out, moments, parts)

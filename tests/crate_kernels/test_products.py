@@ -40,7 +40,7 @@ def run(x, b, bias, gamma, beta, residual, extra, upstream, operand_dtype, case)
     threshold = None if case["activation"] == "none" else torch.tensor(THRESHOLD)
     soft, negate, itself = case["activation"] == "soft", case["negate"], case["skip"] == "self"
     skip = {"none": None, "self": x, "residual": residual}[case["skip"]]
-    y, moments = products.project(
+    y, moments, _ = products.project(
         x, operand, x.dtype, norm=norm, skip=skip, skip_norm=itself and case["norm"], negate=negate,
         threshold=threshold, soft=soft,
     )  # fmt: skip

@@ -126,9 +126,11 @@ class _Product:
         return None if self.moments is None else self.moments.float()
 
     @contextmanager
-    def patched(self):
+    def patched(self, moments_in_parts: bool = False):
         """The module with the choices of this case; what comes before its product is exact, and amid NaN."""
         before = self.x if self.fold else amid_nan(self.xhat.float()), self.float32_moments()
+        if moments_in_parts:  # then there is only memory for them
+            before = self.x, amid_nan(torch.full_like(before[1], math.nan))
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch.object(products, "folds", lambda *_: self.fold))
             stack.enter_context(patch.object(products, "before_product", lambda *_: before))
@@ -169,19 +171,38 @@ def _moments_of(name: str, *shape: int, normalise: bool, mean: float = 0.5) -> P
     return _probe(f"moments: {name}", run, expected | ({"xhat": product.xhat} if normalise else {}))
 
 
-def _project(name: str, *shape: int, **case) -> Probe:
+def _part_moments(x: Tensor, width: int) -> dict[str, Tensor]:
+    """Mean of each token over ``width`` features at a time, and sum of squares about it, [parts, tokens]."""
+    parts = x.split(width, 1)
+    squares = [(part - part.mean(1, keepdim=True)).square().sum(1) for part in parts]
+    return {"means": torch.stack([part.mean(1) for part in parts]), "squares": torch.stack(squares)}
+
+
+def _project(name: str, *shape: int, in_parts: int = 0, out_parts: int = 0, **case) -> Probe:
+    """The moments of x are given for ``in_parts`` features at a time, those of the result asked for ``out_parts`` at a time."""
     product = _Product(*shape, **case)
     skip = {"none": None, "self": product.x, "residual": product.residual}[product.skip]
+    given, expected = None, {"y": product.truth.detach()}
+    if in_parts:
+        values = torch.stack(list(_part_moments(product.x.double(), in_parts).values())).float()
+        given = products.PartMoments(amid_nan(values.flatten(0, 1)).view(values.shape), in_parts)
+        expected |= {"mean": product.moments[0], "rstd": product.moments[1]}
+    if out_parts:
+        expected |= _part_moments(expected["y"], out_parts)
 
     def run() -> dict[str, Tensor]:
-        with product.patched():
-            y, _ = products.project(
-                product.x, product.operand, torch.float32, skip=skip,
-                skip_norm=product.skip == "self" and product.norm is not None, **product.options(),
+        with product.patched(moments_in_parts=bool(in_parts)):
+            y, moments, parts = products.project(
+                product.x, product.operand, torch.float32, skip=skip, moments=given,
+                skip_norm=product.skip == "self" and product.norm is not None,
+                parts_for=torch.float32 if out_parts else None, **product.options(),
             )  # fmt: skip
-        return {"y": y}
+        found = {"y": y}
+        if in_parts:
+            found |= {"mean": moments[0], "rstd": moments[1]}
+        return found | (dict(zip(("means", "squares"), parts.values, strict=True)) if out_parts else {})
 
-    return _probe(f"project: {name}", run, {"y": product.truth.detach()})
+    return _probe(f"project: {name}", run, expected)
 
 
 def _gradient_rows(name: str, *shape: int, **case) -> Probe:
@@ -259,6 +280,9 @@ def product_probes() -> list[Probe]:
         _project(
             "a library's, fold, norm without bias", *odd[:2], 24, norm_bias=False, skip="self", fold=True, library=True
         ),
+        _project("fold, skip itself, moments in parts", 37, 24, 24, skip="self", kind="relu", fold=True, in_parts=10),
+        _project("fold, moments in parts to and from", 20, 20, 23, fold=True, in_parts=7, out_parts=4),
+        _project("no norm, moments of the result", 37, 20, 36, norm=False, skip="residual", fold=True, out_parts=8),
         _project("NaN, relu", 5, 10, 12, kind="relu", nan=True),
         _project("NaN, soft", 5, 10, 12, kind="soft", nan=True),
         _gradient_rows("fold, skip, relu", 20, 24, 24, skip="self", kind="relu", fold=True, dtype=torch.float16),
