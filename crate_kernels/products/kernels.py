@@ -201,16 +201,13 @@ def multiply(
 @triton.jit
 def store_moments_of_part(parts, values, rows, first, columns, tokens, width, WHOLE: tl.constexpr):
     """Each token's mean over the features ``values`` from ``first`` on, and sum of squares about it, into parts
-    [2, count, tokens]; all parts are as wide as ``values``, but for the last one."""
+    [2, count, tokens]; all parts are as wide as ``values``, but for the last one. Features beyond the last are zero."""
     WIDTH: tl.constexpr = values.shape[1]
-    if not WHOLE:
-        values = tl.where((columns < width)[None, :], values, 0.0)
-    count = tl.maximum(tl.minimum(width - first, WIDTH), 1).to(tl.float32)
-    mean, squares = moments_of_tile(values, columns, width, count, WHOLE)
+    mean, squares = moments_of_tile(values, columns, width, tl.minimum(width - first, WIDTH).to(tl.float32), WHOLE)
     inside = (rows < tokens) & (first < width)
-    place = parts + (first // WIDTH) * tokens.to(tl.int64)
-    tl.store(place + rows, mean, mask=inside)
-    tl.store(place + tl.cdiv(width, WIDTH) * tokens.to(tl.int64) + rows, squares, mask=inside)
+    place = parts + (first // WIDTH) * tokens.to(tl.int64) + rows
+    tl.store(place, mean, mask=inside)
+    tl.store(place + tl.cdiv(width, WIDTH) * tokens.to(tl.int64), squares, mask=inside)
 
 
 @triton.jit

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from support import a_few_roundings, awkward_gradients, error, gradients
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import crate_kernels
+from crate_kernels.layers import api
 from crate_kernels.layers.api import (
     DecoderWeights,
     EncoderWeights,
@@ -18,6 +20,7 @@ from crate_kernels.layers.api import (
     prepare_layers,
 )
 from crate_kernels.mssa.api import AttentionWeights
+from crate_kernels.norm_linear import triton as norm_linear_kernels
 from crate_kernels.products import launchers as products
 from crate_kernels.products.norm_folding import Norm
 
@@ -172,15 +175,81 @@ def test_error_under_autocast(
 
 
 @LAYERS
-def test_only_the_gradients_asked_for(layer, formula, device: str) -> None:
-    inputs = tensors(device, torch.float32, tokens=5)
+@pytest.mark.parametrize("tokens", [5, 37])
+def test_only_the_gradients_asked_for(tokens: int, layer, formula, device: str) -> None:
+    inputs = tensors(device, torch.float32, tokens)
     with crate_kernels.use("triton"):
-        every = gradients(layer, inputs, torch.ones(2, 5, WIDTH))
-        x = inputs[0].clone().requires_grad_()
-        layer(x, *inputs[1:]).sum().backward()
-        matrix = inputs[-1].clone().requires_grad_()
-        layer(*inputs[:-1], matrix).sum().backward()
-    assert torch.equal(x.grad, every[1]) and torch.equal(matrix.grad, every[-1])
+        _, *every = gradients(layer, inputs, torch.ones(2, tokens, WIDTH))
+        for index, wanted in enumerate(every):
+            leaf = inputs[index].clone().requires_grad_()
+            layer(*inputs[:index], leaf, *inputs[index + 1 :]).sum().backward()
+            assert torch.equal(leaf.grad, wanted), NAMES[index]
+
+
+def operators_of(layer, inputs: list[Tensor], **options) -> tuple[list[str], list[Tensor]]:
+    """The operators that take tokens, as a layer calls them, and its result and gradients."""
+    called: list[str] = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function).removesuffix(".default")
+            if name.startswith("crate_kernels.") and not name.endswith((".prepare", ".combine")):
+                called.append(name.removeprefix("crate_kernels."))
+            return function(*args, **(kwargs or {}))
+
+    with crate_kernels.use("triton"), Note():
+        leaves = [value.detach().requires_grad_() for value in inputs]
+        y = layer(*leaves, **options)
+        y.sum().backward()
+    return called, [y, *[leaf.grad for leaf in leaves]]
+
+
+@LAYERS
+def test_one_operator_a_direction(layer, formula, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two where a weight is given to both steps, or two products are less work; the same bits where nothing is folded."""
+    kind = "encoder" if layer is encoder else "decoder"
+    one = [f"{kind}_layer_forward", f"{kind}_layer_backward"]
+    two = ["mssa_forward", "ista_forward", "ista_backward", "mssa_backward"]
+    if layer is decoder:
+        two = ["norm_linear_forward", "mssa_forward", "mssa_backward", "norm_linear_backward"]
+    inputs = tensors(device, torch.float32)
+    called, found = operators_of(layer, inputs)
+    assert called == one
+    assert operators_of(layer, tensors(device, torch.float32, tokens=5))[0] == (two if layer is encoder else one)
+
+    def tied(*values: Tensor, **options) -> Tensor:
+        return layer(*values[:6], *values[1:3], values[-1], **options)
+
+    assert operators_of(tied, inputs)[0] == two
+    monkeypatch.setattr(api, "_share_nothing", lambda *_: False)
+    called, expected = operators_of(layer, inputs)
+    assert called == two and all(map(torch.equal, found, expected))
+
+
+def test_a_step_size_that_learns(device: str) -> None:
+    """The encoder's two operators: that of the whole layer has no gradient for it."""
+    *inputs, matrix = tensors(device, torch.float32)
+
+    def learning(step_size: Tensor, *values: Tensor, **options) -> Tensor:
+        x, gamma1, beta1, qkv, out, bias, gamma2, beta2, matrix = values
+        norms, attention = (Norm(gamma1, beta1), Norm(gamma2, beta2)), AttentionWeights(qkv, out, bias)
+        return encoder_layer(x, norms[0], attention, norms[1], matrix, num_heads=HEADS, step_size=step_size, lambd=0.2)
+
+    called, (_, grad, *_) = operators_of(learning, [torch.tensor(0.3), *inputs, matrix])
+    assert called[:2] == ["mssa_forward", "ista_forward"] and grad.abs() > 0
+
+
+@LAYERS
+def test_recomputed_from_the_same_moments(layer, formula, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, where raw tokens are multiplied, and the first step has found the moments for the second."""
+    monkeypatch.setattr(products, "folds", lambda x, dtype: x.dtype == dtype == torch.float16)
+    inputs = tensors(device, torch.float16)
+    parts = []
+    project = products.project
+    monkeypatch.setattr(products, "project", lambda *a, **o: parts.append((made := project(*a, **o)).parts) or made)
+    monkeypatch.setattr(norm_linear_kernels, "project", products.project)
+    kept, again = (operators_of(layer, inputs, recompute=recompute)[1] for recompute in (False, True))
+    assert any(one is not None for one in parts) and all(map(torch.equal, kept, again))
 
 
 def weights_of(layer, inputs: list[Tensor]) -> EncoderWeights | DecoderWeights:
@@ -265,8 +334,8 @@ def test_weights_that_do_not_fit_are_not_prepared(index: int, layer, formula, de
 
 @LAYERS
 def test_gradients_as_they_arrive(layer, formula, device: str) -> None:
-    inputs = tensors(device, torch.float32, tokens=5)
-    for name, upstream in awkward_gradients((2, 5, WIDTH), torch.float32, device):
+    inputs = tensors(device, torch.float32, tokens=21)
+    for name, upstream in awkward_gradients((2, 21, WIDTH), torch.float32, device):
         arrived = upstream.clone()
         with crate_kernels.use("triton"):
             found = gradients(layer, inputs, upstream)
@@ -289,23 +358,23 @@ def test_an_empty_batch_and_one_token(layer, formula, device: str) -> None:
 
 @LAYERS
 def test_second_derivative_is_refused(layer, formula, device: str) -> None:
-    inputs = tensors(device, torch.float32, tokens=3)
+    inputs = tensors(device, torch.float32, tokens=21)
     x = inputs[0].requires_grad_()
     with crate_kernels.use("triton"):
         (grad,) = torch.autograd.grad(layer(x, *inputs[1:]).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"(mssa|ista|decoder_layer): the Triton kernels have no second derivative"):
+    with pytest.raises(RuntimeError, match=r"(en|de)coder_layer: the Triton kernels have no second derivative"):
         grad.sum().backward()
 
 
 @LAYERS
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_compiles_as_one_graph(layer, formula, recompute: bool, device: str) -> None:
-    inputs = tensors(device, torch.float32, tokens=5)
+    inputs = tensors(device, torch.float32, tokens=21)
     with crate_kernels.use("triton"):
         compiled = torch.compile(lambda *a: layer(*a, recompute=recompute), fullgraph=True, backend="aot_eager")
         found, expected = (
-            gradients(compiled, inputs, torch.ones(2, 5, WIDTH)),
-            gradients(layer, inputs, torch.ones(2, 5, WIDTH)),
+            gradients(compiled, inputs, torch.ones(2, 21, WIDTH)),
+            gradients(layer, inputs, torch.ones(2, 21, WIDTH)),
         )
     for value, wanted in zip(found, expected, strict=True):
         assert torch.equal(value, wanted)
@@ -325,10 +394,10 @@ def test_flops_are_counted(layer, formula, device: str) -> None:
 
 @LAYERS
 def test_the_result_may_be_changed_in_place_and_vectors_may_have_strides(layer, formula, device: str) -> None:
-    inputs = tensors(device, torch.float32, tokens=5)
+    inputs = tensors(device, torch.float32, tokens=21)
     apart = [torch.stack([value, torch.full_like(value, torch.nan)], -1)[..., 0] for value in inputs]
     with crate_kernels.use("triton"):
-        expected = gradients(layer, inputs, torch.ones(2, 5, WIDTH))
+        expected = gradients(layer, inputs, torch.ones(2, 21, WIDTH))
         leaves = [value.detach().requires_grad_() for value in apart]
         y = layer(*leaves)
         if layer is decoder:  # the encoder's output is the mask of its own backward

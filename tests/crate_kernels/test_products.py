@@ -11,7 +11,7 @@ from support import a_few_roundings, error
 from torch import Tensor
 
 from crate_kernels.products import launchers as products
-from crate_kernels.products.norm_folding import Norm
+from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.products.op import operands
 from crate_kernels.products.preparation import matrix_gradients
 
@@ -113,3 +113,31 @@ def test_precisions(operand: torch.dtype, dtype: torch.dtype, mean: float) -> No
     case = dict(norm=True, bias=True, skip="self", negate=False, activation="relu")
     check(150, 136, 136, case, dtype, operand, mean)
     check(150, 136, 200, {**case, "skip": "none", "activation": "none"}, dtype, operand, mean)
+
+
+@pytest.mark.parametrize("mean", [0.0, 20.0])
+@pytest.mark.parametrize("width", [24, 136, 200])
+def test_moments_of_the_result(width: int, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of the result as it was stored, also far from zero, where roundings are large; and the next product makes mean
+    and rstd of them."""
+    monkeypatch.setattr(products, "folds", lambda x, dtype: dtype == torch.float16)
+    x, residual = torch.randn(150, 40).half(), (torch.randn(150, width) + mean).half()
+    operand = Operand(torch.randn(40, width).half() * 40**-0.5, None, None)
+    out, _, parts = products.project(x, operand, torch.float16, skip=residual, parts_for=torch.float16)
+    assert parts is not None and products.project(x, operand, torch.float16, parts_for=torch.float32).parts is None
+    features = out.double().split(parts.width, 1)
+    assert parts.values.shape == (2, len(features), 150)
+    means = torch.stack([part.mean(1) for part in features])
+    squares = torch.stack([(part - part.mean(1, keepdim=True)).square().sum(1) for part in features])
+    assert error(parts.values[0], means) < 1e-6 and error(parts.values[1], squares) < 1e-5
+
+    norm = Norm(torch.ones(width), None)
+    after = Operand(torch.randn(width, 16).half() * width**-0.5, torch.randn(16), torch.zeros(16))
+    found = products.project(out, after, torch.float16, norm=norm, moments=parts)
+    expected = products.project(out, after, torch.float16, norm=norm)
+    assert found.moments is not None and expected.moments is not None
+    rstd = (out.double().var(1, unbiased=False) + norm.eps).rsqrt()
+    assert error(found.moments[0], out.double().mean(1)) < 1e-6 and error(found.moments[1], rstd) < 1e-5
+    again = products.project(out, after, torch.float16, norm=norm, moments=found.moments)
+    assert torch.equal(found.out, again.out) and again.moments is found.moments
+    assert error(found.out, expected.out) < 1e-3

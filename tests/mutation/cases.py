@@ -206,11 +206,21 @@ PRODUCTS = {
         "...clamped_rows, ..., True, WHOLE_... -> ...clamped_rows, ..., False, WHOLE_...",
         "...clamped_rows, ... -> ..., width, width, True, WHOLE_N)",
         "...clamped_rows, ... -> ..., inner_width, ..., True, WHOLE_...)",
+        "...: multiply(..., clamped_rows, first, ... -> multiply(..., clamped_rows, first, inner_width, ...",
+    ),
+    "all columns of tiles have the same moments": (
+        "project_kernel: (rows < tokens)[:, None] & (first == 0) -> (rows < tokens)[:, None]",
+    ),
+    "moments are of rounded values: test_products.py": (
+        "behind_projection: product.to(out.dtype.element_ty) -> product",
     ),
     "rows past the last are copies of the last: to write them there once more changes nothing": (
         "multiply: rows -> clamped_rows",
         "... -> ...clamped_rows, columns, tokens, width)",
         "... -> ...clamped_rows, clamped_rows, ...",
+        "behind_projection: store_moments_of_part(...) -> ..., clamped_rows, first, ...",
+        "project_kernel: rows -> clamped_rows (place 2)",
+        "project_kernel: rows -> clamped_rows (place 3)",
         "behind_input_gradient: rows -> clamped_rows",
         "behind_input_gradient: rows -> clamped_rows (place 3)",
     ),
