@@ -87,9 +87,10 @@ def measure() -> dict[str, dict[str, float]]:
         counts["small operations"] -= 1  # new_zeros, which writes the result as the product would
         return a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
 
+    stand_ins = {"float32_product": product, "plus_product": lambda total, a, b, **_: product(a, b)}
     for name, module in list(sys.modules.items()):
-        if name.startswith("crate_kernels") and hasattr(module, "float32_product"):
-            setattr(module, "float32_product", product)  # noqa: B010
+        for function in stand_ins.keys() & vars(module).keys() if name.startswith("crate_kernels") else ():
+            setattr(module, function, stand_ins[function])
 
     parameters: list[Any] = []
 

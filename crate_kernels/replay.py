@@ -137,7 +137,7 @@ def _layout(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.ndim == 0 and value.device.type == "cpu":
             return value.dtype, value.item()
-        return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % 16
+        return value.shape, value.stride(), value.dtype, value.get_device(), value.data_ptr() % 16
     if isinstance(value, list):
         return tuple(map(_layout, value))
     if isinstance(value, float) and (value == 0 or value != value):

@@ -118,8 +118,8 @@ def test_precisions(operand: torch.dtype, dtype: torch.dtype, mean: float) -> No
 @pytest.mark.parametrize("mean", [0.0, 20.0])
 @pytest.mark.parametrize("width", [24, 136, 200])
 def test_moments_of_the_result(width: int, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are those of the result as it was stored, also far from zero, where roundings are large; and the next product makes mean
-    and rstd of them."""
+    """They are those of the result as it was stored, also far from zero, where roundings are large; and the next product makes
+    mean and rstd of them."""
     monkeypatch.setattr(products, "folds", lambda x, dtype: dtype == torch.float16)
     x, residual = torch.randn(150, 40).half(), (torch.randn(150, width) + mean).half()
     operand = Operand(torch.randn(40, width).half() * 40**-0.5, None, None)
