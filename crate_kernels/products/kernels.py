@@ -373,7 +373,7 @@ def gradient_rows_kernel(
 
 @triton.jit
 def behind_input_gradient(
-    product, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended, rows, clamped_rows, first, tokens, width,
+    product, grad, y, out, x, mean, rstd, c1, c2, norm_weight, extra, delta, attended, rows, clamped_rows, first, tokens, width,
     sample_tokens,
     grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
     extra_row_stride, extra_column_stride,
@@ -395,8 +395,6 @@ def behind_input_gradient(
             skipped *= load_row(norm_weight, columns, width)
         product += skipped
     if NORM:
-        mean, rstd = load_pairs(moments, clamped_rows, tokens)
-        c1, c2 = load_pairs(sums, clamped_rows, tokens)
         x_tile = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
         product -= c1 / width + (x_tile.to(tl.float32) - mean) * (rstd * c2 / width)
         if not SCALED:
@@ -437,6 +435,13 @@ def input_gradient_kernel(
     out * attended over the HEAD_DIM features of each head.
     """
     rows, clamped_rows, first = own_tile(tokens, width, BLOCK_M, BLOCK_N, GROUP)
+    mean = None
+    rstd = None
+    c1 = None
+    c2 = None
+    if NORM:
+        mean, rstd = load_pairs(moments, clamped_rows, tokens)
+        c1, c2 = load_pairs(sums, clamped_rows, tokens)
     parts = multiply(
         g, matrix, clamped_rows, first, tokens, inner_width, width,
         g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride,
@@ -444,7 +449,7 @@ def input_gradient_kernel(
     )  # fmt: skip
     for part in tl.static_range(PARTS):
         behind_input_gradient(
-            parts[part], grad, y, out, x, moments, sums, norm_weight, extra, delta, attended,
+            parts[part], grad, y, out, x, mean, rstd, c1, c2, norm_weight, extra, delta, attended,
             rows, clamped_rows, first + part * (BLOCK_N // PARTS), tokens, width, sample_tokens,
             grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
             extra_row_stride, extra_column_stride, NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N,
