@@ -97,8 +97,8 @@ _MOST_CONSTANTS = 1024
 def constant(name: str, value: float | Tensor, beside: Tensor) -> Tensor:
     """``number_as_tensor``, but the tensor of a number is made only once, as nobody writes to it.
 
-    Each ``name`` of an argument has tensors of its own, since what is given to an operator as two arguments is not replayed. Where
-    the tensor ``beside`` it is traced, in whatever way, a new one is made, which is traced, too.
+    Each ``name`` of an argument has tensors of its own, since what is given to an operator as two arguments is not replayed.
+    Where the tensor ``beside`` it is traced, in whatever way, a new one is made, which is traced, too.
     """
     if isinstance(value, Tensor) or type(beside) is not Tensor or torch.compiler.is_compiling():
         return number_as_tensor(value)

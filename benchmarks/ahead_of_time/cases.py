@@ -163,9 +163,29 @@ def overcomplete(dtype: str, images: int = 64) -> Case:
     return Case("overcomplete", dtype, f"D=768 codes=3072 M={images * TOKENS} LN", call)
 
 
+def layer(dtype: str, is_encoder: bool = True, images: int = 64) -> Case:
+    """A layer of CRATE-MAE-Base, whose steps give moments to each other."""
+
+    def call() -> None:
+        from crate_kernels.products.norm_folding import Norm
+
+        def norm() -> Norm:
+            return Norm(empty(dtype, 768), empty(dtype, 768))
+
+        x, matrix = empty(dtype, images, TOKENS, 768), empty(dtype, 768, 768)
+        attention = crate_kernels.AttentionWeights(empty(dtype, 768, 768), empty(dtype, 768, 768), empty(dtype, 768))
+        if is_encoder:
+            backward(crate_kernels.encoder_layer(x, norm(), attention, norm(), matrix, num_heads=12))
+        else:
+            backward(crate_kernels.decoder_layer(x, norm(), matrix, norm(), attention, num_heads=12))
+
+    return Case("layer", dtype, f"D=768 M={images * TOKENS} {'encoder' if is_encoder else 'decoder'}", call)
+
+
 def tiles(*dtypes: str, head_dims: Sequence[int] = HEAD_DIMS) -> list[Case]:
-    """Every tile that ships for the dtypes, each once, and the layers of a CRATE-MAE encoder."""
+    """Every tile that ships for the dtypes, each once, and the steps and layers of CRATE-MAE."""
     cases = [attention(dtype, head_dim) for dtype in dtypes if dtype != "autocast" for head_dim in head_dims]
+    cases += [layer(dtype, is_encoder) for dtype in dtypes if dtype == "bfloat16" for is_encoder in FLAGS]
     return cases + [use for dtype in dtypes for use in (ista(dtype, norm=True), mssa(dtype), preparation(dtype))]
 
 
@@ -195,6 +215,7 @@ def far() -> list[Case]:
     cases += [use("bfloat16", images=2**15) for use in (mssa, norm_linear, overcomplete)]
     return [
         *cases,
+        layer("bfloat16", images=2**15),
         ista("bfloat16", 2**8, width=2**16),
         ista("bfloat16", 2**9, width=2**16, norm=True),
         preparation("bfloat16", layers=40, width=2**13),

@@ -82,9 +82,10 @@ def encoder_layer(
     Returns:
         [batch, tokens, width] in x's dtype.
 
-    The backward on the Triton path keeps four tensors [tokens, width]: w and attention's output in the dtype of the products, x
-    and z in that of the stream; with ``recompute`` only x and z. (y is kept as the next layer's x.) It is deterministic, and
-    second derivatives are refused there.
+    The Triton path is one operator a direction, and MSSA's last product finds the moments of z for the LayerNorm that follows.
+    The backward keeps four tensors [tokens, width] there: w and attention's output in the dtype of the products, x and z in that
+    of the stream; with ``recompute`` only x and z. (y is kept as the next layer's x.) It is deterministic, and second derivatives
+    are refused.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``mssa`` and ``ista`` do.
@@ -137,8 +138,9 @@ def decoder_layer(
     Returns:
         [batch, tokens, width] in the dtype of the products: the autocast dtype where autocast is on, as in the official model.
 
-    The backward on the Triton path keeps four tensors [tokens, width]: x, g, w and attention's output; with ``recompute`` only x
-    and g. It is deterministic, and second derivatives are refused there.
+    The Triton path is one operator a direction, and the linear step's product finds the moments of g for the LayerNorm that
+    follows. The backward keeps four tensors [tokens, width] there: x, g, w and attention's output; with ``recompute`` only x and
+    g. It is deterministic, and second derivatives are refused.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``mssa`` and ``norm_linear`` do.

@@ -159,28 +159,23 @@ def column_parts(tile, PARTS: tl.constexpr):
 
 
 @triton.jit
-def own_tile(tokens, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """This program's tile of a product [tokens, width]: its rows, the rows clamped to the last token, and its first column.
+def multiply(
+    x, matrix, tokens, inner_width, width, x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
+    LIBRARY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of x [tokens, inner_width] times the matrix [inner_width, width]; with LIBRARY, x is that product.
 
-    Rows beyond the last token read the last one and are not stored, so loads need no mask along rows. Tiles are ordered so that
-    GROUP row tiles in turn reuse a tile of the matrix in L2.
+    Returns the tile's rows, the rows clamped to the last token, its first column, and its parts in float32. Rows beyond the last
+    token read the last one and are not stored, so loads need no mask along rows. Tiles are ordered so that GROUP row tiles in
+    turn reuse a tile of the matrix in L2.
     """
     row_tiles, column_tiles = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N)
     program = tl.program_id(0)
     tile_m, tile_n = tl.swizzle2d(program // column_tiles, program % column_tiles, row_tiles, column_tiles, GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    return rows, tl.minimum(rows, tokens - 1), tile_n * BLOCK_N
-
-
-@triton.jit
-def multiply(
-    x, matrix, clamped_rows, first, tokens, inner_width, width,
-    x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
-    LIBRARY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """A tile of x [tokens, inner_width] times the matrix [inner_width, width], as PARTS parts in float32; with LIBRARY, x is that
-    product."""
+    clamped_rows = tl.minimum(rows, tokens - 1)
+    first = tile_n * BLOCK_N
     columns = first + tl.arange(0, BLOCK_N)
     if LIBRARY:
         product = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
@@ -195,7 +190,7 @@ def multiply(
                 matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
             )
             product = tl.dot(x_tile, matrix_tile, product, input_precision=PRECISION)
-    return column_parts(product, PARTS)
+    return rows, clamped_rows, first, column_parts(product, PARTS)
 
 
 @triton.jit
@@ -286,7 +281,10 @@ def project_kernel(
     x_parts [2, X_PARTS, tokens]: mean of x over part_width features, and sum of squares about it; then moments is written, not
     read. out_parts: the same of out, to be written, with parts of BLOCK_N // PARTS features.
     """
-    rows, clamped_rows, first = own_tile(tokens, width, BLOCK_M, BLOCK_N, GROUP)
+    rows, clamped_rows, first, parts = multiply(
+        x, matrix, tokens, inner_width, width, x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
+        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
+    )  # fmt: skip
     mean = None
     rstd = None
     if x_parts is not None:
@@ -296,11 +294,6 @@ def project_kernel(
         tl.store(moments + tokens.to(tl.int64) + rows[:, None], rstd, mask=writes)
     elif FOLD or SKIP_NORM:
         mean, rstd = load_pairs(moments, clamped_rows, tokens)
-    parts = multiply(
-        x, matrix, clamped_rows, first, tokens, inner_width, width,
-        x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
-        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
-    )  # fmt: skip
     for part in tl.static_range(PARTS):
         behind_projection(
             parts[part], out, out_parts, mean, rstd, column_sum, offset, skip, norm_weight, norm_bias, threshold,
@@ -434,7 +427,10 @@ def input_gradient_kernel(
     c2; norm_weight [width]; attended [tokens, width], contiguous; delta [samples, heads, sample_tokens]: the sums of
     out * attended over the HEAD_DIM features of each head.
     """
-    rows, clamped_rows, first = own_tile(tokens, width, BLOCK_M, BLOCK_N, GROUP)
+    rows, clamped_rows, first, parts = multiply(
+        g, matrix, tokens, inner_width, width, g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride,
+        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
+    )  # fmt: skip
     mean = None
     rstd = None
     c1 = None
@@ -442,11 +438,6 @@ def input_gradient_kernel(
     if NORM:
         mean, rstd = load_pairs(moments, clamped_rows, tokens)
         c1, c2 = load_pairs(sums, clamped_rows, tokens)
-    parts = multiply(
-        g, matrix, clamped_rows, first, tokens, inner_width, width,
-        g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride,
-        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
-    )  # fmt: skip
     for part in tl.static_range(PARTS):
         behind_input_gradient(
             parts[part], grad, y, out, x, mean, rstd, c1, c2, norm_weight, extra, delta, attended,

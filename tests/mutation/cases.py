@@ -206,7 +206,6 @@ PRODUCTS = {
         "...clamped_rows, ..., True, WHOLE_... -> ...clamped_rows, ..., False, WHOLE_...",
         "...clamped_rows, ... -> ..., width, width, True, WHOLE_N)",
         "...clamped_rows, ... -> ..., inner_width, ..., True, WHOLE_...)",
-        "...: multiply(..., clamped_rows, first, ... -> multiply(..., clamped_rows, first, inner_width, ...",
     ),
     "all columns of tiles have the same moments": (
         "project_kernel: (rows < tokens)[:, None] & (first == 0) -> (rows < tokens)[:, None]",
