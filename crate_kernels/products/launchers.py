@@ -120,9 +120,10 @@ def project(
     out, parts = torch.empty((tokens, width), dtype=out_dtype, device=x.device), None
     if not out.numel():
         return Projected(out, moments, None)
-    use = "masked" if threshold is not None else "norm" if fold else "plain"
+    gives_parts = parts_for is not None and folds(out, parts_for)
+    use = "masked" if threshold is not None else "norm" if fold else "moments" if gives_parts else "plain"
     tiles = _tiles("project", use, operand.matrix, out if skip is None else skip, width)
-    if parts_for is not None and folds(out, parts_for):
+    if gives_parts:
         parts_width = tiles["BLOCK_N"] // tiles["PARTS"]
         parts = PartMoments(out.new_empty((2, cdiv(width, parts_width), tokens), dtype=torch.float32), parts_width)
     threshold_value, in_memory = number(threshold)

@@ -7,9 +7,10 @@ The use says how much an epilogue holds in registers:
     "plain": a product and what is added to it.
     "norm": of ``project``, a product of folded tokens; of ``input_gradient``, the gradient of any LayerNorm.
     "masked": ISTA's, with threshold and skip.
+    "moments": of ``project``, a plain product that also gives the moments of its result.
 An epilogue works on its tile in PARTS, groups of columns one after the other. ``maxnreg`` caps the registers of a thread where an
-epilogue would take so many that fewer blocks fit, or all that there are. The ``default`` entries fit the 99 KB of shared memory
-that a block may use on consumer devices.
+epilogue would take all that there are. The ``default`` entries fit the 99 KB of shared memory that a block may use on consumer
+devices.
 
 With LIBRARY = 1 PyTorch multiplies, into a float32 matrix, and the kernel does only the epilogue. No shipped tile does: on an
 H100 ``torch.mm`` takes 82 us for 50,432 x 768 x 768 within a training step, and the epilogue then has to read 155 MB that it
@@ -29,7 +30,8 @@ def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: 
 # On sm_90 two blocks of 128 registers a thread fit a multiprocessor: the epilogue of one runs while the other is in its loop.
 TABLE = {
     "sm_90": {
-        ("project", "plain", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=2, maxnreg=128),
+        ("project", "plain", 2, 2): _tile(128, 128, 64, 8, 3, PARTS=2),
+        ("project", "moments", 2, 2): _tile(128, 128, 32, 4, 4, PARTS=2),
         ("project", "plain", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
         ("project", "norm", 2, 2): _tile(128, 256, 64, 8, 3, maxnreg=248),
         ("project", "masked", 2, 2): _tile(128, 128, 32, 4, 4, PARTS=4),
@@ -42,6 +44,7 @@ TABLE = {
     },
     "default": {
         **{("project", use, 2, 2): _tile(128, 128, 32, 8, 4) for use in USES},
+        **{("project", use, 2, 2): _tile(128, 128, 32, 8, 4, PARTS=2) for use in ("masked", "moments")},
         **{("project", use, 2, 4): _tile(128, 128, 32, 8, 4) for use in ("plain", "masked")},
         **{("project", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in ("plain", "masked")},
         **{("input_gradient", use, 2, 2): _tile(128, 128, 32, 8, 3) for use in USES},

@@ -28,6 +28,7 @@ PRODUCT_TILES = {
         for kernel in ("project", "input_gradient")
         for use, own in {
             "plain": dict(PARTS=2),
+            "moments": dict(PARTS=2),
             "norm": dict(PARTS=4, BLOCK_M=32),
             "masked": dict(PARTS=1, BLOCK_N=32),
         }.items()
