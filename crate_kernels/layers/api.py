@@ -106,7 +106,8 @@ def encoder_layer(
     in_one_product = prepared.step is not None or (
         isinstance(x, Tensor) and x.ndim == 3 and one_product(x.shape[0] * x.shape[1], x.shape[2])
     )
-    if in_one_product and not numbers_ask and _share_nothing((*attention_norm, *attention), (*sparse_norm, dictionary)):
+    first, second = (x, *attention_norm, *attention), (*sparse_norm, dictionary)
+    if in_one_product and not numbers_ask and sparse_norm.weight is not None and _fit_one_function(first, second):
         given = choose_mssa(x, *attention, **of_attention).given
         # z, which the step takes, will be laid out as x is.
         step = None if given is None else choose_ista(x, dictionary, **of_step)[2]
@@ -155,11 +156,11 @@ def decoder_layer(
         **norm_options(attention_norm),
     }  # fmt: skip
     of_step: dict[str, Any] = {"prepared": prepared.step, **norm_options(step_norm)}
-    _, dtype, step = choose_norm_linear(x, weight, **of_step)
-    if step is not None and _share_nothing((*step_norm, weight), (*attention_norm, *attention)):
+    if step_norm.weight is not None and _fit_one_function((x, *step_norm, weight), (*attention_norm, *attention)):
         # g, which attention takes, will have the shape of x, and the dtype of the products.
-        given = choose_mssa(x, *attention, skip=x, out_dtype=dtype, **of_attention).given
-        if given is not None:
+        given = choose_mssa(x, *attention, skip=x, **of_attention).given
+        step = None if given is None else choose_norm_linear(x, weight, **of_step)[2]
+        if given is not None and step is not None:
             return _DecoderLayer.apply(x, *step, *given)
     g = norm_linear(x, weight, **of_step)
     return mssa(g, *attention, skip=g, **of_attention)
@@ -209,10 +210,16 @@ class _DecoderLayer(torch.autograd.Function):
         return asked((*grads[:5], *none, *grads[5:]), ctx.needs_input_grad)
 
 
-def _share_nothing(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    """Whether the two steps of a layer have no weight in common. One that is given twice to one autograd function is refused by
-    torch.compile, and is not replayed."""
-    return not any(isinstance(one, Tensor) and one is other for one in some for other in others)
+def _fit_one_function(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    """Whether one autograd function should do both steps of a layer, given the tensors of each.
+
+    Not if they have a weight in common: a tensor that is given twice is refused by torch.compile, and is not replayed. And not if
+    only the second step needs gradients: the function would keep for the backward what only the first step reads.
+    """
+    if any(isinstance(one, Tensor) and one is other for one in first for other in second):
+        return False
+    need = [any(isinstance(one, Tensor) and one.requires_grad for one in step) for step in (first, second)]
+    return need != [False, True] or not torch.is_grad_enabled()
 
 
 def _needs(want: MSSAArguments) -> list[Any]:

@@ -211,12 +211,11 @@ def merge_moments(parts, clamped_rows, tokens, width, eps, part_width, PARTS: tl
     mean = tl.zeros((clamped_rows.shape[0],), tl.float32)
     squares = tl.zeros((clamped_rows.shape[0],), tl.float32)
     for part in tl.static_range(PARTS):
-        end = tl.minimum((part + 1) * part_width, width)
-        count = (end - part * part_width).to(tl.float32)
+        start, end = part * part_width, tl.minimum((part + 1) * part_width, width)
         addresses = parts + part * tokens.to(tl.int64) + clamped_rows
-        step, share = tl.load(addresses) - mean, count / end
+        step, share = tl.load(addresses) - mean, (end - start).to(tl.float32) / end
         mean += step * share
-        squares += tl.load(addresses + PARTS * tokens.to(tl.int64)) + step * step * (count - count * share)
+        squares += tl.load(addresses + PARTS * tokens.to(tl.int64)) + step * step * (start * share)
     return mean[:, None], inverse_deviation(squares, width, eps)[:, None]
 
 

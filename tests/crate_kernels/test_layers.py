@@ -221,9 +221,59 @@ def test_one_operator_a_direction(layer, formula, device: str, monkeypatch: pyte
         return layer(*values[:6], *values[1:3], values[-1], **options)
 
     assert operators_of(tied, inputs)[0] == two
-    monkeypatch.setattr(api, "_share_nothing", lambda *_: False)
+    monkeypatch.setattr(api, "_fit_one_function", lambda *_: False)
     called, expected = operators_of(layer, inputs)
     assert called == two and all(map(torch.equal, found, expected))
+
+
+@LAYERS
+def test_only_what_the_backward_needs_is_kept(layer, formula, device: str) -> None:
+    """Where only weights of the second step learn, nothing of the first is kept, and its backward does not run."""
+    inputs, bytes_kept = tensors(device, torch.float32), {}
+    second = (6, 7, 8) if layer is encoder else (1, 2, 3, 4, 5)
+    for name, learning in {"all": range(9), "second": second}.items():
+        leaves = [value.detach().requires_grad_(index in learning) for index, value in enumerate(inputs)]
+        own = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor, own: set[int] = own, kept: dict[int, int] = kept) -> Tensor:
+            memory = tensor.untyped_storage()
+            if memory.data_ptr() not in own:
+                kept[memory.data_ptr()] = memory.nbytes()
+            return tensor
+
+        with crate_kernels.use("triton"), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            y = layer(*leaves)
+        y.sum().backward()
+        bytes_kept[name] = sum(kept.values())
+        assert all((leaf.grad is not None) == (index in learning) for index, leaf in enumerate(leaves))
+    # z, w, attention's output and the result of the encoder; of the decoder g, w and attention's output, all of which it needs.
+    assert bytes_kept["second"] < bytes_kept["all"] * (0.6 if layer is encoder else 1.0)
+
+
+@LAYERS
+@pytest.mark.parametrize("without", ["first", "second"])
+def test_a_step_without_a_norm(without: str, layer, formula, device: str) -> None:
+    """``Norm(None)`` stands for none: as the composed path has it."""
+    inputs = tensors(device, torch.float32)
+
+    def bare(x, gamma1, beta1, qkv, out, bias, gamma2, beta2, matrix) -> Tensor:
+        norms = [Norm(gamma1, beta1), Norm(gamma2, beta2)]
+        norms[without == "second"] = Norm(None)
+        if layer is encoder:
+            weights = norms[0], AttentionWeights(qkv, out, bias), norms[1], matrix
+            return encoder_layer(x, *weights, num_heads=HEADS, step_size=0.3, lambd=0.2)
+        return decoder_layer(x, norms[1], matrix, norms[0], AttentionWeights(qkv, out, bias), num_heads=HEADS)
+
+    found = {}
+    for implementation in ("triton", "composed"):
+        with crate_kernels.use(implementation):
+            leaves = [value.detach().requires_grad_() for value in inputs]
+            y = bare(*leaves)
+            y.sum().backward()
+            found[implementation] = [y, *[leaf.grad for leaf in leaves if leaf.grad is not None]]
+    assert len(found["triton"]) == len(found["composed"]) == 8
+    assert all(error(one, other) < 1e-4 for one, other in zip(found["triton"], found["composed"], strict=True))
 
 
 def test_a_step_size_that_learns(device: str) -> None:
