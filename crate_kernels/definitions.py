@@ -90,26 +90,6 @@ def number_as_tensor(value: float | Tensor) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
-_constants: dict[tuple[str, float], Tensor] = {}
-_MOST_CONSTANTS = 1024
-
-
-def constant(name: str, value: float | Tensor, beside: Tensor) -> Tensor:
-    """``number_as_tensor``, but the tensor of a number is made only once, as nobody writes to it.
-
-    Each ``name`` of an argument has tensors of its own, since what is given to an operator as two arguments is not replayed.
-    Where the tensor ``beside`` it is traced, in whatever way, a new one is made, which is traced, too.
-    """
-    if isinstance(value, Tensor) or type(beside) is not Tensor or torch.compiler.is_compiling():
-        return number_as_tensor(value)
-    if (known := _constants.get((name, value))) is not None:
-        return known
-    made = number_as_tensor(value)
-    if type(made) is Tensor and not made.is_inference() and len(_constants) < _MOST_CONSTANTS:
-        _constants[name, value] = made
-    return made
-
-
 def or_empty(grads: Sequence[Tensor | None], likes: Sequence[Tensor | None]) -> list[Tensor]:
     """Gradients as operators return them: like their inputs, and empty where None, as a schema has no optional results."""
     pairs = zip(grads, likes, strict=True)

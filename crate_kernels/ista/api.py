@@ -12,7 +12,7 @@ from torch import Tensor
 from crate_kernels import dispatch, validation
 from crate_kernels._ops import ops
 from crate_kernels.autograd import Formula, asked, derivative, save, saved
-from crate_kernels.definitions import constant, number_as_tensor
+from crate_kernels.definitions import number_as_tensor
 from crate_kernels.dtypes import compute_dtype, no_autocast
 from crate_kernels.ista import op, reference
 from crate_kernels.ista.form import combined_of, one_product
@@ -132,7 +132,7 @@ def choose(
         out_dtype = x.dtype
         if norm_weight is not None:
             out_dtype = layer_norm_dtype(x, before=dtype if implementation == "composed" else None)
-    numbers = constant("step_size", step_size, x), constant("lambd", lambd, x)
+    numbers = number_as_tensor(step_size), number_as_tensor(lambd)
     operand: Operand | tuple[None, None, None] = (None, None, None)
     if combined is not None and implementation == "triton":
         norm = as_norm(norm_weight, norm_bias)
