@@ -90,7 +90,7 @@ class Finding(NamedTuple):
 
 
 def launches(model: str, dtype: str, batch: int, device: torch.device, tokens: int = TOKENS) -> list[Launch]:
-    """The launches of one encoder layer, forward and backward, on random numbers.
+    """The launches of one encoder layer, forward and backward, and the one that differs in a decoder's, on random numbers.
 
     Args:
         model, dtype: names in ``MODELS`` and ``DTYPES``.
@@ -133,6 +133,7 @@ def launches(model: str, dtype: str, batch: int, device: torch.device, tokens: i
         "projection": projection,
         "attention": lambda: attention.forward(of_heads(w), scale, False),
         "output projection": lambda: project(attended, out, stream, skip=x, parts_for=operand).out,
+        "output projection of a decoder": lambda: project(attended, out, stream, skip=x, negate=True).out,
         "ISTA": ista,
         "ISTA's gradient": partial(
             input_gradient, grad, x, step, stream, y=y, moments=y_moments, norm=norm, threshold=threshold, skip=True

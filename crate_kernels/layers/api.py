@@ -85,7 +85,8 @@ def encoder_layer(
     The Triton path is one operator a direction, and MSSA's last product finds the moments of z for the LayerNorm that follows.
     The backward keeps four tensors [tokens, width] there: w and attention's output in the dtype of the products, x and z in that
     of the stream; with ``recompute`` only x and z. (y is kept as the next layer's x.) It is deterministic, and second derivatives
-    are refused.
+    are refused. (Two operators run where one function would not fit: with few tokens and nothing prepared, a step size or lambda
+    that learns, a weight given to both steps, or gradients for the second step only.)
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``mssa`` and ``ista`` do.
@@ -216,7 +217,7 @@ def _fit_one_function(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
     Not if they have a weight in common: a tensor that is given twice is refused by torch.compile, and is not replayed. And not if
     only the second step needs gradients: the function would keep for the backward what only the first step reads.
     """
-    if any(isinstance(one, Tensor) and one is other for one in first for other in second):
+    if any(one is other and isinstance(one, Tensor) for one in first for other in second):
         return False
     need = [any(isinstance(one, Tensor) and one.requires_grad for one in step) for step in (first, second)]
     return need != [False, True] or not torch.is_grad_enabled()

@@ -8,7 +8,9 @@
 
 A product reaches the rate of the tensor cores only if its loop does nothing but load two tiles and multiply them. (A loop that
 also summed a LayerNorm's moments gave different results in each run, as Triton 3.6 compiled it for Hopper: NOTES.md, GPU.) So the
-sums over rows that a LayerNorm or a gradient needs are computed by the other kernels, which go through tensors row by row.
+sums over rows that a LayerNorm or a gradient needs are computed by the other kernels, which go through tensors row by row; or,
+for the LayerNorm of a layer's second step, behind the loop of the product before, a part of each row in every tile, and merged
+behind the loop of the product after.
 
 There are two ways to multiply tokens after a LayerNorm, and ``launchers.folds`` chooses one. If it folds, raw tokens are
 multiplied, and their moments are applied after the product. The backward then stores the gradient times rstd, g^ = rstd * g, and

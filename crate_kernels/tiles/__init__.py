@@ -1,7 +1,8 @@
 """Tile sizes. The package ships tables of them, keyed by device family; a machine may have a cache of its own.
 
-A table is a plain dict ``{family: {(kernel, ...): {constexpr: value, num_warps, num_stages}}}``. The family ``"default"`` serves
-every device without an entry of its own; each entry of a table has been compiled ahead of time (``benchmarks.ahead_of_time``).
+A table is a plain dict ``{family: {(kernel, ...): {constexpr: value, num_warps, num_stages}}}``, with Triton's
+``maxnreg`` where a tile needs it. The family ``"default"`` serves every device without an entry of its own; each entry of a table
+has been compiled ahead of time (``benchmarks.ahead_of_time``).
 
 ``python -m crate_kernels.tune`` measures on this machine and writes the cache (``cache.py``), which goes before the tables.
 Nothing is ever tuned while a model runs. Other tiles add numbers in another order, so all machines of a distributed

@@ -445,7 +445,7 @@ def test_the_command_tunes_writes_shows_and_clears(file: Path, pretended_device:
     assert f"wrote {file}" in printed
     assert printed.count(" 0 rejected") == printed.count("tried, ") == 8  # rounding is not taken for a wrong result
     line = next(line for line in printed.splitlines() if line.startswith("project/plain/4/4"))
-    assert "8.0000 ms -> 4.0000 ms, 100% faster (1 tried, 0 rejected)" in line
+    assert "12.0000 ms -> 6.0000 ms, 100% faster (1 tried, 0 rejected)" in line
     found = cache.load(file, CPU)
     assert found.pop(elsewhere) == OTHER  # what was not tuned stays
     attention = {f"{name}_kernel" for name in ("forward", "delta", "backward")}
