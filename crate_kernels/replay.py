@@ -16,6 +16,7 @@ watched code frees it. The same kernels run with the same arguments, so results 
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -57,11 +58,31 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """
     recorder, _watching.recorder = _watching.recorder, None  # the interpreter calls PyTorch, too
     try:
-        compiled = kernel[grid](*arguments, **options)
+        compiled = with_scratch(kernel[grid], *arguments, **options)
     finally:
         _watching.recorder = recorder
     if recorder is not None:
         recorder.launched(kernel, grid, arguments, options, compiled)
+
+
+def with_scratch(run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Calls ``run``, which launches a kernel, where Triton finds device memory for what the kernel keeps there: its descriptors.
+
+    Triton asks an allocator for it, a context variable. It is set for this call alone: a user may have one of another kind, and
+    autograd's threads have none.
+    """
+    import triton
+
+    def launched() -> Any:
+        triton.set_allocator(_scratch)
+        return run(*arguments, **options)
+
+    return contextvars.copy_context().run(launched)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """PyTorch's memory begins at multiples of 256 bytes or more, and is reused in the order of the stream."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 class _Replay(NamedTuple):
@@ -280,7 +301,9 @@ class _Recorder(TorchDispatchMode):
         # As ``compiled[grid]`` does it in Triton 3.6 to 3.9, with no profiler to be told.
         run, function, metadata = map(self._constant, (compiled.run, compiled.function, compiled.packed_metadata))
         how = [*map(str, (*grid, 1, 1)[:3]), "stream", function, metadata, *["None"] * 3]
-        text = f"{run}({', '.join([*how, *texts, *constants])})"
+        given = ", ".join([*how, *texts, *constants])
+        needs_scratch = getattr(compiled.metadata, "global_scratch_size", 0)  # AMD's have it since Triton 3.9
+        text = f"{self._constant(with_scratch)}({run}, {given})" if needs_scratch else f"{run}({given})"
         self._add(text, [], [place.base for place in places], needed=True)
 
     def replay(self, result: Any, function: Callable[..., Any]) -> _Replay | None:

@@ -32,7 +32,7 @@ from benchmarks.ahead_of_time.addresses import NAME, Operation, found, parse
 
 @dataclass(frozen=True)
 class Loop:
-    """One step of an innermost loop.
+    """One step of an innermost loop, as most steps are.
 
     instructions: of one warp, by kind.
     cycles: of a multiprocessor, for all warps of a block, by pipe; what TMA copies is not counted.
@@ -167,20 +167,35 @@ _PRODUCT = "ttng.warp_group_dot"
 
 
 def _innermost_loops(sass: str) -> list[list[str]]:
-    """The instructions, without predicates, of each stretch from a label to a jump back to it that no other such jump lies in."""
+    """The instructions, without predicates, of each stretch from a label to a jump back to it that no other such jump lies in.
+
+    Without those that a step may jump over and that do not multiply: the epilogue of a persistent kernel, which runs once a tile
+    within the loop over all steps of all tiles.
+    """
     instructions: list[str] = []
     labels: dict[str, int] = {}
-    bodies, last_jump = [], -1
+    conditional: list[tuple[int, str]] = []  # jumps that are not always taken: place and label
+    loops, last_jump = [], -1
     for line in map(str.strip, sass.splitlines()):
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
-            instructions.append(instruction[1])
-            jump = re.match(r"BRA.*`\((\.L\w+)\)", instruction[1])
+        elif instruction := re.match(r"/\*[0-9a-f]{4,}\*/\s+\{?\s*(@!?U?P\w+\s+)?(.*?)\s*;", line):
+            here = len(instructions)
+            instructions.append(instruction[2])
+            jump = re.match(r"BRA.*`\((\.L\w+)\)", instruction[2])
             if jump and jump[1] in labels:
                 if labels[jump[1]] > last_jump:
-                    bodies.append(instructions[labels[jump[1]] :])
-                last_jump = len(instructions) - 1
+                    loops.append(range(labels[jump[1]], here + 1))
+                last_jump = here
+            elif jump and instruction[1]:
+                conditional.append((here, jump[1]))
+    bodies = []
+    for loop in loops:
+        stretches = [
+            range(here + 1, labels[label]) for here, label in conditional if here in loop and labels[label] in loop
+        ]
+        skipped = {at for one in stretches if not any("HGMMA" in instructions[at] for at in one) for at in one}
+        bodies.append([instructions[at] for at in loop if at not in skipped])
     return bodies
 
 

@@ -161,25 +161,56 @@ def column_parts(tile, PARTS: tl.constexpr):
 
 
 @triton.jit
+def count_tiles(tokens, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles of a result [tokens, width]."""
+    return tl.cdiv(tokens, BLOCK_M) * tl.cdiv(width, BLOCK_N)
+
+
+@triton.jit
+def describe_factors(
+    x, matrix, tokens, inner_width, width, x_row_stride, matrix_row_stride, matrix_column_stride,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Descriptors of both factors, by which the copy engine (TMA) fills shared memory, with zeros beyond their edges."""
+    x_blocks = tl.make_tensor_descriptor(x, (tokens, inner_width), (x_row_stride, 1), (BLOCK_M, BLOCK_K))
+    if TRANSPOSED:
+        matrix_blocks = tl.make_tensor_descriptor(
+            matrix, (width, inner_width), (matrix_column_stride, 1), (BLOCK_N, BLOCK_K)
+        )
+    else:
+        matrix_blocks = tl.make_tensor_descriptor(
+            matrix, (inner_width, width), (matrix_row_stride, 1), (BLOCK_K, BLOCK_N)
+        )
+    return x_blocks, matrix_blocks
+
+
+@triton.jit
 def multiply(
-    x, matrix, tokens, inner_width, width, x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
-    LIBRARY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    tile, x, matrix, tokens, inner_width, width, x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
+    LIBRARY: tl.constexpr, PERSISTENT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of x [tokens, inner_width] times the matrix [inner_width, width]; with LIBRARY, x is that product.
+    """One tile of x [tokens, inner_width] times the matrix [inner_width, width]. With LIBRARY, x is that product; if PERSISTENT,
+    x and the matrix are descriptors.
 
     Returns the tile's rows, the rows clamped to the last token, its first column, and its parts in float32. Rows beyond the last
     token read the last one and are not stored, so loads need no mask along rows. Tiles are ordered so that GROUP row tiles in
     turn reuse a tile of the matrix in L2.
     """
     row_tiles, column_tiles = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    program = tl.program_id(0)
-    tile_m, tile_n = tl.swizzle2d(program // column_tiles, program % column_tiles, row_tiles, column_tiles, GROUP)
+    tile_m, tile_n = tl.swizzle2d(tile // column_tiles, tile % column_tiles, row_tiles, column_tiles, GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     clamped_rows = tl.minimum(rows, tokens - 1)
     first = tile_n * BLOCK_N
     columns = first + tl.arange(0, BLOCK_N)
-    if LIBRARY:
+    if PERSISTENT:
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, inner_width, BLOCK_K):
+            matrix_tile = matrix.load([first, start]).T if TRANSPOSED else matrix.load([start, first])
+            x_tile = x.load([tile_m * BLOCK_M, start])
+            product = tl.dot(x_tile, matrix_tile, product, input_precision=PRECISION)
+    elif LIBRARY:
         product = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
     else:
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -209,15 +240,17 @@ def store_moments_of_part(parts, values, rows, first, columns, tokens, width, WH
 
 @triton.jit
 def merge_moments(parts, clamped_rows, tokens, width, eps, part_width, PARTS: tl.constexpr):
-    """Mean and rstd of each token, as columns [rows, 1], from those of PARTS parts of its features, as in ``add_moments``."""
-    mean = tl.zeros((clamped_rows.shape[0],), tl.float32)
-    squares = tl.zeros((clamped_rows.shape[0],), tl.float32)
-    for part in tl.static_range(PARTS):
-        start, end = part * part_width, tl.minimum((part + 1) * part_width, width)
-        addresses = parts + part * tokens.to(tl.int64) + clamped_rows
-        step, share = tl.load(addresses) - mean, (end - start).to(tl.float32) / end
-        mean += step * share
-        squares += tl.load(addresses + PARTS * tokens.to(tl.int64)) + step * step * (start * share)
+    """Mean and rstd of each token, as columns [rows, 1], from the mean of each of PARTS parts of its features and the sum of
+    squares about that. The squares of the parts' means are summed about the token's, so nothing cancels."""
+    part = tl.arange(0, triton.next_power_of_2(PARTS))
+    counts = tl.maximum(tl.minimum(part_width, width - part * part_width), 0).to(tl.float32)[:, None]
+    addresses = parts + part[:, None] * tokens.to(tl.int64) + clamped_rows[None, :]
+    is_part = (part < PARTS)[:, None]
+    means = tl.load(addresses, mask=is_part, other=0.0)
+    squares = tl.load(addresses + PARTS * tokens.to(tl.int64), mask=is_part, other=0.0)
+    mean = tl.sum(means * (counts / width), 0)
+    steps = means - mean[None, :]
+    squares = tl.sum(squares + counts * steps * steps, 0)
     return mean[:, None], inverse_deviation(squares, width, eps)[:, None]
 
 
@@ -262,29 +295,22 @@ def behind_projection(
         store_moments_of_part(part_moments, rounded, rows, first, columns, tokens, width, WHOLE_N)
 
 
-@triton.jit(do_not_specialize=["tokens", "eps"])
-def project_kernel(
-    x, matrix, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias, threshold, eps,
+@triton.jit
+def project_tile(
+    tile, x, matrix, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias, threshold, eps,
     tokens, inner_width, width, part_width,
     x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
     FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
-    THRESHOLD_IN_MEMORY: tl.constexpr, X_PARTS: tl.constexpr,
+    THRESHOLD_IN_MEMORY: tl.constexpr, X_PARTS: tl.constexpr, TRANSPOSED: tl.constexpr,
     WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-    LIBRARY: tl.constexpr,
+    LIBRARY: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """out = T(skip +- (LN(x) B + bias)).
-
-    x [tokens, inner_width], in the matrix's dtype; matrix [inner_width, width]; skip, out [tokens, width]; moments [2, tokens]:
-    mean and rstd. FOLD: x are raw tokens, and their moments are applied after the product. SKIP_NORM: skip is x, and LN(x) is
-    added.
-
-    x_parts [2, X_PARTS, tokens]: mean of x over part_width features, and sum of squares about it; then moments is written, not
-    read. out_parts: the same of out, to be written, with parts of BLOCK_N // PARTS features.
-    """
+    """One tile of ``project_kernel``; if PERSISTENT, x and the matrix are descriptors."""
     rows, clamped_rows, first, parts = multiply(
-        x, matrix, tokens, inner_width, width, x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
-        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
+        tile, x, matrix, tokens, inner_width, width,
+        x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
+        LIBRARY, PERSISTENT, TRANSPOSED, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
     )  # fmt: skip
     mean = None
     rstd = None
@@ -300,6 +326,55 @@ def project_kernel(
             parts[part], out, out_parts, mean, rstd, column_sum, offset, skip, norm_weight, norm_bias, threshold,
             rows, clamped_rows, first + part * (BLOCK_N // PARTS), tokens, width, skip_row_stride, skip_column_stride,
             FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, WHOLE_N,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens", "eps"])
+def project_kernel(
+    x, matrix, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias, threshold, eps,
+    tokens, inner_width, width, part_width,
+    x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
+    FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
+    THRESHOLD_IN_MEMORY: tl.constexpr, X_PARTS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    LIBRARY: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """out = T(skip +- (LN(x) B + bias)).
+
+    x [tokens, inner_width], in the matrix's dtype; matrix [inner_width, width]; skip, out [tokens, width]; moments [2, tokens]:
+    mean and rstd. FOLD: x are raw tokens, and their moments are applied after the product. SKIP_NORM: skip is x, and LN(x) is
+    added.
+
+    x_parts [2, X_PARTS, tokens]: mean of x over part_width features, and sum of squares about it; then moments is written, not
+    read. out_parts: the same of out, to be written, with parts of BLOCK_N // PARTS features.
+
+    PERSISTENT: each program goes through tiles, and the first loads of a tile run during the epilogue of the one before.
+    inner_width is above zero; rows of x, and of the matrix (TRANSPOSED: its columns), are contiguous and begin at multiples of 16
+    bytes.
+    """
+    if PERSISTENT:
+        tl.assume(inner_width > 0)  # else the flattened loop would have an epilogue of its own for tiles without a step
+        x, matrix = describe_factors(
+            x, matrix, tokens, inner_width, width, x_row_stride, matrix_row_stride, matrix_column_stride,
+            TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        tiles = count_tiles(tokens, width, BLOCK_M, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            project_tile(
+                tile, x, matrix, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias,
+                threshold, eps, tokens, inner_width, width, part_width,
+                x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
+                FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, X_PARTS, TRANSPOSED,
+                WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, LIBRARY, PERSISTENT,
+            )  # fmt: skip
+    else:
+        project_tile(
+            tl.program_id(0), x, matrix, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias,
+            threshold, eps, tokens, inner_width, width, part_width,
+            x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
+            FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, X_PARTS, TRANSPOSED,
+            WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, LIBRARY, PERSISTENT,
         )  # fmt: skip
 
 
@@ -411,26 +486,22 @@ def behind_input_gradient(
         tl.store(delta + place + (rows % sample_tokens)[:, None], terms, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def input_gradient_kernel(
-    g, grad, y, matrix, out, x, moments, sums, norm_weight, extra, delta, attended, tokens, inner_width, width, sample_tokens,
+@triton.jit
+def input_gradient_tile(
+    tile, g, matrix, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended,
+    tokens, inner_width, width, sample_tokens,
     g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
     matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
     NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-    LIBRARY: tl.constexpr,
+    LIBRARY: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """out = extra + LN'(+-(g B^T) + grad), where grad is added only where y is not zero.
-
-    g, grad, y [tokens, inner_width], g in the dtype of the product (SCALED: it contains rstd), grad as it came, or g itself;
-    matrix B^T [inner_width, width]; out, x, extra [tokens, width]; moments [2, tokens]: mean and rstd; sums [2, tokens]: c1 and
-    c2; norm_weight [width]; attended [tokens, width], contiguous; delta [samples, heads, sample_tokens]: the sums of
-    out * attended over the HEAD_DIM features of each head.
-    """
+    """One tile of ``input_gradient_kernel``; if PERSISTENT, g and the matrix are descriptors."""
     rows, clamped_rows, first, parts = multiply(
-        g, matrix, tokens, inner_width, width, g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride,
-        LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
+        tile, g, matrix, tokens, inner_width, width,
+        g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride,
+        LIBRARY, PERSISTENT, TRANSPOSED, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
     )  # fmt: skip
     mean = None
     rstd = None
@@ -445,4 +516,49 @@ def input_gradient_kernel(
             rows, clamped_rows, first + part * (BLOCK_N // PARTS), tokens, width, sample_tokens,
             grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
             extra_row_stride, extra_column_stride, NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def input_gradient_kernel(
+    g, matrix, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended,
+    tokens, inner_width, width, sample_tokens,
+    g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
+    matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
+    NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    TRANSPOSED: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    LIBRARY: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """out = extra + LN'(+-(g B^T) + grad), where grad is added only where y is not zero.
+
+    g, grad, y [tokens, inner_width], g in the dtype of the product (SCALED: it contains rstd), grad as it came, or g itself;
+    matrix B^T [inner_width, width]; out, x, extra [tokens, width]; moments [2, tokens]: mean and rstd; sums [2, tokens]: c1 and
+    c2; norm_weight [width]; attended [tokens, width], contiguous; delta [samples, heads, sample_tokens]: the sums of
+    out * attended over the HEAD_DIM features of each head. PERSISTENT, TRANSPOSED: as in ``project_kernel``, with g for x.
+    """
+    if PERSISTENT:
+        tl.assume(inner_width > 0)
+        g, matrix = describe_factors(
+            g, matrix, tokens, inner_width, width, g_row_stride, matrix_row_stride, matrix_column_stride,
+            TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        tiles = count_tiles(tokens, width, BLOCK_M, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            input_gradient_tile(
+                tile, g, matrix, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended,
+                tokens, inner_width, width, sample_tokens,
+                g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
+                matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
+                NORM, SCALED, SKIP, NEGATE, HEAD_DIM, TRANSPOSED,
+                WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, LIBRARY, PERSISTENT,
+            )  # fmt: skip
+    else:
+        input_gradient_tile(
+            tl.program_id(0), g, matrix, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended,
+            tokens, inner_width, width, sample_tokens,
+            g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
+            matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
+            NORM, SCALED, SKIP, NEGATE, HEAD_DIM, TRANSPOSED,
+            WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, LIBRARY, PERSISTENT,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from crate_kernels.library_products import float32_product
 from crate_kernels.products import kernels
 from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.replay import launch
-from crate_kernels.tiles import cdiv, naming_the_cache, select
+from crate_kernels.tiles import cdiv, multiprocessors, naming_the_cache, select
 from crate_kernels.tiles.products import TABLE
 
 # The kernels that pass over rows are bound by memory: these tiles let a thread load 16 bytes at a time, several times.
@@ -122,7 +122,7 @@ def project(
         return Projected(out, moments, None)
     gives_parts = parts_for is not None and folds(out, parts_for)
     use = "masked" if threshold is not None else "norm" if fold else "moments" if gives_parts else "plain"
-    tiles = _tiles("project", use, operand.matrix, out if skip is None else skip, width)
+    tiles = _tiles("project", use, multiplied, operand.matrix, out if skip is None else skip)
     if gives_parts:
         parts_width = tiles["BLOCK_N"] // tiles["PARTS"]
         parts = PartMoments(out.new_empty((2, cdiv(width, parts_width), tokens), dtype=torch.float32), parts_width)
@@ -132,14 +132,14 @@ def project(
         gamma, beta = norm.weight.contiguous(), None if norm.bias is None else norm.bias.contiguous()
     left, matrix = _by(tiles, multiplied, operand.matrix)
     launch(
-        kernels.project_kernel, _grid(tokens, width, tiles),
+        kernels.project_kernel, _grid(out, tiles),
         left, matrix, out, moments if fold or skip_norm else None, known_parts and known_parts.values, parts and parts.values,
         operand.column_sum if fold else None, operand.offset, skip, gamma, beta, threshold_value, norm.eps if norm else 0.0,
         tokens, inner_width, width, known_parts.width if known_parts else 1,
         *left.stride(), *_strides(matrix), *_strides(skip),
         FOLD=fold, SKIP_NORM=skip_norm, NEGATE=negate, ACTIVATION=_activation(threshold, soft), THRESHOLD_IN_MEMORY=in_memory,
         X_PARTS=known_parts.values.shape[1] if known_parts else 0,
-        **_options(operand.matrix, inner_width, width, tiles),
+        **_options(operand.matrix, tiles),
     )  # fmt: skip
     return Projected(out, moments, parts)
 
@@ -317,7 +317,8 @@ def input_gradient(
     (tokens, inner_width), (width, _), dtype = rows.g.shape, operand.matrix.shape, operand.matrix.dtype
     out = torch.empty((tokens, width), dtype=out_dtype, device=rows.g.device)
     use = "masked" if skip is not None else "plain" if norm is None else "norm"
-    tiles = _tiles("input_gradient", use, operand.matrix, out, width)
+    right = operand.matrix.t()
+    tiles = _tiles("input_gradient", use, rows.g, right, out)
     delta, attended, head_dim, sample_tokens = None, None, 1, 1
     if heads is not None and x is not None and tiles["BLOCK_N"] // tiles["PARTS"] % (width // heads[1]) == 0:
         head_dim, sample_tokens = width // heads[1], tokens // max(heads[0], 1)
@@ -328,15 +329,15 @@ def input_gradient(
     # The gradient that is added to the product: unrounded if possible, and then masked in the kernel; else g, masked already.
     skipped = None if skip is None else rows.g if scaled or skip.dtype == dtype else skip
     mask = mask if skipped is skip else None
-    left, matrix = _by(tiles, rows.g, operand.matrix.t())
+    left, matrix = _by(tiles, rows.g, right)
     launch(
-        kernels.input_gradient_kernel, _grid(tokens, width, tiles),
-        left, skipped, mask, matrix, out, x if norm else None, moments, rows.sums,
+        kernels.input_gradient_kernel, _grid(out, tiles),
+        left, matrix, skipped, mask, out, x if norm else None, moments, rows.sums,
         norm.weight.contiguous() if norm and skip is not None else None, extra, delta, attended,
         tokens, inner_width, width, sample_tokens,
         *left.stride(), *_strides(skipped), *_strides(mask), *_strides(matrix), *_strides(x if norm else None), *_strides(extra),
         NORM=norm is not None, SCALED=scaled, SKIP=skip is not None, NEGATE=negate, HEAD_DIM=head_dim,
-        **_options(operand.matrix, inner_width, width, tiles),
+        **_options(right, tiles),
     )  # fmt: skip
     return out, delta
 
@@ -354,11 +355,28 @@ def weight_gradient(x: Tensor, g: Tensor, like: Tensor | None = None, norm: Norm
     return float32_product(x.t(), g)
 
 
-def _tiles(kernel: str, use: str, operand: Tensor, stream: Tensor, width: int) -> dict[str, int]:
-    tiles = select(TABLE, operand.device, kernel, use, operand.itemsize, max(operand.itemsize, stream.itemsize))
-    if tiles["BLOCK_N"] > 128 and width % tiles["BLOCK_N"]:
-        tiles["BLOCK_N"] //= 2  # wide tiles only if they divide the width: else half of the last one may be empty
+def _tiles(kernel: str, use: str, left: Tensor, right: Tensor, stream: Tensor) -> dict[str, int]:
+    """The tiles of a product ``left right``, whose epilogue reads or writes ``stream``."""
+    key = kernel, use, right.itemsize, max(right.itemsize, stream.itemsize)
+    tiles, (tokens, width) = select(TABLE, right.device, *key), (len(left), right.shape[1])
+    if tiles["PERSISTENT"] and not (
+        _has_aligned_rows(left) and (_has_aligned_rows(right) or _has_aligned_rows(right.t()))
+    ):
+        tiles = dict(TABLE["default"][key])
+    # Wide tiles only if they divide the width: else half of the last one may be empty. And not so few of them that programs of a
+    # persistent kernel have none. The parts of a tile stay as wide.
+    while (tiles["BLOCK_N"] > 128 and width % tiles["BLOCK_N"]) or (
+        tiles["PERSISTENT"] and tiles["BLOCK_N"] > 64 and _count(tokens, width, tiles) < multiprocessors(right.device)
+    ):
+        tiles |= {"BLOCK_N": tiles["BLOCK_N"] // 2, "PARTS": max(1, tiles["PARTS"] // 2)}
     return tiles
+
+
+def _has_aligned_rows(matrix: Tensor) -> bool:
+    """Whether a descriptor can name the matrix: its rows are contiguous, apart, and begin at multiples of 16 bytes."""
+    row, column = matrix.stride()
+    aligned = row * matrix.itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return column == 1 and row >= matrix.shape[1] > 0 and aligned
 
 
 def _by(tiles: dict[str, int], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -382,12 +400,19 @@ def _strides(matrix: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if matrix is None else matrix.stride()
 
 
-def _grid(rows: int, columns: int, tiles: dict[str, int]) -> tuple[int]:
-    return (cdiv(rows, tiles["BLOCK_M"]) * cdiv(columns, tiles["BLOCK_N"]),)
+def _count(rows: int, columns: int, tiles: dict[str, int]) -> int:
+    return cdiv(rows, tiles["BLOCK_M"]) * cdiv(columns, tiles["BLOCK_N"])
 
 
-def _options(operand: Tensor, inner_width: int, width: int, tiles: dict[str, int]) -> dict[str, object]:
-    """Launch options: the tiles, which axes they divide, the precision of products, and fused multiply-adds, whatever Triton's
-    default is."""
+def _grid(out: Tensor, tiles: dict[str, int]) -> tuple[int]:
+    count = _count(len(out), out.shape[1], tiles)
+    return (min(count, multiprocessors(out.device)) if tiles["PERSISTENT"] else count,)
+
+
+def _options(right: Tensor, tiles: dict[str, int]) -> dict[str, object]:
+    """Launch options: the tiles, which axes of the product's right factor they divide and whether it lies column by column, the
+    precision of products, and fused multiply-adds, whatever Triton's default is."""
+    inner_width, width = right.shape
     whole = dict(WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=inner_width % tiles["BLOCK_K"] == 0)
-    return {**whole, "PRECISION": dot_precision(operand), "enable_fp_fusion": True, **tiles}
+    transposed = bool(tiles["PERSISTENT"]) and not _has_aligned_rows(right)
+    return {**whole, "TRANSPOSED": transposed, "PRECISION": dot_precision(right), "enable_fp_fusion": True, **tiles}

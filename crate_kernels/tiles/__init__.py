@@ -72,6 +72,17 @@ def _family(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a persistent kernel has: one a multiprocessor. On a pretended device as many as on an H100; in Triton's
+    interpreter so few that each goes through several tiles of a small result."""
+    return 132 if _pretended else _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. ``triton.cdiv`` does the same, but takes the host as long as the checks of all arguments."""
     return -(-a // b)

@@ -12,14 +12,15 @@ _OPTIONS = {
     "GROUP": (4, 8, 16),
     "PARTS": (1, 2, 4),
     "LIBRARY": (0, 1),
+    "PERSISTENT": (0, 1),
     "num_warps": (2, 4, 8),
-    "num_stages": range(1, 6),
+    "num_stages": range(1, 9),
 }
 _MOST_ACCUMULATORS = 128  # float32 numbers in the registers of a thread, which has 255
 
 
 def neighbours(tile: Tile) -> list[dict[str, int]]:
-    """The tiles one step away that a thread's registers can hold.
+    """The tiles one step away that can be launched and that a thread's registers can hold.
 
     A step takes the next smaller or larger value of one option, or of a side of the tile and the number of warps together. A cap
     on registers is for the tile that it was found for: other tiles have none, and the tile without it is one of them.
@@ -36,6 +37,9 @@ def neighbours(tile: Tile) -> list[dict[str, int]]:
 
 
 def _fits(tile: Tile) -> bool:
-    """Whether the accumulators of the largest product fit, that of the two longest sides."""
+    """Whether the accumulators of the largest product fit, that of the two longest sides. A library's product has no loop that
+    could persist."""
+    if tile.get("LIBRARY") and tile.get("PERSISTENT"):
+        return False
     sides = sorted(value for name, value in tile.items() if name.startswith("BLOCK_"))[-2:]
     return len(sides) < 2 or sides[0] * sides[1] <= _MOST_ACCUMULATORS * 32 * tile["num_warps"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from crate_kernels.products import launchers as products
 from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.products.op import operands
 from crate_kernels.products.preparation import matrix_gradients
+from crate_kernels.tiles import pretend
 
 THRESHOLD = 0.05
 
@@ -91,16 +94,81 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["fold", "first"])
+@pytest.fixture
+def persistent(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
+    """Has products take small persistent tiles, several of them a program, and returns the options of their launches."""
+
+    def begin() -> list[dict[str, Any]]:
+        options: list[dict[str, Any]] = []
+        launch, select = products.launch, products.select
+
+        def noted(kernel: Any, *arguments: Any, **more: Any) -> None:
+            options.extend([more] if "PERSISTENT" in more else [])
+            launch(kernel, *arguments, **more)
+
+        small = dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, PERSISTENT=1)
+        monkeypatch.setattr(products, "launch", noted)
+        monkeypatch.setattr(products, "select", lambda *key: select(*key) | small)
+        return options
+
+    return begin
+
+
+@pytest.mark.parametrize("mode", ["fold", "first", "persistent"])
 @pytest.mark.parametrize("case", FLAGS, ids=lambda case: "-".join(str(v) for v in case.values()))
-def test_every_combination(case: dict, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_combination(case: dict, mode: str, monkeypatch: pytest.MonkeyPatch, persistent: Callable) -> None:
     """In float32 both ways of the LayerNorm are right, though tokens are only normalised first there."""
     if mode == "fold" and not case["norm"]:
         pytest.skip("there is no LayerNorm to fold")
-    monkeypatch.setattr(products, "folds", lambda x, dtype: mode == "fold")
+    monkeypatch.setattr(products, "folds", lambda x, dtype: mode != "first")
     tiles = products.TABLE["default"]
     monkeypatch.setitem(tiles, ("project", "norm", 4, 4), tiles["project", "plain", 4, 4])
-    check(37, 24, 24, case)
+    if mode == "persistent":
+        options = persistent()
+        check(100, 40, 40, case)
+        assert [one["PERSISTENT"] for one in options] == [1, 1]
+    else:
+        check(37, 24, 24, case)
+
+
+@pytest.mark.parametrize("mean", [0.0, 20.0])
+def test_persistent_in_float16(mean: float, persistent: Callable) -> None:
+    """Shapes that no tile divides, factors that lie row by row and column by column."""
+    options = persistent()
+    case = dict(norm=True, bias=True, skip="none", negate=True, activation="none")
+    check(150, 40, 72, case, torch.float16, torch.float16, mean)
+    assert {(one["PERSISTENT"], one["TRANSPOSED"]) for one in options} == {(1, False), (1, True)}
+
+
+def half(*shape: int) -> Tensor:
+    return torch.randn(shape).half()
+
+
+# Tokens [64, 40] and a matrix [40, 24], and whether descriptors can name both. float16: 8 numbers are 16 bytes.
+FACTORS: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor], bool]] = {
+    "contiguous": (lambda: half(64, 40), lambda: half(40, 24), True),
+    "matrix by columns": (lambda: half(64, 40), lambda: half(24, 40).t(), True),
+    "rows apart": (lambda: half(64, 2, 40)[:, 1], lambda: half(40, 48)[:, 8:32], True),
+    "tokens by columns": (lambda: half(40, 64).t(), lambda: half(40, 24), False),
+    "one row for all": (lambda: half(1, 40).expand(64, 40), lambda: half(40, 24), False),
+    "overlapping rows": (lambda: half(64 * 8 + 40).as_strided((64, 40), (8, 1)), lambda: half(40, 24), False),
+    "rows of 82 bytes": (lambda: half(64, 41)[:, :40], lambda: half(40, 24), False),
+    "begins at 2 bytes": (lambda: half(64, 48)[:, 1:41], lambda: half(40, 24), False),
+    "matrix begins at 2 bytes": (lambda: half(64, 40), lambda: half(40, 32)[:, 1:25], False),
+    "matrix of odd rows": (lambda: half(64, 40), lambda: half(40, 25)[:, :24], False),
+    "every other feature": (lambda: half(64, 80)[:, ::2], lambda: half(40, 24), False),
+    "no features": (lambda: half(64, 0), lambda: half(0, 24), False),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_what_descriptors_cannot_name_goes_by_pointers(name: str, persistent: Callable) -> None:
+    options = persistent()
+    make_x, make_matrix, named = FACTORS[name]
+    x, matrix = make_x(), make_matrix()
+    found = products.project(x, Operand(matrix, None, None), torch.float16).out
+    assert error(found, x.double() @ matrix.double()) < 1e-3
+    assert [one["PERSISTENT"] for one in options] == [int(named)]
 
 
 @pytest.mark.parametrize("operand", [torch.float32, torch.float16], ids=["float32", "float16"])
@@ -115,11 +183,38 @@ def test_precisions(operand: torch.dtype, dtype: torch.dtype, mean: float) -> No
     check(150, 136, 200, {**case, "skip": "none", "activation": "none"}, dtype, operand, mean)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "width", "wide"),
+    [
+        (64 * 197, 768, 256),
+        (64 * 197, 384, 128),  # 256 would leave half a tile empty
+        (32 * 197, 768, 256),  # 150 tiles
+        (27 * 197, 768, 128),  # 126 tiles of 256
+        (197, 768, 64),
+        (1, 16, 64),
+    ],
+)
+def test_persistent_tiles_are_as_wide_as_the_result_allows(tokens: int, width: int, wide: int) -> None:
+    """And their parts are as wide as ever."""
+    left, right = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((tokens, 64), (64, width)))
+    with pretend("sm_90"):
+        tiles = products._tiles("project", "plain", left, right, left)
+        assert products._grid(torch.empty(tokens, width, device="meta"), tiles) == (
+            min(132, -(-tokens // 128) * -(-width // wide)),
+        )
+    assert (tiles["BLOCK_N"], tiles["BLOCK_N"] // tiles["PARTS"]) == (wide, min(wide, 128))
+
+
 @pytest.mark.parametrize("mean", [0.0, 20.0])
 @pytest.mark.parametrize("width", [24, 136, 200])
-def test_moments_of_the_result(width: int, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("persists", [False, True])
+def test_moments_of_the_result(
+    width: int, mean: float, persists: bool, monkeypatch: pytest.MonkeyPatch, persistent: Callable
+) -> None:
     """They are those of the result as it was stored, also far from zero, where roundings are large; and the next product makes
     mean and rstd of them."""
+    if persists:
+        persistent()
     monkeypatch.setattr(products, "folds", lambda x, dtype: dtype == torch.float16)
     x, residual = torch.randn(150, 40).half(), (torch.randn(150, width) + mean).half()
     operand = Operand(torch.randn(40, width).half() * 40**-0.5, None, None)

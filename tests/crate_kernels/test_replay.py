@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import re
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from crate_kernels.layers.api import DecoderWeights, EncoderWeights, decoder_lay
 from crate_kernels.mssa.api import AttentionWeights
 from crate_kernels.products.norm_folding import Norm
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+_allocation = pytest.importorskip("triton.runtime._allocation")
 
 WIDTH, HEADS = 32, 2
 
@@ -257,12 +259,15 @@ class Compiled:
     __name__ = "compiled"
     function, packed_metadata = 7, (4, 1)
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: int = 0) -> None:
+        self.metadata = SimpleNamespace(global_scratch_size=scratch)
+        self.allocators: list[object] = []
         self.direct: list[tuple] = []
         self.replayed: list[tuple] = []
 
     def __getitem__(self, grid: tuple) -> Callable[..., Any]:
         def launch(*arguments: Any, **options: Any) -> Compiled:
+            self.allocators.append(_allocation._allocator.get())
             values = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
             self.direct.append((*(*grid, 1, 1)[:3], *values, options["BLOCK"]))
             return self
@@ -270,6 +275,7 @@ class Compiled:
         return launch
 
     def run(self, x: int, y: int, z: int, stream: int, function: int, metadata: tuple, *rest: Any) -> None:
+        self.allocators.append(_allocation._allocator.get())
         *hooks, first, second, third, fourth, block = rest
         assert (stream, function, metadata, hooks) == (5, 7, (4, 1), [None] * 3)
         self.replayed.append((x, y, z, first, second, third, fourth, block))
@@ -277,8 +283,6 @@ class Compiled:
 
 def test_compiled_kernels_get_the_same_arguments(monkeypatch) -> None:
     """Addresses instead of tensors, those of views included, behind whatever the arguments are this time."""
-    import triton
-
     driver = SimpleNamespace(get_current_stream=lambda device: 5)
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
     kernel = Compiled()
@@ -304,6 +308,40 @@ def test_compiled_kernels_get_the_same_arguments(monkeypatch) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", print)
     out = replayed(x, whole)
     assert kernel.direct == [*expected[:1], (*expected[1][:-2], out.data_ptr(), 16)] and len(kernel.replayed) == 2
+
+
+def test_kernels_with_descriptors_find_memory_for_them(monkeypatch) -> None:
+    """In any thread, in replays as well; and an allocator of the user's stays the user's."""
+
+    def theirs(size: int, alignment: int, stream: int | None) -> Tensor:
+        raise AssertionError
+
+    monkeypatch.setattr(
+        triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 5))
+    )
+    kernel, plain = Compiled(scratch=128), Compiled()
+
+    def function(x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        for one in (kernel, plain):
+            replay.launch(one, (1,), x, 0.5, None, out, BLOCK=64)
+        return out
+
+    replayed = replay.Replayed(function)
+
+    def run() -> None:
+        replayed(torch.randn(3))
+
+    def run_with_theirs() -> None:
+        triton.set_allocator(theirs)
+        run()
+        assert _allocation._allocator.get() is theirs
+
+    run()
+    contextvars.Context().run(run)  # as a thread of its own has it
+    contextvars.copy_context().run(run_with_theirs)
+    assert len(kernel.replayed) == 1 and kernel.allocators == [replay._scratch] * 3
+    assert len(plain.replayed) == 1 and plain.allocators == [replay._scratch] * 2 + [theirs]
 
 
 CONSTANT = torch.ones(3)

@@ -212,7 +212,11 @@ def test_every_tile_that_ships_or_that_is_one_step_away_can_be_launched(file: Pa
             found = tune.neighbours(tile)
             assert len(found) >= 3 and tile not in found and len({str(other) for other in found}) == len(found)
             for other in [tile, *found]:
-                powers = [value for name, value in other.items() if name not in ("num_stages", "LIBRARY", "maxnreg")]
+                powers = [
+                    value
+                    for name, value in other.items()
+                    if name not in ("num_stages", "LIBRARY", "PERSISTENT", "maxnreg")
+                ]
                 assert other.keys() == tile.keys() - ({"maxnreg"} if other is not tile else set()) and all(
                     value.bit_count() == 1 for value in powers
                 )
@@ -225,9 +229,13 @@ def test_every_tile_that_ships_or_that_is_one_step_away_can_be_launched(file: Pa
     [
         ({"LIBRARY": 0}, [{"LIBRARY": 1}]),
         ({"LIBRARY": 1}, [{"LIBRARY": 0}]),
+        ({"LIBRARY": 0, "PERSISTENT": 1}, []),
+        ({"PERSISTENT": 0}, [{"PERSISTENT": 1}]),
+        ({"PERSISTENT": 0, "LIBRARY": 1}, []),
+        ({"PERSISTENT": 1}, [{"PERSISTENT": 0}]),
         ({"PARTS": 1}, [{"PARTS": 2}]),
         ({"PARTS": 2}, [{"PARTS": 1}, {"PARTS": 4}]),
-        ({"num_stages": 5}, [{"num_stages": 4}]),
+        ({"num_stages": 8}, [{"num_stages": 7}]),
         ({"BLOCK_M": 16}, [{"BLOCK_M": 32}, {"BLOCK_M": 32, "num_warps": 8}]),
         ({"BLOCK_N": 256}, [{"BLOCK_N": 128}, {"BLOCK_N": 128, "num_warps": 2}]),
         ({"BLOCK_M": 128, "BLOCK_N": 256}, [{"BLOCK_M": 64}]),  # 256, or 64 by 2 warps, would take too many registers
