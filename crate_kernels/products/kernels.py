@@ -167,11 +167,55 @@ def count_tiles(tokens, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def place_of(tile, tokens, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The first row and the first column of a tile of the result [tokens, width]. Tiles are ordered so that GROUP row tiles in
+    turn reuse a tile of the matrix in L2."""
+    row_tiles, column_tiles = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    tile_m, tile_n = tl.swizzle2d(tile // column_tiles, tile % column_tiles, row_tiles, column_tiles, GROUP)
+    return tile_m * BLOCK_M, tile_n * BLOCK_N
+
+
+@triton.jit
+def rows_from(row, tokens, BLOCK_M: tl.constexpr):
+    """BLOCK_M rows from ``row`` on, and the same clamped to the last token. Rows beyond it read the last one and are not stored,
+    so loads need no mask along rows."""
+    rows = row + tl.arange(0, BLOCK_M)
+    return rows, tl.minimum(rows, tokens - 1)
+
+
+@triton.jit
+def multiply(
+    x, matrix, row, first, tokens, inner_width, width,
+    x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
+    LIBRARY: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The tile at ``row`` and column ``first`` of x [tokens, inner_width] times the matrix [inner_width, width], in float32; with
+    LIBRARY, x is that product."""
+    _, clamped_rows = rows_from(row, tokens, BLOCK_M)
+    columns = first + tl.arange(0, BLOCK_N)
+    if LIBRARY:
+        product = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
+    else:
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, inner_width, BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K)
+            x_tile = load_tile(
+                x, clamped_rows, inner, x_row_stride, x_column_stride, tokens, inner_width, True, WHOLE_K
+            )
+            matrix_tile = load_tile(
+                matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
+            )
+            product = tl.dot(x_tile, matrix_tile, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def describe_factors(
     x, matrix, tokens, inner_width, width, x_row_stride, matrix_row_stride, matrix_column_stride,
     TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Descriptors of both factors, by which the copy engine (TMA) fills shared memory, with zeros beyond their edges."""
+    """Descriptors of x and the matrix, by which the copy engine (TMA) fills shared memory, with zeros beyond their edges."""
     x_blocks = tl.make_tensor_descriptor(x, (tokens, inner_width), (x_row_stride, 1), (BLOCK_M, BLOCK_K))
     if TRANSPOSED:
         matrix_blocks = tl.make_tensor_descriptor(
@@ -185,45 +229,16 @@ def describe_factors(
 
 
 @triton.jit
-def multiply(
-    tile, x, matrix, tokens, inner_width, width, x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
-    LIBRARY: tl.constexpr, PERSISTENT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+def multiply_blocks(
+    x_blocks, matrix_blocks, row, first, inner_width, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of x [tokens, inner_width] times the matrix [inner_width, width]. With LIBRARY, x is that product; if PERSISTENT,
-    x and the matrix are descriptors.
-
-    Returns the tile's rows, the rows clamped to the last token, its first column, and its parts in float32. Rows beyond the last
-    token read the last one and are not stored, so loads need no mask along rows. Tiles are ordered so that GROUP row tiles in
-    turn reuse a tile of the matrix in L2.
-    """
-    row_tiles, column_tiles = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    tile_m, tile_n = tl.swizzle2d(tile // column_tiles, tile % column_tiles, row_tiles, column_tiles, GROUP)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    clamped_rows = tl.minimum(rows, tokens - 1)
-    first = tile_n * BLOCK_N
-    columns = first + tl.arange(0, BLOCK_N)
-    if PERSISTENT:
-        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, inner_width, BLOCK_K):
-            matrix_tile = matrix.load([first, start]).T if TRANSPOSED else matrix.load([start, first])
-            x_tile = x.load([tile_m * BLOCK_M, start])
-            product = tl.dot(x_tile, matrix_tile, product, input_precision=PRECISION)
-    elif LIBRARY:
-        product = load_tile(x, clamped_rows, columns, x_row_stride, x_column_stride, tokens, width, True, WHOLE_N)
-    else:
-        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, inner_width, BLOCK_K):
-            inner = start + tl.arange(0, BLOCK_K)
-            x_tile = load_tile(
-                x, clamped_rows, inner, x_row_stride, x_column_stride, tokens, inner_width, True, WHOLE_K
-            )
-            matrix_tile = load_tile(
-                matrix, inner, columns, matrix_row_stride, matrix_column_stride, inner_width, width, WHOLE_K, WHOLE_N
-            )
-            product = tl.dot(x_tile, matrix_tile, product, input_precision=PRECISION)
-    return rows, clamped_rows, first, column_parts(product, PARTS)
+    """``multiply`` by the descriptors of ``describe_factors``."""
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, inner_width, BLOCK_K):
+        matrix_tile = matrix_blocks.load([first, start]).T if TRANSPOSED else matrix_blocks.load([start, first])
+        product = tl.dot(x_blocks.load([row, start]), matrix_tile, product, input_precision=PRECISION)
+    return product
 
 
 @triton.jit
@@ -261,14 +276,14 @@ def load_pairs(pairs, clamped_rows, tokens):
 
 
 @triton.jit
-def behind_projection(
+def project_part(
     product, out, part_moments, mean, rstd, column_sum, offset, skip, norm_weight, norm_bias, threshold,
     rows, clamped_rows, first, tokens, width,
     skip_row_stride, skip_column_stride,
     FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
     THRESHOLD_IN_MEMORY: tl.constexpr, WHOLE_N: tl.constexpr,
 ):  # fmt: skip
-    """All that follows the product in ``project_kernel``, the store included, for the columns from ``first`` on."""
+    """``behind_projection`` for the columns from ``first`` on."""
     columns = first + tl.arange(0, product.shape[1])
     if FOLD:
         product = rstd * (product - mean * load_row(column_sum, columns, width))
@@ -296,35 +311,28 @@ def behind_projection(
 
 
 @triton.jit
-def project_tile(
-    tile, x, matrix, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias, threshold, eps,
-    tokens, inner_width, width, part_width,
-    x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
+def behind_projection(
+    product, row, first, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias, threshold, eps,
+    tokens, inner_width, width, part_width, skip_row_stride, skip_column_stride,
     FOLD: tl.constexpr, SKIP_NORM: tl.constexpr, NEGATE: tl.constexpr, ACTIVATION: tl.constexpr,
-    THRESHOLD_IN_MEMORY: tl.constexpr, X_PARTS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-    LIBRARY: tl.constexpr, PERSISTENT: tl.constexpr,
+    THRESHOLD_IN_MEMORY: tl.constexpr, X_PARTS: tl.constexpr, WHOLE_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``project_kernel``; if PERSISTENT, x and the matrix are descriptors."""
-    rows, clamped_rows, first, parts = multiply(
-        tile, x, matrix, tokens, inner_width, width,
-        x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
-        LIBRARY, PERSISTENT, TRANSPOSED, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
-    )  # fmt: skip
+    """All that follows the product in ``project_kernel``, the stores included, for the tile at ``row`` and column ``first``."""
+    rows, clamped_rows = rows_from(row, tokens, product.shape[0])
     mean = None
     rstd = None
     if x_parts is not None:
         mean, rstd = merge_moments(x_parts, clamped_rows, tokens, inner_width, eps, part_width, X_PARTS)
-        writes = (rows < tokens)[:, None] & (first == 0)  # the programs of one column of tiles
+        writes = (rows < tokens)[:, None] & (first == 0)  # the tiles of one column
         tl.store(moments + rows[:, None], mean, mask=writes)
         tl.store(moments + tokens.to(tl.int64) + rows[:, None], rstd, mask=writes)
     elif FOLD or SKIP_NORM:
         mean, rstd = load_pairs(moments, clamped_rows, tokens)
+    parts = column_parts(product, PARTS)
     for part in tl.static_range(PARTS):
-        behind_projection(
+        project_part(
             parts[part], out, out_parts, mean, rstd, column_sum, offset, skip, norm_weight, norm_bias, threshold,
-            rows, clamped_rows, first + part * (BLOCK_N // PARTS), tokens, width, skip_row_stride, skip_column_stride,
+            rows, clamped_rows, first + part * (product.shape[1] // PARTS), tokens, width, skip_row_stride, skip_column_stride,
             FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, WHOLE_N,
         )  # fmt: skip
 
@@ -355,26 +363,32 @@ def project_kernel(
     """
     if PERSISTENT:
         tl.assume(inner_width > 0)  # else the flattened loop would have an epilogue of its own for tiles without a step
-        x, matrix = describe_factors(
+        x_blocks, matrix_blocks = describe_factors(
             x, matrix, tokens, inner_width, width, x_row_stride, matrix_row_stride, matrix_column_stride,
             TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         tiles = count_tiles(tokens, width, BLOCK_M, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            project_tile(
-                tile, x, matrix, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias,
-                threshold, eps, tokens, inner_width, width, part_width,
-                x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
-                FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, X_PARTS, TRANSPOSED,
-                WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, LIBRARY, PERSISTENT,
+            row, first = place_of(tile, tokens, width, BLOCK_M, BLOCK_N, GROUP)
+            product = multiply_blocks(
+                x_blocks, matrix_blocks, row, first, inner_width, TRANSPOSED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            )
+            behind_projection(
+                product, row, first, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias,
+                threshold, eps, tokens, inner_width, width, part_width, skip_row_stride, skip_column_stride,
+                FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, X_PARTS, WHOLE_N, PARTS,
             )  # fmt: skip
     else:
-        project_tile(
-            tl.program_id(0), x, matrix, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias,
-            threshold, eps, tokens, inner_width, width, part_width,
-            x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride, skip_row_stride, skip_column_stride,
-            FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, X_PARTS, TRANSPOSED,
-            WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, LIBRARY, PERSISTENT,
+        row, first = place_of(tl.program_id(0), tokens, width, BLOCK_M, BLOCK_N, GROUP)
+        product = multiply(
+            x, matrix, row, first, tokens, inner_width, width,
+            x_row_stride, x_column_stride, matrix_row_stride, matrix_column_stride,
+            LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        behind_projection(
+            product, row, first, out, moments, x_parts, out_parts, column_sum, offset, skip, norm_weight, norm_bias,
+            threshold, eps, tokens, inner_width, width, part_width, skip_row_stride, skip_column_stride,
+            FOLD, SKIP_NORM, NEGATE, ACTIVATION, THRESHOLD_IN_MEMORY, X_PARTS, WHOLE_N, PARTS,
         )  # fmt: skip
 
 
@@ -441,7 +455,7 @@ def gradient_rows_kernel(
 
 
 @triton.jit
-def behind_input_gradient(
+def input_gradient_part(
     product, grad, y, out, x, mean, rstd, c1, c2, norm_weight, extra, delta, attended, rows, clamped_rows, first, tokens, width,
     sample_tokens,
     grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
@@ -449,7 +463,7 @@ def behind_input_gradient(
     NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
     WHOLE_N: tl.constexpr,
 ):  # fmt: skip
-    """All that follows the product in ``input_gradient_kernel``, the stores included, for the columns from ``first`` on."""
+    """``behind_input_gradient`` for the columns from ``first`` on."""
     columns = first + tl.arange(0, product.shape[1])
     if NEGATE:
         product = -product
@@ -487,22 +501,16 @@ def behind_input_gradient(
 
 
 @triton.jit
-def input_gradient_tile(
-    tile, g, matrix, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended,
-    tokens, inner_width, width, sample_tokens,
-    g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
-    matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
+def behind_input_gradient(
+    product, row, first, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended, tokens, width, sample_tokens,
+    grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
+    extra_row_stride, extra_column_stride,
     NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    TRANSPOSED: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-    LIBRARY: tl.constexpr, PERSISTENT: tl.constexpr,
+    WHOLE_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``input_gradient_kernel``; if PERSISTENT, g and the matrix are descriptors."""
-    rows, clamped_rows, first, parts = multiply(
-        tile, g, matrix, tokens, inner_width, width,
-        g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride,
-        LIBRARY, PERSISTENT, TRANSPOSED, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
-    )  # fmt: skip
+    """All that follows the product in ``input_gradient_kernel``, the stores included, for the tile at ``row`` and column
+    ``first``."""
+    rows, clamped_rows = rows_from(row, tokens, product.shape[0])
     mean = None
     rstd = None
     c1 = None
@@ -510,10 +518,11 @@ def input_gradient_tile(
     if NORM:
         mean, rstd = load_pairs(moments, clamped_rows, tokens)
         c1, c2 = load_pairs(sums, clamped_rows, tokens)
+    parts = column_parts(product, PARTS)
     for part in tl.static_range(PARTS):
-        behind_input_gradient(
+        input_gradient_part(
             parts[part], grad, y, out, x, mean, rstd, c1, c2, norm_weight, extra, delta, attended,
-            rows, clamped_rows, first + part * (BLOCK_N // PARTS), tokens, width, sample_tokens,
+            rows, clamped_rows, first + part * (product.shape[1] // PARTS), tokens, width, sample_tokens,
             grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
             extra_row_stride, extra_column_stride, NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N,
         )  # fmt: skip
@@ -539,26 +548,30 @@ def input_gradient_kernel(
     """
     if PERSISTENT:
         tl.assume(inner_width > 0)
-        g, matrix = describe_factors(
+        g_blocks, matrix_blocks = describe_factors(
             g, matrix, tokens, inner_width, width, g_row_stride, matrix_row_stride, matrix_column_stride,
             TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         tiles = count_tiles(tokens, width, BLOCK_M, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            input_gradient_tile(
-                tile, g, matrix, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended,
-                tokens, inner_width, width, sample_tokens,
-                g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
-                matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
-                NORM, SCALED, SKIP, NEGATE, HEAD_DIM, TRANSPOSED,
-                WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, LIBRARY, PERSISTENT,
+            row, first = place_of(tile, tokens, width, BLOCK_M, BLOCK_N, GROUP)
+            product = multiply_blocks(
+                g_blocks, matrix_blocks, row, first, inner_width, TRANSPOSED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            )
+            behind_input_gradient(
+                product, row, first, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended, tokens, width,
+                sample_tokens, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
+                extra_row_stride, extra_column_stride, NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N, PARTS,
             )  # fmt: skip
     else:
-        input_gradient_tile(
-            tl.program_id(0), g, matrix, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended,
-            tokens, inner_width, width, sample_tokens,
-            g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
-            matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
-            NORM, SCALED, SKIP, NEGATE, HEAD_DIM, TRANSPOSED,
-            WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, LIBRARY, PERSISTENT,
+        row, first = place_of(tl.program_id(0), tokens, width, BLOCK_M, BLOCK_N, GROUP)
+        product = multiply(
+            g, matrix, row, first, tokens, inner_width, width,
+            g_row_stride, g_column_stride, matrix_row_stride, matrix_column_stride,
+            LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        behind_input_gradient(
+            product, row, first, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended, tokens, width,
+            sample_tokens, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
+            extra_row_stride, extra_column_stride, NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N, PARTS,
         )  # fmt: skip

@@ -208,26 +208,34 @@ PRODUCTS = {
         "...clamped_rows, ... -> ..., inner_width, ..., True, WHOLE_...)",
     ),
     "all columns of tiles have the same moments": (
-        "project_kernel: (rows < tokens)[:, None] & (first == 0) -> (rows < tokens)[:, None]",
+        "behind_projection: (rows < tokens)[:, None] & (first == 0) -> (rows < tokens)[:, None]",
     ),
-    "moments are of rounded values: test_products.py": (
-        "behind_projection: product.to(out.dtype.element_ty) -> product",
-    ),
+    "moments are of rounded values: test_products.py": ("project_part: product.to(out.dtype.element_ty) -> product",),
     "rows past the last are copies of the last: to write them there once more changes nothing": (
         "multiply: rows -> clamped_rows",
         "... -> ...clamped_rows, columns, tokens, width)",
         "... -> ...clamped_rows, clamped_rows, ...",
-        "behind_projection: store_moments_of_part(...) -> ..., clamped_rows, first, ...",
-        "project_kernel: rows -> clamped_rows (place 2)",
-        "project_kernel: rows -> clamped_rows (place 3)",
-        "behind_input_gradient: rows -> clamped_rows",
-        "behind_input_gradient: rows -> clamped_rows (place 3)",
+        "project_part: store_moments_of_part(...) -> ..., clamped_rows, first, ...",
+        "behind_projection: rows -> clamped_rows (place 2)",
+        "behind_projection: rows -> clamped_rows (place 3)",
+        "input_gradient_part: rows -> clamped_rows",
+        "input_gradient_part: rows -> clamped_rows (place 3)",
     ),
     "numbers beyond the end meet a gradient of zero, or a column that is not stored; they need only be finite": (
         "load_row: tl.load(..., other=0.0) -> tl.load(..., other=1.0)",
     ),
+    "what the compiler makes of it": (
+        "...: tl.assume(...",
+        "...: inner_width > 0 -> ...",
+        "..._kernel: inner_width -> width",
+        "...: flatten=True -> ...",
+    ),
+    "parts past the last have no features: what is taken for their mean need only be finite": (
+        "merge_moments: tl.load(addresses, mask=is_part, other=0.0) -> ...",
+    ),
     "tiles past the last are masked": (
         "moments_kernel: range(0, width, BLOCK_N) -> range(0, x_row_stride, BLOCK_N) (place 2)",
+        "project_kernel: count_tiles(...) -> count_tiles(tokens, x_row_stride, ...",
     ),
     "at the threshold itself both branches give zero": (
         "rectify: u <= threshold -> u < threshold",

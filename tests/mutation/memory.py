@@ -58,15 +58,16 @@ class Watch:
         self._bounds = np.array(sorted(_extent(tensor) for tensor in tensors), np.uint64)
 
     def _checked(self, access: Any, mask_at: int) -> Any:
-        def checked(pointers: Any, *rest: Any) -> Any:
-            given = [operand.data for operand in rest[:mask_at] if operand is not None]
+        def checked(pointers: Any, *rest: Any, **more: Any) -> Any:
+            # The mask of a descriptor's load is an array itself.
+            given = [one if isinstance(one, np.ndarray) else one.data for one in rest[:mask_at] if one is not None]
             if any(np.shape(one) != pointers.data.shape for one in given):  # the interpreter would read past its end
                 raise OutOfBounds
             addresses = pointers.data[given[-1].astype(bool)]
             place = np.searchsorted(self._bounds[:, 0], addresses, side="right") - 1
             if (place < 0).any() or (addresses >= self._bounds[place, 1]).any():
                 raise OutOfBounds
-            return access(pointers, *rest)
+            return access(pointers, *rest, **more)
 
         return checked
 
@@ -82,5 +83,14 @@ def amid_nan(values: Tensor) -> Tensor:
     sizes = [size + 1 for size in values.shape[:-1]]
     storage = torch.full((*sizes, 2 * values.shape[-1] + 3), torch.nan, dtype=values.dtype)
     view = storage[tuple(slice(size) for size in values.shape[:-1])][..., 1 : 1 + 2 * values.shape[-1] : 2]
+    view.copy_(values)
+    return view
+
+
+def rows_amid_nan(values: Tensor) -> Tensor:
+    """The same matrix with NaN between its rows, which are contiguous and begin at multiples of 16 bytes, as descriptors want."""
+    unit = 16 // values.itemsize
+    storage = torch.full((len(values) + 1, (values.shape[1] // unit + 3) * unit), torch.nan, dtype=values.dtype)
+    view = storage[:-1, unit : unit + values.shape[1]]
     view.copy_(values)
     return view

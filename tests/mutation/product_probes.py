@@ -14,14 +14,14 @@ from types import ModuleType
 from unittest.mock import patch
 
 import torch
-from mutation.memory import amid_nan, reachable
+from mutation.memory import amid_nan, reachable, rows_amid_nan
 from mutation.modules import preparation, products
 from mutation.probes import Probe
 from torch import Tensor
 
 from crate_kernels.products.norm_folding import Norm, Operand
 
-_TILE = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, LIBRARY=0, num_warps=4, num_stages=1)
+_TILE = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, LIBRARY=0, PERSISTENT=0, num_warps=4, num_stages=1)
 PRODUCT_TILES = {
     "default": {
         (kernel, use, operand, stream): {**_TILE, **own}
@@ -35,7 +35,10 @@ PRODUCT_TILES = {
         for operand, stream in ((2, 2), (2, 4), (4, 4))
     }
 }
-_LIBRARY_TILES = {"default": {key: {**tile, "LIBRARY": 1} for key, tile in PRODUCT_TILES["default"].items()}}
+_LIBRARY_TILES, _PERSISTENT_TILES = (
+    {"default": {key: {**tile, name: 1} for key, tile in PRODUCT_TILES["default"].items()}}
+    for name in ("LIBRARY", "PERSISTENT")
+)
 ROWS = dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
 THRESHOLD = 0.25
 LAYER_NORM_EPS = 0.125  # large enough to count in float32
@@ -53,16 +56,16 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(-1), (x.var(-1, unbiased=False) + LAYER_NORM_EPS).rsqrt()
 
 
-def _operand(b: Tensor, bias: Tensor | None, norm: Norm | None) -> Operand:
+def _operand(b: Tensor, bias: Tensor | None, norm: Norm | None, amid: Callable[[Tensor], Tensor]) -> Operand:
     """The operand of LN(x) B + bias, its matrix amid NaN."""
     if norm is None:
-        return Operand(amid_nan(b), None, bias)
+        return Operand(amid(b), None, bias)
     matrix = norm.weight[:, None] * b
     offset = sum(
         (t for t in (bias, None if norm.bias is None else norm.bias @ b.float()) if t is not None),
         torch.zeros(b.shape[1]),
     )
-    return Operand(amid_nan(matrix.to(b.dtype)), matrix.sum(0), offset)
+    return Operand(amid(matrix.to(b.dtype)), matrix.sum(0), offset)
 
 
 class _Product:
@@ -72,22 +75,25 @@ class _Product:
         self, tokens: int, inner: int, width: int, *, norm: bool = True, norm_bias: bool = True, bias: bool = True,
         skip: str = "none", negate: bool = False, kind: str = "none", mean: float = 0.5, nan: bool = False,
         dtype: torch.dtype = torch.float32, fold: bool = False, library: bool = False, in_memory: bool = False,
+        persistent: str = "",
     ) -> None:  # fmt: skip
         """``dtype`` is the operand's; ``fold`` has raw tokens multiplied, ``library`` PyTorch multiply; the threshold may lie
-        ``in_memory``."""
+        ``in_memory``; tiles are ``persistent`` with a matrix that lies by "rows" or by "columns"."""
         torch.manual_seed(tokens * inner + width)
         self.skip, self.negate, self.kind = skip, negate, kind
-        self.fold, self.library, self.in_memory = fold, library, in_memory
+        self.fold, self.library, self.in_memory, self.persistent = fold, library, in_memory, bool(persistent)
+        self.amid = rows_amid_nan if persistent else amid_nan
         x = torch.randn(tokens, inner) * (1 + torch.rand(tokens, 1)) + mean * torch.randn(tokens, 1)
         if nan:
             x[tokens // 2, 3] = math.nan
         b = (torch.randn(inner, width) * inner**-0.5).to(dtype)
-        self.x, self.b = amid_nan(x), b.double()
+        self.x, self.b = self.amid(x), b.double()
         gamma, beta = 1 + 0.3 * torch.randn(inner), 0.3 * torch.randn(inner) if norm_bias else None
         self.norm = Norm(gamma, beta, LAYER_NORM_EPS) if norm else None
         self.bias = torch.randn(width) if bias else None
         self.residual = amid_nan(torch.randn(width, tokens)).mT
-        self.operand = _operand(b, self.bias, self.norm)
+        by_columns = persistent == "columns"
+        self.operand = _operand(b, self.bias, self.norm, lambda t: self.amid(t.mT).mT if by_columns else self.amid(t))
         self.threshold = None if kind == "none" else torch.tensor(THRESHOLD)
         self.exact = self.x.double().requires_grad_()
         self.moments, self.xhat, normalised, weight = None, self.x.double(), self.exact, 1
@@ -129,7 +135,7 @@ class _Product:
     @contextmanager
     def patched(self, moments_in_parts: bool = False):
         """The module with the choices of this case; what comes before its product is exact, and amid NaN."""
-        before = self.x if self.fold else amid_nan(self.xhat.float()), self.float32_moments()
+        before = self.x if self.fold else self.amid(self.xhat.float()), self.float32_moments()
         if moments_in_parts:  # then there is only memory for them
             before = self.x, torch.full_like(before[1], math.nan)
         with contextlib.ExitStack() as stack:
@@ -138,6 +144,8 @@ class _Product:
             if self.library:
                 stack.enter_context(patch.object(products, "TABLE", _LIBRARY_TILES))
                 stack.enter_context(patch.object(products, "float32_product", lambda a, b: amid_nan((a @ b).float())))
+            if self.persistent:
+                stack.enter_context(patch.object(products, "TABLE", _PERSISTENT_TILES))
             stack.enter_context(_numbers_in_memory(products, self.in_memory))
             yield
 
@@ -245,7 +253,7 @@ def _input_gradient(name: str, *shape: int, extra: bool = True, heads: tuple[int
     tokens, inner, _ = shape
     passed = amid_nan(torch.randn(inner, tokens)).mT if extra else None
     dtype = product.operand.matrix.dtype
-    g, out_dtype = amid_nan(product.read.to(dtype)), dtype if heads else torch.float32
+    g, out_dtype = product.amid(product.read.to(dtype)), dtype if heads else torch.float32
     rows = products.GradientRows(g, product.sums.float() if product.norm else None)
     dx = product.exact.grad + (passed.double() if extra else 0)
     if dtype != torch.float32:
@@ -270,7 +278,10 @@ def _input_gradient(name: str, *shape: int, extra: bool = True, heads: tuple[int
 
 def product_probes() -> list[Probe]:
     """The first of each kernel is small and meets most mistakes."""
-    odd, square = (37, 24, 20), (20, 20, 20)
+    odd, square, narrow = (37, 24, 20), (20, 20, 20), (37, 20, 12)
+    by_rows = dict(fold=True, persistent="rows")
+    subtracted = dict(kind="soft", negate=True, fold=True, persistent="columns")
+    rounded = dict(norm=False, dtype=torch.float16, persistent="columns")
     return [
         _moments_of("with the tokens normalised", 20, 24, 1, normalise=True),
         _moments_of("far from zero", 37, 24, 1, normalise=False, mean=30.0),
@@ -284,6 +295,9 @@ def product_probes() -> list[Probe]:
         _project("fold, skip itself, moments in parts", 37, 24, 24, skip="self", kind="relu", fold=True, in_parts=10),
         _project("fold, moments in parts to and from", 20, 20, 23, fold=True, in_parts=7, out_parts=4),
         _project("no norm, moments of the result", 37, 20, 24, norm=False, skip="residual", fold=True, out_parts=8),
+        _project("persistent, skip itself, relu", 37, 40, 40, skip="self", kind="relu", in_memory=True, **by_rows),
+        _project("persistent, parts to and from", *narrow, skip="residual", in_parts=7, out_parts=32, **subtracted),
+        _project("persistent, moments of the result", 85, 24, 20, out_parts=4, **by_rows),
         _project("NaN, relu", 5, 10, 12, kind="relu", nan=True),
         _project("NaN, soft", 5, 10, 12, kind="soft", nan=True),
         _gradient_rows("fold, skip, relu", 20, 24, 24, skip="self", kind="relu", fold=True, dtype=torch.float16),
@@ -298,6 +312,10 @@ def product_probes() -> list[Probe]:
         _input_gradient(
             "a rounded product, skip, relu", *square, norm=False, skip="self", kind="relu", dtype=torch.float16
         ),
+        _input_gradient("persistent, skip, relu", 37, 40, 40, skip="self", kind="relu", **by_rows),
+        _input_gradient("persistent, negated", 85, 12, 24, negate=True, persistent="columns"),
+        _input_gradient("persistent, delta", 45, 20, 24, extra=False, heads=(3, 5), **rounded),
+        _input_gradient("persistent, rounded, skip", 37, 12, 12, skip="self", kind="relu", **rounded),
         _input_gradient("a library's", *odd, library=True),
     ]
 
