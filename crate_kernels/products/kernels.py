@@ -12,6 +12,10 @@ sums over rows that a LayerNorm or a gradient needs are computed by the other ke
 for the LayerNorm of a layer's second step, behind the loop of the product before, a part of each row in every tile, and merged
 behind the loop of the product after.
 
+The loop loads its tiles by pointers, one tile of the result a program; or, in a persistent kernel, by descriptors, and goes on
+with the next tile, whose loads so run during the epilogue. The epilogues are the same (``behind_projection``,
+``behind_input_gradient``).
+
 There are two ways to multiply tokens after a LayerNorm, and ``launchers.folds`` chooses one. If it folds, raw tokens are
 multiplied, and their moments are applied after the product. The backward then stores the gradient times rstd, g^ = rstd * g, and
 multiplies raw tokens again. With z = xhat . B' + offset the forward's product, u the column sums of B', and c1 and c2 sums over

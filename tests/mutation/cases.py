@@ -212,7 +212,6 @@ PRODUCTS = {
     ),
     "moments are of rounded values: test_products.py": ("project_part: product.to(out.dtype.element_ty) -> product",),
     "rows past the last are copies of the last: to write them there once more changes nothing": (
-        "multiply: rows -> clamped_rows",
         "... -> ...clamped_rows, columns, tokens, width)",
         "... -> ...clamped_rows, clamped_rows, ...",
         "project_part: store_moments_of_part(...) -> ..., clamped_rows, first, ...",
