@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from math import ceil
@@ -169,8 +169,8 @@ _PRODUCT = "ttng.warp_group_dot"
 def _innermost_loops(sass: str) -> list[list[str]]:
     """The instructions, without predicates, of each stretch from a label to a jump back to it that no other such jump lies in.
 
-    Without those that a step may jump over and that do not multiply: the epilogue of a persistent kernel, which runs once a tile
-    within the loop over all steps of all tiles.
+    Without those that a step may jump over and that store to global memory and do not multiply: the epilogue of a persistent
+    kernel, which runs once a tile within the loop over all steps of all tiles.
     """
     instructions: list[str] = []
     labels: dict[str, int] = {}
@@ -194,9 +194,14 @@ def _innermost_loops(sass: str) -> list[list[str]]:
         stretches = [
             range(here + 1, labels[label]) for here, label in conditional if here in loop and labels[label] in loop
         ]
-        skipped = {at for one in stretches if not any("HGMMA" in instructions[at] for at in one) for at in one}
-        bodies.append([instructions[at] for at in loop if at not in skipped])
+        epilogues = [one for one in stretches if _is_epilogue([instructions[at] for at in one])]
+        bodies.append([instructions[at] for at in loop if not any(at in one for one in epilogues)])
     return bodies
+
+
+def _is_epilogue(instructions: Sequence[str]) -> bool:
+    stores, multiplies = (any(map(re.compile(kind).match, instructions)) for kind in (r"STG\b|UTMASTG", "HGMMA"))
+    return stores and not multiplies
 
 
 # Kinds of instructions, the first that matches; the pipe, and cycles that one instruction of a warp takes of a multiprocessor's

@@ -46,9 +46,8 @@ def launching(provider: str, device: torch.device) -> Callable[[Callable[..., An
     """A decorator for whatever launches kernels of the provider: with the tiles in force, or with LIBRARY = 1 in all of them."""
     if provider != WITH_LIBRARY:
         return lambda function: function
-    in_force = {key: dict(tile) for key, (_, tile) in tiles.in_force(device).items()}
-    by_library = {"LIBRARY": 1, "PERSISTENT": 0}
-    return tiles.trial({key: tile | by_library if "LIBRARY" in tile else tile for key, tile in in_force.items()})
+    in_force = {key: tile for key, (_, tile) in tiles.in_force(device).items()}
+    return tiles.trial({key: {**tile, "LIBRARY": 1} if "LIBRARY" in tile else tile for key, tile in in_force.items()})
 
 
 def autocasting(function: Function, device: torch.device, dtype: torch.dtype) -> Function:

@@ -15,6 +15,9 @@ from crate_kernels.replay import launch
 from crate_kernels.tiles import cdiv, multiprocessors, naming_the_cache, select
 from crate_kernels.tiles.products import TABLE
 
+# Whoever merges the moments of parts holds them all in registers.
+_MOST_PARTS = 16
+
 # The kernels that pass over rows are bound by memory: these tiles let a thread load 16 bytes at a time, several times.
 _ROWS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
 
@@ -123,8 +126,8 @@ def project(
     gives_parts = parts_for is not None and folds(out, parts_for)
     use = "masked" if threshold is not None else "norm" if fold else "moments" if gives_parts else "plain"
     tiles = _tiles("project", use, multiplied, operand.matrix, out if skip is None else skip)
-    if gives_parts:
-        parts_width = tiles["BLOCK_N"] // tiles["PARTS"]
+    parts_width = tiles["BLOCK_N"] // tiles["PARTS"]
+    if gives_parts and cdiv(width, parts_width) <= _MOST_PARTS:
         parts = PartMoments(out.new_empty((2, cdiv(width, parts_width), tokens), dtype=torch.float32), parts_width)
     threshold_value, in_memory = number(threshold)
     gamma = beta = None
@@ -359,12 +362,14 @@ def _tiles(kernel: str, use: str, left: Tensor, right: Tensor, stream: Tensor) -
     """The tiles of a product ``left right``, whose epilogue reads or writes ``stream``."""
     key = kernel, use, right.itemsize, max(right.itemsize, stream.itemsize)
     tiles, (tokens, width) = select(TABLE, right.device, *key), (len(left), right.shape[1])
-    if tiles["PERSISTENT"] and not (
+    if tiles["LIBRARY"]:
+        tiles["PERSISTENT"] = 0
+    elif tiles["PERSISTENT"] and not (
         _has_aligned_rows(left) and (_has_aligned_rows(right) or _has_aligned_rows(right.t()))
     ):
         tiles = dict(TABLE["default"][key])
     # Wide tiles only if they divide the width: else half of the last one may be empty. And not so few of them that programs of a
-    # persistent kernel have none. The parts of a tile stay as wide.
+    # persistent kernel have none. The parts of a tile stay as wide, where there are several.
     while (tiles["BLOCK_N"] > 128 and width % tiles["BLOCK_N"]) or (
         tiles["PERSISTENT"] and tiles["BLOCK_N"] > 64 and _count(tokens, width, tiles) < multiprocessors(right.device)
     ):
@@ -373,10 +378,11 @@ def _tiles(kernel: str, use: str, left: Tensor, right: Tensor, stream: Tensor) -
 
 
 def _has_aligned_rows(matrix: Tensor) -> bool:
-    """Whether a descriptor can name the matrix: its rows are contiguous, apart, and begin at multiples of 16 bytes."""
-    row, column = matrix.stride()
+    """Whether a descriptor can name the matrix: its rows are contiguous, apart, and begin at multiples of 16 bytes; there are
+    fewer than 2^31, less than 2^40 bytes from one to the next."""
+    (rows, columns), (row, column) = matrix.shape, matrix.stride()
     aligned = row * matrix.itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0
-    return column == 1 and row >= matrix.shape[1] > 0 and aligned
+    return column == 1 and row >= columns > 0 and aligned and rows < 2**31 and row * matrix.itemsize < 2**40
 
 
 def _by(tiles: dict[str, int], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from crate_kernels.tiles import Tile
 _SIDES = (16, 32, 64, 128, 256)
 _OPTIONS = {
     "GROUP": (4, 8, 16),
-    "PARTS": (1, 2, 4),
+    "PARTS": (1, 2, 4, 8, 16),
     "LIBRARY": (0, 1),
     "PERSISTENT": (0, 1),
     "num_warps": (2, 4, 8),
@@ -38,7 +38,7 @@ def neighbours(tile: Tile) -> list[dict[str, int]]:
 
 def _fits(tile: Tile) -> bool:
     """Whether the accumulators of the largest product fit, that of the two longest sides. A library's product has no loop that
-    could persist."""
+    could persist: such a tile would be another name for one that does not."""
     if tile.get("LIBRARY") and tile.get("PERSISTENT"):
         return False
     sides = sorted(value for name, value in tile.items() if name.startswith("BLOCK_"))[-2:]

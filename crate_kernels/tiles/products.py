@@ -40,12 +40,11 @@ def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: 
 
 
 def _persistent(parts: int, **more: int) -> dict[str, int]:
-    """The widest tile whose sums fit the registers of 8 warps; steps so short that six of them are under way."""
+    """The widest tile whose sums fit the registers of 8 warps; steps so short that six of them are under way. The more of the
+    stream an epilogue reads, the more parts it needs beside the sums."""
     return _tile(128, 256, 32, 8, 6, PARTS=parts, PERSISTENT=1, **more)
 
 
-# Where a persistent kernel would spill, two blocks of 128 registers a thread fit a multiprocessor: the epilogue of one runs while
-# the other is in its loop.
 TABLE = {
     "sm_90": {
         ("project", "plain", 2, 2): _persistent(2),
@@ -56,10 +55,10 @@ TABLE = {
         ("input_gradient", "norm", 2, 2): _persistent(4),
         ("input_gradient", "masked", 2, 2): _persistent(4),
         ("project", "plain", 2, 4): _persistent(4),
-        ("project", "masked", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
+        ("project", "masked", 2, 4): _persistent(4),
         ("input_gradient", "plain", 2, 4): _persistent(4),
-        ("input_gradient", "norm", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=4),
-        ("input_gradient", "masked", 2, 4): _tile(128, 128, 64, 8, 3, PARTS=2),
+        ("input_gradient", "norm", 2, 4): _persistent(8),
+        ("input_gradient", "masked", 2, 4): _persistent(16),
         **{("project", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in ("plain", "masked")},
         **{("input_gradient", use, 4, 4): _tile(64, 64, 32, 4, 3) for use in USES},
     },

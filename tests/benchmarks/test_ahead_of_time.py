@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.ahead_of_time import wgmma
 from benchmarks.ahead_of_time.__main__ import main
 from benchmarks.ahead_of_time.targets import TARGETS, Usage
 from benchmarks.gpu.parts import run_while_it_tells
@@ -24,7 +25,7 @@ COMPILING = {name: value for name, value in os.environ.items() if name != "TRITO
 COMPILING["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
 
 # What `make test` may compile; all else is behind --all.
-MOST_COMPILATIONS = 280
+MOST_COMPILATIONS = 281
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -239,6 +240,30 @@ def test_what_keeps_products_from_the_tensor_cores_rate_is_reported(tmp_path):
     # wgmma reads 64 rows of x and all of the matrix for each half of the rows; copies write both once.
     assert 640 <= cycles["shared"] < 740
     assert cycles["issue"] == 2 * sum(loop["instructions"].values())
+
+
+def test_only_an_epilogue_is_left_out_of_a_loop():
+    """What a step may jump over is no epilogue if it does not store: a wait in it may be every step's."""
+
+    def loop(skipped: str) -> list[str]:
+        lines = [
+            ".L_0:",
+            "@!P0 BRA `(.L_1)",
+            *skipped.split(", "),
+            ".L_1:",
+            "HGMMA.64x256x16 gsb0",
+            "@P1 BRA `(.L_0)",
+            "EXIT",
+        ]
+        code = [line if line.endswith(":") else f"/*{16 * at:04x}*/ {line} ;" for at, line in enumerate(lines)]
+        (body,) = wgmma._innermost_loops("\n".join(code))
+        return body
+
+    wait, store = "WARPGROUP.DEPBAR.LE gsb0 0x0", "STG.E.128 [R2.64] R4"
+    step = ["BRA `(.L_1)", "HGMMA.64x256x16 gsb0", "BRA `(.L_0)"]
+    assert loop(f"{wait}, {store}") == step
+    assert loop(wait) == [step[0], wait, *step[1:]]
+    assert loop(f"{store}, HGMMA.64x64x16 gsb0") == [step[0], store, "HGMMA.64x64x16 gsb0", *step[1:]]
 
 
 HITS = """

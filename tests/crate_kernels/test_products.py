@@ -157,6 +157,7 @@ FACTORS: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor], bool]] = {
     "matrix begins at 2 bytes": (lambda: half(64, 40), lambda: half(40, 32)[:, 1:25], False),
     "matrix of odd rows": (lambda: half(64, 40), lambda: half(40, 25)[:, :24], False),
     "every other feature": (lambda: half(64, 80)[:, ::2], lambda: half(40, 24), False),
+    "rows far apart": (lambda: half(40).as_strided((1, 40), (2**39, 1)), lambda: half(40, 24), False),
     "no features": (lambda: half(64, 0), lambda: half(0, 24), False),
 }
 
@@ -195,7 +196,7 @@ def test_precisions(operand: torch.dtype, dtype: torch.dtype, mean: float) -> No
     ],
 )
 def test_persistent_tiles_are_as_wide_as_the_result_allows(tokens: int, width: int, wide: int) -> None:
-    """And their parts are as wide as ever."""
+    """And their parts are as wide as ever, or as the tile."""
     left, right = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((tokens, 64), (64, width)))
     with pretend("sm_90"):
         tiles = products._tiles("project", "plain", left, right, left)
@@ -203,6 +204,21 @@ def test_persistent_tiles_are_as_wide_as_the_result_allows(tokens: int, width: i
             min(132, -(-tokens // 128) * -(-width // wide)),
         )
     assert (tiles["BLOCK_N"], tiles["BLOCK_N"] // tiles["PARTS"]) == (wide, min(wide, 128))
+
+
+def test_a_librarys_product_does_not_persist(monkeypatch: pytest.MonkeyPatch) -> None:
+    select = products.select
+    monkeypatch.setattr(products, "select", lambda *key: select(*key) | {"LIBRARY": 1, "PERSISTENT": 1})
+    check(37, 24, 24, dict(norm=True, bias=True, skip="self", negate=False, activation="relu"))
+
+
+@pytest.mark.parametrize("most", [3, 4])
+def test_moments_are_not_given_in_more_parts_than_can_be_merged(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "folds", lambda x, dtype: True)
+    monkeypatch.setattr(products, "_MOST_PARTS", most)
+    operand = Operand(half(16, 200), None, None)
+    found = products.project(half(5, 16), operand, torch.float16, parts_for=torch.float16)
+    assert (found.parts is None) == (most == 3)
 
 
 @pytest.mark.parametrize("mean", [0.0, 20.0])
