@@ -63,7 +63,7 @@ class Projected(NamedTuple):
 
     out: [tokens, width], contiguous.
     moments: with a LayerNorm, mean and rstd of each token of x, [2, tokens] float32.
-    parts: moments of ``out``, where they were asked for.
+    parts: moments of ``out``, where they were asked for and come in so few parts that they can be merged.
     """
 
     out: Tensor
