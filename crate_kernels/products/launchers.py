@@ -369,9 +369,12 @@ def _tiles(kernel: str, use: str, left: Tensor, right: Tensor, stream: Tensor) -
     ):
         tiles = dict(TABLE["default"][key])
     # Wide tiles only if they divide the width: else half of the last one may be empty. And not so few of them that programs of a
-    # persistent kernel have none. The parts of a tile stay as wide, where there are several.
+    # persistent kernel have none; but parts stay as wide, so that no token's bits depend on how many there are.
     while (tiles["BLOCK_N"] > 128 and width % tiles["BLOCK_N"]) or (
-        tiles["PERSISTENT"] and tiles["BLOCK_N"] > 64 and _count(tokens, width, tiles) < multiprocessors(right.device)
+        tiles["PERSISTENT"]
+        and tiles["BLOCK_N"] > 64
+        and tiles["PARTS"] > 1
+        and _count(tokens, width, tiles) < multiprocessors(right.device)
     ):
         tiles |= {"BLOCK_N": tiles["BLOCK_N"] // 2, "PARTS": max(1, tiles["PARTS"] // 2)}
     return tiles

@@ -27,15 +27,7 @@ USES = ("plain", "norm", "masked")
 
 
 def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int, **more: int) -> dict[str, int]:
-    sizes = {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "GROUP": 8,
-        "PARTS": 1,
-        "LIBRARY": 0,
-        "PERSISTENT": 0,
-    }
+    sizes = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8, PARTS=1, LIBRARY=0, PERSISTENT=0)
     return {**sizes, "num_warps": num_warps, "num_stages": num_stages, **more}
 
 
