@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 
 # Threads that wait for others give up their core, which the tests of the other process need.
 test: $(VENV)/.installed lint
-	@echo "The tests take about ten minutes on two idle cores, and as much longer as other work makes them wait."
+	@echo "The tests take about twelve minutes on two idle cores, and as much longer as other work makes them wait."
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.installed

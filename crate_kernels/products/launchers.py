@@ -369,7 +369,7 @@ def _tiles(kernel: str, use: str, left: Tensor, right: Tensor, stream: Tensor) -
     ):
         tiles = dict(TABLE["default"][key])
     # Wide tiles only if they divide the width: else half of the last one may be empty. And not so few of them that programs of a
-    # persistent kernel have none; but parts stay as wide, so that no token's bits depend on how many there are.
+    # persistent kernel have none; but parts stay as wide, so that moments are made of the same parts for any number of tokens.
     while (tiles["BLOCK_N"] > 128 and width % tiles["BLOCK_N"]) or (
         tiles["PERSISTENT"]
         and tiles["BLOCK_N"] > 64
@@ -423,5 +423,5 @@ def _options(right: Tensor, tiles: dict[str, int]) -> dict[str, object]:
     precision of products, and fused multiply-adds, whatever Triton's default is."""
     inner_width, width = right.shape
     whole = dict(WHOLE_N=width % tiles["BLOCK_N"] == 0, WHOLE_K=inner_width % tiles["BLOCK_K"] == 0)
-    transposed = bool(tiles["PERSISTENT"]) and not _has_aligned_rows(right)
+    transposed = bool(tiles["PERSISTENT"]) and right.stride(1) != 1
     return {**whole, "TRANSPOSED": transposed, "PRECISION": dot_precision(right), "enable_fp_fusion": True, **tiles}

@@ -196,7 +196,7 @@ def test_precisions(operand: torch.dtype, dtype: torch.dtype, mean: float) -> No
     ],
 )
 def test_persistent_tiles_are_as_wide_as_the_result_allows(tokens: int, width: int, wide: int) -> None:
-    """And their parts are as wide as ever: no token's moments depend on how many tokens there are."""
+    """And their parts are as wide as ever: moments are made of the same parts for any number of tokens."""
     left, right = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((tokens, 64), (64, width)))
     with pretend("sm_90"):
         tiles = products._tiles("project", "plain", left, right, left)
