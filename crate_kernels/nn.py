@@ -12,7 +12,8 @@ from crate_kernels.ista.api import combine, ista
 from crate_kernels.mssa.api import AttentionWeights, mssa
 from crate_kernels.norm_linear.api import norm_linear
 from crate_kernels.overcomplete.api import overcomplete_ista
-from crate_kernels.shared_attention.api import check_padding_and_dropout, shared_qkv_attention
+from crate_kernels.shared_attention.api import shared_qkv_attention
+from crate_kernels.shared_attention.mask import Mask, checked_mask
 from crate_kernels.validation import describe
 
 
@@ -28,6 +29,9 @@ class MSSA(nn.Module):
             PyTorch computes the projections, and a kernel the attention between them.
         out_bias: whether the output projection has a bias. That of CRATE-alpha has none.
 
+    Set ``window`` to an int, and tokens attend to those at most so many places away. Set ``scale`` to a parameter [heads, 1, 1],
+    and each head learns its own; then PyTorch computes the projections.
+
     ``to_out`` is the identity where one head is as wide as the tokens, as in the official code. Formula, shapes and errors:
     ``crate_kernels.mssa``.
 
@@ -37,6 +41,8 @@ class MSSA(nn.Module):
     """
 
     is_causal = False
+    window: int | None = None
+    scale: float | Tensor
 
     def __init__(
         self, dim: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.0, out_bias: bool = True
@@ -63,27 +69,30 @@ class MSSA(nn.Module):
         skip: Tensor | None = None,
         subtract: bool = False,
         lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """MSSA of x [batch, tokens, dim], or of ``norm(x)``, added to ``skip`` or with ``subtract`` subtracted from it.
-        With ``lengths`` [batch], tokens from there on are padding.
+        With ``lengths`` [batch], tokens from there on are padding; only tokens with True in ``key_mask`` [batch, tokens] are
+        attended to; ``cu_seqlens`` [sequences + 1] says where the sequences of a packed batch of 1 begin and end.
 
         ``return_attention`` gives the attention weights [batch, heads, tokens, tokens] instead, ``return_key`` the
         projection [batch, tokens, heads * dim_head], as in the official encoder.
         """
+        hiding: dict[str, Any] = {"lengths": lengths, "key_mask": key_mask, "cu_seqlens": cu_seqlens}
         if return_attention or return_key:
             w = self._qkv(x if norm is None else norm(x))
             if return_key:
                 return w
-            w, padding = self._heads_of(w, lengths)
-            return self._softmax(self._scores(w, padding))
+            return self._weights(self._heads_of(w), self._mask(x, hiding))
         if reason := self.obstacle():
             say("MSSA", reason)
-            return self._by_children(x if norm is None else norm(x), skip, subtract, lengths)
+            return self._by_children(x if norm is None else norm(x), skip, subtract, hiding)
         x, norm_options = fold("MSSA", norm, x)
         (heads, scale), (qkv, out, out_bias) = self._heads_and_scale(), self.weights()
         return mssa(
-            x, qkv, out, out_bias, num_heads=heads, scale=scale, is_causal=self.is_causal,
-            skip=skip, subtract=subtract, lengths=lengths, dropout=self.dropout_rate, **norm_options,
+            x, qkv, out, out_bias, num_heads=heads, scale=_of_each_head(scale, heads), is_causal=self.is_causal,
+            window=self.window, skip=skip, subtract=subtract, dropout=self.dropout_rate, **hiding, **norm_options,
         )  # fmt: skip
 
     def weights(self) -> AttentionWeights:
@@ -121,7 +130,7 @@ class MSSA(nn.Module):
     # A class for modules that have other names (``crate_kernels.renamed``) overrides these four.
     _names: ClassVar = ("qkv", "attend", "dropout")
 
-    def _heads_and_scale(self) -> tuple[int, float]:
+    def _heads_and_scale(self) -> tuple[int, float | Tensor]:
         return self.heads, self.scale
 
     def _projection(self) -> tuple[nn.Module | None, nn.Module | None, str | None]:
@@ -144,12 +153,15 @@ class MSSA(nn.Module):
         modules = self._modules
         return [modules.get(name) for name in self._names]
 
-    def _by_children(self, x: Tensor, skip: Tensor | None, subtract: bool, lengths: Tensor | None) -> Tensor:
+    def _mask(self, x: Tensor, hiding: dict[str, Any]) -> Mask:
+        return checked_mask(x, 1, self.is_causal, self.window, **hiding)
+
+    def _by_children(self, x: Tensor, skip: Tensor | None, subtract: bool, hiding: dict[str, Any]) -> Tensor:
         """The official steps one by one, with the checks of the fused call."""
-        check_padding_and_dropout(x, 1, lengths, 0.0, None)
+        mask = self._mask(x, hiding)
         if subtract and skip is None:
             raise ValueError("subtract: given without a skip to subtract from")
-        out = self._project(self._attended(self._qkv(x), lengths))
+        out = self._project(self._attended(self._qkv(x), mask, hiding))
         if skip is None:
             return out
         if skip.shape != out.shape:
@@ -173,49 +185,47 @@ class MSSA(nn.Module):
                 return reason
             if _rate(dropout) >= 1:
                 return f"dropout is {dropout.p}"
-        return None if isinstance(self._heads_and_scale()[1], (int, float)) else "scale is no number"
+        heads, scale = self._heads_and_scale()
+        suits = isinstance(scale, (int, float)) or _of_each_head(scale, heads) is not None
+        return None if suits else "scale is no number, and not one for each head"
 
-    def _attended(self, w: Tensor, lengths: Tensor | None) -> Tensor:
+    def _attended(self, w: Tensor, mask: Mask, hiding: dict[str, Any]) -> Tensor:
         """Attention on the projection w [batch, tokens, heads * dim_head]; the result has the same shape."""
+        w = self._heads_of(w)
         if (hooks_of_all_modules() or self.attention_obstacle()) is None:
-            w, _ = self._heads_of(w, None)
+            heads, scale = self._heads_and_scale()
             out = shared_qkv_attention(
-                w,
-                scale=self._heads_and_scale()[1],
-                is_causal=self.is_causal,
-                lengths=lengths,
-                dropout=self.dropout_rate,
-            )
-            return out.transpose(1, 2).flatten(2)
-        w, padding = self._heads_of(w, lengths)
-        attention, dropout = self._softmax(self._scores(w, padding)), self._parts()[2]
-        out = torch.matmul(attention if dropout is None else dropout(attention), w)
-        if padding is not None:
-            out = out.masked_fill(padding[..., None], 0.0)
+                w, scale=_of_each_head(scale, heads), is_causal=self.is_causal, window=self.window, dropout=self.dropout_rate,
+                **hiding,
+            )  # fmt: skip
+        else:
+            attention, dropout = self._weights(w, mask), self._parts()[2]
+            out = torch.matmul(attention if dropout is None else dropout(attention), mask.without_padding(w))
         return out.transpose(1, 2).flatten(2)
 
-    def _heads_of(self, w: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """w as [batch, heads, tokens, dim_head], zero for padding; and True [batch, 1, tokens] for padding, or None."""
-        w = w.unflatten(-1, (self._heads_and_scale()[0], -1)).transpose(1, 2)
-        if lengths is None:
-            return w, None
-        padding = (torch.arange(w.shape[2], device=w.device) >= lengths[:, None])[:, None]
-        return w.masked_fill(padding[..., None], 0.0), padding
+    def _heads_of(self, w: Tensor) -> Tensor:
+        """w as [batch, heads, tokens, dim_head]."""
+        return w.unflatten(-1, (self._heads_and_scale()[0], -1)).transpose(1, 2)
 
-    def _scores(self, w: Tensor, padding: Tensor | None) -> Tensor:
-        scores = torch.matmul(w, w.transpose(-1, -2)) * self._heads_and_scale()[1]
-        if self.is_causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=w.device).triu(1)
-            scores = scores.masked_fill(future, -torch.inf)
-        return scores if padding is None else scores.masked_fill(padding[:, :, None], -torch.inf)
-
-    def _softmax(self, scores: Tensor) -> Tensor:
-        attend = self._parts()[1]
-        return scores.softmax(dim=-1) if attend is None else attend(scores)
+    def _weights(self, w: Tensor, mask: Mask) -> Tensor:
+        """What each token attends to, [batch, heads, tokens, tokens]; zero in rows of padding and of tokens that have no key."""
+        w, attend, idle = mask.without_padding(w), self._parts()[1], mask.idle(w)
+        scores = mask.hide(torch.matmul(w, w.transpose(-1, -2)) * self._heads_and_scale()[1], w)
+        weights = scores.softmax(dim=-1) if attend is None else attend(scores)
+        return weights if idle is None else weights.masked_fill(idle[..., None], 0.0)
 
     def extra_repr(self) -> str:
         heads, scale = self._heads_and_scale()
-        return f"heads={heads}, scale={scale:.4g}"
+        shown = f"heads={heads}" + ("" if isinstance(scale, Tensor) else f", scale={scale:.4g}")
+        return shown if self.window is None else f"{shown}, window={self.window}"
+
+
+def _of_each_head(scale: float | Tensor, heads: int) -> float | Tensor | None:
+    """A number as it is; a tensor that multiplies scores [batch, heads, tokens, tokens] head by head as [heads]; else None."""
+    if not isinstance(scale, Tensor):
+        return scale
+    suits = scale.numel() == 1 or (scale.numel() == heads and scale.shape[-3:] == (heads, 1, 1))
+    return scale.reshape(-1).expand(heads) if suits and scale.is_floating_point() else None
 
 
 def _rate(dropout: nn.Module | None) -> float:

@@ -122,16 +122,20 @@ def launches(model: str, dtype: str, batch: int, device: torch.device, tokens: i
     ista = partial(project, x, step, stream, norm=norm, skip=x, skip_norm=True, threshold=threshold)
     input_gradient = partial(gradients, need_matrix=False, need_column=False)
     (w, w_moments, _), (y, y_moments, _) = projection(), ista()
-    heads_out, lse = attention.forward(of_heads(w), scale, False)
+    heads_out, lse = attention.attend(of_heads(w), scale)
 
     def gradient_of_output() -> tuple[Tensor, Tensor]:
         dx = (found := input_gradient(grad, attended, out, operand, heads=(batch, heads))).x
         assert dx is not None
         return dx, attention.rows_of_delta(of_heads(dx), of_heads(attended)) if found.delta is None else found.delta
 
+    def gradient_of_attention() -> Tensor:
+        delta = attention.rows_of_delta(of_heads(grad_w), heads_out)
+        return attention.gradient(of_heads(grad_w), of_heads(w), lse, delta, scale)
+
     runs: dict[str, Callable[[], Any]] = {
         "projection": projection,
-        "attention": lambda: attention.forward(of_heads(w), scale, False),
+        "attention": lambda: attention.attend(of_heads(w), scale),
         "output projection": lambda: project(attended, out, stream, skip=x, parts_for=operand).out,
         "output projection of a decoder": lambda: project(attended, out, stream, skip=x, negate=True).out,
         "ISTA": ista,
@@ -139,7 +143,7 @@ def launches(model: str, dtype: str, batch: int, device: torch.device, tokens: i
             input_gradient, grad, x, step, stream, y=y, moments=y_moments, norm=norm, threshold=threshold, skip=True
         ),
         "output projection's gradient": gradient_of_output,
-        "attention's gradient": lambda: attention.backward(of_heads(grad_w), of_heads(w), heads_out, lse, scale, False),
+        "attention's gradient": gradient_of_attention,
         "projection's gradient": partial(
             input_gradient, grad_w, x, qkv, stream, y=w, moments=w_moments, norm=norm, extra=grad
         ),

@@ -153,6 +153,8 @@ class Block(nn.Module, ABC, Generic[First, Second]):
         """Why a fused layer cannot compute this step, which is of the right class; None where it can."""
         if isinstance(step, MSSA):
             reason = step.obstacle() or ("its attention is causal" if step.is_causal else None)
+            reason = reason or ("its attention has a window" if step.window is not None else None)
+            reason = reason or ("its attention has a scale for each head" if isinstance(step.scale, Tensor) else None)
             return reason or ("its attention has dropout" if step.dropout_rate else None)
         if "combined" in step._buffers:
             return "it is frozen"
@@ -164,6 +166,12 @@ class Block(nn.Module, ABC, Generic[First, Second]):
 def _children(module: nn.Module) -> list[nn.Module]:
     """The children, from the module's dictionary: to get one as an attribute takes a microsecond."""
     return [child for child in module._modules.values() if child is not None]
+
+
+def _number(scale: float | Tensor) -> float:
+    """Where there is no obstacle, it is one."""
+    assert not isinstance(scale, Tensor)
+    return scale
 
 
 def _norm_and_step(module: nn.Module, kind: type[First]) -> tuple[nn.LayerNorm, First]:
@@ -200,7 +208,7 @@ class EncoderBlock(Block[MSSA, ISTA]):
             x,
             *self.weights(),
             num_heads=attention.heads,
-            scale=attention.scale,
+            scale=_number(attention.scale),
             step_size=sparsify.step_size,
             lambd=sparsify.lambd,
             threshold=sparsify.threshold,
@@ -269,7 +277,7 @@ class DecoderBlock(Block[DecoderStep, MSSA]):
             x,
             *self.weights(),
             num_heads=attention.heads,
-            scale=attention.scale,
+            scale=_number(attention.scale),
             recompute=recompute,
             prepared=prepared,
         )

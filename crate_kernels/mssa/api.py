@@ -18,7 +18,8 @@ from crate_kernels.mssa import composed, op, reference
 from crate_kernels.products.norm_folding import as_norm
 from crate_kernels.products.op import operands
 from crate_kernels.products.prepared import Prepared, as_prepared, checked_or_made
-from crate_kernels.shared_attention.api import check_padding_and_dropout, obstacle_to_triton
+from crate_kernels.shared_attention.api import check_dropout, checked_scale, obstacle_to_triton
+from crate_kernels.shared_attention.mask import Mask, checked_mask
 
 
 class AttentionWeights(NamedTuple):
@@ -37,14 +38,17 @@ def mssa(
     out_bias: Tensor | None = None,
     *,
     num_heads: int,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
+    window: int | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     skip: Tensor | None = None,
     subtract: bool = False,
     lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     dropout: float = 0.0,
     out_dtype: torch.dtype | None = None,
     recompute: bool = False,
@@ -62,13 +66,17 @@ def mssa(
             wide as the model).
         out_bias: [out_width], or None.
         num_heads: heads that share the rows of ``qkv_weight`` evenly.
-        scale: factor on the scores; head_dim**-0.5 if None.
+        scale: factor on the scores; head_dim**-0.5 if None; [num_heads] for one for each head.
         is_causal: token i attends to tokens 0..i only.
+        window: tokens attend to those at most so many places away.
         norm_weight, norm_bias, norm_eps: LayerNorm over the width before the projection; none where norm_weight is None.
         skip: [batch, tokens, out_width], in any dtype: what the result is added to (the residual connection).
         subtract: take the result from the skip instead of adding it.
         lengths: [batch], int32 or int64: in sample b, tokens from ``lengths[b]`` on are padding. No token attends to them, and
             they attend to none; their results are the bias and their skip.
+        key_mask: [batch, tokens], bool: only tokens with True are attended to.
+        cu_seqlens: [sequences + 1], int32 or int64: sequences packed into a batch of 1. All four, and ``scale``, as in
+            ``shared_qkv_attention``.
         dropout: probability, on the attention weights and after the output projection, as in the official module. Pass 0
             for evaluation. The random numbers are PyTorch's: ``torch.manual_seed`` reproduces them.
         out_dtype: the dtype of the result, if another is wanted than below.
@@ -76,9 +84,9 @@ def mssa(
         prepared: this operator's part of what ``prepare_layers`` returned, checked against the weights; made here if None.
             Ignored off the Triton path.
 
-    The Triton path takes three launches forward, and one more for a LayerNorm's moments. With lengths or dropout PyTorch computes
-    the projections. It is deterministic, and second derivatives are refused there; the composed path has them where
-    ``shared_qkv_attention`` has.
+    The Triton path takes three launches forward, and one more for a LayerNorm's moments. With dropout, or a scale
+    for each head, PyTorch computes the projections. It is deterministic, and second derivatives are refused there; the composed
+    path has them where ``shared_qkv_attention`` has.
 
     Returns:
         [batch, tokens, out_width]: without skip in x's dtype (the autocast dtype under autocast); with one, in the
@@ -92,22 +100,22 @@ def mssa(
     Source: CRATE (arXiv 2306.01129), section 2.3; CRATE-MAE (arXiv 2404.02446), section 3.
     """
     chosen = choose(
-        x, qkv_weight, out_weight, out_bias, num_heads=num_heads, scale=scale, is_causal=is_causal, norm_weight=norm_weight,
-        norm_bias=norm_bias, norm_eps=norm_eps, skip=skip, subtract=subtract, lengths=lengths, dropout=dropout,
-        out_dtype=out_dtype, recompute=recompute, prepared=prepared,
+        x, qkv_weight, out_weight, out_bias, num_heads=num_heads, scale=scale, is_causal=is_causal, window=window,
+        norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps, skip=skip, subtract=subtract, lengths=lengths,
+        key_mask=key_mask, cu_seqlens=cu_seqlens, dropout=dropout, out_dtype=out_dtype, recompute=recompute, prepared=prepared,
     )  # fmt: skip
-    implementation, dtype, result_dtype, factor, given = chosen
+    implementation, dtype, result_dtype, factor, mask, given = chosen
     if given is not None:
         return _MSSA.apply(x, None if skip is x else skip, result_dtype, *given)
 
     def composition(x: Tensor, skip: Tensor | None) -> Tensor:
         normalised = layer_norm(x, norm_weight, norm_bias, norm_eps, before=dtype)
-        weights = qkv_weight, out_weight, out_bias, num_heads, factor, is_causal
+        settings = qkv_weight, out_weight, out_bias, num_heads, factor, mask, dropout
         if implementation == "reference":
-            out = reference.mssa(normalised, *weights, lengths, dropout)
+            out = reference.mssa(normalised, *settings)
         else:
             with no_autocast(x):
-                out = composed.mssa(normalised.to(dtype), *weights, implementation, lengths, dropout)
+                out = composed.mssa(normalised.to(dtype), *settings, implementation)
         if skip is not None:
             out = skip - out if subtract else skip + out
         return out.to(result_dtype)
@@ -122,14 +130,16 @@ class Chosen(NamedTuple):
 
     implementation: what ``dispatch.choose`` said.
     dtype, out_dtype: of the products, and of the result.
-    scale: the factor on the scores.
+    scale: the factor on the scores, or one for each head.
+    mask: which tokens a token attends to.
     given: the arguments of one operator that does it all; None where there is none.
     """
 
     implementation: str
     dtype: torch.dtype
     out_dtype: torch.dtype
-    scale: float
+    scale: float | Tensor
+    mask: Mask
     given: op.MSSAArguments | None
 
 
@@ -140,14 +150,17 @@ def choose(
     out_bias: Tensor | None = None,
     *,
     num_heads: int,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
+    window: int | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     skip: Tensor | None = None,
     subtract: bool = False,
     lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     dropout: float = 0.0,
     out_dtype: torch.dtype | None = None,
     recompute: bool = False,
@@ -178,10 +191,9 @@ def choose(
     if subtract and skip is None:
         raise ValueError("subtract: given without a skip to subtract from")
     head_dim = qkv_weight.shape[0] // num_heads
-    if scale is None:
-        scale = head_dim**-0.5
-    validation.number("scale", scale, positive=True)
-    check_padding_and_dropout(x, 1, lengths, dropout, None)
+    factor = checked_scale(scale, num_heads, head_dim, x)
+    mask = checked_mask(x, 1, is_causal, window, lengths, key_mask, cu_seqlens)
+    check_dropout(dropout, None)
 
     dtype = compute_dtype(x)
     weights = qkv_weight, out_weight, norm_weight, norm_bias
@@ -190,14 +202,14 @@ def choose(
         out_dtype = dtype if skip is None else torch.promote_types(dtype, skip.dtype)
     fits = skip is None or skip.dtype in dispatch.TRITON_DTYPES
     given = None
-    if implementation == "triton" and out_weight is not None and lengths is None and dropout == 0 and fits:
+    if implementation == "triton" and out_weight is not None and isinstance(factor, float) and dropout == 0 and fits:
         made_of = MSSASources(qkv_weight, out_weight, out_bias, norm_weight, norm_bias)
         qkv, out = checked_or_made(prepared, made_of, dtype, prepare_mssa).operands
         given = op.MSSAArguments(
-            *made_of, *qkv, out.matrix, out.offset, float(norm_eps), skip is x, subtract, num_heads, float(scale), is_causal,
-            recompute,
+            *made_of, *qkv, out.matrix, out.offset, float(norm_eps), skip is x, subtract, num_heads, factor, recompute,
+            mask.is_causal, mask.window, mask.lengths, mask.spans, mask.key_mask,
         )  # fmt: skip
-    return Chosen(implementation, dtype, out_dtype, float(scale), given)
+    return Chosen(implementation, dtype, out_dtype, factor, mask, given)
 
 
 class MSSASources(NamedTuple):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from crate_kernels.library_products import linear
 from crate_kernels.shared_attention.api import unchecked_attention
+from crate_kernels.shared_attention.mask import Mask
 
 
 def mssa(
@@ -15,13 +16,12 @@ def mssa(
     out_weight: Tensor | None,
     out_bias: Tensor | None,
     num_heads: int,
-    scale: float,
-    is_causal: bool,
+    scale: float | Tensor,
+    mask: Mask,
+    dropout: float,
     attention: str,
-    lengths: Tensor | None = None,
-    dropout: float = 0.0,
 ) -> Tensor:
     """MSSA of x [batch, tokens, width]; ``attention`` names the implementation of the attention between the projections."""
     w = linear(x, qkv_weight).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    out = unchecked_attention(w, scale, is_causal, attention, lengths, dropout).transpose(1, 2).flatten(2)
+    out = unchecked_attention(w, scale, mask, dropout, attention).transpose(1, 2).flatten(2)
     return out if out_weight is None else F.dropout(linear(out, out_weight, out_bias), dropout)

@@ -17,6 +17,8 @@ from crate_kernels import dispatch
 from crate_kernels.definitions import empty_gradients, or_empty, register
 from crate_kernels.private_torch import unsafe_view
 from crate_kernels.products.norm_folding import Norm, Operand, as_norm
+from crate_kernels.shared_attention.mask import Mask
+from crate_kernels.shared_attention.op import product
 
 
 class MSSAArguments(NamedTuple):
@@ -37,8 +39,12 @@ class MSSAArguments(NamedTuple):
     subtract: bool
     num_heads: int
     scale: float
-    is_causal: bool
     recompute: bool
+    is_causal: bool  # from here on as in Mask
+    window: int | None
+    lengths: Tensor | None
+    spans: Tensor | None
+    key_mask: Tensor | None
 
     @property
     def norm(self) -> Norm | None:
@@ -47,7 +53,8 @@ class MSSAArguments(NamedTuple):
     def load(self) -> tuple[ModuleType, tuple[Any, ...]]:
         """The kernels' module, and what its functions take after x: norm, both operands and ``Form``."""
         kernels = dispatch.load("mssa", "triton")
-        form = kernels.Form(self.num_heads, self.scale, self.is_causal, self.subtract)
+        mask = Mask(self.is_causal, self.window, self.lengths, self.spans, self.key_mask)
+        form = kernels.Form(self.num_heads, self.scale, self.subtract, mask)
         qkv = Operand(self.qkv_matrix, self.qkv_column_sum, self.qkv_offset)
         return kernels, (self.norm, qkv, Operand(self.out_matrix, None, self.out_offset), form)
 
@@ -109,14 +116,16 @@ class _Shapes(Protocol):
 
     qkv_weight: tuple[int, int]
     out_weight: tuple[int, int]
-    is_causal: bool
+    num_heads: int
     recompute: bool
+    is_causal: bool
+    window: int | None
 
 
 def _products(x_shape: tuple[int, ...], given: _Shapes) -> tuple[int, int, int]:
     """FLOPs of the first projection, of one tokens x tokens product of attention, and of the second projection."""
     (batch, tokens, width), inner, out_width = x_shape, given.qkv_weight[0], given.out_weight[0]
-    scores = 2 * batch * tokens * tokens * inner // (2 if given.is_causal else 1)
+    scores = product((batch, given.num_heads, tokens, inner // given.num_heads), given.is_causal, given.window)
     return 2 * batch * tokens * width * inner, scores, 2 * batch * tokens * inner * out_width
 
 

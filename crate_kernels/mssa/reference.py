@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from crate_kernels.shared_attention.mask import Mask
 from crate_kernels.shared_attention.reference import shared_qkv_attention
 
 
@@ -15,11 +16,10 @@ def mssa(
     out_weight: Tensor | None,
     out_bias: Tensor | None,
     num_heads: int,
-    scale: float,
-    is_causal: bool,
-    lengths: Tensor | None = None,
-    dropout: float = 0.0,
+    scale: float | Tensor,
+    mask: Mask,
+    dropout: float,
 ) -> Tensor:
     w = rearrange(F.linear(x, qkv_weight), "b n (h d) -> b h n d", h=num_heads)
-    out = rearrange(shared_qkv_attention(w, scale, is_causal, lengths, dropout), "b h n d -> b n (h d)")
+    out = rearrange(shared_qkv_attention(w, scale, mask, dropout), "b h n d -> b n (h d)")
     return out if out_weight is None else F.dropout(F.linear(out, out_weight, out_bias), dropout)

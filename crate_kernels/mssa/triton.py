@@ -16,15 +16,16 @@ from crate_kernels.products import launchers as products
 from crate_kernels.products.norm_folding import Norm, Operand
 from crate_kernels.products.preparation import matrix_gradients
 from crate_kernels.shared_attention import triton as attention
+from crate_kernels.shared_attention.mask import Mask
 
 
 class Form(NamedTuple):
-    """Everything about MSSA that is not a tensor."""
+    """Everything about MSSA but its weights."""
 
     num_heads: int
     scale: float
-    is_causal: bool
     subtract: bool
+    mask: Mask = Mask()
 
 
 class Kept(NamedTuple):
@@ -59,7 +60,7 @@ def attend(
 ) -> Kept:
     """The first two steps, projection and attention."""
     w, found, _ = products.project(x.flatten(0, 1), qkv, qkv.matrix.dtype, norm=norm, moments=moments)
-    out, lse = attention.forward(_heads(w, x, form), form.scale, form.is_causal)
+    out, lse = attention.attend(_heads(w, x, form), form.scale, form.mask)
     return Kept(w, _tokens(out), lse, found)
 
 
@@ -93,7 +94,7 @@ def backward(
         return None, None, grad_out_weight, out_grads.column, None, None
     grad_attended, w, attended = (_heads(t, x, form) for t in (out_grads.x, kept.w, kept.out))
     delta = attention.rows_of_delta(grad_attended, attended) if out_grads.delta is None else out_grads.delta
-    grad_w = attention.backward_from_delta(grad_attended, w, kept.lse, delta, form.scale, form.is_causal)
+    grad_w = attention.gradient(grad_attended, w, kept.lse, delta, form.scale, form.mask)
     qkv_grads = products.gradients(
         _tokens(grad_w), x.flatten(0, 1), qkv, x.dtype, y=kept.w, norm=norm, moments=kept.moments, extra=skip_grad,
         need_x=need_x, need_matrix=need_qkv, need_column=need_qkv and norm is not None,

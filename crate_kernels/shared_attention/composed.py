@@ -20,32 +20,31 @@ from torch import Tensor
 
 from crate_kernels.cpu import arithmetic_dtype
 from crate_kernels.private_torch import cpu_flash_attention, cpu_flash_attention_backward, softmax_backward_
-from crate_kernels.shared_attention.op import composed_keeps, empty_token_major, takes_flash_attention
+from crate_kernels.shared_attention.mask import Mask
+from crate_kernels.shared_attention.op import (
+    AttentionArguments,
+    composed_keeps,
+    empty_token_major,
+    takes_flash_attention,
+)
 
 # Bytes of the scores of one slice. On a CPU the slice stays in cache between the calls; elsewhere it only bounds memory.
 _SCORES_ON_CPU = 2**21
 _SCORES_ELSEWHERE = 2**29
 
 
-def forward(
-    w: Tensor,
-    scale: float,
-    is_causal: bool,
-    keep: bool,
-    lengths: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor]:
+def forward(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
     """softmax(scale * w w^T) w, and what ``op.composed_keeps`` says is kept. Arguments as in ``op``."""
-    padding = _padding(w, lengths)
-    if takes_flash_attention(w, dropout):
+    scale, keep, _, dropout, seed, return_lse, *_ = given
+    mask = given.mask
+    padding, idle = mask.padding(w), mask.idle(w)
+    if takes_flash_attention(w, dropout, mask):
         heads = _without(padding, _features_in_a_row(w))
-        out, lse = cpu_flash_attention(heads, is_causal=is_causal, attn_mask=_penalty(padding, heads), scale=scale)
+        out, lse = cpu_flash_attention(heads, is_causal=mask.is_causal, attn_mask=_penalty(padding, heads), scale=scale)
         lse = lse.contiguous() if padding is None else lse.masked_fill(padding, float("-inf")).contiguous()
         return _unflatten(_without(padding, out), w), lse
 
-    part, (tokens, features), keeps = _Part.of(w), w.shape[2:], composed_keeps(w, dropout, return_lse)
+    part, (tokens, features), keeps = _Part.of(w), w.shape[2:], composed_keeps(w, dropout, return_lse, mask)
     key_room, result_room = part.room(w, tokens, features), part.room(w, part.rows, features)
     score_room = part.room(w, part.rows, tokens)
     out, kept, kept_dtype = empty_token_major(w), None, w.dtype
@@ -55,11 +54,12 @@ def forward(
     elif keeps == "probabilities" and keep:
         kept = w.new_empty(*w.shape[:3], tokens)
     generator = _generator(w, dropout, seed)
-    for heads, out_heads, kept_heads, padded in part.heads_of(_without(padding, w), out, kept, padding):
+    tensors = _without(padding, w), out, kept, *_of_heads(w, mask.hidden_keys(w), idle)
+    for heads, out_heads, kept_heads, no_keys, no_queries in part.heads_of(*tensors):
         keys = _stacked(heads, key_room)
         for rows in part.rows_of(keys):
             queries = keys[:, rows]
-            probabilities = scores = _scores(queries, keys, rows, scale, is_causal, padded, score_room)
+            probabilities = scores = _scores(queries, keys, rows, scale, mask, no_keys, no_queries, score_room)
             if keeps == "log-sum-exp":
                 kept_heads[..., rows] = scores.to(kept_dtype).logsumexp(-1).view(*heads.shape[:2], -1)
             elif kept is not None and kept.dtype == scores.dtype:
@@ -72,10 +72,10 @@ def forward(
             result = torch.bmm(probabilities, keys, out=_corner(result_room, queries))
             out_heads[..., rows, :] = result.view(*heads.shape[:2], *queries.shape[1:])
     kept = w.new_empty(0) if kept is None else kept
-    if padding is not None:
-        out.masked_fill_(padding[..., None], 0.0)
+    if idle is not None:
+        out.masked_fill_(idle[..., None], 0.0)
         if keeps == "log-sum-exp":
-            kept.masked_fill_(padding, float("-inf"))
+            kept.masked_fill_(idle, float("-inf"))
     return out, kept
 
 
@@ -84,29 +84,29 @@ def backward(
     w: Tensor,
     out: Tensor,
     kept: Tensor,
-    scale: float,
-    is_causal: bool,
-    lengths: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """The gradient of ``forward`` in w: as query, as key and as value, added up."""
-    padding = _padding(w, lengths)
-    if takes_flash_attention(w, dropout):
+    need_scales: bool,
+    given: AttentionArguments,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of ``forward`` in w: as query, as key and as value, added up. There are no scales here to have one."""
+    scale, _, _, dropout, seed, *_ = given
+    mask = given.mask
+    padding, no_scales = mask.padding(w), w.new_empty(0, dtype=torch.float32)
+    if takes_flash_attention(w, dropout, mask):
         heads, grads, out = (_without(padding, _features_in_a_row(tensor)) for tensor in (w, grad_out, out))
         # Rows of padding have zero scores and a zero gradient; with a finite log-sum-exp they add zero.
         lse = kept if padding is None else kept.masked_fill(padding, 0.0)
         as_query, as_key, as_value = cpu_flash_attention_backward(
-            grads, heads, out, lse, is_causal=is_causal, attn_mask=_penalty(padding, heads), scale=scale
+            grads, heads, out, lse, is_causal=mask.is_causal, attn_mask=_penalty(padding, heads), scale=scale
         )
-        return _unflatten(as_query.add_(as_key).add_(as_value), w)
+        return _unflatten(as_query.add_(as_key).add_(as_value), w), no_scales
 
     part, (tokens, features) = _Part.of(w), w.shape[2:]
     key_room, grad_room, result_room = (part.room(w, tokens, features) for _ in range(3))
     score_room, second_room = (part.room(w, part.rows, tokens) for _ in range(2))
     generator, grad_w = _generator(w, dropout, seed), empty_token_major(w)
-    tensors = _without(padding, w), _without(padding, grad_out), grad_w, kept if kept.ndim == 4 else None, padding
-    for heads, grad_heads, grad_w_heads, kept_heads, padded in part.heads_of(*tensors):
+    hidden, idle = _of_heads(w, mask.hidden_keys(w), mask.idle(w))
+    tensors = _without(padding, w), _without(idle, grad_out), grad_w, kept if kept.ndim == 4 else None, hidden, idle
+    for heads, grad_heads, grad_w_heads, kept_heads, no_keys, no_queries in part.heads_of(*tensors):
         keys, grads = _stacked(heads, key_room), _stacked(grad_heads, grad_room)
         grad_keys = _corner(result_room, keys)
         if part.rows < tokens:
@@ -118,7 +118,7 @@ def backward(
                 if probabilities.dtype != keys.dtype:
                     probabilities = _corner(second_room, queries).copy_(probabilities)
             else:
-                scores = _scores(queries, keys, rows, scale, is_causal, padded, second_room)
+                scores = _scores(queries, keys, rows, scale, mask, no_keys, no_queries, second_room)
                 probabilities = torch.softmax(scores, -1, out=scores)
             grad_probabilities = torch.bmm(grad_rows, keys.mT, out=_corner(score_room, queries))
             dropped = probabilities
@@ -135,14 +135,12 @@ def backward(
                 grad_keys.baddbmm_(grad_scores.mT, queries, alpha=scale)
             grad_keys[:, rows].baddbmm_(grad_scores, keys, alpha=scale)
         grad_w_heads.copy_(grad_keys.view(grad_w_heads.shape))
-    return grad_w if padding is None else grad_w.masked_fill_(padding[..., None], 0.0)
+    return (grad_w if padding is None else grad_w.masked_fill_(padding[..., None], 0.0)), no_scales
 
 
-def _padding(w: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """True [batch, heads, tokens] for tokens that are padding; None where no sample has a length of its own."""
-    if lengths is None:
-        return None
-    return (torch.arange(w.shape[2], device=w.device) >= lengths[:, None])[:, None].expand(w.shape[:3])
+def _of_heads(w: Tensor, *tokens: Tensor | None) -> list[Tensor | None]:
+    """Each [batch, 1, tokens] as [batch, heads, tokens]."""
+    return [None if one is None else one.expand(w.shape[:3]) for one in tokens]
 
 
 def _without(padding: Tensor | None, rows: Tensor) -> Tensor:
@@ -220,15 +218,25 @@ def _stacked(heads: Tensor, room: Tensor) -> Tensor:
 
 
 def _scores(
-    queries: Tensor, keys: Tensor, rows: slice, scale: float, is_causal: bool, padding: Tensor | None, room: Tensor
+    queries: Tensor,
+    keys: Tensor,
+    rows: slice,
+    scale: float,
+    mask: Mask,
+    no_keys: Tensor | None,
+    no_queries: Tensor | None,
+    room: Tensor,
 ) -> Tensor:
-    """scale * w w^T of these rows with all tokens, written into ``room``; -inf for masked keys."""
+    """scale * w w^T of these rows with all tokens, written into ``room``; -inf for masked keys, 0 in rows that have none left: a
+    softmax of -inf alone would be NaN. ``no_keys`` and ``no_queries``: the mask's hidden keys and idle tokens, of these heads."""
     scores = _corner(room, queries).baddbmm_(queries, keys.mT, beta=0, alpha=scale)
-    if is_causal:
-        future = torch.ones(scores.shape[1:], dtype=torch.bool, device=keys.device).triu(1 + rows.start)
-        scores.masked_fill_(future, float("-inf"))
-    if padding is not None:
-        scores.masked_fill_(padding.reshape(-1, 1, keys.shape[1]), float("-inf"))
+    pairs = mask.hidden_pairs(keys.shape[1], keys.device, rows)
+    if pairs is not None:
+        scores.masked_fill_(pairs, float("-inf"))
+    if no_keys is not None:
+        scores.masked_fill_(no_keys.reshape(-1, 1, keys.shape[1]), float("-inf"))
+    if no_queries is not None:
+        scores.masked_fill_(no_queries.reshape(-1, keys.shape[1])[:, rows, None], 0.0)
     return scores
 
 

@@ -15,6 +15,10 @@ all three can be summed for rows j:
 so one program owns rows j, goes through all tiles i, and writes its rows once: no atomics, the same bits on every run. With
 dropout, P[i, j] dO_i and dO_i . w_j are multiplied by the factor that the forward gave P[i, j]: 0 or 1 / (1 - dropout).
 
+A mask (``Mask`` in ``mask.py``) makes each token attend to an interval of tokens, and be attended to by an interval: a causal
+mask, a window and packed sequences are intervals, and so is what they have in common. A program walks from the first token of its
+rows' intervals to the last, and looks in every tile which pairs are within. A key mask hides keys inside the intervals as well.
+
 The sides of tiles are powers of two, which would waste work in two ways. Features: a head of 48 is held as parts of 32 and 16
 features (``split_features`` in ``triton.py``); "parts" below are tuples of one or two tiles, side by side. Tokens: a walk takes
 whole tiles of BLOCK tokens without masks, and the rest in masked tiles of TAIL (``tail``, there as well), so that 197 tokens are
@@ -44,6 +48,51 @@ def count_tokens(lengths_ptr, head, heads, tokens):
         return tokens
     else:
         return tl.minimum(tl.maximum(tl.load(lengths_ptr + head // heads), 0), tokens).to(tl.int32)
+
+
+@triton.jit
+def reach(rows, end, tokens, spans_ptr, window):
+    """The interval of tokens that each of ``rows`` (a tile or one row) may have to do with, and its end: its sequence of packed
+    ones, of ``end`` tokens at most, and the window around it. A device cannot raise for spans out of range: they are clamped."""
+    first, last = rows * 0, rows * 0 + end
+    if spans_ptr is not None:
+        first = tl.maximum(tl.load(spans_ptr + rows, mask=rows < end, other=0), 0)
+        last = tl.minimum(tl.load(spans_ptr + tokens + rows, mask=rows < end, other=0), end)
+    if window is not None:
+        first = tl.maximum(first, rows - window)
+        last = tl.minimum(last, rows + window + 1)
+    return first, last
+
+
+@triton.jit
+def keys_of(rows, end, tokens, spans_ptr, window, IS_CAUSAL: tl.constexpr):
+    """The interval of the keys of each row, and its end."""
+    first, last = reach(rows, end, tokens, spans_ptr, window)
+    if IS_CAUSAL:
+        last = tl.minimum(last, rows + 1)
+    return first, last
+
+
+@triton.jit
+def queries_of(rows, end, tokens, spans_ptr, window, IS_CAUSAL: tl.constexpr):
+    """The interval of the queries that have each row as a key, if the key mask lets it be one; and its end."""
+    first, last = reach(rows, end, tokens, spans_ptr, window)
+    if IS_CAUSAL:
+        first = tl.maximum(first, rows)
+    return first, last
+
+
+@triton.jit
+def is_within(places, first, last):
+    """True [rows, places] for places in the interval of a row. One comparison: unsigned, what lies before is far behind."""
+    size = tl.maximum(last - first, 0).to(tl.uint32)
+    return (places[None, :] - first[:, None]).to(tl.uint32) < size[:, None]
+
+
+@triton.jit
+def load_key_mask(key_mask_ptr, rows, end):
+    """Which rows the key mask lets be keys; none from ``end`` on."""
+    return tl.load(key_mask_ptr + rows, mask=rows < end, other=0) != 0
 
 
 @triton.jit
@@ -176,22 +225,26 @@ def factor_of_word(word, dropout):
 
 
 @triton.jit
-def online_softmax_update(scores, row_max, row_sum):
+def online_softmax_update(scores, row_max, row_sum, GAPS: tl.constexpr):
     """Add one more tile of scores to the running softmax; the caller multiplies what it has summed before by ``rescale``.
 
-    Token 0 is a key of every row and is in the first tile, so the new maximum is finite, and -inf - -inf does not occur.
+    Without GAPS, token 0 is a key of every row and is in the first tile, so the new maximum is finite, and -inf - -inf does not
+    occur. With GAPS a row may have seen no key yet: then 0 stands for its maximum, and all its exponentials are 0.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    rescale = tl.exp2(row_max - new_max)
-    unnormalised = tl.exp2(scores - new_max[:, None])
+    subtracted = new_max
+    if GAPS:
+        subtracted = tl.where(new_max == float("-inf"), 0.0, new_max)
+    rescale = tl.exp2(row_max - subtracted)
+    unnormalised = tl.exp2(scores - subtracted[:, None])
     return unnormalised, rescale, new_max, row_sum * rescale + tl.sum(unnormalised, 1)
 
 
 @triton.jit
 def attend_to_tile(
-    out_i, row_max, row_sum, w_i, rows_i, start_j, end,
-    w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
-    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    out_i, row_max, row_sum, w_i, rows_i, keys_i, start_j, end,
+    w_head_ptr, w_token, w_feature, key_mask_ptr, head, scale, dropout, seed,
+    MASKED: tl.constexpr, INTERVALS: tl.constexpr, GAPS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Let rows i attend to BLOCK keys from ``start_j`` on as well."""
@@ -199,11 +252,11 @@ def attend_to_tile(
     w_j = load_parts(w_head_ptr, rows_j, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASKED)
     scores = products_of_rows(w_i, w_j, DIM_B, PRECISION) * (scale * LOG2_E)
     if MASKED:
-        is_key = rows_j[None, :] < end
-        if IS_CAUSAL:
-            is_key = is_key & (rows_j[None, :] <= rows_i[:, None])
+        is_key = is_within(rows_j, keys_i[0], keys_i[1]) if INTERVALS else rows_j[None, :] < end
+        if key_mask_ptr is not None:
+            is_key = is_key & load_key_mask(key_mask_ptr, rows_j, end)[None, :]
         scores = tl.where(is_key, scores, float("-inf"))
-    weights, rescale, row_max, row_sum = online_softmax_update(scores, row_max, row_sum)
+    weights, rescale, row_max, row_sum = online_softmax_update(scores, row_max, row_sum, GAPS)
     if DROPOUT:
         weights *= dropout_factors(seed, head, rows_i, rows_j, dropout)[0]
     out_i = add_weighted_rows(scale_rows(out_i, rescale, DIM_B), weights, w_j, DIM_B, PRECISION)
@@ -212,38 +265,40 @@ def attend_to_tile(
 
 @triton.jit
 def attend_to_tokens(
-    w_i, rows_i, end_j, end, w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
-    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    w_i, rows_i, keys_i, first_j, end_j, end, w_head_ptr, w_token, w_feature, key_mask_ptr, head, scale, dropout, seed,
+    INTERVALS: tl.constexpr, GAPS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Walk the keys before ``end_j``. Returns, for rows i, the output before its division, the largest score, and the divisor."""
+    """Walk the keys from ``first_j`` to ``end_j``. Returns, for rows i, the output before its division, the largest score, and
+    the divisor."""
     row_max = tl.full([rows_i.shape[0]], float("-inf"), tl.float32)
     row_sum = tl.zeros([rows_i.shape[0]], tl.float32)
     out_i = zero_parts(rows_i.shape[0], DIM_A, DIM_B)
-    whole = 0
+    whole = first_j
     if TAIL < BLOCK:
         whole = end_j // BLOCK * BLOCK
         for start_j in range(0, whole, BLOCK):
             out_i, row_max, row_sum = attend_to_tile(
-                out_i, row_max, row_sum, w_i, rows_i, start_j, end,
-                w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
-                MASKED=False, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+                out_i, row_max, row_sum, w_i, rows_i, keys_i, start_j, end,
+                w_head_ptr, w_token, w_feature, key_mask_ptr, head, scale, dropout, seed,
+                MASKED=False, INTERVALS=INTERVALS, GAPS=GAPS, DROPOUT=DROPOUT,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK,
             )  # fmt: skip
     for start_j in tl.range(whole, end_j, TAIL, num_stages=1 if TAIL == 16 and BLOCK > 16 else None):
         out_i, row_max, row_sum = attend_to_tile(
-            out_i, row_max, row_sum, w_i, rows_i, start_j, end,
-            w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
-            MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+            out_i, row_max, row_sum, w_i, rows_i, keys_i, start_j, end,
+            w_head_ptr, w_token, w_feature, key_mask_ptr, head, scale, dropout, seed,
+            MASKED=True, INTERVALS=INTERVALS, GAPS=GAPS, DROPOUT=DROPOUT,
             HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
         )  # fmt: skip
     return out_i, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "seed"])
+@triton.jit(do_not_specialize=["window", "heads", "tokens", "seed"])
 def forward_kernel(
-    w_ptr, out_ptr, lse_ptr, lengths_ptr, scale, dropout, seed: tl.int64, heads, tokens,
+    w_ptr, out_ptr, lse_ptr, lengths_ptr, spans_ptr, key_mask_ptr, scales_ptr,
+    window, scale, dropout, seed: tl.int64, heads, tokens,
     w_batch, w_head, w_token, w_feature,
     out_batch, out_head, out_token, out_feature,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
@@ -251,6 +306,8 @@ def forward_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_ROWS rows of one head's output and their log-sum-exp."""
+    INTERVALS: tl.constexpr = IS_CAUSAL or window is not None or spans_ptr is not None
+    GAPS: tl.constexpr = window is not None or spans_ptr is not None or key_mask_ptr is not None
     tiles = tl.cdiv(tokens, BLOCK_ROWS)
     head = tl.program_id(0) // tiles
     start_i = tl.program_id(0) % tiles * BLOCK_ROWS
@@ -259,16 +316,25 @@ def forward_kernel(
     w_head_ptr = w_ptr + head_offset(head, heads, w_batch, w_head)
     w_i = load_parts(w_head_ptr, rows_i, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B)
 
-    end_j = end
-    if IS_CAUSAL:
-        end_j = tl.minimum(end, start_i + BLOCK_ROWS)
+    if scales_ptr is not None:
+        scale = tl.load(scales_ptr + head % heads)
+    if key_mask_ptr is not None:
+        key_mask_ptr += (head // heads).to(tl.int64) * tokens
+
+    keys_i = keys_of(rows_i, end, tokens, spans_ptr, window, IS_CAUSAL)
+    first_j, end_j = 0, end
+    if INTERVALS:
+        last_i = tl.maximum(tl.minimum(start_i + BLOCK_ROWS, end) - 1, 0)
+        first_j, _ = keys_of(start_i, end, tokens, spans_ptr, window, IS_CAUSAL)
+        _, end_j = keys_of(last_i, end, tokens, spans_ptr, window, IS_CAUSAL)
     if lengths_ptr is not None:
         end_j = tl.where(start_i < end, end_j, 0)  # rows of padding attend to nothing
     out_i, row_max, row_sum = attend_to_tokens(
-        w_i, rows_i, end_j, end, w_head_ptr, w_token, w_feature, head, scale, dropout, seed,
-        IS_CAUSAL, DROPOUT, HEAD_DIM, DIM_A, DIM_B, PRECISION, BLOCK_COLUMNS, TAIL,
+        w_i, rows_i, keys_i, first_j, end_j, end, w_head_ptr, w_token, w_feature, key_mask_ptr, head, scale, dropout, seed,
+        INTERVALS, GAPS, DROPOUT, HEAD_DIM, DIM_A, DIM_B, PRECISION, BLOCK_COLUMNS, TAIL,
     )  # fmt: skip
-    row_sum = tl.where(rows_i < end, row_sum, 1.0)  # rows of padding have summed nothing
+    # Rows of padding have summed nothing, and neither have rows that have no key.
+    row_sum = tl.where(row_sum == 0.0 if GAPS else rows_i >= end, 1.0, row_sum)
     out_head_ptr = out_ptr + head_offset(head, heads, out_batch, out_head)
     store_parts(out_head_ptr, out_i, 1.0 / row_sum, rows_i, end, tokens, out_token, out_feature, HEAD_DIM, DIM_A, DIM_B)
     lse_i = tl.where(rows_i < end, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
@@ -298,13 +364,15 @@ def delta_kernel(
 
 @triton.jit
 def add_tile_gradient(
-    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
+    dw_j, scale_grad_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
     w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
-    w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
-    J_IS_KEY: tl.constexpr, J_IS_QUERY: tl.constexpr, MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
+    J_IS_KEY: tl.constexpr, J_IS_QUERY: tl.constexpr, MASKED: tl.constexpr, INTERVALS: tl.constexpr, DROPOUT: tl.constexpr,
+    NEED_SCALE: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add to dw_j the terms of BLOCK tokens i from ``start_i`` on: those with j as the key, with j as the query, or both.
+    """Add to dw_j the terms of BLOCK tokens i from ``start_i`` on: those with j as the key, with j as the query, or both; and to
+    scale_grad_j, if NEED_SCALE, those with j as the query.
 
     Tokens i past the end need a mask for their loads only: their w_i and dO_i are read as zero, and so they add zero.
     """
@@ -320,8 +388,10 @@ def add_tile_gradient(
         lse_i = load_numbers(lse_head_ptr, rows_i, end, MASKED) * LOG2_E
         delta_i = load_numbers(delta_head_ptr, rows_i, end, MASKED)
         p_ij = tl.exp2(scores - lse_i[None, :])
-        if IS_CAUSAL:
-            p_ij = tl.where(rows_i[None, :] >= rows_j[:, None], p_ij, 0.0)
+        if INTERVALS:
+            p_ij = tl.where(is_within(rows_i, queries_j[0], queries_j[1]), p_ij, 0.0)
+        if key_mask_ptr is not None:
+            p_ij = tl.where(load_key_mask(key_mask_ptr, rows_j, end)[:, None], p_ij, 0.0)
     grad_scores = tl.zeros([rows_j.shape[0], BLOCK], tl.float32)
     if J_IS_KEY:
         dw_j = add_weighted_rows(dw_j, p_ij * factor_ij if DROPOUT else p_ij, grad_out_i, DIM_B, PRECISION)
@@ -331,18 +401,24 @@ def add_tile_gradient(
         grad_scores += p_ij * (grad_p_ij - delta_i[None, :])
     if J_IS_QUERY:
         p_ji = tl.exp2(scores - lse_j[:, None])
-        if IS_CAUSAL:
-            p_ji = tl.where(rows_i[None, :] <= rows_j[:, None], p_ji, 0.0)
+        if INTERVALS:
+            p_ji = tl.where(is_within(rows_i, keys_j[0], keys_j[1]), p_ji, 0.0)
+        if key_mask_ptr is not None:
+            p_ji = tl.where(load_key_mask(key_mask_ptr, rows_i, end)[None, :], p_ji, 0.0)
         grad_p_ji = products_of_rows(grad_out_j, w_i, DIM_B, PRECISION)
         if DROPOUT:
             grad_p_ji *= factor_ji
-        grad_scores += p_ji * (grad_p_ji - delta_j[:, None])
-    return add_weighted_rows(dw_j, scale * grad_scores, w_i, DIM_B, PRECISION)
+        grad_scores_ji = p_ji * (grad_p_ji - delta_j[:, None])
+        if NEED_SCALE:
+            scale_grad_j += tl.sum(grad_scores_ji * scores, 1)
+        grad_scores += grad_scores_ji
+    return add_weighted_rows(dw_j, scale * grad_scores, w_i, DIM_B, PRECISION), scale_grad_j
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "seed"])
+@triton.jit(do_not_specialize=["window", "heads", "tokens", "seed"])
 def backward_kernel(
-    grad_out_ptr, w_ptr, lse_ptr, delta_ptr, dw_ptr, lengths_ptr, scale, dropout, seed: tl.int64, heads, tokens,
+    grad_out_ptr, w_ptr, lse_ptr, delta_ptr, dw_ptr, scale_grad_ptr, lengths_ptr, spans_ptr, key_mask_ptr, scales_ptr,
+    window, scale, dropout, seed: tl.int64, heads, tokens,
     grad_out_batch, grad_out_head, grad_out_token, grad_out_feature,
     w_batch, w_head, w_token, w_feature,
     dw_batch, dw_head, dw_token, dw_feature,
@@ -350,7 +426,10 @@ def backward_kernel(
     IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_ROWS rows of one head's dw, summed over all tiles of BLOCK_COLUMNS tokens."""
+    """One program: BLOCK_ROWS rows of one head's dw, summed over all tiles of BLOCK_COLUMNS tokens. With ``scale_grad_ptr``, also
+    each row's share of the gradient of the head's scale: the sum over its keys i of dS[j, i] w_j . w_i, times scale."""
+    INTERVALS: tl.constexpr = IS_CAUSAL or window is not None or spans_ptr is not None
+    NEED_SCALE: tl.constexpr = scale_grad_ptr is not None
     tiles = tl.cdiv(tokens, BLOCK_ROWS)
     head = tl.program_id(0) // tiles
     start_j = tl.program_id(0) % tiles * BLOCK_ROWS
@@ -366,9 +445,23 @@ def backward_kernel(
     lse_j = load_numbers(lse_head_ptr, rows_j, end) * LOG2_E
     delta_j = load_numbers(delta_head_ptr, rows_j, end)
     dw_j = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
-    end_i = end
-    if lengths_ptr is not None:
-        end_i = tl.where(start_j < end, end, 0)  # rows of padding have no gradient
+    scale_grad_j = tl.zeros([BLOCK_ROWS], tl.float32)
+    if scales_ptr is not None:
+        scale = tl.load(scales_ptr + head % heads)
+    if key_mask_ptr is not None:
+        key_mask_ptr += (head // heads).to(tl.int64) * tokens
+
+    keys_j = keys_of(rows_j, end, tokens, spans_ptr, window, IS_CAUSAL)
+    queries_j = queries_of(rows_j, end, tokens, spans_ptr, window, IS_CAUSAL)
+    first_key, first_query, end_key, end_query = 0, 0, end, end
+    if INTERVALS:
+        last_j = tl.maximum(tl.minimum(start_j + BLOCK_ROWS, end) - 1, 0)
+        first_key, _ = keys_of(start_j, end, tokens, spans_ptr, window, IS_CAUSAL)
+        first_query, _ = queries_of(start_j, end, tokens, spans_ptr, window, IS_CAUSAL)
+        _, end_key = keys_of(last_j, end, tokens, spans_ptr, window, IS_CAUSAL)
+        _, end_query = queries_of(last_j, end, tokens, spans_ptr, window, IS_CAUSAL)
+    if lengths_ptr is not None:  # rows of padding have no gradient
+        end_key, end_query = tl.where(start_j < end, end_key, 0), tl.where(start_j < end, end_query, 0)
 
     # One walk with j as key and as query computes each score once. There are two walks where one would cost more: under a causal
     # mask, key and query need different halves of the tokens; and exact float32 products, which run outside the tensor cores
@@ -378,47 +471,47 @@ def backward_kernel(
     # that P[i, j] underflows. A second walk for such heads takes so many registers that fewer blocks fit on a multiprocessor,
     # or that they spill: as compiled for sm_90, 213 to 248 against 168 (64 features, 64 x 64 tiles).
     if IS_CAUSAL or PRECISION == "ieee":
-        first_query, end_key = 0, end_i
-        if IS_CAUSAL:
-            first_query, end_key = start_j, tl.minimum(end_i, start_j + BLOCK_ROWS)
-        for start_i in range(0, end_key, BLOCK_COLUMNS):
-            dw_j = add_tile_gradient(
-                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
+        for start_i in range(first_key, end_key, BLOCK_COLUMNS):
+            dw_j, scale_grad_j = add_tile_gradient(
+                dw_j, scale_grad_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
                 w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
-                w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
-                J_IS_KEY=False, J_IS_QUERY=True, MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+                w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
+                J_IS_KEY=False, J_IS_QUERY=True, MASKED=True, INTERVALS=INTERVALS, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
             )  # fmt: skip
-        for start_i in range(first_query, end_i, BLOCK_COLUMNS):
-            dw_j = add_tile_gradient(
-                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
+        for start_i in range(first_query, end_query, BLOCK_COLUMNS):
+            dw_j, scale_grad_j = add_tile_gradient(
+                dw_j, scale_grad_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
                 w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
-                w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
-                J_IS_KEY=True, J_IS_QUERY=False, MASKED=True, IS_CAUSAL=IS_CAUSAL, DROPOUT=DROPOUT,
+                w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
+                J_IS_KEY=True, J_IS_QUERY=False, MASKED=True, INTERVALS=INTERVALS, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
             )  # fmt: skip
     else:
-        whole = 0
+        whole = first_key
         if TAIL < BLOCK_COLUMNS:
-            whole = end_i // BLOCK_COLUMNS * BLOCK_COLUMNS
+            whole = end_key // BLOCK_COLUMNS * BLOCK_COLUMNS
             # Not range(0, whole), with which the compiler takes 20 registers more.
-            for start_i in range(0, end_i - BLOCK_COLUMNS + 1, BLOCK_COLUMNS):
-                dw_j = add_tile_gradient(
-                    dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
+            for start_i in range(0, end_key - BLOCK_COLUMNS + 1, BLOCK_COLUMNS):
+                dw_j, scale_grad_j = add_tile_gradient(
+                    dw_j, scale_grad_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
                     w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
-                    w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
-                    J_IS_KEY=True, J_IS_QUERY=True, MASKED=False, IS_CAUSAL=False, DROPOUT=DROPOUT,
+                    w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
+                    J_IS_KEY=True, J_IS_QUERY=True, MASKED=False, INTERVALS=False, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
                     HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
                 )  # fmt: skip
-        for start_i in tl.range(whole, end_i, TAIL, num_stages=1 if TAIL == 16 and BLOCK_COLUMNS > 16 else None):
-            dw_j = add_tile_gradient(
-                dw_j, w_j, grad_out_j, lse_j, delta_j, rows_j, start_i, end,
+        for start_i in tl.range(whole, end_key, TAIL, num_stages=1 if TAIL == 16 and BLOCK_COLUMNS > 16 else None):
+            dw_j, scale_grad_j = add_tile_gradient(
+                dw_j, scale_grad_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
                 w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
-                w_token, w_feature, grad_out_token, grad_out_feature, head, scale, dropout, seed,
-                J_IS_KEY=True, J_IS_QUERY=True, MASKED=True, IS_CAUSAL=False, DROPOUT=DROPOUT,
+                w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
+                J_IS_KEY=True, J_IS_QUERY=True, MASKED=True, INTERVALS=INTERVALS, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
             )  # fmt: skip
 
     dw_head_ptr = dw_ptr + head_offset(head, heads, dw_batch, dw_head)
     one = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     store_parts(dw_head_ptr, dw_j, one, rows_j, end, tokens, dw_token, dw_feature, HEAD_DIM, DIM_A, DIM_B)
+    if NEED_SCALE:
+        scale_grad_j = tl.where(rows_j < end, scale_grad_j * LN_2, 0.0)
+        tl.store(scale_grad_ptr + head.to(tl.int64) * tokens + rows_j, scale_grad_j, mask=rows_j < tokens)

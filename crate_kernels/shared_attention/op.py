@@ -4,7 +4,7 @@
 ``kept`` is what the backward needs besides w and out: with ``triton`` the log-sum-exp of each row of scores, [batch, heads,
 tokens], float32; with ``composed`` what ``composed_keeps`` says, and always the log-sum-exp if ``return_lse`` is set. ``keep`` is
 false where no backward will come. ``seed`` is an int64 tensor of one element on the CPU, and not a number, which would be a
-constant in a compiled graph.
+constant in a compiled graph. ``scales`` [heads], float32, stands for ``scale`` where each head has its own; only kernels take it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,28 @@ from crate_kernels import dispatch
 from crate_kernels.cpu import arithmetic_dtype
 from crate_kernels.definitions import register
 from crate_kernels.private_torch import HAS_CPU_FLASH_ATTENTION
+from crate_kernels.shared_attention.mask import NO_MASK, Mask
 
 
 class AttentionArguments(NamedTuple):
-    """What the forward takes after w, in the order of its schema."""
+    """What both operators take last, in the order of their schemas."""
 
     scale: float
-    is_causal: bool
     keep: bool
     implementation: str
-    lengths: Tensor | None = None
     dropout: float = 0.0
     seed: Tensor | None = None
     return_lse: bool = False
+    scales: Tensor | None = None
+    is_causal: bool = False  # from here on as in Mask
+    window: int | None = None
+    lengths: Tensor | None = None
+    spans: Tensor | None = None
+    key_mask: Tensor | None = None
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(self.is_causal, self.window, self.lengths, self.spans, self.key_mask)
 
 
 def empty_token_major(w: Tensor) -> Tensor:
@@ -46,13 +55,15 @@ def empty_token_major(w: Tensor) -> Tensor:
 _LONG, _SHORT = 257, 512
 
 
-def takes_flash_attention(w: Tensor, dropout: float) -> bool:
-    """Whether ``composed`` calls PyTorch's CPU flash attention: for long sequences in float32 or float64, without dropout."""
+def takes_flash_attention(w: Tensor, dropout: float, mask: Mask = NO_MASK) -> bool:
+    """Whether ``composed`` calls PyTorch's CPU flash attention: for long sequences in float32 or float64, without dropout, and
+    without masks that would need a number for each pair of tokens."""
     wide = arithmetic_dtype(w) in (torch.float32, torch.float64)
-    return HAS_CPU_FLASH_ATTENTION and w.device.type == "cpu" and wide and dropout == 0 and w.shape[2] >= _LONG
+    suits = wide and dropout == 0 and mask.is_plain
+    return HAS_CPU_FLASH_ATTENTION and w.device.type == "cpu" and suits and w.shape[2] >= _LONG
 
 
-def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False) -> str:
+def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False, mask: Mask = NO_MASK) -> str:
     """What ``composed`` keeps of w [batch, heads, tokens, head_dim] for its backward.
 
     "log-sum-exp": [batch, heads, tokens] in float32, or float64 for float64; with flash attention, and where it is asked for.
@@ -60,14 +71,13 @@ def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False) ->
     the backward a softmax and one of six products, and take tokens / head_dim times the memory of w.
     "nothing": otherwise.
     """
-    if return_lse or takes_flash_attention(w, dropout):
+    if return_lse or takes_flash_attention(w, dropout, mask):
         return "log-sum-exp"
     return "probabilities" if w.device.type == "cpu" and w.shape[2] <= _SHORT else "nothing"
 
 
 def _forward(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
-    scale, is_causal, keep, implementation, *options = given
-    return dispatch.load("shared_attention", implementation).forward(w, scale, is_causal, keep, *options)
+    return dispatch.load("shared_attention", given.implementation).forward(w, given)
 
 
 def _backward(
@@ -75,21 +85,17 @@ def _backward(
     w: Tensor,
     out: Tensor,
     kept: Tensor,
-    scale: float,
-    is_causal: bool,
-    implementation: str,
-    lengths: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    kernels = dispatch.load("shared_attention", implementation)
-    return kernels.backward(grad_out, w, out, kept, scale, is_causal, lengths, dropout, seed)
+    need_scales: bool,
+    given: AttentionArguments,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of w and, if ``need_scales``, of the scales; else empty."""
+    return dispatch.load("shared_attention", given.implementation).backward(grad_out, w, out, kept, need_scales, given)
 
 
 def _forward_fake(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = w.shape
     is_triton = given.implementation == "triton"
-    keeps = "log-sum-exp" if is_triton else composed_keeps(w, given.dropout, given.return_lse)
+    keeps = "log-sum-exp" if is_triton else composed_keeps(w, given.dropout, given.return_lse, given.mask)
     if keeps == "log-sum-exp":
         dtype = torch.float32 if is_triton else torch.promote_types(w.dtype, torch.float32)
         kept = w.new_empty(batch, heads, tokens, dtype=dtype)
@@ -98,23 +104,33 @@ def _forward_fake(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]
     return empty_token_major(w), kept
 
 
-def _product(w_shape: tuple[int, ...], is_causal: bool) -> int:
-    """FLOPs of one tokens x tokens x head_dim product for every head."""
+def _backward_fake(
+    grad_out: Tensor, w: Tensor, out: Tensor, kept: Tensor, need_scales: bool, given: AttentionArguments
+) -> tuple[Tensor, Tensor]:
+    return empty_token_major(w), w.new_empty(w.shape[1] if need_scales else 0, dtype=torch.float32)
+
+
+def product(w_shape: tuple[int, ...], is_causal: bool, window: int | None) -> int:
+    """FLOPs of one tokens x tokens x head_dim product for every head; of those pairs that a causal mask or a window leaves. What
+    tensors of a mask hide is not known without reading them."""
     batch, heads, tokens, head_dim = w_shape
-    return 2 * batch * heads * tokens * tokens * head_dim // (2 if is_causal else 1)
+    near = tokens if window is None else min(window + 1, tokens)
+    beyond = (tokens - near) * (tokens - near + 1) // 2  # pairs on one side that the window keeps apart
+    pairs = tokens * tokens // 2 - beyond if is_causal else tokens * tokens - 2 * beyond
+    return 2 * batch * heads * pairs * head_dim
 
 
 register(
     "shared_attention_forward",
     _forward,
     fake=_forward_fake,
-    flops=lambda w, given: 2 * _product(w, given.is_causal),
+    flops=lambda w, given: 2 * product(w, given.is_causal, given.window),
     replayed=True,
 )
 register(
     "shared_attention_backward",
     _backward,
-    fake=lambda grad, w, *_: empty_token_major(w),
-    flops=lambda grad, w, out, kept, scale, is_causal, *_: 5 * _product(w, is_causal),
+    fake=_backward_fake,
+    flops=lambda grad, w, out, kept, need_scales, given: 5 * product(w, given.is_causal, given.window),
     replayed=True,
 )

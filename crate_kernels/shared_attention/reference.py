@@ -6,43 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crate_kernels.shared_attention.mask import NO_MASK, Mask
+
 
 def shared_qkv_attention(
-    w: Tensor,
-    scale: float,
-    is_causal: bool,
-    lengths: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: int | None = None,
+    w: Tensor, scale: float | Tensor, mask: Mask = NO_MASK, dropout: float = 0.0, seed: int | None = None
 ) -> Tensor:
-    w, padding = without_padding(w, lengths)
-    out = torch.matmul(drop(masked_scores(w, scale, is_causal, padding).softmax(dim=-1), dropout, seed), w)
-    return out if padding is None else out.masked_fill(padding[..., None], 0.0)
+    w, idle = mask.without_padding(w), mask.idle(w)
+    out = torch.matmul(drop(masked_scores(w, scale, mask).softmax(dim=-1), dropout, seed), w)
+    return out if idle is None else out.masked_fill(idle[..., None], 0.0)
 
 
-def log_sum_exp(w: Tensor, scale: float, is_causal: bool, lengths: Tensor | None = None) -> Tensor:
+def log_sum_exp(w: Tensor, scale: float | Tensor, mask: Mask = NO_MASK) -> Tensor:
     """The log-sum-exp of each row of scores [batch, heads, tokens], a constant to autograd."""
-    w, padding = without_padding(w.detach(), lengths)
-    scores = masked_scores(w, scale, is_causal, padding)
+    w, idle = mask.without_padding(w.detach()), mask.idle(w)
+    scores = masked_scores(w, scale.detach() if isinstance(scale, Tensor) else scale, mask)
     lse = scores.to(torch.promote_types(w.dtype, torch.float32)).logsumexp(-1)
-    return lse if padding is None else lse.masked_fill(padding, float("-inf"))
+    return lse if idle is None else lse.masked_fill(idle, float("-inf"))
 
 
-def without_padding(w: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """w with zeros for padding, and where that is: True in [batch, 1, tokens]; None without lengths."""
-    if lengths is None:
-        return w, None
-    padding = (torch.arange(w.shape[2], device=w.device) >= lengths[:, None])[:, None]
-    return w.masked_fill(padding[..., None], 0.0), padding
-
-
-def masked_scores(w: Tensor, scale: float, is_causal: bool, padding: Tensor | None) -> Tensor:
-    """scale * w w^T, and -inf for keys that a token must not see."""
-    scores = torch.matmul(w, w.transpose(-1, -2)) * scale
-    if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=w.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    return scores if padding is None else scores.masked_fill(padding[:, :, None], float("-inf"))
+def masked_scores(w: Tensor, scale: float | Tensor, mask: Mask) -> Tensor:
+    """scale * w w^T, and -inf for keys that a token must not see; ``scale`` may be one number for each head."""
+    scores = torch.matmul(w, w.transpose(-1, -2))
+    return mask.hide(scores * (scale.to(scores.dtype)[:, None, None] if isinstance(scale, Tensor) else scale), w)
 
 
 def drop(probabilities: Tensor, dropout: float, seed: int | None) -> Tensor:

@@ -11,29 +11,47 @@ from torch import Tensor
 from crate_kernels.dtypes import dot_precision
 from crate_kernels.replay import launch
 from crate_kernels.shared_attention import kernels
-from crate_kernels.shared_attention.op import empty_token_major
+from crate_kernels.shared_attention.mask import NO_MASK, Mask
+from crate_kernels.shared_attention.op import AttentionArguments, empty_token_major
 from crate_kernels.tiles import cdiv, naming_the_cache, select
 from crate_kernels.tiles.shared_attention import TABLE
 
 
-def forward(
+def forward(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
+    """The operator's forward: out and log-sum-exp of ``attend``, whatever is to be kept."""
+    return attend(w, _scale(given), given.mask, given.dropout, given.seed)
+
+
+def backward(
+    grad_out: Tensor,
     w: Tensor,
-    scale: float,
-    is_causal: bool,
-    keep: bool = True,
-    lengths: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    return_lse: bool = True,
+    out: Tensor,
+    lse: Tensor,
+    need_scales: bool,
+    given: AttentionArguments,
+) -> tuple[Tensor, Tensor]:
+    """The operator's backward: ``gradient``, and that of the scales [heads], float32, if it is asked for; else empty."""
+    delta = rows_of_delta(grad_out, out)
+    rows = torch.empty_like(lse) if need_scales else None
+    dw = gradient(grad_out, w, lse, delta, _scale(given), given.mask, given.dropout, given.seed, rows)
+    if rows is None or given.scales is None:
+        return dw, lse.new_empty(0)
+    return dw, rows.sum((0, 2)) / given.scales
+
+
+def _scale(given: AttentionArguments) -> float | Tensor:
+    return given.scale if given.scales is None else given.scales
+
+
+def attend(
+    w: Tensor, scale: float | Tensor, mask: Mask = NO_MASK, dropout: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """out = softmax(scale * w w^T) w and the log-sum-exp of the scaled scores.
 
     Args:
         w: [batch, heads, tokens, head_dim], float32, float16 or bfloat16, any strides; head_dim up to 128.
-        scale: factor on the scores, not negative.
-        is_causal: token i sees tokens 0..i only.
-        keep, return_lse: not used, as the log-sum-exp is always returned; here since ``composed.forward`` has them.
-        lengths: [batch], int32 or int64: in each sample, tokens from there on are padding, with 0 in out and -inf in lse.
+        scale: factor on the scores, not negative; or one for each head, [heads], float32, contiguous.
+        mask: which tokens a token attends to. Padding, and tokens without a key, have 0 in out and -inf in lse.
         dropout: probability with which each weight of the softmax is dropped.
         seed: int64 on the CPU, one element: determines the mask; needed where dropout is not 0.
 
@@ -43,33 +61,8 @@ def forward(
     """
     out = empty_token_major(w)
     lse = w.new_empty(w.shape[:-1], dtype=torch.float32)
-    _launch_walk(kernels.forward_kernel, w, (w, out, lse), (w, out), scale, is_causal, lengths, dropout, seed)
+    _launch_walk(kernels.forward_kernel, w, (w, out, lse), (w, out), scale, mask, dropout, seed)
     return out, lse
-
-
-def backward(
-    grad_out: Tensor,
-    w: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    is_causal: bool,
-    lengths: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """dw of ``forward``, from its arguments and results.
-
-    Args:
-        grad_out: [batch, heads, tokens, head_dim], w.dtype, any strides, 0 included.
-        w, out: any strides.
-        lse: [batch, heads, tokens], float32, contiguous.
-
-    Returns:
-        dw [batch, heads, tokens, head_dim] in w.dtype, laid out like ``out`` of ``forward``; 0 in rows of padding.
-    """
-    delta = rows_of_delta(grad_out, out)
-    return backward_from_delta(grad_out, w, lse, delta, scale, is_causal, lengths, dropout, seed)
 
 
 def rows_of_delta(grad_out: Tensor, out: Tensor) -> Tensor:
@@ -79,21 +72,32 @@ def rows_of_delta(grad_out: Tensor, out: Tensor) -> Tensor:
     return delta
 
 
-def backward_from_delta(
+def gradient(
     grad_out: Tensor,
     w: Tensor,
     lse: Tensor,
     delta: Tensor,
-    scale: float,
-    is_causal: bool,
-    lengths: Tensor | None = None,
+    scale: float | Tensor,
+    mask: Mask = NO_MASK,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    rows_of_scale: Tensor | None = None,
 ) -> Tensor:
-    """``backward`` for a caller that has delta = rowsum(grad_out * out) already, [batch, heads, tokens], float32, contiguous."""
+    """dw of ``attend``, from its arguments and its log-sum-exp.
+
+    Args:
+        grad_out: [batch, heads, tokens, head_dim], w.dtype, any strides, 0 included.
+        w: any strides.
+        lse: [batch, heads, tokens], float32, contiguous.
+        delta: rowsum(grad_out * out), likewise.
+        rows_of_scale: likewise; if given, each row's share of scale * dscale is written there.
+
+    Returns:
+        dw [batch, heads, tokens, head_dim] in w.dtype, laid out like ``out`` of ``attend``; 0 in rows of padding.
+    """
     dw = empty_token_major(w)
-    tensors, strided = (grad_out, w, lse, delta, dw), (grad_out, w, dw)
-    _launch_walk(kernels.backward_kernel, w, tensors, strided, scale, is_causal, lengths, dropout, seed)
+    tensors, strided = (grad_out, w, lse, delta, dw, rows_of_scale), (grad_out, w, dw)
+    _launch_walk(kernels.backward_kernel, w, tensors, strided, scale, mask, dropout, seed)
     return dw
 
 
@@ -109,13 +113,13 @@ def split_features(head_dim: int) -> tuple[int, int]:
 
 
 @functools.cache
-def tail(block: int, tokens: int, is_causal: bool, has_lengths: bool, precision: str) -> int:
+def tail(block: int, tokens: int, is_masked: bool, has_lengths: bool, precision: str) -> int:
     """Side of the masked tiles at the end of a walk over ``tokens`` in tiles of ``block``; ``block`` if all tiles are masked.
 
     It is the next power of two of the remainder, or half a tile if the remainder is known on the device only. All tiles are
-    masked under a causal mask, and with exact float32 products, whose tiles are small and whose unrolled code is long.
+    masked where more than padding is, and with exact float32 products, whose tiles are small and whose unrolled code is long.
     """
-    if is_causal or precision == "ieee":
+    if is_masked or precision == "ieee":
         return block
     if has_lengths:
         return max(16, block // 2)
@@ -125,11 +129,10 @@ def tail(block: int, tokens: int, is_causal: bool, has_lengths: bool, precision:
 def _launch_walk(
     kernel,
     w: Tensor,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Tensor | None, ...],
     strided: tuple[Tensor, ...],
-    scale: float,
-    is_causal: bool,
-    lengths: Tensor | None,
+    scale: float | Tensor,
+    mask: Mask,
     dropout: float,
     seed: Tensor | None,
 ) -> None:
@@ -137,10 +140,13 @@ def _launch_walk(
     tiles, precision = _options(kernel, w), dot_precision(w)
     if dropout:  # narrower tiles, to have registers for its factors
         tiles["BLOCK_COLUMNS"] = max(16, tiles["BLOCK_COLUMNS"] // 2)
-    tiles["TAIL"] = tail(tiles["BLOCK_COLUMNS"], w.shape[2], is_causal, lengths is not None, precision)
-    options = {**tiles, "IS_CAUSAL": is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
-    lengths = None if lengths is None else lengths.contiguous()
-    _launch(kernel, w, (*tensors, lengths, scale, dropout, 0 if seed is None else int(seed)), strided, options)
+    lengths, spans, key_mask = (None if one is None else one.contiguous() for one in mask[2:])
+    is_masked = mask.is_causal or not mask.is_plain
+    tiles["TAIL"] = tail(tiles["BLOCK_COLUMNS"], w.shape[2], is_masked, lengths is not None, precision)
+    options = {**tiles, "IS_CAUSAL": mask.is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
+    number, scales = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    numbers = mask.window, number, dropout, 0 if seed is None else int(seed)
+    _launch(kernel, w, (*tensors, lengths, spans, key_mask, scales, *numbers), strided, options)
 
 
 def _options(kernel, w: Tensor) -> dict[str, int]:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from crate_kernels.fusing import unsaid
+from crate_kernels.shared_attention.mask import Mask
 from crate_mae.model import CrateMAE
 
 Stack = Literal["encoder", "decoder"]
@@ -90,10 +91,8 @@ class LayerTrace(NamedTuple):
     @property
     def attention(self) -> Tensor:
         """softmax(w w^T scale), [batch, heads, n, n]; where the module has another ``attend``, that function of the scores."""
-        scores = self.projected @ self.projected.mT * _setting(self.module, "scale")
-        if getattr(self.module, "is_causal", False):
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, -torch.inf)
+        mask = Mask(getattr(self.module, "is_causal", False), getattr(self.module, "window", None))
+        scores = mask.hide(self.projected @ self.projected.mT * _setting(self.module, "scale"), self.projected)
         attend = getattr(self.module, "attend", None)
         return scores.softmax(-1) if attend is None else attend.forward(scores)
 
