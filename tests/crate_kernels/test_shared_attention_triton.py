@@ -26,7 +26,8 @@ except ModuleNotFoundError:  # where nothing can be installed, as on some GPU ma
 pytest.importorskip("triton")
 
 from crate_kernels import tiles
-from crate_kernels.shared_attention.triton import backward, backward_from_delta, forward, split_features, tail
+from crate_kernels.shared_attention.mask import NO_MASK, Mask, spans_of
+from crate_kernels.shared_attention.triton import attend, gradient, rows_of_delta, split_features, tail
 
 # The interpreter multiplies bfloat16 wrongly, so that dtype is proved on a GPU.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -43,22 +44,38 @@ SHAPES = [
 ]
 
 
-def attention(w: Tensor, scale: float, is_causal: bool, lengths: Tensor | None, factors: Tensor | None) -> Tensor:
-    position = torch.arange(w.shape[2], device=w.device)
-    scores = w @ w.mT * scale
-    if is_causal:
-        scores = scores.masked_fill(position > position[:, None], -math.inf)
-    if lengths is not None:
-        scores = scores.masked_fill((position >= lengths[:, None])[:, None, None], -math.inf)
-    weights = scores.softmax(-1)
+CAUSAL = Mask(is_causal=True)
+
+
+def attended(mask: Mask, batch: int, tokens: int) -> Tensor:
+    """True [batch, 1, tokens, tokens] where token i attends to token j, pair by pair as ``Mask`` says."""
+    i, j = torch.arange(tokens)[:, None], torch.arange(tokens)
+    pairs = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool)
+    if mask.is_causal:
+        pairs = pairs & (j <= i)
+    if mask.window is not None:
+        pairs = pairs & ((i - j).abs() <= mask.window)
+    if mask.spans is not None:
+        first, end = mask.spans.cpu()
+        pairs = pairs & (j >= first[:, None]) & (j < end[:, None])
+    if mask.lengths is not None:
+        present = j < mask.lengths.cpu()[:, None]
+        pairs = pairs & present[:, None, None] & present[:, None, :, None]
+    return pairs if mask.key_mask is None else pairs & mask.key_mask.cpu()[:, None, None]
+
+
+def attention(w: Tensor, scale: float | Tensor, mask: Mask, factors: Tensor | None) -> Tensor:
+    pairs = attended(mask, w.shape[0], w.shape[2]).to(w.device)
+    factor = scale if isinstance(scale, float) else scale.to(w)[:, None, None]
+    scores = (w @ w.mT * factor).masked_fill(~pairs, torch.finfo(w.dtype).min)
+    weights = scores.softmax(-1).masked_fill(~pairs, 0.0)  # a row may attend to nothing
     if factors is not None:
         weights = weights * factors.to(w)
-    out = weights @ w
-    return out if lengths is None else out.masked_fill((position >= lengths[:, None])[:, None, :, None], 0.0)
+    return weights @ w
 
 
 def attention_and_gradient(
-    w: Tensor, grad_out: Tensor, dtype: torch.dtype, *arguments: float | bool | Tensor | None
+    w: Tensor, grad_out: Tensor, dtype: torch.dtype, *arguments: float | Tensor | Mask | None
 ) -> tuple[Tensor, Tensor]:
     w = w.detach().to(dtype).requires_grad_()
     out = attention(w, *arguments)
@@ -70,22 +87,27 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm()).item()
 
 
-def check(
+def run(
     w: Tensor,
     grad_out: Tensor,
-    scale: float,
-    is_causal: bool = False,
-    lengths: Tensor | None = None,
+    scale: float | Tensor,
+    mask: Mask = NO_MASK,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, log-sum-exp and dw of the kernels."""
+    out, lse = attend(w, scale, mask, dropout, seed)
+    return out, lse, gradient(grad_out, w, lse, rows_of_delta(grad_out, out), scale, mask, dropout, seed)
+
+
+def check(
+    w: Tensor, grad_out: Tensor, scale: float | Tensor, mask: Mask = NO_MASK, dropout: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernels on ``w`` and ``grad_out`` as they are and hold them to the rule; their results."""
-    random = (dropout, torch.tensor([seed]))
-    out, lse = forward(w, scale, is_causal, True, lengths, *random)
-    dw = backward(grad_out, w, out, lse, scale, is_causal, lengths, *random)
+    out, lse, dw = run(w, grad_out, scale, mask, dropout, torch.tensor([seed]))
     factors = dropout_factors(w.shape, dropout, seed).to(w.device) if dropout else None
-    truth = attention_and_gradient(w, grad_out, torch.float64, scale, is_causal, lengths, factors)
-    eager = attention_and_gradient(w, grad_out, w.dtype, scale, is_causal, lengths, factors)
+    truth = attention_and_gradient(w, grad_out, torch.float64, scale, mask, factors)
+    eager = attention_and_gradient(w, grad_out, w.dtype, scale, mask, factors)
     recomputing = 2 * torch.finfo(torch.float32).eps * lse[lse.isfinite()].abs().max().item()
     margins = (0.0, recomputing)
     for name, kernel, exact, composed, margin in zip(("out", "dw"), (out, dw), truth, eager, margins, strict=True):
@@ -129,7 +151,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, is_causal: bool, device: str) -> None:
     w, grad_out = randn(*shape, dtype=dtype, device=device), randn(*shape, dtype=dtype, device=device).flip(-1)
-    check(w, grad_out, shape[-1] ** -0.5, is_causal)
+    check(w, grad_out, shape[-1] ** -0.5, Mask(is_causal))
 
 
 @pytest.mark.gpu
@@ -145,7 +167,7 @@ def test_tf32_where_pytorch_may_use_it(shape: tuple[int, ...], device: str) -> N
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_log_sum_exp(is_causal: bool, device: str) -> None:
     w, scale = randn(1, 2, 65, 16, device=device), 0.25
-    _, lse = forward(w, scale, is_causal)
+    _, lse = attend(w, scale, Mask(is_causal))
 
     def log_sum_exp(w: Tensor) -> Tensor:
         scores = w @ w.mT * scale
@@ -171,7 +193,7 @@ def test_the_generator_of_these_tests_is_philox() -> None:
 def test_the_mask_of_dropout(seed: int, device: str) -> None:
     """Of an identity matrix with equal weights, attention is the mask."""
     w = torch.eye(50, 64, device=device).expand(2, 3, 50, 64)
-    out, _ = forward(w, 1e-30, False, dropout=0.3, seed=torch.tensor([seed]))
+    out, _ = attend(w, 1e-30, dropout=0.3, seed=torch.tensor([seed]))
     found, expected = out[..., :50] > 0, dropout_factors(w.shape, 0.3, seed) > 0
     assert torch.equal(found.cpu(), expected)
 
@@ -181,7 +203,7 @@ def test_the_mask_of_dropout(seed: int, device: str) -> None:
 @pytest.mark.parametrize("shape", [(2, 2, 50, 48), (1, 1, 65, 72)], ids=str)
 def test_dropout(shape: tuple[int, ...], dtype: torch.dtype, is_causal: bool, device: str) -> None:
     w, grad_out = randn(*shape, dtype=dtype, device=device), randn(*shape, dtype=dtype, device=device).flip(-1)
-    check(w, grad_out, shape[-1] ** -0.5, is_causal, dropout=0.4, seed=2**40 + 3)
+    check(w, grad_out, shape[-1] ** -0.5, Mask(is_causal), dropout=0.4, seed=2**40 + 3)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -194,26 +216,147 @@ def test_lengths(dtype: torch.dtype, is_causal: bool, dropout: float, device: st
         randn(4, 1, 70, 48, dtype=dtype, device=device),
         randn(4, 1, 70, 48, dtype=dtype, device=device).flip(-1),
     )
-    out, lse, dw = check(w, grad_out, 0.2, is_causal, lengths, dropout)
+    mask = Mask(is_causal, lengths=lengths)
+    out, lse, dw = check(w, grad_out, 0.2, mask, dropout)
     padding = (torch.arange(70, device=device) >= lengths[:, None])[:, None]
     assert not out[padding.expand_as(lse)].any() and not dw[padding.expand_as(lse)].any()
     assert torch.equal(lse == -math.inf, padding.expand_as(lse))
 
-    random = (lengths, dropout, torch.tensor([0]))
     w, grad_out = (tensor.masked_fill(padding[..., None], math.nan) for tensor in (w, grad_out))
-    again, lse_again = forward(w, 0.2, is_causal, True, *random)
-    assert torch.equal(again, out) and torch.equal(lse_again, lse)
-    assert torch.equal(backward(grad_out, w, out, lse, 0.2, is_causal, *random), dw)
+    again = run(w, grad_out, 0.2, mask, dropout, torch.tensor([0]))
+    assert all(torch.equal(one, other) for one, other in zip(again, (out, lse, dw), strict=True))
+
+
+def packed(sizes: tuple[int, ...], tokens: int, device: str, **others: object) -> Mask:
+    """Sequences of these sizes, one after another."""
+    ends = torch.tensor([0, *sizes], device=device).cumsum(0)
+    return Mask(lengths=ends[-1:], spans=spans_of(ends, tokens), **others)
+
+
+WINDOWS = {  # one for oneself, within a tile, a tile, across tiles, more than there are tokens
+    f"{window}{' causal' * is_causal}": Mask(is_causal, window)
+    for window in (0, 5, 32, 70, 500)
+    for is_causal in (False, True)
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", WINDOWS.values(), ids=WINDOWS.keys())
+def test_windows(mask: Mask, dtype: torch.dtype, dropout: float, device: str) -> None:
+    w = randn(1, 2, 150, 48, dtype=dtype, device=device)
+    check(w, w.flip(-1), 0.2, mask, dropout)
+    check(w, w.flip(-1), 0.2, mask._replace(lengths=torch.tensor([131], device=device)))
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(150,), (64, 64, 22), (1, 0, 63, 1, 70), (3,) * 50, (10, 100)],
+    ids=lambda sizes: "+".join(map(str, sizes))[:16],
+)
+def test_packed_sequences(sizes: tuple[int, ...], dtype: torch.dtype, is_causal: bool, device: str) -> None:
+    """One, on the borders of tiles and just beside them, many within a tile, and with room left behind the last."""
+    w, grad_out = (
+        randn(1, 2, 150, 48, dtype=dtype, device=device),
+        randn(1, 2, 150, 48, dtype=dtype, device=device).flip(-1),
+    )
+    mask = packed(sizes, 150, device, is_causal=is_causal)
+    out, lse, dw = check(w, grad_out, 0.2, mask)
+    check(w, grad_out, 0.2, mask._replace(window=4), dropout=0.2)
+    end = sum(sizes)
+    assert not out[:, :, end:].any() and not dw[:, :, end:].any() and (lse[:, :, end:] == -math.inf).all()
+    for tensor in (w, grad_out):
+        tensor[:, :, end:] = math.nan
+    assert all(torch.equal(one, other) for one, other in zip(run(w, grad_out, 0.2, mask), (out, lse, dw), strict=True))
+    if dtype == torch.float32:  # each by itself, to rounding
+        begin = sum(sizes[:1])
+        alone = run(w[:, :, :begin], grad_out[:, :, :begin], 0.2, Mask(is_causal))
+        for one, other in zip(alone, (out, lse, dw), strict=True):
+            assert relative_error(one, other[:, :, :begin].double()) < 1e-6
+
+
+def test_spans_out_of_range_are_clamped(device: str) -> None:
+    """A device's boundaries are not checked; they must not lead out of the tensor."""
+    w = amid_nan(randn(1, 2, 70, 16, device=device))
+    spans = torch.tensor([[-(2**31)] * 30 + [30] * 40, [30] * 30 + [2**31 - 1] * 40], dtype=torch.int32, device=device)
+    wild = Mask(lengths=torch.tensor([99], device=device), spans=spans)
+    tame = Mask(lengths=torch.tensor([70], device=device), spans=spans.clamp(0, 70))
+    for one, other in zip(run(w, w, 0.2, wild), check(w, w, 0.2, tame), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "causal", "window", "padded"])
+def test_key_masks(kind: str, dtype: torch.dtype, dropout: float, device: str) -> None:
+    """Keys here and there, none in the first two tiles, one alone, and none at all."""
+    place = torch.arange(100, device=device)
+    key_mask = torch.stack([place % 3 == 1, place >= 70, place == 50, place < 0])
+    mask = {
+        "plain": Mask(key_mask=key_mask),
+        "causal": Mask(True, key_mask=key_mask),
+        "window": Mask(window=6, key_mask=key_mask),
+        "padded": Mask(lengths=torch.tensor([100, 71, 40, 9], device=device), key_mask=key_mask),
+    }[kind]
+    w, grad_out = (
+        randn(4, 1, 100, 48, dtype=dtype, device=device),
+        randn(4, 1, 100, 48, dtype=dtype, device=device).flip(-1),
+    )
+    out, lse, dw = check(w, grad_out, 0.2, mask, dropout)
+    blind = ~attended(mask, 4, 100).any(-1).to(device)
+    assert torch.equal(lse == -math.inf, blind) and not out[blind.expand_as(lse)].any()
+    assert not out[3].any() and not dw[3].any()
+    apart = mask._replace(key_mask=key_mask.repeat_interleave(2, 1)[:, ::2])
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(w, grad_out, 0.2, apart, dropout, torch.tensor([0])), (out, lse, dw))
+    )
+
+
+@pytest.mark.parametrize("mask", [NO_MASK, CAUSAL, Mask(window=7)], ids=["full", "causal", "window"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_scale_for_each_head(dropout: float, dtype: torch.dtype, mask: Mask, device: str) -> None:
+    """Its gradient too, by rows: the kernels' is scale * dS w w^T, row by row."""
+    w, grad_out = (
+        randn(2, 3, 70, 48, dtype=dtype, device=device),
+        randn(2, 3, 70, 48, dtype=dtype, device=device).flip(-1),
+    )
+    scales, seed = torch.tensor([0.05, 0.15, 0.3], device=device), torch.tensor([0])
+    out, lse, dw = check(w, grad_out, scales, mask, dropout)
+    rows = torch.full_like(lse, math.nan)
+    again = gradient(grad_out, w, lse, rows_of_delta(grad_out, out), scales, mask, dropout, seed, rows)
+    assert torch.equal(again, dw)
+    factors = dropout_factors(w.shape, dropout, 0).to(device) if dropout else None
+    found = rows.sum((0, 2)) / scales
+
+    def of_scales(dtype: torch.dtype) -> Tensor:
+        leaf = scales.to(dtype).requires_grad_()
+        return torch.autograd.grad(attention(w.to(dtype), leaf, mask, factors), leaf, grad_out.to(dtype))[0]
+
+    exact = of_scales(torch.float64)
+    allowed = 1.5 * relative_error(of_scales(dtype), exact) + 8 * torch.finfo(torch.float32).eps
+    assert relative_error(found, exact) <= allowed
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "window", "key mask"])
+def test_scores_of_ten_thousands(kind: str, device: str) -> None:
+    w = randn(1, 1, 65, 16, device=device) * 50
+    every_other = Mask(key_mask=torch.arange(65, device=device)[None] % 2 == 0)
+    mask = {"full": NO_MASK, "causal": CAUSAL, "window": Mask(window=7), "key mask": every_other}[kind]
+    scores = w @ w.mT
+    assert scores.max() > 1e4 and scores.min() < -1e4
+    check(w, w.flip(-1), 1.0, mask)
 
 
 def test_lengths_out_of_range_are_clamped(device: str) -> None:
     """A device's lengths are not checked; they must not lead out of the tensor."""
     w = amid_nan(randn(3, 1, 37, 16, device=device))
-    out, lse = forward(w, 0.2, False, lengths=torch.tensor([2**40, 38, 12], device=device))
-    dw = backward(w, w, out, lse, 0.2, False, torch.tensor([2**40, 38, 12], device=device))
-    expected_out, expected_lse, expected_dw = check(w, w, 0.2, lengths=torch.tensor([37, 37, 12], device=device))
-    assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse) and torch.equal(dw, expected_dw)
-    nothing, lse = forward(w, 0.2, False, lengths=torch.tensor([0, -1, -(2**40)], device=device))
+    found = run(w, w, 0.2, Mask(lengths=torch.tensor([2**40, 38, 12], device=device)))
+    expected = check(w, w, 0.2, Mask(lengths=torch.tensor([37, 37, 12], device=device)))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    nothing, lse = attend(w, 0.2, Mask(lengths=torch.tensor([0, -1, -(2**40)], device=device)))
     assert not nothing.any() and (lse == -math.inf).all()
 
 
@@ -226,7 +369,7 @@ def test_walks_of_whole_tiles_and_a_tail(tokens: int, family: str, device: str) 
     w = randn(1, 1, tokens, 16, dtype=torch.float16, device=device)
     with tiles.pretend(family):
         check(w, w.flip(-1), 0.25)
-        check(w, w.flip(-1), 0.25, lengths=torch.tensor([tokens - 3], device=device))
+        check(w, w.flip(-1), 0.25, Mask(lengths=torch.tensor([tokens - 3], device=device)))
 
 
 def test_the_walks_of_tf32(device: str) -> None:
@@ -256,13 +399,13 @@ def test_tail() -> None:
 
 def test_backward_from_a_delta_that_is_there_already(device: str) -> None:
     w, grad_out = randn(2, 2, 37, 24, device=device), randn(2, 2, 37, 24, device=device).flip(-1)
-    out, lse = forward(w, 0.2, False)
+    out, lse, expected = run(w, grad_out, 0.2)
     delta = (grad_out * out).sum(-1)
-    dw = backward_from_delta(grad_out, w, lse, delta, 0.2, False)
-    assert relative_error(dw, backward(grad_out, w, out, lse, 0.2, False).double()) < 1e-6
+    dw = gradient(grad_out, w, lse, delta, 0.2)
+    assert relative_error(dw, expected.double()) < 1e-6
     # Raising delta by one takes scale * (P + P^T) w away.
     p = (w.double() @ w.double().mT * 0.2).softmax(-1)
-    difference = dw - backward_from_delta(grad_out, w, lse, delta + 1, 0.2, False)
+    difference = dw - gradient(grad_out, w, lse, delta + 1, 0.2)
     assert relative_error(difference, 0.2 * (p + p.mT) @ w.double()) < 1e-5
 
 
@@ -335,14 +478,19 @@ if given is not None:
             randn(*shape, dtype=dtype, device=device).flip(-1),
         )
         lengths = None if lengths is None else torch.tensor(lengths, device=device)
-        check(w, grad_layout(grad_out), shape[-1] ** -0.5, is_causal, lengths, dropout, seed=sum(shape))
+        window = data.draw(st.none() | st.integers(0, shape[2]), label="window")
+        key_mask = None
+        if data.draw(st.booleans(), label="key mask"):
+            keys = st.lists(st.booleans(), min_size=shape[0] * shape[2], max_size=shape[0] * shape[2])
+            key_mask = torch.tensor(data.draw(keys), device=device).view(shape[0], shape[2])
+        mask = Mask(is_causal, window, lengths, key_mask=key_mask)
+        check(w, grad_layout(grad_out), shape[-1] ** -0.5, mask, dropout, seed=sum(shape))
 
 
 def test_out_of_any_strides(device: str) -> None:
     w, grad_out = randn(1, 2, 37, 24, device=device), randn(1, 2, 37, 24, device=device).flip(-1)
-    out, lse = forward(w, 0.2, False)
-    expected = backward(grad_out, w, out, lse, 0.2, False)
-    assert torch.equal(backward(grad_out, w, amid_nan(out), lse, 0.2, False), expected)
+    out, _ = attend(w, 0.2)
+    assert torch.equal(rows_of_delta(grad_out, amid_nan(out)), rows_of_delta(grad_out, out))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -363,26 +511,24 @@ def test_log_sum_exps_hundreds_apart(dtype: torch.dtype, device: str) -> None:
 
 def test_first_token_sees_itself_alone_under_a_causal_mask(device: str) -> None:
     w = randn(1, 2, 40, 16, device=device)
-    out, _ = forward(w, 0.25, True)
+    out, _ = attend(w, 0.25, CAUSAL)
     assert torch.equal(out[:, :, 0], w[:, :, 0])
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_same_bits_every_time(is_causal: bool, device: str) -> None:
     w, grad_out = randn(1, 1, 40, 32, device=device), randn(1, 1, 40, 32, device=device).flip(-1)
-    for random in ((None, 0.0, None), (torch.tensor([33], device=device), 0.1, torch.tensor([3]))):
-        out, lse = forward(w, 0.2, is_causal, True, *random)
-        dw = backward(grad_out, w, out, lse, 0.2, is_causal, *random)
-        again, lse_again = forward(w, 0.2, is_causal, True, *random)
-        assert torch.equal(out, again) and torch.equal(lse, lse_again)
-        assert torch.equal(dw, backward(grad_out, w, again, lse_again, 0.2, is_causal, *random))
+    key_mask = torch.arange(40, device=device)[None] % 3 > 0
+    hiding = Mask(is_causal, 9, torch.tensor([33], device=device), packed((5, 20, 8), 40, device).spans, key_mask)
+    for options in ((Mask(is_causal),), (hiding, 0.1, torch.tensor([3]))):
+        first, second = (run(w, grad_out, 0.2, *options) for _ in range(2))
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 0, 5, 16), (2, 2, 0, 16)], ids=str)
 def test_nothing_in_nothing_out(shape: tuple[int, ...], device: str) -> None:
     w = torch.zeros(shape, device=device)
-    out, lse = forward(w, 0.25, False)
-    dw = backward(out, w, out, lse, 0.25, False)
+    out, lse, dw = run(w, w, 0.25)
     assert out.shape == dw.shape == w.shape and lse.shape == w.shape[:-1]
 
 
