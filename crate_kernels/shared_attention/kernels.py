@@ -364,15 +364,15 @@ def delta_kernel(
 
 @triton.jit
 def add_tile_gradient(
-    dw_j, scale_grad_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
+    dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
     w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
     w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
     J_IS_KEY: tl.constexpr, J_IS_QUERY: tl.constexpr, MASKED: tl.constexpr, INTERVALS: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_SCALE: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add to dw_j the terms of BLOCK tokens i from ``start_i`` on: those with j as the key, with j as the query, or both; and to
-    scale_grad_j, if NEED_SCALE, those with j as the query.
+    """Add to dw_j the terms of BLOCK tokens i from ``start_i`` on: those with j as the key, with j as the query, or both. If
+    NEED_SCALE, add to sums_j, with j as the query, what ``gradient_of_scale`` takes.
 
     Tokens i past the end need a mask for their loads only: their w_i and dO_i are read as zero, and so they add zero.
     """
@@ -408,11 +408,26 @@ def add_tile_gradient(
         grad_p_ji = products_of_rows(grad_out_j, w_i, DIM_B, PRECISION)
         if DROPOUT:
             grad_p_ji *= factor_ji
-        grad_scores_ji = p_ji * (grad_p_ji - delta_j[:, None])
         if NEED_SCALE:
-            scale_grad_j += tl.sum(grad_scores_ji * scores, 1)
-        grad_scores += grad_scores_ji
-    return add_weighted_rows(dw_j, scale * grad_scores, w_i, DIM_B, PRECISION), scale_grad_j
+            present_ji = tl.where(rows_i[None, :] < end, p_ji, 0.0) if MASKED else p_ji
+            log_p_ji, weighted = scores - lse_j[:, None], present_ji * grad_p_ji
+            weighted_log = tl.sum(weighted * log_p_ji, 1)
+            sums_j = (
+                sums_j[0] + weighted_log,
+                sums_j[1] + tl.sum(weighted, 1),
+                sums_j[2] + tl.sum(present_ji * log_p_ji, 1),
+            )
+        grad_scores += p_ji * (grad_p_ji - delta_j[:, None])
+    return add_weighted_rows(dw_j, scale * grad_scores, w_i, DIM_B, PRECISION), sums_j
+
+
+@triton.jit
+def gradient_of_scale(sums_j):
+    """Each row's share of scale * dscale = sum over i of P[j, i] (dP[j, i] - delta_j) S[j, i], for S = log P[j, i] + L[j].
+
+    L[j] falls out, and delta_j, the sum of P dP, is summed here: that of the output as it was rounded would be the largest error.
+    """
+    return (sums_j[0] - sums_j[1] * sums_j[2]) * LN_2
 
 
 @triton.jit(do_not_specialize=["window", "heads", "tokens", "seed"])
@@ -427,7 +442,7 @@ def backward_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_ROWS rows of one head's dw, summed over all tiles of BLOCK_COLUMNS tokens. With ``scale_grad_ptr``, also
-    each row's share of the gradient of the head's scale: the sum over its keys i of dS[j, i] w_j . w_i, times scale."""
+    each row's share of the gradient of the head's scale, times scale."""
     INTERVALS: tl.constexpr = IS_CAUSAL or window is not None or spans_ptr is not None
     NEED_SCALE: tl.constexpr = scale_grad_ptr is not None
     tiles = tl.cdiv(tokens, BLOCK_ROWS)
@@ -443,9 +458,12 @@ def backward_kernel(
     w_j = load_parts(w_head_ptr, rows_j, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B)
     grad_out_j = load_parts(grad_out_head_ptr, rows_j, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B)
     lse_j = load_numbers(lse_head_ptr, rows_j, end) * LOG2_E
+    if key_mask_ptr is not None:
+        lse_j = tl.where(lse_j == float("-inf"), 0.0, lse_j)  # a row without a key, whose probabilities are all masked
     delta_j = load_numbers(delta_head_ptr, rows_j, end)
     dw_j = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
-    scale_grad_j = tl.zeros([BLOCK_ROWS], tl.float32)
+    zeros_j = tl.zeros([BLOCK_ROWS], tl.float32)
+    sums_j = zeros_j, zeros_j, zeros_j
     if scales_ptr is not None:
         scale = tl.load(scales_ptr + head % heads)
     if key_mask_ptr is not None:
@@ -472,16 +490,16 @@ def backward_kernel(
     # or that they spill: as compiled for sm_90, 213 to 248 against 168 (64 features, 64 x 64 tiles).
     if IS_CAUSAL or PRECISION == "ieee":
         for start_i in range(first_key, end_key, BLOCK_COLUMNS):
-            dw_j, scale_grad_j = add_tile_gradient(
-                dw_j, scale_grad_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
+            dw_j, sums_j = add_tile_gradient(
+                dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
                 w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
                 w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
                 J_IS_KEY=False, J_IS_QUERY=True, MASKED=True, INTERVALS=INTERVALS, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
             )  # fmt: skip
         for start_i in range(first_query, end_query, BLOCK_COLUMNS):
-            dw_j, scale_grad_j = add_tile_gradient(
-                dw_j, scale_grad_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
+            dw_j, sums_j = add_tile_gradient(
+                dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
                 w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
                 w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
                 J_IS_KEY=True, J_IS_QUERY=False, MASKED=True, INTERVALS=INTERVALS, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
@@ -493,16 +511,16 @@ def backward_kernel(
             whole = end_key // BLOCK_COLUMNS * BLOCK_COLUMNS
             # Not range(0, whole), with which the compiler takes 20 registers more.
             for start_i in range(0, end_key - BLOCK_COLUMNS + 1, BLOCK_COLUMNS):
-                dw_j, scale_grad_j = add_tile_gradient(
-                    dw_j, scale_grad_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
+                dw_j, sums_j = add_tile_gradient(
+                    dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
                     w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
                     w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
                     J_IS_KEY=True, J_IS_QUERY=True, MASKED=False, INTERVALS=False, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
                     HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
                 )  # fmt: skip
         for start_i in tl.range(whole, end_key, TAIL, num_stages=1 if TAIL == 16 and BLOCK_COLUMNS > 16 else None):
-            dw_j, scale_grad_j = add_tile_gradient(
-                dw_j, scale_grad_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
+            dw_j, sums_j = add_tile_gradient(
+                dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
                 w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
                 w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
                 J_IS_KEY=True, J_IS_QUERY=True, MASKED=True, INTERVALS=INTERVALS, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
@@ -513,5 +531,5 @@ def backward_kernel(
     one = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     store_parts(dw_head_ptr, dw_j, one, rows_j, end, tokens, dw_token, dw_feature, HEAD_DIM, DIM_A, DIM_B)
     if NEED_SCALE:
-        scale_grad_j = tl.where(rows_j < end, scale_grad_j * LN_2, 0.0)
+        scale_grad_j = tl.where(rows_j < end, gradient_of_scale(sums_j), 0.0)
         tl.store(scale_grad_ptr + head.to(tl.int64) * tokens + rows_j, scale_grad_j, mask=rows_j < tokens)

@@ -33,12 +33,16 @@ def test_opcheck_shared_attention(implementation: str, options: str, device: str
     lengths = torch.tensor([4, 9], device=device) if options in ("lengths", "everything") else None
     dropout, seed = (0.2, torch.tensor([7])) if options == "everything" else (0.0, None)
     return_lse = options in ("lse of float16", "everything")
-    arguments = (w, 0.25, is_causal, True, implementation, lengths, dropout, seed, return_lse)
+    window, key_mask, scales = None, None, None
+    if options == "everything":
+        window, key_mask = 5, torch.arange(9, device=device)[None].expand(2, 9) % 3 > 0
+        scales = torch.tensor([0.2, 0.4], device=device) if implementation == "triton" else None
+    settings = 0.25, True, implementation, dropout, seed, return_lse, scales, is_causal, window, lengths, None, key_mask
+    arguments = (w, *settings)
     opcheck(OPS.shared_attention_forward.default, arguments)
     out, kept = OPS.shared_attention_forward(*arguments)
     grad = torch.randn_like(out)
-    arguments = (grad, w, out, kept, 0.25, is_causal, implementation, lengths, dropout, seed)
-    opcheck(OPS.shared_attention_backward.default, arguments)
+    opcheck(OPS.shared_attention_backward.default, (grad, w, out, kept, scales is not None, *settings))
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
@@ -112,7 +116,8 @@ def test_opcheck_mssa(skip: str, recompute: bool, norm: bool, device: str) -> No
     weights += [torch.randn(32, device=device), torch.randn(32, device=device)] if norm else [None, None]
     layer_norm = Norm(*weights[3:]) if norm else None
     qkv, out = operands([w.mT for w in weights[:2]], [None, weights[2]], [layer_norm, None], torch.float16)
-    arguments = *weights, *qkv, out.matrix, out.offset, 1e-5, skip == "x", skip == "x", 2, 0.25, False, recompute
+    masks = False, 4, torch.tensor([9, 5], device=device), None, None
+    arguments = *weights, *qkv, out.matrix, out.offset, 1e-5, skip == "x", skip == "x", 2, 0.25, recompute, *masks
     forward = x, other if skip == "another" else None, x.dtype, *arguments
     opcheck(OPS.mssa_forward.default, forward)
     out, kept = OPS.mssa_forward(*forward)

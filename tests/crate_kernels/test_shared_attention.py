@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +85,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         keeps = "probabilities" if "probabilities" in request.param else "nothing"
         monkeypatch.setattr(composed, "_SCORES_ON_CPU", 8 * 20 * 11)
         monkeypatch.setattr(composed, "takes_flash_attention", lambda *_: False)
-        monkeypatch.setattr(composed, "composed_keeps", lambda w, dropout, lse: "log-sum-exp" if lse else keeps)
+        monkeypatch.setattr(composed, "composed_keeps", lambda w, dropout, lse, mask: "log-sum-exp" if lse else keeps)
     if "flash" in request.param:
         monkeypatch.setattr(op, "_LONG", 0)
     with crate_kernels.use(request.param.partition(":")[0]):
@@ -115,6 +117,110 @@ def test_padding_neither_gives_nor_takes(path: str, is_causal: bool) -> None:
         for value, exact in zip(found, expected, strict=True):
             assert error(value, exact) < tolerance(path)
             assert not value.transpose(1, 2)[padding].any()
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "window": dict(window=3),
+    "window of one": dict(window=0),
+    "window over all": dict(window=2**40),
+    "causal window": dict(window=3, is_causal=True),
+    "packed": dict(cu_seqlens=[0, 5, 5, 13, 20]),
+    "packed, with room": dict(cu_seqlens=[0, 1, 17], is_causal=True),
+    "packed, window": dict(cu_seqlens=[0, 9, 20], window=2),
+    "keys": dict(key_mask=[2, 3, 11]),
+    "keys, causal": dict(key_mask=[2, 3, 11], is_causal=True),
+    "keys, window": dict(key_mask=[2, 3, 11], window=4),
+    "keys, padded": dict(key_mask=[2, 3, 11], lengths=[20, 3, 2]),
+    "no keys": dict(key_mask=[]),
+    "everything packed": dict(cu_seqlens=[0, 7, 18], key_mask=[2, 3, 11], is_causal=True, window=5),
+}
+
+
+def hidden(
+    tokens: int, batch: int, *, is_causal=False, window=None, lengths=None, key_mask=None, cu_seqlens=None
+) -> Tensor:
+    """True [batch, 1, tokens, tokens] where token i does not attend to j, by the words of the docstring, pair by pair."""
+    found = torch.zeros(batch, 1, tokens, tokens, dtype=torch.bool)
+    ends = [0, tokens] if cu_seqlens is None else list(cu_seqlens)
+    sequence = [sum(end <= i for end in ends) for i in range(tokens)]
+    for b, i, j in itertools.product(range(batch), range(tokens), range(tokens)):
+        length = ends[-1] if lengths is None else int(lengths[b])
+        found[b, 0, i, j] = (
+            (is_causal and j > i)
+            or (window is not None and abs(i - j) > window)
+            or max(i, j) >= length
+            or (key_mask is not None and not key_mask[b, j])
+            or sequence[i] != sequence[j]
+        )
+    return found
+
+
+def masked_truth(w: Tensor, scale: Tensor, hidden: Tensor) -> Tensor:
+    scores = w @ w.mT * scale[:, None, None]
+    weights = scores.masked_fill(hidden, -1e300).softmax(-1).masked_fill(hidden, 0.0)
+    return weights @ w
+
+
+@pytest.mark.parametrize("scale_of", ["number", "heads"])
+@pytest.mark.parametrize("options", MASKS.values(), ids=MASKS.keys())
+def test_masks(path: str, options: dict[str, Any], scale_of: str) -> None:
+    """Output, log-sum-exp and gradients, that of a scale for each head too; whatever is stored in padding."""
+    batch = 1 if "cu_seqlens" in options else 3
+    given = dict(options)
+    if "key_mask" in given:
+        given["key_mask"] = torch.zeros(batch, 20, dtype=torch.bool)
+        given["key_mask"][:, options["key_mask"]] = True
+    given |= {name: torch.tensor(options[name]) for name in ("lengths", "cu_seqlens") if name in options}
+    hide = hidden(20, batch, **given)
+    w, upstream = numbers(path, batch, 2, 20, 16), numbers(path, batch, 2, 20, 16)
+    scale = torch.tensor([0.25, 0.25] if scale_of == "number" else [0.1, 0.5], dtype=w.dtype)
+    ends = given["cu_seqlens"][-1:] if "cu_seqlens" in given else given.get("lengths", torch.tensor([20]))
+    padding = (torch.arange(20) >= ends[:, None]).expand(batch, 20)
+    upstream = upstream.masked_fill(padding[:, None, :, None], 0.0)
+    expected = gradients(lambda w, s: masked_truth(w, s, hide), [w.double(), scale.double()], upstream.double())
+    w, upstream = (tensor.masked_fill(padding[:, None, :, None], float("nan")) for tensor in (w, upstream))
+
+    def attend(w: Tensor, scale: Tensor | float = 0.25) -> Tensor:
+        return shared_qkv_attention(w, scale=scale, **given)
+
+    found = gradients(attend, [w] if scale_of == "number" else [w, scale], upstream)
+    for value, exact in zip(found, expected, strict=False):
+        # Where each token has one key or none, the scale has no gradient.
+        assert (value.double() - exact).norm() < tolerance(path) * max(1.0, 3 * exact.norm())
+    assert not found[1].transpose(1, 2)[padding].any()
+
+    lse = shared_qkv_attention(w, scale=0.25 if scale_of == "number" else scale, return_lse=True, **given)[1]
+    scores = (w.nan_to_num().double() @ w.nan_to_num().double().mT * scale.double()[:, None, None]).masked_fill(
+        hide, -torch.inf
+    )
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=20 * tolerance(path))
+
+
+def test_a_window_leaves_flash_attention_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's takes a mask of all pairs only; batched products take intervals."""
+    monkeypatch.setattr(composed, "cpu_flash_attention", None)
+    w, hide = torch.randn(1, 1, 300, 8, dtype=torch.float64), hidden(300, 1, window=20)
+    assert (
+        error(shared_qkv_attention(w, window=20), masked_truth(w, torch.tensor([8**-0.5], dtype=torch.float64), hide))
+        < 1e-12
+    )
+
+
+@pytest.mark.parametrize("tokens", [5, 257])
+def test_derivatives_of_masked_attention(tokens: int) -> None:
+    """Second ones on the composed path, of a scale for each head as well."""
+    w, scale = torch.randn(1, 2, tokens, 2, dtype=torch.float64), torch.tensor([0.3, 0.8], dtype=torch.float64)
+    key_mask = torch.arange(tokens)[None] % 3 > 0
+
+    def second(implementation: str) -> list[Tensor]:
+        leaves = [w.clone().requires_grad_(), scale.clone().requires_grad_()]
+        with crate_kernels.use(implementation):
+            out = shared_qkv_attention(leaves[0], scale=leaves[1], window=2, key_mask=key_mask)
+        grads = torch.autograd.grad(out.pow(2).sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), leaves))
+
+    for found, exact in zip(second("composed"), second("reference"), strict=True):
+        assert error(found, exact) < 1e-10
 
 
 def dropout_factors(shape: tuple[int, ...], **arguments: object) -> Tensor:
@@ -208,7 +314,7 @@ def test_log_sum_exp_is_float32_where_w_has_16_bits(path: str) -> None:
 
 def test_what_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     def kept(w: Tensor, keep: bool = True) -> Tensor:
-        return torch.ops.crate_kernels.shared_attention_forward(w, 0.5, False, keep, "composed")[1]
+        return torch.ops.crate_kernels.shared_attention_forward(w, 0.5, keep, "composed")[1]
 
     w = torch.randn(2, 3, 9, 16)
     assert error(kept(w), (w @ w.mT * 0.5).softmax(-1)) < 1e-6
@@ -238,8 +344,9 @@ def test_any_strides(layout: str, flash: bool, monkeypatch: pytest.MonkeyPatch) 
     }[layout]
     upstream = torch.randn(2, 3, 7, 16)
     with torch.no_grad():
-        out, kept = torch.ops.crate_kernels.shared_attention_forward(w, 0.25, False, True, "composed")
-        grad = torch.ops.crate_kernels.shared_attention_backward(upstream, w, out, kept, 0.25, False, "composed")
+        out, kept = torch.ops.crate_kernels.shared_attention_forward(w, 0.25, True, "composed")
+        settings = False, 0.25, True, "composed"
+        grad, _ = torch.ops.crate_kernels.shared_attention_backward(upstream, w, out, kept, *settings)
     expected = gradients(lambda w: truth(w, 0.25, False), [w.double().contiguous()], upstream.double())
     assert error(out, expected[0]) < 1e-6
     assert error(grad, expected[1]) < 1e-5
@@ -314,6 +421,41 @@ def test_second_derivative_of_dropout_is_refused() -> None:
         (dict(lengths=torch.tensor([1.0])), TypeError, "lengths: expected an int32 or int64 tensor .* float32"),
         (dict(lengths=[2]), TypeError, "lengths: expected an int32 or int64 tensor .* got list"),
         (dict(lengths=torch.tensor([1], device="meta")), ValueError, "lengths: expected it on cpu like its tokens"),
+        (dict(scale=torch.ones(2)), ValueError, r"scale: expected .* \[heads\] \(1,\) on cpu, got shape \(2,\)"),
+        (
+            dict(scale=torch.ones(1, dtype=torch.int64)),
+            ValueError,
+            "scale: expected a number or a floating-point tensor",
+        ),
+        (dict(scale=torch.zeros(1)), ValueError, r"scale: expected finite numbers above zero, got \[0.0\]"),
+        (dict(window=-1), ValueError, "window: expected at least 0 tokens, got -1"),
+        (dict(window=1.0), TypeError, "window: expected an int or None, got float"),
+        (dict(window=True), TypeError, "window: expected an int or None, got bool"),
+        (
+            dict(key_mask=torch.ones(1, 2)),
+            TypeError,
+            r"key_mask: expected a bool tensor \[batch, tokens\] \(1, 2\), got",
+        ),
+        (
+            dict(key_mask=torch.ones(1, 3, dtype=torch.bool)),
+            ValueError,
+            r"key_mask: expected .* \(1, 2\), got shape \(1, 3\)",
+        ),
+        (dict(cu_seqlens=torch.tensor([0, 3])), ValueError, r"cu_seqlens: expected .* at most 2 tokens.* got \[0, 3\]"),
+        (dict(cu_seqlens=torch.tensor([1, 2])), ValueError, r"cu_seqlens: expected numbers from 0 .* got \[1, 2\]"),
+        (dict(cu_seqlens=torch.tensor([0, 2, 1])), ValueError, r"cu_seqlens: .* none below .* got \[0, 2, 1\]"),
+        (dict(cu_seqlens=torch.tensor([0])), ValueError, r"cu_seqlens: expected \[sequences \+ 1\], got shape \(1,\)"),
+        (dict(cu_seqlens=[0, 2]), TypeError, "cu_seqlens: expected an int32 or int64 tensor .* got list"),
+        (
+            dict(w=torch.randn(2, 1, 2, 4), cu_seqlens=torch.tensor([0, 2])),
+            ValueError,
+            "cu_seqlens: expected packed sequences in a batch of 1, got a batch of 2",
+        ),
+        (
+            dict(cu_seqlens=torch.tensor([0, 2]), lengths=torch.tensor([2])),
+            ValueError,
+            "cu_seqlens: given with lengths",
+        ),
         (dict(dropout=1.0), ValueError, "dropout: expected a probability below 1, got 1.0"),
         (dict(dropout=-0.1), ValueError, "dropout: expected a finite number of at least zero, got -0.1"),
         (dict(dropout=None), TypeError, "dropout: expected a number, got NoneType"),
