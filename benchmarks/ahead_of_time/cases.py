@@ -65,6 +65,10 @@ def attention(
     memory: str = "batch token head feature",
     padded: bool = False,
     dropout: float = 0.0,
+    window: int | None = None,
+    packed: bool = False,
+    key_mask: bool = False,
+    learned: bool = False,
 ) -> Case:
     """Shared-QKV attention of 12 heads, at first on the view that the projection leaves."""
     sizes = {"batch": batch, "head": 12, "token": tokens, "feature": head_dim}
@@ -72,10 +76,15 @@ def attention(
 
     def call() -> None:
         w = empty(dtype, *(sizes[name] for name in names), order=tuple(map(names.index, sizes)))
-        lengths = torch.empty(batch, dtype=torch.int64, device="meta") if padded else None
-        backward(crate_kernels.shared_qkv_attention(w, is_causal=is_causal, lengths=lengths, dropout=dropout))
+        options: dict[str, Any] = dict(is_causal=is_causal, window=window, dropout=dropout)
+        options["lengths"] = torch.empty(batch, dtype=torch.int64, device="meta") if padded else None
+        options["cu_seqlens"] = torch.empty(5, dtype=torch.int32, device="meta") if packed else None
+        options["key_mask"] = torch.empty(batch, tokens, dtype=torch.bool, device="meta") if key_mask else None
+        options["scale"] = empty("float32", 12) if learned else None
+        backward(crate_kernels.shared_qkv_attention(w, **options))
 
     shape = f"d={head_dim} N={tokens}" + " causal" * is_causal + " padded" * padded + " dropout" * (dropout > 0)
+    shape += " window" * (window is not None) + " packed" * packed + " keys" * key_mask + " learned scales" * learned
     shape += f" B={batch} {memory}" * (batch != 8)
     return Case("attention", dtype, shape, call, slow="" if names[-1] == "feature" else SCATTERED)
 
@@ -195,6 +204,8 @@ def flags() -> list[Case]:
     # Tails of 0, 16 (as of 197), 32 and 64 tokens.
     cases += [attention("bfloat16", tokens=tokens) for tokens in (256, 785, 50)]
     cases += [attention("bfloat16", padded=True), attention("bfloat16", dropout=0.1)]
+    cases += [attention("bfloat16", window=64), attention("bfloat16", is_causal=True, packed=True, batch=1, tokens=785)]
+    cases += [attention("bfloat16", key_mask=True), attention("bfloat16", learned=True)]
     cases += [use(dtype) for use in (attention, mssa) for dtype in ("float16", "tf32")]
     cases += [ista("bfloat16", images) for images in (1, 64)]
     cases += [ista("bfloat16", soft=True), ista("bfloat16", norm=True, learned=True)]
@@ -208,7 +219,7 @@ def far() -> list[Case]:
     Offsets are computed alike in every dtype: one will do.
     """
     cases = [attention("bfloat16", is_causal=is_causal, batch=2**20) for is_causal in FLAGS]
-    cases += [attention("float32", batch=2**20)]
+    cases += [attention("float32", batch=2**20), attention("bfloat16", window=64, key_mask=True, batch=2**20)]
     cases += [attention("bfloat16", batch=2**19, memory="token batch head feature")]
     cases += [attention("bfloat16", batch=2**19, memory="feature batch head token")]
     cases += [ista("bfloat16", 2**15, norm=True), ista("bfloat16", 2**15, feature_major=True)]
@@ -236,6 +247,8 @@ def everything(target: str) -> list[Case]:
     """The gate's cases and all combinations, at the widths of CRATE-MAE Small and Base."""
     cases = tiles(*DTYPES) + flags() + far()
     cases += [attention(*variant) for variant in product(DTYPES, HEAD_DIMS, FLAGS) if variant[0] != "autocast"]
+    cases += [attention("bfloat16", d, c, window=64, key_mask=True) for d, c in product(HEAD_DIMS, FLAGS)]
+    cases += [attention("bfloat16", d, c, packed=True, learned=True, batch=1) for d, c in product(HEAD_DIMS, FLAGS)]
     cases += [ista(*variant) for variant in product(DTYPES, (1, 64), (576, 768), FLAGS, FLAGS, FLAGS)]
     cases += [mssa(*variant) for variant in product(DTYPES, FLAGS, FLAGS, FLAGS)]
     cases += [norm_linear(*variant) for variant in product(DTYPES, FLAGS)]
