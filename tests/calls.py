@@ -21,6 +21,7 @@ from crate_kernels import (
 )
 
 WIDTH, CODES, LENGTHS = 6, 12, torch.tensor([3, 4])
+KEY_MASK = torch.tensor([[True, False, True, True], [False, False, True, False]])
 V, M, D = (WIDTH,), (WIDTH, WIDTH), (WIDTH, CODES)
 ATTENTION = [M, M, V, V, V]  # qkv, out, bias; gamma, beta
 LEARNED = [(), ()]  # step_size, lambd
@@ -80,6 +81,10 @@ CALLS = {
 VARIANTS = {
     "shared_qkv_attention, padded": Call(lambda x: _attention(x, is_causal=True, lengths=LENGTHS), []),
     "mssa, padded": Call(lambda *a: _mssa(*a, subtract=True, is_causal=True, lengths=LENGTHS), ATTENTION),
+    "shared_qkv_attention, masked": Call(
+        lambda x, s: _attention(x, scale=s.square() + 0.1, window=1, key_mask=KEY_MASK), [(2,)]
+    ),
+    "mssa, masked": Call(lambda *a: _mssa(*a, is_causal=True, window=2, key_mask=KEY_MASK), ATTENTION),
     "mssa, recomputed": Call(lambda *a: _mssa(*a, recompute=True), ATTENTION),
     "ista, soft": Call(lambda *a: _ista(*a, soft=True), [M, *LEARNED, V, V]),
     "ista, few tokens": Call(lambda x, *a: _ista(x[:1], *a), [M, *LEARNED, V, V]),

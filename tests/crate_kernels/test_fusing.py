@@ -276,6 +276,8 @@ def test_a_forward_replaced_on_the_class_is_called(kind: type[nn.Module], monkey
         dict(lengths=torch.tensor([0, 3])),
         dict(lengths=torch.tensor([3.0, 3.0])),
         dict(lengths=torch.tensor([3])),
+        dict(key_mask=torch.ones(2, 19, dtype=torch.bool)),
+        dict(cu_seqlens=torch.tensor([0, 20])),
     ],
     ids=str,
 )
@@ -288,6 +290,31 @@ def test_what_the_fused_call_refuses_the_children_refuse(options: dict) -> None:
         errors.append(str(caught.value).split(":")[0])
         module.attend.register_forward_hook(lambda *_: None)
     assert errors[0] == errors[1]
+
+
+def test_masks_count_whether_children_are_called_or_not() -> None:
+    """Windows, keys and packed sequences, and a scale that each head learns."""
+    packed, ends = TOKENS[:1], torch.tensor([0, 8, 17])
+    options = [(TOKENS, dict(key_mask=torch.arange(20).expand(2, 20) % 3 > 0)), (packed, dict(cu_seqlens=ends))]
+    for tokens, hiding in options:
+        module = MSSA(16, 2, 8).double()
+        module.window, module.scale = 4, nn.Parameter(torch.tensor([0.2, 0.9], dtype=torch.float64)[:, None, None])
+        found = []
+        for _ in range(2):
+            module.zero_grad()
+            out = module(tokens.double(), **hiding)
+            out.square().sum().backward()
+            found.append([out, module.scale.grad, module.qkv.weight.grad])
+            module.attend.register_forward_hook(lambda *_: None)
+        for fused, by_children in zip(*found, strict=True):
+            assert error(fused, by_children) < 1e-12
+        weights = module(tokens.double(), return_attention=True, **hiding)
+        place = torch.arange(20)
+        assert not weights[..., (place - place[:, None]).abs() > 4].any()
+        if "key_mask" in hiding:
+            assert not weights.transpose(1, 3)[~hiding["key_mask"]].any()
+        else:
+            assert not weights[..., :8, 8:].any() and not weights[..., 17:, :].any()
 
 
 def test_padding_is_no_part_of_an_attention_map() -> None:
@@ -317,6 +344,10 @@ def set_in_model(path: str, name: str, value: object) -> tuple[nn.Module, Tensor
         ("blocks.0.layers.0.1.fn", "threshold", "soft"),
         ("blocks.0.layers.0.1.fn", "step_size", 0.3),
         ("blocks.0.layers.0.0.fn", "is_causal", True),
+        ("blocks.0.layers.0.0.fn", "window", 1),
+        ("decoder_blocks.0.layers.0.1.fn", "window", 1),
+        ("blocks.0.layers.0.0.fn", "scale", torch.tensor([0.1, 2.0])[:, None, None]),
+        ("decoder_blocks.0.layers.0.1.fn", "scale", torch.tensor(2.0)),
         ("decoder_blocks.0.layers.0.1.fn", "scale", 2.0),
         ("decoder_blocks.0.layers.0.1.fn.dropout", "p", 0.5),
     ],

@@ -143,6 +143,38 @@ def test_padding_is_passed_by(implementation: str) -> None:
         assert error(value, exact) < 1e-5
 
 
+HIDING = {
+    "window": dict(window=3),
+    "keys": dict(key_mask=torch.arange(11)[None].expand(2, 11) % 4 > 1, is_causal=True),
+    "packed": dict(cu_seqlens=torch.tensor([0, 4, 4, 9])),
+    "padded window": dict(window=2, lengths=torch.tensor([11, 6])),
+    "a scale for each head": dict(scale=torch.tensor([0.2, 0.6])),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("options", HIDING.values(), ids=HIDING.keys())
+@pytest.mark.parametrize("implementation", ["composed", "triton"])
+def test_masks(implementation: str, options: dict, recompute: bool, device: str) -> None:
+    """What attention's own tests prove of masks reaches it, in the one operator too, with all that rides along."""
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()} | {"recompute": recompute}
+    batch = 1 if "cu_seqlens" in options else 2
+    gamma, beta = 1 + torch.randn(32) / 4, torch.randn(32) / 4
+    inputs = [one.to(device) for one in (torch.randn(batch, 11, 32), *parameters(32, 2, 16).values(), gamma, beta)]
+    upstream = torch.randn(batch, 11, 32, device=device)
+
+    def operator(x, qkv, out, bias, gamma, beta):
+        norm = dict(norm_weight=gamma, norm_bias=beta)
+        return mssa(x, qkv, out, bias, num_heads=2, skip=x, subtract=True, **norm, **options)
+
+    with crate_kernels.use("reference"):
+        exact = gradients(operator, [value.double() for value in inputs], upstream.double())
+    with crate_kernels.use(implementation):
+        found = gradients(operator, inputs, upstream)
+    for ours, theirs in zip(found, exact, strict=True):
+        assert error(ours, theirs) < 5e-6
+
+
 @pytest.mark.parametrize("implementation", ["reference", "composed", "triton"])
 def test_dropout_in_training_only_and_by_the_seed(implementation: str) -> None:
     module, x = MSSA(32, heads=2, dim_head=16, dropout=0.25), torch.randn(2, 9, 32)
