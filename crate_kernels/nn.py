@@ -186,8 +186,7 @@ class MSSA(nn.Module):
             if _rate(dropout) >= 1:
                 return f"dropout is {dropout.p}"
         heads, scale = self._heads_and_scale()
-        suits = isinstance(scale, (int, float)) or _of_each_head(scale, heads) is not None
-        return None if suits else "scale is no number, and not one for each head"
+        return "scale is no number, and not one for each head" if _of_each_head(scale, heads) is None else None
 
     def _attended(self, w: Tensor, mask: Mask, hiding: dict[str, Any]) -> Tensor:
         """Attention on the projection w [batch, tokens, heads * dim_head]; the result has the same shape."""
@@ -222,8 +221,10 @@ class MSSA(nn.Module):
 
 def _of_each_head(scale: float | Tensor, heads: int) -> float | Tensor | None:
     """A number as it is; a tensor that multiplies scores [batch, heads, tokens, tokens] head by head as [heads]; else None."""
-    if not isinstance(scale, Tensor):
+    if isinstance(scale, (int, float)):
         return scale
+    if not isinstance(scale, Tensor):
+        return None
     suits = scale.numel() == 1 or (scale.numel() == heads and scale.shape[-3:] == (heads, 1, 1))
     return scale.reshape(-1).expand(heads) if suits and scale.is_floating_point() else None
 

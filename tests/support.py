@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,6 +42,32 @@ def gradients(function: Callable[..., Tensor], inputs: list[Tensor], upstream: T
     out = function(*leaves)
     out.backward(upstream.to(out))
     return [out, *(leaf.grad for leaf in leaves)]
+
+
+def pairs_hidden(
+    batch: int,
+    tokens: int,
+    *,
+    is_causal: bool = False,
+    window: int | None = None,
+    lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """True [batch, 1, tokens, tokens] where token i does not attend to j: pair by pair, as ``shared_qkv_attention`` says it."""
+    found = torch.zeros(batch, 1, tokens, tokens, dtype=torch.bool)
+    ends = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    sequence = [sum(end <= i for end in ends) for i in range(tokens)]
+    for b, i, j in itertools.product(range(batch), range(tokens), range(tokens)):
+        length = ends[-1] if lengths is None else int(lengths[b])
+        found[b, 0, i, j] = (
+            (is_causal and j > i)
+            or (window is not None and abs(i - j) > window)
+            or max(i, j) >= length
+            or (key_mask is not None and not key_mask[b, j])
+            or sequence[i] != sequence[j]
+        )
+    return found
 
 
 def awkward_gradients(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Tensor]]:

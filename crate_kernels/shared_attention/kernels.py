@@ -69,7 +69,7 @@ def keys_of(rows, end, tokens, spans_ptr, window, IS_CAUSAL: tl.constexpr):
     """The interval of the keys of each row, and its end."""
     first, last = reach(rows, end, tokens, spans_ptr, window)
     if IS_CAUSAL:
-        last = tl.minimum(last, rows + 1)
+        last = rows + 1
     return first, last
 
 
@@ -78,7 +78,7 @@ def queries_of(rows, end, tokens, spans_ptr, window, IS_CAUSAL: tl.constexpr):
     """The interval of the queries that have each row as a key, if the key mask lets it be one; and its end."""
     first, last = reach(rows, end, tokens, spans_ptr, window)
     if IS_CAUSAL:
-        first = tl.maximum(first, rows)
+        first = rows
     return first, last
 
 

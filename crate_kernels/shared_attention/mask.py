@@ -46,7 +46,7 @@ class Mask(NamedTuple):
         if self.window is not None:
             first, end = torch.maximum(first, place - self.window), torch.minimum(end, place + self.window + 1)
         if self.is_causal:
-            end = torch.minimum(end, place + 1)
+            end = place + 1
         return first.clamp(0, tokens), end.clamp(0, tokens)
 
     def padding(self, w: Tensor) -> Tensor | None:
@@ -78,7 +78,7 @@ class Mask(NamedTuple):
         else:
             before = F.pad((~keys).cumsum(-1), (1, 0))  # how many keys there are before each place
             first, end = intervals
-            none = before[..., torch.maximum(first, end).long()] == before[..., first.long()]
+            none = before[..., end.long()] == before[..., first.long()]
         return none if padding is None else none | padding
 
     def hidden_pairs(self, tokens: int, device: torch.device, rows: slice = slice(None)) -> Tensor | None:
@@ -161,8 +161,8 @@ def checked_mask(
 def spans_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """[2, tokens], int32: where the sequence of each token begins and ends. Nothing, for tokens behind the last sequence."""
     last = len(cu_seqlens) - 1
-    behind = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=cu_seqlens.device), right=True, out_int32=True)
-    return cu_seqlens[torch.stack([(behind - 1).clamp(0, last), behind.clamp(0, last)])].to(torch.int32)
+    behind = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=cu_seqlens.device), right=True)
+    return cu_seqlens[torch.stack([behind - 1, behind.clamp(max=last)])].to(torch.int32)
 
 
 def _check_integers(name: str, value: Tensor, dims: str, x: Tensor) -> None:

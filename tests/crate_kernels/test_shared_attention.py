@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support import awkward_gradients, error, gradients
+from support import awkward_gradients, error, gradients, pairs_hidden
 from torch import Tensor
 
 import crate_kernels
@@ -136,25 +135,6 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def hidden(
-    tokens: int, batch: int, *, is_causal=False, window=None, lengths=None, key_mask=None, cu_seqlens=None
-) -> Tensor:
-    """True [batch, 1, tokens, tokens] where token i does not attend to j, by the words of the docstring, pair by pair."""
-    found = torch.zeros(batch, 1, tokens, tokens, dtype=torch.bool)
-    ends = [0, tokens] if cu_seqlens is None else list(cu_seqlens)
-    sequence = [sum(end <= i for end in ends) for i in range(tokens)]
-    for b, i, j in itertools.product(range(batch), range(tokens), range(tokens)):
-        length = ends[-1] if lengths is None else int(lengths[b])
-        found[b, 0, i, j] = (
-            (is_causal and j > i)
-            or (window is not None and abs(i - j) > window)
-            or max(i, j) >= length
-            or (key_mask is not None and not key_mask[b, j])
-            or sequence[i] != sequence[j]
-        )
-    return found
-
-
 def masked_truth(w: Tensor, scale: Tensor, hidden: Tensor) -> Tensor:
     scores = w @ w.mT * scale[:, None, None]
     weights = scores.masked_fill(hidden, -1e300).softmax(-1).masked_fill(hidden, 0.0)
@@ -171,7 +151,7 @@ def test_masks(path: str, options: dict[str, Any], scale_of: str) -> None:
         given["key_mask"] = torch.zeros(batch, 20, dtype=torch.bool)
         given["key_mask"][:, options["key_mask"]] = True
     given |= {name: torch.tensor(options[name]) for name in ("lengths", "cu_seqlens") if name in options}
-    hide = hidden(20, batch, **given)
+    hide = pairs_hidden(batch, 20, **given)
     w, upstream = numbers(path, batch, 2, 20, 16), numbers(path, batch, 2, 20, 16)
     scale = torch.tensor([0.25, 0.25] if scale_of == "number" else [0.1, 0.5], dtype=w.dtype)
     ends = given["cu_seqlens"][-1:] if "cu_seqlens" in given else given.get("lengths", torch.tensor([20]))
@@ -199,7 +179,7 @@ def test_masks(path: str, options: dict[str, Any], scale_of: str) -> None:
 def test_a_window_leaves_flash_attention_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's takes a mask of all pairs only; batched products take intervals."""
     monkeypatch.setattr(composed, "cpu_flash_attention", None)
-    w, hide = torch.randn(1, 1, 300, 8, dtype=torch.float64), hidden(300, 1, window=20)
+    w, hide = torch.randn(1, 1, 300, 8, dtype=torch.float64), pairs_hidden(1, 300, window=20)
     assert (
         error(shared_qkv_attention(w, window=20), masked_truth(w, torch.tensor([8**-0.5], dtype=torch.float64), hide))
         < 1e-12

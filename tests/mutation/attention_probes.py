@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from mutation.memory import amid_nan
-from mutation.modules import attention
+from mutation.modules import attention, attention_mask
 from mutation.probes import Probe
-from support import a_few_roundings, error
+from support import a_few_roundings, error, pairs_hidden
 from torch import Tensor
 
 EPS = torch.finfo(torch.float32).eps
@@ -69,21 +68,37 @@ class _Attention:
     def __init__(
         self,
         *shape: int,
-        scale: float = 0.3,
+        scale: float | tuple[float, ...] = 0.3,
         is_causal: bool = False,
+        window: int | None = None,
         lengths: tuple[int, ...] | None = None,
+        sequences: tuple[int, ...] | None = None,
+        keys: Callable[[Tensor], Tensor] | None = None,
         dropout: bool = False,
         precision: str = "high",
     ) -> None:
         torch.manual_seed(sum(shape))
         batch, heads, tokens, _ = shape
-        self.scale, self.is_causal, self.precision = scale, is_causal, precision
-        self.lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-        ends = torch.full((batch,), tokens) if lengths is None else self.lengths.clamp(0, tokens)
+        self.scale = torch.tensor(scale) if isinstance(scale, tuple) else scale
+        self.precision = precision
+        self._factor = self.scale[:, None, None] if isinstance(self.scale, Tensor) else self.scale
+        given = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+        key_mask = None if keys is None else keys(torch.arange(batch * tokens).view(batch, tokens))
+        cu_seqlens = spans = None
+        if sequences is not None:
+            cu_seqlens = torch.tensor(sequences).cumsum(0)
+            behind = [sum(end <= place for end in cu_seqlens.tolist()) for place in range(tokens)]
+            known = [*cu_seqlens.tolist(), cu_seqlens[-1].item()]
+            spans = torch.tensor(
+                [[known[one - 1] for one in behind], [known[one] for one in behind]], dtype=torch.int32
+            )
+            given = cu_seqlens[-1:]
+        self.mask = attention_mask.Mask(is_causal, window, given, spans, key_mask)
+        ends = torch.full((batch,), tokens) if given is None else given.clamp(0, tokens)
         self._padding = (torch.arange(tokens) >= ends[:, None])[:, None, :, None].expand(shape)
-        self._blocked = self._padding[..., 0][..., None, :].expand(batch, heads, tokens, tokens).clone()
-        if is_causal:
-            self._blocked |= torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        self._blocked = pairs_hidden(
+            batch, tokens, is_causal=is_causal, window=window, lengths=ends, key_mask=key_mask, cu_seqlens=cu_seqlens
+        ).expand(batch, heads, tokens, tokens)
         self._factors, self.dropout, self.seed = torch.ones(()), 0.0, None
         if dropout:
             uniform = _uniform(batch * heads, tokens).view(batch, heads, tokens, tokens)
@@ -102,6 +117,7 @@ class _Attention:
                 "lse": 2 * EPS,
                 "delta": a_few_roundings(torch.float32),
                 "dw": a_few_roundings(torch.float32) + 2 * EPS * lse.abs().max().item(),
+                "rows of the scale": 32 * EPS,
             }.items()
         }
         # What is stored in padding counts for nothing.
@@ -112,13 +128,15 @@ class _Attention:
 
     def _formula(self, w: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         w, grad_out = w.masked_fill(self._padding, 0).requires_grad_(), grad_out.masked_fill(self._padding, 0)
-        scores = (w @ w.mT * self.scale).masked_fill(self._blocked, -math.inf)
-        probabilities = scores.softmax(-1).masked_fill(self._blocked, 0)  # a sample may be all padding
+        factors = torch.ones(w.shape[:3], dtype=w.dtype).requires_grad_()
+        scores = w @ w.mT * self._factor * factors[..., None]
+        weights = scores.masked_fill(self._blocked, torch.finfo(w.dtype).min).softmax(-1)
+        probabilities = weights.masked_fill(self._blocked, 0)  # a sample may be all padding, and a row may have no key
         out = ((probabilities * self._factors.to(w)) @ w).masked_fill(self._padding, 0)
-        (dw,) = torch.autograd.grad(out, w, grad_out)
-        lse = scores.logsumexp(-1).masked_fill(self._padding[..., 0], -math.inf)
+        dw, rows = torch.autograd.grad(out, (w, factors), grad_out)
+        lse = scores.detach().masked_fill(self._blocked, -math.inf).logsumexp(-1)
         out = out.detach()
-        return {"out": out, "lse": lse.detach(), "delta": (out * grad_out).sum(-1), "dw": dw.nan_to_num()}
+        return {"out": out, "lse": lse, "delta": (out * grad_out).sum(-1), "dw": dw, "rows of the scale": rows}
 
     def probe(self, name: str, results: tuple[str, ...], run: Callable[[], tuple]) -> Probe:
         def named() -> dict[str, Tensor]:
@@ -130,33 +148,28 @@ class _Attention:
 
     def forward(self, name: str) -> Probe:
         def run() -> tuple:
-            return attention.forward(
-                self.w, self.scale, self.is_causal, lengths=self.lengths, dropout=self.dropout, seed=self.seed
-            )
+            return attention.attend(self.w, self.scale, self.mask, self.dropout, self.seed)
 
         return self.probe(f"forward: {name}", ("out", "lse"), run)
 
-    def backward(self, name: str) -> Probe:
+    def backward(self, name: str, of_scale: bool = False) -> Probe:
         def run() -> tuple:
-            return (
-                attention.backward_from_delta(
-                    self.grad_out, self.w, self.lse, self.delta, self.scale, self.is_causal, self.lengths,
-                    self.dropout, self.seed,
-                ),
-            )  # fmt: skip
+            rows = torch.full_like(self.lse, math.nan) if of_scale else None
+            settings = self.scale, self.mask, self.dropout, self.seed, rows
+            dw = attention.gradient(self.grad_out, self.w, self.lse, self.delta, *settings)
+            return (dw,) if rows is None else (dw, rows)
 
-        return self.probe(f"backward: {name}", ("dw",), run)
+        return self.probe(f"backward: {name}", ("dw", "rows of the scale")[: 1 + of_scale], run)
 
     def rounded(self, name: str) -> Probe:
         """In float16: the weights of the softmax are rounded before they are multiplied."""
         allowed = dict.fromkeys(("out", "lse"), 2.0**-9)
-        run = lambda: dict(zip(allowed, attention.forward(self.w.half(), self.scale, False), strict=True))  # noqa: E731
+        run = lambda: dict(zip(allowed, attention.attend(self.w.half(), self.scale), strict=True))  # noqa: E731
         return Probe(f"forward: {name}", run, {result: self.exact[result] for result in allowed}, allowed)
 
     def row_sums(self, name: str) -> Probe:
         def run() -> tuple:
-            with patch.object(attention, "backward_from_delta", lambda grad_out, w, lse, delta, *rest: delta):
-                return (attention.backward(self.grad_out, self.w, self.out, self.lse, self.scale, self.is_causal),)
+            return (attention.rows_of_delta(self.grad_out, self.out),)
 
         return self.probe(f"delta: {name}", ("delta",), run)
 
@@ -172,6 +185,15 @@ def attention_probes() -> list[Probe]:
     dropped = _Attention(1, 2, 40, 24, dropout=True)
     steep = _Attention(1, 1, 37, 8, scale=30.0)
     sums = _Attention(2, 2, 37, 40)
+    # Tiles are of 32 tokens: what is hidden begins and ends within tiles, on their borders and beyond.
+    windowed = _Attention(1, 2, 110, 8, window=33, scale=(0.2, 0.5))
+    near = _Attention(1, 1, 70, 8, window=3, is_causal=True, lengths=(66,))
+    packed = _Attention(1, 1, 110, 8, sequences=(0, 5, 0, 27, 1, 40, 20))
+    packed_causal = _Attention(1, 2, 75, 8, sequences=(0, 40, 35), is_causal=True, window=36, scale=(0.2, 0.5))
+    keys = _Attention(2, 1, 75, 8, keys=lambda place: (place % 75 > 40) & (place % 3 > 0))
+    keys_causal = _Attention(2, 2, 40, 8, keys=lambda place: place % 5 == 2, is_causal=True, scale=(0.2, 0.5))
+    learned = _Attention(2, 2, 75, 8, scale=(0.2, 0.5), lengths=(75, 40))
+    learned_dropped = _Attention(1, 2, 40, 8, scale=(0.2, 0.5), dropout=True)
     return [
         parts.forward("two parts, a tail tile"),
         small.forward("four heads"),
@@ -180,6 +202,12 @@ def attention_probes() -> list[Probe]:
         steep.forward("steep scores"),
         dropped.forward("dropout"),
         padded.forward("lengths"),
+        windowed.forward("window"),
+        near.forward("causal window, lengths"),
+        packed.forward("packed"),
+        packed_causal.forward("packed, causal, window"),
+        keys.forward("keys"),
+        keys_causal.forward("keys, causal"),
         small.row_sums("four heads"),
         sums.row_sums("two parts"),
         small.backward("four heads"),
@@ -189,4 +217,12 @@ def attention_probes() -> list[Probe]:
         dropped.backward("dropout"),
         causal_dropped.backward("causal, dropout"),
         padded.backward("lengths"),
+        windowed.backward("window, scale", of_scale=True),
+        near.backward("causal window, lengths"),
+        packed.backward("packed"),
+        packed_causal.backward("packed, causal, window, scale", of_scale=True),
+        keys.backward("keys"),
+        keys_causal.backward("keys, causal, scale", of_scale=True),
+        learned.backward("lengths, scale", of_scale=True),
+        learned_dropped.backward("dropout, scale", of_scale=True),
     ]

@@ -9,6 +9,7 @@ from mutation.memory import Watch
 from mutation.modules import (
     attention,
     attention_kernels,
+    attention_mask,
     composed_attention,
     composed_ista,
     composed_mssa,
@@ -115,11 +116,9 @@ MODULES = {
     "one by one or fused, by the operator or in steps: the same computation": (
         "MSSA._attended: (hooks_of_all_modules() or self.attention_obstacle()) is None -> False",
     ),
-    "what is finite in padding meets weights of zero": ("MSSA._heads_of: w.masked_fill(padding[..., None], 0.0) -> w",),
     "of four dimensions the last two": (
-        "MSSA._scores: w.transpose(-1, -2) -> w.transpose(-2, -1)",
-        "MSSA._scores: -2 -> 2",
-        "MSSA._scores: -2 -> 2 (place 2)",
+        "MSSA._weights: w.transpose(-1, -2) -> w.transpose(-2, -1)",
+        "MSSA._weights: -2 -> 2",
     ),
     "a new buffer of the same name takes the old one's place": ("ISTA.freeze: self.unfreeze() -> pass",),
 }
@@ -192,6 +191,22 @@ COMPOSED_ATTENTION = {
     "rows of padding have no gradient already": (
         "...: backward: grad_w.masked_fill_(...", "branches: backward: grad_w if padding is None else ...",
     ),
+}  # fmt: skip
+
+ATTENTION_MASK = {
+    "an interval of all tokens hides nothing": (
+        "Mask.intervals: not self.is_causal and self.window is None and (self.spans is None) -> False",
+    ),
+    "what is equal is equal the other way round": ("Mask.idle: first, end = intervals -> end, first = intervals",),
+}
+IN_ATTENTION_MASK = {
+    "what is refused: test_shared_attention.py": (
+        "...: checked_mask: ...", "...: _check_integers: ...", "...: _check_device: ...",
+    ),
+    "what is finite in padding meets weights of zero; NaN is stored there in test_shared_attention.py": (
+        "...: Mask.without_padding: w...",
+    ),
+    "kernels read int32: test_shared_attention_triton.py": ("casts: spans_of: ...",),
 }  # fmt: skip
 
 PATCHES = {"of four dimensions the last two": ("patch_grid: -2 -> 2",)}
@@ -278,6 +293,7 @@ CASES = {
     "composed norm_linear": Case(Source(composed_norm_linear), composed_probes.norm_linear_probes, {}),
     "composed overcomplete": Case(Source(composed_overcomplete), composed_probes.overcomplete_probes, {}),
     "composed attention": Case(Source(composed_attention), composed_probes.attention_probes, {}, COMPOSED_ATTENTION),
+    "attention's mask": Case(Source(attention_mask), composed_probes.mask_probes, ATTENTION_MASK, IN_ATTENTION_MASK),
     "library products": Case(Source(library_products), composed_probes.product_probes, {}, LIBRARY_PRODUCTS),
     "modules": Case(Source(kernel_modules), module_probes.kernel_module_probes, MODULES, IN_MODULES),
     "layers": Case(Source(layers), layer_probes.layer_probes, LAYERS, IN_LAYERS),

@@ -19,7 +19,7 @@ from mutation.modules import (
     library_products,
 )
 from mutation.probes import Probe
-from support import gradients
+from support import gradients, pairs_hidden
 from torch import Tensor, nn
 
 from crate_kernels import ista, mssa, norm_linear, overcomplete_ista, shared_qkv_attention, use
@@ -233,6 +233,8 @@ def attention_probes() -> list[Probe]:
     }
     options = {
         "plain": {}, "causal": dict(is_causal=True), "padded": padded, "causal, padded": dict(is_causal=True, **padded),
+        "window": dict(window=2, **padded), "keys": dict(key_mask=torch.arange(21).view(3, 7) % 4 > 1, is_causal=True),
+        "scales": dict(scale=torch.tensor([0.3, 0.8])),
     }  # fmt: skip
 
     def both(w: Tensor, **options: Any) -> Tensor:
@@ -243,12 +245,47 @@ def attention_probes() -> list[Probe]:
     probes = []
     for part, around in parts.items():
         for option, given in options.items():
-            function = functools.partial(shared_qkv_attention, scale=0.4, **given)
+            function = functools.partial(shared_qkv_attention, **{"scale": 0.4, **given})
             probes.append(agreement(f"{option}, {part}", function, [w], around=around))
         probes.append(agreement(f"log-sum-exp, {part}", functools.partial(both, **padded), [w], around=around))
         half = [w.bfloat16()]
         probes.append(agreement(f"bfloat16, {part}", shared_qkv_attention, half, around=around, allowed=ROUNDED))
         probes.append(_dropped(f"dropout, {part}", w, around))
+    return probes
+
+
+def mask_probes() -> list[Probe]:
+    """Every option that hides keys, on the reference and on the composed path, against a list of pairs."""
+    key_mask = torch.tensor([[False, True, False, False, True, True, False], [False] * 7, [True] * 7])
+    lengths, ends = torch.tensor([7, 2, 5]), torch.tensor([0, 2, 2, 6])
+    options: dict[str, dict[str, Any]] = {
+        "lengths": dict(lengths=lengths), "causal": dict(is_causal=True), "window": dict(window=2),
+        "causal window": dict(window=2, is_causal=True), "wide window": dict(window=9), "keys": dict(key_mask=key_mask),
+        "keys, causal": dict(key_mask=key_mask, is_causal=True), "keys, window": dict(key_mask=key_mask, window=1),
+        "keys, lengths": dict(key_mask=key_mask, lengths=lengths), "padded window": dict(window=1, lengths=lengths),
+        "plain": {}, "packed": dict(cu_seqlens=ends), "packed, window": dict(cu_seqlens=ends, window=2),
+        "packed, all": dict(cu_seqlens=ends, is_causal=True, window=2, key_mask=key_mask[:1]),
+    }  # fmt: skip
+    probes = []
+    for name, given in options.items():
+        (w,) = random((1 if "cu_seqlens" in given else 3, 2, 7, 4))
+        hidden = pairs_hidden(len(w), 7, **given)
+
+        def formula(w: Tensor, hidden: Tensor = hidden) -> Tensor:
+            weights = (w @ w.mT * 0.5).masked_fill(hidden, -1e300).softmax(-1).masked_fill(hidden, 0.0)
+            lse = (w @ w.mT * 0.5).detach().masked_fill(hidden, -torch.inf).logsumexp(-1, keepdim=True)
+            return torch.cat([weights @ w, lse.nan_to_num(neginf=-3.0)], -1)
+
+        def attend(w: Tensor, given: dict[str, Any] = given, implementation: str = "composed") -> Tensor:
+            with use(implementation):
+                out, lse = shared_qkv_attention(w, return_lse=True, **given)
+            return torch.cat([out, lse[..., None].nan_to_num(neginf=-3.0)], -1)
+
+        for implementation in ("composed", "reference"):
+            run = functools.partial(attend, implementation=implementation)
+            # From 7 tokens on flash attention is taken, where a mask leaves it.
+            around = functools.partial(sizes, long=7)
+            probes.append(agreement(f"{name}, {implementation}", run, [w], formula, around=around))
     return probes
 
 

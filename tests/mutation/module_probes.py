@@ -20,6 +20,7 @@ Build = Callable[[], nn.Module]
 Call = Callable[[nn.Module, Tensor], Tensor]
 X, SKIP = random((3, 5, 8), (3, 5, 8))
 LENGTHS = torch.tensor([5, 2, 4])
+KEY_MASK = torch.arange(15).view(3, 5) % 4 > 1
 
 
 def found_of(build: Build, call: Call, official: bool, x: Tensor) -> dict[str, Tensor]:
@@ -117,10 +118,18 @@ def kernel_module_probes() -> list[Probe]:
     def formula(x: Tensor, module: nn.Module, **options: Any) -> Tensor:
         out = next((m for m in module.to_out.modules() if isinstance(m, nn.Linear)), None)
         projection = (None, None) if out is None else (out.weight, out.bias)
-        return mssa(x, module.qkv.weight, *projection, num_heads=module.heads, scale=module.scale, **options)
+        return mssa(x, module.qkv.weight, *projection, num_heads=module.heads, **{"scale": module.scale, **options})
 
     def causal(module: nn.Module, x: Tensor) -> Tensor:
         module.is_causal = True
+        return module(x)
+
+    def windowed(module: nn.Module, x: Tensor) -> Tensor:
+        module.window = 1
+        return module(x, key_mask=KEY_MASK)
+
+    def scaled(module: nn.Module, x: Tensor) -> Tensor:
+        module.scale = torch.linspace(0.2, 0.6, module.heads, dtype=x.dtype)[:, None, None]
         return module(x)
 
     probes = []
@@ -139,6 +148,13 @@ def kernel_module_probes() -> list[Probe]:
             module_probe(
                 f"MSSA, {name}, padded", build, lambda m, x: m(x, lengths=LENGTHS),
                 lambda m, x: formula(x, m, lengths=LENGTHS),
+            ),
+            module_probe(
+                f"MSSA, {name}, window", build, windowed, lambda m, x: formula(x, m, window=1, key_mask=KEY_MASK)
+            ),
+            module_probe(
+                f"MSSA, {name}, scales", build, scaled,
+                lambda m, x: formula(x, m, scale=torch.linspace(0.2, 0.6, m.heads, dtype=x.dtype)),
             ),
         ]  # fmt: skip
     dropped: Build = lambda: MSSA(8, 2, 3, dropout=0.5)  # noqa: E731
@@ -174,6 +190,13 @@ def kernel_module_probes() -> list[Probe]:
             "attention's dropout": lambda m: setattr(m, "dropout", nn.Identity()),
             "all dropped": lambda m: setattr(m.dropout, "p", 1.0),
             "scale": lambda m: setattr(m, "scale", torch.tensor(1.0)),
+            "scales": lambda m: setattr(m, "scale", torch.ones(2, 1, 1)),
+            "scales of features": lambda m: setattr(m, "scale", torch.ones(2)),
+            "scales of three heads": lambda m: setattr(m, "scale", torch.ones(3, 1, 1)),
+            "scales of samples": lambda m: setattr(m, "scale", torch.ones(2, 1, 1, 1)),
+            "scales of three samples": lambda m: setattr(m, "scale", torch.ones(3, 2, 1, 1)),
+            "scales that count": lambda m: setattr(m, "scale", torch.ones(2, 1, 1, dtype=torch.long)),
+            "scale in words": lambda m: setattr(m, "scale", "small"),
             "one step": lambda m: m.to_out.__delitem__(1),
             "no qkv": lambda m: setattr(m, "qkv", nn.Identity()),
             "bias and hook": lambda m: [setattr(m, "qkv", nn.Linear(8, 6)), hooked("attend")(m)],

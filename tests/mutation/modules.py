@@ -14,6 +14,7 @@ from crate_kernels.products import launchers as products
 from crate_kernels.products import preparation, preparation_kernels
 from crate_kernels.shared_attention import composed as composed_attention
 from crate_kernels.shared_attention import kernels as attention_kernels
+from crate_kernels.shared_attention import mask as attention_mask
 from crate_kernels.shared_attention import op as attention_op
 from crate_kernels.shared_attention import triton as attention
 from crate_mae import layers, masks, patches, positions
