@@ -243,6 +243,11 @@ def of_operators() -> dict[str, Any]:
         "D1": torch.randn(width, 4 * width) / width**0.5,
     }
     tokens = {"x": torch.randn(2, 5, width), "w": torch.randn(2, heads, 5, 2), "lengths": torch.tensor([5, 3])}
+    tokens |= {
+        "visible": torch.rand(2, 5) > 0.3,
+        "ends": torch.tensor([0, 2, 5]),
+        "temperature": torch.rand(heads) + 0.1,
+    }
     return {**tokens, **weights, **norms, "out_bias": torch.randn(width)}
 
 
