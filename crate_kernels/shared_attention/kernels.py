@@ -145,7 +145,12 @@ def load_numbers(pointer, rows, end, MASK_ROWS: tl.constexpr = True):
 
 
 @triton.jit
-def store_part(base, part, rows, tokens, stride_token, stride_feature, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr):
+def store_part(
+    base, part, rows, end, tokens, stride_token, stride_feature,
+    FIRST: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_PADDING: tl.constexpr,
+):  # fmt: skip
+    if HAS_PADDING:
+        part = tl.where((rows < end)[:, None], part, 0.0)
     pointers = part_pointers(base, rows, stride_token, stride_feature, FIRST, part.shape[1])
     tl.store(
         pointers, part.to(base.dtype.element_ty), mask=part_mask(rows, tokens, FIRST, part.shape[1], HEAD_DIM, True)
@@ -155,15 +160,14 @@ def store_part(base, part, rows, tokens, stride_token, stride_feature, FIRST: tl
 @triton.jit
 def store_parts(
     base, parts, factor, rows, end, tokens, stride_token, stride_feature,
-    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, HAS_PADDING: tl.constexpr,
 ):  # fmt: skip
-    """Store parts times ``factor`` [rows], in the tensor's own dtype; zero in rows from ``end`` to ``tokens``."""
-    present = (rows < end)[:, None]
-    a = tl.where(present, parts[0] * factor[:, None], 0.0)
-    store_part(base, a, rows, tokens, stride_token, stride_feature, 0, HEAD_DIM)
+    """Store parts times ``factor`` [rows], in the tensor's own dtype; zero in rows of padding, from ``end`` to ``tokens``."""
+    a = parts[0] * factor[:, None]
+    store_part(base, a, rows, end, tokens, stride_token, stride_feature, 0, HEAD_DIM, HAS_PADDING)
     if DIM_B > 0:
-        b = tl.where(present, parts[1] * factor[:, None], 0.0)
-        store_part(base, b, rows, tokens, stride_token, stride_feature, DIM_A, HEAD_DIM)
+        b = parts[1] * factor[:, None]
+        store_part(base, b, rows, end, tokens, stride_token, stride_feature, DIM_A, HEAD_DIM, HAS_PADDING)
 
 
 @triton.jit
@@ -336,7 +340,10 @@ def forward_kernel(
     # Rows of padding have summed nothing, and neither have rows that have no key.
     row_sum = tl.where(row_sum == 0.0 if GAPS else rows_i >= end, 1.0, row_sum)
     out_head_ptr = out_ptr + head_offset(head, heads, out_batch, out_head)
-    store_parts(out_head_ptr, out_i, 1.0 / row_sum, rows_i, end, tokens, out_token, out_feature, HEAD_DIM, DIM_A, DIM_B)
+    store_parts(
+        out_head_ptr, out_i, 1.0 / row_sum, rows_i, end, tokens, out_token, out_feature,
+        HEAD_DIM, DIM_A, DIM_B, HAS_PADDING=lengths_ptr is not None,
+    )  # fmt: skip
     lse_i = tl.where(rows_i < end, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
     tl.store(lse_ptr + head.to(tl.int64) * tokens + rows_i, lse_i, mask=rows_i < tokens)
 
@@ -375,6 +382,7 @@ def add_tile_gradient(
     NEED_SCALE, add to sums_j, with j as the query, what ``gradient_of_scale`` takes.
 
     Tokens i past the end need a mask for their loads only: their w_i and dO_i are read as zero, and so they add zero.
+    delta_j comes times ``scale``: then the scale of a gradient of scores is a factor of a fused multiply-add.
     """
     rows_i = start_i + tl.arange(0, BLOCK)
     w_i = load_parts(w_head_ptr, rows_i, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASKED)
@@ -386,7 +394,7 @@ def add_tile_gradient(
             grad_out_head_ptr, rows_i, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B, MASKED
         )
         lse_i = load_numbers(lse_head_ptr, rows_i, end, MASKED) * LOG2_E
-        delta_i = load_numbers(delta_head_ptr, rows_i, end, MASKED)
+        delta_i = load_numbers(delta_head_ptr, rows_i, end, MASKED) * scale
         p_ij = tl.exp2(scores - lse_i[None, :])
         if INTERVALS:
             p_ij = tl.where(is_within(rows_i, queries_j[0], queries_j[1]), p_ij, 0.0)
@@ -398,7 +406,7 @@ def add_tile_gradient(
         grad_p_ij = products_of_rows(w_j, grad_out_i, DIM_B, PRECISION)
         if DROPOUT:
             grad_p_ij *= factor_ij
-        grad_scores += p_ij * (grad_p_ij - delta_i[None, :])
+        grad_scores += p_ij * (grad_p_ij * scale - delta_i[None, :])
     if J_IS_QUERY:
         p_ji = tl.exp2(scores - lse_j[:, None])
         if INTERVALS:
@@ -417,8 +425,8 @@ def add_tile_gradient(
                 sums_j[1] + tl.sum(weighted, 1),
                 sums_j[2] + tl.sum(present_ji * log_p_ji, 1),
             )
-        grad_scores += p_ji * (grad_p_ji - delta_j[:, None])
-    return add_weighted_rows(dw_j, scale * grad_scores, w_i, DIM_B, PRECISION), sums_j
+        grad_scores += p_ji * (grad_p_ji * scale - delta_j[:, None])
+    return add_weighted_rows(dw_j, grad_scores, w_i, DIM_B, PRECISION), sums_j
 
 
 @triton.jit
@@ -455,17 +463,18 @@ def backward_kernel(
     lse_head_ptr = lse_ptr + head.to(tl.int64) * tokens
     delta_head_ptr = delta_ptr + head.to(tl.int64) * tokens
 
+    if scales_ptr is not None:
+        scale = tl.load(scales_ptr + head % heads)
+
     w_j = load_parts(w_head_ptr, rows_j, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B)
     grad_out_j = load_parts(grad_out_head_ptr, rows_j, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B)
     lse_j = load_numbers(lse_head_ptr, rows_j, end) * LOG2_E
     if key_mask_ptr is not None:
         lse_j = tl.where(lse_j == float("-inf"), 0.0, lse_j)  # a row without a key, whose probabilities are all masked
-    delta_j = load_numbers(delta_head_ptr, rows_j, end)
+    delta_j = load_numbers(delta_head_ptr, rows_j, end) * scale
     dw_j = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
     zeros_j = tl.zeros([BLOCK_ROWS], tl.float32)
     sums_j = zeros_j, zeros_j, zeros_j
-    if scales_ptr is not None:
-        scale = tl.load(scales_ptr + head % heads)
     if key_mask_ptr is not None:
         key_mask_ptr += (head // heads).to(tl.int64) * tokens
 
@@ -529,7 +538,10 @@ def backward_kernel(
 
     dw_head_ptr = dw_ptr + head_offset(head, heads, dw_batch, dw_head)
     one = tl.full([BLOCK_ROWS], 1.0, tl.float32)
-    store_parts(dw_head_ptr, dw_j, one, rows_j, end, tokens, dw_token, dw_feature, HEAD_DIM, DIM_A, DIM_B)
+    store_parts(
+        dw_head_ptr, dw_j, one, rows_j, end, tokens, dw_token, dw_feature,
+        HEAD_DIM, DIM_A, DIM_B, HAS_PADDING=lengths_ptr is not None,
+    )  # fmt: skip
     if NEED_SCALE:
         scale_grad_j = tl.where(rows_j < end, gradient_of_scale(sums_j), 0.0)
         tl.store(scale_grad_ptr + head.to(tl.int64) * tokens + rows_j, scale_grad_j, mask=rows_j < tokens)

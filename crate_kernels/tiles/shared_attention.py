@@ -22,9 +22,9 @@ TABLE = {
     "sm_90": {
         # wgmma takes at least 64 rows, and one warp group does them.
         **{("forward_kernel", 2, width): _tile(64, 64, 4, 3) for width in WIDTHS},
-        **{("backward_kernel", 2, width): _tile(64, 64, 4, 2) for width in (16, 32, 48)},
-        ("backward_kernel", 2, 64): _tile(64, 32, 4, 3),
-        **{("backward_kernel", 2, width): _tile(64, 32, 4, 2) for width in (80, 96, 128)},
+        **{("backward_kernel", 2, width): _tile(64, 32, 4, 3) for width in WIDTHS},
+        # A third stage takes so many registers that only two blocks fit on a multiprocessor.
+        **{("backward_kernel", 2, width): _tile(64, 32, 4, 2) for width in (96, 128)},
     },
     "default": {
         **{("forward_kernel", 2, width): _tile(64, 32, 4, 2) for width in (16, 32, 48, 64)},
