@@ -22,8 +22,8 @@ rows' intervals to the last, and looks in every tile which pairs are within. A k
 The sides of tiles are powers of two, which would waste work in two ways. Features: a head of 48 is held as parts of 32 and 16
 features (``split_features`` in ``triton.py``); "parts" below are tuples of one or two tiles, side by side. Tokens: a walk takes
 whole tiles of BLOCK tokens without masks, and the rest in masked tiles of TAIL (``tail``, there as well), so that 197 tokens are
-walked as 3 x 64 + 16. The rows that a program owns are always BLOCK_ROWS: wgmma takes no fewer than 64, and a smaller last
-program would need a second copy of all loops in every kernel.
+walked as 3 x 64 + 16. The rows that programs own are parted alike, by two launches of one kernel: wgmma takes no fewer than 64
+rows, and where a head has a few rows more than whole tiles, those go to programs of 16 rows (``launches`` in ``triton.py``).
 """
 
 from __future__ import annotations
@@ -299,10 +299,10 @@ def attend_to_tokens(
     return out_i, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["window", "heads", "tokens", "seed"])
+@triton.jit(do_not_specialize=["window", "heads", "tokens", "first_row", "tiles", "seed"])
 def forward_kernel(
     w_ptr, out_ptr, lse_ptr, lengths_ptr, spans_ptr, key_mask_ptr, scales_ptr,
-    window, scale, dropout, seed: tl.int64, heads, tokens,
+    window, scale, dropout, seed: tl.int64, heads, tokens, first_row, tiles,
     w_batch, w_head, w_token, w_feature,
     out_batch, out_head, out_token, out_feature,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
@@ -312,9 +312,8 @@ def forward_kernel(
     """One program: BLOCK_ROWS rows of one head's output and their log-sum-exp."""
     INTERVALS: tl.constexpr = IS_CAUSAL or window is not None or spans_ptr is not None
     GAPS: tl.constexpr = window is not None or spans_ptr is not None or key_mask_ptr is not None
-    tiles = tl.cdiv(tokens, BLOCK_ROWS)
     head = tl.program_id(0) // tiles
-    start_i = tl.program_id(0) % tiles * BLOCK_ROWS
+    start_i = first_row + tl.program_id(0) % tiles * BLOCK_ROWS
     rows_i = start_i + tl.arange(0, BLOCK_ROWS)
     end = count_tokens(lengths_ptr, head, heads, tokens)
     w_head_ptr = w_ptr + head_offset(head, heads, w_batch, w_head)
@@ -348,17 +347,16 @@ def forward_kernel(
     tl.store(lse_ptr + head.to(tl.int64) * tokens + rows_i, lse_i, mask=rows_i < tokens)
 
 
-@triton.jit(do_not_specialize=["heads", "tokens"])
+@triton.jit(do_not_specialize=["heads", "tokens", "first_row", "tiles"])
 def delta_kernel(
-    grad_out_ptr, out_ptr, delta_ptr, heads, tokens,
+    grad_out_ptr, out_ptr, delta_ptr, heads, tokens, first_row, tiles,
     grad_out_batch, grad_out_head, grad_out_token, grad_out_feature,
     out_batch, out_head, out_token, out_feature,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: delta = rowsum(dO * O) of BLOCK_ROWS rows of one head, float32."""
-    tiles = tl.cdiv(tokens, BLOCK_ROWS)
     head = tl.program_id(0) // tiles
-    rows = tl.program_id(0) % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    rows = first_row + tl.program_id(0) % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     grad_out_head_ptr = grad_out_ptr + head_offset(head, heads, grad_out_batch, grad_out_head)
     out_head_ptr = out_ptr + head_offset(head, heads, out_batch, out_head)
     grad_out = load_parts(grad_out_head_ptr, rows, tokens, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B)
@@ -438,10 +436,10 @@ def gradient_of_scale(sums_j):
     return (sums_j[0] - sums_j[1] * sums_j[2]) * LN_2
 
 
-@triton.jit(do_not_specialize=["window", "heads", "tokens", "seed"])
+@triton.jit(do_not_specialize=["window", "heads", "tokens", "first_row", "tiles", "seed"])
 def backward_kernel(
     grad_out_ptr, w_ptr, lse_ptr, delta_ptr, dw_ptr, scale_grad_ptr, lengths_ptr, spans_ptr, key_mask_ptr, scales_ptr,
-    window, scale, dropout, seed: tl.int64, heads, tokens,
+    window, scale, dropout, seed: tl.int64, heads, tokens, first_row, tiles,
     grad_out_batch, grad_out_head, grad_out_token, grad_out_feature,
     w_batch, w_head, w_token, w_feature,
     dw_batch, dw_head, dw_token, dw_feature,
@@ -453,9 +451,8 @@ def backward_kernel(
     each row's share of the gradient of the head's scale, times scale."""
     INTERVALS: tl.constexpr = IS_CAUSAL or window is not None or spans_ptr is not None
     NEED_SCALE: tl.constexpr = scale_grad_ptr is not None
-    tiles = tl.cdiv(tokens, BLOCK_ROWS)
     head = tl.program_id(0) // tiles
-    start_j = tl.program_id(0) % tiles * BLOCK_ROWS
+    start_j = first_row + tl.program_id(0) % tiles * BLOCK_ROWS
     rows_j = start_j + tl.arange(0, BLOCK_ROWS)
     end = count_tokens(lengths_ptr, head, heads, tokens)
     w_head_ptr = w_ptr + head_offset(head, heads, w_batch, w_head)

@@ -13,8 +13,8 @@ from crate_kernels.replay import launch
 from crate_kernels.shared_attention import kernels
 from crate_kernels.shared_attention.mask import NO_MASK, Mask
 from crate_kernels.shared_attention.op import AttentionArguments, empty_token_major
-from crate_kernels.tiles import cdiv, naming_the_cache, select
-from crate_kernels.tiles.shared_attention import TABLE
+from crate_kernels.tiles import cdiv, family, naming_the_cache, select
+from crate_kernels.tiles.shared_attention import LAST_ROWS, MANY_HEADS, TABLE
 
 
 def forward(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,8 @@ def attend(
 def rows_of_delta(grad_out: Tensor, out: Tensor) -> Tensor:
     """delta = rowsum(grad_out * out) [batch, heads, tokens], float32."""
     delta = out.new_empty(out.shape[:-1], dtype=torch.float32)
-    _launch(kernels.delta_kernel, out, (grad_out, out, delta), (grad_out, out), _options(kernels.delta_kernel, out))
+    options = _options(kernels.delta_kernel, out)
+    _launch(kernels.delta_kernel, out, (grad_out, out, delta), (grad_out, out), options, 0, out.shape[2])
     return delta
 
 
@@ -137,16 +138,29 @@ def _launch_walk(
     seed: Tensor | None,
 ) -> None:
     """Start a kernel whose programs walk all tokens."""
-    tiles, precision = _options(kernel, w), dot_precision(w)
-    if dropout:  # narrower tiles, to have registers for its factors
-        tiles["BLOCK_COLUMNS"] = max(16, tiles["BLOCK_COLUMNS"] // 2)
+    precision = dot_precision(w)
     lengths, spans, key_mask = (None if one is None else one.contiguous() for one in mask[2:])
     is_masked = mask.is_causal or not mask.is_plain
-    tiles["TAIL"] = tail(tiles["BLOCK_COLUMNS"], w.shape[2], is_masked, lengths is not None, precision)
-    options = {**tiles, "IS_CAUSAL": mask.is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
+    flags = {"IS_CAUSAL": mask.is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
     number, scales = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
     numbers = mask.window, number, dropout, 0 if seed is None else int(seed)
-    _launch(kernel, w, (*tensors, lengths, spans, key_mask, scales, *numbers), strided, options)
+    arguments = *tensors, lengths, spans, key_mask, scales, *numbers
+    for first_row, end_row, tile in launches(_options(kernel, w), w):
+        if dropout:  # narrower tiles, to have registers for its factors
+            tile["BLOCK_COLUMNS"] = max(16, tile["BLOCK_COLUMNS"] // 2)
+        tile["TAIL"] = tail(tile["BLOCK_COLUMNS"], w.shape[2], is_masked, lengths is not None, precision)
+        _launch(kernel, w, arguments, strided, tile | flags, first_row, end_row)
+
+
+def launches(tile: dict[str, int], w: Tensor) -> list[tuple[int, int, dict[str, int]]]:
+    """The first row, the end of the rows and the tile of each launch over the rows of all heads of w: one, or two where the last
+    rows of a head are so few that a tile of their own is cheaper, and the heads so many that it is worth a launch."""
+    batch, heads, tokens, _ = w.shape
+    whole = tokens // tile["BLOCK_ROWS"] * tile["BLOCK_ROWS"]
+    fits_better = family(w.device) == "sm_90" and w.element_size() == 2 and tile["BLOCK_ROWS"] > LAST_ROWS["BLOCK_ROWS"]
+    if fits_better and 0 < whole < tokens <= whole + LAST_ROWS["BLOCK_ROWS"] and batch * heads >= MANY_HEADS:
+        return [(0, whole, tile), (whole, tokens, tile | LAST_ROWS)]
+    return [(0, tokens, tile)]
 
 
 def _options(kernel, w: Tensor) -> dict[str, int]:
@@ -157,8 +171,10 @@ def _options(kernel, w: Tensor) -> dict[str, int]:
 
 
 @naming_the_cache
-def _launch(kernel, w: Tensor, arguments: tuple, strided: tuple[Tensor, ...], options: dict) -> None:
-    """Start one program for every ``BLOCK_ROWS`` tokens of every head of w.
+def _launch(
+    kernel, w: Tensor, arguments: tuple, strided: tuple[Tensor, ...], options: dict, first_row: int, end_row: int
+) -> None:
+    """Start one program for every ``BLOCK_ROWS`` tokens, from ``first_row`` to ``end_row``, of every head of w.
 
     All programs are on the grid's first axis, since its limit is 2^31 - 1 and that of the others 65535. The programs of a head
     are adjacent: those that run at the same time share the head's w in the cache.
@@ -166,8 +182,9 @@ def _launch(kernel, w: Tensor, arguments: tuple, strided: tuple[Tensor, ...], op
     if w.numel() == 0:
         return
     batch, heads, tokens, head_dim = w.shape
-    programs = batch * heads * cdiv(tokens, options["BLOCK_ROWS"])
+    row_tiles = cdiv(end_row - first_row, options["BLOCK_ROWS"])
     strides = [stride for tensor in strided for stride in tensor.stride()]
     launch(
-        kernel, (programs,), *arguments, heads, tokens, *strides, HEAD_DIM=head_dim, enable_fp_fusion=True, **options
-    )
+        kernel, (batch * heads * row_tiles,), *arguments, heads, tokens, first_row, row_tiles, *strides,
+        HEAD_DIM=head_dim, enable_fp_fusion=True, **options,
+    )  # fmt: skip

@@ -18,6 +18,12 @@ def _rows(rows: int) -> dict[str, int]:
     return {"BLOCK_ROWS": rows, "num_warps": 4, "num_stages": 1}
 
 
+# For the last rows of a head on sm_90, where there are at most so many: one warp does 16 rows with the tensor cores' small
+# instruction, which a quarter of a tile of 64 rows would not. By the model of the machine code (benchmarks/NOTES.md) a launch of
+# its own is worth its start where there are so many heads.
+LAST_ROWS = _tile(16, 32, 1, 3)
+MANY_HEADS = 1024
+
 TABLE = {
     "sm_90": {
         # wgmma takes at least 64 rows, and one warp group does them.
