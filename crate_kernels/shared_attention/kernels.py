@@ -145,29 +145,37 @@ def load_numbers(pointer, rows, end, MASK_ROWS: tl.constexpr = True):
 
 
 @triton.jit
+def store_numbers(pointer, numbers, rows, tokens, MASK_ROWS: tl.constexpr):
+    """One number a row, for rows before ``tokens`` (where asked to look)."""
+    if MASK_ROWS:
+        tl.store(pointer + rows, numbers, mask=rows < tokens)
+    else:
+        tl.store(pointer + rows, numbers)
+
+
+@triton.jit
 def store_part(
     base, part, rows, end, tokens, stride_token, stride_feature,
-    FIRST: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_PADDING: tl.constexpr,
+    FIRST: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_PADDING: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
     if HAS_PADDING:
         part = tl.where((rows < end)[:, None], part, 0.0)
     pointers = part_pointers(base, rows, stride_token, stride_feature, FIRST, part.shape[1])
-    tl.store(
-        pointers, part.to(base.dtype.element_ty), mask=part_mask(rows, tokens, FIRST, part.shape[1], HEAD_DIM, True)
-    )
+    mask = part_mask(rows, tokens, FIRST, part.shape[1], HEAD_DIM, MASK_ROWS)
+    tl.store(pointers, part.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def store_parts(
     base, parts, factor, rows, end, tokens, stride_token, stride_feature,
-    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, HAS_PADDING: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, HAS_PADDING: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Store parts times ``factor`` [rows], in the tensor's own dtype; zero in rows of padding, from ``end`` to ``tokens``."""
     a = parts[0] * factor[:, None]
-    store_part(base, a, rows, end, tokens, stride_token, stride_feature, 0, HEAD_DIM, HAS_PADDING)
+    store_part(base, a, rows, end, tokens, stride_token, stride_feature, 0, HEAD_DIM, HAS_PADDING, MASK_ROWS)
     if DIM_B > 0:
         b = parts[1] * factor[:, None]
-        store_part(base, b, rows, end, tokens, stride_token, stride_feature, DIM_A, HEAD_DIM, HAS_PADDING)
+        store_part(base, b, rows, end, tokens, stride_token, stride_feature, DIM_A, HEAD_DIM, HAS_PADDING, MASK_ROWS)
 
 
 @triton.jit
@@ -306,10 +314,12 @@ def forward_kernel(
     w_batch, w_head, w_token, w_feature,
     out_batch, out_head, out_token, out_feature,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_ROWS rows of one head's output and their log-sum-exp."""
+    HAS_PADDING: tl.constexpr = lengths_ptr is not None
+    MASK_ROWS: tl.constexpr = HAS_PADDING or not WHOLE_ROWS
     INTERVALS: tl.constexpr = IS_CAUSAL or window is not None or spans_ptr is not None
     GAPS: tl.constexpr = window is not None or spans_ptr is not None or key_mask_ptr is not None
     head = tl.program_id(0) // tiles
@@ -317,7 +327,7 @@ def forward_kernel(
     rows_i = start_i + tl.arange(0, BLOCK_ROWS)
     end = count_tokens(lengths_ptr, head, heads, tokens)
     w_head_ptr = w_ptr + head_offset(head, heads, w_batch, w_head)
-    w_i = load_parts(w_head_ptr, rows_i, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B)
+    w_i = load_parts(w_head_ptr, rows_i, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASK_ROWS)
 
     if scales_ptr is not None:
         scale = tl.load(scales_ptr + head % heads)
@@ -337,14 +347,17 @@ def forward_kernel(
         INTERVALS, GAPS, DROPOUT, HEAD_DIM, DIM_A, DIM_B, PRECISION, BLOCK_COLUMNS, TAIL,
     )  # fmt: skip
     # Rows of padding have summed nothing, and neither have rows that have no key.
-    row_sum = tl.where(row_sum == 0.0 if GAPS else rows_i >= end, 1.0, row_sum)
+    if GAPS or MASK_ROWS:
+        row_sum = tl.where(row_sum == 0.0 if GAPS else rows_i >= end, 1.0, row_sum)
     out_head_ptr = out_ptr + head_offset(head, heads, out_batch, out_head)
     store_parts(
         out_head_ptr, out_i, 1.0 / row_sum, rows_i, end, tokens, out_token, out_feature,
-        HEAD_DIM, DIM_A, DIM_B, HAS_PADDING=lengths_ptr is not None,
+        HEAD_DIM, DIM_A, DIM_B, HAS_PADDING, MASK_ROWS,
     )  # fmt: skip
-    lse_i = tl.where(rows_i < end, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
-    tl.store(lse_ptr + head.to(tl.int64) * tokens + rows_i, lse_i, mask=rows_i < tokens)
+    lse_i = (row_max + tl.log2(row_sum)) * LN_2
+    if HAS_PADDING:
+        lse_i = tl.where(rows_i < end, lse_i, float("-inf"))
+    store_numbers(lse_ptr + head.to(tl.int64) * tokens, lse_i, rows_i, tokens, MASK_ROWS)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "first_row", "tiles"])
@@ -444,11 +457,13 @@ def backward_kernel(
     w_batch, w_head, w_token, w_feature,
     dw_batch, dw_head, dw_token, dw_feature,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_ROWS rows of one head's dw, summed over all tiles of BLOCK_COLUMNS tokens. With ``scale_grad_ptr``, also
     each row's share of the gradient of the head's scale, times scale."""
+    HAS_PADDING: tl.constexpr = lengths_ptr is not None
+    MASK_ROWS: tl.constexpr = HAS_PADDING or not WHOLE_ROWS
     INTERVALS: tl.constexpr = IS_CAUSAL or window is not None or spans_ptr is not None
     NEED_SCALE: tl.constexpr = scale_grad_ptr is not None
     head = tl.program_id(0) // tiles
@@ -463,12 +478,14 @@ def backward_kernel(
     if scales_ptr is not None:
         scale = tl.load(scales_ptr + head % heads)
 
-    w_j = load_parts(w_head_ptr, rows_j, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B)
-    grad_out_j = load_parts(grad_out_head_ptr, rows_j, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B)
-    lse_j = load_numbers(lse_head_ptr, rows_j, end) * LOG2_E
+    w_j = load_parts(w_head_ptr, rows_j, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASK_ROWS)
+    grad_out_j = load_parts(
+        grad_out_head_ptr, rows_j, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B, MASK_ROWS
+    )
+    lse_j = load_numbers(lse_head_ptr, rows_j, end, MASK_ROWS) * LOG2_E
     if key_mask_ptr is not None:
         lse_j = tl.where(lse_j == float("-inf"), 0.0, lse_j)  # a row without a key, whose probabilities are all masked
-    delta_j = load_numbers(delta_head_ptr, rows_j, end) * scale
+    delta_j = load_numbers(delta_head_ptr, rows_j, end, MASK_ROWS) * scale
     dw_j = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
     zeros_j = tl.zeros([BLOCK_ROWS], tl.float32)
     sums_j = zeros_j, zeros_j, zeros_j
@@ -537,8 +554,8 @@ def backward_kernel(
     one = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     store_parts(
         dw_head_ptr, dw_j, one, rows_j, end, tokens, dw_token, dw_feature,
-        HEAD_DIM, DIM_A, DIM_B, HAS_PADDING=lengths_ptr is not None,
+        HEAD_DIM, DIM_A, DIM_B, HAS_PADDING, MASK_ROWS,
     )  # fmt: skip
     if NEED_SCALE:
         scale_grad_j = tl.where(rows_j < end, gradient_of_scale(sums_j), 0.0)
-        tl.store(scale_grad_ptr + head.to(tl.int64) * tokens + rows_j, scale_grad_j, mask=rows_j < tokens)
+        store_numbers(scale_grad_ptr + head.to(tl.int64) * tokens, scale_grad_j, rows_j, tokens, MASK_ROWS)

@@ -149,6 +149,7 @@ def _launch_walk(
         if dropout:  # narrower tiles, to have registers for its factors
             tile["BLOCK_COLUMNS"] = max(16, tile["BLOCK_COLUMNS"] // 2)
         tile["TAIL"] = tail(tile["BLOCK_COLUMNS"], w.shape[2], is_masked, lengths is not None, precision)
+        tile["WHOLE_ROWS"] = (end_row - first_row) % tile["BLOCK_ROWS"] == 0
         _launch(kernel, w, arguments, strided, tile | flags, first_row, end_row)
 
 
