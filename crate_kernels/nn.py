@@ -171,6 +171,14 @@ class MSSA(nn.Module):
     def _qkv(self, x: Tensor) -> Tensor:
         return getattr(self, self._names[0])(x)
 
+    def restriction(self) -> str | None:
+        """What makes it other than attention of all tokens to all with one number as its scale, in words; None if nothing."""
+        if self.is_causal:
+            return "its attention is causal"
+        if self.window is not None:
+            return "its attention has a window"
+        return "its attention has a scale for each head" if isinstance(self._heads_and_scale()[1], Tensor) else None
+
     def attention_obstacle(self) -> str | None:
         """Why attention must be computed in the official steps, in words; None where the operator can."""
         _, attend, dropout = self._parts()

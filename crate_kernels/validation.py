@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from crate_kernels.dtypes import is_autocast
@@ -129,4 +130,5 @@ def number_or_tensor(name: str, value: float | Tensor, *, positive: bool = False
 
 def shows_values(value: Tensor) -> bool:
     """Whether the values of a tensor may be read: on a GPU that would wait for the device, and a traced tensor has none."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+    has_values = value.device.type == "cpu" and not isinstance(value, FakeTensor)
+    return has_values and not torch.compiler.is_compiling() and not is_transformed()

@@ -37,7 +37,7 @@ from crate_mae.state_dicts import (
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 # Settings of a layer that are no weights. A caller may change them on one layer; the configuration has one value for all layers.
-_SETTINGS = ("heads", "scale", "is_causal", "dim", "step_size", "lambd", "eta", "lmbda", "threshold", "eps")
+_SETTINGS = ("heads", "scale", "is_causal", "window", "dim", "step_size", "lambd", "eta", "lmbda", "threshold", "eps")
 
 
 def save_model(
@@ -253,8 +253,11 @@ def weights_to_save(model: CrateMAE | Classifier) -> dict[str, Tensor]:
         if isinstance(other, nn.Sequential) and len(found) != len(other):
             raise ValueError(f"model: {name} has {len(found)} steps, and load_model makes it with {len(other)}")
         for setting in _SETTINGS:
-            value, expected = (getattr(module, setting, None) for module in (found, other))
-            if expected is not None and not (isinstance(value, (int, float, str)) and value == expected):
+            if not hasattr(other, setting):
+                continue
+            value, expected = getattr(found, setting, None), getattr(other, setting)
+            is_same = value is None if expected is None else isinstance(value, (int, float, str)) and value == expected
+            if not is_same:
                 shared = hasattr(model.config, setting)
                 remedy = f"what all layers share can be set there: dataclasses.replace(model.config, {setting}=...)"
                 raise ValueError(

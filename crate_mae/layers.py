@@ -152,9 +152,7 @@ class Block(nn.Module, ABC, Generic[First, Second]):
     def _obstacle_of(step: nn.Module) -> str | None:
         """Why a fused layer cannot compute this step, which is of the right class; None where it can."""
         if isinstance(step, MSSA):
-            reason = step.obstacle() or ("its attention is causal" if step.is_causal else None)
-            reason = reason or ("its attention has a window" if step.window is not None else None)
-            reason = reason or ("its attention has a scale for each head" if isinstance(step.scale, Tensor) else None)
+            reason = step.obstacle() or step.restriction()
             return reason or ("its attention has dropout" if step.dropout_rate else None)
         if "combined" in step._buffers:
             return "it is frozen"

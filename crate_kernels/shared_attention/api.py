@@ -117,16 +117,25 @@ def shared_qkv_attention(
 
 def checked_scale(scale: float | Tensor | None, heads: int, head_dim: int, x: Tensor) -> float | Tensor:
     """The factor on the scores: a number, or a tensor [heads] as it was given, on the device of ``x``."""
+    expected = f"a number or a floating-point tensor [heads] ({heads},) on {x.device}"
+    scale = head_dim**-0.5 if scale is None else scale
+    if not isinstance(scale, (int, float, Tensor)) or (isinstance(scale, Tensor) and not scale.is_floating_point()):
+        raise TypeError(f"scale: expected {expected}, got {validation.describe(scale)}")
     if not isinstance(scale, Tensor):
-        scale = head_dim**-0.5 if scale is None else scale
         validation.number("scale", scale, positive=True)
         return float(scale)
-    expected = f"a number or a floating-point tensor [heads] ({heads},) on {x.device}"
-    if not scale.is_floating_point() or scale.shape != (heads,) or scale.device != x.device:
+    if scale.shape != (heads,) or scale.device != x.device:
         raise ValueError(f"scale: expected {expected}, got {validation.describe(scale)}")
-    if validation.shows_values(scale) and not ((scale > 0) & scale.isfinite()).all():
-        raise ValueError(f"scale: expected finite numbers above zero, got {scale.tolist()}")
+    if validation.shows_values(scale):
+        values = scale.detach().to(_dtype_of_scale(x))
+        if not ((values > 0) & values.isfinite()).all():
+            raise ValueError(f"scale: expected finite {values.dtype} numbers above zero, got {scale.tolist()}")
     return scale
+
+
+def _dtype_of_scale(x: Tensor) -> torch.dtype:
+    """What a scale for each head is computed in: float32, or float64 beside float64."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def check_dropout(dropout: float, seed: int | None) -> None:
@@ -161,16 +170,7 @@ def _attend(
     implementation: str,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if isinstance(scale, Tensor) and implementation == "composed":
-        # With u = sqrt(scale) w, head by head, softmax(scale * w w^T) w is (softmax(u u^T) u) / sqrt(scale). Padding is cleared
-        # before and behind, so that neither what is stored there nor its gradient reaches the gradient of the scale.
-        root = scale.to(torch.promote_types(w.dtype, torch.float32)).sqrt()[:, None, None]
-        u = (mask.without_padding(w) * root).to(w.dtype)
-        found = _attend(u, 1.0, mask, dropout, key, implementation, return_lse)
-        if isinstance(found, Tensor):
-            return mask.without_padding(found / root).to(w.dtype)
-        return mask.without_padding(found[0] / root).to(w.dtype), found[1]
-    number, scales = (1.0, scale.float().contiguous()) if isinstance(scale, Tensor) else (scale, None)
+    number, scales = (1.0, scale.to(_dtype_of_scale(w)).contiguous()) if isinstance(scale, Tensor) else (scale, None)
     keep = torch.is_grad_enabled() and w.requires_grad
     given = op.AttentionArguments(number, keep, implementation, dropout, key, return_lse, scales)._replace(
         **mask._asdict()
@@ -198,7 +198,7 @@ def _formula_of(ctx: Any) -> Formula | None:
 
 def _formula(w: Tensor, given: op.AttentionArguments) -> Tensor:
     wide = w.to(torch.promote_types(w.dtype, torch.float32))
-    return reference.shared_qkv_attention(wide, given.scale, given.mask)
+    return reference.shared_qkv_attention(wide, given.scale if given.scales is None else given.scales, given.mask)
 
 
 class _SharedAttention(torch.autograd.Function):

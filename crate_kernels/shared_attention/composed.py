@@ -11,7 +11,7 @@ added up. In 16 bits and for short sequences its backward is slower than the pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -35,16 +35,16 @@ _SCORES_ELSEWHERE = 2**29
 
 def forward(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
     """softmax(scale * w w^T) w, and what ``op.composed_keeps`` says is kept. Arguments as in ``op``."""
-    scale, keep, _, dropout, seed, return_lse, *_ = given
+    scale, keep, _, dropout, seed, *_ = given
     mask = given.mask
     padding, idle = mask.padding(w), mask.idle(w)
-    if takes_flash_attention(w, dropout, mask):
+    if takes_flash_attention(w, given):
         heads = _without(padding, _features_in_a_row(w))
         out, lse = cpu_flash_attention(heads, is_causal=mask.is_causal, attn_mask=_penalty(padding, heads), scale=scale)
         lse = lse.contiguous() if padding is None else lse.masked_fill(padding, float("-inf")).contiguous()
         return _unflatten(_without(padding, out), w), lse
 
-    part, (tokens, features), keeps = _Part.of(w), w.shape[2:], composed_keeps(w, dropout, return_lse, mask)
+    part, (tokens, features), keeps = _Part.of(w), w.shape[2:], composed_keeps(w, given)
     key_room, result_room = part.room(w, tokens, features), part.room(w, part.rows, features)
     score_room = part.room(w, part.rows, tokens)
     out, kept, kept_dtype = empty_token_major(w), None, w.dtype
@@ -54,14 +54,15 @@ def forward(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
     elif keeps == "probabilities" and keep:
         kept = w.new_empty(*w.shape[:3], tokens)
     generator = _generator(w, dropout, seed)
-    tensors = _without(padding, w), out, kept, *_of_heads(w, mask.hidden_keys(w), idle)
-    for heads, out_heads, kept_heads, no_keys, no_queries in part.heads_of(*tensors):
+    scales = None if given.scales is None else given.scales.expand(w.shape[:2])
+    tensors = _without(padding, w), out, kept, *_of_heads(w, mask.hidden_keys(w), idle), scales
+    for heads, out_heads, kept_heads, *hides in part.heads_of(*tensors):
         keys = _stacked(heads, key_room)
         for rows in part.rows_of(keys):
             queries = keys[:, rows]
-            probabilities = scores = _scores(queries, keys, rows, scale, mask, no_keys, no_queries, score_room)
+            probabilities = scores = _scores(queries, keys, rows, scale, mask, hides, score_room)
             if keeps == "log-sum-exp":
-                kept_heads[..., rows] = scores.to(kept_dtype).logsumexp(-1).view(*heads.shape[:2], -1)
+                kept_heads[..., rows] = scores.to(kept_dtype).logsumexp(-1).view(*heads.shape[:2], queries.shape[1])
             elif kept is not None and kept.dtype == scores.dtype:
                 probabilities = kept_heads.flatten(0, 1)[:, rows]
             torch.softmax(scores, -1, out=probabilities)
@@ -87,18 +88,19 @@ def backward(
     need_scales: bool,
     given: AttentionArguments,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of ``forward`` in w: as query, as key and as value, added up. There are no scales here to have one."""
+    """The gradients of ``forward``: in w, as query, as key and as value, added up; and in the scales, if ``need_scales``."""
     scale, _, _, dropout, seed, *_ = given
     mask = given.mask
-    padding, no_scales = mask.padding(w), w.new_empty(0, dtype=torch.float32)
-    if takes_flash_attention(w, dropout, mask):
+    padding = mask.padding(w)
+    grad_scales = w.new_zeros(w.shape[:2] if need_scales else (0, 0), dtype=torch.promote_types(w.dtype, torch.float32))
+    if takes_flash_attention(w, given):
         heads, grads, out = (_without(padding, _features_in_a_row(tensor)) for tensor in (w, grad_out, out))
         # Rows of padding have zero scores and a zero gradient; with a finite log-sum-exp they add zero.
         lse = kept if padding is None else kept.masked_fill(padding, 0.0)
         as_query, as_key, as_value = cpu_flash_attention_backward(
             grads, heads, out, lse, is_causal=mask.is_causal, attn_mask=_penalty(padding, heads), scale=scale
         )
-        return _unflatten(as_query.add_(as_key).add_(as_value), w), no_scales
+        return _unflatten(as_query.add_(as_key).add_(as_value), w), grad_scales.sum(0)
 
     part, (tokens, features) = _Part.of(w), w.shape[2:]
     key_room, grad_room, result_room = (part.room(w, tokens, features) for _ in range(3))
@@ -106,7 +108,10 @@ def backward(
     generator, grad_w = _generator(w, dropout, seed), empty_token_major(w)
     hidden, idle = _of_heads(w, mask.hidden_keys(w), mask.idle(w))
     tensors = _without(padding, w), _without(idle, grad_out), grad_w, kept if kept.ndim == 4 else None, hidden, idle
-    for heads, grad_heads, grad_w_heads, kept_heads, no_keys, no_queries in part.heads_of(*tensors):
+    scales = None if given.scales is None else given.scales.expand(w.shape[:2])
+    per_head = scales, grad_scales if need_scales else None
+    for heads, grad_heads, grad_w_heads, kept_heads, *hides, grad_of_scales in part.heads_of(*tensors, *per_head):
+        scales = hides[-1]
         keys, grads = _stacked(heads, key_room), _stacked(grad_heads, grad_room)
         grad_keys = _corner(result_room, keys)
         if part.rows < tokens:
@@ -118,7 +123,7 @@ def backward(
                 if probabilities.dtype != keys.dtype:
                     probabilities = _corner(second_room, queries).copy_(probabilities)
             else:
-                scores = _scores(queries, keys, rows, scale, mask, no_keys, no_queries, second_room)
+                scores = _scores(queries, keys, rows, scale, mask, hides, second_room)
                 probabilities = torch.softmax(scores, -1, out=scores)
             grad_probabilities = torch.bmm(grad_rows, keys.mT, out=_corner(score_room, queries))
             dropped = probabilities
@@ -127,6 +132,11 @@ def backward(
                 grad_probabilities *= factors
                 dropped = factors.mul_(probabilities)
             grad_scores = softmax_backward_(grad_probabilities, probabilities)
+            if grad_of_scales is not None:
+                shares = (grad_scores * torch.bmm(queries, keys.mT)).sum((1, 2), dtype=grad_scales.dtype)
+                grad_of_scales += shares.view(grad_of_scales.shape)
+            if scales is not None:
+                grad_scores *= scales.reshape(-1, 1, 1)
             if part.rows == tokens:  # as query and as key in one product
                 torch.bmm(dropped.mT, grad_rows, out=grad_keys)
                 grad_scores = _corner(second_room, queries).copy_(grad_scores.mT).add_(grad_scores)
@@ -135,7 +145,7 @@ def backward(
                 grad_keys.baddbmm_(grad_scores.mT, queries, alpha=scale)
             grad_keys[:, rows].baddbmm_(grad_scores, keys, alpha=scale)
         grad_w_heads.copy_(grad_keys.view(grad_w_heads.shape))
-    return (grad_w if padding is None else grad_w.masked_fill_(padding[..., None], 0.0)), no_scales
+    return (grad_w if padding is None else grad_w.masked_fill_(padding[..., None], 0.0)), grad_scales.sum(0)
 
 
 def _of_heads(w: Tensor, *tokens: Tensor | None) -> list[Tensor | None]:
@@ -223,13 +233,16 @@ def _scores(
     rows: slice,
     scale: float,
     mask: Mask,
-    no_keys: Tensor | None,
-    no_queries: Tensor | None,
+    of_heads: Sequence[Tensor | None],
     room: Tensor,
 ) -> Tensor:
     """scale * w w^T of these rows with all tokens, written into ``room``; -inf for masked keys, 0 in rows that have none left: a
-    softmax of -inf alone would be NaN. ``no_keys`` and ``no_queries``: the mask's hidden keys and idle tokens, of these heads."""
+    softmax of -inf alone would be NaN. ``of_heads``: the mask's hidden keys and idle tokens, [samples, heads, tokens], and
+    factors beside ``scale``, [samples, heads]."""
+    no_keys, no_queries, scales = of_heads
     scores = _corner(room, queries).baddbmm_(queries, keys.mT, beta=0, alpha=scale)
+    if scales is not None:
+        scores *= scales.reshape(-1, 1, 1)
     pairs = mask.hidden_pairs(keys.shape[1], keys.device, rows)
     if pairs is not None:
         scores.masked_fill_(pairs, float("-inf"))

@@ -57,7 +57,7 @@ def reach(rows, end, tokens, spans_ptr, window):
     first, last = rows * 0, rows * 0 + end
     if spans_ptr is not None:
         first = tl.maximum(tl.load(spans_ptr + rows, mask=rows < end, other=0), 0)
-        last = tl.minimum(tl.load(spans_ptr + tokens + rows, mask=rows < end, other=0), end)
+        last = tl.minimum(tl.maximum(tl.load(spans_ptr + tokens + rows, mask=rows < end, other=0), 0), end)
     if window is not None:
         first = tl.maximum(first, rows - window)
         last = tl.minimum(last, rows + window + 1)
@@ -237,18 +237,18 @@ def factor_of_word(word, dropout):
 
 
 @triton.jit
-def online_softmax_update(scores, row_max, row_sum, GAPS: tl.constexpr):
+def online_softmax_update(scores, factor, row_max, row_sum, GAPS: tl.constexpr):
     """Add one more tile of scores to the running softmax; the caller multiplies what it has summed before by ``rescale``.
 
     Without GAPS, token 0 is a key of every row and is in the first tile, so the new maximum is finite, and -inf - -inf does not
     occur. With GAPS a row may have seen no key yet: then 0 stands for its maximum, and all its exponentials are 0.
     """
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     subtracted = new_max
     if GAPS:
         subtracted = tl.where(new_max == float("-inf"), 0.0, new_max)
     rescale = tl.exp2(row_max - subtracted)
-    unnormalised = tl.exp2(scores - subtracted[:, None])
+    unnormalised = tl.exp2(scores * factor - subtracted[:, None])
     return unnormalised, rescale, new_max, row_sum * rescale + tl.sum(unnormalised, 1)
 
 
@@ -262,13 +262,13 @@ def attend_to_tile(
     """Let rows i attend to BLOCK keys from ``start_j`` on as well."""
     rows_j = start_j + tl.arange(0, BLOCK)
     w_j = load_parts(w_head_ptr, rows_j, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASKED)
-    scores = products_of_rows(w_i, w_j, DIM_B, PRECISION) * (scale * LOG2_E)
+    scores = products_of_rows(w_i, w_j, DIM_B, PRECISION)
     if MASKED:
         is_key = is_within(rows_j, keys_i[0], keys_i[1]) if INTERVALS else rows_j[None, :] < end
         if key_mask_ptr is not None:
             is_key = is_key & load_key_mask(key_mask_ptr, rows_j, end)[None, :]
         scores = tl.where(is_key, scores, float("-inf"))
-    weights, rescale, row_max, row_sum = online_softmax_update(scores, row_max, row_sum, GAPS)
+    weights, rescale, row_max, row_sum = online_softmax_update(scores, scale * LOG2_E, row_max, row_sum, GAPS)
     if DROPOUT:
         weights *= dropout_factors(seed, head, rows_i, rows_j, dropout)[0]
     out_i = add_weighted_rows(scale_rows(out_i, rescale, DIM_B), weights, w_j, DIM_B, PRECISION)

@@ -4,7 +4,7 @@
 ``kept`` is what the backward needs besides w and out: with ``triton`` the log-sum-exp of each row of scores, [batch, heads,
 tokens], float32; with ``composed`` what ``composed_keeps`` says, and always the log-sum-exp if ``return_lse`` is set. ``keep`` is
 false where no backward will come. ``seed`` is an int64 tensor of one element on the CPU, and not a number, which would be a
-constant in a compiled graph. ``scales`` [heads], float32, stands for ``scale`` where each head has its own; only kernels take it.
+constant in a compiled graph. ``scales`` [heads], in float32 at least, stands for ``scale`` where each head has its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from crate_kernels import dispatch
 from crate_kernels.cpu import arithmetic_dtype
 from crate_kernels.definitions import register
 from crate_kernels.private_torch import HAS_CPU_FLASH_ATTENTION
-from crate_kernels.shared_attention.mask import NO_MASK, Mask
+from crate_kernels.shared_attention.mask import Mask
 
 
 class AttentionArguments(NamedTuple):
@@ -55,15 +55,15 @@ def empty_token_major(w: Tensor) -> Tensor:
 _LONG, _SHORT = 257, 512
 
 
-def takes_flash_attention(w: Tensor, dropout: float, mask: Mask = NO_MASK) -> bool:
+def takes_flash_attention(w: Tensor, given: AttentionArguments) -> bool:
     """Whether ``composed`` calls PyTorch's CPU flash attention: for long sequences in float32 or float64, without dropout, and
-    without masks that would need a number for each pair of tokens."""
+    without what would need a number for each pair of tokens."""
     wide = arithmetic_dtype(w) in (torch.float32, torch.float64)
-    suits = wide and dropout == 0 and mask.is_plain
+    suits = wide and given.dropout == 0 and given.scales is None and given.mask.is_plain
     return HAS_CPU_FLASH_ATTENTION and w.device.type == "cpu" and suits and w.shape[2] >= _LONG
 
 
-def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False, mask: Mask = NO_MASK) -> str:
+def composed_keeps(w: Tensor, given: AttentionArguments) -> str:
     """What ``composed`` keeps of w [batch, heads, tokens, head_dim] for its backward.
 
     "log-sum-exp": [batch, heads, tokens] in float32, or float64 for float64; with flash attention, and where it is asked for.
@@ -71,7 +71,7 @@ def composed_keeps(w: Tensor, dropout: float = 0.0, return_lse: bool = False, ma
     the backward a softmax and one of six products, and take tokens / head_dim times the memory of w.
     "nothing": otherwise.
     """
-    if return_lse or takes_flash_attention(w, dropout, mask):
+    if given.return_lse or takes_flash_attention(w, given):
         return "log-sum-exp"
     return "probabilities" if w.device.type == "cpu" and w.shape[2] <= _SHORT else "nothing"
 
@@ -95,7 +95,7 @@ def _backward(
 def _forward_fake(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = w.shape
     is_triton = given.implementation == "triton"
-    keeps = "log-sum-exp" if is_triton else composed_keeps(w, given.dropout, given.return_lse, given.mask)
+    keeps = "log-sum-exp" if is_triton else composed_keeps(w, given)
     if keeps == "log-sum-exp":
         dtype = torch.float32 if is_triton else torch.promote_types(w.dtype, torch.float32)
         kept = w.new_empty(batch, heads, tokens, dtype=dtype)
@@ -107,16 +107,19 @@ def _forward_fake(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]
 def _backward_fake(
     grad_out: Tensor, w: Tensor, out: Tensor, kept: Tensor, need_scales: bool, given: AttentionArguments
 ) -> tuple[Tensor, Tensor]:
-    return empty_token_major(w), w.new_empty(w.shape[1] if need_scales else 0, dtype=torch.float32)
+    dtype = torch.promote_types(w.dtype, torch.float32)
+    return empty_token_major(w), w.new_empty(w.shape[1] if need_scales else 0, dtype=dtype)
 
 
 def product(w_shape: tuple[int, ...], is_causal: bool, window: int | None) -> int:
-    """FLOPs of one tokens x tokens x head_dim product for every head; of those pairs that a causal mask or a window leaves. What
-    tensors of a mask hide is not known without reading them."""
+    """FLOPs of one tokens x tokens x head_dim product for every head: of the pairs that a window leaves, and of half of them all
+    under a causal mask alone. What tensors of a mask hide is not known without reading them."""
     batch, heads, tokens, head_dim = w_shape
-    near = tokens if window is None else min(window + 1, tokens)
-    beyond = (tokens - near) * (tokens - near + 1) // 2  # pairs on one side that the window keeps apart
-    pairs = tokens * tokens // 2 - beyond if is_causal else tokens * tokens - 2 * beyond
+    pairs = tokens * tokens // (2 if is_causal else 1)
+    if window is not None:
+        near = min(window + 1, tokens)
+        before = near * (near + 1) // 2 + (tokens - near) * near  # pairs of a token with itself or an earlier one
+        pairs = before if is_causal else 2 * before - tokens
     return 2 * batch * heads * pairs * head_dim
 
 

@@ -80,8 +80,15 @@ class LayerTrace(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """What attention multiplies its scores with."""
-        return float(_setting(self.module, "scale"))
+        """What attention multiplies its scores with.
+
+        Raises:
+            ValueError: each head has its own.
+        """
+        scale = _setting(self.module, "scale")
+        if isinstance(scale, Tensor) and scale.numel() != 1:
+            raise ValueError(f"scale: expected one number, got one for each of {scale.numel()} heads")
+        return float(scale)
 
     @property
     def projected_after(self) -> Tensor:

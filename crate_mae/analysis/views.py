@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from crate_kernels import MSSA
 from crate_mae.analysis.components import PrincipalComponents
 from crate_mae.analysis.rates import coding_rate
 from crate_mae.analysis.tracing import LayerTrace, Stack, call_on_whole, in_evaluation, traced
@@ -81,10 +82,14 @@ def view(
 
     Raises:
         TypeError: the model is no ``CrateMAE``, or an image no tensor of bytes.
-        ValueError: there are no images, or one does not fit the model; or the model's values are not finite.
+        ValueError: there are no images, or one does not fit the model; or the model's values are not finite, or not all its
+            tokens attend to all, with one number as the scale.
     """
     if not isinstance(model, CrateMAE):
         raise TypeError(f"model: expected a CrateMAE, got {type(model).__name__}; trace shows the layers of others")
+    for name, module in model.named_modules():
+        if isinstance(module, MSSA) and (reason := module.restriction()):
+            raise ValueError(f"model: {name}: {reason}, which a view has no place for; trace shows its layers")
     if len(images) == 0:
         raise ValueError("images: expected one or more, got none")
     for pixels in images:

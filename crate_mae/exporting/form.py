@@ -140,8 +140,8 @@ class _Attention(nn.Module):
 
     def __init__(self, mssa: MSSA) -> None:
         super().__init__()
-        if mssa.is_causal or mssa.window is not None or isinstance(mssa.scale, Tensor):
-            raise TypeError(f"model: expected attention to all tokens with one number as its scale, got {mssa}")
+        if (reason := mssa.restriction()) or isinstance(mssa.scale, Tensor):
+            raise TypeError(f"model: expected attention of all tokens to all, with one number as its scale; {reason}")
         self.heads, self.scale = mssa.heads, mssa.scale
         self.qkv, self.to_out = mssa.qkv, mssa.to_out
 

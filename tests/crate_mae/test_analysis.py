@@ -300,6 +300,12 @@ def test_what_is_seen_is_of_this_thread_under_autocast_and_once_a_call() -> None
     assert [layer.lambd is None for layer in layers] == [layer.stack == "decoder" for layer in layers]
     layers[0].module.is_causal = True
     assert not layers[0].attention.triu(1).any() and layers[0].attention[..., 0, 0].eq(1).all()
+    layers[1].module.window = 2
+    place = torch.arange(7)
+    assert not layers[1].attention[..., (place - place[:, None]).abs() > 2].any()
+    layers[1].module.scale = torch.ones(2, 1, 1)
+    with pytest.raises(ValueError, match="scale: expected one number, got one for each of 2 heads"):
+        print(layers[1].scale)
     with pytest.raises(ValueError, match=r"each layer once in a call, got 0.* again"):
         analysis.analyze(torch.nn.Sequential(model, model), [x])
 
@@ -316,6 +322,10 @@ def test_what_is_seen_is_of_this_thread_under_autocast_and_once_a_call() -> None
 def test_what_is_no_image_to_view_is_refused(images, says) -> None:
     with pytest.raises((TypeError, ValueError), match=says):
         analysis.view(crate_mae.create_model("crate_mae_tiny", depth=1, **SMALL), images, NORMALIZATION)
+    windowed = crate_mae.create_model("crate_mae_tiny", depth=1, **SMALL)
+    windowed.blocks[0].layers[0][0].fn.window = 3
+    with pytest.raises(ValueError, match=r"model: blocks.0.layers.0.0.fn: its attention has a window, .* trace shows"):
+        analysis.view(windowed, images, NORMALIZATION)
     with pytest.raises(TypeError, match="model: expected a CrateMAE, got Model; trace shows"):
         analysis.view(official.Model(), images, NORMALIZATION)
 

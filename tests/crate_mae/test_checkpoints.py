@@ -399,6 +399,12 @@ def with_softmax(dim: int) -> CrateMAE:
     return model
 
 
+def with_window(window: int) -> CrateMAE:
+    model = small_model()
+    model.blocks[0].layers[0][0].fn.window = window
+    return model
+
+
 def with_more_steps() -> CrateMAE:
     model = small_model()
     model.blocks[0].layers[0][0].fn.to_out.append(nn.Tanh())
@@ -454,6 +460,11 @@ UNSAVED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         with_another_softmax,
         ValueError,
         r"0\.0\.fn\.attend is Softmin, and load_model makes it Softmax",
+    ),
+    "window": (
+        lambda: with_window(2),
+        ValueError,
+        r"0\.0\.fn\.window is 2, and load_model makes it None .*set it again after loading",
     ),
     "threshold": (lambda: with_another("threshold", "soft"), ValueError, r"0\.1\.fn\.threshold is soft"),
 }
