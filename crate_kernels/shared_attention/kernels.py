@@ -240,6 +240,7 @@ def factor_of_word(word, dropout):
 def online_softmax_update(scores, factor, row_max, row_sum, GAPS: tl.constexpr):
     """Add one more tile of scores to the running softmax; the caller multiplies what it has summed before by ``rescale``.
 
+    The scores come unscaled: ``factor``, scale * log2(e), goes into the fused multiply-add that takes the maximum off.
     Without GAPS, token 0 is a key of every row and is in the first tile, so the new maximum is finite, and -inf - -inf does not
     occur. With GAPS a row may have seen no key yet: then 0 stands for its maximum, and all its exponentials are 0.
     """
@@ -333,6 +334,8 @@ def forward_kernel(
         scale = tl.load(scales_ptr + head % heads)
     if key_mask_ptr is not None:
         key_mask_ptr += (head // heads).to(tl.int64) * tokens
+
+    scale = tl.maximum(scale, 1.2e-38)  # masked scores are -inf before they are scaled, and -inf * 0 is no number
 
     keys_i = keys_of(rows_i, end, tokens, spans_ptr, window, IS_CAUSAL)
     first_j, end_j = 0, end

@@ -65,7 +65,7 @@ def test_shared_attention(implementation: str, dtype: torch.dtype, shape: tuple[
     _compare(shared_qkv_attention, [w], torch.randn_like(w), implementation, ["out", "dw"])
 
 
-@pytest.mark.parametrize("option", ["causal", "window", "packed", "keys"])
+@pytest.mark.parametrize("option", ["causal", "window", "packed", "keys", "scales"])
 @pytest.mark.parametrize(("implementation", "dtype"), CASES)
 def test_masked_attention(implementation: str, dtype: torch.dtype, option: str, device: str) -> None:
     """Of kernels the output only. Where a row has few keys, their dw is some 5% further off than the official order's: delta is
@@ -74,6 +74,7 @@ def test_masked_attention(implementation: str, dtype: torch.dtype, option: str, 
         "causal": dict(is_causal=True),
         "window": dict(window=24),
         "packed": dict(cu_seqlens=torch.tensor([0, 50, 99, 180], device=device)),
+        "scales": dict(scale=torch.tensor([0.1, 0.2], device=device)),
         "keys": dict(key_mask=torch.arange(197, device=device)[None] % 3 > 0),
     }
     w = torch.randn(1, 2, 197, 64).to(device, dtype)

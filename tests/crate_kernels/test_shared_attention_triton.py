@@ -26,8 +26,9 @@ except ModuleNotFoundError:  # where nothing can be installed, as on some GPU ma
 pytest.importorskip("triton")
 
 from crate_kernels import tiles
+from crate_kernels.shared_attention import triton as attention_launchers
 from crate_kernels.shared_attention.mask import NO_MASK, Mask, spans_of
-from crate_kernels.shared_attention.triton import attend, gradient, rows_of_delta, split_features, tail
+from crate_kernels.shared_attention.triton import attend, gradient, launches, rows_of_delta, split_features, tail
 
 # The interpreter multiplies bfloat16 wrongly, so that dtype is proved on a GPU.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -394,6 +395,40 @@ def test_tail() -> None:
     assert {tokens: tail(64, tokens, False, False, "tf32") for tokens in tails} == tails
     assert tail(64, 197, False, True, "tf32") == 32
     assert tail(64, 197, True, False, "tf32") == tail(64, 197, False, False, "ieee") == 64
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "window", "packed", "padded", "keys", "dropped"])
+@pytest.mark.parametrize("tokens", [65, 80, 197])
+def test_few_last_rows_in_a_launch_of_their_own(
+    tokens: int, kind: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on sm_90, where there are many heads; and with more than 16 rows left, or few heads, in one launch."""
+    mask = {
+        "full": NO_MASK, "causal": CAUSAL, "window": Mask(window=20), "dropped": NO_MASK,
+        "packed": packed((30, tokens - 35), tokens, device),
+        "padded": Mask(lengths=torch.tensor([tokens - 3], device=device)),
+        "keys": Mask(key_mask=torch.arange(tokens, device=device)[None] % 3 == 0),
+    }[kind]  # fmt: skip
+    w = randn(1, 2, tokens, 48, dtype=torch.float16, device=device)
+    monkeypatch.setattr(attention_launchers, "MANY_HEADS", 2)
+    seen: list[tuple[int, int, int]] = []
+    real = attention_launchers._launch
+
+    def noting(kernel, w: Tensor, arguments: tuple, strided: tuple, options: dict, first: int, end: int) -> None:
+        seen.append((first, end, options["BLOCK_ROWS"]))
+        real(kernel, w, arguments, strided, options, first, end)
+
+    monkeypatch.setattr(attention_launchers, "_launch", noting)
+    with tiles.pretend("sm_90"):
+        check(w, w.flip(-1), 0.2, mask, 0.2 if kind == "dropped" else 0.0)
+        whole = tokens // 64 * 64
+        assert seen == [(0, whole, 64), (whole, tokens, 16), (0, tokens, 64), (0, whole, 64), (whole, tokens, 16)]
+        assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 2, 81, 48).half())] == [(0, 81)]
+        assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 2, 10, 48).half())] == [(0, 10)]
+        assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 2, 128, 48).half())] == [(0, 128)]
+        assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 1, 65, 48).half())] == [(0, 65)]
+        assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 2, 65, 48))] == [(0, 65)]
+    assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 2, 65, 48).half())] == [(0, 65)]
 
 
 def test_backward_from_a_delta_that_is_there_already(device: str) -> None:
