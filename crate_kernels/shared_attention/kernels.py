@@ -85,14 +85,14 @@ def queries_of(rows, end, tokens, spans_ptr, window, IS_CAUSAL: tl.constexpr):
 @triton.jit
 def is_within(places, first, last):
     """True [rows, places] for places in the interval of a row. One comparison: unsigned, what lies before is far behind."""
-    size = tl.maximum(last - first, 0).to(tl.uint32)
+    size = (last - first).to(tl.uint32)
     return (places[None, :] - first[:, None]).to(tl.uint32) < size[:, None]
 
 
 @triton.jit
 def load_key_mask(key_mask_ptr, rows, end):
     """Which rows the key mask lets be keys; none from ``end`` on."""
-    return tl.load(key_mask_ptr + rows, mask=rows < end, other=0) != 0
+    return tl.load(key_mask_ptr + rows, mask=rows < end, other=0).to(tl.int1)
 
 
 @triton.jit

@@ -145,7 +145,8 @@ def _launch_walk(
     number, scales = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
     numbers = mask.window, number, dropout, 0 if seed is None else int(seed)
     arguments = *tensors, lengths, spans, key_mask, scales, *numbers
-    for first_row, end_row, tile in launches(_options(kernel, w), w):
+    parts = launches(_options(kernel, w), w, in_one=is_masked or dropout > 0)
+    for first_row, end_row, tile in parts:
         if dropout:  # narrower tiles, to have registers for its factors
             tile["BLOCK_COLUMNS"] = max(16, tile["BLOCK_COLUMNS"] // 2)
         tile["TAIL"] = tail(tile["BLOCK_COLUMNS"], w.shape[2], is_masked, lengths is not None, precision)
@@ -153,13 +154,19 @@ def _launch_walk(
         _launch(kernel, w, arguments, strided, tile | flags, first_row, end_row)
 
 
-def launches(tile: dict[str, int], w: Tensor) -> list[tuple[int, int, dict[str, int]]]:
+def launches(tile: dict[str, int], w: Tensor, in_one: bool = False) -> list[tuple[int, int, dict[str, int]]]:
     """The first row, the end of the rows and the tile of each launch over the rows of all heads of w: one, or two where the last
-    rows of a head are so few that a tile of their own is cheaper, and the heads so many that it is worth a launch."""
+    rows of a head are so few that a tile of their own is cheaper, and the heads so many that it is worth a launch. Walks with
+    masks or dropout are to be ``in_one``: in 16 rows a warp some of them spill."""
     batch, heads, tokens, _ = w.shape
     whole = tokens // tile["BLOCK_ROWS"] * tile["BLOCK_ROWS"]
     fits_better = family(w.device) == "sm_90" and w.element_size() == 2 and tile["BLOCK_ROWS"] > LAST_ROWS["BLOCK_ROWS"]
-    if fits_better and 0 < whole < tokens <= whole + LAST_ROWS["BLOCK_ROWS"] and batch * heads >= MANY_HEADS:
+    if (
+        not in_one
+        and fits_better
+        and 0 < whole < tokens <= whole + LAST_ROWS["BLOCK_ROWS"]
+        and batch * heads >= MANY_HEADS
+    ):
         return [(0, whole, tile), (whole, tokens, tile | LAST_ROWS)]
     return [(0, tokens, tile)]
 

@@ -74,6 +74,7 @@ class _Attention:
         lengths: tuple[int, ...] | None = None,
         sequences: tuple[int, ...] | None = None,
         keys: Callable[[Tensor], Tensor] | None = None,
+        wild: bool = False,
         dropout: bool = False,
         precision: str = "high",
     ) -> None:
@@ -93,6 +94,9 @@ class _Attention:
                 [[known[one - 1] for one in behind], [known[one] for one in behind]], dtype=torch.int32
             )
             given = cu_seqlens[-1:]
+        if spans is not None and wild:  # the first sequence begins, and the last one ends, outside the tensor
+            spans[0] -= 1000 * (spans[0] == 0)
+            spans[1] += 1000 * (spans[1] == tokens)
         self.mask = attention_mask.Mask(is_causal, window, given, spans, key_mask)
         ends = torch.full((batch,), tokens) if given is None else given.clamp(0, tokens)
         self._padding = (torch.arange(tokens) >= ends[:, None])[:, None, :, None].expand(shape)
@@ -190,9 +194,13 @@ def attention_probes() -> list[Probe]:
     near = _Attention(1, 1, 70, 8, window=3, is_causal=True, lengths=(66,))
     packed = _Attention(1, 1, 110, 8, sequences=(0, 5, 0, 27, 1, 40, 20))
     packed_causal = _Attention(1, 2, 75, 8, sequences=(0, 40, 35), is_causal=True, window=36, scale=(0.2, 0.5))
-    keys = _Attention(2, 1, 75, 8, keys=lambda place: (place % 75 > 40) & (place % 3 > 0))
+    keys = _Attention(2, 1, 75, 8, keys=lambda place: (place % 75 > 40) & (place % 4 > 0))
     keys_causal = _Attention(2, 2, 40, 8, keys=lambda place: place % 5 == 2, is_causal=True, scale=(0.2, 0.5))
     learned = _Attention(2, 2, 75, 8, scale=(0.2, 0.5), lengths=(75, 40))
+    whole = _Attention(1, 2, 64, 8, scale=(0.2, 0.5))
+    flat = _Attention(1, 1, 37, 8, scale=0.0)
+    padded_window = _Attention(2, 1, 70, 8, window=20, lengths=(70, 41), scale=(0.4,))
+    wild = _Attention(1, 1, 70, 8, sequences=(0, 30, 40), wild=True)
     learned_dropped = _Attention(1, 2, 40, 8, scale=(0.2, 0.5), dropout=True)
     return [
         parts.forward("two parts, a tail tile"),
@@ -206,6 +214,10 @@ def attention_probes() -> list[Probe]:
         near.forward("causal window, lengths"),
         packed.forward("packed"),
         packed_causal.forward("packed, causal, window"),
+        whole.forward("whole tiles of rows"),
+        flat.forward("no scale"),
+        padded_window.forward("window, lengths"),
+        wild.forward("packed, out of range"),
         keys.forward("keys"),
         keys_causal.forward("keys, causal"),
         small.row_sums("four heads"),
@@ -221,6 +233,9 @@ def attention_probes() -> list[Probe]:
         near.backward("causal window, lengths"),
         packed.backward("packed"),
         packed_causal.backward("packed, causal, window, scale", of_scale=True),
+        whole.backward("whole tiles of rows, scale", of_scale=True),
+        padded_window.backward("window, lengths, scale", of_scale=True),
+        wild.backward("packed, out of range"),
         keys.backward("keys"),
         keys_causal.backward("keys, causal, scale", of_scale=True),
         learned.backward("lengths, scale", of_scale=True),
