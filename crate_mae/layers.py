@@ -166,12 +166,6 @@ def _children(module: nn.Module) -> list[nn.Module]:
     return [child for child in module._modules.values() if child is not None]
 
 
-def _number(scale: float | Tensor) -> float:
-    """Where there is no obstacle, it is one."""
-    assert not isinstance(scale, Tensor)
-    return scale
-
-
 def _norm_and_step(module: nn.Module, kind: type[First]) -> tuple[nn.LayerNorm, First]:
     norm, step = module._modules["norm"], module._modules["fn"]
     if not isinstance(norm, nn.LayerNorm) or not isinstance(step, kind):
@@ -206,7 +200,7 @@ class EncoderBlock(Block[MSSA, ISTA]):
             x,
             *self.weights(),
             num_heads=attention.heads,
-            scale=_number(attention.scale),
+            scale=float(attention.scale),
             step_size=sparsify.step_size,
             lambd=sparsify.lambd,
             threshold=sparsify.threshold,
@@ -275,7 +269,7 @@ class DecoderBlock(Block[DecoderStep, MSSA]):
             x,
             *self.weights(),
             num_heads=attention.heads,
-            scale=_number(attention.scale),
+            scale=float(attention.scale),
             recompute=recompute,
             prepared=prepared,
         )

@@ -81,7 +81,7 @@ ATTENTION = {
         "attend_to_tokens: attend_to_tile(...MASKED=False, ...) -> ...",
         "add_tile_gradient: tl.where(...) if MASKED else p_ji -> ...",
     ),
-    "tiles beyond the intervals of all rows, past the end, or of padding are masked or not stored: to leave them out saves work": (
+    "tiles beyond all intervals, past the end, or of padding are masked or not stored: to leave them out saves work": (
         "forward_kernel: INTERVALS -> False",
         "forward_kernel: tl.minimum(start_i + BLOCK_ROWS, end) -> end",
         "forward_kernel: tl.maximum(tl.minimum(start_i + BLOCK_ROWS, end) - 1, 0) -> ...",
@@ -208,6 +208,7 @@ COMPOSED_ATTENTION = {
     "the same values, parted otherwise, in other memory, or with more kept; strides are test_shared_attention.py's": (
         "...: _Part.of: ...", "...: _even: ...", "...: _features_in_a_row: ...", "names: forward: ...", "names: backward: ...",
         "casts: ...", "factors: ...: _corner(...", "factors: ...: _features_in_a_row(...", "factors: backward: _unflatten(...",
+        "names: _generator: ...", "branches: backward: w.shape[:2] if need_scales else (0, 0) -> w.shape[:2]",
         "branches: ...: takes_flash_attention(...", "...: forward: keeps == ...", "branches: backward: kept...",
         "order: backward: ..._room...", "comparisons: backward: part.rows < tokens -> ...", "branches: _unflatten: ...",
     ),

@@ -247,6 +247,9 @@ def attention_probes() -> list[Probe]:
         for option, given in options.items():
             function = functools.partial(shared_qkv_attention, **{"scale": 0.4, **given})
             probes.append(agreement(f"{option}, {part}", function, [w], around=around))
+        learned = lambda w, scale: shared_qkv_attention(w, scale=scale, **padded)  # noqa: E731
+        scales = torch.tensor([0.3, 0.8], dtype=torch.float64)
+        probes.append(agreement(f"learned scales, {part}", learned, [w, scales], around=around))
         probes.append(agreement(f"log-sum-exp, {part}", functools.partial(both, **padded), [w], around=around))
         half = [w.bfloat16()]
         probes.append(agreement(f"bfloat16, {part}", shared_qkv_attention, half, around=around, allowed=ROUNDED))

@@ -197,6 +197,8 @@ def kernel_module_probes() -> list[Probe]:
             "scales of three samples": lambda m: setattr(m, "scale", torch.ones(3, 2, 1, 1)),
             "scales that count": lambda m: setattr(m, "scale", torch.ones(2, 1, 1, dtype=torch.long)),
             "scale in words": lambda m: setattr(m, "scale", "small"),
+            "causal": lambda m: setattr(m, "is_causal", True),
+            "window": lambda m: setattr(m, "window", 0),
             "one step": lambda m: m.to_out.__delitem__(1),
             "no qkv": lambda m: setattr(m, "qkv", nn.Identity()),
             "bias and hook": lambda m: [setattr(m, "qkv", nn.Linear(8, 6)), hooked("attend")(m)],
@@ -210,7 +212,7 @@ def kernel_module_probes() -> list[Probe]:
         for name, edit in edits.items():
             module = plain()
             edit(module)
-            found[name] = module.obstacle(), module.attention_obstacle()
+            found[name] = module.obstacle(), module.attention_obstacle(), module.restriction()
         return found
 
     expected = words()  # of the modules as they are: read once, below, by whoever changes the words
