@@ -205,6 +205,7 @@ def flags() -> list[Case]:
     cases += [attention("bfloat16", tokens=tokens) for tokens in (256, 785, 50)]
     # As many heads as give the last rows a launch of their own.
     cases += [attention("bfloat16", padded=True, batch=256), attention("bfloat16", dropout=0.1)]
+    cases += [attention("bfloat16", head_dim, batch=256) for head_dim in (80, 128)]
     cases += [attention("bfloat16", window=64), attention("bfloat16", is_causal=True, packed=True, batch=1, tokens=785)]
     cases += [attention("bfloat16", key_mask=True), attention("bfloat16", learned=True, batch=256)]
     cases += [use(dtype) for use in (attention, mssa) for dtype in ("float16", "tf32")]

@@ -14,7 +14,7 @@ from crate_kernels.shared_attention import kernels
 from crate_kernels.shared_attention.mask import NO_MASK, Mask
 from crate_kernels.shared_attention.op import AttentionArguments, empty_token_major
 from crate_kernels.tiles import cdiv, family, naming_the_cache, select
-from crate_kernels.tiles.shared_attention import LAST_ROWS, MANY_HEADS, TABLE
+from crate_kernels.tiles.shared_attention import LAST_ROWS, LAST_WIDE_ROWS, MANY_HEADS, TABLE
 
 
 def forward(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
@@ -158,16 +158,12 @@ def launches(tile: dict[str, int], w: Tensor, in_one: bool = False) -> list[tupl
     """The first row, the end of the rows and the tile of each launch over the rows of all heads of w: one, or two where the last
     rows of a head are so few that a tile of their own is cheaper, and the heads so many that it is worth a launch. Walks with
     masks or dropout are to be ``in_one``: in 16 rows a warp some of them spill."""
-    batch, heads, tokens, _ = w.shape
+    batch, heads, tokens, head_dim = w.shape
+    last = LAST_WIDE_ROWS if head_dim > 80 else LAST_ROWS
     whole = tokens // tile["BLOCK_ROWS"] * tile["BLOCK_ROWS"]
-    fits_better = family(w.device) == "sm_90" and w.element_size() == 2 and tile["BLOCK_ROWS"] > LAST_ROWS["BLOCK_ROWS"]
-    if (
-        not in_one
-        and fits_better
-        and 0 < whole < tokens <= whole + LAST_ROWS["BLOCK_ROWS"]
-        and batch * heads >= MANY_HEADS
-    ):
-        return [(0, whole, tile), (whole, tokens, tile | LAST_ROWS)]
+    pays = family(w.device) == "sm_90" and w.element_size() == 2 and batch * heads >= MANY_HEADS
+    if pays and not in_one and 0 < whole < tokens <= whole + last["BLOCK_ROWS"]:
+        return [(0, whole, tile), (whole, tokens, tile | last)]
     return [(0, tokens, tile)]
 
 
