@@ -56,7 +56,10 @@ def test_every_kernel_compiles_within_bounds(tmp_path, capsys):
     units = {"sm_80": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"mma", "tcgen05"}, "gfx942": {"mfma"}}
     for one in figures:
         assert one["registers"] > 0 and 0 < one["occupancy"] <= 1, one
-        assert not one["products"] or units[one["arch"]] & set(one["matrix"]), one
+        # wgmma takes no fewer than 64 rows: the last rows of attention go to the small instruction.
+        few_rows = one["products"] and all(int(product.split("x")[0]) < 64 for product in one["products"])
+        unit = {"mma"} if one["arch"] == "sm_90" and few_rows else units[one["arch"]]
+        assert not one["products"] or unit & set(one["matrix"]), one
 
 
 BAD_TILES = """

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import crate_kernels
 from crate_kernels import ISTA, MSSA, DecoderStep, OvercompleteISTA, accelerate, ista
 from crate_kernels.mssa.reference import mssa as reference_mssa
+from crate_kernels.shared_attention.mask import NO_MASK
 from crate_kernels.renamed import CausalMSSA, CausalMSSAOfGPT, ISTAOfD, OvercompleteISTAOfCLIPA
 
 
@@ -694,7 +695,7 @@ def test_modules_bear_the_official_names_and_formulas() -> None:
     assert shapes == {"D": (12, 48), "D1": (12, 48)}
     assert [name for name, _ in OvercompleteISTA(12, decouple=False).named_parameters()] == ["D"]
     x = torch.randn(2, 5, 12)
-    expected = reference_mssa(x, attention.qkv.weight, *attention.to_out[0].parameters(), 3, 0.5, False)
+    expected = reference_mssa(x, attention.qkv.weight, *attention.to_out[0].parameters(), 3, 0.5, NO_MASK, 0.0)
     assert error(attention(x), expected) < 1e-6
     with pytest.raises(ValueError, match="dropout: expected a probability of at least 0 and below 1, got 1"):
         MSSA(12, dropout=1)
