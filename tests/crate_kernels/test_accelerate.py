@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import crate_kernels
 from crate_kernels import ISTA, MSSA, DecoderStep, OvercompleteISTA, accelerate, ista
 from crate_kernels.mssa.reference import mssa as reference_mssa
-from crate_kernels.shared_attention.mask import NO_MASK
 from crate_kernels.renamed import CausalMSSA, CausalMSSAOfGPT, ISTAOfD, OvercompleteISTAOfCLIPA
+from crate_kernels.shared_attention.mask import NO_MASK
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
