@@ -19,8 +19,8 @@ def _rows(rows: int) -> dict[str, int]:
 
 
 # For the last rows of a head on sm_90, where there are at most so many: one warp does 16 rows with the tensor cores' small
-# instruction, which a quarter of a tile of 64 rows would not. By the model of the machine code (benchmarks/NOTES.md) a launch of
-# its own is worth its start where there are so many heads.
+# instruction, in a third to a half of the time that a program of 64 rows takes for them by the model of the machine code
+# (benchmarks/NOTES.md). From how many heads on that is worth a launch is an assumption: nobody has measured it.
 LAST_ROWS = _tile(16, 32, 1, 3)
 LAST_WIDE_ROWS = _tile(16, 32, 2, 2)  # of more than 80 features
 MANY_HEADS = 1024
