@@ -125,13 +125,15 @@ def launches(model: str, dtype: str, batch: int, device: torch.device, tokens: i
     heads_out, lse = attention.attend(of_heads(w), scale)
 
     def gradient_of_output() -> tuple[Tensor, Tensor]:
-        dx = (found := input_gradient(grad, attended, out, operand, heads=(batch, heads))).x
+        dx = (found := input_gradient(grad, attended, out, operand, scores=(lse, scale))).x
         assert dx is not None
-        return dx, attention.rows_of_delta(of_heads(dx), of_heads(attended)) if found.delta is None else found.delta
+        if found.row_pairs is not None:
+            return dx, found.row_pairs
+        return dx, attention.row_pairs(of_heads(dx), of_heads(attended), lse, scale)
 
     def gradient_of_attention() -> Tensor:
-        delta = attention.rows_of_delta(of_heads(grad_w), heads_out)
-        return attention.gradient(of_heads(grad_w), of_heads(w), lse, delta, scale)
+        pairs = attention.row_pairs(of_heads(grad_w), heads_out, lse, scale)
+        return attention.gradient(of_heads(grad_w), of_heads(w), pairs, scale)
 
     runs: dict[str, Callable[[], Any]] = {
         "projection": projection,

@@ -84,17 +84,19 @@ def backward(
         skip_grad: [batch * tokens, width], added to dx: the gradient that reaches x as the skip.
     """
     need_x, need_qkv, need_out = needs
-    batch, dtype = x.shape[0], kept.w.dtype
+    dtype = kept.w.dtype
     out_grads = products.gradients(
-        grad, kept.out, out, dtype, negate=form.subtract, heads=(batch, form.num_heads),
+        grad, kept.out, out, dtype, negate=form.subtract, scores=(kept.lse, form.scale),
         need_x=need_x or need_qkv, need_matrix=need_out, need_column=need_out and out.offset is not None,
     )  # fmt: skip
     grad_out_weight = None if out_grads.matrix is None else out_grads.matrix.t()
     if out_grads.x is None:
         return None, None, grad_out_weight, out_grads.column, None, None
     grad_attended, w, attended = (_heads(t, x, form) for t in (out_grads.x, kept.w, kept.out))
-    delta = attention.rows_of_delta(grad_attended, attended) if out_grads.delta is None else out_grads.delta
-    grad_w = attention.gradient(grad_attended, w, kept.lse, delta, form.scale, form.mask)
+    pairs = out_grads.row_pairs
+    if pairs is None:
+        pairs = attention.row_pairs(grad_attended, attended, kept.lse, form.scale)
+    grad_w = attention.gradient(grad_attended, w, pairs, form.scale, form.mask)
     qkv_grads = products.gradients(
         _tokens(grad_w), x.flatten(0, 1), qkv, x.dtype, y=kept.w, norm=norm, moments=kept.moments, extra=skip_grad,
         need_x=need_x, need_matrix=need_qkv, need_column=need_qkv and norm is not None,

@@ -37,6 +37,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crate_kernels.row_pairs import store_row_pairs
+
 
 @triton.jit
 def load_tile(
@@ -460,8 +462,8 @@ def gradient_rows_kernel(
 
 @triton.jit
 def input_gradient_part(
-    product, grad, y, out, x, mean, rstd, c1, c2, norm_weight, extra, delta, attended, rows, clamped_rows, first, tokens, width,
-    sample_tokens,
+    product, grad, y, out, x, mean, rstd, c1, c2, norm_weight, extra, pairs, lse, attended, scale, rows, clamped_rows,
+    first, tokens, width, sample_tokens,
     grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
     extra_row_stride, extra_column_stride,
     NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -491,7 +493,7 @@ def input_gradient_part(
             extra, clamped_rows, columns, extra_row_stride, extra_column_stride, tokens, width, True, WHOLE_N
         ).to(tl.float32)
     store_tile(out, product, rows, columns, tokens, width)
-    if delta is not None:
+    if pairs is not None:
         attended_tile = load_tile(attended, clamped_rows, columns, width, 1, tokens, width, True, WHOLE_N)
         # These sums are of the rounded gradient, which the backward of attention will read.
         terms = product.to(out.dtype.element_ty).to(tl.float32) * attended_tile.to(tl.float32)
@@ -501,12 +503,13 @@ def input_gradient_part(
         head_count = width // HEAD_DIM
         place = ((rows // sample_tokens).to(tl.int64)[:, None] * head_count + heads[None, :]) * sample_tokens
         inside = (rows < tokens)[:, None] & (heads < head_count)[None, :]
-        tl.store(delta + place + (rows % sample_tokens)[:, None], terms, mask=inside)
+        store_row_pairs(pairs, lse, place + (rows % sample_tokens)[:, None], terms, scale, inside)
 
 
 @triton.jit
 def behind_input_gradient(
-    product, row, first, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended, tokens, width, sample_tokens,
+    product, row, first, grad, y, out, x, moments, sums, norm_weight, extra, pairs, lse, attended, scale, tokens, width,
+    sample_tokens,
     grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
     extra_row_stride, extra_column_stride,
     NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -525,7 +528,7 @@ def behind_input_gradient(
     parts = column_parts(product, PARTS)
     for part in tl.static_range(PARTS):
         input_gradient_part(
-            parts[part], grad, y, out, x, mean, rstd, c1, c2, norm_weight, extra, delta, attended,
+            parts[part], grad, y, out, x, mean, rstd, c1, c2, norm_weight, extra, pairs, lse, attended, scale,
             rows, clamped_rows, first + part * (product.shape[1] // PARTS), tokens, width, sample_tokens,
             grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
             extra_row_stride, extra_column_stride, NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N,
@@ -534,8 +537,8 @@ def behind_input_gradient(
 
 @triton.jit(do_not_specialize=["tokens"])
 def input_gradient_kernel(
-    g, matrix, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended,
-    tokens, inner_width, width, sample_tokens,
+    g, matrix, grad, y, out, x, moments, sums, norm_weight, extra, pairs, lse, attended,
+    scale, tokens, inner_width, width, sample_tokens,
     g_row_stride, g_column_stride, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
     matrix_row_stride, matrix_column_stride, x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
     NORM: tl.constexpr, SCALED: tl.constexpr, SKIP: tl.constexpr, NEGATE: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -547,8 +550,9 @@ def input_gradient_kernel(
 
     g, grad, y [tokens, inner_width], g in the dtype of the product (SCALED: it contains rstd), grad as it came, or g itself;
     matrix B^T [inner_width, width]; out, x, extra [tokens, width]; moments [2, tokens]: mean and rstd; sums [2, tokens]: c1 and
-    c2; norm_weight [width]; attended [tokens, width], contiguous; delta [samples, heads, sample_tokens]: the sums of
-    out * attended over the HEAD_DIM features of each head. PERSISTENT, TRANSPOSED: as in ``project_kernel``, with g for x.
+    c2; norm_weight [width]; attended [tokens, width], contiguous; lse [samples, heads, sample_tokens]; pairs
+    [samples, heads, sample_tokens, 2] (``store_row_pairs``), delta being the sums of out * attended over the HEAD_DIM features of
+    each head. PERSISTENT, TRANSPOSED: as in ``project_kernel``, with g for x.
     """
     if PERSISTENT:
         tl.assume(inner_width > 0)
@@ -563,9 +567,10 @@ def input_gradient_kernel(
                 g_blocks, matrix_blocks, row, first, inner_width, TRANSPOSED, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
             )
             behind_input_gradient(
-                product, row, first, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended, tokens, width,
-                sample_tokens, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
-                extra_row_stride, extra_column_stride, NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N, PARTS,
+                product, row, first, grad, y, out, x, moments, sums, norm_weight, extra, pairs, lse, attended, scale, tokens,
+                width, sample_tokens, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
+                x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
+                NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N, PARTS,
             )  # fmt: skip
     else:
         row, first = place_of(tl.program_id(0), tokens, width, BLOCK_M, BLOCK_N, GROUP)
@@ -575,7 +580,8 @@ def input_gradient_kernel(
             LIBRARY, WHOLE_N, WHOLE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         behind_input_gradient(
-            product, row, first, grad, y, out, x, moments, sums, norm_weight, extra, delta, attended, tokens, width,
-            sample_tokens, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride, x_row_stride, x_column_stride,
-            extra_row_stride, extra_column_stride, NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N, PARTS,
+            product, row, first, grad, y, out, x, moments, sums, norm_weight, extra, pairs, lse, attended, scale, tokens,
+            width, sample_tokens, grad_row_stride, grad_column_stride, y_row_stride, y_column_stride,
+            x_row_stride, x_column_stride, extra_row_stride, extra_column_stride,
+            NORM, SCALED, SKIP, NEGATE, HEAD_DIM, WHOLE_N, PARTS,
         )  # fmt: skip

@@ -170,7 +170,7 @@ class Gradients(NamedTuple):
     column: [width] float32, sums over tokens of g: the gradient of the offset.
     mean_column: [width] float32, sums over tokens of mean * g^; only where raw tokens were multiplied.
     diagonal: [width] float32, the diagonal of xhat^T g before g is rounded; only where they were not, and LN(x) was added.
-    delta: [samples, heads, tokens of a sample] float32; only where ``heads`` was given and a tile holds whole heads.
+    row_pairs: [samples, heads, tokens of a sample, 2] float32; only where ``scores`` were given and a tile holds whole heads.
     """
 
     x: Tensor | None
@@ -178,7 +178,7 @@ class Gradients(NamedTuple):
     column: Tensor | None
     mean_column: Tensor | None
     diagonal: Tensor | None
-    delta: Tensor | None
+    row_pairs: Tensor | None
 
 
 def gradients(
@@ -196,7 +196,7 @@ def gradients(
     negate: bool = False,
     extra: Tensor | None = None,
     rows: GradientRows | None = None,
-    heads: tuple[int, int] | None = None,
+    scores: tuple[Tensor, float] | None = None,
     need_x: bool = True,
     need_matrix: bool = True,
     need_column: bool = True,
@@ -206,7 +206,7 @@ def gradients(
 
     Args:
         grad: [tokens, width of the product], any dtype and strides; only read. May be None where ``rows`` are given.
-        x: [tokens, inner], the x of ``project``; needed with a LayerNorm, for the matrix's gradient and for ``heads``.
+        x: [tokens, inner], the x of ``project``; needed with a LayerNorm, for the matrix's gradient and for ``scores``.
         operand, threshold, soft, norm, negate: those of ``project``.
         out_dtype: the dtype of dx.
         y: the result of ``project``; needed with a threshold, and with a LayerNorm unless ``rows`` are given.
@@ -214,8 +214,9 @@ def gradients(
         skip: x (LN(x) with a LayerNorm) was added to the product.
         extra: [tokens, inner], added to dx: the part of the gradient that does not go through the product.
         rows: what ``gradient_rows`` returns for these arguments, if it is there already.
-        heads: numbers of samples and heads, where x is the output of attention [samples * tokens, heads * head_dim]. Then delta
-            is computed too, for each head the sum over features of dx * x, if head_dim divides the width of a tile.
+        scores: their log-sum-exp [samples, heads, tokens] float32 and scale, where x is the output of attention
+            [samples * tokens, heads * head_dim]. Then what its backward reads of each row is written too (``store_row_pairs``),
+            delta being the sum over a head's features of dx * x, if head_dim divides the width of a tile.
         need_x, need_matrix, need_column: which gradients are asked for: of x, of the matrix, of the offset.
     """
     fold = norm is not None and x is not None and folds(x, operand.matrix.dtype)
@@ -225,12 +226,12 @@ def gradients(
             grad, x, operand, y=y, threshold=threshold, soft=soft, norm=norm, moments=moments, skip=skip, negate=negate,
             need_x=need_x, need_column=need_column or (need_matrix and fold),
         )  # fmt: skip
-    dx = product = delta = None
+    dx = product = row_pairs = None
     if need_x:
         masked = y if threshold is not None else None
-        dx, delta = input_gradient(
+        dx, row_pairs = input_gradient(
             rows, operand, out_dtype, skip=grad if skip else None, mask=masked, x=x, norm=norm, moments=moments,
-            negate=negate, extra=extra, heads=heads,
+            negate=negate, extra=extra, scores=scores,
         )  # fmt: skip
     if need_matrix:
         assert x is not None
@@ -244,7 +245,7 @@ def gradients(
     if need_column:
         assert sums is not None
         column = sums[0]
-    return Gradients(dx, product, column, second if fold else None, None if fold else second, delta)
+    return Gradients(dx, product, column, second if fold else None, None if fold else second, row_pairs)
 
 
 def gradient_rows(
@@ -310,9 +311,9 @@ def input_gradient(
     moments: Tensor | None = None,
     negate: bool = False,
     extra: Tensor | None = None,
-    heads: tuple[int, int] | None = None,
+    scores: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx [tokens, inner] of ``project``, contiguous, and delta.
+    """dx [tokens, inner] of ``project``, contiguous, and ``row_pairs``.
 
     ``skip`` is the gradient that is added to the product, in places where ``mask`` (y) is not zero if there is one. The other
     arguments are as in ``gradients``.
@@ -322,12 +323,13 @@ def input_gradient(
     use = "masked" if skip is not None else "plain" if norm is None else "norm"
     right = operand.matrix.t()
     tiles = _tiles("input_gradient", use, rows.g, right, out)
-    delta, attended, head_dim, sample_tokens = None, None, 1, 1
-    if heads is not None and x is not None and tiles["BLOCK_N"] // tiles["PARTS"] % (width // heads[1]) == 0:
-        head_dim, sample_tokens = width // heads[1], tokens // max(heads[0], 1)
-        delta, attended = out.new_empty((*heads, sample_tokens), dtype=torch.float32), x.contiguous()
+    pairs, lse, attended, scale, head_dim, sample_tokens = None, None, None, 1.0, 1, 1
+    if scores is not None and x is not None and tiles["BLOCK_N"] // tiles["PARTS"] % (width // scores[0].shape[1]) == 0:
+        lse, scale = scores
+        head_dim, sample_tokens = width // lse.shape[1], lse.shape[2]
+        pairs, attended = torch.empty((*lse.shape, 2), dtype=torch.float32, device=out.device), x.contiguous()
     if not out.numel():
-        return out, delta
+        return out, pairs
     scaled = norm is not None and x is not None and folds(x, dtype)
     # The gradient that is added to the product: unrounded if possible, and then masked in the kernel; else g, masked already.
     skipped = None if skip is None else rows.g if scaled or skip.dtype == dtype else skip
@@ -336,13 +338,13 @@ def input_gradient(
     launch(
         kernels.input_gradient_kernel, _grid(out, tiles),
         left, matrix, skipped, mask, out, x if norm else None, moments, rows.sums,
-        norm.weight.contiguous() if norm and skip is not None else None, extra, delta, attended,
-        tokens, inner_width, width, sample_tokens,
+        norm.weight.contiguous() if norm and skip is not None else None, extra, pairs, lse, attended,
+        scale, tokens, inner_width, width, sample_tokens,
         *left.stride(), *_strides(skipped), *_strides(mask), *_strides(matrix), *_strides(x if norm else None), *_strides(extra),
         NORM=norm is not None, SCALED=scaled, SKIP=skip is not None, NEGATE=negate, HEAD_DIM=head_dim,
         **_options(right, tiles),
     )  # fmt: skip
-    return out, delta
+    return out, pairs
 
 
 def weight_gradient(x: Tensor, g: Tensor, like: Tensor | None = None, norm: Norm | None = None) -> Tensor:

@@ -31,7 +31,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from crate_kernels.row_pairs import LOG2_E, store_row_pairs
+
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -136,12 +137,11 @@ def load_parts(
 
 
 @triton.jit
-def load_numbers(pointer, rows, end, MASK_ROWS: tl.constexpr = True):
-    """One number a row; rows from ``end`` on (where asked to look) read as zero."""
-    if MASK_ROWS:
-        return tl.load(pointer + rows, mask=rows < end, other=0.0)
-    else:
-        return tl.load(pointer + rows)
+def load_pairs(pointer, rows, end, MASK_ROWS: tl.constexpr = True):
+    """Two float32 numbers a row that lie side by side, in one load; rows from ``end`` on (where asked to look) read as zero."""
+    pointers = pointer.to(tl.pointer_type(tl.int64)) + rows
+    pairs = tl.load(pointers, mask=rows < end, other=0) if MASK_ROWS else tl.load(pointers)
+    return pairs.to(tl.int32).to(tl.float32, bitcast=True), (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -364,13 +364,13 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "first_row", "tiles"])
-def delta_kernel(
-    grad_out_ptr, out_ptr, delta_ptr, heads, tokens, first_row, tiles,
+def row_pairs_kernel(
+    grad_out_ptr, out_ptr, lse_ptr, pairs_ptr, scales_ptr, scale, heads, tokens, first_row, tiles,
     grad_out_batch, grad_out_head, grad_out_token, grad_out_feature,
     out_batch, out_head, out_token, out_feature,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: delta = rowsum(dO * O) of BLOCK_ROWS rows of one head, float32."""
+    """One program: the numbers that the backward reads of BLOCK_ROWS rows of one head, side by side (``store_row_pairs``)."""
     head = tl.program_id(0) // tiles
     rows = first_row + tl.program_id(0) % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     grad_out_head_ptr = grad_out_ptr + head_offset(head, heads, grad_out_batch, grad_out_head)
@@ -380,24 +380,27 @@ def delta_kernel(
     delta = tl.sum(grad_out[0].to(tl.float32) * out[0].to(tl.float32), 1)
     if DIM_B > 0:
         delta += tl.sum(grad_out[1].to(tl.float32) * out[1].to(tl.float32), 1)
-    tl.store(delta_ptr + head.to(tl.int64) * tokens + rows, delta, mask=rows < tokens)
+    if scales_ptr is not None:
+        scale = tl.load(scales_ptr + head % heads)
+    store_row_pairs(pairs_ptr, lse_ptr, head.to(tl.int64) * tokens + rows, delta, scale, rows < tokens)
 
 
 @triton.jit
 def add_tile_gradient(
     dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
-    w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+    w_head_ptr, grad_out_head_ptr, pairs_head_ptr,
     w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
     J_IS_KEY: tl.constexpr, J_IS_QUERY: tl.constexpr, MASKED: tl.constexpr, INTERVALS: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_SCALE: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add to dw_j the terms of BLOCK tokens i from ``start_i`` on: those with j as the key, with j as the query, or both. If
-    NEED_SCALE, add to sums_j, with j as the query, what ``gradient_of_scale`` takes.
+    """Add to dw_j the terms of BLOCK tokens i from ``start_i`` on: those with j as the key, with j as the query, or both. With j
+    as the query, add to sums_j what ``correct_delta`` takes (for 16 bits), and what ``gradient_of_scale`` takes (if NEED_SCALE).
 
-    Tokens i past the end need a mask for their loads only: their w_i and dO_i are read as zero, and so they add zero.
-    delta_j comes times ``scale``: then the scale of a gradient of scores is a factor of a fused multiply-add.
+    Tokens i past the end need no mask for dw_j: their w_i and dO_i are read as zero, and so they add zero. delta comes times
+    ``scale``: then the scale of a gradient of scores is a factor of a fused multiply-add.
     """
+    CORRECT: tl.constexpr = w_j[0].dtype != tl.float32
     rows_i = start_i + tl.arange(0, BLOCK)
     w_i = load_parts(w_head_ptr, rows_i, end, w_token, w_feature, HEAD_DIM, DIM_A, DIM_B, MASKED)
     scores = products_of_rows(w_j, w_i, DIM_B, PRECISION) * (scale * LOG2_E)
@@ -407,8 +410,7 @@ def add_tile_gradient(
         grad_out_i = load_parts(
             grad_out_head_ptr, rows_i, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B, MASKED
         )
-        lse_i = load_numbers(lse_head_ptr, rows_i, end, MASKED) * LOG2_E
-        delta_i = load_numbers(delta_head_ptr, rows_i, end, MASKED) * scale
+        lse_i, delta_i = load_pairs(pairs_head_ptr, rows_i, end, MASKED)
         p_ij = tl.exp2(scores - lse_i[None, :])
         if INTERVALS:
             p_ij = tl.where(is_within(rows_i, queries_j[0], queries_j[1]), p_ij, 0.0)
@@ -427,20 +429,45 @@ def add_tile_gradient(
             p_ji = tl.where(is_within(rows_i, keys_j[0], keys_j[1]), p_ji, 0.0)
         if key_mask_ptr is not None:
             p_ji = tl.where(load_key_mask(key_mask_ptr, rows_i, end)[None, :], p_ji, 0.0)
+        if (CORRECT or NEED_SCALE) and MASKED and not INTERVALS:
+            p_ji = tl.where(rows_i[None, :] < end, p_ji, 0.0)
         grad_p_ji = products_of_rows(grad_out_j, w_i, DIM_B, PRECISION)
         if DROPOUT:
             grad_p_ji *= factor_ji
+        grad_scores_ji = p_ji * (grad_p_ji * scale - delta_j[:, None])
+        if CORRECT:
+            sums_j = sums_j[0] + tl.sum(grad_scores_ji, 1), sums_j[1], sums_j[2], sums_j[3]
         if NEED_SCALE:
-            present_ji = tl.where(rows_i[None, :] < end, p_ji, 0.0) if MASKED else p_ji
-            log_p_ji, weighted = scores - lse_j[:, None], present_ji * grad_p_ji
+            log_p_ji, weighted = scores - lse_j[:, None], p_ji * grad_p_ji
             weighted_log = tl.sum(weighted * log_p_ji, 1)
             sums_j = (
-                sums_j[0] + weighted_log,
-                sums_j[1] + tl.sum(weighted, 1),
-                sums_j[2] + tl.sum(present_ji * log_p_ji, 1),
+                sums_j[0],
+                sums_j[1] + weighted_log,
+                sums_j[2] + tl.sum(weighted, 1),
+                sums_j[3] + tl.sum(p_ji * log_p_ji, 1),
             )
-        grad_scores += p_ji * (grad_p_ji * scale - delta_j[:, None])
+        grad_scores += grad_scores_ji
     return add_weighted_rows(dw_j, grad_scores, w_i, DIM_B, PRECISION), sums_j
+
+
+@triton.jit
+def correct_delta(
+    dw_j, excess_j, w_j, lse_j, rows_j, end, key_mask_ptr, scale, DIM_B: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """dw_j less what the rounding of delta has added to it by the pair (j, j).
+
+    delta_j, of the output as it was rounded to 16 bits, is off by e_j, and so every P[j, i] adds -e_j P[j, i] to the gradient of
+    its score. Exact gradients of a row's scores sum to zero, so the sum, in ``excess_j``, is -e_j. A token's key is its query,
+    so its score with itself is the largest as a rule, and the pair (j, j), which counts as key and as query, has most of the
+    error: 2 excess_j P[j, j] w_j.
+    """
+    places = tl.arange(0, rows_j.shape[0])
+    p_jj = tl.exp2(products_of_rows(w_j, w_j, DIM_B, PRECISION) * (scale * LOG2_E) - lse_j[:, None])
+    is_own = places[:, None] == places[None, :]
+    if key_mask_ptr is not None:
+        is_own = is_own & load_key_mask(key_mask_ptr, rows_j, end)[:, None]
+    weights = tl.where(is_own, p_jj * (-2.0 * excess_j)[:, None], 0.0)
+    return add_weighted_rows(dw_j, weights, w_j, DIM_B, PRECISION)
 
 
 @triton.jit
@@ -449,12 +476,12 @@ def gradient_of_scale(sums_j):
 
     L[j] falls out, and delta_j, the sum of P dP, is summed here: that of the output as it was rounded would be the largest error.
     """
-    return (sums_j[0] - sums_j[1] * sums_j[2]) * LN_2
+    return (sums_j[1] - sums_j[2] * sums_j[3]) * LN_2
 
 
 @triton.jit(do_not_specialize=["window", "heads", "tokens", "first_row", "tiles", "seed"])
 def backward_kernel(
-    grad_out_ptr, w_ptr, lse_ptr, delta_ptr, dw_ptr, scale_grad_ptr, lengths_ptr, spans_ptr, key_mask_ptr, scales_ptr,
+    grad_out_ptr, w_ptr, pairs_ptr, dw_ptr, scale_grad_ptr, lengths_ptr, spans_ptr, key_mask_ptr, scales_ptr,
     window, scale, dropout, seed: tl.int64, heads, tokens, first_row, tiles,
     grad_out_batch, grad_out_head, grad_out_token, grad_out_feature,
     w_batch, w_head, w_token, w_feature,
@@ -475,8 +502,7 @@ def backward_kernel(
     end = count_tokens(lengths_ptr, head, heads, tokens)
     w_head_ptr = w_ptr + head_offset(head, heads, w_batch, w_head)
     grad_out_head_ptr = grad_out_ptr + head_offset(head, heads, grad_out_batch, grad_out_head)
-    lse_head_ptr = lse_ptr + head.to(tl.int64) * tokens
-    delta_head_ptr = delta_ptr + head.to(tl.int64) * tokens
+    pairs_head_ptr = pairs_ptr + head.to(tl.int64) * tokens * 2
 
     if scales_ptr is not None:
         scale = tl.load(scales_ptr + head % heads)
@@ -485,13 +511,10 @@ def backward_kernel(
     grad_out_j = load_parts(
         grad_out_head_ptr, rows_j, end, grad_out_token, grad_out_feature, HEAD_DIM, DIM_A, DIM_B, MASK_ROWS
     )
-    lse_j = load_numbers(lse_head_ptr, rows_j, end, MASK_ROWS) * LOG2_E
-    if key_mask_ptr is not None:
-        lse_j = tl.where(lse_j == float("-inf"), 0.0, lse_j)  # a row without a key, whose probabilities are all masked
-    delta_j = load_numbers(delta_head_ptr, rows_j, end, MASK_ROWS) * scale
+    lse_j, delta_j = load_pairs(pairs_head_ptr, rows_j, end, MASK_ROWS)
     dw_j = zero_parts(BLOCK_ROWS, DIM_A, DIM_B)
     zeros_j = tl.zeros([BLOCK_ROWS], tl.float32)
-    sums_j = zeros_j, zeros_j, zeros_j
+    sums_j = zeros_j, zeros_j, zeros_j, zeros_j
     if key_mask_ptr is not None:
         key_mask_ptr += (head // heads).to(tl.int64) * tokens
 
@@ -518,7 +541,7 @@ def backward_kernel(
         for start_i in range(first_key, end_key, BLOCK_COLUMNS):
             dw_j, sums_j = add_tile_gradient(
                 dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
-                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                w_head_ptr, grad_out_head_ptr, pairs_head_ptr,
                 w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
                 J_IS_KEY=False, J_IS_QUERY=True, MASKED=True, INTERVALS=INTERVALS, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
@@ -526,7 +549,7 @@ def backward_kernel(
         for start_i in range(first_query, end_query, BLOCK_COLUMNS):
             dw_j, sums_j = add_tile_gradient(
                 dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
-                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                w_head_ptr, grad_out_head_ptr, pairs_head_ptr,
                 w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
                 J_IS_KEY=True, J_IS_QUERY=False, MASKED=True, INTERVALS=INTERVALS, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
@@ -535,24 +558,28 @@ def backward_kernel(
         whole = first_key
         if TAIL < BLOCK_COLUMNS:
             whole = end_key // BLOCK_COLUMNS * BLOCK_COLUMNS
-            # Not range(0, whole), with which the compiler takes 20 registers more.
-            for start_i in range(0, end_key - BLOCK_COLUMNS + 1, BLOCK_COLUMNS):
-                dw_j, sums_j = add_tile_gradient(
-                    dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
-                    w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
-                    w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
-                    J_IS_KEY=True, J_IS_QUERY=True, MASKED=False, INTERVALS=False, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
-                    HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
-                )  # fmt: skip
+        # The last tile first: behind it, Triton 3.6 serialises the products of ``correct_delta`` and all others.
         for start_i in tl.range(whole, end_key, TAIL, num_stages=1 if TAIL == 16 and BLOCK_COLUMNS > 16 else None):
             dw_j, sums_j = add_tile_gradient(
                 dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
-                w_head_ptr, grad_out_head_ptr, lse_head_ptr, delta_head_ptr,
+                w_head_ptr, grad_out_head_ptr, pairs_head_ptr,
                 w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
                 J_IS_KEY=True, J_IS_QUERY=True, MASKED=True, INTERVALS=INTERVALS, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
                 HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
             )  # fmt: skip
+        if TAIL < BLOCK_COLUMNS:
+            # Not range(0, whole), with which the compiler takes 20 registers more.
+            for start_i in range(0, end_key - BLOCK_COLUMNS + 1, BLOCK_COLUMNS):
+                dw_j, sums_j = add_tile_gradient(
+                    dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
+                    w_head_ptr, grad_out_head_ptr, pairs_head_ptr,
+                    w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
+                    J_IS_KEY=True, J_IS_QUERY=True, MASKED=False, INTERVALS=False, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
+                    HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
+                )  # fmt: skip
 
+    if w_j[0].dtype != tl.float32:
+        dw_j = correct_delta(dw_j, sums_j[0], w_j, lse_j, rows_j, end, key_mask_ptr, scale, DIM_B, PRECISION)
     dw_head_ptr = dw_ptr + head_offset(head, heads, dw_batch, dw_head)
     one = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     store_parts(

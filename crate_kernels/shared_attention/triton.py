@@ -14,7 +14,7 @@ from crate_kernels.shared_attention import kernels
 from crate_kernels.shared_attention.mask import NO_MASK, Mask
 from crate_kernels.shared_attention.op import AttentionArguments, empty_token_major
 from crate_kernels.tiles import cdiv, family, naming_the_cache, select
-from crate_kernels.tiles.shared_attention import LAST_ROWS, LAST_WIDE_ROWS, MANY_HEADS, TABLE
+from crate_kernels.tiles.shared_attention import LAST_ROWS, MANY_HEADS, TABLE
 
 
 def forward(w: Tensor, given: AttentionArguments) -> tuple[Tensor, Tensor]:
@@ -31,12 +31,17 @@ def backward(
     given: AttentionArguments,
 ) -> tuple[Tensor, Tensor]:
     """The operator's backward: ``gradient``, and that of the scales [heads], float32, if it is asked for; else empty."""
-    delta = rows_of_delta(grad_out, out)
+    pairs = row_pairs(grad_out, out, lse, _scale(given))
     rows = torch.empty_like(lse) if need_scales else None
-    dw = gradient(grad_out, w, lse, delta, _scale(given), given.mask, given.dropout, given.seed, rows)
+    dw = gradient(grad_out, w, pairs, _scale(given), given.mask, given.dropout, given.seed, rows)
     if rows is None or given.scales is None:
         return dw, lse.new_empty(0)
     return dw, rows.sum((0, 2)) / given.scales
+
+
+def _number_and_scales(scale: float | Tensor) -> tuple[float, Tensor | None]:
+    """How kernels take a scale: a number, or one for each head in memory."""
+    return (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
 
 
 def _scale(given: AttentionArguments) -> float | Tensor:
@@ -65,39 +70,40 @@ def attend(
     return out, lse
 
 
-def rows_of_delta(grad_out: Tensor, out: Tensor) -> Tensor:
-    """delta = rowsum(grad_out * out) [batch, heads, tokens], float32."""
-    delta = out.new_empty(out.shape[:-1], dtype=torch.float32)
-    options = _options(kernels.delta_kernel, out)
-    _launch(kernels.delta_kernel, out, (grad_out, out, delta), (grad_out, out), options, 0, out.shape[2])
-    return delta
+def row_pairs(grad_out: Tensor, out: Tensor, lse: Tensor, scale: float | Tensor) -> Tensor:
+    """What ``gradient`` reads of each row of scores [batch, heads, tokens, 2], float32: the log-sum-exp times log2(e), and
+    scale * rowsum(grad_out * out)."""
+    pairs = out.new_empty((*out.shape[:-1], 2), dtype=torch.float32)
+    options = _options(kernels.row_pairs_kernel, out)
+    number, scales = _number_and_scales(scale)
+    arguments = grad_out, out, lse, pairs, scales, number
+    _launch(kernels.row_pairs_kernel, out, arguments, (grad_out, out), options, 0, out.shape[2])
+    return pairs
 
 
 def gradient(
     grad_out: Tensor,
     w: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    pairs: Tensor,
     scale: float | Tensor,
     mask: Mask = NO_MASK,
     dropout: float = 0.0,
     seed: Tensor | None = None,
     rows_of_scale: Tensor | None = None,
 ) -> Tensor:
-    """dw of ``attend``, from its arguments and its log-sum-exp.
+    """dw of ``attend``, from its arguments and ``row_pairs``.
 
     Args:
         grad_out: [batch, heads, tokens, head_dim], w.dtype, any strides, 0 included.
         w: any strides.
-        lse: [batch, heads, tokens], float32, contiguous.
-        delta: rowsum(grad_out * out), likewise.
-        rows_of_scale: likewise; if given, each row's share of scale * dscale is written there.
+        pairs: [batch, heads, tokens, 2], float32, contiguous: what ``row_pairs`` returns for the same scale.
+        rows_of_scale: [batch, heads, tokens], float32, contiguous; if given, each row's share of scale * dscale is written there.
 
     Returns:
         dw [batch, heads, tokens, head_dim] in w.dtype, laid out like ``out`` of ``attend``; 0 in rows of padding.
     """
     dw = empty_token_major(w)
-    tensors, strided = (grad_out, w, lse, delta, dw, rows_of_scale), (grad_out, w, dw)
+    tensors, strided = (grad_out, w, pairs, dw, rows_of_scale), (grad_out, w, dw)
     _launch_walk(kernels.backward_kernel, w, tensors, strided, scale, mask, dropout, seed)
     return dw
 
@@ -142,10 +148,10 @@ def _launch_walk(
     lengths, spans, key_mask = (None if one is None else one.contiguous() for one in mask[2:])
     is_masked = mask.is_causal or not mask.is_plain
     flags = {"IS_CAUSAL": mask.is_causal, "DROPOUT": dropout > 0, "PRECISION": precision}
-    number, scales = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    number, scales = _number_and_scales(scale)
     numbers = mask.window, number, dropout, 0 if seed is None else int(seed)
     arguments = *tensors, lengths, spans, key_mask, scales, *numbers
-    parts = launches(_options(kernel, w), w, in_one=is_masked or dropout > 0)
+    parts = launches(kernel.__name__, _options(kernel, w), w, in_one=is_masked or dropout > 0)
     for first_row, end_row, tile in parts:
         if dropout:  # narrower tiles, to have registers for its factors
             tile["BLOCK_COLUMNS"] = max(16, tile["BLOCK_COLUMNS"] // 2)
@@ -154,12 +160,14 @@ def _launch_walk(
         _launch(kernel, w, arguments, strided, tile | flags, first_row, end_row)
 
 
-def launches(tile: dict[str, int], w: Tensor, in_one: bool = False) -> list[tuple[int, int, dict[str, int]]]:
+def launches(
+    kernel: str, tile: dict[str, int], w: Tensor, in_one: bool = False
+) -> list[tuple[int, int, dict[str, int]]]:
     """The first row, the end of the rows and the tile of each launch over the rows of all heads of w: one, or two where the last
     rows of a head are so few that a tile of their own is cheaper, and the heads so many that it is worth a launch. Walks with
     masks or dropout are to be ``in_one``: in 16 rows a warp some of them spill."""
     batch, heads, tokens, head_dim = w.shape
-    last = LAST_WIDE_ROWS if head_dim > 80 else LAST_ROWS
+    last = LAST_ROWS[kernel, sum(split_features(head_dim))]
     whole = tokens // tile["BLOCK_ROWS"] * tile["BLOCK_ROWS"]
     pays = family(w.device) == "sm_90" and w.element_size() == 2 and batch * heads >= MANY_HEADS
     if pays and not in_one and 0 < whole < tokens <= whole + last["BLOCK_ROWS"]:

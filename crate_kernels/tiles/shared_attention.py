@@ -21,8 +21,11 @@ def _rows(rows: int) -> dict[str, int]:
 # For the last rows of a head on sm_90, where there are at most so many: one warp does 16 rows with the tensor cores' small
 # instruction, in a third to a half of the time that a program of 64 rows takes for them by the model of the machine code
 # (benchmarks/NOTES.md). From how many heads on that is worth a launch is an assumption: nobody has measured it.
-LAST_ROWS = _tile(16, 32, 1, 3)
-LAST_WIDE_ROWS = _tile(16, 32, 2, 2)  # of more than 80 features
+LAST_ROWS = {
+    **{("forward_kernel", width): _tile(16, 16, 1, 3) for width in WIDTHS},
+    **{("backward_kernel", width): _tile(16, 16, 1, 3) for width in WIDTHS},
+    ("backward_kernel", 128): _tile(16, 32, 2, 3),
+}
 MANY_HEADS = 1024
 
 TABLE = {
@@ -40,10 +43,10 @@ TABLE = {
         **{("forward_kernel", 2, width): _tile(32, 32, 4, 2) for width in (80, 96, 128)},
         **{("forward_kernel", 4, width): _tile(32, 32, 4, 2) for width in (16, 32, 48, 64)},
         **{("forward_kernel", 4, width): _tile(32, 16, 4, 2) for width in (80, 96, 128)},
-        **{("delta_kernel", 2, width): _rows(64) for width in (16, 32, 48, 64)},
-        **{("delta_kernel", 2, width): _rows(32) for width in (80, 96, 128)},
-        **{("delta_kernel", 4, width): _rows(32) for width in (16, 32, 48, 64)},
-        **{("delta_kernel", 4, width): _rows(16) for width in (80, 96, 128)},
+        **{("row_pairs_kernel", 2, width): _rows(64) for width in (16, 32, 48, 64)},
+        **{("row_pairs_kernel", 2, width): _rows(32) for width in (80, 96, 128)},
+        **{("row_pairs_kernel", 4, width): _rows(32) for width in (16, 32, 48, 64)},
+        **{("row_pairs_kernel", 4, width): _rows(16) for width in (80, 96, 128)},
         **{("backward_kernel", 2, width): _tile(64, 32, 4, 2) for width in (16, 32)},
         **{("backward_kernel", 2, width): _tile(32, 32, 4, 2) for width in (48, 64)},
         **{("backward_kernel", 2, width): _tile(64, 32, 8, 2) for width in (80, 96)},

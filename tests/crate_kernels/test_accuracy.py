@@ -69,8 +69,6 @@ def test_shared_attention(implementation: str, dtype: torch.dtype, shape: tuple[
 @pytest.mark.parametrize("option", ["causal", "window", "packed", "keys", "scales"])
 @pytest.mark.parametrize(("implementation", "dtype"), CASES)
 def test_masked_attention(implementation: str, dtype: torch.dtype, option: str, device: str) -> None:
-    """Of kernels the output only. Where a row has few keys, their dw is a little further off than the official order's: delta is
-    of the output as it was rounded. test_shared_attention_triton.py holds it to the rule of kernels."""
     options = {
         "causal": dict(is_causal=True),
         "window": dict(window=24),
@@ -80,5 +78,4 @@ def test_masked_attention(implementation: str, dtype: torch.dtype, option: str, 
     }
     w = torch.randn(1, 2, 197, 64).to(device, dtype)
     attend = functools.partial(shared_qkv_attention, **options[option])
-    names = ["out", "dw"] if implementation == "composed" else ["out"]
-    _compare(attend, [w], torch.randn_like(w), implementation, names)
+    _compare(attend, [w], torch.randn_like(w), implementation, ["out", "dw"])

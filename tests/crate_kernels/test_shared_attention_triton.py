@@ -28,7 +28,7 @@ pytest.importorskip("triton")
 from crate_kernels import tiles
 from crate_kernels.shared_attention import triton as attention_launchers
 from crate_kernels.shared_attention.mask import NO_MASK, Mask, spans_of
-from crate_kernels.shared_attention.triton import attend, gradient, launches, rows_of_delta, split_features, tail
+from crate_kernels.shared_attention.triton import attend, gradient, launches, row_pairs, split_features, tail
 
 # The interpreter multiplies bfloat16 wrongly, so that dtype is proved on a GPU.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -98,7 +98,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, log-sum-exp and dw of the kernels."""
     out, lse = attend(w, scale, mask, dropout, seed)
-    return out, lse, gradient(grad_out, w, lse, rows_of_delta(grad_out, out), scale, mask, dropout, seed)
+    return out, lse, gradient(grad_out, w, row_pairs(grad_out, out, lse, scale), scale, mask, dropout, seed)
 
 
 def check(
@@ -326,7 +326,7 @@ def test_a_scale_for_each_head(dropout: float, dtype: torch.dtype, mask: Mask, d
     scales, seed = torch.tensor([0.05, 0.15, 0.3], device=device), torch.tensor([0])
     out, lse, dw = check(w, grad_out, scales, mask, dropout)
     rows = torch.full_like(lse, math.nan)
-    again = gradient(grad_out, w, lse, rows_of_delta(grad_out, out), scales, mask, dropout, seed, rows)
+    again = gradient(grad_out, w, row_pairs(grad_out, out, lse, scales), scales, mask, dropout, seed, rows)
     assert torch.equal(again, dw)
     factors = dropout_factors(w.shape, dropout, 0).to(device) if dropout else None
     found = rows.sum((0, 2)) / scales
@@ -423,25 +423,79 @@ def test_few_last_rows_in_a_launch_of_their_own(
         check(w, w.flip(-1), 0.2, mask, 0.2 if kind == "dropped" else 0.0)
         whole = tokens // 64 * 64
         rows = [(0, whole, 64), (whole, tokens, 16)] if kind in ("full", "padded") else [(0, tokens, 64)]
-        assert seen == [*rows, (0, tokens, 64), *rows]  # delta between them
-        assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 2, 81, 48).half())] == [(0, 81)]
-        assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 2, 10, 48).half())] == [(0, 10)]
-        assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 2, 128, 48).half())] == [(0, 128)]
-        assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 1, 65, 48).half())] == [(0, 65)]
-        assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 2, 65, 48))] == [(0, 65)]
-    assert [one[:2] for one in launches({"BLOCK_ROWS": 64}, randn(1, 2, 65, 48).half())] == [(0, 65)]
+        assert seen == [*rows, (0, tokens, 64), *rows]  # the pairs of rows between them
+        assert [one[:2] for one in launches("forward_kernel", {"BLOCK_ROWS": 64}, randn(1, 2, 81, 48).half())] == [
+            (0, 81)
+        ]
+        assert [one[:2] for one in launches("forward_kernel", {"BLOCK_ROWS": 64}, randn(1, 2, 10, 48).half())] == [
+            (0, 10)
+        ]
+        assert [one[:2] for one in launches("forward_kernel", {"BLOCK_ROWS": 64}, randn(1, 2, 128, 48).half())] == [
+            (0, 128)
+        ]
+        assert [one[:2] for one in launches("forward_kernel", {"BLOCK_ROWS": 64}, randn(1, 1, 65, 48).half())] == [
+            (0, 65)
+        ]
+        assert [one[:2] for one in launches("forward_kernel", {"BLOCK_ROWS": 64}, randn(1, 2, 65, 48))] == [(0, 65)]
+    assert [one[:2] for one in launches("forward_kernel", {"BLOCK_ROWS": 64}, randn(1, 2, 65, 48).half())] == [(0, 65)]
 
 
-def test_backward_from_a_delta_that_is_there_already(device: str) -> None:
+@pytest.mark.parametrize("scale", [0.2, (0.2, 0.5)], ids=["one", "each"])
+def test_row_pairs(scale: float | tuple[float, ...], device: str) -> None:
+    w, grad_out = randn(2, 2, 37, 24, device=device), randn(2, 2, 37, 24, device=device).flip(-1)
+    factor: float | Tensor = torch.tensor(scale, device=device) if isinstance(scale, tuple) else scale
+    out, lse = attend(w, factor, Mask(lengths=torch.tensor([37, 20], device=device)))
+    exponents, deltas = row_pairs(grad_out, out, lse, factor).unbind(-1)
+    assert torch.equal(exponents[1, :, 20:], torch.zeros_like(exponents[1, :, 20:]))
+    torch.testing.assert_close(
+        exponents, (lse.double() * math.log2(math.e)).nan_to_num(neginf=0).float(), atol=0, rtol=3e-7
+    )
+    each = factor[:, None] if isinstance(factor, Tensor) else factor
+    torch.testing.assert_close(deltas, ((grad_out.double() * out).sum(-1) * each).float(), atol=1e-6, rtol=1e-6)
+
+
+def test_backward_from_a_delta_that_is_off(device: str) -> None:
+    """In float32 it is taken as it is: raising it by one takes scale * (P + P^T) w away."""
     w, grad_out = randn(2, 2, 37, 24, device=device), randn(2, 2, 37, 24, device=device).flip(-1)
     out, lse, expected = run(w, grad_out, 0.2)
-    delta = (grad_out * out).sum(-1)
-    dw = gradient(grad_out, w, lse, delta, 0.2)
-    assert relative_error(dw, expected.double()) < 1e-6
-    # Raising delta by one takes scale * (P + P^T) w away.
+    pairs = row_pairs(grad_out, out, lse, 0.2)
+    dw = gradient(grad_out, w, pairs, 0.2)
+    assert torch.equal(dw, expected)
     p = (w.double() @ w.double().mT * 0.2).softmax(-1)
-    difference = dw - gradient(grad_out, w, lse, delta + 1, 0.2)
+    difference = dw - gradient(grad_out, w, pairs + torch.tensor([0, 0.2], device=device), 0.2)
     assert relative_error(difference, 0.2 * (p + p.mT) @ w.double()) < 1e-5
+
+
+MASKS = {
+    "full": {}, "causal": {"is_causal": True}, "window": {"window": 9}, "lengths": {"lengths": [83, 30]}, "keys": {},
+    "causal keys": {"is_causal": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_backward_in_16_bits_corrects_delta_at_the_diagonal(kind: str, device: str) -> None:
+    """Where delta_j is off by e_j, as that of a rounded output is, so is what the pair (j, j) adds as key and as query. Sums of
+    the gradients of scores say by how much: that part is taken away again."""
+    options = {
+        name: torch.tensor(value, device=device) if name == "lengths" else value for name, value in MASKS[kind].items()
+    }
+    if "keys" in kind:
+        options["key_mask"] = torch.arange(166, device=device).view(2, 83) % 3 > 0
+    mask = Mask(**options)
+    w, grad_out = (randn(2, 1, 83, 24, dtype=torch.float16, device=device) for _ in range(2))
+    grad_out = grad_out.flip(-1)
+    out, lse = attend(w, 0.4, mask)
+    pairs, e = row_pairs(grad_out, out, lse, 0.4), randn(2, 1, 83, 1, device=device).flip(2)
+    off = pairs + torch.cat([torch.zeros_like(e), 0.4 * e], -1)
+    dw, other = (gradient(grad_out, w, one, 0.4, mask).double() for one in (pairs, off))
+    allowed = attended(mask, 2, 83).to(device)
+    scores = (w.double() @ w.double().mT * 0.4).masked_fill(~allowed, -math.inf)
+    p = scores.softmax(-1).masked_fill(~allowed, 0)
+    plain = 0.4 * (p.mT @ (e * w.double()) + e * (p @ w.double()))
+    own = 0.8 * e * p.diagonal(dim1=-2, dim2=-1)[..., None] * w.double()
+    # Roundings of both results, and of the factors of both products that make the difference.
+    rounding = 2.0**-11 * (dw.norm() + other.norm() + plain.norm() + own.norm())
+    assert (dw - other - plain + own).norm() < rounding < 0.02 * own.norm()
 
 
 def heads_side_by_side(w: Tensor) -> Tensor:
@@ -524,8 +578,8 @@ if given is not None:
 
 def test_out_of_any_strides(device: str) -> None:
     w, grad_out = randn(1, 2, 37, 24, device=device), randn(1, 2, 37, 24, device=device).flip(-1)
-    out, _ = attend(w, 0.2)
-    assert torch.equal(rows_of_delta(grad_out, amid_nan(out)), rows_of_delta(grad_out, out))
+    out, lse = attend(w, 0.2)
+    assert torch.equal(row_pairs(grad_out, amid_nan(out), lse, 0.2), row_pairs(grad_out, out, lse, 0.2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

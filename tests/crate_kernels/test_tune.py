@@ -456,7 +456,7 @@ def test_the_command_tunes_writes_shows_and_clears(file: Path, pretended_device:
     assert "12.0000 ms -> 6.0000 ms, 100% faster (1 tried, 0 rejected)" in line
     found = cache.load(file, CPU)
     assert found.pop(elsewhere) == OTHER  # what was not tuned stays
-    attention = {f"{name}_kernel" for name in ("forward", "delta", "backward")}
+    attention = {f"{name}_kernel" for name in ("forward", "row_pairs", "backward")}
     products = set(itertools.product(("project", "input_gradient"), USES)) - {
         ("project", "norm")
     }  # not folded in float32
