@@ -36,7 +36,7 @@ ATTENTION_TILES = {
         for width in (16, 32, 48, 64, 80, 96, 128)
         for itemsize in (2, 4)
     }
-    | {("delta_kernel", 4, width): dict(BLOCK_ROWS=32, num_warps=4, num_stages=1) for width in (16, 48)}
+    | {("row_pairs_kernel", 4, width): dict(BLOCK_ROWS=32, num_warps=4, num_stages=1) for width in (16, 48)}
 }
 SEED = 0x0123456789ABCDEF >> 1
 
@@ -119,7 +119,7 @@ class _Attention:
             for name, margin in {
                 "out": a_few_roundings(torch.float32),
                 "lse": 2 * EPS,
-                "delta": a_few_roundings(torch.float32),
+                "pairs": a_few_roundings(torch.float32),
                 "dw": a_few_roundings(torch.float32) + 2 * EPS * lse.abs().max().item(),
                 "rows of the scale": 32 * EPS,
             }.items()
@@ -128,7 +128,7 @@ class _Attention:
         w, grad_out = (t.masked_fill(self._padding, math.nan) for t in (w, grad_out))
         self.w, self.grad_out = amid_nan(w), amid_nan(grad_out.permute(3, 2, 1, 0)).permute(3, 2, 1, 0)
         self.out, self.lse = amid_nan(exact["out"].float()), exact["lse"].float()
-        self.delta = exact["delta"].float().masked_fill(self._padding[..., 0], math.nan)
+        self.pairs = exact["pairs"].float().masked_fill(self._padding[..., :1], math.nan)
 
     def _formula(self, w: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         w, grad_out = w.masked_fill(self._padding, 0).requires_grad_(), grad_out.masked_fill(self._padding, 0)
@@ -140,7 +140,9 @@ class _Attention:
         dw, rows = torch.autograd.grad(out, (w, factors), grad_out)
         lse = scores.detach().masked_fill(self._blocked, -math.inf).logsumexp(-1)
         out = out.detach()
-        return {"out": out, "lse": lse, "delta": (out * grad_out).sum(-1), "dw": dw, "rows of the scale": rows}
+        exponents = (lse * math.log2(math.e)).masked_fill(lse.isinf(), 0)
+        pairs = torch.stack([exponents, (self._factor * out * grad_out).sum(-1)], -1)
+        return {"out": out, "lse": lse, "pairs": pairs, "dw": dw, "rows of the scale": rows}
 
     def probe(self, name: str, results: tuple[str, ...], run: Callable[[], tuple]) -> Probe:
         def named() -> dict[str, Tensor]:
@@ -160,7 +162,7 @@ class _Attention:
         def run() -> tuple:
             rows = torch.full_like(self.lse, math.nan) if of_scale else None
             settings = self.scale, self.mask, self.dropout, self.seed, rows
-            dw = attention.gradient(self.grad_out, self.w, self.lse, self.delta, *settings)
+            dw = attention.gradient(self.grad_out, self.w, self.pairs, *settings)
             return (dw,) if rows is None else (dw, rows)
 
         return self.probe(f"backward: {name}", ("dw", "rows of the scale")[: 1 + of_scale], run)
@@ -171,11 +173,42 @@ class _Attention:
         run = lambda: dict(zip(allowed, attention.attend(self.w.half(), self.scale), strict=True))  # noqa: E731
         return Probe(f"forward: {name}", run, {result: self.exact[result] for result in allowed}, allowed)
 
-    def row_sums(self, name: str) -> Probe:
-        def run() -> tuple:
-            return (attention.rows_of_delta(self.grad_out, self.out),)
+    def corrected(self, name: str, of_scale: bool = False) -> Probe:
+        """In float16, with a delta that is off by e: what that adds, and what the correction at the diagonal takes away."""
+        w = self.w.nan_to_num().double()
+        e = torch.linspace(-2, 2, w.shape[2], dtype=torch.float64)[:, None].expand(*w.shape[:3], 1)
+        scores = (w @ w.mT * self._factor).masked_fill(self._blocked, -math.inf)
+        p = scores.softmax(-1).nan_to_num()
+        added = (
+            -self._factor * (p.mT @ (e * w) + e * (p @ w)) + 2 * self._factor * e * w * p.diagonal(0, -2, -1)[..., None]
+        )
+        expected = {"dw": self.exact["dw"] + added.masked_fill(self._padding, 0)}
+        if of_scale:
+            expected["rows of the scale"] = self.exact["rows of the scale"]
+        off = torch.cat([torch.zeros_like(e), self._factor * e], -1).float()
 
-        return self.probe(f"delta: {name}", ("delta",), run)
+        def run() -> dict[str, Tensor]:
+            rows = torch.full_like(self.lse, math.nan) if of_scale else None
+            settings = self.scale, self.mask, self.dropout, self.seed, rows
+            found = attention.gradient(self.grad_out.half(), self.w.half(), self.pairs + off, *settings), rows
+            return dict(zip(expected, found, strict=False))
+
+        return Probe(f"backward: {name}", run, expected, dict.fromkeys(expected, 2.0**-8))
+
+    def row_pairs(self, name: str) -> Probe:
+        def run() -> tuple:
+            return (attention.row_pairs(self.grad_out, self.out, self.lse, self.scale),)
+
+        return self.probe(f"row pairs: {name}", ("pairs",), run)
+
+
+def row_pairs_probes() -> list[Probe]:
+    blind = _Attention(2, 2, 40, 8, keys=lambda place: place % 40 > 4, is_causal=True, scale=(0.2, 0.5))
+    return [
+        _Attention(2, 2, 5, 8).row_pairs("four heads"),
+        _Attention(2, 2, 37, 40).row_pairs("two parts"),
+        blind.row_pairs("rows without a key, scale"),
+    ]
 
 
 def attention_probes() -> list[Probe]:
@@ -188,7 +221,6 @@ def attention_probes() -> list[Probe]:
     padded = _Attention(4, 1, 43, 40, lengths=(99, 20, 32, -3))
     dropped = _Attention(1, 2, 40, 24, dropout=True)
     steep = _Attention(1, 1, 37, 8, scale=30.0)
-    sums = _Attention(2, 2, 37, 40)
     # Tiles are of 32 tokens: what is hidden begins and ends within tiles, on their borders and beyond.
     windowed = _Attention(1, 2, 110, 8, window=33, scale=(0.2, 0.5))
     near = _Attention(1, 1, 70, 8, window=3, is_causal=True, lengths=(66,))
@@ -220,8 +252,7 @@ def attention_probes() -> list[Probe]:
         wild.forward("packed, out of range"),
         keys.forward("keys"),
         keys_causal.forward("keys, causal"),
-        small.row_sums("four heads"),
-        sums.row_sums("two parts"),
+        *row_pairs_probes(),
         small.backward("four heads"),
         parts.backward("two parts, a tail tile"),
         exact.backward("exact products"),
@@ -240,4 +271,9 @@ def attention_probes() -> list[Probe]:
         keys_causal.backward("keys, causal, scale", of_scale=True),
         learned.backward("lengths, scale", of_scale=True),
         learned_dropped.backward("dropout, scale", of_scale=True),
+        small.corrected("float16, few tokens"),
+        parts.corrected("float16, two parts"),
+        keys.corrected("float16, keys"),
+        packed.corrected("float16, packed"),
+        learned.corrected("float16, lengths, scale", of_scale=True),
     ]

@@ -25,10 +25,12 @@ from mutation.modules import (
     preparation_kernels,
     product_kernels,
     products,
+    row_pairs,
 )
 from mutation.mutants import Source
 
-PRODUCT_SOURCE = Source(product_kernels)
+ROW_PAIRS = Source(row_pairs)
+PRODUCT_SOURCE = Source(product_kernels, ROW_PAIRS)
 
 ATTENTION = {
     "a second part without features, where Triton makes one, is read by nobody": ("zero_parts: DIM_B == 0 -> False",),
@@ -53,11 +55,12 @@ ATTENTION = {
         "forward_kernel: GAPS or MASK_ROWS -> ...",
         "forward_kernel: end -> tokens (place 3)",
         "backward_kernel: load_parts(...) -> load_parts(..., rows_j, tokens, ...",
-        "backward_kernel: load_numbers(...) -> load_numbers(..., rows_j, tokens, ...",
+        "backward_kernel: load_pairs(...) -> load_pairs(..., rows_j, tokens, ...",
         "backward_kernel: keys_of(rows_j, end, ...) -> keys_of(rows_j, tokens, ...",
         "backward_kernel: queries_of(rows_j, end, ...) -> queries_of(rows_j, tokens, ...",
         "backward_kernel: tl.where(rows_j < end, gradient_of_scale(sums_j), 0.0) -> ...",
         "backward_kernel: rows_j < end -> rows_j <= end",
+        "backward_kernel: correct_delta(...) -> correct_delta(..., rows_j, tokens, ...",
         "backward_kernel: end -> tokens (place 5)",
     ),
     "spans are clamped once more by the walk, or hold no row": (
@@ -74,12 +77,12 @@ ATTENTION = {
         "backward_kernel: INTERVALS=False -> INTERVALS=True",
     ),
     "a whole tile's mask is true everywhere, and tiles of TAIL, masked, cover what whole tiles do: only work is saved": (
-        "load_numbers: MASK_ROWS -> True",
+        "load_pairs: ... if MASK_ROWS else ... -> tl.load(pointers, mask=rows < end, other=0)",
+        "add_tile_gradient: (CORRECT or NEED_SCALE) and MASKED and (not INTERVALS) -> ...",
         "attend_to_tokens: TAIL < BLOCK -> False",
         "...: MASKED=False -> MASKED=True",
         "backward_kernel: TAIL < BLOCK_COLUMNS -> False",
         "attend_to_tokens: attend_to_tile(...MASKED=False, ...) -> ...",
-        "add_tile_gradient: tl.where(...) if MASKED else p_ji -> ...",
     ),
     "tiles beyond all intervals, past the end, or of padding are masked or not stored: to leave them out saves work": (
         "forward_kernel: INTERVALS -> False",
@@ -122,7 +125,7 @@ ATTENTION = {
         "backward_kernel: ... -> add_tile_gradient(dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, "
         "start_i, end, w_head_ptr, ...J_IS_KEY=False, J_IS_QUERY=True, ...",
         "backward_kernel: ... -> add_tile_gradient(dw_j, sums_j, w_j, ..., rows_j, keys_j, queries_j, start_i, end, w_head_ptr, "
-        "grad_out_head_ptr, lse_head_ptr, delta_head_ptr, w_token, w_feature, grad_out_token, grad_out_feature, ..."
+        "grad_out_head_ptr, pairs_head_ptr, w_token, w_feature, grad_out_token, grad_out_feature, ..."
         "J_IS_KEY=True, J_IS_QUERY=False, ...",
     ),
     "one walk for both sides, or one for each, sum the same terms": (
@@ -130,11 +133,16 @@ ATTENTION = {
         "backward_kernel: IS_CAUSAL or PRECISION == 'ieee' -> IS_CAUSAL",
     ),
     "past the end w_i and dO_i are zero, and so is all that they add: a number there need only be finite": (
-        "load_numbers: tl.load(..., other=0.0) -> tl.load(..., other=1.0)",
+        "load_pairs: tl.load(..., other=0) -> tl.load(..., other=1.0)",
     ),
+    "w and dO have one dtype": ("add_tile_gradient: w_j -> grad_out_j", "backward_kernel: w_j -> grad_out_j"),
     "the first term is added to zero": (
         "add_tile_gradient: grad_scores += p_ij * (...) -> grad_scores = p_ij * (...)",
     ),
+}
+
+PAIRS_OF_ROWS = {
+    "rows outside are not stored": ("store_row_pairs: tl.load(..., other=0.0) -> tl.load(..., other=1.0)",),
 }
 
 MODULES = {
@@ -311,7 +319,8 @@ PREPARATION = {
 }
 CASES = {
     "products": Case(PRODUCT_SOURCE, product_probes.product_probes, PRODUCTS),
-    "attention": Case(Source(attention_kernels), attention_probes.attention_probes, ATTENTION),
+    "attention": Case(Source(attention_kernels, ROW_PAIRS), attention_probes.attention_probes, ATTENTION),
+    "row pairs": Case(ROW_PAIRS, attention_probes.row_pairs_probes, PAIRS_OF_ROWS),
     "preparation": Case(Source(preparation_kernels, PRODUCT_SOURCE), product_probes.preparation_probes, PREPARATION),
     "composed ista": Case(Source(composed_ista), composed_probes.ista_probes, {}, ISTA),
     "form": Case(Source(form), composed_probes.ista_probes, {}),
@@ -333,7 +342,7 @@ def ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, and a watch over the memory that kernels touch."""
     watch = Watch()
     watch.install(monkeypatch)
-    for module in (product_kernels, preparation_kernels, attention_kernels):
+    for module in (product_kernels, preparation_kernels, attention_kernels, row_pairs):
         watch.over(monkeypatch, *vars(module).values())
     monkeypatch.setattr(products, "TABLE", product_probes.PRODUCT_TILES)
     monkeypatch.setattr(products, "_ROWS", product_probes.ROWS)

@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401
 
-from crate_kernels import cpu, library_products
+from crate_kernels import cpu, library_products, row_pairs
 from crate_kernels import nn as kernel_modules
 from crate_kernels.ista import composed as composed_ista
 from crate_kernels.ista import form

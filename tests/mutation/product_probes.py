@@ -259,18 +259,21 @@ def _input_gradient(name: str, *shape: int, extra: bool = True, heads: tuple[int
     if dtype != torch.float32:
         dx = dx + (product.read - product.g) @ product.b.mT * (-1 if product.negate else 1)
     expected = {"dx": dx.to(out_dtype).double()}
+    scores = None
     if heads:
-        expected["delta"] = (
-            (expected["dx"] * product.x).view(heads[0], -1, heads[1], inner // heads[1]).sum(-1).transpose(1, 2)
-        )
+        deltas = (expected["dx"] * product.x).view(heads[0], -1, heads[1], inner // heads[1]).sum(-1).transpose(1, 2)
+        scores = torch.randn(deltas.shape), 0.25
+        scores[0][0, 0, 0] = -math.inf  # a row without a key
+        exponents = (scores[0].double() * math.log2(math.e)).nan_to_num(neginf=0)
+        expected |= {"exponents": exponents, "deltas": 0.25 * deltas}
 
     def run() -> dict[str, Tensor]:
         with product.patched():
             found = products.gradients(
                 product.upstream, product.x, product.operand, out_dtype, **product.gradient_options(), extra=passed,
-                rows=rows, heads=heads, need_matrix=False, need_column=False,
+                rows=rows, scores=scores, need_matrix=False, need_column=False,
             )  # fmt: skip
-        return {"dx": found.x, "delta": found.delta}
+        return dict(zip(expected, [found.x, *(() if scores is None else found.row_pairs.unbind(-1))], strict=True))
 
     # In 16 bits a number here and there may be rounded the other way; all of them unrounded are 2e-4.
     return _probe(f"input_gradient: {name}", run, expected, PRODUCT_MARGIN if out_dtype == torch.float32 else 1e-4)
@@ -308,13 +311,13 @@ def product_probes() -> list[Probe]:
         _weight_gradient("no norm, no threshold", 37, 24, 20, norm=False),
         _input_gradient("fold, skip, relu", 20, 20, 20, skip="self", kind="relu", fold=True),
         _input_gradient("negated", 37, 32, 20, negate=True),
-        _input_gradient("no norm, delta", 21, 20, 24, norm=False, extra=False, heads=(3, 5), dtype=torch.float16),
+        _input_gradient("no norm, row pairs", 21, 20, 24, norm=False, extra=False, heads=(3, 5), dtype=torch.float16),
         _input_gradient(
             "a rounded product, skip, relu", *square, norm=False, skip="self", kind="relu", dtype=torch.float16
         ),
         _input_gradient("persistent, skip, relu", 37, 40, 40, skip="self", kind="relu", **by_rows),
         _input_gradient("persistent, negated", 85, 12, 24, negate=True, persistent="columns"),
-        _input_gradient("persistent, delta", 45, 20, 24, extra=False, heads=(3, 5), **rounded),
+        _input_gradient("persistent, row pairs", 45, 20, 24, extra=False, heads=(3, 5), **rounded),
         _input_gradient("persistent, rounded, skip", 37, 12, 12, skip="self", kind="relu", **rounded),
         _input_gradient("a library's", *odd, library=True),
     ]
