@@ -270,7 +270,9 @@ def attend_to_tile(
             is_key = is_key & load_key_mask(key_mask_ptr, rows_j, end)[None, :]
         scores = tl.where(is_key, scores, float("-inf"))
     factor = scale * LOG2_E
-    if DIM_A == 64 and DIM_B == 16:  # with raw scores Triton 3.9 takes 139 registers here, so that only three blocks fit
+    if (
+        DIM_A == 64 and DIM_B == 16
+    ):  # with raw scores Triton 3.9 takes 139 registers here, so that only three blocks fit
         scores *= factor
         factor = 1.0
     weights, rescale, row_max, row_sum = online_softmax_update(scores, factor, row_max, row_sum, GAPS)
@@ -455,9 +457,7 @@ def add_tile_gradient(
 
 
 @triton.jit
-def correct_delta(
-    dw_j, excess_j, w_j, lse_j, rows_j, end, key_mask_ptr, scale, DIM_B: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def correct_delta(dw_j, excess_j, w_j, lse_j, rows_j, end, key_mask_ptr, scale, DIM_B: tl.constexpr):
     """dw_j less what the rounding of delta has added to it by the pair (j, j).
 
     delta_j, of the output as it was rounded to 16 bits, is off by e_j, and so every P[j, i] adds -e_j P[j, i] to the gradient of
@@ -465,13 +465,19 @@ def correct_delta(
     so its score with itself is the largest as a rule, and the pair (j, j), which counts as key and as query, has most of the
     error: 2 excess_j P[j, j] w_j.
     """
-    places = tl.arange(0, rows_j.shape[0])
-    p_jj = tl.exp2(products_of_rows(w_j, w_j, DIM_B, PRECISION) * (scale * LOG2_E) - lse_j[:, None])
-    is_own = places[:, None] == places[None, :]
+    a = w_j[0].to(tl.float32)
+    square = tl.sum(a * a, 1)
+    if DIM_B > 0:
+        b = w_j[1].to(tl.float32)
+        square += tl.sum(b * b, 1)
+    p_jj = tl.exp2(square * (scale * LOG2_E) - lse_j)
     if key_mask_ptr is not None:
-        is_own = is_own & load_key_mask(key_mask_ptr, rows_j, end)[:, None]
-    weights = tl.where(is_own, p_jj * (-2.0 * excess_j)[:, None], 0.0)
-    return add_weighted_rows(dw_j, weights, w_j, DIM_B, PRECISION)
+        p_jj = tl.where(load_key_mask(key_mask_ptr, rows_j, end), p_jj, 0.0)
+    factor = (2.0 * excess_j * p_jj)[:, None]
+    if DIM_B == 0:
+        return (dw_j[0] - factor * a,)
+    else:
+        return dw_j[0] - factor * a, dw_j[1] - factor * b
 
 
 @triton.jit
@@ -485,11 +491,12 @@ def gradient_of_scale(sums_j):
 
 @triton.jit(do_not_specialize=["window", "heads", "tokens", "first_row", "tiles", "seed"])
 def backward_kernel(
-    grad_out_ptr, w_ptr, pairs_ptr, dw_ptr, scale_grad_ptr, lengths_ptr, spans_ptr, key_mask_ptr, scales_ptr,
+    grad_out_ptr, w_ptr, pairs_ptr, dw_ptr, own_ptr, scale_grad_ptr, lengths_ptr, spans_ptr, key_mask_ptr, scales_ptr,
     window, scale, dropout, seed: tl.int64, heads, tokens, first_row, tiles,
     grad_out_batch, grad_out_head, grad_out_token, grad_out_feature,
     w_batch, w_head, w_token, w_feature,
     dw_batch, dw_head, dw_token, dw_feature,
+    own_batch, own_head, own_token, own_feature,
     HEAD_DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
     IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TAIL: tl.constexpr,
@@ -562,16 +569,6 @@ def backward_kernel(
         whole = first_key
         if TAIL < BLOCK_COLUMNS:
             whole = end_key // BLOCK_COLUMNS * BLOCK_COLUMNS
-        # The last tile first: behind it, Triton 3.6 serialises the products of ``correct_delta`` and all others.
-        for start_i in tl.range(whole, end_key, TAIL, num_stages=1 if TAIL == 16 and BLOCK_COLUMNS > 16 else None):
-            dw_j, sums_j = add_tile_gradient(
-                dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
-                w_head_ptr, grad_out_head_ptr, pairs_head_ptr,
-                w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
-                J_IS_KEY=True, J_IS_QUERY=True, MASKED=True, INTERVALS=INTERVALS, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
-                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
-            )  # fmt: skip
-        if TAIL < BLOCK_COLUMNS:
             # Not range(0, whole), with which the compiler takes 20 registers more.
             for start_i in range(0, end_key - BLOCK_COLUMNS + 1, BLOCK_COLUMNS):
                 dw_j, sums_j = add_tile_gradient(
@@ -581,9 +578,21 @@ def backward_kernel(
                     J_IS_KEY=True, J_IS_QUERY=True, MASKED=False, INTERVALS=False, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
                     HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=BLOCK_COLUMNS,
                 )  # fmt: skip
+        for start_i in tl.range(whole, end_key, TAIL, num_stages=1 if TAIL == 16 and BLOCK_COLUMNS > 16 else None):
+            dw_j, sums_j = add_tile_gradient(
+                dw_j, sums_j, w_j, grad_out_j, lse_j, delta_j, rows_j, keys_j, queries_j, start_i, end,
+                w_head_ptr, grad_out_head_ptr, pairs_head_ptr,
+                w_token, w_feature, grad_out_token, grad_out_feature, key_mask_ptr, head, scale, dropout, seed,
+                J_IS_KEY=True, J_IS_QUERY=True, MASKED=True, INTERVALS=INTERVALS, DROPOUT=DROPOUT, NEED_SCALE=NEED_SCALE,
+                HEAD_DIM=HEAD_DIM, DIM_A=DIM_A, DIM_B=DIM_B, PRECISION=PRECISION, BLOCK=TAIL,
+            )  # fmt: skip
 
     if w_j[0].dtype != tl.float32:
-        dw_j = correct_delta(dw_j, sums_j[0], w_j, lse_j, rows_j, end, key_mask_ptr, scale, DIM_B, PRECISION)
+        # w comes a second time, with strides of its own: else the addresses of the first load are kept through the walk, in
+        # registers that it needs.
+        own_head_ptr = own_ptr + head_offset(head, heads, own_batch, own_head)
+        w_j = load_parts(own_head_ptr, rows_j, end, own_token, own_feature, HEAD_DIM, DIM_A, DIM_B, MASK_ROWS)
+        dw_j = correct_delta(dw_j, sums_j[0], w_j, lse_j, rows_j, end, key_mask_ptr, scale, DIM_B)
     dw_head_ptr = dw_ptr + head_offset(head, heads, dw_batch, dw_head)
     one = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     store_parts(

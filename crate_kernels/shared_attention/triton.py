@@ -103,7 +103,7 @@ def gradient(
         dw [batch, heads, tokens, head_dim] in w.dtype, laid out like ``out`` of ``attend``; 0 in rows of padding.
     """
     dw = empty_token_major(w)
-    tensors, strided = (grad_out, w, pairs, dw, rows_of_scale), (grad_out, w, dw)
+    tensors, strided = (grad_out, w, pairs, dw, w, rows_of_scale), (grad_out, w, dw, w)
     _launch_walk(kernels.backward_kernel, w, tensors, strided, scale, mask, dropout, seed)
     return dw
 

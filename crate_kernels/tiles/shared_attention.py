@@ -51,10 +51,12 @@ TABLE = {
         **{("row_pairs_kernel", 4, width): _rows(16) for width in (80, 96, 128)},
         **{("backward_kernel", 2, width): _tile(64, 32, 4, 2) for width in (16, 32)},
         **{("backward_kernel", 2, width): _tile(32, 32, 4, 2) for width in (48, 64)},
-        **{("backward_kernel", 2, width): _tile(64, 32, 8, 2) for width in (80, 96)},
+        ("backward_kernel", 2, 80): _tile(64, 32, 8, 2),
+        ("backward_kernel", 2, 96): _tile(64, 16, 8, 2),  # 32 columns spill on sm_80
         ("backward_kernel", 2, 128): _tile(32, 32, 4, 1),  # a second stage spills on sm_80 with Triton 3.6
         ("backward_kernel", 4, 16): _tile(32, 32, 4, 2),
-        **{("backward_kernel", 4, width): _tile(32, 32, 8, 2) for width in (32, 48, 64)},
+        ("backward_kernel", 4, 32): _tile(32, 16, 8, 2),  # 32 columns spill on sm_90 with Triton 3.9
+        **{("backward_kernel", 4, width): _tile(32, 32, 8, 2) for width in (48, 64)},
         **{("backward_kernel", 4, width): _tile(16, 16, 8, 2) for width in (80, 96, 128)},
     },
 }
