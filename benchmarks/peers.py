@@ -85,12 +85,14 @@ class Peer:
     implementation: that the operators of ours in it are forced to.
     separate: it takes query, key and value. It gets one tensor three times, and is timed with and without adding up its three
         gradients.
+    made: makes what else the function takes, by name, before anything is timed.
     """
 
     function: Function
     mode: str | None = None
     implementation: str | None = None
     separate: bool = False
+    made: Callable[[], dict[str, Any]] = dict
 
     @property
     def group(self) -> str:
@@ -102,24 +104,36 @@ class Peer:
         Raises:
             Absent: it cannot run on this machine.
         """
-        function = self.function if self.mode is None else compiled(self.function, self.mode, device)
+        made = self.made()
+        function = partial(self.function, **made) if made else self.function
+        function = function if self.mode is None else compiled(function, self.mode, device)
         return forced(self.implementation, function) if self.implementation else function
 
 
 def sdpa(backend: SDPBackend) -> Function:
     """PyTorch's attention by one backend, and no other."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value)
+            return F.scaled_dot_product_attention(query, key, value, **mask)
 
     return attend
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def flex(query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention(query, key, value)
+    return flex_attention(query, key, value, **mask)
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor, longest: int, **window: Any) -> Tensor:
+    """PyTorch's attention within sequences that lie one after another; samples are such sequences, too."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))  # [batch * tokens, heads, head_dim]
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **window)
+    assert isinstance(out, Tensor)  # nothing besides was asked for
+    return out.unflatten(0, (query.shape[0], -1)).transpose(1, 2)
 
 
 ATTENTION = {
@@ -133,8 +147,8 @@ ATTENTION = {
 # Best composed: the arguments of the operators of the same name.
 
 
-def attention(w: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(w, w, w)
+def attention(w: Tensor, **mask: Any) -> Tensor:
+    return F.scaled_dot_product_attention(w, w, w, **mask)
 
 
 def normalised(x: Tensor, norm: Norm) -> Tensor:

@@ -36,6 +36,7 @@ ALL_BATCHES = "--batch 1 8 64 128 256 512"
 GRAPHS = "reference 'reference graph' 'official compiled' 'official compiled graph' triton 'triton graph'"
 LARGEST = "reference 'triton 16bit' 'triton recompute'"
 LIBRARIES = "--peers library compiled"
+MASKS = "--modes forward backward --sweep mask --rounds 30"
 
 # Name, program, arguments, and seconds on an H100 whose kernels are compiled: estimates, of a part's start (10), of what
 # torch.compile compiles (30 a model, 8 a kernel) and of the float32 step that losses are compared with. In order of importance.
@@ -56,6 +57,8 @@ TARGETS = (
     ("step 64", "training_step", f"--batch 64 {STEP} {OURS} {COMPILED}", 110),
     ("step 512", "training_step", f"--batch 512 --rounds 15 {STEP} {OURS} {COMPILED}", 170),
     ("step 128", "training_step", f"--batch 128 {STEP} {OURS} {COMPILED}", 120),
+    ("masks 785", "kernels", f"attention {MASKS} --tokens 785 --batch 16 {LIBRARIES}", 240),
+    ("masks 3137", "kernels", f"attention {MASKS} --tokens 3137 --batch 4 {LIBRARIES}", 240),
 )  # fmt: skip
 FULL = (
     *TARGETS,

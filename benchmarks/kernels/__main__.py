@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels attention ista                        # at CRATE-MAE-Base's shape
     python -m benchmarks.kernels attention --sweep tokens head_dim     # and at others
+    python -m benchmarks.kernels attention --sweep mask --tokens 785 --batch 16     # and behind every mask of masks.py
     python -m benchmarks.kernels --sweep all --json FILE               # every operator, every sweep
     python -m benchmarks.kernels ista --once                           # our operator alone, for compute-sanitizer
 
@@ -31,12 +32,13 @@ import torch
 
 from benchmarks import harness, records
 from benchmarks.command_line import add_common_arguments, device_named, positive
+from benchmarks.kernels.masks import MASKS
 from benchmarks.kernels.measuring import MODES, measure, once, ours
 from benchmarks.kernels.operators import OPERATORS, WITH_HEADS, Shape
 from benchmarks.peers import GROUPS
 from crate_mae.registry import MODELS
 
-SWEEPS = ("batch", "tokens", "head_dim", "width", "dtype")
+SWEEPS = ("batch", "tokens", "head_dim", "width", "dtype", "mask")
 BATCHES = (1, 8, 64, 256, 1024)
 TOKENS = (50, 197, 577, 785, 1025, 3137, 4097)
 HEAD_DIMS = (48, 64, 80, 128)
@@ -56,6 +58,8 @@ def cases(operator: str, shape: Shape, dtype: str, sweeps: Sequence[str]) -> lis
         found += [(change(shape, width=size.embed_dim, heads=size.num_heads), dtype) for size in MODELS.values()]
     if "dtype" in sweeps:
         found += [(shape, dtype) for dtype in harness.DTYPES]
+    if "mask" in sweeps and operator == "attention":  # packed sequences are one sample
+        found += [(change(shape, mask=mask, **{"batch": 1} if mask == "packed" else {}), dtype) for mask in MASKS]
     return list(dict.fromkeys(found))
 
 
@@ -94,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                     failures.append(f"{name}, {each}, {dtype}: {records.in_one_line(problem)}")
                     for mode in modes:
                         record.add(
-                            operator=name,
-                            shape=dataclasses.asdict(each),
+                            **each.of(name),
                             dtype=dtype,
                             mode=mode,
                             provider=ours(device),

@@ -209,7 +209,7 @@ def measure(
             implementations = (*implementations, WITH_LIBRARY)
         functions, errors, absent = checked(comparison, implementations, groups, inputs[0], upstreams[0], dtype)
         for mode in modes:
-            common: dict[str, Any] = {"operator": name, "shape": asdict(shape), "dtype": dtype_name, "mode": mode}
+            common: dict[str, Any] = {**shape.of(name), "dtype": dtype_name, "mode": mode}
             common |= {"baseline": BASELINE, "input_sets": count, "rounds": rounds}
             lacking = {key: why for key, why in absent.items() if mode != "forward" or not key.endswith(SUMMED)}
             providers: dict[str, tuple[harness.Provider, str]] = {}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import crate_kernels
 from benchmarks import harness, peers
+from benchmarks.kernels.masks import MASKS
 from benchmarks.peers import Function, Peer
 from crate_kernels import AttentionWeights, Norm
 
@@ -27,6 +30,13 @@ class Shape:
     tokens: int
     width: int
     heads: int
+    mask: str = ""  # of ``MASKS``; attention alone has any
+
+    def of(self, operator: str) -> dict[str, Any]:
+        """``operator`` and ``shape`` as rows have them: behind a mask there is other work, and so it has another name."""
+        sizes = asdict(self)
+        mask = sizes.pop("mask")
+        return {"operator": f"{operator}_{mask}" if mask else operator, "shape": sizes}
 
     @property
     def rows(self) -> int:
@@ -101,9 +111,9 @@ def away_from_threshold(random: Random, function: Callable[..., Tensor], inputs:
     return random(*inputs[0].shape) * (passed[0] == passed[1])
 
 
-def attend(w: Tensor) -> Tensor:
-    """``shared_qkv_attention`` without options; its second result comes only where it is asked for."""
-    out = crate_kernels.shared_qkv_attention(w)
+def attend(w: Tensor, key_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """``shared_qkv_attention`` of a batch, or of a few of its samples; its second result comes only where it is asked for."""
+    out = crate_kernels.shared_qkv_attention(w, key_mask=None if key_mask is None else key_mask[: len(w)], **options)
     assert isinstance(out, Tensor)
     return out
 
@@ -128,7 +138,7 @@ def attention(shape: Shape, random: Random) -> Comparison:
 
         return products
 
-    return Comparison(
+    plain = Comparison(
         inputs=lambda: [shape.heads_of(random(shape.batch, shape.tokens, shape.width))],
         operator=attend,
         flops=(2 * shape.scores, 5 * shape.scores),
@@ -136,6 +146,19 @@ def attention(shape: Shape, random: Random) -> Comparison:
         best=peers.attention,
         peers=dict(peers.ATTENTION),
         products={"products": with_both({"forward": forward_products, "backward": backward_products})},
+    )
+    if not shape.mask:
+        return plain
+    device = random(0).device
+    mask = MASKS[shape.mask](shape.batch, shape.tokens, device)
+    scores = 2 * shape.batch * mask.pairs * shape.width
+    return replace(
+        plain,
+        operator=partial(attend, **mask.options),
+        flops=(2 * scores, 5 * scores),
+        best=partial(peers.attention, **mask.for_sdpa(shape.tokens, device)),
+        peers=mask.peers(shape.tokens, device),
+        products={},  # which compute all pairs
     )
 
 

@@ -28,6 +28,8 @@ NAMES = {
             "sdpa flash": "SDPA flash",
             "sdpa cudnn": "SDPA cuDNN",
             "sdpa efficient": "SDPA efficient",
+            "sdpa math": "SDPA math",
+            "varlen": "varlen_attn",
             "flex": "FlexAttention",
         }.items()
         for summed, words in {"": "", " summed": ", gradients summed"}.items()
@@ -64,6 +66,11 @@ OPERATORS = {
     "encoder_layer": "Encoder layer",
     "decoder_layer": "Decoder layer",
     "attention": "Shared-QKV attention",
+    "attention_causal": "Shared-QKV attention, causal",
+    "attention_window_64": "Shared-QKV attention, window of 64",
+    "attention_window_128": "Shared-QKV attention, window of 128",
+    "attention_packed": "Shared-QKV attention, packed sequences",
+    "attention_keys": "Shared-QKV attention, key mask",
     "ista": "ISTA",
     "mssa": "MSSA",
     "norm_linear": "LayerNorm and product",

@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import harness, peers, records
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import measuring
+from benchmarks.kernels.masks import MASKS
 from benchmarks.kernels.operators import OPERATORS, Shape
 from benchmarks.peers import Peer
 from crate_kernels import tiles
@@ -84,6 +86,65 @@ def test_attention_has_every_peer_in_every_mode(no_compiler):
         summed = {name + measuring.SUMMED for name in apart} if mode != "forward" else set()
         own = {"composed", "reference", "products", "official compiled", "official max-autotune", "best composed"}
         assert found == apart | summed | own
+
+
+def test_attention_has_the_peers_that_serve_a_mask(no_compiler):
+    rows = kernels.main([*TINY, "attention", "--sweep", "mask", "--modes", "backward"])
+    assert {row["operator"] for row in rows} == {"ceilings", "attention", *(f"attention_{mask}" for mask in MASKS)}
+    own = {"composed", "reference", "official compiled", "official max-autotune", "best composed"}
+    for mask in MASKS:
+        found = {row["provider"]: row for row in rows_of(rows, operator=f"attention_{mask}")}
+        apart = {"sdpa cudnn", "sdpa efficient", "sdpa math", "flex"}
+        apart |= {"causal": {"sdpa flash"}, "keys": set()}.get(mask, {"varlen"})
+        assert found.keys() == apart | {name + measuring.SUMMED for name in apart} | own
+        assert all(found[name]["ms"] for name in ("composed", "reference", "sdpa math", "sdpa math summed"))
+        batch = 1 if mask == "packed" else 2
+        assert found["reference"]["shape"] == {"batch": batch, "tokens": 9, "width": 16, "heads": 2}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_is_the_same_for_all(name):
+    shape = Shape(1 if name == "packed" else 2, 150, 16, 2, name)  # flex has blocks of 128
+    comparison = OPERATORS["attention"](shape, measuring.normal(CPU, torch.float64))
+    official = peers.forced("reference", comparison.operator)
+    mask = MASKS[name](shape.batch, shape.tokens, CPU)
+    # Of tokens that are the unit vectors, the output is the probabilities.
+    attended = official(torch.eye(150, dtype=torch.float64).expand(shape.batch, 2, 150, 150)) > 0
+    torch.testing.assert_close(attended, mask.dense(150, CPU).expand_as(attended))
+    assert comparison.flops == tuple(products * 2 * 8 * attended.sum() for products in (2, 5))
+
+    (w,), upstream = comparison.inputs(), comparison.upstream([])
+    expected = measuring.forward_backward(official, [w], upstream)
+    (few,) = official(w[:1]).detach().unbind()
+    torch.testing.assert_close(few, expected["out"][0])
+    math = measuring.asking_thrice(comparison.peers["sdpa math"].ready(CPU))
+    for function in (math, comparison.best):
+        torch.testing.assert_close(measuring.forward_backward(function, [w], upstream), expected)
+    flex = comparison.peers["flex"]
+    torch.testing.assert_close(flex.function(w, w, w, **flex.made()), expected["out"])
+
+
+@pytest.mark.parametrize("name", ["window_64", "packed"])
+def test_varlen_gets_its_sequences(name, monkeypatch):
+    shape = Shape(1 if name == "packed" else 2, 150, 16, 2, name)
+    comparison = OPERATORS["attention"](shape, measuring.normal(CPU, torch.float64))
+    (w,), varlen = comparison.inputs(), comparison.peers["varlen"].ready(CPU)
+    # On a device without values PyTorch's own runs, forward and backward.
+    leaf = w.to("meta").requires_grad_()
+    out = peers.varlen(leaf, leaf, leaf, **varlen.keywords | {"cu_seqlens": varlen.keywords["cu_seqlens"].to("meta")})
+    assert out.shape == torch.autograd.grad(out, leaf, torch.empty_like(out))[0].shape == w.shape
+
+    def stand_in(query, key, value, ends, _, longest, __, window_size=(150, 150)):
+        assert longest == ends.diff().max()
+        place = torch.arange(len(query))
+        sequence = torch.searchsorted(ends, place, right=True)
+        dense = (sequence[:, None] == sequence) & ((place[:, None] - place).abs() <= window_size[0])
+        tokens = (one.transpose(0, 1) for one in (query, key, value))
+        return F.scaled_dot_product_attention(*tokens, attn_mask=dense).transpose(0, 1)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    torch.testing.assert_close(varlen(w, w, w), peers.forced("reference", comparison.operator)(w))
 
 
 def test_peers_are_chosen_by_group(no_compiler):
