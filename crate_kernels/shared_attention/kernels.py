@@ -12,7 +12,9 @@ all three can be summed for rows j:
     dw_j = sum_i  P[i, j] dO_i
          + scale * sum_i ( P[i, j] (dO_i . w_j - delta_i) + P[j, i] (dO_j . w_i - delta_j) ) w_i
 
-so one program owns rows j, goes through all tiles i, and writes its rows once: no atomics, the same bits on every run. With
+so one program owns rows j, goes through all tiles i, and writes its rows once: no atomics, the same bits on every run. L and
+delta come side by side, ready for use (``row_pairs.py``); in 16 bits, what delta of a rounded output adds to the gradient is
+taken away at the end (``correct_delta``). With
 dropout, P[i, j] dO_i and dO_i . w_j are multiplied by the factor that the forward gave P[i, j]: 0 or 1 / (1 - dropout).
 
 A mask (``Mask`` in ``mask.py``) makes each token attend to an interval of tokens, and be attended to by an interval: a causal

@@ -123,14 +123,16 @@ def split_features(head_dim: int) -> tuple[int, int]:
 def tail(block: int, tokens: int, is_masked: bool, has_lengths: bool, precision: str) -> int:
     """Side of the masked tiles at the end of a walk over ``tokens`` in tiles of ``block``; ``block`` if all tiles are masked.
 
-    It is the next power of two of the remainder, or half a tile if the remainder is known on the device only. All tiles are
-    masked where more than padding is, and with exact float32 products, whose tiles are small and whose unrolled code is long.
+    It is the next power of two of the remainder, at most half a tile; or half a tile if the remainder is known on the device
+    only. All tiles are masked where more than padding is, in short walks whose remainder is more than half a tile, and with exact
+    float32 products, whose tiles are small and whose unrolled code is long.
     """
     if is_masked or precision == "ieee":
         return block
-    if has_lengths:
-        return max(16, block // 2)
-    return max(16, triton.next_power_of_2(tokens % block)) if tokens % block else block
+    side = triton.next_power_of_2(tokens % block)
+    if tokens < 4 * block and not has_lengths and side == block:
+        return block
+    return max(16, block // 2 if has_lengths else min(side, block // 2))
 
 
 def _launch_walk(

@@ -391,7 +391,7 @@ def test_parts_of_a_head() -> None:
 
 
 def test_tail() -> None:
-    tails = {197: 16, 208: 16, 209: 32, 224: 32, 225: 64, 256: 64, 257: 16, 50: 64, 1: 16}
+    tails = {197: 16, 208: 16, 209: 32, 224: 32, 225: 64, 256: 16, 257: 16, 50: 64, 1: 16, 300: 32}
     assert {tokens: tail(64, tokens, False, False, "tf32") for tokens in tails} == tails
     assert tail(64, 197, False, True, "tf32") == 32
     assert tail(64, 197, True, False, "tf32") == tail(64, 197, False, False, "ieee") == 64
