@@ -14,8 +14,8 @@ all three can be summed for rows j:
 
 so one program owns rows j, goes through all tiles i, and writes its rows once: no atomics, the same bits on every run. L and
 delta come side by side, ready for use (``row_pairs.py``); in 16 bits, what delta of a rounded output adds to the gradient is
-taken away at the end (``correct_delta``). With
-dropout, P[i, j] dO_i and dO_i . w_j are multiplied by the factor that the forward gave P[i, j]: 0 or 1 / (1 - dropout).
+taken away at the end (``correct_delta``). With dropout, P[i, j] dO_i and dO_i . w_j are multiplied by the factor that the forward
+gave P[i, j]: 0 or 1 / (1 - dropout).
 
 A mask (``Mask`` in ``mask.py``) makes each token attend to an interval of tokens, and be attended to by an interval: a causal
 mask, a window and packed sequences are intervals, and so is what they have in common. A program walks from the first token of its

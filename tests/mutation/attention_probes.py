@@ -236,6 +236,7 @@ def attention_probes() -> list[Probe]:
     learned_dropped = _Attention(1, 2, 40, 8, scale=(0.2, 0.5), dropout=True)
     return [
         parts.forward("two parts, a tail tile"),
+        _Attention(1, 1, 20, 72).forward("scaled scores"),
         small.forward("four heads"),
         small.rounded("float16"),
         causal.forward("causal"),

@@ -135,6 +135,14 @@ ATTENTION = {
     "past the end w_i and dO_i are zero, and so is all that they add: a number there need only be finite": (
         "load_pairs: tl.load(..., other=0) -> tl.load(..., other=1.0)",
     ),
+    "scores are scaled, or their exponents": ("attend_to_tile: DIM_A == 64 and DIM_B == 16 -> ...",),
+    "the second w is the first": (
+        "backward_kernel: load_parts(w_head_ptr, ...) -> load_parts(w_head_ptr, ..., own_token, w_feature, ...",
+        "backward_kernel: load_parts(w_head_ptr, ...) -> load_parts(w_head_ptr, ..., w_token, own_feature, ...",
+        "backward_kernel: load_parts(own_head_ptr, ...) -> load_parts(w_head_ptr, ...",
+        "backward_kernel: add_tile_gradient(...) -> ...pairs_head_ptr, own_token, w_feature, ...",
+        "backward_kernel: add_tile_gradient(...) -> ...pairs_head_ptr, w_token, own_feature, ...",
+    ),
     "w and dO have one dtype": ("add_tile_gradient: w_j -> grad_out_j", "backward_kernel: w_j -> grad_out_j"),
     "the first term is added to zero": (
         "add_tile_gradient: grad_scores += p_ij * (...) -> grad_scores = p_ij * (...)",
