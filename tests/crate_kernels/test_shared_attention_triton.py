@@ -468,7 +468,7 @@ def test_backward_from_a_delta_that_is_off(device: str) -> None:
 
 MASKS = {
     "full": {}, "causal": {"is_causal": True}, "window": {"window": 9}, "lengths": {"lengths": [83, 30]}, "keys": {},
-    "causal keys": {"is_causal": True},
+    "causal keys": {"is_causal": True}, "dropped": {},
 }  # fmt: skip
 
 
@@ -484,10 +484,11 @@ def test_backward_in_16_bits_corrects_delta_at_the_diagonal(kind: str, device: s
     mask = Mask(**options)
     w, grad_out = (randn(2, 1, 83, 24, dtype=torch.float16, device=device) for _ in range(2))
     grad_out = grad_out.flip(-1)
-    out, lse = attend(w, 0.4, mask)
+    more = mask, 0.2 if kind == "dropped" else 0.0, torch.tensor([3])
+    out, lse = attend(w, 0.4, *more)
     pairs, e = row_pairs(grad_out, out, lse, 0.4), randn(2, 1, 83, 1, device=device).flip(2)
     off = pairs + torch.cat([torch.zeros_like(e), 0.4 * e], -1)
-    dw, other = (gradient(grad_out, w, one, 0.4, mask).double() for one in (pairs, off))
+    dw, other = (gradient(grad_out, w, one, 0.4, *more).double() for one in (pairs, off))
     allowed = attended(mask, 2, 83).to(device)
     scores = (w.double() @ w.double().mT * 0.4).masked_fill(~allowed, -math.inf)
     p = scores.softmax(-1).masked_fill(~allowed, 0)
